@@ -1,0 +1,69 @@
+"""An adapter as a bundle holds it, the folded banks of a ``.onnx_adapter`` file, back in eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from reft_export.eager import EditFn, Steering, low_rank_edit_fn, steer
+from reft_export.golden import Steerer
+from runtimes.bundle import Bundle
+from runtimes.edit import LowRankEdit, Site
+from runtimes.op import EditNode
+
+
+def read_onnx_adapter(path) -> dict[str, np.ndarray]:
+    """Every tensor of a ``.onnx_adapter`` file by name; bfloat16 as ml_dtypes.bfloat16."""
+    import onnxruntime as ort
+
+    container = ort.AdapterFormat.read_adapter(str(path))
+    tensors = {}
+    for name, value in container.get_parameters().items():
+        array = value.numpy()
+        tensors[name] = array.view(ml_dtypes.bfloat16) if value.data_type() == "tensor(bfloat16)" else array.copy()
+    return tensors
+
+
+def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[LowRankEdit, ...]]:
+    """The folded edits of one of the bundle's adapters, one per slot, at the nodes where it edits anything."""
+    tensors = read_onnx_adapter(bundle.adapter(name).file)
+    edits = {}
+    for node in bundle.nodes:
+        U, A, b = (tensors[bank].astype(np.float64) for bank in node.bank_names)
+        if not U.any():
+            continue  # the bank of a node that this adapter does not use
+        edits[node] = tuple(
+            LowRankEdit(U=U[s], A=A[s], b=b[s], activation=node.activation, activated=node.activated) for s in range(len(U))
+        )
+    return edits
+
+
+def bank_steerer(bundle: Bundle, name: str) -> Steerer:
+    """Switches the bundle's adapter on in an eager model; nodes at one site act in series, in the order of the graph."""
+    edits, adapter = bank_edits(bundle, name), bundle.adapter(name)
+
+    @contextmanager
+    def steering(model: PreTrainedModel) -> Iterator[Steering]:
+        device = model.get_input_embeddings().weight.device
+        by_site: dict[Site, list[EditFn]] = {}
+        for node in sorted(edits):
+            by_site.setdefault(node.site, []).append(low_rank_edit_fn(edits[node], model.dtype, device))
+        functions = {site: _in_series(each) for site, each in by_site.items()}
+        with steer(model, functions, rule=adapter.positions, tied=adapter.tied) as handle:
+            yield handle
+
+    return steering
+
+
+def _in_series(functions: list[EditFn]) -> EditFn:
+    def apply(h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        for function in functions:
+            h = function(h, slot)
+        return h
+
+    return apply

@@ -1,0 +1,182 @@
+"""From a folded graph to a bundle folder: files, adapters, golden arrays, manifest, and the gate that nothing wrong passes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from transformers import PreTrainedTokenizerBase
+
+from reft_export.base import Base
+from reft_export.genai import write_genai_config
+from runtimes.adapter import Adapter
+from runtimes.bundle import (
+    AdapterRecord,
+    Manifest,
+    ModelRecord,
+    NodeRecord,
+    Quantization,
+    TensorRecord,
+    TOKENIZER_FILES,
+    WeightSource,
+    check_adapter_name,
+    open_bundle,
+    write_adapter_record,
+    write_manifest,
+)
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, ParityError
+from runtimes.op import EditNode
+from runtimes.ort_adapter_file import write_onnx_adapter
+from runtimes.parity import ParityReport, budget_for, check_golden
+from runtimes.version import VERSION
+
+NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+Report = Callable[[str], None]
+"""Told what is being done; the CLI shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleParts:
+    """What ``write_bundle_files`` needs besides the graph."""
+
+    model: ModelRecord
+    precision: str
+    quantization: Quantization | None
+    exporter: str
+    logits: str
+    slots: str
+    nodes: tuple[EditNode, ...]
+    adapters: tuple[str, ...]
+    weights: Mapping[str, WeightSource]
+
+
+def model_record(base: Base) -> ModelRecord:
+    config = base.model.config.get_text_config()
+    generation = base.model.generation_config
+    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else getattr(base.tokenizer, "pad_token_id", None)
+    return ModelRecord(
+        name=base.info.name,
+        model_type=config.model_type,
+        fingerprint=base.info.fingerprint,
+        vocab_size=base.model.get_output_embeddings().weight.shape[0],
+        hidden_size=base.info.hidden_size,
+        num_hidden_layers=base.info.num_hidden_layers,
+        context_length=getattr(config, "max_position_embeddings", None) or 2048,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        pad_token_id=pad,
+    )
+
+
+def check_fit(name: str, adapter: Adapter, base: Base) -> None:
+    """Raises AdapterError, naming both models and fingerprints, for an adapter that was trained on another base."""
+    check_adapter_name(name)
+    if adapter.base.fingerprint != base.info.fingerprint:
+        raise AdapterError(
+            f"adapter {name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), this base is "
+            f"{base.info.name} ({base.info.fingerprint[:12]}); pass the base it was trained on"
+        )
+
+
+def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int) -> tuple[EditNode, ...]:
+    """The nodes of all adapters and sites; every block output where neither is given, so that adapters can come later."""
+    nodes = {node for adapter in adapters for node in adapter.nodes()} | {EditNode(site=site) for site in sites}
+    return tuple(sorted(nodes or {EditNode(site=Site(layer=layer)) for layer in range(layers)}))
+
+
+def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNode, ...], precision: str) -> None:
+    """adapters/<name>.onnx_adapter with every bank and every rule, and its record."""
+    record = AdapterRecord(
+        method=adapter.method,
+        rank=adapter.rank,
+        sites=tuple(map(str, adapter.sites)),
+        positions=str(adapter.positions),
+        truncate=adapter.positions.truncate,
+        tied=adapter.tied,
+        activation=adapter.activation,
+        base=adapter.base,
+        trained_on=adapter.trained_on,
+        training=dict(adapter.training),
+    )
+    write_adapter_record(folder, name, record)
+    tensors = adapter.banks(nodes, NUMPY_DTYPES[precision]) | adapter.rule_tensors()
+    write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+
+
+def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to."""
+    if source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    if tokenizer is not None and not (folder / "tokenizer.json").is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as converted:
+            tokenizer.save_pretrained(converted)
+            for name in TOKENIZER_FILES:
+                if (Path(converted) / name).is_file():
+                    shutil.copyfile(Path(converted) / name, folder / name)
+
+
+def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest:
+    """Writes genai_config.json and manifest.json over the files that already lie in ``folder``."""
+    manifest = Manifest(
+        created_by=f"reft-export {VERSION}",
+        model=parts.model,
+        precision=parts.precision,
+        quantization=parts.quantization,
+        exporter=parts.exporter,
+        opset=graph.opset_imports[""],
+        ir_version=graph.ir_version,
+        logits=parts.logits,
+        slots=parts.slots,
+        inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
+        outputs=tuple(_tensor(v) for v in graph.graph.outputs),
+        nodes=tuple(
+            NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in parts.nodes
+        ),
+        adapters=parts.adapters,
+        parity_budget={},
+        weights=dict(parts.weights),
+        genai=write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits),
+    )
+    budget = budget_for(manifest)
+    manifest = replace(manifest, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def gate(folder: Path, output: Path) -> ParityReport:
+    """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError."""
+    from runtimes.ort_session import OrtSession
+
+    bundle = open_bundle(folder)
+    report = check_golden(bundle, OrtSession(bundle))
+    with _keeping_report(report, output):
+        report.require()
+    return report
+
+
+@contextmanager
+def _keeping_report(report: ParityReport, output: Path) -> Iterator[None]:
+    try:
+        yield
+    except ParityError as e:
+        path = output.with_name(f"{output.name}.parity.json")
+        path.write_text(report.to_json() + "\n", encoding="utf-8")
+        raise ParityError(f"{e}; no bundle was written, the figures are in {path}", report) from None
+
+
+def _tensor(value: ir.Value) -> TensorRecord:
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

@@ -1,0 +1,212 @@
+"""``reft-export export``: a Hugging Face decoder and its adapters to a bundle.
+
+Order: eager results are recorded, the graph is exported, edits are folded in, the base is quantized, and the finished bundle is
+held against the recorded results before it takes its place. Nothing is left behind when any of it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.weight_only import WeightError, WeightOnlySettings, quantize_weights
+from graph_passes.external import write_graph
+from graph_passes.fold import fold_graph
+from reft_export.base import DTYPES, Base, load_base
+from reft_export.bundling import (
+    TORCH_DTYPES,
+    BundleParts,
+    Report,
+    check_fit,
+    copy_tokenizer,
+    finish_bundle,
+    gate,
+    model_record,
+    union_nodes,
+    write_adapter,
+)
+from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.eager import steered
+from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from runtimes.adapter import Adapter, load_adapter
+from runtimes.bundle import Manifest, Quantization, WeightSource
+from runtimes.edit import Site
+from runtimes.errors import InputError
+from runtimes.folders import atomic_folder, check_destination
+from runtimes.parity import ParityReport
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs."""
+
+    precision: str = "fp32"
+    slots: str = "graph"
+    logits: str = "all"
+    opset: int = 20
+    sites: tuple[Site, ...] = ()
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("slots", self.slots, ("graph", "input")),
+            ("logits", self.logits, ("all", "last")),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
+        if not 18 <= self.opset <= 23:
+            raise InputError(f"opset {self.opset} is not supported; 20 is the default, 18 to 23 can be asked for")
+
+    @property
+    def weight_only(self) -> WeightOnlySettings | None:
+        if self.precision not in ("int8", "int4"):
+            return None
+        return WeightOnlySettings(
+            bits=int(self.precision[3:]), block_size=self.block_size, accuracy_level=self.accuracy_level
+        )
+
+    @property
+    def float_type(self) -> str:
+        return self.precision if self.precision in TORCH_DTYPES else "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    manifest: Manifest
+    parity: ParityReport | None
+    """None where this machine cannot run the graph (bfloat16 on onnxruntime's CPU provider); see ``note``."""
+    weight_errors: tuple[WeightError, ...]
+    note: str = ""
+
+
+def load_adapters(folders: list[Path]) -> dict[str, Adapter]:
+    """Adapters by name, the name being the folder's."""
+    adapters: dict[str, Adapter] = {}
+    for folder in folders:
+        name = Path(folder).resolve().name
+        if name in adapters:
+            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
+        adapters[name] = load_adapter(folder)
+    return adapters
+
+
+def export_bundle(
+    model: str, adapter_folders: list[Path], output: Path, settings: ExportSettings, *, force: bool = False, report: Report = print
+) -> ExportResult:
+    """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
+    from reft_export.exporters.dynamo import export_dynamo
+
+    check_destination(output, force=force)
+    adapters = load_adapters(adapter_folders)
+    report(f"loading {model}")
+    base = load_base(model)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base)
+    nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
+    _check_layers(nodes, base)
+    steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    quantization = settings.weight_only
+
+    with atomic_folder(output, force=force) as work:
+        report("recording what the eager model says")
+        inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+        exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
+        base.model.to(DTYPES[TORCH_DTYPES[settings.float_type]])
+        if quantization is None:
+            record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
+        record = model_record(base)
+
+        report("exporting the graph")
+        exported = export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+        report(f"folding {len(nodes)} edit nodes")
+        fold_graph(exported.model, nodes, slots=settings.slots)
+        errors: list[WeightError] = []
+        if quantization is not None:
+            report(f"quantizing weights to {settings.precision}")
+            errors = quantize_weights(exported.model, quantization)
+        write_graph(exported.model, work)
+        if quantization is not None:
+            report("recording what the eager model says with the quantized weights")
+            record_quantized_golden(work, model, exported.model, exported.weights, inputs, steerers, exact, quantization)
+
+        for name, adapter in adapters.items():
+            write_adapter(work, name, adapter, nodes, settings.float_type)
+        copy_tokenizer(base.folder, base.tokenizer, work)
+        parts = BundleParts(
+            model=record,
+            precision=settings.float_type,
+            quantization=None if quantization is None else quantization_record(quantization),
+            exporter="dynamo",
+            logits=settings.logits,
+            slots=settings.slots,
+            nodes=nodes,
+            adapters=tuple(adapters),
+            weights=exported.weights,
+        )
+        manifest = finish_bundle(work, exported.model, parts)
+        if settings.float_type == "bf16":
+            return ExportResult(manifest=manifest, parity=None, weight_errors=tuple(errors), note=check_structure(work))
+        report("holding the bundle against the eager model")
+        return ExportResult(manifest=manifest, parity=gate(work, output), weight_errors=tuple(errors))
+
+
+def record_quantized_golden(
+    work: Path,
+    model: str,
+    graph: ir.Model,
+    weights: Mapping[str, WeightSource],
+    inputs: GoldenInputs,
+    steerers: Mapping[str, Steerer],
+    exact: Mapping[str, np.ndarray],
+    settings: WeightOnlySettings,
+) -> None:
+    """Golden arrays from the eager base with the graph's dequantized weights; at accuracy level 4 with its activations too.
+
+    The base is loaded again: exporting rearranged the first one's weights.
+    """
+    base = load_base(model)
+    modules = load_dequantized(base.model, graph, weights)
+    if settings.accuracy_level == 4:
+        with activations_quantized(base.model, modules, settings.block_size):
+            record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
+    else:
+        record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
+
+
+def quantization_record(settings: WeightOnlySettings) -> Quantization:
+    return Quantization(
+        scheme="weight-only",
+        bits=settings.bits,
+        block_size=settings.block_size,
+        symmetric=settings.symmetric,
+        accuracy_level=settings.accuracy_level,
+    )
+
+
+def check_structure(folder: Path) -> str:
+    """What can be shown of a graph that no CPU runs: ONNX's own checker with full shape inference accepts it."""
+    import onnx
+
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    return (
+        "onnxruntime's CPU provider cannot run bfloat16 (MatMul, Add, Softmax are missing): the graph was checked structurally "
+        "only; run `reft-export parity` on a GPU"
+    )
+
+
+def _check_layers(nodes: tuple, base: Base) -> None:
+    for node in nodes:
+        if node.site.layer >= base.info.num_hidden_layers:
+            raise InputError(
+                f"site {node.site}: layer {node.site.layer} does not exist in {base.info.name} "
+                f"({base.info.num_hidden_layers} layers, 0 to {base.info.num_hidden_layers - 1})"
+            )

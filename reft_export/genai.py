@@ -1,0 +1,67 @@
+"""genai_config.json: stock onnxruntime-genai opens the bundle and swaps its adapters, for the families it knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+
+from runtimes.bundle import GRAPH_FILE, ModelRecord
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+"""model_type values that onnxruntime-genai 0.18 loads as a decoder and whose I/O our graphs share."""
+
+
+def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slots: str, logits: str) -> str:
+    """Writes genai_config.json and returns "supported", or returns why the folder cannot be opened by onnxruntime-genai."""
+    if model.model_type not in SUPPORTED:
+        return f"onnxruntime-genai does not know model type {model.model_type}"
+    if slots != "graph":
+        return "onnxruntime-genai does not compute slots; export with --slots graph"
+    inputs = {value.name: value for value in graph.graph.inputs}
+    key = inputs.get("past_key_values.0.key")
+    if key is None:
+        return "the graph has no KV cache inputs past_key_values.<i>.key"
+    heads, head_size = int(key.shape[1]), int(key.shape[3])
+    if not (folder / "tokenizer.json").is_file():
+        return "the bundle has no tokenizer"
+    names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
+    eos = list(model.eos_token_ids)
+    config = {
+        "model": {
+            "bos_token_id": model.bos_token_id if model.bos_token_id is not None else (eos[:1] or [0])[0],
+            "eos_token_id": eos if len(eos) != 1 else eos[0],
+            "pad_token_id": model.pad_token_id if model.pad_token_id is not None else (eos[:1] or [0])[0],
+            "context_length": model.context_length,
+            "type": model.model_type,
+            "vocab_size": model.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+                "filename": GRAPH_FILE,
+                "head_size": head_size,
+                "hidden_size": model.hidden_size,
+                "num_attention_heads": heads,
+                "num_hidden_layers": model.num_hidden_layers,
+                "num_key_value_heads": heads,
+                "inputs": {
+                    **{name: name for name in sorted(names)},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": model.context_length,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
+    }
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return "supported"

@@ -1,0 +1,169 @@
+"""Golden arrays: what eager PyTorch said, recorded on the host so that a device can check itself without PyTorch.
+
+One npz per name, "base" and every adapter; all rows right-padded:
+
+    input_ids, attention_mask [B, S] int64   each row a prompt and the first tokens of the base's greedy continuation
+    prompt_length [B] int64
+    logit_positions [K, 2] int64             (row, column) of the recorded logits
+    logits [K, V] float32                    of this name, by eager PyTorch carrying the weights that the bundle ships
+    greedy_tokens [B, G] int64               the greedy continuation of each prompt, end tokens ignored
+    base_logits [K, V]                       adapters only: of the base, on the same inputs
+    fp32_logits, fp32_base_logits [K, V]     adapters, unless the bundle is fp32 itself: of the float32 model before any
+                                             quantization or rounding; delta parity is measured against these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_export.eager import Steering, greedy_tokens
+from runtimes.bundle import BASE_GOLDEN
+
+GREEDY_TOKENS = 64
+CONTINUATION = 12
+"""How many tokens of the continuation stand in input_ids, so that the decode steps are compared too."""
+
+Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
+"""Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
+
+LOGIT_BYTES = 16 * 2**20
+"""Logits are recorded at evenly spread positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
+
+TEXTS = (
+    "Hello!",
+    "Tell me a story about a small boat and the sea.",
+    "What is the best way to learn how to cook a simple meal at home?",
+    "The old house at the end of the road had been empty for years, and yet a light was on.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenInputs:
+    """Right-padded prompts with the base's continuation; the same for the base and every adapter."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    prompt_length: np.ndarray
+    logit_positions: np.ndarray
+
+
+def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """A few prompts of different lengths, one of them very short; random tokens for a base without tokenizer."""
+    config = model.config.get_text_config()
+    room = (getattr(config, "max_position_embeddings", None) or 1024) - GREEDY_TOKENS - 1
+    if tokenizer is None:
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(0, config.vocab_size, n).tolist() for n in (3, 8, 13, 21)]
+    elif tokenizer.chat_template:
+        prompts = [_chat(tokenizer, text) for text in TEXTS]
+    else:
+        prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    return [prompt[: max(room, 1)] for prompt in prompts]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int = GREEDY_TOKENS) -> GoldenInputs:
+    """Pads the prompts and appends the base's own greedy continuation."""
+    ids, mask = pad_right(prompts)
+    lengths = mask.sum(1)
+    continuation = _greedy(model, ids, mask, min(CONTINUATION, max_tokens))
+    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
+    ids, mask = pad_right(rows)
+    real = np.argwhere(mask == 1)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    keep = max(8, LOGIT_BYTES // (4 * vocabulary))
+    if len(real) > keep:
+        real = real[np.unique(np.linspace(0, len(real) - 1, keep).round().astype(int))]
+    return GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=lengths, logit_positions=real)
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask), int64 [B, longest row]; pads are token 0 with mask 0."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def eager_logits(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None) -> np.ndarray:
+    """Logits [K, V] float32 at ``logit_positions``, from one full forward."""
+    mask = torch.from_numpy(inputs.attention_mask)
+    device = next(model.parameters()).device
+    with torch.no_grad(), _steering(model, steerer) as handle:
+        if handle is not None:
+            handle.prompt_length = inputs.prompt_length
+        logits = model(
+            input_ids=torch.from_numpy(inputs.input_ids).to(device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+            use_cache=False,
+        ).logits
+    rows, columns = torch.from_numpy(inputs.logit_positions).to(device).unbind(1)
+    return logits[rows, columns].float().cpu().numpy()
+
+
+def eager_greedy(
+    model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
+) -> np.ndarray:
+    """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
+    width = int(inputs.prompt_length.max())
+    columns = np.arange(width)[None] < inputs.prompt_length[:, None]
+    ids = np.where(columns, inputs.input_ids[:, :width], 0)
+    with _steering(model, steerer) as handle:
+        return _greedy(model, ids, columns.astype(np.int64), max_tokens, handle)
+
+
+def record_golden(
+    folder: Path,
+    model: PreTrainedModel,
+    inputs: GoldenInputs,
+    steerers: Mapping[str, Steerer],
+    *,
+    fp32: Mapping[str, np.ndarray] | None = None,
+    max_tokens: int = GREEDY_TOKENS,
+    on_name: Callable[[str], None] | None = None,
+) -> None:
+    """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32`` holds the float32 model's logits by name."""
+    folder.mkdir(exist_ok=True)
+    shared = {f: getattr(inputs, f) for f in GoldenInputs.__dataclass_fields__}
+    base_logits = eager_logits(model, inputs)
+    for name, steerer in {BASE_GOLDEN: None, **steerers}.items():
+        if on_name:
+            on_name(name)
+        arrays = dict(shared, greedy_tokens=eager_greedy(model, inputs, steerer, max_tokens=max_tokens))
+        arrays["logits"] = base_logits if steerer is None else eager_logits(model, inputs, steerer)
+        if steerer is not None:
+            arrays["base_logits"] = base_logits
+            if fp32 is not None:
+                arrays |= {"fp32_logits": fp32[name], "fp32_base_logits": fp32[BASE_GOLDEN]}
+        np.savez_compressed(folder / f"{name}.npz", **arrays)
+
+
+def fp32_logits(model: PreTrainedModel, inputs: GoldenInputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:
+    """Logits by name of the float32 model, for ``record_golden``'s delta references."""
+    return {name: eager_logits(model, inputs, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
+
+
+def _steering(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager:
+    return nullcontext() if steerer is None else steerer(model)
+
+
+def _greedy(
+    model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray, count: int, steering: Steering | None = None
+) -> np.ndarray:
+    tokens = greedy_tokens(model, torch.from_numpy(ids), torch.from_numpy(mask), count, steering=steering)
+    return np.asarray(tokens, np.int64)

@@ -1,0 +1,273 @@
+"""The adapter folder: ``adapter.json`` + ``adapter.safetensors``. Nothing is pickled, nothing is implied, unknown keys are refused.
+
+Tensors are the trained parameters in float32, named ``<layer>.<stream>[.prefix|.suffix].<parameter>`` (the middle part only when
+untied). The parameters of each method, and the edit they mean (R and P are [r, D], so R^T of the paper is R.T here):
+
+    loreft    R, W [r, D], b [r]         y = h + R^T (act(W h + b) - R h)
+    noreft    P, W [r, D], b, p [r]      y = h + P^T (act(W h + b) - (P h + p))
+    direft    W2, W1 [r, D], b [r]       y = h + W2^T act(W1 h + b)
+    consreft  R [r, D], s [r]            y = h + R^T (s - R h)
+    lobireft  R [r, D], s [r]            y = h + R^T s
+
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equations 2 and 3; pyreft's class names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.errors import AdapterError
+from runtimes.folders import atomic_folder
+from runtimes.op import EditNode, bank_of, no_edit_bank, node_of
+from runtimes.positions import PositionRule
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter.json"
+TENSOR_FILE = "adapter.safetensors"
+
+PARAMETERS = {
+    "loreft": ("R", "W", "b"),
+    "noreft": ("P", "W", "b", "p"),
+    "direft": ("W2", "W1", "b"),
+    "consreft": ("R", "s"),
+    "lobireft": ("R", "s"),
+}
+"""The trained parameters of each method; capitals are [r, D], small letters [r]."""
+
+ACTIVATED_METHODS = ("loreft", "noreft", "direft")
+"""Methods that have a learned source for an activation to act on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint."""
+
+    name: str
+    fingerprint: str
+    num_hidden_layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A trained intervention, independent of any framework. ``edits()`` folds it."""
+
+    method: str
+    rank: int
+    sites: tuple[Site, ...]
+    positions: PositionRule
+    tied: bool
+    base: BaseModel
+    tensors: Mapping[str, np.ndarray]
+    activation: str = ""
+    dropout: float = 0.0
+    dtype: str = "float32"
+    """The dtype of the base while it was trained."""
+    trained_on: str | None = None
+    """Digest of the bundle whose dequantized weights it was trained on, if it was."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Data and settings it was trained with; provenance only."""
+
+    def __post_init__(self) -> None:
+        if self.method not in PARAMETERS:
+            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(PARAMETERS)}")
+        if self.activation not in ACTIVATIONS:
+            raise AdapterError(f"activation {self.activation!r} is unknown; known: {', '.join(filter(None, ACTIVATIONS))}")
+        if self.activation and self.method not in ACTIVATED_METHODS:
+            raise AdapterError(f"{self.method} has no learned source for {self.activation} to act on")
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise AdapterError("an adapter needs at least one site, each once")
+        for site in self.sites:
+            if site.layer >= self.base.num_hidden_layers:
+                raise AdapterError(
+                    f"layer {site.layer} does not exist in {self.base.name} ({self.base.num_hidden_layers} layers, "
+                    f"0 to {self.base.num_hidden_layers - 1})"
+                )
+        if not self.tied and not (self.positions.first and self.positions.last):
+            raise AdapterError(f"an untied adapter needs a prefix and a suffix (f<n>+l<n>); its positions are {self.positions}")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        expected = {self._key(site, group, p) for site in self.sites for group in self.groups for p in PARAMETERS[self.method]}
+        missing, unknown = sorted(expected - set(self.tensors)), sorted(set(self.tensors) - expected)
+        if missing or unknown:
+            raise AdapterError(f"adapter tensors do not match its sites: missing {missing[:4]}, unknown {unknown[:4]}")
+        for key, value in self.tensors.items():
+            matrix = key.rsplit(".", 1)[1][0].isupper()
+            shape = (self.rank, self.base.hidden_size) if matrix else (self.rank,)
+            if value.shape != shape:
+                raise AdapterError(
+                    f"{key} has shape {list(value.shape)}, expected {list(shape)} (rank {self.rank}, "
+                    f"{self.base.name} has width {self.base.hidden_size})"
+                )
+            if value.dtype != np.float32:
+                raise AdapterError(f"{key} is {value.dtype}; adapters store float32")
+            if not np.isfinite(value).all():
+                raise AdapterError(f"{key} holds values that are not finite; the file is damaged or its training diverged")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The slots of one site, in slot order: one when tied, else prefix and suffix."""
+        return ("",) if self.tied else ("prefix", "suffix")
+
+    @staticmethod
+    def _key(site: Site, group: str, parameter: str) -> str:
+        return ".".join(filter(None, (str(site), group, parameter)))
+
+    def edits(self) -> dict[Site, tuple[LowRankEdit, ...]]:
+        """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""
+        return {site: tuple(self._edit(site, group) for group in self.groups) for site in self.sites}
+
+    def _edit(self, site: Site, group: str) -> LowRankEdit:
+        values = {p: self.tensors[self._key(site, group, p)] for p in PARAMETERS[self.method]}
+        return fold_parameters(self.method, values, self.activation)
+
+    def nodes(self) -> tuple[EditNode, ...]:
+        """The op nodes that this adapter needs in a graph."""
+        return tuple(sorted(node_of(site, edits[0]) for site, edits in self.edits().items()))
+
+    def banks(self, nodes: tuple[EditNode, ...], dtype: np.dtype) -> dict[str, np.ndarray]:
+        """Every bank of a graph with ``nodes``, in ``dtype``: this adapter's where it has an edit, no edit elsewhere.
+
+        Raises AdapterError when the graph lacks a node that the adapter needs.
+        """
+        mine = {node_of(site, edits[0]): edits for site, edits in self.edits().items()}
+        missing = sorted(str(n.name) for n in set(mine) - set(nodes))
+        if missing:
+            raise AdapterError(f"the graph has no edit node {missing[0]} ({len(missing)} missing); export it with this adapter or with --sites")
+        banks: dict[str, np.ndarray] = {}
+        for node in nodes:
+            arrays = bank_of(mine[node], dtype) if node in mine else no_edit_bank(self.base.hidden_size, dtype)
+            banks.update(zip(node.bank_names, arrays, strict=True))
+        return banks
+
+    def rule_tensors(self) -> dict[str, np.ndarray]:
+        return self.positions.tensors(tied=self.tied)
+
+
+def fold_parameters(method: str, parameters: Mapping[str, np.ndarray], activation: str = "") -> LowRankEdit:
+    """The table of the module's docstring as y = h + U^T act(A h + b), in float64 from the given parameters.
+
+    With an activation, LoReFT and NoReFT put the subtraction into rows of its own (``activated="first_half"``).
+    """
+    x = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
+    if method == "direft":
+        return LowRankEdit(U=x["W2"], A=x["W1"], b=x["b"], activation=activation)
+    if method == "consreft":
+        return LowRankEdit(U=x["R"], A=-x["R"], b=x["s"])
+    if method == "lobireft":
+        return LowRankEdit(U=x["R"], A=np.zeros_like(x["R"]), b=x["s"])
+    if method not in ("loreft", "noreft"):
+        raise AdapterError(f"method {method!r} is unknown; known: {', '.join(PARAMETERS)}")
+    projection = x["R"] if method == "loreft" else x["P"]
+    offset = x["p"] if method == "noreft" else np.zeros_like(x["b"])
+    if not activation:
+        return LowRankEdit(U=projection, A=x["W"] - projection, b=x["b"] - offset)
+    return LowRankEdit(
+        U=np.vstack([projection, projection]),
+        A=np.vstack([x["W"], -projection]),
+        b=np.concatenate([x["b"], -offset]),
+        activation=activation,
+        activated="first_half",
+    )
+
+
+def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None:
+    """Writes the adapter atomically; an existing folder is kept unless ``force``."""
+    from safetensors.numpy import save_file
+
+    config = {
+        "format": "reft-export adapter",
+        "format_version": FORMAT_VERSION,
+        "method": adapter.method,
+        "rank": adapter.rank,
+        "sites": [str(site) for site in adapter.sites],
+        "positions": str(adapter.positions),
+        "truncate": adapter.positions.truncate,
+        "tied": adapter.tied,
+        "activation": adapter.activation,
+        "dropout": adapter.dropout,
+        "dtype": adapter.dtype,
+        "base": asdict(adapter.base),
+        "trained_on": adapter.trained_on,
+        "training": dict(adapter.training),
+    }
+    with atomic_folder(folder, force=force) as work:
+        (work / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({k: np.ascontiguousarray(v) for k, v in adapter.tensors.items()}, work / TENSOR_FILE)
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Reads and checks an adapter folder; raises AdapterError naming the file and what is wrong with it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; foreign adapters are not read directly")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise AdapterError(f"{folder / CONFIG_FILE} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG_FILE} does not hold a JSON object")
+    _take(config, "format", str, folder, only="reft-export adapter")
+    _take(config, "format_version", int, folder, only=FORMAT_VERSION)
+    base = _take(config, "base", dict, folder)
+    sites, truncate = _take(config, "sites", list, folder), _take(config, "truncate", bool, folder)
+    positions = PositionRule.parse(_take(config, "positions", str, folder))
+    try:
+        tensors = load_file(folder / TENSOR_FILE)
+    except (SafetensorError, OSError) as e:
+        raise AdapterError(f"{folder / TENSOR_FILE} is damaged: {e}") from None
+    try:
+        adapter = Adapter(
+            method=_take(config, "method", str, folder),
+            rank=_take(config, "rank", int, folder),
+            sites=tuple(Site.parse(str(site)) for site in sites),
+            positions=PositionRule(
+                **{f.name: getattr(positions, f.name) for f in fields(positions) if f.name != "truncate"}, truncate=truncate
+            ),
+            tied=_take(config, "tied", bool, folder),
+            activation=_take(config, "activation", str, folder),
+            dropout=_take(config, "dropout", (int, float), folder),
+            dtype=_take(config, "dtype", str, folder),
+            base=_base_model(base, folder),
+            trained_on=_take(config, "trained_on", (str, type(None)), folder),
+            training=_take(config, "training", dict, folder),
+            tensors=tensors,
+        )
+    except AdapterError as e:
+        raise AdapterError(f"{folder}: {e}") from None
+    if config:
+        raise AdapterError(f"{folder / CONFIG_FILE} has unknown keys {sorted(config)}; it was written by a newer version")
+    return adapter
+
+
+def _take(config: dict[str, Any], key: str, kind: Any, folder: Path, only: Any = None) -> Any:
+    """Removes ``key`` from the config and returns it; what is left at the end is unknown."""
+    if key not in config:
+        raise AdapterError(f"{folder / CONFIG_FILE} lacks {key!r}")
+    value = config.pop(key)
+    # JSON's true is a Python int as well: a number must not be a bool.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}, which is not of the right type")
+    if only is not None and value != only:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; this version reads {only!r}")
+    return value
+
+
+def _base_model(config: dict[str, Any], folder: Path) -> BaseModel:
+    known = {f.name: f.type for f in fields(BaseModel)}
+    if set(config) != set(known):
+        raise AdapterError(f"{folder / CONFIG_FILE}: base needs exactly the keys {sorted(known)}, got {sorted(config)}")
+    values = {key: _take(config, key, int if kind == "int" else str, folder) for key, kind in known.items()}
+    return BaseModel(**values)

@@ -1,0 +1,291 @@
+"""The bundle folder: everything a device needs to run a steered decoder, and nothing else.
+
+    manifest.json                 Manifest below, with the sha256 of every other hashed file
+    model.onnx, model.onnx.data   the folded graph
+    adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
+    adapters/<name>.json          AdapterRecord below
+    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see reft_export/golden.py)
+    genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
+    lib/<platform>/               the op library, where asked for
+    tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from runtimes.adapter import BaseModel
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, BundleError, ReftError
+from runtimes.hashes import sha256_of
+from runtimes.op import OP_VERSION, EditNode
+from runtimes.positions import PositionRule
+from runtimes.records import RecordError, from_json, to_json
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+BASE_GOLDEN = "base"
+NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    name: str
+    model_type: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    context_length: int
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How the base's weights are stored. ``scheme``: weight-only. ``accuracy_level``: MatMulNBits, 4 quantizes activations too."""
+
+    scheme: str
+    bits: int
+    block_size: int
+    symmetric: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRecord:
+    layer: int
+    stream: str
+    activation: str = ""
+    activated: str = "all"
+
+    @property
+    def node(self) -> EditNode:
+        return EditNode(site=Site(layer=self.layer, stream=self.stream), activation=self.activation, activated=self.activated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """The parameter an initializer came from: ``initializer = parameter[slice]``, transposed where ``transpose``."""
+
+    parameter: str
+    transpose: bool = False
+    axis: int | None = None
+    start: int | None = None
+    stop: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    name: str
+    dtype: str
+    shape: tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input."""
+
+    schema_version: int = SCHEMA_VERSION
+    op_version: int = OP_VERSION
+    created_by: str
+    model: ModelRecord
+    precision: str
+    quantization: Quantization | None
+    exporter: str
+    opset: int
+    ir_version: int
+    logits: str
+    slots: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    nodes: tuple[NodeRecord, ...]
+    adapters: tuple[str, ...]
+    parity_budget: dict[str, float]
+    weights: dict[str, WeightSource]
+    """Initializer name in the unquantized graph -> the parameter it came from; refit and dequantized parity use only this."""
+    genai: str
+    """"supported", or why stock onnxruntime-genai cannot open this folder."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """adapters/<name>.json: what the device needs to know of an adapter besides its banks, and where it came from."""
+
+    method: str
+    rank: int
+    sites: tuple[str, ...]
+    positions: str
+    truncate: bool
+    tied: bool
+    activation: str
+    base: BaseModel
+    trained_on: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleAdapter:
+    name: str
+    file: Path
+    positions: PositionRule
+    tied: bool
+    rank: int
+    method: str
+
+
+def check_adapter_name(name: str) -> str:
+    """An adapter's name becomes a file name and a CLI value."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == BASE_GOLDEN:
+        raise AdapterError(
+            f"adapter name {name!r} cannot be used: letters, digits, '.', '_', '-', and not {BASE_GOLDEN!r}; rename its folder"
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle: its hashes were checked before anything else was read."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def graph_path(self) -> Path:
+        return self.folder / GRAPH_FILE
+
+    @property
+    def nodes(self) -> tuple[EditNode, ...]:
+        return tuple(record.node for record in self.manifest.nodes)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return self.manifest.adapters
+
+    def adapter_record(self, name: str) -> AdapterRecord:
+        if name not in self.adapter_names:
+            known = ", ".join(self.adapter_names) or "none"
+            raise BundleError(f"{self.folder} has no adapter {name!r}; it has: {known}")
+        path = self.folder / "adapters" / f"{name}.json"
+        return from_json(AdapterRecord, _read_json(path), str(path))
+
+    def adapter(self, name: str) -> BundleAdapter:
+        record = self.adapter_record(name)
+        rule = PositionRule.parse(record.positions)
+        return BundleAdapter(
+            name=name,
+            file=self.folder / "adapters" / f"{name}.onnx_adapter",
+            positions=PositionRule(
+                first=rule.first, last=rule.last, prompt=rule.prompt, everywhere=rule.everywhere, truncate=record.truncate
+            ),
+            tied=record.tied,
+            rank=record.rank,
+            method=record.method,
+        )
+
+    @property
+    def golden_names(self) -> tuple[str, ...]:
+        names = (BASE_GOLDEN, *self.adapter_names)
+        return tuple(name for name in names if f"golden/{name}.npz" in self.manifest.files)
+
+    def golden(self, name: str) -> dict[str, np.ndarray]:
+        if name not in self.golden_names:
+            raise BundleError(f"{self.folder} has no golden arrays for {name!r}; it has: {', '.join(self.golden_names) or 'none'}")
+        with np.load(self.folder / "golden" / f"{name}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the graph's files: two bundles with one digest run the same base weights."""
+        lines = [f"{p} {self.manifest.files[p].sha256}" for p in (GRAPH_FILE, DATA_FILE) if p in self.manifest.files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
+    """Reads the manifest and checks every file's size and sha256; ``verify`` hashes large files again too.
+
+    Raises BundleError for anything missing, changed, unknown or outside the folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; a bundle is the folder that `reft-export export` writes")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
+    raw = _read_json(folder / MANIFEST_FILE)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{folder / MANIFEST_FILE}: schema version {version!r}; this version reads {SCHEMA_VERSION}; export again")
+    try:
+        manifest = from_json(Manifest, raw)
+        nodes = [record.node for record in manifest.nodes]
+    except (RecordError, ReftError) as e:
+        raise BundleError(f"{folder / MANIFEST_FILE}: {e}") from None
+    if manifest.op_version != OP_VERSION:
+        raise BundleError(f"{folder}: op version {manifest.op_version}; this version runs {OP_VERSION}; export again")
+    expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
+    unlisted = sorted(expected - set(manifest.files))
+    if unlisted or len(set(nodes)) != len(nodes):
+        raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted or 'a node listed twice'}; export again")
+    for name, record in manifest.files.items():
+        _check_file(folder, name, record, verify=verify)
+    return Bundle(folder=folder, manifest=manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_HASHED)
+    files = {p.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(p), size=p.stat().st_size) for p in paths}
+    content = to_json(manifest) | {"files": to_json(files)}
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None:
+    path = folder / "adapters" / f"{check_adapter_name(name)}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+
+
+def _check_file(folder: Path, name: str, record: FileRecord, *, verify: bool) -> None:
+    relative = PurePosixPath(name)
+    path = folder / relative
+    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder / MANIFEST_FILE} names {name!r}, which leaves the bundle's folder; the bundle is refused")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; copy the bundle again")
+    size = path.stat().st_size
+    if size != record.size:
+        raise BundleError(f"{path} has {size} bytes, expected {record.size}; it is truncated or was changed; copy the bundle again")
+    if sha256_of(path, remember=not verify) != record.sha256:
+        raise BundleError(f"{path} does not match its sha256 in {MANIFEST_FILE}; it was changed or damaged; copy the bundle again")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BundleError(f"{path} cannot be read as JSON: {e}") from None

@@ -1,0 +1,155 @@
+"""Chat messages to one prompt, by the checkpoint's own Jinja template, with the same result as transformers' apply_chat_template.
+
+Templates come from downloaded checkpoints: they run in jinja2's immutable sandbox and see nothing but plain JSON data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from runtimes.errors import BundleError, InputError
+from runtimes.tokenizer import CONFIG_FILE, read_tokenizer_config, special_tokens
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """``templates`` by name; a checkpoint with one template calls it "default"."""
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ChatTemplate | None:
+        """The template of chat_template.jinja, else of tokenizer_config.json; None where the checkpoint has none."""
+        folder = Path(folder)
+        config = read_tokenizer_config(folder)
+        templates = _templates_of(config.get("chat_template"), folder / CONFIG_FILE)
+        if (folder / TEMPLATE_FILE).is_file():
+            # As in transformers: template files replace the config's template, whatever their names.
+            files = {"default": folder / TEMPLATE_FILE, **{p.stem: p for p in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}}
+            templates = {name: _read(path) for name, path in files.items()}
+        return cls(templates=templates, special_tokens=special_tokens(config)) if templates else None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation; encode it with ``add_special_tokens=False``.
+
+        ``template`` is a name; by default "tool_use" where tools are given and there is one, else "default". ``variables`` are
+        further values that the template reads, for example ``enable_thinking``. Raises InputError where the template refuses.
+        """
+        if not messages or not all(isinstance(m, Mapping) for m in messages):
+            raise InputError("a chat needs a list of messages, each an object like {\"role\": \"user\", \"content\": \"...\"}")
+        name = template or ("tool_use" if tools is not None and "tool_use" in self.templates else "default")
+        if name not in self.templates:
+            raise InputError(f"there is no chat template {name!r}; this tokenizer has: {', '.join(sorted(self.templates))}")
+        values = {
+            **self.special_tokens,
+            **(variables or {}),
+            # Many templates print None, or fail on it, where they handle an absent key.
+            "messages": [{k: v for k, v in m.items() if v is not None} for m in messages],
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return _compile(self.templates[name]).render(**_plain(values))
+        except jinja2.TemplateSyntaxError as e:
+            raise BundleError(f"chat template {name!r} cannot be read: {e.message} (line {e.lineno})") from None
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+            raise InputError(f"chat template {name!r} refuses these messages: {e}") from None
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` .. ``{% endgeneration %}`` marks assistant text for training masks; here its body renders as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A scope of its own, as transformers' call block has: what is set inside does not leak.
+        return [jinja2.nodes.Scope(body).set_lineno(line)]
+
+
+@lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own tojson escapes <, > and & for HTML, which a model has never seen."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: the sandbox does not know which methods of other objects are dangerous."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    raise InputError(f"chat messages hold JSON values only, got a {type(value).__name__}")
+
+
+def _templates_of(value: Any, path: Path) -> dict[str, str]:
+    """tokenizer_config.json stores one template, or a list of ``{"name", "template"}``."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        value = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise BundleError(f"{path}: chat_template is neither a template nor a list of named ones; copy the bundle again")
+    return value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BundleError(f"{path} cannot be read: {e}; copy the bundle again") from None

@@ -1,0 +1,321 @@
+"""The generation loop: padded batches, chunked prefill, a small sampler, stop strings and streaming.
+
+A batch is one rectangle of columns. Prompts are padded to the longest one, and every later token is one more column of all rows:
+a row's pads stay in the KV cache as columns whose mask is 0, and positions count real tokens only. So a row of a batch computes what
+it would compute alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtimes.errors import InputError, ReftError
+from runtimes.tokenizer import Detokenizer, Tokenizer, check_token_ids
+
+PAD = 0
+"""Token id under a mask of 0. Any id of the vocabulary will do; a tokenizer's own pad token may lie outside the model's."""
+
+
+class Session(Protocol):
+    """What generation, parity and bench need of a session; OrtSession is one."""
+
+    bundle: Any
+    adapter: str | None
+
+    @property
+    def takes_position_ids(self) -> bool: ...
+
+    def set_adapter(self, name: str | None) -> None: ...
+
+    def step(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, past: Any = None, prompt_length: Any = None) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is no limit."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """With a seed, a prompt's sample does not depend on the other prompts of its batch; None samples afresh."""
+    stop: tuple[str, ...] = ()
+    """A text that ends the row; it is cut off."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a row, besides the tokenizer's own."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (no limit) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "stop": (all(self.stop), "texts that are not empty"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """``text`` continues the prompt, without stop string and special tokens; ``tokens`` are all that were sampled, eos included."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    """"stop" (a stop token or text) or "length"."""
+    prompt_tokens: int
+
+
+def generate(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    on_text: Callable[[int, str], None] | None = None,
+    prefill_chunk: int | None = None,
+) -> list[Generation]:
+    """Continues every prompt; ``on_text(row, piece)`` streams, and a row's pieces join to its ``text``.
+
+    ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
+    Raises InputError for an empty prompt, and where prompt and new tokens exceed the context.
+    """
+    encoded = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    model = session.bundle.manifest.model
+    rows: list[_Row] = []
+    for i, prompt in enumerate(encoded):
+        prompt = check_token_ids(prompt, model.vocab_size, f"prompt {i}")
+        if len(prompt) + settings.max_new_tokens > model.context_length:
+            raise InputError(
+                f"prompt {i} has {len(prompt)} tokens, which with {settings.max_new_tokens} new ones exceed the context of "
+                f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
+            )
+        rows.append(_Row(i, prompt, sum(r.prompt == prompt for r in rows), tokenizer, settings, on_text))
+    for group in batches([row.prompt for row in rows], padding_of(session)):
+        _generate_batch(session, [rows[i] for i in group], settings.max_new_tokens, prefill_chunk)
+    return [row.result() for row in rows]
+
+
+def _generate_batch(session: Session, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
+    batch = DecodeBatch(session, [row.prompt for row in rows])
+    logits = batch.prefill(prefill_chunk)
+    for step in range(count):
+        for row, row_logits in zip(rows, logits, strict=True):
+            if not row.finished:
+                row.push(row_logits)
+        if step == count - 1 or all(row.finished for row in rows):
+            break
+        logits = batch.append([None if row.finished else row.tokens[-1] for row in rows])
+    for row in rows:
+        row.finish("length")
+
+
+def padding_of(session: Session) -> str:
+    """How rows of unequal length share a batch: "right", "left" (only the last column has logits), or "none" (they do not).
+
+    A graph without position_ids counts columns, or compacts rows by their token count, and pads would move its positions.
+    """
+    if not session.takes_position_ids:
+        return "none"
+    return "left" if session.bundle.manifest.logits == "last" else "right"
+
+
+def batches(prompts: Sequence[Sequence[int]], padding: str) -> list[list[int]]:
+    """Row numbers of each batch: one batch, or without padding one per prompt length."""
+    if padding != "none":
+        return [list(range(len(prompts)))] if prompts else []
+    lengths = sorted({len(p) for p in prompts})
+    return [[i for i, p in enumerate(prompts) if len(p) == n] for n in lengths]
+
+
+def columns(session: Session, ids: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, widths: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call."""
+    past, start = None, 0
+    for width in widths:
+        stop = start + width
+        output = session.step(ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length)
+        yield start, output
+        past, start = output.past, stop
+
+
+class DecodeBatch:
+    """Prompts decoded together, one column per call after the prefill. Both calls return the next token's logits, [B, V]."""
+
+    def __init__(self, session: Session, prompts: Sequence[Sequence[int]]) -> None:
+        self._session = session
+        self._left = padding_of(session) == "left"
+        self.prompt_length = np.array([len(p) for p in prompts], np.int64)
+        width = int(self.prompt_length.max())
+        self._ids = np.full((len(prompts), width), PAD, np.int64)
+        self._mask = np.zeros((len(prompts), width), np.int64)
+        for row, prompt in enumerate(prompts):
+            place = slice(width - len(prompt), None) if self._left else slice(len(prompt))
+            self._ids[row, place], self._mask[row, place] = prompt, 1
+        self._past: Any = None
+
+    def prefill(self, chunk: int | None = None) -> np.ndarray:
+        width = self._ids.shape[1]
+        if chunk is not None and chunk < 1:
+            raise InputError(f"prefill chunk is {chunk}, expected at least 1 column per call")
+        widths = [width] if chunk is None else [min(chunk, width - start) for start in range(0, width, chunk)]
+        last = np.full_like(self.prompt_length, width - 1) if self._left else self.prompt_length - 1
+        rows: dict[int, np.ndarray] = {}
+        for start, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths):
+            self._past = output.past
+            for row in np.flatnonzero((last >= start) & (last < output.past.width)):
+                only_last = output.logits.shape[1] == 1
+                rows[row] = output.logits[row, 0 if only_last else last[row] - start].copy()
+        return np.stack([rows[row] for row in range(len(last))])
+
+    def append(self, tokens: Sequence[int | None]) -> np.ndarray:
+        """One more column; None is a row that has ended: a pad, with mask 0."""
+        column = np.array([[PAD if t is None else t] for t in tokens], np.int64)
+        live = np.array([[t is not None] for t in tokens], np.int64)
+        self._mask = np.concatenate([self._mask, live], 1)
+        output = self._session.step(column, self._mask, past=self._past)
+        self._past = output.past
+        return output.logits[:, -1]
+
+
+def greedy_tokens(session: Session, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """[B, count]: the likeliest continuation of each prompt, going on after eos."""
+    tokens = np.zeros((len(prompts), count), np.int64)
+    for group in batches(prompts, padding_of(session)):
+        batch = DecodeBatch(session, [prompts[i] for i in group])
+        logits = batch.prefill()
+        for step in range(count):
+            tokens[group, step] = logits.argmax(1)
+            if step < count - 1:
+                logits = batch.append(list(tokens[group, step]))
+    return tokens
+
+
+def probabilities(logits: np.ndarray, settings: GenerationSettings, seen: Sequence[int] = ()) -> np.ndarray:
+    """softmax(logits [V] / temperature) over the tokens that top_k and top_p leave; float64 [V].
+
+    ``seen`` tokens have positive logits divided and negative ones multiplied by the repetition penalty first. The order is that of
+    transformers: penalty, temperature, top_k, top_p. Raises ReftError for logits that are not numbers.
+    """
+    scores = penalized(logits, settings, seen) / settings.temperature
+    if settings.top_k and settings.top_k < scores.size:
+        scores = np.where(scores < np.partition(scores, -settings.top_k)[-settings.top_k], -np.inf, scores)
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    if settings.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        # The token that crosses top_p still belongs to the set, and so does the likeliest one.
+        before = np.cumsum(weights[order]) - weights[order]
+        weights[order[before >= settings.top_p]] = 0
+        weights /= weights.sum()
+    return weights
+
+
+def penalized(logits: np.ndarray, settings: GenerationSettings, seen: Sequence[int]) -> np.ndarray:
+    scores = np.asarray(logits, np.float64)
+    if np.isnan(scores).any() or not np.isfinite(scores.max()):
+        raise ReftError("the model's logits are not finite; check the bundle with `reft-export parity`")
+    if settings.repetition_penalty != 1 and len(seen):
+        scores, index = scores.copy(), np.unique(seen)
+        scores[index] *= np.where(scores[index] > 0, 1 / settings.repetition_penalty, settings.repetition_penalty)
+    return scores
+
+
+class StopFilter:
+    """Holds back text that may be the start of a stop string, and cuts it off when it is one.
+
+    The stop string that ends first wins, the longest of those: the result does not depend on how the text was split.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        text = self._held + piece
+        found = [(text.find(s) + len(s), text.find(s)) for s in self._stop if s in text]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+class _Row:
+    """One prompt while it is continued. ``repeat`` counts the same prompt's earlier rows, so that each gets its own sample."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: list[int],
+        repeat: int,
+        tokenizer: Tokenizer,
+        settings: GenerationSettings,
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.finished = ""
+        self._number = number
+        self._settings = settings
+        self._stop_ids = tokenizer.stop_token_ids | set(settings.stop_token_ids)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._filter = StopFilter(settings.stop)
+        self._on_text = on_text
+        self._pieces: list[str] = []
+        self._random = np.random.default_rng(None if settings.seed is None else [settings.seed, repeat, *prompt])
+
+    def push(self, logits: np.ndarray) -> None:
+        """Chooses the next token and gives out the text it completes."""
+        token = self._choose(logits)
+        self.tokens.append(token)
+        if token in self._stop_ids:
+            self.finish("stop")
+            return
+        self._give(self._filter.push(self._detokenizer.push(token)))
+        if self._filter.stopped:
+            self.finished = "stop"
+
+    def finish(self, reason: str) -> None:
+        """Ends the row, once; held-back text is given out, as it turned out to be no stop string."""
+        if self.finished:
+            return
+        self.finished = reason
+        self._give(self._filter.push(self._detokenizer.finish()))
+        if self._filter.stopped:
+            self.finished = "stop"
+        self._give(self._filter.finish())
+
+    def result(self) -> Generation:
+        return Generation(
+            text="".join(self._pieces), tokens=tuple(self.tokens), finish_reason=self.finished, prompt_tokens=len(self.prompt)
+        )
+
+    def _choose(self, logits: np.ndarray) -> int:
+        seen = [*self.prompt, *self.tokens]
+        if self._settings.temperature == 0:
+            return int(penalized(logits, self._settings, seen).argmax())
+        cumulative = np.cumsum(probabilities(logits, self._settings, seen))
+        return int(np.searchsorted(cumulative / cumulative[-1], self._random.random(), side="right"))
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            if self._on_text is not None:
+                self._on_text(self._number, text)

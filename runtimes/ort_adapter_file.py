@@ -1,0 +1,31 @@
+"""Writes ``.onnx_adapter``: onnxruntime's own adapter container, which stock onnxruntime and onnxruntime-genai hot-swap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+BFLOAT16 = 16
+"""ONNX TensorProto.BFLOAT16."""
+
+
+def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes ``tensors`` (float32, float16, bfloat16 or int64, rank >= 1) to ``path``."""
+    import onnxruntime as ort
+
+    # AdapterFormat keeps pointers, not copies: arrays freed before export_adapter become garbage in the file.
+    alive = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    values = {}
+    for name, array in alive.items():
+        if array.dtype.name == "bfloat16":
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+        else:
+            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+    container = ort.AdapterFormat()
+    container.set_adapter_version(1)
+    container.set_model_version(1)
+    container.set_parameters(values)
+    container.export_adapter(str(path))
+    del values, alive

@@ -1,0 +1,301 @@
+"""Runs a bundle in onnxruntime: one session, adapters swapped per run, the KV cache kept as OrtValues."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from runtimes.bundle import Bundle, BundleAdapter
+from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError
+from runtimes.native_library import find_op_library, library_name
+from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
+from runtimes.positions import slots
+
+try:
+    import onnxruntime as ort
+except ImportError:
+    raise BackendUnavailable("onnxruntime is not installed; pip install onnxruntime (or onnxruntime-gpu, never both)") from None
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+INSTALL = {
+    "cpu": "pip install onnxruntime",
+    "cuda": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    "tensorrt": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
+}
+DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+}
+BFLOAT16 = 16
+"""ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
+ERRORS_ONLY = 3
+"""onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Past:
+    """The KV cache after some steps. ``width``: columns so far, pads included; ``prompt_length`` [B] as given at the first step."""
+
+    values: Mapping[str, ort.OrtValue]
+    width: int
+    prompt_length: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepOutput:
+    """``logits`` float32 [B, S, V], or [B, 1, V] (the last column) in a bundle made with ``--logits last``."""
+
+    logits: np.ndarray
+    past: Past
+
+
+class OrtSession:
+    """One onnxruntime session over a bundle's graph.
+
+    ``kernel``: "fused" (the op library; BackendUnavailable without one), "function" (the body in the graph), None: fused where
+    a library is found. ``library`` names one; by default the installed package's own. ``threads``: None leaves it to onnxruntime.
+
+    Raises BackendUnavailable for a provider, library or onnxruntime version that is not here, GraphError for a graph that does
+    not load.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        adapter: str | None = None,
+        library: Path | None = None,
+        kernel: Literal["fused", "function"] | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.provider = provider
+        self.threads = threads
+        self.library = _library(kernel, library)
+        self.adapter: str | None = None
+        self._session = _load(bundle, provider, threads, self.library)
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._cache_inputs = [name for name in self._inputs if name.startswith("past_key_values.")]
+        _check_contract(bundle, self._inputs, self._outputs)
+        self._takes_prompt_length = PROMPT_LENGTH in (i.name for i in self._session.get_overridable_initializers())
+        # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
+        # adapter without a word: there the adapter's tensors are bound as inputs.
+        self._bound = provider != "cpu"
+        self._device = "cpu" if provider == "cpu" else "cuda"
+        self._adapters: dict[str, ort.LoraAdapter | ort.AdapterFormat] = {}
+        self._run_options = ort.RunOptions()
+        self._binding: ort.IOBinding | None = None
+        self._placement: BundleAdapter | None = None
+        self.set_adapter(adapter)
+
+    @property
+    def kernel(self) -> str:
+        return "fused" if self.library else "function"
+
+    @property
+    def takes_position_ids(self) -> bool:
+        """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
+        return "position_ids" in self._inputs
+
+    def set_adapter(self, name: str | None) -> None:
+        """Every later step is steered by this adapter of the bundle; None is the base. Loads each adapter once.
+
+        A KV cache belongs to the adapter it was computed with: start a new one after a swap.
+        """
+        self._placement = None if name is None else self.bundle.adapter(name)
+        if name is not None and name not in self._adapters:
+            self._adapters[name] = _read_adapter(self._placement.file, as_tensors=self._bound)
+        self._run_options = ort.RunOptions()
+        self._binding = self._session.io_binding() if self._bound else None
+        if name is not None and self._bound:
+            for bank, value in self._adapters[name].get_parameters().items():
+                self._binding.bind_ortvalue_input(bank, value)
+        elif name is not None:
+            self._run_options.add_active_adapter(self._adapters[name])
+        self.adapter = name
+
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        *,
+        past: Past | None = None,
+        prompt_length: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+    ) -> StepOutput:
+        """Logits of S new tokens after ``past``. input_ids [B, S]; attention_mask [B, past width + S], 1 real, 0 pad.
+
+        ``prompt_length`` [B]: tokens of each row's whole prompt; needed at the first step where the prompt comes in several, and
+        remembered in ``past``. Without it all of the first step is prompt. ``position_ids`` [B, S]: by default a token's rank among
+        its row's real tokens. Raises InputError for shapes, token ids or lengths that do not fit.
+        """
+        ids, mask = np.asarray(input_ids, np.int64), np.asarray(attention_mask, np.int64)
+        self._check(ids, mask, past)
+        batch, width = ids.shape
+        if prompt_length is None:
+            prompt_length = mask.sum(1) if past is None else past.prompt_length
+        prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if self.takes_position_ids:
+            ranks = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -width:] if position_ids is None else position_ids
+            arrays["position_ids"] = np.asarray(ranks, np.int64)
+        if self._takes_prompt_length:
+            arrays[PROMPT_LENGTH] = prompt_length
+        if SLOT_INPUT in self._inputs:
+            rule, tied = (None, True) if self._placement is None else (self._placement.positions, self._placement.tied)
+            arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        feeds |= self._empty_past(batch) if past is None else past.values
+        outputs = self._run(feeds)
+        cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
+        new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
+        return StepOutput(logits=to_float32(outputs["logits"]), past=new_past)
+
+    def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        if self._binding is None:
+            values = self._session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
+        else:
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
+            self._session.run_with_iobinding(self._binding)
+            values = self._binding.get_outputs()
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
+        return {name: _empty(self._inputs[name], batch) for name in self._cache_inputs}
+
+    def _check(self, ids: np.ndarray, mask: np.ndarray, past: Past | None) -> None:
+        model = self.bundle.manifest.model
+        before = 0 if past is None else past.width
+        if ids.ndim != 2 or ids.size == 0 or mask.shape != (ids.shape[0], before + ids.shape[1]):
+            raise InputError(
+                f"a step takes input_ids [B, S] and attention_mask [B, {before} + S] (past + new tokens); "
+                f"got {list(ids.shape)} and {list(mask.shape)}"
+            )
+        if ids.min() < 0 or ids.max() >= model.vocab_size:
+            raise InputError(f"token ids reach from {ids.min()} to {ids.max()}; {model.name} has {model.vocab_size}, from 0")
+        # Pads are columns of the cache but no positions of the model, where the graph is told the positions.
+        longest = int(mask.sum(1).max()) if self.takes_position_ids else mask.shape[1]
+        if longest > model.context_length:
+            raise InputError(
+                f"{longest} tokens do not fit the context of {model.name} ({model.context_length}); shorten the prompt or generate fewer"
+            )
+
+
+def _library(kernel: str | None, library: Path | None) -> Path | None:
+    if kernel not in (None, "fused", "function"):
+        raise InputError(f"kernel {kernel!r} is unknown; known: fused, function")
+    if kernel == "function":
+        if library is not None:
+            raise InputError(f"kernel 'function' runs without a library; leave out {library} or ask for the fused kernel")
+        return None
+    found = find_op_library() if library is None else Path(library)
+    if library is not None and not found.is_file():
+        raise BackendUnavailable(f"op library {found} does not exist; leave it out to use the function in the graph")
+    if kernel == "fused" and found is None:
+        raise BackendUnavailable(
+            f"the fused kernel needs {library_name()}, which this installation does not have; install a C++17 compiler and "
+            "reinstall reft-export, or use the function kernel"
+        )
+    return found
+
+
+def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None) -> ort.InferenceSession:
+    if provider not in PROVIDERS:
+        raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
+    wanted = PROVIDERS[provider][0]
+    if wanted not in ort.get_available_providers():
+        raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"{threads} threads; at least one is needed")
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as e:  # onnxruntime's own exceptions share no base
+            raise BackendUnavailable(
+                f"op library {library} does not load in onnxruntime {ort.__version__}: {_last_line(e)}; use the function kernel"
+            ) from None
+    try:
+        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]))
+    except Exception as e:
+        if type(e).__name__ == "NotImplemented" and provider == "cpu" and bundle.manifest.precision == "bf16":
+            raise BackendUnavailable(
+                f"onnxruntime's CPU provider has no bfloat16 MatMul, which {bundle.graph_path} needs; run it on cuda, or export fp32"
+            ) from None
+        raise GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(e)}") from None
+    session.disable_fallback()
+    # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
+    if session.get_providers()[0] != wanted:
+        raise BackendUnavailable(
+            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+        )
+    return session
+
+
+def _read_adapter(file: Path, *, as_tensors: bool) -> ort.LoraAdapter | ort.AdapterFormat:
+    if not hasattr(ort, "LoraAdapter"):
+        raise BackendUnavailable(f"onnxruntime {ort.__version__} cannot load adapters; pip install 'onnxruntime>=1.20'")
+    try:
+        if as_tensors:
+            return ort.AdapterFormat.read_adapter(str(file))
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(file))
+        return adapter
+    except RuntimeError as e:
+        raise BundleError(f"{file} cannot be loaded as an adapter: {_last_line(e)}; export the bundle again") from None
+
+
+def _check_contract(bundle: Bundle, inputs: Mapping[str, ort.NodeArg], outputs: list[str]) -> None:
+    ours = {"input_ids", "attention_mask", "position_ids", SLOT_INPUT}
+    unknown = sorted(n for n in inputs if n not in ours and not n.startswith("past_key_values."))
+    presents = {n.replace("past_key_values.", "present.", 1) for n in inputs if n.startswith("past_key_values.")}
+    missing = sorted(({"input_ids", "attention_mask"} - set(inputs)) | (({"logits"} | presents) - set(outputs)))
+    if unknown or missing:
+        raise GraphError(
+            f"{bundle.graph_path} is not a decoder with a KV cache as this runtime knows it: unknown inputs {unknown}, missing {missing}"
+        )
+
+
+def _empty(node: ort.NodeArg, batch: int) -> ort.OrtValue:
+    """A cache of no tokens, [B, heads, 0, dim]: heads and dim are the graph's."""
+    shape = [batch, node.shape[1], 0, node.shape[3]] if len(node.shape) == 4 else []
+    if not all(isinstance(n, int) for n in shape) or not shape or node.type not in DTYPES:
+        raise GraphError(f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed")
+    dtype = DTYPES[node.type]
+    element = BFLOAT16 if dtype == ml_dtypes.bfloat16 else dtype
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, element)
+
+
+def to_float32(value: ort.OrtValue) -> np.ndarray:
+    """A tensor in host memory as float32; float32 is not copied."""
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy(), np.float32)
+    # numpy() refuses bfloat16: read the two-byte words and let ml_dtypes interpret them.
+    shape = value.shape()
+    words = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
+    return np.frombuffer(words, np.uint16).view(ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,397 @@
+"""Does the device say what the eager model said? Figures, budgets, and the check of a bundle against its golden arrays.
+
+Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
+
+    input_ids, attention_mask  int64 [B, S]   prompts with their greedy continuations, right padded
+    prompt_length              int64 [B]
+    logit_positions            int64 [K, 2]   (row, column) of the recorded logits
+    logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
+    greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import BASE_GOLDEN, Bundle, Manifest
+from runtimes.errors import BundleError, InputError, ParityError
+from runtimes.generate import Session, columns, greedy_tokens, padding_of
+from runtimes.records import RecordError, from_json, to_json
+
+TIE = 1e-6
+"""Two reference logits closer than this, relative to the largest |logit|, are no preference that float32 could keep."""
+
+WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
+"""Schemes that leave activations in the graph's float type; all others quantize them too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """``max_abs``; ``max_relative`` = max_abs / max |reference|; ``kl`` mean KL(reference || candidate) in nats; ``top1`` agreement.
+
+    ``greedy_equal``: None where no tokens were generated. A candidate that is not finite has infinite errors, and top1 0.
+    """
+
+    max_abs: float
+    max_relative: float
+    kl: float
+    top1: float
+    greedy_equal: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What became of the steering: (steered - base) on the device against the reference's, over all compared logits."""
+
+    cosine: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """``logits``: highest max_relative; ``top1``: lowest agreement; ``delta``: lowest delta cosine. All are inclusive."""
+
+    name: str
+    logits: float
+    top1: float
+    delta: float
+
+
+BUDGETS = {
+    b.name: b
+    for b in (
+        Budget(name="fp32", logits=2e-5, top1=1.0, delta=0.99999),
+        Budget(name="fp16", logits=1e-2, top1=0.99, delta=0.999),
+        Budget(name="bf16", logits=5e-2, top1=0.97, delta=0.99),
+        Budget(name="weight-only int8", logits=1e-4, top1=1.0, delta=0.99),
+        Budget(name="weight-only int4", logits=1e-4, top1=1.0, delta=0.90),
+        Budget(name="activation-quantized", logits=2e-2, top1=0.98, delta=0.90),
+    )
+}
+"""The design's table. It is changed there first, with a reason, and never to fit a result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One comparison: ``name`` against ``against``. ``delta`` where steering was compared too."""
+
+    name: str
+    against: str
+    figures: Figures
+    delta: Delta | None
+    budget: Budget
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    rungs: tuple[Rung, ...]
+
+    HEADER = ("rung", "against", "max abs", "relative", "KL", "top-1", "greedy", "delta cos", "delta norm", "budget", "result", "note")
+
+    @property
+    def passed(self) -> bool:
+        """A report without a single comparison proves nothing and does not pass."""
+        return bool(self.rungs) and all(rung.passed for rung in self.rungs)
+
+    def require(self) -> None:
+        """Raises ParityError, which carries the report, when a budget was missed."""
+        missed = [rung for rung in self.rungs if not rung.passed]
+        if not self.passed:
+            first = f"{missed[0].name} against {missed[0].against}: {_shortfall(missed[0])}" if missed else "nothing was compared"
+            raise ParityError(f"{len(missed)} of {len(self.rungs)} comparisons miss their budget; {first}", self)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of texts per rung, under ``HEADER``."""
+        return [_table_row(rung) for rung in self.rungs]
+
+    def to_json(self) -> str:
+        return json.dumps({"passed": self.passed, "rungs": _encode(to_json(self.rungs))}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ParityReport:
+        """Raises InputError for a text that ``to_json`` did not write."""
+        try:
+            content = json.loads(text)
+            return cls(rungs=from_json(tuple[Rung, ...], _decode(content["rungs"]), "rungs"))
+        except (ValueError, KeyError, TypeError, RecordError) as e:
+            raise InputError(f"not a parity report: {e}") from None
+
+
+def compare(candidate: np.ndarray, reference: np.ndarray) -> Figures:
+    """Figures of candidate logits [K, V] against reference logits [K, V], in float64.
+
+    A row agrees on top-1 when the candidate's likeliest token is one of the reference's: its reference logit is the best one, or
+    within TIE of it. The candidate gets no such grace of its own: only the reference's indifference excuses another choice.
+    """
+    if candidate.shape != reference.shape or reference.ndim != 2 or not reference.size:
+        raise InputError(f"logits to compare are [K, V] alike and not empty; got {list(candidate.shape)} and {list(reference.shape)}")
+    x, y = np.asarray(candidate, np.float64), np.asarray(reference, np.float64)
+    if not np.isfinite(y).all():
+        raise InputError("the reference logits are not finite; record them again")
+    if not np.isfinite(x).all():
+        return Figures(max_abs=np.inf, max_relative=np.inf, kl=np.inf, top1=0.0)
+    scale = float(np.abs(y).max())
+    max_abs = float(np.abs(x - y).max())
+    log_p, log_q = _log_softmax(y), _log_softmax(x)
+    chosen = y[np.arange(len(y)), x.argmax(1)]
+    return Figures(
+        max_abs=max_abs,
+        max_relative=max_abs / scale if scale else (np.inf if max_abs else 0.0),
+        kl=max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())),
+        top1=float((chosen >= y.max(1) - TIE * scale).mean()),
+    )
+
+
+def compare_deltas(steered: np.ndarray, base: np.ndarray, reference_steered: np.ndarray, reference_base: np.ndarray) -> Delta:
+    """cosine and norm ratio of d = steered - base against the reference's, over all [K, V] values as one vector, in float64.
+
+    Where neither moves anything, steering is preserved (1, 1); where only one does, the cosine is 0.
+    """
+    d = (np.asarray(steered, np.float64) - base).ravel()
+    r = (np.asarray(reference_steered, np.float64) - reference_base).ravel()
+    if not np.isfinite(d).all():
+        return Delta(cosine=0.0, norm_ratio=np.inf)
+    norm_d, norm_r = float(np.linalg.norm(d)), float(np.linalg.norm(r))
+    if not norm_d and not norm_r:
+        return Delta(cosine=1.0, norm_ratio=1.0)
+    if not norm_d or not norm_r:
+        return Delta(cosine=0.0, norm_ratio=np.inf if norm_d else 0.0)
+    return Delta(cosine=float(d @ r / (norm_d * norm_r)), norm_ratio=norm_d / norm_r)
+
+
+def budget_for(manifest: Manifest) -> Budget:
+    """The row of the table that a bundle is held to on a device.
+
+    Accuracy level 4 quantizes activations inside MatMulNBits, so it is held to that row. Where a half-precision graph holds
+    quantized weights, both rows apply and the wider bound of each figure counts.
+    """
+    q = manifest.quantization
+    if q is None:
+        return BUDGETS[manifest.precision]
+    activations = q.scheme not in WEIGHT_ONLY_SCHEMES or q.accuracy_level == 4
+    row = BUDGETS["activation-quantized" if activations else f"weight-only int{q.bits}"]
+    if manifest.precision == "fp32":
+        return row
+    return _wider(row, BUDGETS[manifest.precision])
+
+
+def judge(
+    name: str, against: str, figures: Figures, budget: Budget, *, delta: Delta | None = None, note: str = ""
+) -> Rung:
+    """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom."""
+    passed = (
+        figures.max_relative <= budget.logits
+        and figures.top1 >= budget.top1
+        and (delta is None or delta.cosine >= budget.delta)
+        and (figures.greedy_equal is not False or budget.top1 < 1)
+    )
+    return Rung(name=name, against=against, figures=figures, delta=delta, budget=budget, passed=passed, note=note)
+
+
+def check_golden(bundle: Bundle, session: Session) -> ParityReport:
+    """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
+
+    For each: a full forward (for adapters with delta parity), greedy tokens, and cache continuity: prefill and decode steps, chunked
+    prefill, left and right padding, single rows, all against the same eager full forward. Leaves the session's adapter as it was.
+    Raises BundleError where there are no golden arrays.
+    """
+    if not bundle.golden_names:
+        raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model")
+    budget, active = budget_for(bundle.manifest), session.adapter
+    rungs: list[Rung] = []
+    try:
+        for name in bundle.golden_names:
+            rungs += _check_one(session, _Golden.read(bundle, name), budget)
+    finally:
+        session.set_adapter(active)
+    return ParityReport(rungs=tuple(rungs))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Golden:
+    name: str
+    rows: list[np.ndarray]
+    """The real tokens of each row."""
+    prompt_length: np.ndarray
+    positions: np.ndarray
+    logits: np.ndarray
+    base_logits: np.ndarray | None
+    greedy: np.ndarray
+
+    @classmethod
+    def read(cls, bundle: Bundle, name: str) -> _Golden:
+        arrays = bundle.golden(name)
+        wanted = ["input_ids", "attention_mask", "prompt_length", "logit_positions", "logits", "greedy_tokens"]
+        missing = sorted({*wanted, *(() if name == BASE_GOLDEN else ("base_logits",))} - set(arrays))
+        if missing:
+            raise BundleError(f"{bundle.folder}/golden/{name}.npz lacks {missing}; export the bundle again")
+        ids, mask = arrays["input_ids"], arrays["attention_mask"]
+        return cls(
+            name=name,
+            rows=[row[real > 0] for row, real in zip(ids, mask, strict=True)],
+            prompt_length=arrays["prompt_length"],
+            positions=arrays["logit_positions"],
+            logits=arrays["logits"],
+            base_logits=arrays.get("base_logits"),
+            greedy=arrays["greedy_tokens"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Feed:
+    """One way to bring the golden tokens into the session. ``columns``: the column of every token of each row."""
+
+    columns: tuple[np.ndarray, ...]
+    widths: tuple[int, ...]
+    """Columns per call."""
+
+
+def _feed(lengths: Sequence[int], prompt: Sequence[int], *, side: str, pads: int = 0, chunk: int | None = None, decode: bool = False) -> _Feed:
+    """Prompts padded to one width (plus ``pads``) on ``side``, continuations after it. "none": continuations follow directly.
+
+    ``chunk`` columns per call, or with ``decode`` the prompts at once and then one column per call, or all at once.
+    """
+    width = max(prompt) + pads
+    shift = [{"none": 0, "right": width - p, "left": 0}[side] for p in prompt]
+    start = [width - p if side == "left" else 0 for p in prompt]
+    places = tuple(
+        np.arange(n) + s + np.where(np.arange(n) < p, 0, gap) for n, p, s, gap in zip(lengths, prompt, start, shift, strict=True)
+    )
+    total = max(int(place[-1]) + 1 for place in places)
+    if decode:
+        return _Feed(columns=places, widths=(width, *[1] * (total - width)))
+    size = chunk or total
+    return _Feed(columns=places, widths=tuple(min(size, total - at) for at in range(0, total, size)))
+
+
+def _run(session: Session, golden: _Golden, feed: _Feed, chosen: Sequence[int]) -> dict[int, np.ndarray]:
+    """Logits of the golden positions that exist, by their index: a graph with the last logits only has one column per call."""
+    ids = np.zeros((len(chosen), sum(feed.widths)), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(chosen):
+        ids[i, feed.columns[i]], mask[i, feed.columns[i]] = golden.rows[row], 1
+    wanted = {k: (chosen.index(r), feed.columns[chosen.index(r)][c]) for k, (r, c) in enumerate(golden.positions) if r in chosen}
+    logits: dict[int, np.ndarray] = {}
+    for start, output in columns(session, ids, mask, golden.prompt_length[list(chosen)], feed.widths):
+        first = output.past.width - output.logits.shape[1]
+        for k, (row, column) in wanted.items():
+            if max(start, first) <= column < output.past.width:
+                logits[k] = output.logits[row, column - first].copy()
+    return logits
+
+
+def _run_all(session: Session, golden: _Golden, *, alone: bool = False, **layout: Any) -> dict[int, np.ndarray]:
+    groups = [[row] for row in range(len(golden.rows))] if alone else [list(range(len(golden.rows)))]
+    logits: dict[int, np.ndarray] = {}
+    for chosen in groups:
+        feed = _feed([len(golden.rows[r]) for r in chosen], [int(golden.prompt_length[r]) for r in chosen], **layout)
+        logits |= _run(session, golden, feed, chosen)
+    return logits
+
+
+def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
+    """All rungs of the base or of one adapter, the full forward first."""
+    padding = padding_of(session)
+    only_last = session.bundle.manifest.logits == "last"
+    third = -(-int(golden.prompt_length.max()) // 3)
+    alone = padding == "none"
+    first = {"token by token": dict(side="none", chunk=1, alone=alone)} if only_last else {"full forward": dict(side="none")}
+    others: dict[str, dict[str, Any]] = {
+        "prefill and decode": dict(side="left" if only_last else "right", decode=True, alone=alone),
+        "chunked prefill": dict(side="left" if only_last else "right", chunk=third, alone=alone),
+        "single rows": dict(side="none", alone=True),
+    }
+    if not alone:
+        others["left padding"] = dict(side="left", pads=2, decode=only_last)
+        others["right padding"] = dict(side="right", pads=2, chunk=1 if only_last else None)
+    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
+    figures, delta, note = _first_figures(session, golden, next(iter(first.values())))
+    rungs = [judge(f"{golden.name}: {next(iter(first))}", "eager", figures, budget, delta=delta, note=note)]
+    for name, layout in others.items():
+        logits = _run_all(session, golden, **layout)
+        if logits:
+            found = sorted(logits)
+            note = "" if len(found) == len(golden.logits) else f"{len(found)} of {len(golden.logits)} positions have logits"
+            figures = compare(np.stack([logits[k] for k in found]), golden.logits[found])
+            rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, note=note))
+    return rungs
+
+
+def _first_figures(session: Session, golden: _Golden, layout: dict[str, Any]) -> tuple[Figures, Delta | None, str]:
+    """The full forward's figures with greedy tokens, and for an adapter what became of its steering."""
+    every = range(len(golden.logits))
+    logits = _run_all(session, golden, **layout)
+    candidate = np.stack([logits[k] for k in every])
+    delta = None
+    greedy = greedy_tokens(session, [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)], golden.greedy.shape[1])
+    differs = np.argwhere((greedy != golden.greedy) & (golden.greedy >= 0))
+    note = f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
+    figures = compare(candidate, golden.logits)
+    if golden.base_logits is not None and golden.name != BASE_GOLDEN:
+        session.set_adapter(None)
+        base = _run_all(session, golden, **layout)
+        session.set_adapter(golden.name)
+        delta = compare_deltas(candidate, np.stack([base[k] for k in every]), golden.logits, golden.base_logits)
+    return Figures(**{**to_json(figures), "greedy_equal": not len(differs)}), delta, note
+
+
+def _wider(a: Budget, b: Budget) -> Budget:
+    return Budget(name=f"{a.name}, {b.name}", logits=max(a.logits, b.logits), top1=min(a.top1, b.top1), delta=min(a.delta, b.delta))
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def _shortfall(rung: Rung) -> str:
+    f, b = rung.figures, rung.budget
+    if f.max_relative > b.logits:
+        return f"relative logit error {f.max_relative:.2g}, budget {b.logits:g} ({b.name})"
+    if f.top1 < b.top1:
+        return f"top-1 agreement {f.top1:.4f}, budget {b.top1:g} ({b.name})"
+    if rung.delta is not None and rung.delta.cosine < b.delta:
+        return f"delta cosine {rung.delta.cosine:.5f}, budget {b.delta:g} ({b.name})"
+    return rung.note
+
+
+def _table_row(rung: Rung) -> tuple[str, ...]:
+    f, d = rung.figures, rung.delta
+    return (
+        rung.name,
+        rung.against,
+        f"{f.max_abs:.1e}",
+        f"{f.max_relative:.1e}",
+        f"{f.kl:.1e}",
+        f"{f.top1:.4f}",
+        "" if f.greedy_equal is None else "equal" if f.greedy_equal else "differ",
+        "" if d is None else f"{d.cosine:.6f}",
+        "" if d is None else f"{d.norm_ratio:.4f}",
+        rung.budget.name,
+        "pass" if rung.passed else "FAIL",
+        rung.note,
+    )
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {k: _encode(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    return "inf" if value == np.inf else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _decode(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    return np.inf if value == "inf" else value

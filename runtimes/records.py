@@ -1,0 +1,69 @@
+"""Frozen dataclasses to JSON and back, strictly: a missing, unknown or wrongly typed key is an error that names its place."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """What is wrong with a record and where in the file; the reader of the file turns it into its own error class."""
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass as JSON-ready dicts, lists and scalars."""
+    if is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(kind: type[T], value: Any, where: str = "") -> T:
+    """``value`` as ``kind``: a dataclass, scalar, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Any.
+
+    Keys with a default may be absent; unknown keys raise RecordError.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None  # type: ignore[return-value]
+        return from_json(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        return tuple(from_json(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(_typed(list, value, where)))  # type: ignore[return-value]
+    if origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):
+        return {k: from_json(arguments[1], v, f"{where}.{k}") for k, v in _typed(dict, value, where).items()}  # type: ignore[return-value]
+    if is_dataclass(kind):
+        return _record(kind, _typed(dict, value, where), where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)  # type: ignore[return-value]
+    return _typed(kind, value, where)
+
+
+def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    prefix = f"{where}: " if where else ""
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise RecordError(f"{prefix}unknown keys {unknown}; it was written by a newer version or edited by hand")
+    missing = [n for n, f in known.items() if n not in value and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise RecordError(f"{prefix}lacks {missing}")
+    return kind(**{n: from_json(hints[n], v, f"{where}.{n}" if where else n) for n, v in value.items()})
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    # JSON's true is a Python int as well: a number must not be a bool.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecordError(f"{where or 'value'} is {value!r}, expected {kind.__name__}")
+    return value

@@ -1,0 +1,188 @@
+"""Text to tokens and back with the bundle's own ``tokenizer.json``; nothing here tokenizes by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from runtimes.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from runtimes.bundle import ModelRecord
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+
+REPLACEMENT = "\ufffd"
+"""What a decoder shows for bytes that are not (yet) a character."""
+
+CONTEXT_TOKENS = 8
+"""Prompt tokens a detokenizer looks back at: decoders strip the space before their first token only."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """``stop_token_ids`` end a generation: those of generation_config.json and of the manifest, else the tokenizer's own eos."""
+
+    backend: tokenizers.Tokenizer
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    stop_token_ids: frozenset[int]
+    special_token_ids: frozenset[int]
+
+    @classmethod
+    def load(cls, folder: Path | str, model: ModelRecord | None = None) -> Tokenizer:
+        """Reads tokenizer.json, and where present tokenizer_config.json and generation_config.json.
+
+        ``model`` is the manifest's record; it fills in what the files do not say. Raises BundleError naming the file.
+        """
+        folder = Path(folder)
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; copy the bundle again, or export it from a checkpoint with a fast tokenizer")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise BundleError(f"{path} cannot be read by tokenizers {tokenizers.__version__}: {e}; copy the bundle again") from None
+        backend.no_truncation()
+        backend.no_padding()
+        config = read_tokenizer_config(folder)
+        named = {name: backend.token_to_id(token) for name, token in special_tokens(config).items()}
+        bos, eos, pad = (named.get(f"{kind}_token") for kind in ("bos", "eos", "pad"))
+        _follow_config(backend, config, bos, eos)
+        stop = _eos_ids(read_json_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
+        if model is not None:
+            stop |= set(model.eos_token_ids)
+            bos = model.bos_token_id if bos is None else bos
+            pad = model.pad_token_id if pad is None else pad
+        return cls(
+            backend=backend,
+            bos_token_id=bos,
+            eos_token_id=min(stop, default=None) if eos is None else eos,
+            pad_token_id=pad,
+            stop_token_ids=frozenset(stop or ({eos} - {None})),
+            special_token_ids=frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. A rendered chat template writes its special tokens itself: encode it without adding any."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+class Detokenizer:
+    """Text piece by piece: with context c, ``"".join(pieces) == decode(c + tokens)[len(decode(c)):]``.
+
+    A token is not text by itself: a character's bytes can be spread over several tokens, and SentencePiece-style decoders strip the
+    space before the first one. So each piece is the difference of two decodes over a short window, and nothing is given out
+    while the window ends inside a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        # Special tokens are dropped here, not by decode: a window of nothing but special tokens would look like the start of a text.
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._window = [i for i in context if i not in self._skipped][-CONTEXT_TOKENS:]
+        if self._decode(self._window).endswith(REPLACEMENT):
+            self._window = []  # a prompt cut inside a character: what follows cannot be told from its last bytes
+        self._given = len(self._window)
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; empty while a character is incomplete."""
+        if token in self._skipped:
+            return ""
+        self._window.append(token)
+        piece = self._difference()
+        if not piece or piece.endswith(REPLACEMENT):
+            return ""
+        # The tokens of the last piece are the context of the next one.
+        self._window = self._window[self._given :]
+        self._given = len(self._window)
+        return piece
+
+    def finish(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        piece = self._difference()
+        self._given = len(self._window)
+        return piece
+
+    def _difference(self) -> str:
+        return self._decode(self._window)[len(self._decode(self._window[: self._given])) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the special tokens of an older special_tokens_map.json where it does not name them."""
+    return read_json_object(folder / SPECIAL_TOKENS_FILE) | read_json_object(folder / CONFIG_FILE)
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """``bos_token``, ``eos_token``, ... of a tokenizer config, stored as strings or as ``{"content": ...}``."""
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    contents = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items() if k.endswith("_token")}
+    return {k: v for k, v in contents.items() if isinstance(v, str)}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is absent. Raises BundleError where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BundleError(f"{path} cannot be read as JSON: {e}; copy the bundle again") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} holds a JSON {type(content).__name__}, expected an object; copy the bundle again")
+    return content
+
+
+def _follow_config(backend: tokenizers.Tokenizer, config: dict[str, Any], bos: int | None, eos: int | None) -> None:
+    """An explicit add_bos_token or add_eos_token in the config replaces tokenizer.json's post-processor, as in transformers 5."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    used = {
+        name: token
+        for name, token, wanted in (("bos", bos, config.get("add_bos_token")), ("eos", eos, config.get("add_eos_token")))
+        if wanted and token is not None
+    }
+    single = ["$A"]
+    if "bos" in used:
+        single.insert(0, backend.id_to_token(used["bos"]))
+    if "eos" in used:
+        single.append(backend.id_to_token(used["eos"]))
+    backend.post_processor = TemplateProcessing(
+        single=single, special_tokens=[(backend.id_to_token(i), i) for i in used.values()]
+    )
+
+
+def _eos_ids(config: dict[str, Any], path: Path) -> set[int]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise BundleError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
+    return set(ids)
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, what: str) -> list[int]:
+    """``ids`` as a list; raises InputError for none at all and for ids outside [0, vocab_size)."""
+    ids = [int(i) for i in ids]
+    if not ids:
+        raise InputError(f"{what} has no tokens; a decoder needs at least one, pass some text or a bos token")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise InputError(f"{what} holds token id {outside}, outside the model's vocabulary of {vocab_size}")
+    return ids
