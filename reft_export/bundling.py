@@ -35,7 +35,7 @@ from runtimes.edit import Site
 from runtimes.errors import AdapterError, ParityError
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
-from runtimes.parity import ParityReport, budget_for, check_golden
+from runtimes.parity import ParityReport, Rung, budget_for, check_golden
 from runtimes.version import VERSION
 
 NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -156,12 +156,21 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
     return manifest
 
 
-def gate(folder: Path, output: Path) -> ParityReport:
-    """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError."""
+def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityReport:
+    """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
+
+    ``exact``: arrays recorded at accuracy level 1, which a quantized bundle is held to first, with its graph at that level.
+    """
+    from reft_export.parity import at_level, check
     from runtimes.ort_session import OrtSession
 
     bundle = open_bundle(folder)
-    report = check_golden(bundle, OrtSession(bundle))
+    rungs: list[Rung] = []
+    if exact is not None:
+        with at_level(bundle, 1) as changed:
+            rungs += check(changed, exact, f"int{bundle.manifest.quantization.bits} level 1")
+    rungs += check_golden(bundle, OrtSession(bundle)).rungs
+    report = ParityReport(rungs=tuple(rungs))
     with _keeping_report(report, output):
         report.require()
     return report

@@ -1,8 +1,8 @@
 """Steering in eager PyTorch: edits hooked onto the decoder of any Hugging Face family.
 
 The rest of the project is held against this module, so it follows the op's contract to the letter: slots come from
-``runtimes.positions.slots``, an edit is computed in float32 and rounded once to the stream's dtype, and a token without a slot
-keeps its bits.
+``runtimes.positions.slots``, an edit is computed in float32 and rounded once to the stream's dtype, and a token without
+a slot keeps its bits.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ STREAM_MODULES = {
     "attention_output": ("self_attn", "attn", "attention", "self_attention"),
     "mlp_output": ("mlp", "feed_forward", "block_sparse_moe", "fc2"),
 }
-"""What transformers' families call the module whose output is the stream. OPT has no mlp module: there it is fc2's output."""
+"""What transformers' families call the module whose output is the stream. OPT has no mlp module: there it is fc2."""
 
 
-# --- where to hook -----------------------------------------------------------------------------------------------------------
+# --- where to hook --------------------------------------------------------------------------------
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -56,7 +56,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """
     count = model.config.get_text_config().num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
-    # A model with several towers may have two lists of one length; get_decoder names the text tower where a family has it.
+    # A model with several towers may have two lists of one length; get_decoder names the text tower where it can.
     scopes = (model.get_decoder(), model) if hasattr(model, "get_decoder") else (model,)
     for scope in scopes:
         for name, module in scope.named_modules() if scope is not None else ():
@@ -67,8 +67,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             break
     if len(found) != 1:
         raise InputError(
-            f"{type(model).__name__} has {len(found)} lists of {count} blocks{': ' if found else ''}{', '.join(found)}; "
-            "exactly one is needed to steer it"
+            f"{type(model).__name__} has {len(found)} lists of {count} blocks ({', '.join(found) or 'none'}); exactly "
+            "one is needed to steer it"
         )
     return next(iter(found.values()))
 
@@ -76,12 +76,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
     """The module whose input (block_input) or output (every other stream) is the site's stream.
 
-    attention_output and mlp_output are what that module returns, before any norm, scale or residual addition that the block
-    applies to it (Gemma 2, OLMo 2, GLM 4 and Granite do). Raises InputError for a layer or module that does not exist.
+    attention_output and mlp_output are what that module returns, before any norm, scale or residual addition that the
+    block applies to it (Gemma 2, OLMo 2, GLM 4 and Granite do). Raises InputError for a layer or module that does not
+    exist.
     """
     layers = decoder_layers(model)
     if site.layer >= len(layers):
-        raise InputError(f"layer {site.layer} does not exist in this base ({len(layers)} layers, 0 to {len(layers) - 1})")
+        raise InputError(
+            f"layer {site.layer} does not exist in this base ({len(layers)} layers, 0 to {len(layers) - 1})"
+        )
     block = layers[site.layer]
     if site.stream in ("block_input", "block_output"):
         return block
@@ -89,10 +92,12 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
         if isinstance(child := getattr(block, name, None), nn.Module):
             return child
     known = ", ".join(name for name, _ in block.named_children())
-    raise InputError(f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output")
+    raise InputError(
+        f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output"
+    )
 
 
-# --- hooks -------------------------------------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 class Steering:
@@ -101,7 +106,7 @@ class Steering:
     def __init__(self, model: PreTrainedModel, *, rule: PositionRule | None, tied: bool) -> None:
         self.rule, self.tied = rule, tied
         self.prompt_length: Tensor | np.ndarray | Sequence[int] | None = None
-        """[B], the real tokens of each row that are prompt; needed when a prompt does not come alone in the first call."""
+        """[B], how many of each row's real tokens are prompt; needed when a prompt does not come alone in one call."""
         self.slot: Tensor | None = None
         """int32 [B, S] during a forward, else None."""
         self._signature = inspect.signature(model.forward)
@@ -124,16 +129,22 @@ class Steering:
 
     def edit(self, site: Site, function: EditFn, h: Tensor) -> Tensor:
         if self.slot is None:
-            raise InputError(f"site {site} ran outside the steered model's own forward; call the model that was given to steer")
+            raise InputError(
+                f"site {site} ran outside the steered model's own forward; call the model that was given to steer"
+            )
         if h.numel() // h.shape[-1] != self.slot.numel():
-            raise InputError(f"site {site}: h {list(h.shape)} does not have one row per token of slots {list(self.slot.shape)}")
+            raise InputError(
+                f"site {site}: h {list(h.shape)} does not have one row per token of slots {list(self.slot.shape)}"
+            )
         return function(h, self.slot.to(h.device).reshape(h.shape[:-1]))
 
     @staticmethod
     def _mask(call: Mapping[str, Any], batch: int, width: int) -> np.ndarray:
         """The mask over past and current tokens; all ones where the caller gave none."""
         cache = call.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
+        past = (
+            int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
+        )
         mask = call.get("attention_mask")
         if mask is None:
             return np.ones((batch, past + width), np.int64)
@@ -141,7 +152,8 @@ class Steering:
             raise InputError("a steered forward needs a 2-D attention_mask [B, past + current]; use a dynamic cache")
         if mask.shape[0] != batch or mask.shape[1] < past + width:
             raise InputError(
-                f"attention_mask {list(mask.shape)} does not cover {past} past and {width} current tokens of {batch} rows"
+                f"attention_mask {list(mask.shape)} does not cover {past} past and {width} current tokens of "
+                f"{batch} rows"
             )
         return (mask != 0).cpu().numpy().astype(np.int64)
 
@@ -161,9 +173,9 @@ def steer(
 ) -> Iterator[Steering]:
     """Applies ``edits`` in every forward of ``model`` inside the ``with``, at the tokens that ``rule`` picks.
 
-    Slots are computed once per forward from attention_mask (all ones over past and current tokens where there is none) and
-    the handle's ``prompt_length``. Works under ``generate`` with a dynamic KV cache, and for left- and right-padded batches.
-    Every hook is removed at the end, after exceptions too.
+    Slots are computed once per forward from attention_mask (all ones over past and current tokens where there is none)
+    and the handle's ``prompt_length``. Works under ``generate`` with a dynamic KV cache, and for left- and right-padded
+    batches. Every hook is removed at the end, after exceptions too.
 
     Raises InputError for sites that the model does not have, before anything is hooked.
     """
@@ -198,7 +210,7 @@ def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any,
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
-# --- edits -------------------------------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------------------
 
 
 def edit_rows(h: Tensor, slot: Tensor, deltas: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
@@ -216,8 +228,10 @@ def edit_rows(h: Tensor, slot: Tensor, deltas: Sequence[Callable[[Tensor], Tenso
 
 
 def low_rank_edit_fn(edits: Sequence[LowRankEdit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
-    """y = h + U^T act(A h + b), one edit per slot, as the op computes it: U, A, b rounded once to ``dtype``, the stream's;
-    sums in float32 (float64 only for a float64 stream)."""
+    """y = h + U^T act(A h + b), one edit per slot, as the op computes it.
+
+    U, A, b are rounded once to ``dtype``, the stream's; sums are in float32 (float64 only for a float64 stream).
+    """
     first = edits[0]
     bank = bank_of(edits, _numpy_dtype(dtype))
     compute = torch.promote_types(dtype, torch.float32)
@@ -251,11 +265,14 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
     memory may rightly differ from its checkpoint, for example by dequantized weights.
     """
     config = model.config.get_text_config()
-    has, needs = (config.num_hidden_layers, config.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
+    has, needs = (
+        (config.num_hidden_layers, config.hidden_size),
+        (adapter.base.num_hidden_layers, adapter.base.hidden_size),
+    )
     if has != needs:
         raise AdapterError(
-            f"the adapter was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); this base has {has[0]} layers, "
-            f"width {has[1]}; use the base it was trained on"
+            f"the adapter was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); this base has "
+            f"{has[0]} layers, width {has[1]}; use the base it was trained on"
         )
     device = model.get_input_embeddings().weight.device
     edits = {site: low_rank_edit_fn(each, model.dtype, device) for site, each in adapter.edits().items()}
@@ -263,7 +280,7 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
         yield steering
 
 
-# --- greedy decoding ---------------------------------------------------------------------------------------------------------
+# --- greedy decoding ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -279,9 +296,9 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """At most ``n`` greedy tokens of each row, with a KV cache; a row ends with its first ``eos`` token.
 
-    input_ids, attention_mask: [B, S], padded on either side. ``prompt_length`` [B] is set on ``steering`` while this runs; it
-    is needed only where input_ids hold more than the prompt. Right-padded rows of a model with sliding-window attention keep
-    pads inside the window once it is full, so pad those on the left.
+    input_ids, attention_mask: [B, S], padded on either side. ``prompt_length`` [B] is set on ``steering`` while this
+    runs; it is needed only where input_ids hold more than the prompt. Right-padded rows of a model with sliding-window
+    attention keep pads inside the window once it is full, so pad those on the left.
     """
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()

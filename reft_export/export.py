@@ -6,13 +6,14 @@ held against the recorded results before it takes its place. Nothing is left beh
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
+from transformers import PreTrainedModel
 
 from calibration.weight_only import WeightError, WeightOnlySettings, quantize_weights
 from graph_passes.external import write_graph
@@ -34,7 +35,7 @@ from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steered
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from runtimes.adapter import Adapter, load_adapter
-from runtimes.bundle import Manifest, Quantization, WeightSource
+from runtimes.bundle import Manifest, Quantization
 from runtimes.edit import Site
 from runtimes.errors import InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -48,6 +49,8 @@ class ExportSettings:
     """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs."""
 
     precision: str = "fp32"
+    exporter: str = "dynamo"
+    fuse: str = "none"
     slots: str = "graph"
     logits: str = "all"
     opset: int = 20
@@ -58,6 +61,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
+            ("exporter", self.exporter, ("dynamo",)),
+            ("fuse", self.fuse, ("none", "ort")),
             ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
         ):
@@ -116,7 +121,7 @@ def export_bundle(
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
 
-    with atomic_folder(output, force=force) as work:
+    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
         report("recording what the eager model says")
         inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
         exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
@@ -136,7 +141,9 @@ def export_bundle(
         write_graph(exported.model, work)
         if quantization is not None:
             report("recording what the eager model says with the quantized weights")
-            record_quantized_golden(work, model, exported.model, exported.weights, inputs, steerers, exact, quantization)
+            fresh = load_base(model)  # exporting rearranged the first one's weights
+            modules = load_dequantized(fresh.model, exported.model, exported.weights)
+            record_at_levels(work / "golden", Path(proof), fresh.model, modules, inputs, steerers, exact, quantization)
 
         for name, adapter in adapters.items():
             write_adapter(work, name, adapter, nodes, settings.float_type)
@@ -156,30 +163,27 @@ def export_bundle(
         if settings.float_type == "bf16":
             return ExportResult(manifest=manifest, parity=None, weight_errors=tuple(errors), note=check_structure(work))
         report("holding the bundle against the eager model")
-        return ExportResult(manifest=manifest, parity=gate(work, output), weight_errors=tuple(errors))
+        parity = gate(work, output, exact=None if quantization is None else Path(proof))
+        return ExportResult(manifest=manifest, parity=parity, weight_errors=tuple(errors))
 
 
-def record_quantized_golden(
-    work: Path,
-    model: str,
-    graph: ir.Model,
-    weights: Mapping[str, WeightSource],
+def record_at_levels(
+    golden: Path,
+    proof: Path,
+    model: PreTrainedModel,
+    modules: list[str],
     inputs: GoldenInputs,
     steerers: Mapping[str, Steerer],
     exact: Mapping[str, np.ndarray],
     settings: WeightOnlySettings,
 ) -> None:
-    """Golden arrays from the eager base with the graph's dequantized weights; at accuracy level 4 with its activations too.
+    """Golden arrays at the accuracy level that ships, and into ``proof`` at level 1, where exactness is shown.
 
-    The base is loaded again: exporting rearranged the first one's weights.
+    ``model`` carries the graph's dequantized weights in ``modules``; level 4 quantizes their activations too.
     """
-    base = load_base(model)
-    modules = load_dequantized(base.model, graph, weights)
-    if settings.accuracy_level == 4:
-        with activations_quantized(base.model, modules, settings.block_size):
-            record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
-    else:
-        record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
+    for folder, level in ((golden, settings.accuracy_level), (proof, 1)):
+        with activations_quantized(model, modules if level == 4 else [], settings.block_size):
+            record_golden(folder, model, inputs, steerers, fp32=exact)
 
 
 def quantization_record(settings: WeightOnlySettings) -> Quantization:

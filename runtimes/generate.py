@@ -24,7 +24,11 @@ class Session(Protocol):
     """What generation, parity and bench need of a session; OrtSession is one."""
 
     bundle: Any
+    provider: str
     adapter: str | None
+
+    @property
+    def kernel(self) -> str: ...
 
     @property
     def takes_position_ids(self) -> bool: ...

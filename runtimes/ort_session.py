@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from runtimes.bundle import Bundle, BundleAdapter
-from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError
+from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.native_library import find_op_library, library_name
 from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
 from runtimes.positions import slots
@@ -160,7 +160,11 @@ class OrtSession:
             arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         feeds |= self._empty_past(batch) if past is None else past.values
-        outputs = self._run(feeds)
+        try:
+            outputs = self._run(feeds)
+        except Exception as e:  # onnxruntime's own exceptions share no base
+            steering = f" with adapter {self.adapter}" if self.adapter else ""
+            raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
         new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
         return StepOutput(logits=to_float32(outputs["logits"]), past=new_past)

@@ -6,14 +6,18 @@ Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
     prompt_length              int64 [B]
     logit_positions            int64 [K, 2]   (row, column) of the recorded logits
     logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
+    fp32_logits, fp32_base_logits  [K, V]     the same two of the float32 model, where the bundle's own weights are not that
     greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
+
+Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
+that they say what quantization left of the steering.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -198,8 +202,9 @@ def judge(
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
 
-    For each: a full forward (for adapters with delta parity), greedy tokens, and cache continuity: prefill and decode steps, chunked
-    prefill, left and right padding, single rows, all against the same eager full forward. Leaves the session's adapter as it was.
+    For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
+    chunked prefill, single rows, left and right padding, all against the same eager full forward. A graph that cannot share a batch
+    between rows of unequal length is fed row by row. Leaves the session's adapter as it was.
     Raises BundleError where there are no golden arrays.
     """
     if not bundle.golden_names:
@@ -222,14 +227,17 @@ class _Golden:
     prompt_length: np.ndarray
     positions: np.ndarray
     logits: np.ndarray
-    base_logits: np.ndarray | None
     greedy: np.ndarray
+    steering: tuple[np.ndarray, np.ndarray] | None
+    """(steered, base) logits whose difference the device's is held to; None for the base."""
 
     @classmethod
     def read(cls, bundle: Bundle, name: str) -> _Golden:
         arrays = bundle.golden(name)
-        wanted = ["input_ids", "attention_mask", "prompt_length", "logit_positions", "logits", "greedy_tokens"]
-        missing = sorted({*wanted, *(() if name == BASE_GOLDEN else ("base_logits",))} - set(arrays))
+        pairs = (("fp32_logits", "fp32_base_logits"), ("logits", "base_logits"))
+        steering = pairs[0] if pairs[0][0] in arrays else pairs[1]
+        wanted = {"input_ids", "attention_mask", "prompt_length", "logit_positions", "logits", "greedy_tokens"}
+        missing = sorted((wanted if name == BASE_GOLDEN else wanted | set(steering)) - set(arrays))
         if missing:
             raise BundleError(f"{bundle.folder}/golden/{name}.npz lacks {missing}; export the bundle again")
         ids, mask = arrays["input_ids"], arrays["attention_mask"]
@@ -239,8 +247,8 @@ class _Golden:
             prompt_length=arrays["prompt_length"],
             positions=arrays["logit_positions"],
             logits=arrays["logits"],
-            base_logits=arrays.get("base_logits"),
             greedy=arrays["greedy_tokens"],
+            steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
         )
 
 
@@ -297,49 +305,55 @@ def _run_all(session: Session, golden: _Golden, *, alone: bool = False, **layout
 
 
 def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
-    """All rungs of the base or of one adapter, the full forward first."""
-    padding = padding_of(session)
+    """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
+    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
+    alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
-    third = -(-int(golden.prompt_length.max()) // 3)
-    alone = padding == "none"
-    first = {"token by token": dict(side="none", chunk=1, alone=alone)} if only_last else {"full forward": dict(side="none")}
-    others: dict[str, dict[str, Any]] = {
-        "prefill and decode": dict(side="left" if only_last else "right", decode=True, alone=alone),
-        "chunked prefill": dict(side="left" if only_last else "right", chunk=third, alone=alone),
+    # With the last column's logits only, prompts must end in one column: on the left are their pads.
+    side = "left" if only_last else "right"
+    layouts: dict[str, dict[str, Any]] = {
+        "token by token" if only_last else "full forward": dict(side="none", chunk=1 if only_last else None, alone=alone),
+        "prefill and decode": dict(side=side, decode=True, alone=alone),
+        "chunked prefill": dict(side=side, chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
         "single rows": dict(side="none", alone=True),
     }
     if not alone:
-        others["left padding"] = dict(side="left", pads=2, decode=only_last)
-        others["right padding"] = dict(side="right", pads=2, chunk=1 if only_last else None)
-    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
-    figures, delta, note = _first_figures(session, golden, next(iter(first.values())))
-    rungs = [judge(f"{golden.name}: {next(iter(first))}", "eager", figures, budget, delta=delta, note=note)]
-    for name, layout in others.items():
+        layouts["left padding"] = dict(side="left", pads=2, decode=only_last)
+        layouts["right padding"] = dict(side="right", pads=2, chunk=1 if only_last else None)
+    rungs: list[Rung] = []
+    for name, layout in layouts.items():
         logits = _run_all(session, golden, **layout)
-        if logits:
-            found = sorted(logits)
-            note = "" if len(found) == len(golden.logits) else f"{len(found)} of {len(golden.logits)} positions have logits"
-            figures = compare(np.stack([logits[k] for k in found]), golden.logits[found])
-            rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, note=note))
+        found = sorted(logits)
+        if not found:
+            continue
+        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found])
+        note = "" if len(found) == len(golden.logits) else f"{len(found)} of {len(golden.logits)} positions have logits"
+        delta = None
+        if not rungs:
+            differs = _greedy_difference(session, golden)
+            figures, note = replace(figures, greedy_equal=not differs), differs or note
+            delta = _delta(session, golden, logits, layout)
+        rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
     return rungs
 
 
-def _first_figures(session: Session, golden: _Golden, layout: dict[str, Any]) -> tuple[Figures, Delta | None, str]:
-    """The full forward's figures with greedy tokens, and for an adapter what became of its steering."""
-    every = range(len(golden.logits))
-    logits = _run_all(session, golden, **layout)
-    candidate = np.stack([logits[k] for k in every])
-    delta = None
-    greedy = greedy_tokens(session, [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)], golden.greedy.shape[1])
-    differs = np.argwhere((greedy != golden.greedy) & (golden.greedy >= 0))
-    note = f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
-    figures = compare(candidate, golden.logits)
-    if golden.base_logits is not None and golden.name != BASE_GOLDEN:
-        session.set_adapter(None)
-        base = _run_all(session, golden, **layout)
-        session.set_adapter(golden.name)
-        delta = compare_deltas(candidate, np.stack([base[k] for k in every]), golden.logits, golden.base_logits)
-    return Figures(**{**to_json(figures), "greedy_equal": not len(differs)}), delta, note
+def _greedy_difference(session: Session, golden: _Golden) -> str:
+    """Where the session's greedy tokens leave the golden ones; empty where they do not."""
+    prompts = [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)]
+    tokens = greedy_tokens(session, prompts, golden.greedy.shape[1])
+    differs = np.argwhere((tokens != golden.greedy) & (golden.greedy >= 0))
+    return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
+
+
+def _delta(session: Session, golden: _Golden, steered: dict[int, np.ndarray], layout: dict[str, Any]) -> Delta | None:
+    if golden.steering is None:
+        return None
+    session.set_adapter(None)
+    base = _run_all(session, golden, **layout)
+    session.set_adapter(golden.name)
+    found = sorted(steered)
+    device = (np.stack([logits[k] for k in found]) for logits in (steered, base))
+    return compare_deltas(*device, *(logits[found] for logits in golden.steering))
 
 
 def _wider(a: Budget, b: Budget) -> Budget:

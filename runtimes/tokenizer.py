@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from runtimes.errors import BundleError, InputError
 
@@ -58,7 +57,6 @@ class Tokenizer:
         config = read_tokenizer_config(folder)
         named = {name: backend.token_to_id(token) for name, token in special_tokens(config).items()}
         bos, eos, pad = (named.get(f"{kind}_token") for kind in ("bos", "eos", "pad"))
-        _follow_config(backend, config, bos, eos)
         stop = _eos_ids(read_json_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
         if model is not None:
             stop |= set(model.eos_token_ids)
@@ -74,7 +72,10 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. A rendered chat template writes its special tokens itself: encode it without adding any."""
+        """Token ids. A rendered chat template writes its special tokens itself: encode it without adding any.
+
+        Which tokens are added is said by tokenizer.json alone: beside that file, transformers 5 ignores the config's add_bos_token.
+        """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -148,25 +149,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BundleError(f"{path} holds a JSON {type(content).__name__}, expected an object; copy the bundle again")
     return content
-
-
-def _follow_config(backend: tokenizers.Tokenizer, config: dict[str, Any], bos: int | None, eos: int | None) -> None:
-    """An explicit add_bos_token or add_eos_token in the config replaces tokenizer.json's post-processor, as in transformers 5."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    used = {
-        name: token
-        for name, token, wanted in (("bos", bos, config.get("add_bos_token")), ("eos", eos, config.get("add_eos_token")))
-        if wanted and token is not None
-    }
-    single = ["$A"]
-    if "bos" in used:
-        single.insert(0, backend.id_to_token(used["bos"]))
-    if "eos" in used:
-        single.append(backend.id_to_token(used["eos"]))
-    backend.post_processor = TemplateProcessing(
-        single=single, special_tokens=[(backend.id_to_token(i), i) for i in used.values()]
-    )
 
 
 def _eos_ids(config: dict[str, Any], path: Path) -> set[int]:

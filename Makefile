@@ -1,0 +1,28 @@
+# Needs python3 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(STAMP)
+	$(VENV)/bin/reft-export quickstart --force
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist quickstart-out .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,141 @@
+"""What the attention and MLP modules of one block return, read off the residual Adds of that block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graph_passes.dominators import Dominators, describe
+from graph_passes.skip_norms import SKIP_NORM_BIAS
+
+_PROJECTIONS = frozenset({"MatMul", "Gemm", "MatMulNBits", "FusedMatMul"})
+_PASS_THROUGH = frozenset({"Reshape", "Identity", "Dropout"})
+_STREAM_ALIASES = frozenset({"Cast", "Identity", "Reshape"})
+_VARIANCE = frozenset({"ReduceMean", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
+_NORM_PARTS = _VARIANCE | {"Add", "Cast", "Div", "Mul", "Pow", "Reciprocal", "Reshape", "Rsqrt", "Sqrt", "Sub", "Identity"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Branch:
+    """The value a module returns."""
+
+    node: ir.Node
+    output_index: int
+    how: str
+
+
+def module_outputs(
+    dominators: Dominators, block: Sequence[ir.Node] | None, key: ir.Value, chain: frozenset[ir.Node]
+) -> dict[str, Branch | str]:
+    """attention_output and mlp_output of one block: the branch, or the reason (a clause) why the graph does not show it.
+
+    ``block`` holds the nodes of ``chain`` behind the block's input, its output included; None where the output is not known.
+    The attention branch is the one that reads the keys which ``key`` (present.<layer>.key) is written from.
+    """
+    streams = ("attention_output", "mlp_output")
+    if block is None:
+        return dict.fromkeys(streams, "the end of its block is not known")
+    operands = [operand for node in block for operand in _operands(dominators, node, chain)]
+    if not operands:
+        return dict.fromkeys(streams, "its block has no residual Add")
+    branches: dict[str, list[tuple[ir.Value, ir.Node]]] = {stream: [] for stream in streams}
+    for value, merge in operands:
+        reads_keys = any(node is key.producer() for node in _upstream(dominators, value, chain))
+        branches["attention_output" if reads_keys else "mlp_output"].append((value, merge))
+    return {stream: _module_output(dominators, found, chain) for stream, found in branches.items()}
+
+
+def _operands(dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node]) -> Iterator[tuple[ir.Value, ir.Node]]:
+    """The values that ``node`` adds to the stream: its operands, Adds of Adds taken apart, the stream itself left out."""
+    if node.op_type not in SKIP_NORM_BIAS and not dominators.adds_branches(node):
+        return
+    for value in node.inputs[:2]:
+        if value is None or not dominators.depends(value):
+            continue
+        producer = value.producer()
+        while producer is not None and producer.op_type in _STREAM_ALIASES and producer not in chain:
+            source = producer.inputs[0]
+            producer = None if source is None else source.producer()
+        if producer is None or producer in chain:
+            continue
+        direct = value.producer()
+        if direct is not None and dominators.adds_branches(direct):
+            # Parallel blocks: x + attention + mlp is an Add of Adds in either order.
+            yield from _operands(dominators, direct, chain)
+        else:
+            yield value, node
+
+
+def _upstream(dominators: Dominators, value: ir.Value, stop: frozenset[ir.Node]) -> set[ir.Node]:
+    """The nodes that ``value`` is computed from, as far up as ``stop``."""
+    seen: set[ir.Node] = set()
+    pending = [value]
+    while pending:
+        producer = pending.pop().producer()
+        if producer is None or producer in seen or producer in stop or producer not in dominators:
+            continue
+        seen.add(producer)
+        pending += [source for source in producer.inputs if source is not None]
+    return seen
+
+
+def _module_output(
+    dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]
+) -> Branch | str:
+    if len(found) != 1:
+        names = ", ".join(repr(value.name) for value, _ in found) or "none"
+        return f"{len(found)} branches of its block could be it ({names})"
+    value, merge = found[0]
+    # The last projection's bias may have been fused into the skip norm.
+    bias = SKIP_NORM_BIAS.get(merge.op_type)
+    if bias is not None and len(merge.inputs) > bias and merge.inputs[bias] is not None:
+        return f"{describe(merge)} adds a bias that may belong to it; use a graph without fused skip norms"
+    producer = value.producer()
+    projection = None
+    for node in dominators.climb(producer):
+        if node in chain:
+            break
+        if _is_projection(dominators, node):
+            projection = node
+            break
+    if projection is None:
+        return f"the branch {value.name!r} does not end in one linear projection"
+    between = _upstream(dominators, value, frozenset({projection}))
+    output = _with_bias(dominators, projection, between)
+    left = between - _upstream(dominators, output, frozenset({projection}))
+    if left and not (all(node.op_type in _NORM_PARTS for node in left) and any(node.op_type in _VARIANCE for node in left)):
+        ops = ", ".join(sorted({node.op_type for node in left}))
+        return (
+            f"between the last projection of its branch ({describe(projection)}) and the residual Add stand {ops}, and whether "
+            "they belong to the module cannot be told"
+        )
+    end = "the residual Add" if not left else "the norm before the residual Add"
+    return Branch(
+        node=output.producer(), output_index=output.index(), how=f"output of the projection {describe(projection)} that feeds {end}"
+    )
+
+
+def _is_projection(dominators: Dominators, node: ir.Node) -> bool:
+    # One operand depends on the tokens, the other is a weight: this is what tells a projection from Q K^T.
+    return node.op_type in _PROJECTIONS and sum(map(dominators.depends, node.inputs)) == 1
+
+
+def _with_bias(dominators: Dominators, projection: ir.Node, between: set[ir.Node]) -> ir.Value:
+    """The projection's output after its bias and after the reshape that Gemm needs, where those follow at once."""
+    output = projection.outputs[0]
+    biased = False
+    while len(consumers := [node for node in output.consumers() if node in between]) == 1:
+        node = consumers[0]
+        if node.op_type == "Add" and not biased and _is_vector_bias(dominators, node):
+            biased = True
+        elif node.op_type not in _PASS_THROUGH:
+            break
+        output = node.outputs[0]
+    return output
+
+
+def _is_vector_bias(dominators: Dominators, node: ir.Node) -> bool:
+    others = [value for value in node.inputs if not dominators.depends(value)]
+    return len(others) == 1 and others[0] is not None and others[0].shape is not None and len(others[0].shape) == 1

@@ -1,0 +1,32 @@
+"""The inverse of the fold: the decoder as it was before any edit, for comparison."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from graph_passes.insert import is_edit
+from runtimes.op import DOMAIN, RULE_DEFAULTS
+
+
+def unfold_graph(model: ir.Model) -> int:
+    """Removes every edit node, bank and rule from ``model`` in place; returns how many nodes there were.
+
+    A token that is not edited passes through bit for bit, so what is left computes what the folded graph computes without an
+    adapter. A Skip norm that the fold split stays split.
+    """
+    graph = model.graph
+    edits = [node for node in graph if is_edit(node)]
+    banks = {value.name for node in edits for value in node.inputs[2:] if value is not None}
+    for node in edits:
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    RemoveUnusedNodesPass()(model)
+    for value in list(graph.inputs):
+        if value.name in banks or value.name in RULE_DEFAULTS:
+            graph.inputs.remove(value)
+            graph.initializers.pop(value.name, None)
+    model.opset_imports.pop(DOMAIN, None)
+    return len(edits)

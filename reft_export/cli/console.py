@@ -1,0 +1,185 @@
+"""What every verb shares: one line for an error, the exit codes, progress on stderr, JSON and tables on stdout."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runtimes.errors import ParityError, ReftError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""128 + SIGINT, what a shell expects after Ctrl-C."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def guarded(verb: F) -> F:
+    """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(*args, **kwargs)
+        except ReftError as e:
+            fail(str(e), e.exit_code)
+        except KeyboardInterrupt as e:
+            fail(str(e) or "interrupted; nothing was written", INTERRUPTED)
+        except MemoryError:
+            fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
+        except ModuleNotFoundError as e:
+            extra = HOST_EXTRAS.get((e.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            fail(f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of a pipe went away: there is nobody to tell
+            raise typer.Exit(1) from None
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                fail("no space left on the disk; nothing was written", 1)
+            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                fail(f"{e.filename or 'a file'} cannot be written or read: {e.strerror}", 2)
+            raise
+
+    return run  # type: ignore[return-value]
+
+
+HOST_EXTRAS = {
+    "torch": "host",
+    "transformers": "host",
+    "onnx": "host",
+    "onnx_ir": "host",
+    "onnxscript": "host",
+    "accelerate": "host",
+    "onnxruntime": "cpu",
+    "onnxruntime_genai": "genai",
+}
+
+
+def fail(message: str, code: int) -> None:
+    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    raise typer.Exit(code) from None
+
+
+def escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+class Progress:
+    """Says what is being done and how long it took, on stderr; nothing where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._status = err.status("") if err.is_terminal else None
+        self._step: tuple[str, float] | None = None
+
+    def __call__(self, step: str) -> None:
+        self._finish()
+        self._step = (step, time.monotonic())
+        if self._status:
+            self._status.update(escape(step))
+            self._status.start()
+
+    def update(self, text: str) -> None:
+        """Another text for the step under way."""
+        if self._status:
+            self._status.update(escape(text))
+
+    def _finish(self) -> None:
+        if self._step and self._status:
+            self._status.stop()
+            name, started = self._step
+            err.print(f"[green]✓[/] {escape(name)} [dim]{time.monotonic() - started:.1f} s[/]")
+        self._step = None
+
+    def close(self, *, completed: bool) -> None:
+        if completed:
+            self._finish()
+        elif self._status:
+            self._status.stop()
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    steps = Progress()
+    try:
+        yield steps
+    except BaseException:
+        steps.close(completed=False)
+        raise
+    steps.close(completed=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; everything else went to stderr."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        styled = [f"[red]{escape(c)}[/]" if c == "FAIL" else escape(c) for c in row]
+        table.add_row(*styled)
+    out.print(table)
+
+
+def print_parity(report: Any, *, title: str = "parity", full: bool = False) -> None:
+    """The report's table; unless ``full``, rungs of one family that pass are shown by their worst member."""
+    rows = report.rows() if full else worst_rows(report)
+    header = report.HEADER
+    keep = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
+    print_table(title, [header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+
+
+def worst_rows(report: Any) -> list[tuple[str, ...]]:
+    """One row per name before the colon: the first rung's deltas and greedy tokens with the worst figures of its kin."""
+    from dataclasses import replace
+
+    from runtimes.parity import ParityReport
+
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for rung in report.rungs:
+        groups.setdefault((rung.name.partition(": ")[0], rung.against, rung.budget.name), []).append(rung)
+    merged = []
+    for (name, _, _), rungs in groups.items():
+        figures = replace(
+            rungs[0].figures,
+            max_abs=max(r.figures.max_abs for r in rungs),
+            max_relative=max(r.figures.max_relative for r in rungs),
+            kl=max(r.figures.kl for r in rungs),
+            top1=min(r.figures.top1 for r in rungs),
+        )
+        failed = [r for r in rungs if not r.passed]
+        note = f"worst of {len(rungs)} ways to feed the tokens" if len(rungs) > 1 else rungs[0].note
+        if failed:
+            note = f"{len(failed)} of {len(rungs)} missed: {', '.join(r.name.partition(': ')[2] or r.name for r in failed)}"
+        merged.append(replace(rungs[0], name=name, figures=figures, passed=not failed, note=note))
+    return ParityReport(rungs=tuple(merged)).rows()
+
+
+def parity_failed(e: ParityError) -> None:
+    """Shows the figures of a failed gate before the error line."""
+    if e.report is not None:
+        print_parity(e.report, title="parity (failed)")
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""

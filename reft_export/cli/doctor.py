@@ -1,0 +1,94 @@
+"""``reft-export doctor``."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from importlib.util import find_spec
+
+import typer
+
+from reft_export.cli.console import guarded, print_json, print_table
+from reft_export.cli.options import AsJson
+from runtimes.version import VERSION
+
+PACKAGES = (
+    ("numpy", None, "everything"),
+    ("onnxruntime", "cpu", "run, parity, bench"),
+    ("onnxruntime-gpu", "gpu", "run, parity, bench on NVIDIA GPUs"),
+    ("torch", "host", "train, export, quantize, parity -m"),
+    ("transformers", "host", "train, export, quantize, parity -m"),
+    ("onnx", "host", "export, fold, quantize"),
+    ("onnx-ir", "host", "export, fold, quantize, inspect of graphs"),
+    ("onnxscript", "host", "export"),
+    ("accelerate", "host", "train"),
+    ("matplotlib", "host", "plots of quickstart"),
+    ("onnxruntime-genai", "genai", "stock generation on a bundle"),
+    ("optimum-onnx", "optimum", "optimum's own export"),
+    ("tensorrt", "tensorrt", "TensorRT"),
+    ("tensorrt-rtx-cu13", "tensorrt-rtx", "TensorRT-RTX"),
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("doctor")(guarded(doctor))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, providers, libraries and GPU, what is missing, and the command that adds it."""
+    rows = [("reft-export", VERSION, f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
+    versions = {name: _version(name) for name, _, _ in PACKAGES}
+    runtime = bool(versions["onnxruntime"] or versions["onnxruntime-gpu"])
+    for name, extra, use in PACKAGES:
+        found = versions[name]
+        missing_runtime = name.startswith("onnxruntime") and "genai" not in name and runtime
+        advice = "" if extra is None or missing_runtime else f"pip install 'reft-export[{extra}]'"
+        rows.append((name, found or "missing", f"for {use}" if found else f"for {use}: {advice}" if advice else f"for {use}; not needed here"))
+    if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
+        rows.append(("conflict", "", "onnxruntime and onnxruntime-gpu share a folder: pip uninstall both, then install one"))
+    rows += [_providers(), _kernel(), _gpu(), _compiler()]
+    if as_json:
+        print_json([{"what": a, "found": b, "note": c} for a, b, c in rows])
+    else:
+        print_table("", ("what", "found", "note"), rows)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> tuple[str, str, str]:
+    if find_spec("onnxruntime") is None:
+        return ("providers", "none", "onnxruntime is missing: pip install 'reft-export[cpu]'")
+    import onnxruntime
+
+    names = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
+    return ("providers", ", ".join(names), "what --provider can choose from")
+
+
+def _kernel() -> tuple[str, str, str]:
+    from runtimes.native_library import find_op_library
+
+    library = find_op_library()
+    if library is None:
+        return ("edit kernel", "function", "no op library: the ONNX function in the graph carries the edit")
+    return ("edit kernel", "fused", library.name)
+
+
+def _gpu() -> tuple[str, str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return ("GPU", "none", "no nvidia-smi on the path")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    lines = done.stdout.strip().splitlines()
+    return ("GPU", lines[0] if done.returncode == 0 and lines else "not reachable", "name, driver, compute capability")
+
+
+def _compiler() -> tuple[str, str, str]:
+    found = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    return ("C++ compiler", found or "missing", "for native kernels")

@@ -1,0 +1,99 @@
+"""``reft-export export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_export.cli.console import guarded, out, parity_failed, print_json, print_parity, progress
+from reft_export.cli.options import AccuracyLevel, Adapters, AsJson, BlockSize, DryRun, Force, Model, Output, Sites, Slots, parse_sites
+
+
+def register(app: typer.Typer) -> None:
+    app.command("export")(guarded(export))
+
+
+def export(
+    model: Model,
+    output: Output,
+    adapters: Adapters = None,
+    precision: Annotated[str, typer.Option("--precision", "-p", help="fp32, fp16, bf16, or weight-only int8, int4.")] = "fp32",
+    exporter: Annotated[str, typer.Option("--exporter", help="dynamo: torch.onnx.export(dynamo=True).")] = "dynamo",
+    slots: Slots = "graph",
+    logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
+    sites: Sites = "",
+    fuse: Annotated[str, typer.Option("--fuse", help="Fusions before the fold: none, or ort.")] = "none",
+    opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
+    block_size: BlockSize = 32,
+    accuracy_level: AccuracyLevel = 4,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a base and its adapters into a bundle: exported, folded, quantized where asked, and held against eager PyTorch."""
+    from reft_export.export import ExportSettings, export_bundle
+    from runtimes.errors import ParityError
+
+    settings = ExportSettings(
+        precision=precision,
+        exporter=exporter,
+        slots=slots,
+        logits=logits,
+        sites=parse_sites(sites),
+        fuse=fuse,
+        opset=opset,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+    )
+    if dry_run:
+        from reft_export.forecast import forecast_export
+
+        forecast_export(model, list(adapters or []), settings).show(as_json=as_json)
+        return
+    try:
+        with progress() as report:
+            result = export_bundle(model, list(adapters or []), output, settings, force=force, report=report)
+    except ParityError as e:
+        parity_failed(e)
+        raise
+    show_result(output, result, as_json=as_json)
+
+
+def show_result(output: Path, result, *, as_json: bool) -> None:
+    """The bundle's size, its weight errors and its parity table; or all of it as JSON."""
+    import json
+
+    from reft_export.cli.console import size
+    from runtimes.records import to_json
+
+    manifest = result.manifest
+    total = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    if as_json:
+        print_json(
+            {
+                "bundle": str(output),
+                "bytes": total,
+                "adapters": list(manifest.adapters),
+                "weights": to_json(result.weight_errors),
+                "parity": None if result.parity is None else json.loads(result.parity.to_json()),
+                "note": result.note,
+            }
+        )
+        return
+    if result.parity is not None:
+        print_parity(result.parity, title="parity against eager PyTorch")
+    if result.weight_errors:
+        before, after = (sum(getattr(w, f) for w in result.weight_errors) for f in ("bytes_before", "bytes_after"))
+        worst = max(result.weight_errors, key=lambda w: w.relative)
+        out.print(
+            f"{len(result.weight_errors)} weights: {size(before)} to {size(after)}; "
+            f"largest relative error {worst.relative:.3f} ({worst.name})"
+        )
+    if result.note:
+        out.print(result.note)
+    if manifest.genai != "supported":
+        out.print(f"no genai_config.json: {manifest.genai}")
+    names = ", ".join(manifest.adapters) or "none"
+    out.print(f"{output}: {size(total)}, {len(manifest.nodes)} edit nodes, adapters: {names}")

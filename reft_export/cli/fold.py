@@ -1,0 +1,38 @@
+"""``reft-export fold``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_export.cli.console import guarded, out, print_json, progress
+from reft_export.cli.options import Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
+
+
+def register(app: typer.Typer) -> None:
+    app.command("fold")(guarded(fold))
+
+
+def fold(
+    graph: Annotated[Path, typer.Argument(help="An ONNX decoder with a KV cache: the file, or the folder that holds one.")],
+    output: Output,
+    adapters: Adapters = None,
+    slots: Slots = "graph",
+    sites: Sites = "",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold adapters into an ONNX decoder that you already have; the input is never written to."""
+    from reft_export.fold import fold_bundle
+
+    with progress() as report:
+        result = fold_bundle(graph, list(adapters or []), output, slots=slots, sites=parse_sites(sites), force=force, report=report)
+    if as_json:
+        print_json({"bundle": str(output), "nodes": [n.name for n in result.nodes], "found": result.found})
+        return
+    for name, how in result.found.items():
+        out.print(f"{name}: {how}")
+    out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}")
+    out.print("no golden arrays: there was no eager model to record; `reft-export parity -m MODEL` compares with one")

@@ -1,0 +1,53 @@
+"""Options that mean the same for every verb that takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local folder or a Hugging Face id.")]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter", "-a", help="An adapter folder; repeat for several. An adapter's name is its folder's."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; the old one is kept until the new one is complete.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; logs stay on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with a memory and disk forecast, and do nothing.")]
+Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]
+Sites = Annotated[
+    str, typer.Option("--sites", help="Further places for edits, for example 3;5.mlp_output: adapters trained later can use them.")
+]
+Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda or tensorrt.")]
+Kernel = Annotated[
+    str | None,
+    typer.Option("--kernel", help="fused: the op library; function: the ONNX function in the graph. Default: fused where it is."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of onnxruntime; default: its own choice.")]
+BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share a scale, along the input dimension.")]
+AccuracyLevel = Annotated[int, typer.Option("--accuracy-level", help="4: int8 products, fast; 1: float32 products, exact.")]
+
+
+def parse_sites(text: str) -> tuple:
+    """``3;5.mlp_output`` as sites; raises InputError."""
+    from runtimes.edit import Site
+    from runtimes.errors import AdapterError, InputError
+
+    try:
+        return tuple(Site.parse(part.strip()) for part in text.split(";") if part.strip())
+    except AdapterError as e:
+        raise InputError(f"--sites {text!r}: {e}") from None
+
+
+def check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    from runtimes.errors import InputError
+
+    if value is not None and value not in known:
+        raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
+
+
+def check_session_options(provider: str, kernel: str | None) -> None:
+    check_choice("--provider", provider, ("cpu", "cuda", "tensorrt"))
+    check_choice("--kernel", kernel, ("fused", "function"))

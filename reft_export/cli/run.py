@@ -1,0 +1,153 @@
+"""``reft-export run``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reft_export.cli.console import err, escape, guarded
+from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(guarded(run))
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="JSONL with a `prompt` or chat `messages` a line; - is stdin. Answers are JSONL on stdout."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter of the bundle; default: none, the base.")] = None,
+    provider: Provider = "cpu",
+    kernel: Kernel = None,
+    threads: Threads = None,
+    chat: Annotated[str, typer.Option("--chat", help="Render prompts through the chat template: auto, always, never.")] = "auto",
+    system: Annotated[str | None, typer.Option("--system", help="A system message for the chat template.")] = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes (one prompt only).")] = True,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0: no limit.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Only the likeliest tokens that together reach this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1 is none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; repeat for several.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts of a JSONL file that run together.")] = 8,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk", min=1, help="Prompt tokens per call; bounds the memory of a long prompt."),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answers as JSONL on stdout.")] = False,
+) -> None:
+    """Answer prompts with a bundle in onnxruntime, steered by an adapter or not."""
+    from runtimes.bundle import open_bundle
+    from runtimes.chat import ChatTemplate
+    from runtimes.errors import InputError
+    from runtimes.generate import GenerationSettings, generate
+    from runtimes.ort_session import OrtSession
+    from runtimes.tokenizer import Tokenizer
+
+    check_session_options(provider, kernel)
+    check_choice("--chat", chat, ("auto", "always", "never"))
+    if bool(prompt) == bool(prompts):
+        raise InputError("give either --prompt TEXT (-p) or --prompts FILE.jsonl")
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    opened = open_bundle(bundle, verify=verify)
+    if adapter is not None:
+        opened.adapter(adapter)
+    tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
+    template = None if chat == "never" else ChatTemplate.load(opened.folder)
+    if chat == "always" and template is None:
+        raise InputError(f"{bundle} has no chat template; drop --chat always")
+    if system and template is None:
+        raise InputError(f"--system needs a chat template, which {bundle} {'does not have' if chat != 'never' else 'was told not to use'}")
+    conversations = read_prompts(prompts) if prompts else [[{"role": "user", "content": text}] for text in prompt or []]
+    encoded = [encode(c, tokenizer, template, system) for c in conversations]
+    session = OrtSession(opened, provider=provider, threads=threads, adapter=adapter, kernel=kernel)
+    alone = len(encoded) == 1 and not prompts and not as_json
+
+    def show(_: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    for first in range(0, len(encoded), batch_size):
+        part = encoded[first : first + batch_size]
+        on_text = show if alone and stream else None
+        answers = generate(session, tokenizer, part, settings, on_text=on_text, prefill_chunk=prefill_chunk)
+        for index, answer in enumerate(answers, first):
+            if prompts or as_json:
+                record = {"index": index, "adapter": adapter, "text": answer.text, "finish_reason": answer.finish_reason}
+                record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+                sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+            elif alone:
+                sys.stdout.write("\n" if stream else answer.text + "\n")
+            else:
+                err.print(f"[dim]--- {escape((prompt or [''])[index])}[/]")
+                sys.stdout.write(answer.text + "\n")
+                sys.stdout.flush()
+
+
+def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | None) -> list[int]:
+    """A conversation through the chat template, or without one its only message as plain text."""
+    from runtimes.errors import InputError
+
+    if template is None:
+        if len(messages) != 1:
+            raise InputError("a conversation of several messages needs a chat template, which this bundle does not have")
+        return tokenizer.encode(messages[0]["content"])
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.encode(template.render(messages), add_special_tokens=False)
+
+
+def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
+    """The conversations of a JSONL file; raises InputError with the line's number."""
+    from runtimes.errors import InputError
+
+    where = "stdin" if str(path) == "-" else str(path)
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{where} cannot be read: {e}") from None
+    conversations = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"{where}, line {number}: not JSON ({e})") from None
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
+            conversations.append([{"role": "user", "content": value["prompt"]}])
+        elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
+            conversations.append(_checked_messages(value["messages"], f"{where}, line {number}"))
+        else:
+            raise InputError(f'{where}, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
+    if not conversations:
+        raise InputError(f"{where} holds no prompt")
+    return conversations
+
+
+def _checked_messages(messages: list[Any], where: str) -> list[dict[str, Any]]:
+    from runtimes.errors import InputError
+
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+            raise InputError(f'{where}: a message is {{"role": "...", "content": "..."}}, got {str(message)[:60]}')
+    return messages

@@ -1,0 +1,126 @@
+"""``reft-export train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_export.cli.console import err, escape, guarded, out, print_json, progress
+from reft_export.cli.options import AsJson, DryRun, Force, Model, Output
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train")(guarded(train))
+
+
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or chat messages, one object a line.")],
+    output: Output,
+    method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft or lobireft.")] = "loreft",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the edit.")] = 4,
+    layers: Annotated[str, typer.Option("--layers", help="all, 8-16, 3;9;18.")] = "all",
+    stream: Annotated[
+        str, typer.Option("--stream", help="block_output, block_input, attention_output, mlp_output; several with ;.")
+    ] = "block_output",
+    positions: Annotated[
+        str, typer.Option("--positions", help="f7+l7: first 7 and last 7 prompt tokens; f3; l1; prompt: all of it; all: decode too.")
+    ] = "f7+l7",
+    tied: Annotated[bool, typer.Option("--tied/--untied", help="One edit for prefix and suffix positions, or one each.")] = True,
+    activation: Annotated[str, typer.Option("--activation", help="relu, gelu, gelu_tanh, silu, tanh, sigmoid; default none.")] = "",
+    dropout: Annotated[float, typer.Option("--dropout", help="On the edit, while training.")] = 0.0,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 9e-4,
+    schedule: Annotated[str, typer.Option("--schedule", help="linear, cosine or constant, after the warm-up.")] = "linear",
+    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps over which the rate rises.")] = 0.1,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 6,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a batch.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option("--gradient-accumulation", help="Batches an optimizer step.")] = 1,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's; R stays orthonormal whatever it is.")] = 0.0,
+    eval_fraction: Annotated[float, typer.Option("--eval-fraction", help="Share of the examples held out.")] = 0.0,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per example; default: the base's context.")] = None,
+    chat_template: Annotated[str, typer.Option("--chat-template", help="For prompt/completion lines: auto, always, never.")] = "auto",
+    samples: Annotated[int, typer.Option("--samples", help="Prompts answered before and after.")] = 3,
+    seed: Annotated[int, typer.Option("--seed")] = 42,
+    dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a ReFT intervention on a frozen base in eager PyTorch; writes an adapter folder."""
+    from reft_export.training.settings import TrainSettings
+
+    settings = TrainSettings(
+        method=method,
+        rank=rank,
+        layers=layers,
+        streams=stream,
+        positions=positions,
+        tied=tied,
+        activation=activation,
+        dropout=dropout,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        weight_decay=weight_decay,
+        eval_fraction=eval_fraction,
+        max_length=max_length,
+        chat_template=chat_template,
+        samples=samples,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        resume=resume,
+    )
+    if dry_run:
+        from reft_export.forecast import forecast_training
+
+        forecast_training(model, settings).show(as_json=as_json)
+        return
+
+    from reft_export.base import load_base
+    from reft_export.training.trainer import train as run_training
+    from runtimes.folders import check_destination
+
+    check_destination(output, force=force)
+    with progress() as report:
+        report(f"loading {model}")
+        base_dtype, base_device = settings.placement()
+        base = load_base(model, dtype=base_dtype, device=base_device, require_tokenizer=True)
+        result = run_training(
+            base, data, settings, output, force=force, on_phase=report, on_step=_StepLine(report) if err.is_terminal else None
+        )
+    if as_json:
+        from runtimes.records import to_json
+
+        print_json({"adapter": str(output), "history": to_json(result.history), "samples": to_json(result.samples_after)})
+        return
+    if result.truncated_lines:
+        out.print(f"{len(result.truncated_lines)} completions were cut to --max-length, first on line {result.truncated_lines[0]}")
+    for before, after in zip(result.samples_before, result.samples_after, strict=True):
+        out.print(f"[bold]{escape(before.prompt)}[/]\n  [dim]before:[/] {escape(before.text)}\n  [dim]after: [/] {escape(after.text)}")
+    first, last = result.history[0], result.history[-1]
+    parameters = sum(t.size for t in result.adapter.tensors.values())
+    out.print(
+        f"{output}: {method}, rank {rank}, {len(result.adapter.sites)} sites, {parameters} parameters; "
+        f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
+    )
+
+
+class _StepLine:
+    """The training step in the status line."""
+
+    def __init__(self, report) -> None:
+        self._report = report
+
+    def __call__(self, step: int, total: int, loss: float, eval_loss: float | None) -> None:
+        held_out = "" if eval_loss is None else f", held out {eval_loss:.3f}"
+        self._report.update(f"training, step {step}/{total}, loss {loss:.3f}{held_out}")

@@ -1,0 +1,96 @@
+"""The lowest rungs of the parity ladder: one edit node alone, from the float64 oracle to onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.function_body import edit_function
+from reft_export.banks import read_onnx_adapter
+from reft_export.bundling import NUMPY_DTYPES
+from runtimes.bundle import Bundle
+from runtimes.edit import LowRankEdit, activate
+from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION, EditNode
+from runtimes.parity import BUDGETS, Figures, Rung, judge
+
+ROWS = 48
+
+
+def edit_rungs(
+    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None
+) -> list[Rung]:
+    """numpy against the oracle, and onnxruntime against the oracle, the worst node of the adapter each.
+
+    h: [48, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one
+    changed bit there is an infinite error. y = h + U^T act(A h + b).
+    """
+    dtype = NUMPY_DTYPES[bundle.manifest.precision]
+    if dtype.name == "bfloat16":
+        return []  # onnxruntime's CPU provider cannot run the function in bfloat16
+    banks = read_onnx_adapter(bundle.adapter(name).file)
+    worst = {"numpy": (0.0, 0.0), "function": (0.0, 0.0)}
+    generator = np.random.default_rng(0)
+    for node, slots in edits.items():
+        bank = [banks[b] for b in node.bank_names]
+        h = generator.standard_normal((ROWS, bank[0].shape[2])).astype(dtype)
+        slot = generator.integers(-1, len(slots) + 1, ROWS).astype(np.int32)
+        oracle = h.astype(np.float64)
+        for number, edit in enumerate(slots):
+            oracle[slot == number] = edit.apply(h[slot == number])
+        outside = (slot < 0) | (slot >= len(slots))
+        for rung, y in (("numpy", numpy_edit(h, slot, bank, node)), ("function", run_node(node, h, slot, bank, kernel))):
+            error = float(np.abs(y.astype(np.float64) - oracle).max())
+            if y[outside].tobytes() != h[outside].tobytes():
+                error = float("inf")
+            worst[rung] = max(worst[rung], (error / float(np.abs(oracle).max()), error))
+    budget = BUDGETS[bundle.manifest.precision]
+    note = f"{len(edits)} edit nodes alone, values of y, not logits"
+    return [
+        judge(f"{rung}, {name}", "oracle", Figures(max_abs=error, max_relative=relative, kl=0.0, top1=1.0), budget, note=note)
+        for rung, (relative, error) in worst.items()
+    ]
+
+
+def numpy_edit(h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], node: EditNode) -> np.ndarray:
+    """The op in numpy: float32 sums over the bank as stored, rounded once to h's dtype."""
+    U, A, b = (x.astype(np.float32) for x in bank)
+    y = h.copy()
+    for t in np.flatnonzero((slot >= 0) & (slot < len(U))):
+        s = slot[t]
+        z = A[s] @ h[t].astype(np.float32) + b[s]
+        active = len(z) // 2 if node.activated == "first_half" else len(z)
+        z[:active] = activate(z[:active].astype(np.float64), node.activation)
+        y[t] = (h[t].astype(np.float32) + z @ U[s]).astype(h.dtype)
+    return y
+
+
+def run_node(node: EditNode, h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], kernel: str | None = None) -> np.ndarray:
+    """One LoReFT node in onnxruntime; its function body, or with ``kernel="fused"`` the op library."""
+    import onnxruntime as ort
+
+    from runtimes.native_library import find_op_library
+
+    kind = ir.DataType.from_numpy(h.dtype)
+    names = ("h", "slot", "U", "A", "b")
+    shapes = (["tokens", "D"], ["tokens"], ["N", "r", "D"], ["N", "r", "D"], ["N", "r"])
+    inputs = [
+        ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(ir.DataType.INT32 if n == "slot" else kind))
+        for n, s in zip(names, shapes, strict=True)
+    ]
+    attributes = {"activation": node.activation, "activated": node.activated}
+    op = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=node.overload)
+    y = op.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["tokens", "D"]), ir.TensorType(kind)
+    graph = ir.Graph(inputs, [y], nodes=[op], opset_imports={"": 20, DOMAIN: OP_VERSION}, name="edit")
+    body = edit_function(opset=20, activation=node.activation, activated=node.activated)
+    model = ir.Model(graph, ir_version=10, functions=[body])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    library = find_op_library() if kernel == "fused" else None
+    if library:
+        options.register_custom_ops_library(str(library))
+    proto = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip(names, (h, slot, *bank), strict=True)))[0]

@@ -1,0 +1,151 @@
+"""``reft-export fold``: adapters into an ONNX decoder that another tool exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.external import load_graph, write_graph
+from graph_passes.fold import fold_graph
+from graph_passes.sites import find_sites, locate_sites
+from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
+from reft_export.export import load_adapters
+from runtimes.adapter import Adapter
+from runtimes.bundle import ModelRecord, check_adapter_name
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, GraphError, InputError
+from runtimes.folders import atomic_folder, check_destination
+from runtimes.op import EditNode
+
+PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+DEFAULT_CONTEXT = 2048
+"""Where no config.json or genai_config.json beside the graph says how long the context is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldResult:
+    """``found``: for every site, the tensor that carries its stream and how it was found."""
+
+    nodes: tuple[EditNode, ...]
+    adapters: tuple[str, ...]
+    found: dict[str, str]
+
+
+def fold_bundle(
+    graph: Path, adapter_folders: list[Path], output: Path, *, slots: str, sites: tuple[Site, ...], force: bool, report: Report
+) -> FoldResult:
+    """Writes a bundle around a foreign graph, without golden arrays. The graph is read, never written to.
+
+    An ONNX file says nothing of the checkpoint it came from: an adapter's width and depth are checked, its fingerprint cannot be.
+    """
+    if slots not in ("graph", "input"):
+        raise InputError(f"slots {slots!r} is unknown; known: graph, input")
+    check_destination(output, force=force)
+    adapters = load_adapters(adapter_folders)
+    source = graph_file(graph)
+    report(f"reading {source}")
+    model = load_graph(source)
+    record = foreign_record(model, source.parent, adapters)
+    for name, adapter in adapters.items():
+        check_adapter_name(name)
+        has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
+        if has != needs:
+            raise AdapterError(
+                f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
+                f"layers, width {has[1]}; pass the graph of the base it was trained on"
+            )
+    nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
+    found = {
+        str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())
+    }
+    precision = _precision(model)
+    report(f"folding {len(nodes)} edit nodes")
+    fold_graph(model, nodes, slots=slots)
+    with atomic_folder(output, force=force) as work:
+        write_graph(model, work)
+        for name, adapter in adapters.items():
+            write_adapter(work, name, adapter, nodes, precision)
+        copy_tokenizer(source.parent, None, work)
+        logits = next(v for v in model.graph.outputs if v.name == "logits")
+        parts = BundleParts(
+            model=record,
+            precision=precision,
+            quantization=None,
+            exporter="foreign",
+            logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
+            slots=slots,
+            nodes=nodes,
+            adapters=tuple(adapters),
+            weights={},
+        )
+        finish_bundle(work, model, parts)
+    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
+
+
+def graph_file(path: Path) -> Path:
+    """The .onnx file itself, or the one file of a folder."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise GraphError(f"{path} does not exist; name an .onnx file or the folder that holds one")
+    files = sorted(path.glob("*.onnx"))
+    preferred = [f for f in files if f.name == "model.onnx"]
+    if len(files) != 1 and not preferred:
+        listed = ", ".join(f.name for f in files) or "none"
+        raise GraphError(f"{path} holds {len(files)} graphs ({listed}); name the .onnx file itself")
+    return (preferred or files)[0]
+
+
+def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) -> ModelRecord:
+    """What the graph, and the configuration files beside it, say of the model."""
+    locations = find_sites(model)
+    outputs = sorted(site.layer for site in locations if site.stream == "block_output")
+    vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
+    if vocabulary is None or not isinstance(vocabulary[-1], int):
+        raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
+    config = _read(folder / "config.json") | _read(folder / "genai_config.json").get("model", {})
+    generation = _read(folder / "generation_config.json")
+    width = config.get("hidden_size") or _width(locations[Site(layer=outputs[0])].value, adapters)
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ModelRecord(
+        name=next((a.base.name for a in adapters.values()), folder.resolve().name),
+        model_type=str(config.get("model_type") or config.get("type") or "unknown"),
+        fingerprint="",
+        vocab_size=vocabulary[-1],
+        hidden_size=int(width),
+        num_hidden_layers=len(outputs),
+        context_length=int(config.get("context_length") or config.get("max_position_embeddings") or DEFAULT_CONTEXT),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        pad_token_id=config.get("pad_token_id"),
+    )
+
+
+def _width(value: ir.Value, adapters: dict[str, Adapter]) -> int:
+    if value.shape is not None and isinstance(value.shape[-1], int):
+        return value.shape[-1]
+    if adapters:
+        return next(iter(adapters.values())).base.hidden_size
+    raise GraphError(f"{value.name} does not declare its width; put config.json beside the graph, or pass an adapter")
+
+
+def _precision(model: ir.Model) -> str:
+    """The float type of the cache is that of the streams in every decoder seen."""
+    cache = next((v for v in model.graph.inputs if v.name and "past" in v.name), None)
+    if cache is None or cache.dtype not in PRECISION:
+        raise GraphError("the graph has no KV cache inputs in float32, float16 or bfloat16; export the decoder with its cache")
+    return PRECISION[cache.dtype]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON: {e}") from None
+    return value if isinstance(value, dict) else {}

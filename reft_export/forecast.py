@@ -1,0 +1,103 @@
+"""What a run will need, before it starts: read from file headers, never by loading the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from reft_export.export import ExportSettings
+from reft_export.training.settings import TrainSettings
+from runtimes.errors import InputError
+
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
+"""Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
+
+LIBRARIES = 0.9e9
+"""Memory of torch, transformers and onnxruntime themselves, as measured on a tiny model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """``steps``: what would be done, in order. Sizes in bytes; estimates, not promises."""
+
+    steps: tuple[str, ...]
+    parameters: int
+    memory: float
+    disk: float
+
+    def show(self, *, as_json: bool) -> None:
+        from reft_export.cli.console import out, print_json, size
+
+        free = shutil.disk_usage(Path.cwd()).free
+        if as_json:
+            print_json({"steps": list(self.steps), "parameters": self.parameters, "memory": self.memory, "disk": self.disk})
+            return
+        for number, step in enumerate(self.steps, 1):
+            out.print(f"{number}. {step}")
+        out.print(f"{self.parameters / 1e6:.1f} M parameters; about {size(self.memory)} memory, {size(self.disk)} disk ({size(free)} free)")
+
+
+def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) -> Forecast:
+    """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
+    linear, other = count_parameters(model)
+    total = linear + other
+    disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
+    quantized = settings.weight_only is not None
+    return Forecast(
+        steps=(
+            f"load {model} in float32 and record eager logits, greedy tokens, base and {len(adapters)} adapters",
+            f"export with torch.onnx.export(dynamo=True), opset {settings.opset}, logits {settings.logits}",
+            f"fold the edits, slots {settings.slots}",
+            *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
+            "write the bundle and hold it against the eager model",
+        ),
+        parameters=total,
+        memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + (4.0 * total if settings.float_type != "fp32" else 0),
+        disk=disk,
+    )
+
+
+def forecast_training(model: str, settings: TrainSettings) -> Forecast:
+    """A frozen base and its activations; the edit's own parameters and optimizer state are small beside them."""
+    linear, other = count_parameters(model)
+    total = linear + other
+    dtype, device = settings.placement()
+    weights = total * (4.0 if dtype == "float32" else 2.0)
+    return Forecast(
+        steps=(
+            f"load {model} in {dtype} on {device}, frozen",
+            f"train {settings.method}, rank {settings.rank}, layers {settings.layers}, positions {settings.positions}",
+            "write the adapter",
+        ),
+        parameters=total,
+        memory=LIBRARIES + 1.5 * weights,
+        disk=1e6,
+    )
+
+
+def count_parameters(model: str) -> tuple[int, int]:
+    """(values in matrices that become MatMul weights, all others), from the safetensors headers of a local folder."""
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"--dry-run reads safetensors headers, and {model} is not a local folder that has any")
+    linear = other = 0
+    for path in files:
+        with path.open("rb") as f:
+            try:
+                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            except (ValueError, OverflowError, MemoryError):
+                raise InputError(f"{path} is not a safetensors file; it is damaged") from None
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            count = 1
+            for n in entry["shape"]:
+                count *= n
+            if len(entry["shape"]) == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+                linear += count
+            else:
+                other += count
+    return linear, other

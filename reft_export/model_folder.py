@@ -1,0 +1,169 @@
+"""What lies in a model folder: its config, its weight files, and the fingerprint that ties an adapter to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from runtimes.errors import InputError
+
+VOLATILE_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "attn_implementation",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys of config.json that say how a model was written or is run, not what it computes."""
+
+SAMPLES, SAMPLE_BYTES = 32, 16
+"""Of every stored tensor, this many evenly spaced blocks of this many bytes enter the fingerprint, with both ends."""
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model folder: config.json is missing")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's files in name order, safetensors before .bin as transformers chooses; no shard may be missing."""
+    chosen = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if chosen is None:
+        raise InputError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if chosen.suffix != ".json":
+        return [chosen]
+    try:
+        shards = sorted(set(json.loads(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{chosen} is not a weight index; download the model again") from None
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing or not shards:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[:1]}; download it again"
+        )
+    return [folder / name for name in shards]
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _Stored(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    sample: bytes
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over a model folder's config.json (less VOLATILE_KEYS and nulls) and, in name order, every stored tensor's
+    name, dtype, shape and SAMPLES evenly spaced blocks of SAMPLE_BYTES of its bytes.
+
+    Only stored bytes matter: the dtype a model is loaded in and the version of transformers change nothing. safetensors
+    files are read directly, a few pages each; a ``.bin`` checkpoint is unpickled (weights only) and its state dict
+    sampled. The same model saved again in another dtype, or by a transformers release that writes other config keys, is
+    another base.
+
+    Raises InputError for a folder without config or weights, and for damaged files.
+    """
+    tensors: dict[str, _Stored] = {}
+    for path in weight_files(folder):
+        tensors.update(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path))
+    return _digest(read_config(folder), tensors)
+
+
+def memory_fingerprint(model: PreTrainedModel) -> str:
+    """The fingerprint of a model that has no files: over its state dict and its config as this transformers spells it.
+
+    It is not the fingerprint of the folder that ``save_pretrained`` would write, and it changes with the dtype.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return _digest(config, {name: _stored(tensor) for name, tensor in model.state_dict().items()})
+
+
+def _digest(config: Mapping[str, Any], tensors: Mapping[str, _Stored]) -> str:
+    digest = hashlib.sha256(json.dumps(_architecture(config), sort_keys=True).encode())
+    for name in sorted(tensors):
+        dtype, shape, sample = tensors[name]
+        digest.update(f"\n{name} {dtype} {list(shape)} ".encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def _architecture(value: Any) -> Any:
+    """``value`` without volatile keys and nulls (an absent key and a null one mean the same), at every depth."""
+    if isinstance(value, dict):
+        kept = {k: _architecture(v) for k, v in value.items() if k not in VOLATILE_KEYS}
+        return {k: v for k, v in kept.items() if v is not None}
+    return [_architecture(v) for v in value] if isinstance(value, list) else value
+
+
+def _sample(data: Any, start: int, end: int) -> bytes:
+    """SAMPLES blocks of ``data[start:end]``, evenly spaced from first to last byte; all of it where it is short."""
+    room = end - start - SAMPLE_BYTES
+    if room < SAMPLES * SAMPLE_BYTES:
+        return bytes(data[start:end])
+    offsets = (start + room * i // (SAMPLES - 1) for i in range(SAMPLES))
+    return b"".join(bytes(data[o : o + SAMPLE_BYTES]) for o in offsets)
+
+
+def _safetensors(path: Path) -> dict[str, _Stored]:
+    """The header of a safetensors file (8 bytes of length, JSON, data) and samples of its data."""
+    try:
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:start].decode("utf-8"))
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, entry in header.items():
+                begin, end = (start + offset for offset in entry["data_offsets"])
+                if not start <= begin <= end <= len(data):
+                    raise ValueError(f"{name} ends behind the file's end")
+                tensors[name] = _Stored(entry["dtype"], tuple(entry["shape"]), _sample(data, begin, end))
+            return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise InputError(f"{path} is damaged or cut short ({first_line(e)}); download it again") from None
+
+
+def _pickled(path: Path) -> dict[str, _Stored]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: _stored(tensor) for name, tensor in state.items()}
+    except Exception as e:  # torch raises pickle, zip, runtime and type errors for a damaged file
+        raise InputError(f"{path} is damaged, or holds more than weights ({first_line(e)}); download it again") from e
+
+
+def _stored(tensor: torch.Tensor) -> _Stored:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _sample(data, 0, data.size))

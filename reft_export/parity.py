@@ -1,0 +1,183 @@
+"""The host's parity ladder: every rung from the formula to the shipped graph, each against eager PyTorch or the float64 oracle.
+
+    oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
+    eager -> exported -> folded          the float graph without and with its edits
+    eager, dequantized -> quantized      the same weights on both sides, at accuracy level 1 (exact arithmetic)
+    eager, fake-quantized -> shipped     accuracy level 4, which quantizes activations too
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.weight_only import set_accuracy_level
+from graph_passes.external import load_graph
+from graph_passes.unfold import unfold_graph
+from reft_export.banks import bank_edits, bank_steerer
+from reft_export.base import DTYPES, Base, load_base
+from reft_export.bundling import TORCH_DTYPES
+from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.edit_ladder import edit_rungs
+from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, Bundle
+from runtimes.errors import AdapterError
+from runtimes.parity import ParityReport, Rung, check_golden
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBundle(Bundle):
+    """A bundle with golden arrays from another folder: recorded just now rather than when it was made."""
+
+    recorded: Path
+
+    @property
+    def golden_names(self) -> tuple[str, ...]:
+        return tuple(n for n in (BASE_GOLDEN, *self.adapter_names) if (self.recorded / f"{n}.npz").is_file())
+
+    def golden(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.recorded / f"{name}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: str | None = None, report: Report = print) -> ParityReport:
+    """Every rung that exists for ``bundle``, with eager PyTorch run again now on the base ``model``.
+
+    Raises AdapterError when ``model`` is not the base that the bundle was made from.
+    """
+    base = load_base(model)
+    check_same_base(bundle, base, model)
+    rungs: list[Rung] = []
+    for name in bundle.adapter_names:
+        report(f"edit by edit: {name}")
+        rungs += edit_rungs(bundle, name, bank_edits(bundle, name), kernel=kernel)
+    steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
+    inputs = stored_inputs(bundle) if bundle.golden_names else golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+    quantized = bundle.manifest.quantization is not None
+    exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
+    if quantized:
+        rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, report=report)
+        return ParityReport(rungs=tuple(rungs))
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    with tempfile.TemporaryDirectory() as folder:
+        report("recording what the eager model says")
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        report("running the exported graph, without edits")
+        with variant(bundle, unfold_graph) as exported:
+            rungs += check(exported, Path(folder), "exported", names=(BASE_GOLDEN,), provider=provider)
+        report("running the folded graph")
+        rungs += check(bundle, Path(folder), "folded", provider=provider, kernel=kernel)
+    return ParityReport(rungs=tuple(rungs))
+
+
+def check_same_base(bundle: Bundle, base: Base, model: str) -> None:
+    """Raises AdapterError, naming both models and fingerprints. A bundle folded from a foreign graph has no fingerprint."""
+    made_from = bundle.manifest.model
+    if made_from.fingerprint and base.info.fingerprint != made_from.fingerprint:
+        raise AdapterError(
+            f"{bundle.folder} was made from {made_from.name} (fingerprint {made_from.fingerprint[:12]}), {model} is "
+            f"{base.info.name} ({base.info.fingerprint[:12]}); pass the base it was made from"
+        )
+
+
+def quantized_rungs(
+    bundle: Bundle,
+    base: Base,
+    inputs: GoldenInputs,
+    steerers: Mapping[str, Steerer],
+    exact: Mapping[str, np.ndarray] | None,
+    *,
+    provider: str = "cpu",
+    report: Report = print,
+) -> list[Rung]:
+    """Exactness at accuracy level 1 against the dequantized weights, then the shipped level against its fake quantization.
+
+    ``base`` must be fresh from disk; its weights are replaced by the dequantized ones.
+    """
+    settings = bundle.manifest.quantization
+    modules = load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
+    rungs: list[Rung] = []
+    for level in sorted({1, settings.accuracy_level}):
+        report(f"holding accuracy level {level} against the eager model")
+        with tempfile.TemporaryDirectory() as folder, at_level(bundle, level) as changed:
+            with activations_quantized(base.model, modules if level == 4 else [], settings.block_size):
+                record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+            rungs += check(changed, Path(folder), f"int{settings.bits} level {level}", provider=provider)
+    return rungs
+
+
+def check(
+    bundle: Bundle,
+    recorded: Path,
+    rung: str,
+    *,
+    names: tuple[str, ...] | None = None,
+    provider: str = "cpu",
+    kernel: str | None = None,
+) -> list[Rung]:
+    """``check_golden`` against arrays recorded just now, under the rung's name."""
+    from runtimes.ort_session import OrtSession
+
+    manifest = bundle.manifest if names is None else replace(bundle.manifest, adapters=tuple(n for n in names if n != BASE_GOLDEN))
+    live = RecordedBundle(folder=bundle.folder, manifest=manifest, recorded=recorded)
+    session = OrtSession(live, provider=provider, kernel=kernel)
+    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session).rungs]
+
+
+@contextmanager
+def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bundle]:
+    """A temporary bundle whose graph was changed; its weights are the bundle's own file under a second name.
+
+    It lies beside the bundle, where a hard link can be made, and is gone afterwards.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_link_folder(bundle.folder)))
+    try:
+        # Loaded before the link is made: a data file with two names is refused, since it might belong elsewhere.
+        graph = load_graph(bundle.graph_path)
+        change(graph)
+        ir.save(graph, folder / GRAPH_FILE)
+        if (bundle.folder / DATA_FILE).is_file():
+            _link(bundle.folder / DATA_FILE, folder / DATA_FILE)
+        for name in bundle.adapter_names:
+            (folder / "adapters").mkdir(exist_ok=True)
+            for suffix in (".onnx_adapter", ".json"):
+                shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
+        yield Bundle(folder=folder, manifest=bundle.manifest)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def at_level(bundle: Bundle, level: int) -> Iterator[Bundle]:
+    """The quantized bundle with its graph at another accuracy level, and a manifest that says so."""
+    with variant(bundle, lambda graph: set_accuracy_level(graph, level)) as changed:
+        quantization = replace(bundle.manifest.quantization, accuracy_level=level)
+        yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization))
+
+
+def stored_inputs(bundle: Bundle) -> GoldenInputs:
+    """The inputs of the bundle's own golden arrays."""
+    arrays = bundle.golden(BASE_GOLDEN)
+    return GoldenInputs(**{name: arrays[name] for name in GoldenInputs.__dataclass_fields__})
+
+
+def _link_folder(folder: Path) -> Path | None:
+    parent = folder.resolve().parent
+    return parent if os.access(parent, os.W_OK) else None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

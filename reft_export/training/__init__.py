@@ -1,0 +1,8 @@
+"""Training of ReFT interventions on a frozen base.
+
+settings       what a run is: method, rank, layers, positions, optimiser
+data           JSONL files into token ids with the loss on the completion only
+interventions  the trained modules, one per site and slot
+checkpoints    the working folder an interrupted run is resumed from
+trainer        the run itself
+"""

@@ -1,0 +1,276 @@
+"""JSONL training data: one example per line, as token ids with the loss on the completion only.
+
+A line is either ``{"prompt": "...", "completion": "..."}`` or ``{"messages": [{"role": "...", "content": "..."}, ..]}``
+whose last message is the assistant's; the loss is on that answer. Empty lines are skipped.
+
+    prompt     Messages are rendered by the tokenizer's chat template with its generation prompt. So are
+               prompt/completion lines, as one user turn and the answer, where there is a template
+               (chat_template="never" tokenizes them as they are, with the tokenizer's own special tokens in front).
+               The tokens are those that inference starts from.
+    completion What the template renders behind the prompt, or the text as written. Prompt and completion are tokenized
+               together where that leaves the prompt's tokens as they are, else apart.
+    end        The completion ends with the first of the stop tokens that nothing but white space and stop tokens
+               follows (what a template writes behind it is cut); where it has none, the tokenizer's eos is added. A
+               completion that was cut to max_length has no end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from runtimes.errors import InputError
+
+IGNORED = -100
+"""The label of a token without a loss."""
+
+FORMS = ({"prompt", "completion"}, {"messages"})
+MESSAGE_KEYS = {"role", "content"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One tokenized line."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    line: int
+    truncated: bool = False
+    """The completion was cut to max_length, and so has no end token."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return (IGNORED,) * self.prompt_length + self.input_ids[self.prompt_length :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A whole file, tokenized."""
+
+    path: Path
+    sha256: str
+    examples: tuple[Example, ...]
+    templated: bool
+    """The examples went through the tokenizer's chat template, so prompts at inference must, too."""
+
+    @property
+    def truncated_lines(self) -> tuple[int, ...]:
+        return tuple(example.line for example in self.examples if example.truncated)
+
+
+def load_data(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template: str = "auto",
+    stop_tokens: Collection[int] = (),
+) -> TrainingData:
+    """Reads and tokenizes a JSONL file. ``stop_tokens``: what ends generation beside the tokenizer's eos.
+
+    Raises InputError naming file and line for anything that is not one of the two forms, for a prompt that leaves no
+    room in ``max_length`` and for chat messages without a template; naming the file where it has no usable line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; training data is a JSONL file")
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no eos token to end completions with; set eos_token in tokenizer_config.json"
+        )
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template == "always" and not has_template:
+        raise InputError("chat_template is 'always', and the tokenizer has no chat template; use auto or never")
+    templated = has_template and chat_template != "never"
+    stop = {*stop_tokens, tokenizer.eos_token_id}
+    examples, digest = [], hashlib.sha256()
+    for number, raw in _lines(path):
+        digest.update(raw)
+        where = f"{path}:{number}"
+        record = _record(raw, where, first=number == 1)
+        if record is not None:
+            prompt, completion, special = _texts(record, tokenizer, templated, where)
+            examples.append(_tokenized(prompt, completion, tokenizer, stop, max_length, where, number, special=special))
+    if not examples:
+        raise InputError(
+            f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}"
+        )
+    return TrainingData(path=path, sha256=digest.hexdigest(), examples=tuple(examples), templated=templated)
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples in file order; ``fraction`` of them, at least one unless 0, are held out."""
+    if not fraction:
+        return list(examples), []
+    count = max(1, round(len(examples) * fraction))
+    if count >= len(examples):
+        raise InputError(
+            f"holding out {fraction:g} of {len(examples)} examples leaves none to train on; lower eval_fraction"
+        )
+    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    return [e for i, e in enumerate(examples) if i not in held_out], [examples[i] for i in sorted(held_out)]
+
+
+def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64."""
+    width = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+    return {
+        "input_ids": padded([e.input_ids for e in examples], pad_token_id),
+        "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
+        "labels": padded([e.labels for e in examples], IGNORED),
+        "prompt_length": torch.tensor([e.prompt_length for e in examples]),
+    }
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as f:
+        yield from enumerate(f, start=1)
+
+
+def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: not JSON: {e.msg} at column {e.colno}; each line is one JSON object") from None
+    except RecursionError:
+        raise InputError(f"{where}: not JSON that can be read: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
+    if set(record) not in FORMS:
+        form = FORMS[1] if "messages" in record else FORMS[0]
+        missing, unknown = sorted(form - set(record)), sorted(set(record) - form)
+        said = " and ".join(
+            f"{what} {keys}" for what, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys
+        )
+        raise InputError(f"{where}: {said}; a line has either prompt and completion, or messages")
+    for key in set(record) - {"messages"}:
+        _check_text(record[key], key, where)
+    if "messages" in record:
+        _check_messages(record["messages"], where)
+    return record
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise InputError(f"{where}: messages must be a list of at least one message and the assistant's answer")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or set(message) != MESSAGE_KEYS:
+            got = sorted(message) if isinstance(message, dict) else type(message).__name__
+            raise InputError(f"{where}: message {index} must have exactly the keys role and content, got {got}")
+        _check_text(message["role"], f"role of message {index}", where)
+        _check_text(message["content"], f"content of message {index}", where)
+    if messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{where}: the last message is the {messages[-1]['role']}'s; the loss needs an assistant's answer there"
+        )
+
+
+def _check_text(value: Any, what: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {what} is {type(value).__name__}, expected a string")
+    if not value.strip():
+        raise InputError(f"{where}: {what} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: {what} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        ) from None
+
+
+# --- rendering and tokenizing ---------------------------------------------------------------------
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """The chat template's text up to where the assistant's answer begins."""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+def _texts(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templated: bool, where: str
+) -> tuple[str, str, bool]:
+    """(prompt, completion, whether the tokenizer adds its special tokens): a template writes them itself."""
+    if "messages" not in record and not templated:
+        return record["prompt"], record["completion"], True
+    if not templated:
+        raise InputError(
+            f"{where}: messages need a chat template, and "
+            + ("chat_template is 'never'" if getattr(tokenizer, "chat_template", None) else "the tokenizer has none")
+            + "; use prompt and completion lines, or a base with a template"
+        )
+    messages = record.get("messages") or [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": record["completion"]},
+    ]
+    try:
+        prompt = render_prompt(tokenizer, messages[:-1])
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as e:  # templates are programs of their own: jinja2, type and value errors
+        raise InputError(f"{where}: the tokenizer's chat template refuses these messages: {e}") from e
+    # Some templates open the answer otherwise than they render one (a reasoning block that is dropped from past turns).
+    # The prompt must be what inference starts from, so there the answer follows it as written.
+    return prompt, whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"], False
+
+
+def _tokenized(
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Collection[int],
+    max_length: int,
+    where: str,
+    line: int,
+    *,
+    special: bool,
+) -> Example:
+    def ids(text: str, *, special: bool = False) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    head = ids(prompt, special=special)
+    # A tokenizer that adds eos behind every text adds it to the prompt, too, where it would end the conversation.
+    if special and head and head[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        head.pop()
+    if not head:
+        raise InputError(f"{where}: the prompt has no tokens")
+    if len(head) >= max_length:
+        raise InputError(
+            f"{where}: the prompt has {len(head)} tokens, which leaves none of {max_length} for its completion; "
+            "shorten it, or raise max_length as far as the base's context goes"
+        )
+    whole = ids(prompt + completion, special=special)
+    tail = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else ids(completion)
+    tail = _ended(tail, tokenizer, stop)
+    room = max_length - len(head)
+    return Example(input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, truncated=len(tail) > room)
+
+
+def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: Collection[int]) -> list[int]:
+    """``tail`` up to its end token, by the rule of the module's docstring."""
+    end = None
+    for index in reversed(range(len(tail))):
+        if tail[index] in stop:
+            end = index + 1
+        elif tokenizer.decode(tail[index : index + 1]).strip():
+            break
+    return tail[:end] if end else [*tail, tokenizer.eos_token_id]

@@ -1,0 +1,257 @@
+"""The trained modules: each is h -> h + delta(h) at one site and slot, with R and P as [r, D] rows.
+
+    loreft    delta = R^T (act(W h + b) - R h)              noreft   delta = P^T (act(W h + b) - (P h + p))
+    direft    delta = W2^T act(W1 h + b)
+    consreft  delta = R^T (s - R h)                         lobireft delta = R^T s
+
+Parameters are float32 whatever the base's dtype, and delta is computed in float32. Initial values are pyreft's: R a
+random matrix with orthonormal rows, every linear map uniform in +-1/sqrt(D) (torch's default for Linear), s uniform in
+[0, 1). pyreft calls this direft Nodireft; its own Direft keeps W2 orthonormal.
+
+Dropout zeroes elements of delta and scales the others by 1/(1 - p), while training only. pyreft drops elements of
+h + delta, and so noises the frozen residual stream as well; here an edit that is dropped leaves h as it was.
+
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equations 2 and 3;
+pyreft/interventions.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reft_export.eager import ACTIVATION_FUNCTIONS, EditFn, edit_rows
+from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, InputError
+from runtimes.positions import PositionRule
+
+
+class OrthonormalRows(nn.Module):
+    """R [r, D] with R R^T = I, from a free V [r, D]: V^T = Q T by QR with T's diagonal positive, R = Q^T.
+
+    R depends on the row spaces of V's leading rows alone: scaling V, as weight decay does, leaves R as it is. (Under
+    torch's own orthogonal parametrization AdamW's weight decay destroys R, and its backward is some hundred times
+    slower.)
+    """
+
+    def __init__(self, rank: int, width: int) -> None:
+        super().__init__()
+        self.V = nn.Parameter(torch.empty(rank, width))
+        nn.init.orthogonal_(self.V)
+
+    def forward(self) -> Tensor:
+        q, t = torch.linalg.qr(self.V.T)
+        return (q * torch.where(torch.diagonal(t) < 0, -1.0, 1.0).to(q.dtype)).T
+
+
+class Intervention(nn.Module):
+    """One trained edit; subclasses give ``delta``, ``parameters_of`` the adapter's PARAMETERS[method]."""
+
+    method: str
+
+    def __init__(self, rank: int, width: int, *, activation: str = "", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.rank, self.width = rank, width
+        self.act = ACTIVATION_FUNCTIONS[activation]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The delta of rows h [t, D], in h's dtype: float32 for a float32 module."""
+        return self.dropout(self.delta(h))
+
+    def delta(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def parameters_of(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in PARAMETERS[self.method]}
+        return {name: value() if isinstance(value, OrthonormalRows) else value for name, value in values.items()}
+
+    def _matrix(self) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.rank, self.width).uniform_(-1, 1) / math.sqrt(self.width))
+
+    def _bias(self) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.rank).uniform_(-1, 1) / math.sqrt(self.width))
+
+
+class LoReft(Intervention):
+    method = "loreft"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(rank, width, **options)
+        self.R, self.W, self.b = OrthonormalRows(rank, width), self._matrix(), self._bias()
+
+    def delta(self, h: Tensor) -> Tensor:
+        R = self.R()
+        return (self.act(h @ self.W.T + self.b) - h @ R.T) @ R
+
+
+class NoReft(Intervention):
+    method = "noreft"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(rank, width, **options)
+        self.P, self.W, self.b, self.p = self._matrix(), self._matrix(), self._bias(), self._bias()
+
+    def delta(self, h: Tensor) -> Tensor:
+        return (self.act(h @ self.W.T + self.b) - (h @ self.P.T + self.p)) @ self.P
+
+
+class DiReft(Intervention):
+    method = "direft"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(rank, width, **options)
+        self.W2, self.W1, self.b = self._matrix(), self._matrix(), self._bias()
+
+    def delta(self, h: Tensor) -> Tensor:
+        return self.act(h @ self.W1.T + self.b) @ self.W2
+
+
+class ConsReft(Intervention):
+    method = "consreft"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(rank, width, **options)
+        self.R, self.s = OrthonormalRows(rank, width), nn.Parameter(torch.rand(rank))
+
+    def delta(self, h: Tensor) -> Tensor:
+        R = self.R()
+        return (self.s - h @ R.T) @ R
+
+
+class LobiReft(Intervention):
+    method = "lobireft"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(rank, width, **options)
+        self.R, self.s = OrthonormalRows(rank, width), nn.Parameter(torch.rand(rank))
+
+    def delta(self, h: Tensor) -> Tensor:
+        return (self.s @ self.R()).expand_as(h)
+
+
+METHODS: Mapping[str, type[Intervention]] = {c.method: c for c in (LoReft, NoReft, DiReft, ConsReft, LobiReft)}
+
+
+class Interventions(nn.Module):
+    """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
+
+    Raises InputError for an unknown method, an activation the method has no place for, and a rank outside 1 to D.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        rank: int,
+        sites: Sequence[Site],
+        width: int,
+        tied: bool = True,
+        activation: str = "",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS:
+            raise InputError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
+        if activation not in ACTIVATION_FUNCTIONS:
+            raise InputError(
+                f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATION_FUNCTIONS))}"
+            )
+        if activation and method not in ACTIVATED_METHODS:
+            raise InputError(
+                f"{method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
+            )
+        if not 1 <= rank <= width:
+            raise InputError(f"rank {rank} does not fit this base; use 1 to its width {width}")
+        self.method, self.rank, self.width, self.tied = method, rank, width, tied
+        self.activation, self.dropout = activation, dropout
+        self.sites = tuple(sites)
+        groups = ("",) if tied else ("prefix", "suffix")
+        self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups) for site in self.sites}
+        # ModuleDict refuses dots in its keys.
+        self.each = nn.ModuleDict(
+            {
+                key.replace(".", "-"): METHODS[method](rank, width, activation=activation, dropout=dropout)
+                for keys in self.keys.values()
+                for key in keys
+            }
+        )
+
+    def intervention(self, key: str) -> Intervention:
+        """By the adapter's tensor prefix: ``<layer>.<stream>[.prefix|.suffix]``."""
+        return self.each[key.replace(".", "-")]  # type: ignore[return-value]
+
+    def edits(self) -> dict[Site, EditFn]:
+        """The edit functions that ``reft_export.eager.steer`` takes; gradients flow through them."""
+        return {
+            site: partial(edit_rows, deltas=[self.intervention(k) for k in keys]) for site, keys in self.keys.items()
+        }
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Weight decay on matrices and s, none on biases, and none on V, where it could only change the step size."""
+        named = list(self.named_parameters())
+        plain = [p for name, p in named if name.rsplit(".", 1)[1] in ("V", "b", "p")]
+        decayed = [p for name, p in named if name.rsplit(".", 1)[1] not in ("V", "b", "p")]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def start_from(self, adapter: Adapter) -> None:
+        """Sets every parameter to a trained adapter's, for a refit; raises AdapterError for one of another form."""
+        mine = {
+            "method": self.method,
+            "rank": self.rank,
+            "sites": self.sites,
+            "tied": self.tied,
+            "activation": self.activation,
+        }
+        other = {name: getattr(adapter, name) for name in mine} | {"sites": tuple(adapter.sites)}
+        if different := [name for name in mine if mine[name] != other[name]]:
+            name = different[0]
+            raise AdapterError(
+                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}"
+            )
+        for keys in self.keys.values():
+            for key in keys:
+                for parameter in PARAMETERS[self.method]:
+                    target = getattr(self.intervention(key), parameter)
+                    target = target.V if isinstance(target, OrthonormalRows) else target
+                    target.copy_(torch.from_numpy(adapter.tensors[f"{key}.{parameter}"]))
+
+    @torch.no_grad()
+    def to_adapter(
+        self,
+        base: BaseModel,
+        positions: PositionRule,
+        *,
+        dtype: str = "float32",
+        trained_on: str | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """The adapter as it stands, R materialised; raises AdapterError for parameters that are not finite."""
+        tensors = {
+            f"{key}.{name}": value.detach().to("cpu", torch.float32).numpy().copy(order="C")
+            for keys in self.keys.values()
+            for key in keys
+            for name, value in self.intervention(key).parameters_of().items()
+        }
+        return Adapter(
+            method=self.method,
+            rank=self.rank,
+            sites=self.sites,
+            positions=positions,
+            tied=self.tied,
+            base=base,
+            tensors={name: np.ascontiguousarray(value) for name, value in tensors.items()},
+            activation=self.activation,
+            dropout=self.dropout,
+            dtype=dtype,
+            trained_on=trained_on,
+            training=dict(training or {}),
+        )

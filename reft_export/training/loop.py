@@ -1,0 +1,206 @@
+"""The loop: transformers' Trainer over a module whose parameters are the interventions alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from reft_export.base import Base
+from reft_export.eager import Steering
+from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
+from reft_export.training.data import IGNORED, Example, collate
+from reft_export.training.interventions import Interventions
+from reft_export.training.settings import SCHEDULES, TrainSettings
+from runtimes.errors import ReftError
+
+OnStep = Callable[[int, int, float, "float | None"], None]
+"""(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
+
+CHECKPOINTS_PER_RUN = 10
+
+
+class TrainingInterrupted(ReftError):
+    """Ctrl-C while training; the message says how to go on."""
+
+    exit_code = 130
+
+
+class _NotFinite(Exception):
+    """What became non-finite; ``run_loop`` adds the step."""
+
+
+class EditedModel(nn.Module):
+    """Loss of the hooked base, as a module whose parameters are the interventions alone.
+
+    The base is kept out of the module tree on purpose: Trainer then optimises, moves and checkpoints the edit only, and
+    ``train()`` leaves the base in eval mode.
+    """
+
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, so that accumulated batches weigh each token alike
+
+    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering) -> None:
+        super().__init__()
+        self.interventions = interventions
+        self._outside = (model, steering)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._step_loss = 0.0
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        prompt_length: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Cross entropy of the labels, summed over tokens and divided by num_items_in_batch (else by their number)."""
+        model, steering = self._outside
+        steering.prompt_length = prompt_length
+        # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
+        wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
+        keep = {"logits_to_keep": wanted} if self._keeps else {}
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **keep).logits[
+            :, -wanted:-1
+        ]
+        targets = labels[:, 1 - wanted :]
+        counted = targets != IGNORED
+        total = F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        loss = total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise _NotFinite("the loss")
+        if self.training:
+            self._step_loss += loss.detach().item()
+        return {"loss": loss}
+
+    def take_step_loss(self) -> float:
+        loss, self._step_loss = self._step_loss, 0.0
+        return loss
+
+
+class _Recorder(TrainerCallback):
+    """History, progress and checkpoints. Trainer's own log is not used: it rounds the loss to four digits."""
+
+    def __init__(
+        self, model: EditedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None
+    ) -> None:
+        self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
+        self.on_step = on_step or (lambda *_: None)
+        self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
+        self.lr = 0.0
+        self.eval_loss = next((r.eval_loss for r in reversed(history) if r.eval_loss is not None), None)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not all(torch.isfinite(g).all() for g in gradients):
+            raise _NotFinite("a gradient")
+        self.lr = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        record = StepRecord(step=state.global_step, loss=self.model.take_step_loss(), lr=self.lr)
+        self.history.append(record)
+        due = record.step % self.every == 0 or record.step == self.total
+        control.should_save = due
+        control.should_evaluate = due and self.evaluates
+        self.on_step(record.step, self.total, record.loss, self.eval_loss)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.eval_loss = metrics["eval_loss"]
+        last = self.history[-1]
+        self.history[-1] = StepRecord(step=last.step, loss=last.loss, lr=last.lr, eval_loss=self.eval_loss)
+        self.on_step(last.step, self.total, last.loss, self.eval_loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history)
+
+
+def run_loop(
+    model: EditedModel,
+    base: Base,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    settings: TrainSettings,
+    folder: Path,
+    checkpoint: Path | None,
+    on_step: OnStep | None,
+) -> list[StepRecord]:
+    batches = math.ceil(len(training) / settings.batch_size)
+    total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
+    on_cpu = base.model.device.type == "cpu"
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=math.ceil(total * settings.warmup),
+        max_grad_norm=settings.max_gradient_norm,
+        seed=settings.seed,
+        # The base has its final dtype and the edit is float32: no autocast on top.
+        bf16=False,
+        fp16=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        # _Recorder asks for both.
+        save_strategy="no",
+        eval_strategy="no",
+    )
+    args._setup_devices  # noqa: B018  decides _n_gpu, once
+    args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several GPUs are visible
+    history = read_history(checkpoint)
+    recorder = _Recorder(model, history, total, bool(held_out), on_step)
+    pad = base.tokenizer.pad_token_id
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=partial(collate, pad_token_id=base.tokenizer.eos_token_id if pad is None else pad),
+        train_dataset=list(training),  # type: ignore[arg-type]
+        eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
+        optimizers=(
+            torch.optim.AdamW(model.interventions.parameter_groups(settings.weight_decay), lr=settings.lr),
+            None,
+        ),
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except _NotFinite as e:
+        discard(folder)
+        raise ReftError(
+            f"{e} is not finite at step {len(history) + 1} of {total} (last loss "
+            f"{history[-1].loss if history else 'none'}, lr {settings.lr:g}, base in {base.dtype}); "
+            "no adapter was written; lower the learning rate, or train with a base in float32"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise ReftError(
+            f"out of memory at step {len(history) + 1} with batches of {settings.batch_size}; lower the batch size and "
+            "raise gradient accumulation by as much, or lower max_length"
+        ) from None
+    except KeyboardInterrupt:
+        last = last_checkpoint(folder)
+        remedy = (
+            f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
+        )
+        raise TrainingInterrupted(
+            f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}"
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+    return history

@@ -1,0 +1,157 @@
+"""What one training run is, and the grammar of its layers and streams."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS
+from runtimes.edit import ACTIVATIONS, STREAMS, Site
+from runtimes.errors import InputError
+from runtimes.positions import PositionRule
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Learning-rate schedules after the warm-up, as transformers calls them."""
+
+CHAT_TEMPLATE = ("auto", "always", "never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """A training run, by default as in the ReFT paper where it says so. Raises InputError for values out of range."""
+
+    method: str = "loreft"
+    rank: int = 4
+    layers: str = "all"
+    """``all``, or layers and inclusive ranges separated by ``;`` or ``,``: ``8-16``, ``3;9;18``, ``0-3;8``."""
+    streams: str = "block_output"
+    """One or several of runtimes.edit.STREAMS, separated by ``;`` or ``,``; every layer is edited at each of them."""
+    positions: str = "f7+l7"
+    tied: bool = True
+    """One intervention for prefix and suffix positions, or one for each."""
+    activation: str = ""
+    dropout: float = 0.0
+
+    lr: float = 9e-4
+    schedule: str = "linear"
+    warmup: float = 0.1
+    """Share of all steps over which the learning rate rises from 0."""
+    epochs: int = 6
+    max_steps: int | None = None
+    """Optimiser steps, in place of epochs."""
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    """Batches per optimiser step; every completion token of the step has the same weight, whatever its batch."""
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+
+    eval_fraction: float = 0.0
+    """Share of the examples held out of training; their loss is taken ten times per run."""
+    max_length: int | None = None
+    """Tokens per example, prompt and completion; None: the base's context."""
+    chat_template: str = "auto"
+    """Whether prompt/completion lines are rendered through the tokenizer's chat template; auto: where there is one."""
+    samples: int = 3
+    """Prompts that are answered before and after training; 0 for none."""
+    seed: int = 42
+    dtype: str = "auto"
+    """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
+    device: str = "auto"
+    resume: bool = False
+    """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, tuple(PARAMETERS))
+        _one_of("schedule", self.schedule, tuple(SCHEDULES))
+        _one_of("chat_template", self.chat_template, CHAT_TEMPLATE)
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("activation", self.activation, ACTIVATIONS)
+        if self.activation and self.method not in ACTIVATED_METHODS:
+            raise InputError(
+                f"{self.method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
+            )
+        for name in ("rank", "epochs", "batch_size", "gradient_accumulation"):
+            _in_range(name, getattr(self, name), 1)
+        for name in ("max_steps", "max_length"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 1)
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "seed"):
+            _in_range(name, getattr(self, name), 0)
+        for name in ("dropout", "warmup", "eval_fraction"):
+            _in_range(name, getattr(self, name), 0, below=1)
+        rule = self.rule
+        if not self.tied and not (rule.first and rule.last):
+            raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {rule}")
+        parse_streams(self.streams)
+
+    @property
+    def rule(self) -> PositionRule:
+        return PositionRule.parse(self.positions)
+
+    def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
+        layers, streams = parse_layers(self.layers, num_hidden_layers), parse_streams(self.streams)
+        return tuple(Site(layer=layer, stream=stream) for layer in layers for stream in streams)
+
+    def placement(self) -> tuple[str, str]:
+        """(dtype, device) to load the base with, ``auto`` decided for this machine."""
+        import torch
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device == "cuda" else "float32"
+        return dtype, device
+
+    def record(self) -> dict[str, Any]:
+        """The settings that decide the result, as they are written into the adapter and compared on resume."""
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples")}
+
+
+def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
+    """``all``, ``8-16`` (both ends), ``3;9;18`` or a mix, as increasing layer numbers; raises InputError."""
+    if text.strip() == "all":
+        return tuple(range(num_hidden_layers))
+    layers: set[int] = set()
+    for part in re.split("[;,]", text):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise InputError(f"layers {text!r} are not understood at {part!r}; use all, 8-16 or 3;9;18")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"layers {text!r}: the range {first}-{last} runs backwards; did you mean {last}-{first}?")
+        if last >= num_hidden_layers:
+            raise InputError(
+                f"layer {last} does not exist in this base ({num_hidden_layers} layers, 0 to {num_hidden_layers - 1})"
+            )
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def parse_streams(text: str) -> tuple[str, ...]:
+    """Streams separated by ``;`` or ``,``, in the order in which a block computes them; raises InputError."""
+    asked = [part.strip() for part in re.split("[;,]", text)]
+    for stream in asked:
+        _one_of("stream", stream, STREAMS)
+    return tuple(stream for stream in STREAMS if stream in asked)
+
+
+def differing(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """``name: theirs, now mine`` for every entry in which two records differ."""
+    names = sorted({*mine, *other})
+    return [f"{n}: {other.get(n)!r}, now {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} {value!r} is unknown; known: {', '.join(filter(None, known))}")
+
+
+def _in_range(name: str, value: float, least: float, *, below: float = float("inf")) -> None:
+    if not least <= value < below:
+        limit = f"at least {least}" + (f" and below {below:g}" if below != float("inf") else "")
+        raise InputError(f"{name} is {value}; it must be {limit}")

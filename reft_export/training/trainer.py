@@ -1,0 +1,267 @@
+"""One training run: a frozen base, interventions hooked onto it, transformers' Trainer for the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel, set_seed
+
+from reft_export.base import DTYPES, Base, check_device
+from reft_export.eager import greedy_tokens, steer, steered
+from reft_export.training.checkpoints import (
+    StepRecord,
+    discard,
+    open_working_folder,
+)
+from reft_export.training.data import Example, TrainingData, load_data, split
+from reft_export.training.interventions import Interventions
+from reft_export.training.loop import EditedModel, OnStep, run_loop
+from reft_export.training.settings import TrainSettings
+from runtimes.adapter import Adapter, save_adapter
+from runtimes.errors import InputError
+from runtimes.folders import check_destination
+from runtimes.positions import PositionRule, slots
+
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A greedy answer to a prompt of the data."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainResult:
+    """What ``train`` gives back, beside the saved adapter."""
+
+    adapter: Adapter
+    history: tuple[StepRecord, ...]
+    samples_before: tuple[Sample, ...]
+    samples_after: tuple[Sample, ...]
+    truncated_lines: tuple[int, ...]
+    """Lines of the data whose completion was cut to max_length."""
+
+
+def train(
+    base: Base,
+    data: Path,
+    settings: TrainSettings,
+    output: Path,
+    *,
+    force: bool = False,
+    start: Adapter | None = None,
+    trained_on: str | None = None,
+    on_step: OnStep | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Trains interventions on a JSONL file, and saves the adapter to ``output`` when it is done.
+
+    The base stays as it is, in eval mode: its own dropout, where a config has one, is off, so the edit is trained on
+    the model that is shipped. Load the base with ``settings.placement()``; ``device`` moves it, another ``dtype`` is
+    refused. The same seed gives the same adapter, byte for byte, on a CPU. The process's random state is set by the
+    seed.
+
+    ``start``: an adapter to go on from. ``trained_on``: digest of the bundle whose weights the base carries.
+
+    Raises InputError for settings, data or outputs that cannot be used, before anything is trained; ReftError where the
+    loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
+    """
+    phase = on_phase or (lambda _: None)
+    check_destination(output, force=force)
+    if base.tokenizer is None:
+        raise InputError(
+            f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json"
+        )
+    device = _place(base, settings)
+    rule, sites = settings.rule, settings.sites(base.info.num_hidden_layers)
+    set_seed(settings.seed)
+    interventions = Interventions(
+        method=settings.method,
+        rank=settings.rank,
+        sites=sites,
+        width=base.info.hidden_size,
+        tied=settings.tied,
+        activation=settings.activation,
+        dropout=settings.dropout,
+    )
+    if start is not None:
+        interventions.start_from(start)
+    stop = _stop_tokens(base)
+    phase("reading the data")
+    read = load_data(
+        data,
+        base.tokenizer,
+        max_length=min(settings.max_length or _context(base), _context(base)),
+        chat_template=settings.chat_template,
+        stop_tokens=stop,
+    )
+    _check_positions(read, rule)
+    training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
+    run = {
+        **settings.record(),
+        "data": read.sha256,
+        "base": base.info.fingerprint,
+        "base_dtype": base.dtype,
+        "start": None if start is None else _digest(start),
+        "trained_on": trained_on,
+    }
+    folder, checkpoint = open_working_folder(output, run, resume=settings.resume, force=force)
+
+    with _frozen(base.model):
+        asked = (held_out or training)[: settings.samples]
+        phase("sampling the base")
+        before = _samples(base, asked, stop)
+        phase("training")
+        with steer(base.model, interventions.edits(), rule=rule, tied=settings.tied) as steering:
+            edited = EditedModel(base.model, interventions.to(device), steering)
+            history = run_loop(edited, base, training, held_out, settings, folder, checkpoint, on_step)
+        adapter = interventions.to_adapter(
+            base.info,
+            rule,
+            dtype=base.dtype,
+            trained_on=trained_on,
+            training=_provenance(read, training, held_out, settings, history),
+        )
+        save_adapter(adapter, output, force=force)
+        discard(folder)
+        phase("sampling the steered model")
+        after = _samples(base, asked, stop, adapter)
+    return TrainResult(
+        adapter=adapter,
+        history=tuple(history),
+        samples_before=before,
+        samples_after=after,
+        truncated_lines=read.truncated_lines,
+    )
+
+
+def _place(base: Base, settings: TrainSettings) -> torch.device:
+    if settings.dtype != "auto" and base.model.dtype != DTYPES[settings.dtype]:
+        raise InputError(
+            f"the base is loaded in {base.dtype}, the settings ask for {settings.dtype}; load it in that dtype"
+        )
+    if settings.device != "auto":
+        check_device(settings.device)
+        base.model.to(settings.device)
+    return base.model.device
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter takes a gradient and no dropout acts inside; afterwards both are as they were."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+
+
+def _check_positions(data: TrainingData, rule: PositionRule) -> None:
+    """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
+    reached: dict[int, bool] = {}
+    for example in data.examples:
+        n = example.prompt_length
+        if n not in reached:
+            reached[n] = bool((slots(rule, np.ones((1, n)), n, prompt_length=np.array([n])) >= 0).any())
+        if not reached[n]:
+            raise InputError(
+                f"{data.path}:{example.line}: the prompt has {n} token, and positions {rule} edit none of it (each end "
+                "gets at most half of the prompt); lengthen the prompt, or use positions prompt"
+            )
+
+
+def _samples(
+    base: Base, examples: Sequence[Example], stop: frozenset[int], adapter: Adapter | None = None
+) -> tuple[Sample, ...]:
+    """Greedy answers to the examples' prompts, in one left-padded batch."""
+    if not examples:
+        return ()
+    tokenizer, device = base.tokenizer, base.model.device
+    assert tokenizer is not None
+    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*[tokenizer.eos_token_id] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
+    with steered(base.model, adapter) if adapter else nullcontext():
+        answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, _context(base) - width), eos=stop)
+    return tuple(
+        Sample(
+            prompt=tokenizer.decode(list(prompt), skip_special_tokens=True),
+            text=tokenizer.decode(answer, skip_special_tokens=True),
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
+
+
+def _provenance(
+    data: TrainingData,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    settings: TrainSettings,
+    history: Sequence[StepRecord],
+) -> dict[str, Any]:
+    evaluated = [record.eval_loss for record in history if record.eval_loss is not None]
+    return {
+        "data": {
+            "file": data.path.name,
+            "sha256": data.sha256,
+            "examples": len(training),
+            "held_out": len(held_out),
+            "truncated": len(data.truncated_lines),
+            "chat_template": data.templated,
+        },
+        "settings": settings.record(),
+        "versions": {
+            "reft-export": _own_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "steps": len(history),
+        "final_loss": history[-1].loss,
+        "final_eval_loss": evaluated[-1] if evaluated else None,
+    }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("reft-export")
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
+def _digest(adapter: Adapter) -> str:
+    import hashlib
+
+    digest = hashlib.sha256(adapter.method.encode())
+    for name in sorted(adapter.tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(adapter.tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _stop_tokens(base: Base) -> frozenset[int]:
+    """All that ends generation for this base: the tokenizer's eos and the generation config's, which may be several."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, (list, tuple)) else [configured]
+    return frozenset(t for t in (*several, getattr(base.tokenizer, "eos_token_id", None)) if t is not None)
+
+
+def _context(base: Base) -> int:
+    return int(getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)

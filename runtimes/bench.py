@@ -1,0 +1,196 @@
+"""Time to first token, decode speed and peak memory, of the base and of every adapter.
+
+Machines are noisy and runtimes have slow and fast modes from process to process: one session serves base and steered runs, they
+alternate, and what an adapter costs is the median over pairs of neighbouring runs, never a quotient of two separate averages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from runtimes.bundle import BASE_GOLDEN
+from runtimes.errors import InputError
+from runtimes.generate import DecodeBatch, Session
+from runtimes.records import to_json
+
+BASE = BASE_GOLDEN
+WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """All times in milliseconds. ``ttft``: prefill to the first token's logits; ``decode``: per token. Ratios are steered over base."""
+
+    name: str
+    ttft_min: float
+    ttft_median: float
+    decode_min: float
+    decode_median: float
+    ttft_ratio: float | None = None
+    decode_ratio: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 / self.decode_median
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """``peak_memory``: bytes of this process up to the end of the runs, None where the system does not tell."""
+
+    model: str
+    provider: str
+    kernel: str
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    load_seconds: float
+    peak_memory: int | None
+    measurements: tuple[Measurement, ...]
+
+    HEADER = ("", "TTFT ms (min)", "TTFT ms", "decode ms (min)", "decode ms", "tokens/s", "TTFT / base", "decode / base")
+
+    def to_json(self) -> str:
+        content = to_json(self)
+        for measurement, record in zip(self.measurements, content["measurements"], strict=True):
+            record["tokens_per_second"] = measurement.tokens_per_second
+        return json.dumps(content, indent=1)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of texts per measurement, under ``HEADER``."""
+        return [
+            (
+                m.name,
+                *(f"{x:.2f}" for x in (m.ttft_min, m.ttft_median, m.decode_min, m.decode_median)),
+                f"{m.tokens_per_second:.1f}",
+                *("" if ratio is None else f"{ratio:.3f}" for ratio in (m.ttft_ratio, m.decode_ratio)),
+            )
+            for m in self.measurements
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    ttft: float
+    decode: float
+
+
+def bench(
+    session_factory: Callable[[], Session],
+    *,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    repeats: int = 7,
+    adapters: Sequence[str] | None = None,
+    on_run: Callable[[int, int], None] | None = None,
+) -> BenchResult:
+    """Times one row of ``prompt_tokens`` random tokens and ``new_tokens`` decode steps, ``repeats`` pairs per adapter.
+
+    ``adapters``: by default all of the bundle. ``on_run(done, total)`` reports progress. Raises InputError where the tokens exceed the
+    model's context.
+    """
+    if min(prompt_tokens, new_tokens, repeats) < 1:
+        raise InputError(f"prompt tokens, new tokens and repeats are {prompt_tokens}, {new_tokens}, {repeats}; each must be at least 1")
+    started = time.perf_counter()
+    session = session_factory()
+    load_seconds = time.perf_counter() - started
+    model = session.bundle.manifest.model
+    if prompt_tokens + new_tokens > model.context_length:
+        raise InputError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the context of {model.name} ({model.context_length}); ask for fewer"
+        )
+    names = list(session.bundle.adapter_names if adapters is None else adapters)
+    prompt = np.random.default_rng(0).integers(0, model.vocab_size, prompt_tokens).tolist()
+    pairs = _alternate(session, prompt, new_tokens, repeats, names, on_run)
+    return BenchResult(
+        model=model.name,
+        provider=session.provider,
+        kernel=session.kernel,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        load_seconds=load_seconds,
+        peak_memory=peak_memory(),
+        measurements=(
+            _measurement(BASE, [base for name in pairs for base, _ in pairs[name]]),
+            *(_measurement(name, [steered for _, steered in pairs[name]], [base for base, _ in pairs[name]]) for name in names),
+        ),
+    )
+
+
+def _alternate(
+    session: Session,
+    prompt: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    names: Sequence[str],
+    on_run: Callable[[int, int], None] | None,
+) -> dict[str, list[tuple[_Run, _Run]]]:
+    """(base, steered) runs of each adapter, neighbours in time, in turning order; without adapters the base twice."""
+    active, done = session.adapter, 0
+    opponents = list(names) or [BASE]
+    pairs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in opponents}
+    try:
+        for name in {BASE, *opponents}:
+            _timed(session, name, prompt, WARM_UP_TOKENS)
+        for repeat in range(repeats):
+            for name in opponents:
+                order = (BASE, name) if repeat % 2 == 0 else (name, BASE)
+                runs = [_timed(session, which, prompt, new_tokens) for which in order]
+                pairs[name].append((runs[0], runs[1]) if repeat % 2 == 0 else (runs[1], runs[0]))
+                done += 1
+                if on_run is not None:
+                    on_run(done, repeats * len(opponents))
+    finally:
+        session.set_adapter(active)
+    return pairs
+
+
+def _timed(session: Session, name: str, prompt: Sequence[int], new_tokens: int) -> _Run:
+    session.set_adapter(None if name == BASE else name)
+    batch = DecodeBatch(session, [prompt])
+    started = time.perf_counter()
+    logits = batch.prefill()
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        logits = batch.append([int(logits[0].argmax())])
+    ended = time.perf_counter()
+    return _Run(ttft=(prefilled - started) * 1e3, decode=(ended - prefilled) * 1e3 / new_tokens)
+
+
+def _measurement(name: str, runs: Sequence[_Run], base: Sequence[_Run] | None = None) -> Measurement:
+    ttft, decode = [r.ttft for r in runs], [r.decode for r in runs]
+    paired = [] if base is None else list(zip(runs, base, strict=True))
+    return Measurement(
+        name=name,
+        ttft_min=min(ttft),
+        ttft_median=median(ttft),
+        decode_min=min(decode),
+        decode_median=median(decode),
+        ttft_ratio=median(steered.ttft / alone.ttft for steered, alone in paired) if paired else None,
+        decode_ratio=median(steered.decode / alone.decode for steered, alone in paired) if paired else None,
+    )
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory this process has had, in bytes; a device's own memory is not in it."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

@@ -1,0 +1,214 @@
+"""Sites of real decoder graphs, held against what forward hooks see in the eager model, and edits at them against edited eager runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from decoders import CONFIGS, build_decoder, export_decoder, feeds, hidden_states, session, site_modules
+from graph_passes.fold import fold_graph
+from graph_passes.sites import SiteLocation, find_sites, locate_sites
+from graph_passes.streams import stream_type
+from runtimes.edit import STREAMS, LowRankEdit, Site
+from runtimes.errors import SiteAmbiguous, SiteNotFound
+from runtimes.op import EditNode, bank_of
+from runtimes.positions import PositionRule
+from transformers import DynamicCache
+
+FAST = ("llama", "gemma2", "gpt2", "opt")
+FAMILIES = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in CONFIGS]
+LAYERS = 3
+# A scalar multiplies each branch there, and whether it belongs to the module cannot be told.
+WITHOUT_MODULE_OUTPUTS = ("granite",)
+
+
+@functools.cache
+def _exported(family: str, layers: int = LAYERS, opset: int = 20, half: bool = False) -> tuple[torch.nn.Module, bytes]:
+    model = build_decoder(family, layers=layers)
+    model = model.half() if half else model
+    return model, ir.to_proto(export_decoder(model, opset=opset)).SerializeToString()
+
+
+def _decoder(family: str, **options: object) -> tuple[torch.nn.Module, ir.Model]:
+    """The eager model and a graph of its own for each test."""
+    model, graph = _exported(family, **options)
+    return model, ir.from_proto(onnx.load_from_string(graph))
+
+
+def _expose(graph: ir.Model, located: dict[Site, SiteLocation]) -> dict[Site, str]:
+    """Makes every located stream a graph output, and returns the output's name; a skip norm is made to write its sum."""
+    names: dict[Site, str] = {}
+    for site, location in located.items():
+        node = location.node
+        if location.value is None:
+            node.resize_outputs(location.output_index + 1)
+            for index, value in enumerate(node.outputs):
+                value.name = value.name or (f"{node.name}.sum" if index == location.output_index else "")
+        value = node.outputs[location.output_index]
+        value.dtype = stream_type(site, location).dtype
+        if not value.is_graph_output():
+            graph.graph.outputs.append(value)
+        names[site] = value.name
+    return names
+
+
+def _assert_sites_match(model: torch.nn.Module, graph: ir.Model, tolerance: float = 1e-5) -> set[Site]:
+    located = find_sites(graph)
+    ids = np.random.default_rng(0).integers(0, 250, (2, 7))
+    _, eager = hidden_states(model, ids)
+    names = _expose(graph, located)
+    run = session(graph)
+    values = dict(zip([value.name for value in run.get_outputs()], run.run(None, feeds(run, ids)), strict=True))
+    for site, name in names.items():
+        expected = eager[site]
+        error = np.abs(values[name].astype(np.float32).reshape(expected.shape) - expected).max() / np.abs(expected).max()
+        assert error < tolerance, f"{site} is not {name}: {error:.1e}"
+    return set(located)
+
+
+def _all_sites(layers: int = LAYERS, streams: tuple[str, ...] = STREAMS) -> set[Site]:
+    return {Site(layer=layer, stream=stream) for layer in range(layers) for stream in streams}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_hold_what_hooks_see(family):
+    found = _assert_sites_match(*_decoder(family))
+    streams = ("block_input", "block_output") if family in WITHOUT_MODULE_OUTPUTS else STREAMS
+    assert found == _all_sites(streams=streams)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAST)
+def test_sites_of_one_layer(family):
+    assert _assert_sites_match(*_decoder(family, layers=1)) == _all_sites(1)
+
+
+@pytest.mark.slow
+def test_one_post_norm_layer_is_ambiguous():
+    _, graph = _decoder("opt_post_norm", layers=1)
+    with pytest.raises(SiteAmbiguous, match="or the norm behind it"):
+        locate_sites(graph, [Site(layer=0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAST)
+def test_sites_at_opset_23(family):
+    assert _assert_sites_match(*_decoder(family, opset=23)) == _all_sites()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAST)
+def test_sites_in_float16(family):
+    # Casts stand around every norm; the stream itself stays float16, rounded at other places than in eager.
+    model, graph = _decoder(family, half=True)
+    located = find_sites(graph)
+    assert all(stream_type(site, location).dtype == ir.DataType.FLOAT16 for site, location in located.items())
+    assert _assert_sites_match(model, graph, tolerance=1e-2) == _all_sites()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_after_onnxruntime_has_optimized_the_graph(family, tmp_path):
+    model, graph = _decoder(family)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = _assert_sites_match(model, ir.load(tmp_path / "optimized.onnx"))
+    assert found >= _all_sites(streams=("block_input", "block_output"))
+
+
+def test_names_are_not_read():
+    # Layers and nodes under names that lie, as on fused graphs and OPT.
+    _, graph = _decoder("opt")
+    expected = {site: id(location.node) for site, location in find_sites(graph).items()}
+    for index, node in enumerate(graph.graph):
+        node.name = f"/model/layers.{index % 3}/Add"
+    for index, value in enumerate(list(graph.graph.initializers.values())):
+        value.name = f"weight.{index}"
+    assert {site: id(location.node) for site, location in find_sites(graph).items()} == expected
+
+
+@contextmanager
+def _steered(model: torch.nn.Module, edits: dict[Site, LowRankEdit], first: int, last: int) -> Iterator[None]:
+    """The eager model with every edit applied to the first and last tokens of each call of more than one token."""
+
+    def hook_of(edit: LowRankEdit):
+        def hook(module, arguments, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            flat = hidden.ndim == 2
+            h = hidden.detach().numpy()
+            h = h.reshape(2, -1, h.shape[-1]) if flat else h
+            if h.shape[1] == 1:
+                return output
+            y = h.copy()
+            for token in [*range(first), *range(h.shape[1] - last, h.shape[1])]:
+                y[:, token] = edit.apply(h[:, token])
+            edited = torch.tensor(y.reshape(hidden.shape))
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return hook
+
+    modules = site_modules(model)
+    handles = [modules[site].register_forward_hook(hook_of(edit)) for site, edit in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "per_token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_decoder_says_what_the_steered_eager_model_says(family, per_token):
+    if per_token and family not in FAST:
+        pytest.skip("the per-token body is the same for every family; llama, gemma2, gpt2 and opt stand for all")
+    model, graph = _decoder(family)
+    random = np.random.default_rng(0)
+    sites = [Site(layer=0), Site(layer=LAYERS - 1)]
+    if family not in WITHOUT_MODULE_OUTPUTS:
+        sites += [Site(layer=1, stream="attention_output"), Site(layer=1, stream="mlp_output")]
+    width = stream_type(sites[0], find_sites(graph)[sites[0]]).width
+    edits = {
+        site: LowRankEdit(
+            U=random.standard_normal((4, width)) * 0.3,
+            A=random.standard_normal((4, width)) * 0.1,
+            b=random.standard_normal(4),
+            activation="gelu" if site.stream == "mlp_output" else "",
+            activated="first_half" if site.stream == "mlp_output" else "all",
+        )
+        for site in sites
+    }
+    nodes = [EditNode(site=site, activation=edit.activation, activated=edit.activated) for site, edit in edits.items()]
+    fold_graph(graph, nodes, per_token=per_token)
+    adapter = PositionRule(first=2, last=1).tensors(tied=True)
+    for node in nodes:
+        adapter.update(zip(node.bank_names, bank_of([edits[node.site]], np.dtype(np.float32)), strict=True))
+
+    run = session(graph)
+    outputs = [value.name for value in run.get_outputs()]
+    ids = random.integers(0, 250, (2, 9))
+    past, cache = None, DynamicCache(config=model.config)
+    with _steered(model, edits, first=2, last=1), torch.no_grad():
+        for start, end in ((0, 7), (7, 8), (8, 9)):
+            eager = model(input_ids=torch.tensor(ids[:, start:end]), past_key_values=cache, use_cache=True).logits.numpy()
+            step = feeds(run, ids[:, start:end], past=past)
+            past = dict(zip(outputs, run.run(None, {**step, **adapter}), strict=True))
+            np.testing.assert_allclose(past["logits"], eager, rtol=0, atol=2e-5 * np.abs(eager).max())
+            base = run.run(["logits"], step)[0]
+            if start == 0:
+                assert np.abs(base - eager).max() > 1e-2 * np.abs(eager).max(), "the edits change nothing, so the test shows nothing"
+
+
+@pytest.mark.slow
+def test_granite_multipliers_are_not_guessed():
+    _, graph = _decoder("granite")
+    with pytest.raises(SiteNotFound, match="stand Mul, and whether they belong to the module cannot be told"):
+        locate_sites(graph, [Site(layer=0, stream="attention_output")])

@@ -1,0 +1,221 @@
+"""Site finding on small graphs: exact values per block layout, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graph_passes.dominators import Dominators
+from graph_passes.sites import find_sites, locate_sites
+from runtimes.edit import STREAMS, Site
+from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
+from small_decoders import WIDTH, small_decoder
+
+BLOCK_OUTPUTS = {
+    "pre_norm": "layers.{}.output",
+    "pre_norm_fused": "layers.{}.next_norm",
+    "post_norm": "layers.{}.norm_2",
+    "parallel": "layers.{}.output",
+    "parallel_late": "layers.{}.output",
+    "after_norm": "layers.{}.output",
+    "scaled": "layers.{}.output",
+}
+
+
+def _node(model: ir.Model, name: str) -> ir.Node:
+    return next(node for node in model.graph if node.name == name)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("block", BLOCK_OUTPUTS)
+def test_every_stream_is_the_expected_value(block, typed):
+    found = find_sites(small_decoder(block=block, typed=typed))
+    for layer in range(3):
+        output = found[Site(layer=layer, stream="block_output")]
+        assert output.node.name == BLOCK_OUTPUTS[block].format(layer)
+        assert output.is_skip_norm == (block == "pre_norm_fused")
+        entering = found[Site(layer=layer, stream="block_input")]
+        assert entering.node.name == (BLOCK_OUTPUTS[block].format(layer - 1) if layer else "embedding")
+        if block != "scaled":
+            assert found[Site(layer=layer, stream="attention_output")].value.name == f"layers.{layer}.attention.output"
+            # The projection's bias belongs to the module; an after-norm behind it does not.
+            assert found[Site(layer=layer, stream="mlp_output")].value.name == f"layers.{layer}.mlp.output"
+    assert len(found) == 3 * (2 if block == "scaled" else 4)
+
+
+def test_the_last_skip_norm_has_no_sum_to_show_yet():
+    location = find_sites(small_decoder(block="pre_norm_fused"))[Site(layer=2)]
+    assert location.value is None and location.is_skip_norm
+    assert "repeats the blocks before it" in location.how
+
+
+def test_a_scalar_behind_the_projection_leaves_the_module_undecided():
+    with pytest.raises(SiteNotFound, match=r"1\.mlp_output.*stand Mul.*cannot be told"):
+        locate_sites(small_decoder(block="scaled"), [Site(layer=1, stream="mlp_output")])
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "pre_norm_fused", "parallel", "after_norm"])
+def test_a_single_block_ends_at_its_last_add(block):
+    found = find_sites(small_decoder(block=block, layers=1))
+    assert found[Site(layer=0)].node.name == BLOCK_OUTPUTS[block].format(0)
+
+
+def test_a_single_post_norm_block_is_ambiguous_and_the_rest_is_still_found():
+    model = small_decoder(block="post_norm", layers=1)
+    assert set(find_sites(model)) == {Site(layer=0, stream="block_input")}
+    with pytest.raises(SiteAmbiguous, match=r"layers\.0\.add_2.*or the norm behind it.*two layers or more"):
+        locate_sites(model, [Site(layer=0)])
+
+
+def test_casts_alias_the_stream():
+    # TorchScript writes x.to(float32) as a Cast that everything behind it reads, the residual Add included.
+    model = small_decoder(block="pre_norm")
+    add = _node(model, "layers.0.output")
+    cast = ir.node("Cast", [add.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name="alias")
+    cast.outputs[0].name = "alias"
+    readers = add.outputs[0].uses()
+    model.graph.insert_after(add, cast)
+    for reader, index in readers:
+        if reader is not cast:
+            reader.replace_input_with(index, cast.outputs[0])
+    found = find_sites(model)
+    assert found[Site(layer=0)].node is add
+    assert found[Site(layer=1, stream="attention_output")].value.name == "layers.1.attention.output"
+
+
+def test_a_norm_in_float32_is_not_the_stream():
+    # Half precision graphs cast the stream for the norm only; the residual Add reads it uncast.
+    model = small_decoder(block="pre_norm", dtype=ir.DataType.FLOAT16)
+    add, norm = _node(model, "layers.0.output"), _node(model, "layers.1.norm_1")
+    cast = ir.node("Cast", [add.outputs[0]], {"to": int(ir.DataType.FLOAT)}, name="widened")
+    cast.outputs[0].name = "widened"
+    model.graph.insert_after(add, cast)
+    norm.replace_input_with(0, cast.outputs[0])
+    assert find_sites(model)[Site(layer=0)].value is add.outputs[0]
+
+
+def test_shape_readers_do_not_tie_layers_to_the_input():
+    model = small_decoder(block="pre_norm")
+    stream = _node(model, "layers.1.output").outputs[0]
+    size = ir.node("Shape", [stream], name="size")
+    size.outputs[0].name = "size"
+    flat = ir.node("Reshape", [_node(model, "layers.2.mlp.output").outputs[0], size.outputs[0]], name="reshaped")
+    flat.outputs[0].name = "reshaped"
+    consumer = _node(model, "layers.2.output")
+    model.graph.insert_before(consumer, [size, flat])
+    consumer.replace_input_with(0, flat.outputs[0])
+    assert find_sites(model)[Site(layer=2)].node is consumer
+
+
+@pytest.mark.parametrize("spelling", ["present_key_values.{}.key", "present.{}.decoder.key", "present_key_{}", "present_{}_key", "present.{}.keys"])
+def test_other_spellings_of_the_key_outputs(spelling):
+    model = small_decoder()
+    for layer in range(3):
+        next(v for v in model.graph.outputs if v.name == f"present.{layer}.key").name = spelling.format(layer)
+    assert find_sites(model)[Site(layer=1)].node.name == "layers.1.output"
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({"input_ids": "inputs_embeds"}, r"input 'input_ids' missing; it has inputs inputs_embeds, attention_mask"),
+        ({"logits": "last_hidden_state"}, r"output 'logits' missing"),
+        ({"present.1.key": "cache"}, r"output 'present\.1\.key' missing"),
+        ({f"present.{layer}.key": f"cache.{layer}" for layer in range(3)}, r"outputs 'present\.<layer>\.key' missing.*text-generation-with-past"),
+    ],
+)
+def test_a_broken_contract_names_what_is_missing(rename, message):
+    model = small_decoder()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = rename.get(value.name, value.name)
+    with pytest.raises(GraphError, match=message):
+        find_sites(model)
+
+
+def test_a_layer_beyond_the_graph():
+    with pytest.raises(SiteNotFound, match=r"layer 31 does not exist in this graph \(3 layers"):
+        locate_sites(small_decoder(), [Site(layer=31)])
+
+
+def test_layers_that_share_their_keys_are_refused():
+    model = small_decoder()
+    shared = _node(model, "present.1.key")
+    for use in _node(model, "present.2.key").outputs[0].uses():
+        use.node.replace_input_with(use.idx, shared.outputs[0])
+    shared_again = ir.node("Identity", [shared.outputs[0]], name="shared")
+    shared_again.outputs[0].name = "present.2.key"
+    model.graph.insert_after(shared, shared_again)
+    model.graph.outputs[-1].name = "unused"
+    model.graph.outputs[-1] = shared_again.outputs[0]
+    with pytest.raises(SiteAmbiguous, match=r"blocks 1 and 2 lead to the same value.*reuse another layer's keys"):
+        find_sites(model)
+
+
+def test_a_last_block_unlike_the_others_is_not_guessed():
+    model = small_decoder(block="pre_norm")
+    tanh = ir.node("Tanh", [_node(model, "layers.2.middle").outputs[0]], name="odd")
+    tanh.outputs[0].name = "odd"
+    middle = _node(model, "layers.2.middle").outputs[0]
+    model.graph.insert_after(middle.producer(), tanh)
+    for use in middle.uses():
+        if use.node is not tanh:
+            use.node.replace_input_with(use.idx, tanh.outputs[0])
+    with pytest.raises(SiteNotFound, match=r"last block \(layer 2\).*does not look like.*layers\.2\.middle.*layers\.2\.output"):
+        locate_sites(model, [Site(layer=2)])
+    assert find_sites(model)[Site(layer=1)].node.name == "layers.1.output"
+
+
+def test_two_candidates_for_a_module_are_named():
+    # A LoRA beside the down projection: the module's output is a sum of two branches.
+    model = small_decoder(block="pre_norm")
+    up, output = _node(model, "layers.1.mlp.relu").outputs[0], _node(model, "layers.1.mlp.output")
+    weight = ir.Value(name="lora", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2 * WIDTH, WIDTH]),
+                      const_value=ir.tensor(np.zeros((2 * WIDTH, WIDTH), np.float32), name="lora"))  # fmt: skip
+    model.graph.register_initializer(weight)
+    lora = ir.node("MatMul", [up, weight], name="lora")
+    lora.outputs[0].name = "lora.out"
+    total = ir.node("Add", [output.outputs[0], lora.outputs[0]], name="with_lora")
+    total.outputs[0].name = "with_lora"
+    readers = output.outputs[0].uses()
+    model.graph.insert_after(output, [lora, total])
+    for reader, index in readers:
+        if reader is not total:
+            reader.replace_input_with(index, total.outputs[0])
+    with pytest.raises(SiteNotFound, match=r"2 branches of its block could be it \('layers\.1\.mlp\.output', 'lora\.out'\)"):
+        locate_sites(model, [Site(layer=1, stream="mlp_output")])
+    assert find_sites(model)[Site(layer=1)].node.name == "layers.1.output"
+
+
+def test_an_unsorted_graph_is_refused():
+    model = small_decoder()
+    nodes = list(model.graph)
+    model.graph.remove(nodes[0])
+    model.graph.append(nodes[0])
+    with pytest.raises(GraphError, match=r"stands before Gather\('embedding'\).*topological order"):
+        find_sites(model)
+
+
+def test_a_merged_decoder_is_refused_with_its_remedy():
+    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
+    embedded = ir.node("Cast", [ids], {"to": int(ir.DataType.BOOL)})
+    outer = ir.node("If", [embedded.outputs[0]], {"then_branch": ir.Graph([], [], nodes=[], name="empty")}, num_outputs=3)
+    for value, name in zip(outer.outputs, ("logits", "present.0.key", "present.1.key"), strict=True):
+        value.name = name
+    model = ir.Model(ir.Graph([ids], list(outer.outputs), nodes=[embedded, outer], opset_imports={"": 18}), ir_version=8)
+    with pytest.raises(SiteAmbiguous, match="merged export"):
+        find_sites(model)
+
+
+def test_dominators_of_a_diamond():
+    root = ir.Value(name="root")
+    top = ir.node("Relu", [root])
+    left, right = ir.node("Neg", [top.outputs[0]]), ir.node("Abs", [top.outputs[0]])
+    bottom = ir.node("Add", [left.outputs[0], right.outputs[0]])
+    graph = ir.Graph([root], [bottom.outputs[0]], nodes=[top, left, right, bottom])
+    dominators = Dominators(graph, root)
+    assert list(dominators.climb(bottom)) == [bottom, top]
+    assert list(dominators.climb(left)) == [left, top]
+
+
+def test_streams_are_those_of_the_contract():
+    assert {site.stream for site in find_sites(small_decoder())} == set(STREAMS)

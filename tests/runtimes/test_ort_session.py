@@ -1,0 +1,238 @@
+"""OrtSession against the numpy decoder, and everything it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from toy_bundle import ADAPTERS, CONTEXT, VOCABULARY, ToyDecoder, change_manifest, write_toy_bundle
+
+from runtimes import ort_session
+from runtimes.bundle import Bundle
+from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
+from runtimes.ort_session import OrtSession
+
+DECODER = ToyDecoder.random()
+TOKENS = [5, 17, 40, 9, 77, 120, 3, 61]
+CLOSE = dict(rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Bundle) -> OrtSession:
+    return OrtSession(bundle, threads=1)
+
+
+def forward(session: OrtSession, tokens: list[int] = TOKENS) -> np.ndarray:
+    return session.step(np.array([tokens]), np.ones((1, len(tokens)), np.int64)).logits[0]
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("slot_mode", ["graph", "input"])
+def test_base_and_adapters_equal_the_numpy_decoder(tmp_path: Path, slot_mode: str, bound: bool) -> None:
+    session = OrtSession(write_toy_bundle(tmp_path / "b", slot_mode=slot_mode), threads=1)
+    session._bound = bound  # how a session off the CPU runs: outputs bound, adapters as inputs
+    base = DECODER.logits(TOKENS)
+    for name in (None, *ADAPTERS, None, "ends"):
+        session.set_adapter(name)
+        expected = DECODER.logits(TOKENS, ADAPTERS.get(name))
+        np.testing.assert_allclose(forward(session), expected, **CLOSE)
+        assert (name is None) == np.allclose(expected, base, **CLOSE)  # the adapters do steer
+        assert session.adapter == name
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_steps_equal_one_forward(bundle: Bundle, name: str | None, bound: bool) -> None:
+    session = OrtSession(bundle, threads=1, adapter=name)
+    session._bound = bound
+    session.set_adapter(name)
+    expected = DECODER.logits(TOKENS, ADAPTERS.get(name), prompt_length=6)
+    past, start, length = None, 0, np.array([6])
+    for width in (2, 3, 1, 1, 1):
+        stop = start + width
+        out = session.step(np.array([TOKENS[start:stop]]), np.ones((1, stop)), past=past, prompt_length=length)
+        np.testing.assert_allclose(out.logits[0], expected[start:stop], **CLOSE)
+        past, start, length = out.past, stop, None  # remembered in past
+    assert past.width == len(TOKENS)
+
+
+def test_logits_outlive_their_session_and_later_steps(bundle: Bundle) -> None:
+    session = OrtSession(bundle, threads=1)
+    first = forward(session)
+    kept = first.copy()
+    for seed in range(20):
+        forward(session, [seed, seed + 1])
+    del session
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_position_ids_can_be_given(session: OrtSession) -> None:
+    ids, mask = np.array([TOKENS]), np.ones((1, len(TOKENS)))
+    shifted = session.step(ids, mask, position_ids=np.arange(len(TOKENS))[None] + 3).logits
+    assert not np.allclose(shifted, session.step(ids, mask).logits, **CLOSE)
+
+
+def test_last_logits_are_one_column(tmp_path: Path) -> None:
+    session = OrtSession(write_toy_bundle(tmp_path / "b", logits="last"), threads=1)
+    logits = forward(session)
+    assert logits.shape == (1, VOCABULARY) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits[0], DECODER.logits(TOKENS)[-1], **CLOSE)
+
+
+def test_half_precision_comes_back_as_float32(tmp_path: Path) -> None:
+    session = OrtSession(write_toy_bundle(tmp_path / "b", precision="fp16"), threads=1, adapter="ends")
+    logits = forward(session)
+    assert logits.dtype == np.float32
+    assert np.abs(logits - DECODER.logits(TOKENS, ADAPTERS["ends"])).max() < 0.2
+
+
+def test_bfloat16_words_become_float32() -> None:
+    import ml_dtypes
+
+    values = np.array([[1.5, -2.0, 3e38]], ml_dtypes.bfloat16)
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), ort_session.BFLOAT16)
+    np.testing.assert_array_equal(ort_session.to_float32(value), values.astype(np.float32))
+
+
+def test_a_bfloat16_graph_on_the_cpu_names_the_way_out(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "b", precision="bf16")
+    try:
+        OrtSession(bundle)
+    except BackendUnavailable as e:
+        assert "run it on cuda, or export fp32" in str(e)
+    else:
+        pytest.skip("this onnxruntime has bfloat16 operators on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[VOCABULARY]], [[1]], f"{VOCABULARY}"),
+        ([[-1]], [[1]], "token ids reach from -1"),
+        ([[1, 2]], [[1]], r"got \[1, 2\] and \[1, 1\]"),
+        ([1, 2], [[1, 1]], r"got \[2\]"),
+        ([[]], [[]], r"got \[1, 0\]"),
+        ([[1] * (CONTEXT + 1)], [[1] * (CONTEXT + 1)], f"{CONTEXT + 1} tokens do not fit the context of toy \\({CONTEXT}\\)"),
+    ],
+)
+def test_inputs_are_checked(session: OrtSession, ids: list, mask: list, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        session.step(np.array(ids, np.int64), np.array(mask, np.int64))
+    assert "\n" not in str(caught.value)
+
+
+def test_pads_do_not_count_towards_the_context(session: OrtSession) -> None:
+    width = CONTEXT + 4
+    mask = np.array([[1] * CONTEXT + [0] * 4])
+    assert session.step(np.ones((1, width), np.int64), mask).logits.shape == (1, width, VOCABULARY)
+
+
+def test_an_overflow_while_decoding_is_refused(session: OrtSession) -> None:
+    past = session.step(np.ones((1, CONTEXT), np.int64), np.ones((1, CONTEXT))).past
+    with pytest.raises(InputError, match=f"{CONTEXT + 1} tokens do not fit"):
+        session.step(np.ones((1, 1), np.int64), np.ones((1, CONTEXT + 1)), past=past)
+
+
+def test_loading_and_running_print_nothing(bundle: Bundle) -> None:
+    code = (
+        "import sys, numpy as np; from runtimes.bundle import open_bundle; from runtimes.ort_session import OrtSession;"
+        "s = OrtSession(open_bundle(sys.argv[1]), threads=1, adapter='ends'); s.step(np.array([[1, 2]]), np.ones((1, 2)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(bundle.folder)], capture_output=True, text=True, check=True, timeout=120)
+    assert (run.stdout, run.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_here_names_its_install(bundle: Bundle, provider: str) -> None:
+    if ort_session.PROVIDERS[provider][0] in ort.get_available_providers():
+        pytest.skip(f"this onnxruntime has {provider}")
+    with pytest.raises(BackendUnavailable, match="pip install 'onnxruntime-gpu"):
+        OrtSession(bundle, provider=provider)
+
+
+def test_a_silent_fallback_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setitem(ort_session.PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(ort_session.PROVIDERS, "cuda", _FirstOfTwo(("CUDAExecutionProvider", "CPUExecutionProvider")))
+    with pytest.raises(BackendUnavailable, match="fell back to CPUExecutionProvider"):
+        OrtSession(bundle, provider="cuda")
+
+
+class _FirstOfTwo(tuple):
+    """Names CUDA as wanted and hands onnxruntime the CPU only: what a missing CUDA library leaves."""
+
+    def __iter__(self):
+        return iter(("CPUExecutionProvider",))
+
+
+def test_unknown_choices_are_refused(bundle: Bundle) -> None:
+    for options in ({"provider": "npu"}, {"kernel": "slow"}, {"threads": 0}, {"kernel": "function", "library": Path("x.so")}):
+        with pytest.raises(InputError):
+            OrtSession(bundle, **options)
+
+
+def test_kernels_without_a_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ort_session, "find_op_library", lambda: None)
+    assert OrtSession(bundle, threads=1).kernel == "function"
+    with pytest.raises(BackendUnavailable, match="the fused kernel needs"):
+        OrtSession(bundle, kernel="fused")
+    with pytest.raises(BackendUnavailable, match="does not exist"):
+        OrtSession(bundle, library=tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("not a library")
+    with pytest.raises(BackendUnavailable, match="does not load in onnxruntime") as caught:
+        OrtSession(bundle, library=tmp_path / "text.so")
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_that_are_not_there_or_damaged(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "b")
+    session = OrtSession(bundle, threads=1)
+    with pytest.raises(BundleError, match="no adapter 'other'; it has: ends, prompt, all"):
+        session.set_adapter("other")
+    bundle.adapter("ends").file.write_bytes(b"not an adapter")
+    with pytest.raises(BundleError, match="ends.onnx_adapter cannot be loaded"):
+        session.set_adapter("ends")
+    assert session.adapter is None
+    np.testing.assert_allclose(forward(session), DECODER.logits(TOKENS), **CLOSE)
+
+
+def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path) -> None:
+    from runtimes.ort_adapter_file import write_onnx_adapter
+
+    bundle = write_toy_bundle(tmp_path / "b")
+    write_onnx_adapter(bundle.adapter("ends").file, {"reft.7.block_output.U": np.zeros((1, 1, 16), np.float32)})
+    session = OrtSession(bundle, threads=1, adapter="ends")
+    with pytest.raises(ReftError, match="with adapter ends: .*reft.7.block_output.U") as caught:
+        forward(session)
+    assert "\n" not in str(caught.value)
+
+
+def test_graphs_that_are_not_decoders(tmp_path: Path) -> None:
+    import onnx.parser
+
+    bundle = write_toy_bundle(tmp_path / "b")
+    bundle.graph_path.write_bytes(b"not a graph")
+    with pytest.raises(GraphError, match="does not load in onnxruntime"):
+        OrtSession(bundle)
+    other = onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 20]> g (int64[B, S] tokens) => (int64[B, S] y) { y = Neg(tokens) }')
+    bundle.graph_path.write_bytes(other.SerializeToString())
+    with pytest.raises(GraphError, match=r"unknown inputs \['tokens'\], missing \['attention_mask', 'input_ids', 'logits'\]"):
+        OrtSession(bundle)
+
+
+def test_a_graph_without_position_ids_counts_columns(tmp_path: Path) -> None:
+    bundle = change_manifest(write_toy_bundle(tmp_path / "b", position_ids=False), exporter="optimum")
+    session = OrtSession(bundle, threads=1)
+    assert not session.takes_position_ids
+    np.testing.assert_allclose(forward(session), DECODER.logits(TOKENS), **CLOSE)
+    with pytest.raises(InputError, match="do not fit the context"):
+        session.step(np.ones((1, CONTEXT + 1), np.int64), np.array([[0] + [1] * CONTEXT]))

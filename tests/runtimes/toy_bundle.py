@@ -1,0 +1,267 @@
+"""A two-layer decoder with learned positions, masked attention and a KV cache, twice: in numpy without a cache, and as a bundle.
+
+The numpy side is float64, one unpadded row at a time: it knows nothing of caches, pads, chunks or slots in a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import tokenizers
+from graph_passes.fold import fold_graph
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from runtimes.adapter import Adapter, BaseModel
+from runtimes.bundle import (
+    AdapterRecord,
+    Bundle,
+    Manifest,
+    ModelRecord,
+    NodeRecord,
+    open_bundle,
+    write_adapter_record,
+    write_manifest,
+)
+from runtimes.edit import Site
+from runtimes.op import EditNode
+from runtimes.ort_adapter_file import write_onnx_adapter
+from runtimes.positions import PositionRule, slots
+
+WIDTH = 16
+LAYERS = 2
+CONTEXT = 64
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Größe, naïve café — 你好世界 🙂", "a b c d e f g, a stop here"]
+PROMPTS = ("The fox", "Hi", "a lazy dog jumps over the quick brown fox")
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+
+def toy_tokenizer() -> tokenizers.Tokenizer:
+    """Byte-level BPE with <s>, </s> and a bos-free encoding; some characters are several tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS[:1] * 4, trainer)
+    return tokenizer
+
+
+VOCABULARY = toy_tokenizer().get_vocab_size()
+
+
+@dataclass(frozen=True)
+class ToyDecoder:
+    weights: dict[str, np.ndarray]
+
+    @classmethod
+    def random(cls, seed: int = 0) -> ToyDecoder:
+        random = np.random.default_rng(seed)
+        square = {f"{i}.{n}": (WIDTH, WIDTH) for i in range(LAYERS) for n in ("q", "k", "v", "o", "up", "down")}
+        shapes = {"embed": (VOCABULARY, WIDTH), "places": (CONTEXT, WIDTH), "head": (WIDTH, VOCABULARY), **square}
+        scale = {"embed": 1.0, "places": 0.5, "head": 0.25}
+        return cls({n: (random.standard_normal(s) * scale.get(n, 0.35)).astype(np.float32) for n, s in shapes.items()})
+
+    def logits(self, tokens: list[int], adapter: Adapter | None = None, prompt_length: int | None = None) -> np.ndarray:
+        """[S, V] of one whole row: block output = x + tanh(x up) down after x = h + softmax(causal q k^T / 4) v o."""
+        w = {n: x.astype(np.float64) for n, x in self.weights.items()}
+        h = w["embed"][tokens] + w["places"][: len(tokens)]
+        slot = np.full(len(tokens), -1)
+        if adapter is not None:
+            length = np.array([prompt_length or len(tokens)])
+            slot = slots(adapter.positions, np.ones((1, len(tokens))), len(tokens), tied=adapter.tied, prompt_length=length)[0]
+        for i in range(LAYERS):
+            scores = (h @ w[f"{i}.q"]) @ (h @ w[f"{i}.k"]).T / np.sqrt(WIDTH)
+            scores = np.where(np.tri(len(tokens)) > 0, scores, -np.inf)
+            share = np.exp(scores - scores.max(1, keepdims=True))
+            share /= share.sum(1, keepdims=True)
+            h = h + share @ (h @ w[f"{i}.v"]) @ w[f"{i}.o"]
+            h = h + np.tanh(h @ w[f"{i}.up"]) @ w[f"{i}.down"]
+            edits = {} if adapter is None else adapter.edits()
+            for s, edit in enumerate(edits.get(Site(layer=i), ())):
+                h = np.where((slot == s)[:, None], edit.apply(h), h)
+        return h @ w["head"]
+
+    def greedy(self, prompt: list[int], count: int, adapter: Adapter | None = None) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens, adapter, len(prompt))[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True) -> onnx.ModelProto:
+        t = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[precision]
+        inputs = ["int64[B, S] input_ids", "int64[B, T] attention_mask", *(["int64[B, S] position_ids"] if position_ids else [])]
+        inputs += [f'{t}[B, 1, P, {WIDTH}] "past_key_values.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
+        outputs = [f"{t}[B, {'S' if logits == 'all' else 1}, {VOCABULARY}] logits"]
+        outputs += [f'{t}[B, 1, T, {WIDTH}] "present.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
+        column = "Range(before, all, one)"
+        where = "position_ids" if position_ids else "columns"
+        blocks = "".join(_block(i) for i in range(LAYERS))
+        keep = f"out = Slice(h{LAYERS}, minus_ones, ends, axis)" if logits == "last" else f"out = Identity(h{LAYERS})"
+        text = f"""<ir_version: 10, opset_import: ["" : 20]>
+            toy ({", ".join(inputs)}) => ({", ".join(outputs)}) {{
+              zero = Constant<value_int = 0>()  one = Constant<value_int = 1>()  axis1 = Constant<value_ints = [1]>()
+              axis = Constant<value_ints = [1]>()  axis2 = Constant<value_ints = [2]>()  axis3 = Constant<value_ints = [3]>()
+              minus_ones = Constant<value_ints = [-1]>()  ends = Constant<value_ints = [9223372036854775807]>()
+              shape = Shape(attention_mask)  all = Gather(shape, one)  ids_shape = Shape(input_ids)  size = Gather(ids_shape, one)
+              before = Sub(all, size)  columns = {column}  every = Range(zero, all, one)
+              query = Unsqueeze(columns, axis1)  causal = LessOrEqual(every, query)
+              bool_mask = Cast<to = 9>(attention_mask)  keys = Unsqueeze(bool_mask, axis1)  seen2 = And(keys, causal)
+              seen = Unsqueeze(seen2, axis1)
+              word = Gather(embed, input_ids)  place = Gather(places, {where})  h0 = Add(word, place)
+              {blocks}
+              {keep}
+              logits = MatMul(out, head)
+            }}"""
+        model = onnx.parser.parse_model(text)
+        dtype = DTYPES[precision]
+        constants = {**self.weights, "scale": np.array(1 / np.sqrt(WIDTH)), "never": np.array(-1e4)}
+        for name, value in constants.items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _block(i: int) -> str:
+    x, past = f"h{i}", f"past_key_values.{i}"
+    return f"""
+        q{i} = MatMul({x}, "{i}.q")  k{i} = MatMul({x}, "{i}.k")  v{i} = MatMul({x}, "{i}.v")
+        qh{i} = Unsqueeze(q{i}, axis1)  kh{i} = Unsqueeze(k{i}, axis1)  vh{i} = Unsqueeze(v{i}, axis1)
+        "present.{i}.key" = Concat<axis = 2>("{past}.key", kh{i})  "present.{i}.value" = Concat<axis = 2>("{past}.value", vh{i})
+        kt{i} = Transpose<perm = [0, 1, 3, 2]>("present.{i}.key")  raw{i} = MatMul(qh{i}, kt{i})  scaled{i} = Mul(raw{i}, scale)
+        masked{i} = Where(seen, scaled{i}, never)  share{i} = Softmax<axis = -1>(masked{i})
+        context{i} = MatMul(share{i}, "present.{i}.value")  flat{i} = Squeeze(context{i}, axis1)  attended{i} = MatMul(flat{i}, "{i}.o")
+        x{i} = Add({x}, attended{i})  up{i} = MatMul(x{i}, "{i}.up")  act{i} = Tanh(up{i})  mlp{i} = MatMul(act{i}, "{i}.down")
+        h{i + 1} = Add(x{i}, mlp{i})"""
+
+
+def toy_adapter(positions: str = "f2+l2", *, tied: bool = True, seed: int = 1, rank: int = 2, strength: float = 1.0) -> Adapter:
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for group in ("",) if tied else ("prefix.", "suffix."):
+            rotation = np.linalg.qr(random.standard_normal((WIDTH, rank)))[0].T
+            values = {"R": rotation, "W": random.standard_normal((rank, WIDTH)) * 0.3, "b": random.standard_normal(rank) * strength}
+            tensors |= {f"{layer}.block_output.{group}{n}": v.astype(np.float32) for n, v in values.items()}
+    return Adapter(
+        method="loreft",
+        rank=rank,
+        sites=tuple(Site(layer=i) for i in range(LAYERS)),
+        positions=PositionRule.parse(positions),
+        tied=tied,
+        base=BaseModel(name="toy", fingerprint="0" * 64, num_hidden_layers=LAYERS, hidden_size=WIDTH),
+        tensors=tensors,
+    )
+
+
+ADAPTERS = {
+    "ends": toy_adapter("f2+l2", tied=False),
+    "prompt": toy_adapter("prompt", seed=2, rank=3),
+    "all": toy_adapter("all", seed=3, rank=1),
+}
+
+
+def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter]) -> dict[str, np.ndarray]:
+    """What the host records of the eager model: here of the numpy decoder."""
+    tokenizer = toy_tokenizer()
+    prompts = [tokenizer.encode(p).ids for p in PROMPTS]
+    rows = [p + decoder.greedy(p, 5) for p in prompts]
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    positions = np.argwhere(mask > 0)[::2]
+    adapter = adapters.get(name)
+
+    def recorded(adapter: Adapter | None) -> np.ndarray:
+        logits = [decoder.logits(row, adapter, len(p)) for row, p in zip(rows, prompts, strict=True)]
+        return np.stack([logits[r][c] for r, c in positions]).astype(np.float32)
+
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "prompt_length": np.array([len(p) for p in prompts]),
+        "logit_positions": positions,
+        "logits": recorded(adapter),
+        "greedy_tokens": np.array([decoder.greedy(p, 12, adapter) for p in prompts]),
+    }
+    return arrays if adapter is None else arrays | {"base_logits": recorded(None)}
+
+
+def write_toy_bundle(
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    logits: str = "all",
+    slot_mode: str = "graph",
+    position_ids: bool = True,
+    adapters: dict[str, Adapter] | None = None,
+    decoder: ToyDecoder | None = None,
+) -> Bundle:
+    decoder = decoder or ToyDecoder.random()
+    adapters = ADAPTERS if adapters is None else adapters
+    folder.mkdir(parents=True)
+    nodes = tuple(EditNode(site=Site(layer=i)) for i in range(LAYERS))
+    model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids))
+    fold_graph(model, nodes, slots=slot_mode)
+    ir.save(model, folder / "model.onnx")
+    for name, adapter in adapters.items():
+        record = AdapterRecord(
+            method=adapter.method,
+            rank=adapter.rank,
+            sites=tuple(map(str, adapter.sites)),
+            positions=str(adapter.positions),
+            truncate=adapter.positions.truncate,
+            tied=adapter.tied,
+            activation=adapter.activation,
+            base=adapter.base,
+        )
+        write_adapter_record(folder, name, record)
+        tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
+        tensors |= adapter.rule_tensors() if slot_mode == "graph" else {}
+        write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+    (folder / "golden").mkdir()
+    for name in ("base", *adapters):
+        np.savez(folder / "golden" / f"{name}.npz", **golden_arrays(decoder, name, adapters))
+    toy_tokenizer().save(str(folder / "tokenizer.json"))
+    manifest = Manifest(
+        created_by="tests",
+        model=ModelRecord(
+            name="toy",
+            model_type="toy",
+            fingerprint="0" * 64,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            context_length=CONTEXT,
+            eos_token_ids=(1,),
+        ),
+        precision=precision,
+        quantization=None,
+        exporter="tests",
+        opset=20,
+        ir_version=10,
+        logits=logits,
+        slots=slot_mode,
+        inputs=(),
+        outputs=(),
+        nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream) for n in nodes),
+        adapters=tuple(adapters),
+        parity_budget={},
+        weights={},
+        genai="a toy",
+    )
+    write_manifest(folder, manifest)
+    return open_bundle(folder)
+
+
+def change_manifest(bundle: Bundle, **changes: object) -> Bundle:
+    """The same files under a manifest that says something else."""
+    write_manifest(bundle.folder, replace(bundle.manifest, **changes))
+    return open_bundle(bundle.folder)

@@ -1,0 +1,161 @@
+"""The torch modules against the numpy oracle, and what keeps R orthonormal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from reft_export.eager import low_rank_edit_fn
+from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
+from runtimes.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
+from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.errors import AdapterError, InputError
+from runtimes.positions import PositionRule
+
+RANK, WIDTH = 3, 16
+BASE = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=4, hidden_size=WIDTH)
+CASES = [(m, a) for m in METHODS for a in (ACTIVATIONS if m in ACTIVATED_METHODS else ("",))]
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
+    return float(np.abs(got - want).max()) <= tolerance * max(1.0, float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize(("method", "activation"), CASES)
+def test_module_equals_the_folded_edit_in_float64(method: str, activation: str) -> None:
+    torch.manual_seed(1)
+    module = METHODS[method](RANK, WIDTH, activation=activation).double()
+    h = torch.randn(50, WIDTH, dtype=torch.float64)
+    edit = fold_parameters(method, {k: v.detach().numpy() for k, v in module.parameters_of().items()}, activation)
+    got, want = (h + module(h)).detach().numpy(), edit.apply(h.numpy())
+    assert close(got, want, 1e-12)
+    # The comparison can fail: a change of one part in a thousand in one parameter is far outside the tolerance.
+    faulty = LowRankEdit(
+        U=edit.U, A=edit.A, b=edit.b + 1e-3, activation=edit.activation, activated=edit.activated
+    ).apply(h.numpy())
+    assert not close(got, faulty, 1e-5)
+
+
+@pytest.mark.parametrize(("method", "activation"), CASES)
+def test_adapter_carries_the_module(method: str, activation: str) -> None:
+    """float32 module -> adapter tensors -> folded edit with float32 sums, each against the float64 oracle."""
+    torch.manual_seed(2)
+    sites = (Site(layer=1), Site(layer=3, stream="mlp_output"))
+    trained = Interventions(method=method, rank=RANK, sites=sites, width=WIDTH, tied=False, activation=activation)
+    adapter = trained.to_adapter(BASE, PositionRule(first=2, last=2))
+    h, slot = torch.randn(2, 5, WIDTH), torch.tensor([[0, -1, 1, 0, -1], [-1, 0, 7, 1, 1]])
+    for site in sites:
+        edits = adapter.edits()[site]
+        want = h.numpy().astype(np.float64)
+        for number, edit in enumerate(edits):
+            want = np.where((slot.numpy() == number)[..., None], edit.apply(h.numpy()), want)
+        live, folded = trained.edits()[site](h, slot), low_rank_edit_fn(edits, torch.float32, "cpu")(h, slot)
+        for got in (live.detach(), folded):
+            assert close(got.numpy(), want, 2e-6)
+            untouched = (slot != 0) & (slot != 1)
+            assert torch.equal(got[untouched], h[untouched])
+
+
+def test_bfloat16_stream_is_edited_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(3)
+    edit = LowRankEdit(U=np.random.randn(2, WIDTH), A=np.random.randn(2, WIDTH), b=np.random.randn(2))
+    h = torch.randn(64, WIDTH).bfloat16()
+    y = low_rank_edit_fn([edit], torch.bfloat16, "cpu")(h, torch.zeros(64, dtype=torch.int32))
+    rounded = LowRankEdit(
+        **{n: torch.from_numpy(getattr(edit, n)).bfloat16().double().numpy() for n in ("U", "A", "b")}
+    )
+    want = torch.from_numpy(rounded.apply(h.double().numpy())).bfloat16()
+    assert y.dtype == torch.bfloat16
+    # Double rounding against single rounding may differ in the last place, rarely.
+    assert (y == want).float().mean() > 0.99
+
+
+def test_rows_stay_orthonormal_and_weight_decay_leaves_r_alone() -> None:
+    torch.manual_seed(4)
+    rows = OrthonormalRows(8, 64)
+    before = rows().detach()
+    assert torch.allclose(before @ before.T, torch.eye(8), atol=1e-5)
+    optimiser = torch.optim.AdamW(rows.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2000):
+        rows.V.grad = torch.zeros_like(rows.V)
+        optimiser.step()
+    assert rows.V.norm() < 0.2 * 8**0.5, "weight decay did act"
+    assert torch.allclose(rows(), before, atol=1e-5), "and R did not move"
+
+
+def test_torchs_parametrization_is_what_weight_decay_breaks() -> None:
+    """The planted fault of the test above: the same optimiser on torch's orthogonal parametrization moves R."""
+    torch.manual_seed(4)
+    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(64, 8, bias=False))
+    before = layer.weight.detach().clone()
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(20):
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+    assert not torch.allclose(layer.weight, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["loreft", "consreft", "lobireft"])
+def test_r_is_orthonormal_after_training_with_weight_decay(method: str) -> None:
+    torch.manual_seed(5)
+    module = METHODS[method](4, 32)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+    h, target = torch.randn(16, 32), torch.randn(16, 32)
+    start = module.parameters_of()["R"].detach()
+    for _ in range(500):
+        optimiser.zero_grad()
+        ((h + module(h) - target) ** 2).mean().backward()
+        optimiser.step()
+    R = module.parameters_of()["R"].detach()
+    assert torch.allclose(R @ R.T, torch.eye(4), atol=1e-5)
+    assert not torch.allclose(R, start, atol=1e-2), "R was trained"
+
+
+def test_dropout_acts_on_the_edit_alone_and_only_in_training() -> None:
+    torch.manual_seed(6)
+    module = LoReft(RANK, WIDTH, dropout=0.5)
+    h = torch.randn(40, WIDTH)
+    whole = module.eval()(h)
+    dropped = module.train()(h)
+    kept = dropped != 0
+    assert torch.equal(module.eval()(h), whole)
+    assert 0.3 < kept.float().mean() < 0.7
+    assert torch.allclose(dropped[kept], 2 * whole[kept])
+
+
+def test_gradients_reach_every_parameter_and_only_edited_rows() -> None:
+    torch.manual_seed(7)
+    trained = Interventions(method="noreft", rank=RANK, sites=(Site(layer=0),), width=WIDTH)
+    h = torch.randn(1, 4, WIDTH, requires_grad=True)
+    trained.edits()[Site(layer=0)](h, torch.tensor([[-1, 0, -1, 0]])).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.parameters())
+    assert torch.equal(h.grad[0, 0], torch.ones(WIDTH)) and not torch.equal(h.grad[0, 1], torch.ones(WIDTH))
+
+
+def test_start_from_an_adapter_gives_it_back() -> None:
+    torch.manual_seed(8)
+    options = {"method": "loreft", "rank": RANK, "sites": (Site(layer=2),), "width": WIDTH, "tied": False}
+    rule = PositionRule(first=1, last=1)
+    adapter = Interventions(**options).to_adapter(BASE, rule)
+    again = Interventions(**options)
+    again.start_from(adapter)
+    for name, value in again.to_adapter(BASE, rule).tensors.items():
+        assert np.allclose(value, adapter.tensors[name], atol=1e-6)
+    with pytest.raises(AdapterError, match="its rank is 3, the settings say 2"):
+        Interventions(**{**options, "rank": 2}).start_from(adapter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "red"}, "method 'red' is unknown"),
+        ({"rank": WIDTH + 1}, f"use 1 to its width {WIDTH}"),
+        ({"activation": "swish"}, "activation 'swish' is unknown"),
+        ({"method": "lobireft", "activation": "relu"}, "lobireft has no place for an activation"),
+    ],
+)
+def test_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Interventions(**{"method": "loreft", "rank": 2, "sites": (Site(layer=0),), "width": WIDTH, **options})
