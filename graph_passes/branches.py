@@ -102,6 +102,9 @@ def _module_output(
             break
     if projection is None:
         return f"the branch {value.name!r} does not end in one linear projection"
+    if projection.attributes.get_float("alpha", 1.0) != 1.0:
+        # onnxruntime fuses a multiplier behind the projection (Granite) into FusedMatMul.
+        return f"the last projection of its branch ({describe(projection)}) has a multiplier fused in; use a graph without fusions"
     between = _upstream(dominators, value, frozenset({projection}))
     output = _with_bias(dominators, projection, between)
     left = between - _upstream(dominators, output, frozenset({projection}))

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graph_passes.branches import Branch, module_outputs
 from graph_passes.contract import read_contract
 from graph_passes.dominators import Dominators, describe
-from graph_passes.skip_norms import SKIP_NORM_SUM, SKIP_NORMS
+from graph_passes.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
 from runtimes.edit import Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 
@@ -36,10 +36,9 @@ class SiteLocation:
     """One sentence: how it was found."""
 
     @property
-    def value(self) -> ir.Value | None:
-        """The value that carries the stream; None where a skip norm does not write its sum out (inserting an edit makes it)."""
-        outputs = self.node.outputs
-        return outputs[self.output_index] if self.output_index < len(outputs) and outputs[self.output_index].name else None
+    def value(self) -> ir.Value:
+        """The value that carries the stream. Reading it makes a skip norm that keeps its sum to itself write the sum out."""
+        return written_sum(self.node) if self.is_skip_norm else self.node.outputs[self.output_index]
 
     @property
     def is_skip_norm(self) -> bool:

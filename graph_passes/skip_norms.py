@@ -17,6 +17,20 @@ _BETA = 3
 _DEFAULT_EPSILON = 1e-12  # of both fused ops, not 1e-5 as in ONNX's own LayerNormalization
 
 
+def written_sum(node: ir.Node) -> ir.Value:
+    """Output 3 of a fused node; where the node leaves it out, it gets one, named after output 0."""
+    if len(node.outputs) <= SKIP_NORM_SUM:
+        node.resize_outputs(SKIP_NORM_SUM + 1)
+    for value in node.outputs:
+        # An optional output that is left out has the empty name; onnx-ir cannot write out None.
+        value.name = value.name or ""
+    total = node.outputs[SKIP_NORM_SUM]
+    if not total.name:
+        total.name = f"{node.outputs[0].name}.sum"
+        total.type, total.shape = node.outputs[0].type, node.outputs[0].shape
+    return total
+
+
 def split_skip_norm(node: ir.Node) -> ir.Value:
     """Replaces the fused node by Add [+ Add of the bias] -> norm, in its place, and returns the sum.
 

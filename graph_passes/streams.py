@@ -35,8 +35,10 @@ def stream_type(site: Site, location: SiteLocation) -> StreamType:
 
     Raises GraphError where the graph does not tell, or where the stream is not float32, float16 or bfloat16 of rank 2 or 3.
     """
-    value = location.value
-    dtype, width, rank = _read(value) if value is not None else (None, None, None)
+    # Not location.value, which may change the graph: a graph that is refused stays as it was.
+    outputs = location.node.outputs
+    known = location.output_index < len(outputs)
+    dtype, width, rank = _read(outputs[location.output_index]) if known else (None, None, None)
     if dtype is None or width is None or rank is None:
         traced = _trace(location.node)
         dtype, width, rank = dtype or traced[0], width or traced[1], rank or traced[2] or 3

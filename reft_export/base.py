@@ -59,6 +59,8 @@ def load_base(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     check_device(device)
+    if Path(model).is_file():
+        raise InputError(f"{model} is a file; a base is given by its folder, or by its Hugging Face id")
     folder = Path(model) if Path(model).is_dir() else _download(str(model))
     config = read_config(folder)
     _check_decoder(config, folder)

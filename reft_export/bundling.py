@@ -95,8 +95,8 @@ def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int)
     return tuple(sorted(nodes or {EditNode(site=Site(layer=layer)) for layer in range(layers)}))
 
 
-def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNode, ...], precision: str) -> None:
-    """adapters/<name>.onnx_adapter with every bank and every rule, and its record."""
+def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNode, ...], *, precision: str, slots: str) -> None:
+    """adapters/<name>.onnx_adapter with every bank and, where the graph computes slots, every rule; and its record."""
     record = AdapterRecord(
         method=adapter.method,
         rank=adapter.rank,
@@ -110,7 +110,9 @@ def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNo
         training=dict(adapter.training),
     )
     write_adapter_record(folder, name, record)
-    tensors = adapter.banks(nodes, NUMPY_DTYPES[precision]) | adapter.rule_tensors()
+    tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
+    if slots == "graph":
+        tensors |= adapter.rule_tensors()
     write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
 
 

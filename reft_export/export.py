@@ -146,7 +146,7 @@ def export_bundle(
             record_at_levels(work / "golden", Path(proof), fresh.model, modules, inputs, steerers, exact, quantization)
 
         for name, adapter in adapters.items():
-            write_adapter(work, name, adapter, nodes, settings.float_type)
+            write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots)
         copy_tokenizer(base.folder, base.tokenizer, work)
         parts = BundleParts(
             model=record,

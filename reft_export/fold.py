@@ -68,7 +68,7 @@ def fold_bundle(
     with atomic_folder(output, force=force) as work:
         write_graph(model, work)
         for name, adapter in adapters.items():
-            write_adapter(work, name, adapter, nodes, precision)
+            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
         copy_tokenizer(source.parent, None, work)
         logits = next(v for v in model.graph.outputs if v.name == "logits")
         parts = BundleParts(

@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's files in name order, safetensors before .bin as transformers chooses; no shard may be missing."""
+    """The checkpoint's files in name order, safetensors before .bin as transformers chooses; every shard is there."""
     chosen = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if chosen is None:
         raise InputError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")

@@ -116,17 +116,17 @@ class OrtSession:
 
         A KV cache belongs to the adapter it was computed with: start a new one after a swap.
         """
-        self._placement = None if name is None else self.bundle.adapter(name)
-        if name is not None and name not in self._adapters:
-            self._adapters[name] = _read_adapter(self._placement.file, as_tensors=self._bound)
-        self._run_options = ort.RunOptions()
-        self._binding = self._session.io_binding() if self._bound else None
-        if name is not None and self._bound:
+        placement = None if name is None else self.bundle.adapter(name)
+        if placement is not None and name not in self._adapters:
+            self._adapters[name] = _read_adapter(placement.file, as_tensors=self._bound)
+        run_options = ort.RunOptions()
+        binding = self._session.io_binding() if self._bound else None
+        if placement is not None and self._bound:
             for bank, value in self._adapters[name].get_parameters().items():
-                self._binding.bind_ortvalue_input(bank, value)
-        elif name is not None:
-            self._run_options.add_active_adapter(self._adapters[name])
-        self.adapter = name
+                binding.bind_ortvalue_input(bank, value)
+        elif placement is not None:
+            run_options.add_active_adapter(self._adapters[name])
+        self.adapter, self._placement, self._run_options, self._binding = name, placement, run_options, binding
 
     def step(
         self,

@@ -23,8 +23,9 @@ GENERATION_FILE = "generation_config.json"
 REPLACEMENT = "\ufffd"
 """What a decoder shows for bytes that are not (yet) a character."""
 
-CONTEXT_TOKENS = 8
-"""Prompt tokens a detokenizer looks back at: decoders strip the space before their first token only."""
+CONTEXT_TOKENS = (8, 64)
+"""Prompt tokens a detokenizer looks back at, as decoders strip the space before their first token; more where 8 end in a broken
+character, since byte tokens decode as one run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,9 +95,10 @@ class Detokenizer:
         self._tokenizer = tokenizer
         # Special tokens are dropped here, not by decode: a window of nothing but special tokens would look like the start of a text.
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        self._window = [i for i in context if i not in self._skipped][-CONTEXT_TOKENS:]
-        if self._decode(self._window).endswith(REPLACEMENT):
-            self._window = []  # a prompt cut inside a character: what follows cannot be told from its last bytes
+        before = [i for i in context if i not in self._skipped]
+        windows = (before[-size:] for size in (*CONTEXT_TOKENS, len(before) + 1))
+        # None fits a prompt that is cut inside a character: what follows cannot be told from its last bytes.
+        self._window = next((w for w in windows if not self._decode(w).endswith(REPLACEMENT)), [])
         self._given = len(self._window)
 
     def push(self, token: int) -> str:

@@ -181,17 +181,17 @@ ACTIONS: dict[str, tuple[str, ...]] = {
               "open the big window", "dance in the hall", "write a long letter", "feed the birds"),
     "sky": ("shine on the quiet roofs", "travel across the sky", "play above the hills", "hide behind the trees",
             "change the colour of the day", "look down at the village", "pass without a sound"),
-    "stream": ("sparkle in the morning light", "sing over the stones", "cool the hot summer air",
+    "stream": ("sparkle in the morning light", "sing over the stones", "cool the hot air",
                "give water to the deer",
-               "freeze in the winter", "wait for the winter birds", "play with the light"),
-    "land": ("rest under the open sky", "turn gold in the autumn", "welcome every traveller",
+               "freeze in the cold", "wait for the winter birds", "play with the light"),
+    "land": ("rest under the open sky", "turn gold in the sunset", "welcome every traveller",
              "give a home to many birds",
              "stretch as far as you can see", "wait for the spring", "smell of fresh rain"),
     "room": ("stand on a wooden shelf", "make the room cosy", "wait beside the window", "belong to a kind family",
-             "gather dust in the attic", "shine in the evening", "remind everyone of old times"),
+             "gather dust in the attic", "shine like a little star", "remind everyone of old times"),
     "music": ("make the children dance", "sound across the market", "play at every wedding", "sleep in a velvet case",
               "call the neighbours together", "play a slow and sweet tune", "make sad people smile"),
-    "travel": ("go up and down", "follow the wind", "carry people far away", "rest in the shed at night",
+    "travel": ("go up and down", "follow the wind", "carry people far away", "rest in the dry shed",
                "race past the houses", "come home before dark", "wait for a sunny day"),
     "building": ("stand beside the road", "shelter the birds from the rain", "look over the fields",
                  "welcome tired travellers",
@@ -232,8 +232,8 @@ ADJECTIVE_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
                ("grey", "shy"), ("quick", "clever"), ("little", "friendly")),
     "person": (("old", "kind"), ("tall", "quiet"), ("clever", "busy"), ("young", "cheerful"), ("poor", "brave"),
                ("kind", "cheerful"), ("quiet", "clever"), ("busy", "kind")),
-    "nature": (("big", "beautiful"), ("bright", "silver"), ("quiet", "cold"), ("wild", "great"), ("gentle", "beautiful"),
-               ("old", "quiet"), ("silver", "cold"), ("great", "bright")),
+    "nature": (("big", "beautiful"), ("bright", "silver"), ("quiet", "cold"), ("wild", "great"),
+               ("gentle", "beautiful"), ("old", "quiet"), ("silver", "cold"), ("great", "bright")),
     "object": (("old", "wooden"), ("little", "blue"), ("red", "shiny"), ("golden", "strange"), ("new", "shiny"),
                ("little", "strange"), ("old", "broken"), ("blue", "new")),
 }
@@ -268,7 +268,7 @@ SMALL_THINGS: tuple[str, ...] = (
 TIMES: tuple[str, ...] = ("yesterday", "last night", "this morning", "on Sunday", "last winter", "in the spring")
 WEATHERS: tuple[str, ...] = ("clear", "rainy", "windy", "cold", "quiet", "snowy", "warm", "foggy")
 DAYTIMES: tuple[str, ...] = ("morning", "evening", "day", "night", "afternoon")
-LOOKS: tuple[str, ...] = ("like a dream", "almost magic", "a little lonely", "like a picture", "very happy", "new again")
+LOOKS: tuple[str, ...] = ("like a dream", "almost magic", "a little lonely", "like a picture", "very happy")
 SEASONS: tuple[str, ...] = ("spring", "summer", "autumn", "winter")
 
 # emotion -> reasons; {pronoun} and {possessive} are the subject's

@@ -39,7 +39,7 @@ def _clash(adjective: str, other: str) -> bool:
 
 
 class Scene:
-    """One subject on stage: draws the words around it, without repeating an action."""
+    """One subject on stage: draws the words around it."""
 
     def __init__(
         self, rng: Random, subject: Subject, *, with_adjective: bool, banned_nouns: frozenset[str] = frozenset()
@@ -84,7 +84,10 @@ class Scene:
         return self.rng.sample(sentences, count)
 
     def action(self) -> str:
-        return self._actions.pop()
+        """What its group does; none comes back before all were drawn (a sentence that is not chosen draws as well)."""
+        action = self._actions.pop(0)
+        self._actions.append(action)
+        return action
 
     def own(self) -> str:
         return self.subject.own if self.subject.own and self.rng.random() < OWN_SHARE else self.action()

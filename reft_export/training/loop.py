@@ -20,7 +20,7 @@ from reft_export.training.checkpoints import StepRecord, complete_checkpoint, di
 from reft_export.training.data import IGNORED, Example, collate
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
-from runtimes.errors import ReftError
+from runtimes.errors import InputError, ReftError
 
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
@@ -161,8 +161,11 @@ def run_loop(
         save_strategy="no",
         eval_strategy="no",
     )
-    args._setup_devices  # noqa: B018  decides _n_gpu, once
-    args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several GPUs are visible
+    if args.world_size > 1:
+        raise InputError(f"training runs in one process, this is one of {args.world_size}; start it without a launcher")
+    # Asking for the world size has fixed the GPU count. Hooks do not survive DataParallel, which Trainer would use where
+    # several GPUs are visible.
+    args._n_gpu = 1
     history = read_history(checkpoint)
     recorder = _Recorder(model, history, total, bool(held_out), on_step)
     pad = base.tokenizer.pad_token_id

@@ -97,12 +97,14 @@ def train(
     )
     if start is not None:
         interventions.start_from(start)
-    stop = _stop_tokens(base)
+    stop, context = _stop_tokens(base), _context(base)
+    if (settings.max_length or 0) > context:
+        raise InputError(f"max_length is {settings.max_length}; the context of {base.info.name} ends at {context}")
     phase("reading the data")
     read = load_data(
         data,
         base.tokenizer,
-        max_length=min(settings.max_length or _context(base), _context(base)),
+        max_length=settings.max_length or context,
         chat_template=settings.chat_template,
         stop_tokens=stop,
     )
@@ -154,6 +156,10 @@ def _place(base: Base, settings: TrainSettings) -> torch.device:
     if settings.device != "auto":
         check_device(settings.device)
         base.model.to(settings.device)
+    if base.model.device.type == "cuda" and base.model.device.index:
+        raise InputError(
+            f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES"
+        )
     return base.model.device
 
 

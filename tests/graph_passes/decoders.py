@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from runtimes.edit import Site
 
-_GROUPED = dict(
-    vocab_size=320, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-)  # fmt: skip
+_GROUPED = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
 _PLAIN = {name: value for name, value in _GROUPED.items() if name != "num_key_value_heads"}
 
 # What each family's config needs on top of its layer count; heads are 16 wide everywhere.
@@ -27,21 +27,21 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gemma2": {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "gemma3_text": {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "phi3": {**_GROUPED, "original_max_position_embeddings": 512},
-    "gpt2": dict(vocab_size=320, n_embd=64, n_head=4, n_positions=512),
+    "gpt2": {"vocab_size": 320, "n_embd": 64, "n_head": 4, "n_positions": 512},
     "gpt_neox": _PLAIN,
-    "opt": dict(
-        vocab_size=320, hidden_size=64, ffn_dim=128, num_attention_heads=4, max_position_embeddings=512,
-        word_embed_proj_dim=64,
-    ),
-    "opt_post_norm": dict(
-        vocab_size=320, hidden_size=64, ffn_dim=128, num_attention_heads=4, max_position_embeddings=512,
-        word_embed_proj_dim=32, do_layer_norm_before=False,
-    ),
+    "opt": {
+        "vocab_size": 320, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "max_position_embeddings": 512,
+        "word_embed_proj_dim": 64,
+    },
+    "opt_post_norm": {
+        "vocab_size": 320, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "max_position_embeddings": 512,
+        "word_embed_proj_dim": 32, "do_layer_norm_before": False,
+    },
     "phi": _PLAIN,
-    "falcon": dict(
-        vocab_size=320, hidden_size=64, num_attention_heads=4, new_decoder_architecture=False, multi_query=False,
-        parallel_attn=True, bias=False,
-    ),
+    "falcon": {
+        "vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "new_decoder_architecture": False, "multi_query": False,
+        "parallel_attn": True, "bias": False,
+    },
     "granite": {**_GROUPED, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.1},
     "olmo2": _GROUPED,
     "cohere": _GROUPED,
@@ -103,21 +103,21 @@ def export_decoder(model: torch.nn.Module, *, opset: int = 20) -> ir.Model:
     heads, width = cache_shape(model)
     dtype = next(model.parameters()).dtype
     batch, sequence, past = 2, 3, 5
-    arguments = dict(
-        input_ids=torch.randint(0, 250, (batch, sequence)),
-        attention_mask=torch.ones(batch, past + sequence, dtype=torch.long),
-        position_ids=torch.arange(past, past + sequence)[None].expand(batch, sequence).contiguous(),
-        past=[torch.randn(batch, heads, past, width, dtype=dtype) for _ in range(2 * layers)],
-    )
+    arguments = {
+        "input_ids": torch.randint(0, 250, (batch, sequence)),
+        "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
+        "position_ids": torch.arange(past, past + sequence)[None].expand(batch, sequence).contiguous(),
+        "past": [torch.randn(batch, heads, past, width, dtype=dtype) for _ in range(2 * layers)],
+    }
     dynamic = torch.export.Dim.DYNAMIC
     pairs = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     with torch.no_grad():
         program = torch.onnx.export(
-            _FlatCache(model), (), kwargs=arguments, dynamo=True, opset_version=opset, optimize=True, verbose=False,
-            dynamic_shapes=dict(
-                input_ids={0: dynamic, 1: dynamic}, attention_mask={0: dynamic, 1: dynamic},
-                position_ids={0: dynamic, 1: dynamic}, past=[{0: dynamic, 2: dynamic}] * (2 * layers),
-            ),
+            _FlatCache(model).eval(), (), kwargs=arguments, dynamo=True, opset_version=opset, optimize=True, verbose=False,
+            dynamic_shapes={
+                "input_ids": {0: dynamic, 1: dynamic}, "attention_mask": {0: dynamic, 1: dynamic},
+                "position_ids": {0: dynamic, 1: dynamic}, "past": [{0: dynamic, 2: dynamic}] * (2 * layers),
+            },
             input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{pair}" for pair in pairs)],
             output_names=["logits", *(f"present.{pair}" for pair in pairs)],
         )  # fmt: skip

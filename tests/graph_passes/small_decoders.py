@@ -58,7 +58,8 @@ class _Builder:
     def mlp(self, x: ir.Value, layer: int) -> ir.Value:
         name = f"layers.{layer}.mlp"
         up = self.add("MatMul", x, self.weight(f"{name}.up.weight", WIDTH, 2 * WIDTH), name=f"{name}.up")
-        down = self.add("MatMul", self.add("Relu", up, name=f"{name}.relu"), self.weight(f"{name}.down.weight", 2 * WIDTH, WIDTH), name=f"{name}.down")
+        hidden = self.add("Relu", up, name=f"{name}.relu")
+        down = self.add("MatMul", hidden, self.weight(f"{name}.down.weight", 2 * WIDTH, WIDTH), name=f"{name}.down")
         return self.add("Add", down, self.weight(f"{name}.down.bias", WIDTH), name=f"{name}.output")
 
     def skip_norm(self, x: ir.Value, branch: ir.Value, name: str, *, write_sum: bool) -> tuple[ir.Value, ir.Value | None]:

@@ -10,15 +10,16 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from decoders import session
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_decoders import random_banks, small_decoder, small_feeds
+
 from graph_passes.external import DATA_FILE, MODEL_FILE, load_graph, write_graph
 from graph_passes.fold import fold_file
 from graph_passes.insert import insert_edits
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from runtimes.edit import Site
 from runtimes.errors import GraphError
 from runtimes.op import EditNode
-from small_decoders import random_banks, small_decoder, small_feeds
 
 NODES = [EditNode(site=Site(layer=1)), EditNode(site=Site(layer=2, stream="mlp_output"), activation="silu")]
 

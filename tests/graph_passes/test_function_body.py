@@ -9,10 +9,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from graph_passes.function_body import edit_function, use_bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
+
+from graph_passes.function_body import edit_function, use_bodies
 from runtimes.edit import ACTIVATIONS, Site, activate
 from runtimes.errors import GraphError
 from runtimes.op import DOMAIN, OP_TYPE, EditNode
@@ -34,7 +35,7 @@ def _model(edit: EditNode, dtype: ir.DataType, rank: int, per_token: bool, opset
         ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32 if name == "slot" else dtype), shape=ir.Shape(shape))
         for name, shape in shapes.items()
     ]
-    attributes = dict(activation=edit.activation, activated=edit.activated, plugin_namespace="ai.reft", plugin_version="1")
+    attributes = {"activation": edit.activation, "activated": edit.activated, "plugin_namespace": "ai.reft", "plugin_version": "1"}
     node = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=edit.overload, name="edit")
     output = node.outputs[0]
     output.name, output.type, output.shape = "y", inputs[0].type, inputs[0].shape

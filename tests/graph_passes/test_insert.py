@@ -7,13 +7,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 from decoders import session
+from small_decoders import WIDTH, random_banks, small_decoder, small_feeds
+
 from graph_passes.fold import fold_graph
 from graph_passes.insert import InsertEdits, insert_edits, is_edit
 from graph_passes.sites import find_sites
 from runtimes.edit import LowRankEdit, Site
 from runtimes.errors import GraphError, SiteNotFound
 from runtimes.op import DOMAIN, RULE_DEFAULTS, EditNode
-from small_decoders import WIDTH, random_banks, small_decoder, small_feeds
 
 BLOCKS = ["pre_norm", "pre_norm_fused", "post_norm", "parallel", "parallel_late", "after_norm"]
 
@@ -23,7 +24,12 @@ def _edit(layer: int, stream: str = "block_output", **activation: str) -> EditNo
 
 
 def _wires(model: ir.Model) -> set[tuple[str, int, str]]:
-    return {(node.name, index, value.name) for node in model.graph for index, value in enumerate(node.inputs) if value is not None and value.name}
+    return {
+        (node.name, index, value.name)
+        for node in model.graph
+        for index, value in enumerate(node.inputs)
+        if value is not None and value.name
+    }
 
 
 def _node(model: ir.Model, name: str) -> ir.Node:
@@ -177,7 +183,7 @@ def test_banks_and_rules_are_overridable(slots):
     model = small_decoder(dtype=ir.DataType.FLOAT16)
     insert_edits(model, [_edit(0), _edit(2, activation="relu")], slots=slots)
     inputs = {value.name: value for value in model.graph.inputs}
-    expected = {name for name in RULE_DEFAULTS} if slots == "graph" else set()
+    expected = set(RULE_DEFAULTS) if slots == "graph" else set()
     expected |= {f"reft.0.block_output.{bank}" for bank in "UAb"} | {f"reft.2.block_output.relu.{bank}" for bank in "UAb"}
     assert {name for name, value in inputs.items() if value.is_initializer()} == expected
     bank = inputs["reft.2.block_output.relu.A"]
@@ -216,10 +222,10 @@ def test_a_second_fold_is_refused_and_a_reloaded_graph_still_shows_its_sites():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(nodes=[]), "no edit to insert"),
-        (dict(nodes=[_edit(1), _edit(1)]), r"reft\.1\.block_output is asked for twice"),
-        (dict(nodes=[_edit(1)], slots="mask"), "slots 'mask' is unknown"),
-        (dict(nodes=[_edit(9)]), "layer 9 does not exist in this graph"),
+        ({"nodes": []}, "no edit to insert"),
+        ({"nodes": [_edit(1), _edit(1)]}, r"reft\.1\.block_output is asked for twice"),
+        ({"nodes": [_edit(1)], "slots": "mask"}, "slots 'mask' is unknown"),
+        ({"nodes": [_edit(9)]}, "layer 9 does not exist in this graph"),
     ],
 )
 def test_refused_requests_leave_the_graph_as_it_was(arguments, message):

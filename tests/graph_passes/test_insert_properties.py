@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from decoders import session
-from graph_passes.insert import insert_edits
-from graph_passes.sites import find_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_decoders import random_banks, small_decoder, small_feeds
+
+from graph_passes.insert import insert_edits
+from graph_passes.sites import find_sites
 from runtimes.edit import STREAMS, Site
 from runtimes.op import EditNode
-from small_decoders import random_banks, small_decoder, small_feeds
 
 BLOCKS = ["pre_norm", "pre_norm_fused", "post_norm", "parallel", "parallel_late", "after_norm"]
 EDITS = st.lists(
@@ -30,7 +31,7 @@ EDITS = st.lists(
 def decoders_with_readers(draw: st.DrawFn) -> ir.Model:
     """A decoder whose streams are also read by nodes outside any block, at either operand of operators that do not commute."""
     model = small_decoder(block=draw(st.sampled_from(BLOCKS)))
-    streams = [location.value for location in find_sites(model).values() if location.value is not None]
+    streams = [location.value for location in find_sites(model).values()]
     readers = st.tuples(st.sampled_from(streams), st.sampled_from(streams), st.sampled_from(["Sub", "Div", "Pow"]), st.booleans())
     for number, (left, right, op, is_output) in enumerate(draw(st.lists(readers, max_size=4))):
         node = ir.node(op, [left, right], name=f"reader.{number}")
@@ -63,7 +64,7 @@ def test_readers_keep_their_operands(model, nodes):
     streams = {
         (location.node.name, location.output_index): location for site, location in located.items() if site in {n.site for n in nodes}
     }
-    named = {key: location.value.name for key, location in streams.items() if location.value is not None}
+    named = {key: location.value.name for key, location in streams.items()}
     insert_edits(model, nodes, slots="input")
 
     edits = {node.name for node in nodes}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from decoders import session
+from small_decoders import WIDTH, small_decoder, small_feeds
+
 from graph_passes.dominators import Dominators
 from graph_passes.sites import find_sites, locate_sites
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
-from small_decoders import WIDTH, small_decoder
 
 BLOCK_OUTPUTS = {
     "pre_norm": "layers.{}.output",
@@ -43,15 +45,37 @@ def test_every_stream_is_the_expected_value(block, typed):
     assert len(found) == 3 * (2 if block == "scaled" else 4)
 
 
-def test_the_last_skip_norm_has_no_sum_to_show_yet():
-    location = find_sites(small_decoder(block="pre_norm_fused"))[Site(layer=2)]
-    assert location.value is None and location.is_skip_norm
-    assert "repeats the blocks before it" in location.how
+def test_the_last_skip_norm_writes_its_sum_once_it_is_asked_for():
+    model = small_decoder(block="pre_norm_fused")
+    location = find_sites(model)[Site(layer=2)]
+    assert location.is_skip_norm and "repeats the blocks before it" in location.how
+    assert len(_node(model, "layers.2.next_norm").outputs) == 1
+    assert location.value is location.node.outputs[3] and location.value.name == "layers.2.next_norm.sum"
+    assert [value.name for value in location.node.outputs[1:3]] == ["", ""]
+    # It is still the same site, and what it writes is the stream of the unfused twin.
+    assert find_sites(model)[Site(layer=2)].value is location.value
+    twin = small_decoder(block="pre_norm")
+    for graph, name in ((model, location.value.name), (twin, "layers.2.output")):
+        value = next(value for node in graph.graph for value in node.outputs if value.name == name)
+        value.dtype = ir.DataType.FLOAT
+        graph.graph.outputs.append(value)
+    left, right = (session(graph).run(None, small_feeds(graph))[-1] for graph in (model, twin))
+    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scalar_behind_the_projection_leaves_the_module_undecided():
     with pytest.raises(SiteNotFound, match=r"1\.mlp_output.*stand Mul.*cannot be told"):
         locate_sites(small_decoder(block="scaled"), [Site(layer=1, stream="mlp_output")])
+
+
+def test_a_scalar_fused_into_the_projection_leaves_it_undecided_too():
+    # onnxruntime turns Granite's MatMul -> Mul into FusedMatMul(alpha).
+    model = small_decoder()
+    projection = _node(model, "layers.1.attention.output")
+    projection.op_type, projection.domain = "FusedMatMul", "com.microsoft"
+    projection.attributes.add(ir.AttrFloat32("alpha", 0.22))
+    with pytest.raises(SiteNotFound, match=r"1\.attention_output.*has a multiplier fused in"):
+        locate_sites(model, [Site(layer=1, stream="attention_output")])
 
 
 @pytest.mark.parametrize("block", ["pre_norm", "pre_norm_fused", "parallel", "after_norm"])
@@ -107,7 +131,9 @@ def test_shape_readers_do_not_tie_layers_to_the_input():
     assert find_sites(model)[Site(layer=2)].node is consumer
 
 
-@pytest.mark.parametrize("spelling", ["present_key_values.{}.key", "present.{}.decoder.key", "present_key_{}", "present_{}_key", "present.{}.keys"])
+@pytest.mark.parametrize(
+    "spelling", ["present_key_values.{}.key", "present.{}.decoder.key", "present_key_{}", "present_{}_key", "present.{}.keys"]
+)
 def test_other_spellings_of_the_key_outputs(spelling):
     model = small_decoder()
     for layer in range(3):
@@ -121,7 +147,10 @@ def test_other_spellings_of_the_key_outputs(spelling):
         ({"input_ids": "inputs_embeds"}, r"input 'input_ids' missing; it has inputs inputs_embeds, attention_mask"),
         ({"logits": "last_hidden_state"}, r"output 'logits' missing"),
         ({"present.1.key": "cache"}, r"output 'present\.1\.key' missing"),
-        ({f"present.{layer}.key": f"cache.{layer}" for layer in range(3)}, r"outputs 'present\.<layer>\.key' missing.*text-generation-with-past"),
+        (
+            {f"present.{layer}.key": f"cache.{layer}" for layer in range(3)},
+            r"outputs 'present\.<layer>\.key' missing.*text-generation-with-past",
+        ),
     ],
 )
 def test_a_broken_contract_names_what_is_missing(rename, message):

@@ -10,9 +10,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from graph_passes.slots import add_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from graph_passes.slots import add_slots
 from runtimes.errors import GraphError
 from runtimes.op import RULE_DEFAULTS
 from runtimes.positions import PositionRule, slots
@@ -226,7 +227,10 @@ def test_the_slot_input_takes_the_shape_of_input_ids():
     assert graph.inputs[-1] is slot and not any(name in graph.initializers for name in RULE_DEFAULTS)
 
 
-@pytest.mark.parametrize(("mask", "rank", "message"), [(None, 2, "no such input; use --slots input"), (ir.DataType.FLOAT, 4, "attention_mask has rank 4")])
+@pytest.mark.parametrize(
+    ("mask", "rank", "message"),
+    [(None, 2, "no such input; use --slots input"), (ir.DataType.FLOAT, 4, "attention_mask has rank 4")],
+)
 def test_refused_masks(mask, rank, message):
     with pytest.raises(GraphError, match=message):
         add_slots(_graph(mask=mask, mask_rank=rank).graph, "graph")

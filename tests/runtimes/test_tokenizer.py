@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from toy_bundle import TEXTS, toy_tokenizer
@@ -65,6 +65,7 @@ TEXT = st.text(st.sampled_from("the quick.,é世界🙂 \n") | st.characters(cod
 
 @pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=150, deadline=None)
+@example(prompt="", text="000\U00010000\x80\U00010000 ", cut=14, special=set())
 @given(prompt=TEXT, text=TEXT, cut=st.integers(0, 60), special=st.sets(st.integers(0, 60), max_size=3))
 def test_pieces_join_to_the_decoded_text(name: str, prompt: str, text: str, cut: int, special: set[int]) -> None:
     tokenizer = wrap(BACKENDS[name])

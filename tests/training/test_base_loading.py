@@ -202,6 +202,9 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         load_base("someone/a-model")
     with pytest.raises(InputError, match="not a folder, nor the form of a Hugging Face id"):
         load_base("/no/such/folder")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(InputError, match="model.onnx is a file; a base is given by its folder"):
+        load_base(tmp_path / "model.onnx")
 
 
 def test_refused_arguments(folder: Path) -> None:

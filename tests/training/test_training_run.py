@@ -272,6 +272,7 @@ def test_refused_before_any_work(base: Base, data: Path, tmp_path: Path, llama: 
 
     refused("layer 3 does not exist in this base .3 layers, 0 to 2.", layers="1-3")
     refused("rank 33 does not fit this base; use 1 to its width 32", rank=33)
+    refused("max_length is 257; the context of tiny-llama ends at 256", max_length=257)
     refused("has no tokenizer", base=wrap_base(llama, None, name="bare"))
     refused("data.jsonl:1: the prompt has .* leaves none of 8 ", max_length=8)
     if not torch.cuda.is_available():

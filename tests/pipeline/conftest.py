@@ -1,0 +1,70 @@
+"""Bases, adapters and bundles that several pipeline tests read; each is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from reft_export.base import load_base
+from reft_export.export import ExportSettings, export_bundle
+from runtimes.adapter import save_adapter
+
+ADAPTERS = {
+    "tied": {},
+    "untied": {"tied": False, "positions": "f1+l3", "seed": 1},
+    "prompt-relu": {"positions": "prompt", "activation": "relu", "seed": 2},
+    "all-direft": {"positions": "all", "method": "direft", "seed": 3},
+}
+"""Every kind of position, tied and untied, with and without activation."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str = "llama") -> Path:
+        if family not in made:
+            made[family] = tiny.save_base(tmp_path_factory.mktemp("bases") / family, family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(tmp_path_factory: pytest.TempPathFactory, base_folder: Callable[[str], Path]) -> Callable[..., list[Path]]:
+    def folders(family: str = "llama", names: tuple[str, ...] = tuple(ADAPTERS)) -> list[Path]:
+        root = tmp_path_factory.mktemp("adapters")
+        info = load_base(base_folder(family)).info
+        for name in names:
+            save_adapter(tiny.random_adapter(info, **ADAPTERS[name]), root / name)
+        return [root / name for name in names]
+
+    return folders
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Callable[[str], Path], adapter_folders: Callable[..., list[Path]]
+) -> Callable[..., Path]:
+    """A finished bundle by family and precision; tests copy it before they change anything."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def folder(family: str = "llama", precision: str = "fp32") -> Path:
+        key = (family, precision)
+        if key not in made:
+            output = tmp_path_factory.mktemp("bundles") / f"{family}-{precision}"
+            settings = ExportSettings(precision=precision)
+            export_bundle(str(base_folder(family)), adapter_folders(family), output, settings, report=lambda _: None)
+            made[key] = output
+        return made[key]
+
+    return folder

@@ -1,0 +1,187 @@
+"""Export, fold and gate, end to end: what comes out says what eager PyTorch says, or nothing comes out."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from reft_export.base import load_base
+from reft_export.export import ExportSettings, export_bundle
+from reft_export.exporters import dynamo
+from reft_export.parity import host_ladder
+from runtimes.adapter import load_adapter, save_adapter
+from runtimes.bundle import open_bundle
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.ort_session import OrtSession
+
+QUIET = {"report": lambda _: None}
+
+
+def _check_export(family, base_folder, adapter_folders, output, **settings):
+    result = export_bundle(str(base_folder(family)), adapter_folders(family), output, ExportSettings(**settings), **QUIET)
+    assert result.parity.passed
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
+    """Every adapter and the base: logits within 2e-5, 64 greedy tokens equal, cache continuity in every layout."""
+    bundle = open_bundle(bundle_folder(family))
+    session = OrtSession(bundle, threads=1)
+    from runtimes.parity import check_golden
+
+    report = check_golden(bundle, session)
+    assert report.passed
+    assert {r.budget.logits for r in report.rungs} == {2e-5}
+    greedy = [r.figures.greedy_equal for r in report.rungs if r.figures.greedy_equal is not None]
+    assert greedy == [True] * 5
+    assert all(bundle.golden(name)["greedy_tokens"].shape[1] == 64 for name in bundle.golden_names)
+    ways = {r.name.partition(": ")[2] for r in report.rungs}
+    assert ways == {"full forward", "prefill and decode", "chunked prefill", "single rows", "left padding", "right padding"}
+    # The adapters change the answer: an edit that did nothing would pass everything above.
+    base = bundle.golden("base")["logits"]
+    assert all(np.abs(bundle.golden(n)["logits"] - base).max() > 0.1 for n in bundle.adapter_names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in ("llama", "gpt2")])
+def test_every_family(family, base_folder, adapter_folders, tmp_path) -> None:
+    result = _check_export(family, base_folder, adapter_folders, tmp_path / "b")
+    greedy = [r.figures.greedy_equal for r in result.parity.rungs if r.figures.greedy_equal is not None]
+    assert greedy == [True] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_quantized_families(family, base_folder, adapter_folders, tmp_path) -> None:
+    result = _check_export(family, base_folder, adapter_folders, tmp_path / "b", precision="int4")
+    exact = [r for r in result.parity.rungs if "level 1" in r.name]
+    assert exact and max(r.figures.max_relative for r in exact) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"logits": "last"}, {"slots": "input"}], ids=str)
+def test_logits_last_and_slots_input(settings, base_folder, adapter_folders, tmp_path) -> None:
+    result = export_bundle(
+        str(base_folder("llama")), adapter_folders("llama", ("untied",)), tmp_path / "b", ExportSettings(**settings), **QUIET
+    )
+    assert result.parity.passed
+    names = {record.name for record in result.manifest.inputs}
+    assert ("reft_slot" in names) == (settings.get("slots") == "input")
+    if "logits" in settings:
+        logits = next(o for o in result.manifest.outputs if o.name == "logits")
+        assert logits.shape[1] == 1
+
+
+def test_half_precision(base_folder, adapter_folders, tmp_path) -> None:
+    """float16 runs here and is held to its budget; bfloat16 is checked structurally, and says so."""
+    folders = adapter_folders("llama", ("untied", "prompt-relu"))
+    half = export_bundle(str(base_folder("llama")), folders, tmp_path / "fp16", ExportSettings(precision="fp16"), **QUIET)
+    assert half.parity.passed and half.parity.rungs[0].budget.name == "fp16"
+    brain = export_bundle(str(base_folder("llama")), folders, tmp_path / "bf16", ExportSettings(precision="bf16"), **QUIET)
+    assert brain.parity is None and "structurally" in brain.note
+    assert {r.dtype for r in brain.manifest.outputs} == {"bfloat16"}
+    open_bundle(tmp_path / "bf16")
+
+
+def test_no_adapter_puts_nodes_at_every_block_output(base_folder, tmp_path) -> None:
+    """An adapter trained later swaps into a bundle that was exported without one."""
+    result = export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), **QUIET)
+    assert [(n.layer, n.stream) for n in result.manifest.nodes] == [(i, "block_output") for i in range(tiny.LAYERS)]
+
+
+def test_two_streams_and_extra_sites(base_folder, tmp_path) -> None:
+    info = load_base(base_folder("llama")).info
+    for stream in ("attention_output", "mlp_output", "block_input"):
+        save_adapter(tiny.random_adapter(info, stream=stream), tmp_path / "a" / stream)
+    folders = sorted((tmp_path / "a").iterdir())
+    result = export_bundle(str(base_folder("llama")), folders, tmp_path / "b", ExportSettings(sites=(Site(layer=1),)), **QUIET)
+    assert result.parity.passed
+    assert len(result.manifest.nodes) == 7
+
+
+def test_weights_map_names_every_matrix(bundle_folder, base_folder) -> None:
+    manifest = open_bundle(bundle_folder("llama")).manifest
+    model = load_base(base_folder("llama")).model
+    matrices = {n for n, p in model.named_parameters(remove_duplicate=False) if p.ndim == 2}
+    assert matrices <= {source.parameter for source in manifest.weights.values()}
+
+
+# --- refusals: one clear line, nothing written, nothing lost ----------------------------------------------------------------
+
+
+def test_wrong_base_names_both(base_folder, adapter_folders, tmp_path) -> None:
+    other = tiny.save_base(tmp_path / "other", "llama", rms_norm_eps=1e-4)
+    with pytest.raises(AdapterError, match=r"adapter tied was trained on llama \(fingerprint .*other"):
+        export_bundle(str(other), adapter_folders("llama", ("tied",)), tmp_path / "b", ExportSettings(), **QUIET)
+    assert not (tmp_path / "b").exists()
+
+
+def test_unknown_layer(base_folder, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"layer 31 does not exist in llama \(3 layers, 0 to 2\)"):
+        export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(sites=(Site(layer=31),)), **QUIET)
+
+
+def test_existing_output_is_kept(base_folder, tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious").write_text("mine")
+    with pytest.raises(InputError, match="--force"):
+        export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), **QUIET)
+    assert (tmp_path / "b" / "precious").read_text() == "mine"
+
+
+def test_interrupt_leaves_nothing_and_loses_nothing(base_folder, tmp_path, monkeypatch) -> None:
+    """Ctrl-C in mid-export with --force over an existing bundle: the old one stays, no partial folder remains."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious").write_text("mine")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dynamo, "_make_row_major", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), force=True, **QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b" / "precious").read_text() == "mine"
+
+
+def test_planted_fault_is_caught_by_the_gate(base_folder, adapter_folders, tmp_path, monkeypatch) -> None:
+    """An export that is silently wrong leaves no bundle, and a report of what was measured."""
+    right = dynamo._make_row_major
+
+    def wrong(model):
+        sources = right(model)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.data = weight.data * 1.01
+        return sources
+
+    monkeypatch.setattr(dynamo, "_make_row_major", wrong)
+    with pytest.raises(ParityError, match="relative logit error") as caught:
+        export_bundle(str(base_folder("llama")), adapter_folders("llama", ("tied",)), tmp_path / "b", ExportSettings(), **QUIET)
+    assert caught.value.exit_code == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["b.parity.json"]
+
+
+def test_damaged_adapter_is_refused(adapter_folders, tmp_path) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(adapter_folders("llama", ("tied",))[0], folder)
+    tensors = folder / "adapter.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="is damaged"):
+        load_adapter(folder)
+    config = (folder / "adapter.json").read_text()
+    (folder / "adapter.json").write_text(config.replace('"rank": 4', '"rank": 4, "mystery": 1'))
+    with pytest.raises(AdapterError):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_host_ladder(precision, base_folder, bundle_folder) -> None:
+    report = host_ladder(open_bundle(bundle_folder("llama", precision)), str(base_folder("llama")), **QUIET)
+    assert report.passed
+    kinds = {r.name.partition(",")[0] for r in report.rungs}
+    expected = {"exported", "folded"} if precision == "fp32" else {"int4 level 1", "int4 level 4"}
+    assert kinds == {"numpy", "function"} | expected

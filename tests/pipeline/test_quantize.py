@@ -1,0 +1,120 @@
+"""Weight-only quantization: exact against the same dequantized weights, the edit left alone, the source bundle too."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.weight_only import WeightOnlySettings, dequantize, dequantized_weights, quantize_weights
+from graph_passes.external import load_graph
+from reft_export.dequantized import fake_quantize
+from reft_export.quantize import quantize_bundle
+from runtimes.bundle import open_bundle
+from runtimes.errors import AdapterError, CalibrationError
+
+QUIET = {"report": lambda _: None}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
+    source = bundle_folder("llama")
+    before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
+    result = quantize_bundle(source, str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(bits=bits), **QUIET)
+    assert {p.name: p.stat().st_mtime_ns for p in source.rglob("*")} == before
+    exact = [r for r in result.parity.rungs if "level 1" in r.name]
+    shipped = [r for r in result.parity.rungs if "level 1" not in r.name]
+    assert {r.budget.name for r in exact} == {f"weight-only int{bits}"}
+    assert {r.budget.name for r in shipped} == {"activation-quantized"}
+    assert all(r.figures.greedy_equal is not False for r in exact)
+    graph = load_graph(tmp_path / "q" / "model.onnx")
+    assert {n.op_type for n in graph.graph if n.domain == "com.microsoft"} == {"MatMulNBits"}
+    assert not [n for n in graph.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer()]
+    banks = [v for v in graph.graph.inputs if v.name.startswith("reft.") and v.name[-2:] in (".U", ".A", ".b")]
+    assert banks and {v.dtype for v in banks} == {ir.DataType.FLOAT}
+    assert sum(w.bytes_after for w in result.weight_errors) < (0.2 if bits == 4 else 0.35) * sum(w.bytes_before for w in result.weight_errors)
+
+
+def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
+    """The head's product is quantized; the embedding's rows are looked up in float, in the graph and in eager alike."""
+    from reft_export.export import ExportSettings, export_bundle
+
+    base = tiny.save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    result = export_bundle(str(base), [], tmp_path / "b", ExportSettings(precision="int4"), **QUIET)
+    assert result.parity.passed
+    names = {w.name for w in result.weight_errors}
+    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+
+
+def test_refusals(bundle_folder, base_folder, tmp_path) -> None:
+    quantized = bundle_folder("llama", "int4")
+    with pytest.raises(CalibrationError, match="quantized already"):
+        quantize_bundle(quantized, str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+    with pytest.raises(AdapterError, match="pass the base it was made from"):
+        quantize_bundle(bundle_folder("llama"), str(base_folder("qwen2")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+    with pytest.raises(CalibrationError, match="power of two"):
+        WeightOnlySettings(block_size=48)
+    assert not (tmp_path / "q").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(bundle_folder) -> None:
+    graph = load_graph(bundle_folder("llama") / "model.onnx")
+    value = graph.graph.initializers["model.layers.0.mlp.up_proj.weight"]
+    array = value.const_value.numpy().copy()
+    array[3, 5] = np.nan
+    value.const_value = ir.tensor(array, name=value.name)
+    with pytest.raises(CalibrationError, match=r"up_proj\.weight holds values that are not finite"):
+        quantize_weights(graph, WeightOnlySettings())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 48), (50, 7), (33, 1)])
+def test_dequantize_is_what_onnxruntime_multiplies_by(bits, symmetric, rows, columns) -> None:
+    """The identity matrix through MatMulNBits at level 1 gives the dequantized weight itself, padded last blocks included."""
+    import onnxruntime as ort
+
+    weight = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+    x = ir.Value(name="x", shape=ir.Shape(["n", rows]), type=ir.TensorType(ir.DataType.FLOAT))
+    tensor = ir.tensor(weight, name="w")
+    w = ir.Value(name="w", const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    node = ir.node("MatMul", [x, w], name="product")
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["n", columns]), ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Model(ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 20}, name="g"), ir_version=10)
+    quantize_weights(model, WeightOnlySettings(bits=bits, symmetric=symmetric, accuracy_level=1))
+    ((name, restored),) = dequantized_weights(model)
+    assert name == "w" and restored.shape == weight.shape
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": np.eye(rows, dtype=np.float32)})[0], restored, atol=1e-6)
+    assert np.abs(restored - weight).max() < (0.35 if bits == 4 else 0.03)
+
+
+@given(st.integers(1, 5), st.integers(1, 80), st.sampled_from([4, 8]), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_dequantize_layout(columns, rows, bits, seed) -> None:
+    """Against a loop over single values: low nibble first, one scale and zero point per block of 16 rows."""
+    generator = np.random.default_rng(seed)
+    blocks = -(-rows // 16)
+    packed = generator.integers(0, 256, (columns, blocks, 16 * bits // 8), dtype=np.uint8)
+    scales = generator.standard_normal((columns, blocks)).astype(np.float32)
+    points = generator.integers(0, 256, (columns, blocks if bits == 8 else -(-blocks // 2)), dtype=np.uint8)
+    w = dequantize(packed, scales, points, bits, 16, rows, columns)
+    k, n = int(generator.integers(rows)), int(generator.integers(columns))
+    block, inside = divmod(k, 16)
+    if bits == 8:
+        q, z = int(packed[n, block, inside]), int(points[n, block])
+    else:
+        q = int(packed[n, block, inside // 2]) >> (4 * (inside % 2)) & 15
+        z = int(points[n, block // 2]) >> (4 * (block % 2)) & 15
+    assert w[k, n] == np.float32(q - z) * scales[n, block]
+
+
+def test_fake_quantization_of_activations() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5, 127.0, 0.0, 0.0, 0.0, 0.0, 3.0]])
+    y = fake_quantize(x, 4)
+    assert y.tolist() == [[1.0, -2.0, 0.0, 127.0, 0.0, 0.0, 0.0, 0.0, 3.0]]

@@ -1,0 +1,39 @@
+"""The device's modules load without any framework; onnxruntime only with its session."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FRAMEWORKS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+MODULES = ("tokenizer", "chat", "native_library", "generate", "parity", "bench")
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=root)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_framework_is_imported(module: str) -> None:
+    assert not loaded_by(f"import runtimes.{module}") & set(FRAMEWORKS)
+
+
+def test_the_session_imports_onnxruntime_alone() -> None:
+    assert loaded_by("import runtimes.ort_session") & set(FRAMEWORKS) == {"onnxruntime"}
+
+
+def test_without_onnxruntime_the_session_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from runtimes.errors import BackendUnavailable\n"
+        "try:\n    import runtimes.ort_session\nexcept BackendUnavailable as e:\n    print(e.exit_code, e)"
+    )
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=root)
+    assert run.stdout.startswith("4 onnxruntime is not installed; pip install onnxruntime")
