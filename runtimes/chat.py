@@ -61,7 +61,7 @@ class ChatTemplate:
         further values that the template reads, for example ``enable_thinking``. Raises InputError where the template refuses.
         """
         if not messages or not all(isinstance(m, Mapping) for m in messages):
-            raise InputError("a chat needs a list of messages, each an object like {\"role\": \"user\", \"content\": \"...\"}")
+            raise InputError('a chat needs a list of messages, each an object like {"role": "user", "content": "..."}')
         name = template or ("tool_use" if tools is not None and "tool_use" in self.templates else "default")
         if name not in self.templates:
             raise InputError(f"there is no chat template {name!r}; this tokenizer has: {', '.join(sorted(self.templates))}")

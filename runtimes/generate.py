@@ -106,7 +106,7 @@ def generate(
                 f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
             )
         rows.append(_Row(i, prompt, sum(r.prompt == prompt for r in rows), tokenizer, settings, on_text))
-    for group in batches([row.prompt for row in rows], padding_of(session)):
+    for group in batches([row.prompt for row in rows], padding_of(session), chunked=prefill_chunk is not None):
         _generate_batch(session, [rows[i] for i in group], settings.max_new_tokens, prefill_chunk)
     return [row.result() for row in rows]
 
@@ -135,15 +135,22 @@ def padding_of(session: Session) -> str:
     return "left" if session.bundle.manifest.logits == "last" else "right"
 
 
-def batches(prompts: Sequence[Sequence[int]], padding: str) -> list[list[int]]:
-    """Row numbers of each batch: one batch, or without padding one per prompt length."""
+def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = False) -> list[list[int]]:
+    """Row numbers of each batch: one batch, or without padding one per prompt length.
+
+    Without padding a chunked prompt is alone: onnxruntime's GroupQueryAttention takes several new tokens after a past for one row only.
+    """
     if padding != "none":
         return [list(range(len(prompts)))] if prompts else []
+    if chunked:
+        return [[row] for row in range(len(prompts))]
     lengths = sorted({len(p) for p in prompts})
     return [[i for i, p in enumerate(prompts) if len(p) == n] for n in lengths]
 
 
-def columns(session: Session, ids: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, widths: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def columns(
+    session: Session, ids: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, widths: Sequence[int]
+) -> Iterator[tuple[int, Any]]:
     """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call."""
     past, start = None, 0
     for width in widths:

@@ -285,7 +285,9 @@ def _empty(node: ort.NodeArg, batch: int) -> ort.OrtValue:
     """A cache of no tokens, [B, heads, 0, dim]: heads and dim are the graph's."""
     shape = [batch, node.shape[1], 0, node.shape[3]] if len(node.shape) == 4 else []
     if not all(isinstance(n, int) for n in shape) or not shape or node.type not in DTYPES:
-        raise GraphError(f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed")
+        raise GraphError(
+            f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed"
+        )
     dtype = DTYPES[node.type]
     element = BFLOAT16 if dtype == ml_dtypes.bfloat16 else dtype
     return ort.OrtValue.ortvalue_from_shape_and_type(shape, element)

@@ -186,9 +186,7 @@ def budget_for(manifest: Manifest) -> Budget:
     return _wider(row, BUDGETS[manifest.precision])
 
 
-def judge(
-    name: str, against: str, figures: Figures, budget: Budget, *, delta: Delta | None = None, note: str = ""
-) -> Rung:
+def judge(name: str, against: str, figures: Figures, budget: Budget, *, delta: Delta | None = None, note: str = "") -> Rung:
     """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom."""
     passed = (
         figures.max_relative <= budget.logits
@@ -253,54 +251,66 @@ class _Golden:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Feed:
-    """One way to bring the golden tokens into the session. ``columns``: the column of every token of each row."""
+class _Layout:
+    """One way to bring the golden tokens into the session."""
 
-    columns: tuple[np.ndarray, ...]
-    widths: tuple[int, ...]
-    """Columns per call."""
+    side: str = "none"
+    """Where prompts get pads up to one width; continuations follow in the columns after it. "none": a row's continuation directly."""
+    pads: int = 0
+    """Pads beyond those that make the prompts equally wide."""
+    chunk: int | None = None
+    """Columns per call; None is all at once."""
+    decode: bool = False
+    """The prompts in one call, then one column per call."""
+    alone: bool = False
+    """Every row in a batch of its own."""
+
+    def columns(self, lengths: Sequence[int], prompt: Sequence[int]) -> list[np.ndarray]:
+        """The column of every token, for rows of ``lengths`` tokens of which the first ``prompt`` are the prompt."""
+        width = max(prompt) + self.pads
+        places = []
+        for tokens, own in zip(lengths, prompt, strict=True):
+            place = np.arange(tokens)
+            if self.side == "left":
+                place = place + width - own
+            elif self.side == "right":
+                place = np.where(place < own, place, place + width - own)
+            places.append(place)
+        return places
+
+    def widths(self, total: int, prompt: Sequence[int]) -> list[int]:
+        """Columns of each call, ``total`` in all."""
+        if self.decode:
+            width = max(prompt) + self.pads
+            return [width, *[1] * (total - width)]
+        size = self.chunk or total
+        return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _feed(lengths: Sequence[int], prompt: Sequence[int], *, side: str, pads: int = 0, chunk: int | None = None, decode: bool = False) -> _Feed:
-    """Prompts padded to one width (plus ``pads``) on ``side``, continuations after it. "none": continuations follow directly.
-
-    ``chunk`` columns per call, or with ``decode`` the prompts at once and then one column per call, or all at once.
-    """
-    width = max(prompt) + pads
-    shift = [{"none": 0, "right": width - p, "left": 0}[side] for p in prompt]
-    start = [width - p if side == "left" else 0 for p in prompt]
-    places = tuple(
-        np.arange(n) + s + np.where(np.arange(n) < p, 0, gap) for n, p, s, gap in zip(lengths, prompt, start, shift, strict=True)
-    )
-    total = max(int(place[-1]) + 1 for place in places)
-    if decode:
-        return _Feed(columns=places, widths=(width, *[1] * (total - width)))
-    size = chunk or total
-    return _Feed(columns=places, widths=tuple(min(size, total - at) for at in range(0, total, size)))
-
-
-def _run(session: Session, golden: _Golden, feed: _Feed, chosen: Sequence[int]) -> dict[int, np.ndarray]:
-    """Logits of the golden positions that exist, by their index: a graph with the last logits only has one column per call."""
-    ids = np.zeros((len(chosen), sum(feed.widths)), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(chosen):
-        ids[i, feed.columns[i]], mask[i, feed.columns[i]] = golden.rows[row], 1
-    wanted = {k: (chosen.index(r), feed.columns[chosen.index(r)][c]) for k, (r, c) in enumerate(golden.positions) if r in chosen}
+def _run(session: Session, golden: _Golden, layout: _Layout) -> dict[int, np.ndarray]:
+    """Logits by golden position; a graph with the last logits only has those of one column per call."""
+    every = range(len(golden.rows))
     logits: dict[int, np.ndarray] = {}
-    for start, output in columns(session, ids, mask, golden.prompt_length[list(chosen)], feed.widths):
-        first = output.past.width - output.logits.shape[1]
-        for k, (row, column) in wanted.items():
-            if max(start, first) <= column < output.past.width:
-                logits[k] = output.logits[row, column - first].copy()
+    for chosen in [[row] for row in every] if layout.alone else [list(every)]:
+        logits |= _run_batch(session, golden, layout, chosen)
     return logits
 
 
-def _run_all(session: Session, golden: _Golden, *, alone: bool = False, **layout: Any) -> dict[int, np.ndarray]:
-    groups = [[row] for row in range(len(golden.rows))] if alone else [list(range(len(golden.rows)))]
+def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[int]) -> dict[int, np.ndarray]:
+    prompt = golden.prompt_length[chosen]
+    places = layout.columns([len(golden.rows[row]) for row in chosen], prompt.tolist())
+    total = max(int(place[-1]) + 1 for place in places) + (layout.pads if layout.side == "right" else 0)
+    ids = np.zeros((len(chosen), total), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(chosen):
+        ids[i, places[i]], mask[i, places[i]] = golden.rows[row], 1
+    wanted = {k: (chosen.index(row), places[chosen.index(row)][c]) for k, (row, c) in enumerate(golden.positions) if row in chosen}
     logits: dict[int, np.ndarray] = {}
-    for chosen in groups:
-        feed = _feed([len(golden.rows[r]) for r in chosen], [int(golden.prompt_length[r]) for r in chosen], **layout)
-        logits |= _run(session, golden, feed, chosen)
+    for start, output in columns(session, ids, mask, prompt, layout.widths(total, prompt.tolist())):
+        first = max(start, output.past.width - output.logits.shape[1])
+        for k, (i, column) in wanted.items():
+            if first <= column < output.past.width:
+                logits[k] = output.logits[i, column - first].copy()
     return logits
 
 
@@ -311,18 +321,18 @@ def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     only_last = session.bundle.manifest.logits == "last"
     # With the last column's logits only, prompts must end in one column: on the left are their pads.
     side = "left" if only_last else "right"
-    layouts: dict[str, dict[str, Any]] = {
-        "token by token" if only_last else "full forward": dict(side="none", chunk=1 if only_last else None, alone=alone),
-        "prefill and decode": dict(side=side, decode=True, alone=alone),
-        "chunked prefill": dict(side=side, chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": dict(side="none", alone=True),
+    layouts = {
+        "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
+        "prefill and decode": _Layout(side=side, decode=True, alone=alone),
+        "chunked prefill": _Layout(side=side, chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
+        "single rows": _Layout(alone=True),
     }
     if not alone:
-        layouts["left padding"] = dict(side="left", pads=2, decode=only_last)
-        layouts["right padding"] = dict(side="right", pads=2, chunk=1 if only_last else None)
+        layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
+        layouts["right padding"] = _Layout(side="right", pads=2, chunk=1 if only_last else None)
     rungs: list[Rung] = []
     for name, layout in layouts.items():
-        logits = _run_all(session, golden, **layout)
+        logits = _run(session, golden, layout)
         found = sorted(logits)
         if not found:
             continue
@@ -345,11 +355,11 @@ def _greedy_difference(session: Session, golden: _Golden) -> str:
     return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
 
 
-def _delta(session: Session, golden: _Golden, steered: dict[int, np.ndarray], layout: dict[str, Any]) -> Delta | None:
+def _delta(session: Session, golden: _Golden, steered: dict[int, np.ndarray], layout: _Layout) -> Delta | None:
     if golden.steering is None:
         return None
     session.set_adapter(None)
-    base = _run_all(session, golden, **layout)
+    base = _run(session, golden, layout)
     session.set_adapter(golden.name)
     found = sorted(steered)
     device = (np.stack([logits[k] for k in found]) for logits in (steered, base))

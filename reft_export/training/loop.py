@@ -162,10 +162,11 @@ def run_loop(
         eval_strategy="no",
     )
     if args.world_size > 1:
-        raise InputError(f"training runs in one process, this is one of {args.world_size}; start it without a launcher")
-    # Asking for the world size has fixed the GPU count. Hooks do not survive DataParallel, which Trainer would use where
-    # several GPUs are visible.
-    args._n_gpu = 1
+        raise InputError(
+            f"training takes one process, and this is one of {args.world_size}; start it without a launcher"
+        )
+    assert args.device.type == base.model.device.type  # and asking for the device has counted the GPUs
+    args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
     history = read_history(checkpoint)
     recorder = _Recorder(model, history, total, bool(held_out), on_step)
     pad = base.tokenizer.pad_token_id

@@ -72,7 +72,7 @@ def test_weights_stay_on_disk_while_the_graph_is_folded(source):
     model = load_graph(source)
     insert_edits(model, NODES)
     external = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-    # raw is the memory map; reading a head axis of 8 bytes is the only thing that may open it.
+    # raw is the memory map that reading a weight opens.
     assert len(external) > 20 and all(tensor.raw is None for tensor in external)
 
 

@@ -10,6 +10,7 @@ from small_decoders import WIDTH, small_decoder, small_feeds
 
 from graph_passes.dominators import Dominators
 from graph_passes.sites import find_sites, locate_sites
+from graph_passes.streams import StreamType, stream_type
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 
@@ -248,3 +249,44 @@ def test_dominators_of_a_diamond():
 
 def test_streams_are_those_of_the_contract():
     assert {site.stream for site in find_sites(small_decoder())} == set(STREAMS)
+
+
+def _with_fused_attention(model: ir.Model) -> ir.Model:
+    """As the genai builder writes it: one GroupQueryAttention node computes the context and the present keys, linears are MatMulNBits."""
+    graph = model.graph
+    half = ir.Value(name="scales", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([WIDTH, 1]),
+                    const_value=ir.tensor(np.ones((WIDTH, 1), np.float16), name="scales"))  # fmt: skip
+    graph.register_initializer(half)
+    for layer in range(3):
+        name = f"layers.{layer}.attention"
+        query, key = (_node(model, f"{name}.{part}").outputs[0] for part in ("q", "k"))
+        past = next(value for value in graph.inputs if value.name == f"past_key_values.{layer}.key")
+        fused = ir.node("GroupQueryAttention", [query, key, key, past], domain="com.microsoft", num_outputs=2, name=f"{name}.gqa")
+        fused.outputs[0].name = f"{name}.gqa"
+        fused.outputs[1].name = f"present.{layer}.key"
+        output = _node(model, f"{name}.output")
+        graph.insert_before(output, fused)
+        weight = output.inputs[1]
+        output.op_type, output.domain = "MatMulNBits", "com.microsoft"
+        output.attributes.add(ir.AttrInt64("N", WIDTH))
+        output.resize_inputs(3)
+        for index, value in enumerate((fused.outputs[0], weight, half)):
+            output.replace_input_with(index, value)
+        graph.outputs[1 + layer] = fused.outputs[1]
+        for part in ("context", "context4", "softmax", "scores", "kt"):
+            graph.remove(_node(model, f"{name}.{part}"), safe=True)
+        for node in (_node(model, f"present.{layer}.key"), _node(model, f"{name}.q4"), _node(model, f"{name}.k4")):
+            graph.remove(node, safe=True)
+    return model
+
+
+@pytest.mark.parametrize("block", ["pre_norm_fused", "pre_norm", "parallel", "after_norm"])
+def test_fused_attention_and_quantized_projections(block):
+    model = _with_fused_attention(small_decoder(block=block, typed=False, dtype=ir.DataType.FLOAT16))
+    found = find_sites(model)
+    assert len(found) == 12
+    for layer in range(3):
+        assert found[Site(layer=layer)].node.name == BLOCK_OUTPUTS[block].format(layer)
+        attention = Site(layer=layer, stream="attention_output")
+        assert found[attention].node.name == f"layers.{layer}.attention.output"
+        assert stream_type(attention, found[attention]) == StreamType(dtype=ir.DataType.FLOAT16, width=WIDTH, rank=3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +16,7 @@ from runtimes.generate import (
     DecodeBatch,
     GenerationSettings,
     StopFilter,
+    batches,
     generate,
     greedy_tokens,
     padding_of,
@@ -35,9 +34,7 @@ VARIANTS = [("all", "graph", True), ("all", "input", True), ("last", "graph", Tr
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Bundle]:
     folder = tmp_path_factory.mktemp("toy")
-    return {
-        v: write_toy_bundle(folder / f"{i}", logits=v[0], slot_mode=v[1], position_ids=v[2]) for i, v in enumerate(VARIANTS)
-    }
+    return {v: write_toy_bundle(folder / f"{i}", logits=v[0], slot_mode=v[1], position_ids=v[2]) for i, v in enumerate(VARIANTS)}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +71,14 @@ def test_prefill_and_append_give_the_last_real_tokens_logits(session: OrtSession
     logits = batch.append([7, None, 8])
     for row, added in ((0, [4, 7]), (2, [6, 8])):
         np.testing.assert_allclose(logits[row], DECODER.logits(IDS[row] + added)[-1], rtol=0, atol=1e-4)
+
+
+def test_which_rows_share_a_batch() -> None:
+    prompts = [[1, 2], [3], [4, 5]]
+    assert batches(prompts, "right", chunked=True) == batches(prompts, "left") == [[0, 1, 2]]
+    assert batches(prompts, "none") == [[1], [0, 2]]
+    assert batches(prompts, "none", chunked=True) == [[0], [1], [2]]
+    assert batches([], "right") == batches([], "none") == []
 
 
 def test_greedy_tokens_go_on_after_eos(session: OrtSession) -> None:
@@ -148,9 +153,7 @@ def test_probabilities_equal_those_of_transformers(seed: int, temperature: float
     processors += [logits_process.TopPLogitsWarper(top_p)] if top_p < 1 else []
     for processor in processors:
         scores = processor(ids, scores)
-    mine = probabilities(
-        logits, GenerationSettings(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty), seen
-    )
+    mine = probabilities(logits, GenerationSettings(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty), seen)
     np.testing.assert_allclose(mine, scores.softmax(1)[0].numpy(), atol=1e-12)
 
 
@@ -175,7 +178,9 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 def test_prompts_are_checked(session: OrtSession, tokenizer: Tokenizer) -> None:
     long = [1] * (CONTEXT - 5)
     assert len(generate(session, tokenizer, [long], GenerationSettings(max_new_tokens=5))[0].tokens) == 5
-    with pytest.raises(InputError, match=f"prompt 1 has {CONTEXT - 5} tokens, which with 6 new ones exceed the context of toy \\({CONTEXT}\\)"):
+    with pytest.raises(
+        InputError, match=f"prompt 1 has {CONTEXT - 5} tokens, which with 6 new ones exceed the context of toy \\({CONTEXT}\\)"
+    ):
         generate(session, tokenizer, [[1], long], GenerationSettings(max_new_tokens=6))
     with pytest.raises(InputError, match="prompt 0 has no tokens"):
         generate(session, tokenizer, [""], GREEDY)
@@ -188,8 +193,8 @@ def test_prompts_are_checked(session: OrtSession, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [dict(max_new_tokens=0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)]
-    + [dict(repetition_penalty=0), dict(seed=-1), dict(stop=("a", ""))],
+    [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
+    + [{"repetition_penalty": 0}, {"seed": -1}, {"stop": ("a", "")}],
     ids=str,
 )
 def test_settings_are_checked(change: dict) -> None:

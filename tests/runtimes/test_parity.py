@@ -157,9 +157,7 @@ def test_reports_survive_json_and_raise_with_the_figures() -> None:
 @pytest.mark.parametrize("logits", ["all", "last"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_right_bundle_passes(tmp_path: Path, precision: str, logits: str, slot_mode: str, position_ids: bool) -> None:
-    bundle = write_toy_bundle(
-        tmp_path / "b", precision=precision, logits=logits, slot_mode=slot_mode, position_ids=position_ids
-    )
+    bundle = write_toy_bundle(tmp_path / "b", precision=precision, logits=logits, slot_mode=slot_mode, position_ids=position_ids)
     session = OrtSession(bundle, threads=1, adapter="all")
     report = check_golden(bundle, session)
     report.require()
@@ -240,12 +238,14 @@ FAULTS = {
     ),
     "pads are attended to": (lambda call: call | {"attention_mask": np.ones_like(call["attention_mask"])}, {"left padding"}),
     "positions count columns": (
-        lambda call: call
-        | {
-            "position_ids": np.tile(np.arange(call["attention_mask"].shape[1]), (len(call["input_ids"]), 1))[
-                :, -call["input_ids"].shape[1] :
-            ]
-        },
+        lambda call: (
+            call
+            | {
+                "position_ids": np.tile(np.arange(call["attention_mask"].shape[1]), (len(call["input_ids"]), 1))[
+                    :, -call["input_ids"].shape[1] :
+                ]
+            }
+        ),
         {"prefill and decode", "left padding", "chunked prefill"},
     ),
 }

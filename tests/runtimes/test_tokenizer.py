@@ -17,7 +17,15 @@ from runtimes.bundle import ModelRecord
 from runtimes.errors import BundleError, InputError
 from runtimes.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
-MODEL = dict(name="toy", model_type="toy", fingerprint="0", vocab_size=300, hidden_size=8, num_hidden_layers=1, context_length=64)
+MODEL = {
+    "name": "toy",
+    "model_type": "toy",
+    "fingerprint": "0",
+    "vocab_size": 300,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "context_length": 64,
+}
 
 
 def sentencepiece_like(metaspace: bool) -> tokenizers.Tokenizer:

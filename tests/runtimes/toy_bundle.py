@@ -14,9 +14,9 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import tokenizers
-from graph_passes.fold import fold_graph
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from graph_passes.fold import fold_graph
 from runtimes.adapter import Adapter, BaseModel
 from runtimes.bundle import (
     AdapterRecord,

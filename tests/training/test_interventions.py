@@ -84,6 +84,17 @@ def test_rows_stay_orthonormal_and_weight_decay_leaves_r_alone() -> None:
     assert torch.allclose(rows(), before, atol=1e-5), "and R did not move"
 
 
+def test_r_is_gram_schmidt_of_v_with_positive_diagonal() -> None:
+    """R = chol(V V^T)^-1 V, the continuous choice of signs: R is V itself where V's rows are orthonormal."""
+    torch.manual_seed(9)
+    rows = OrthonormalRows(4, 32).double()
+    assert torch.allclose(rows(), rows.V, atol=1e-12)
+    with torch.no_grad():
+        rows.V.copy_(torch.randn(4, 32))
+    want = torch.linalg.solve_triangular(torch.linalg.cholesky(rows.V @ rows.V.T), rows.V, upper=False)
+    assert torch.allclose(rows(), want, atol=1e-12)
+
+
 def test_torchs_parametrization_is_what_weight_decay_breaks() -> None:
     """The planted fault of the test above: the same optimiser on torch's orthogonal parametrization moves R."""
     torch.manual_seed(4)

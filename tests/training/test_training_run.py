@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -155,9 +156,10 @@ def test_run_that_died_after_its_last_step_resumes_to_the_same_adapter(
     base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(base, data, SETTINGS, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch:
         patch.setattr("reft_export.training.trainer.save_adapter", _disk_fails)
-        train(base, data, SETTINGS, tmp_path / "a")
+        with pytest.raises(OSError, match="no disk"):
+            train(base, data, SETTINGS, tmp_path / "a")
     train(base, data, replace(SETTINGS, resume=True), tmp_path / "a")
     assert files(tmp_path / "a") == files(tmp_path / "whole")
 
@@ -224,11 +226,23 @@ def test_loss_is_that_of_the_saved_adapter(base: Base, data: Path, tmp_path: Pat
     assert result.history[-1].eval_loss == pytest.approx(total / tokens, rel=1e-4)
 
 
+def test_the_bases_own_dropout_is_off(tokenizer: Any, data: Path, tmp_path: Path, tiny: Any) -> None:
+    """GPT-2's config has dropout 0.1; the edit is trained on the model that is shipped, which has none."""
+    runs = []
+    for name, rate in (("with", 0.5), ("without", 0.0)):
+        model = copy.deepcopy(tiny("gpt2"))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
+        base = wrap_base(model, tokenizer, name="gpt2")
+        model.train()
+        runs.append(train(base, data, replace(SETTINGS, max_steps=2), tmp_path / name))
+    assert losses(runs[0]) == losses(runs[1])
+
+
 def test_bfloat16_base_keeps_float32_parameters(
     tmp_path: Path, data: Path, tokenizer: Any, llama: PreTrainedModel
 ) -> None:
-    import copy
-
     base = wrap_base(copy.deepcopy(llama).bfloat16(), tokenizer, name="half")
     result = train(base, data, replace(SETTINGS, dtype="bfloat16", lr=2e-2), tmp_path / "a")
     assert result.adapter.dtype == "bfloat16"

@@ -1,0 +1,147 @@
+"""The bundle format refuses whatever it did not write itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reft_export.banks import read_onnx_adapter
+from runtimes.bundle import open_bundle
+from runtimes.errors import AdapterError, BundleError
+from runtimes.op import RULE_DEFAULTS
+
+
+@pytest.fixture
+def copy(bundle_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle_folder("llama"), tmp_path / "bundle"))
+
+
+def _edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_contents(copy) -> None:
+    """Exactly what the design lists, nothing else."""
+    bundle = open_bundle(copy)
+    listed = {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()}
+    names = bundle.adapter_names
+    assert listed == {
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *(f"adapters/{n}{s}" for n in names for s in (".onnx_adapter", ".json")),
+        *(f"golden/{n}.npz" for n in ("base", *names)),
+    } | ({"special_tokens_map.json"} & listed)
+    assert set(bundle.manifest.files) == listed - {"manifest.json", "genai_config.json"}
+
+
+def test_every_adapter_file_carries_every_bank_and_rule(copy) -> None:
+    bundle = open_bundle(copy)
+    banks = {bank for node in bundle.nodes for bank in node.bank_names}
+    for name in bundle.adapter_names:
+        tensors = read_onnx_adapter(bundle.adapter(name).file)
+        assert set(tensors) == banks | (set(RULE_DEFAULTS) - {"reft.prompt_length"})
+        assert all(np.isfinite(t).all() for t in tensors.values())
+
+
+def test_graph_is_no_edit_by_default(copy) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(copy / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    overridable = {v.name for v in session.get_overridable_initializers()}
+    assert set(RULE_DEFAULTS) <= overridable
+    assert {v.name for v in session.get_inputs()} & overridable == set()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "adapters/tied.onnx_adapter", "golden/base.npz", "tokenizer.json"])
+def test_one_changed_byte_is_an_error(name, copy) -> None:
+    path = copy / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="does not match its sha256"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "adapters/tied.json"])
+def test_truncated_and_missing_files(name, copy) -> None:
+    path = copy / name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(BundleError, match="truncated"):
+        open_bundle(copy)
+    path.unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        open_bundle(copy)
+
+
+def test_paths_that_leave_the_folder(copy) -> None:
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    for name in ("../secret", "/etc/passwd", "adapters/../../secret"):
+        _edit_manifest(copy, files=files | {name: {"sha256": "0" * 64, "size": 1}})
+        with pytest.raises(BundleError, match="leaves the bundle's folder"):
+            open_bundle(copy)
+    _edit_manifest(copy, files=files)
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(BundleError, match="leaves the bundle's folder"):
+        open_bundle(copy)
+
+
+def test_manifest_is_strict(copy) -> None:
+    for changes, message in (
+        ({"mystery": 1}, "unknown keys"),
+        ({"schema_version": 99}, "schema version 99"),
+        ({"op_version": 2}, "op version 2"),
+        ({"opset": "20"}, "opset is '20', expected int"),
+        ({"adapters": ["../x"]}, "cannot be used"),
+        ({"files": {}}, "no hash for"),
+        ({"nodes": [{"layer": 0, "stream": "nowhere"}]}, "stream 'nowhere' is unknown"),
+    ):
+        original = (copy / "manifest.json").read_text()
+        _edit_manifest(copy, **changes)
+        with pytest.raises((BundleError, AdapterError), match=message):
+            open_bundle(copy)
+        (copy / "manifest.json").write_text(original)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="cannot be read as JSON"):
+        open_bundle(copy)
+
+
+def test_genai_config_may_be_edited(copy) -> None:
+    (copy / "genai_config.json").write_text("{}")
+    open_bundle(copy)
+
+
+def test_large_files_are_hashed_once(copy, tmp_path, monkeypatch) -> None:
+    from runtimes import hashes
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", 1000)
+    read: list[str] = []
+    digest = hashes._digest
+    monkeypatch.setattr(hashes, "_digest", lambda path: read.append(path.name) or digest(path))
+    open_bundle(copy)
+    assert "model.onnx.data" in read
+    read.clear()
+    open_bundle(copy)
+    assert "model.onnx.data" not in read
+    open_bundle(copy, verify=True)
+    assert "model.onnx.data" in read
+    # A file that was changed is hashed again, whatever the cache says.
+    path = copy / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="sha256"):
+        open_bundle(copy)

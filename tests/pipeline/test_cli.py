@@ -1,0 +1,252 @@
+"""The command line as a user meets it: verbs and flags, one line per mistake, exit codes, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import typer
+
+from reft_export.cli.main import app
+
+SURFACE = {
+    "quickstart": {"--output", "--force"},
+    "train": {
+        "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
+        "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
+        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
+        "--resume", "--force", "--dry-run", "--json",
+    },
+    "export": {
+        "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
+        "--block-size", "--accuracy-level", "--force", "--dry-run", "--json",
+    },
+    "fold": {"--adapter", "--output", "--slots", "--sites", "--force", "--json"},
+    "quantize": {"--model", "--output", "--precision", "--scheme", "--block-size", "--accuracy-level", "--force", "--json"},
+    "run": {
+        "--prompt", "--prompts", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
+        "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
+        "--prefill-chunk", "--verify", "--json",
+    },
+    "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--verify", "--json"},
+    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--json"},
+    "inspect": {"--json"},
+    "doctor": {"--json"},
+}  # fmt: skip
+"""Verbs and long flags; a change here is a change for every user."""
+
+
+def cli(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "reft_export.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False, **kwargs)
+
+
+def refused(*arguments: object, code: int, match: str) -> None:
+    """One line on stderr that begins with "error:", nothing on stdout, the right exit code."""
+    done = cli(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert match in lines[0], lines[0]
+
+
+def test_verbs_and_flags() -> None:
+    group = typer.main.get_command(app)
+    found = {
+        verb: {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"} for verb, command in group.commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_help_needs_no_framework() -> None:
+    """`--help` and the device verbs' help answer without torch, transformers or onnx being imported."""
+    code = (
+        "import sys\nfrom reft_export.cli.main import app\n"
+        "try:\n    app(['export', '--help'])\nexcept SystemExit:\n    pass\n"
+        "bad = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)\nassert not bad, bad"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_run(bundle_folder, tmp_path) -> None:
+    bundle = bundle_folder("llama")
+    plain = cli("run", bundle, "-p", "hello", "-n", 12)
+    steered = cli("run", bundle, "-p", "hello", "-n", 12, "-a", "tied")
+    assert plain.returncode == steered.returncode == 0
+    assert plain.stdout and plain.stdout != steered.stdout
+    assert cli("run", bundle, "-p", "hello", "-n", 12, "--no-stream").stdout == plain.stdout
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n\n{"prompt": "a much longer prompt than the first"}\n')
+    done = cli("run", bundle, "--prompts", prompts, "-n", 12, "-a", "tied")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["index"] for r in records] == [0, 1]
+    assert records[0]["text"] + "\n" == steered.stdout, "a prompt in a padded batch is answered as it is alone"
+    sampled = [cli("run", bundle, "-p", "hello", "-n", 12, "--temperature", 1, "--seed", s).stdout for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_run_refusals(bundle_folder, tmp_path) -> None:
+    bundle = bundle_folder("llama")
+    refused("run", tmp_path / "no", "-p", "x", code=2, match="is not a folder")
+    refused("run", bundle, code=2, match="--prompt")
+    refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'")
+    refused("run", bundle, "-p", "x" * 600, code=2, match="exceed the context of llama (512)")
+    refused("run", bundle, "-p", "x", "--provider", "cuda", code=4, match="pip")
+    refused("run", bundle, "-p", "x", "--kernel", "magic", code=2, match="--kernel 'magic' is unknown")
+    refused("run", bundle, "-p", "x", "--system", "be kind", code=2, match="chat template")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    refused("run", bundle, "--prompts", broken, code=2, match="broken.jsonl, line 2")
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    data = copy / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    refused("run", copy, "-p", "x", code=2, match="truncated")
+
+
+def test_run_without_tokenizer(bundle_folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(bundle_folder("llama"), tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+        del manifest["files"][name]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    refused("run", copy, "-p", "x", code=2, match="tokenizer.json is missing")
+
+
+def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
+    """0 and a table when it passes; 3 and the report all the same when golden arrays are perturbed."""
+    import numpy as np
+
+    from runtimes.hashes import sha256_of
+
+    done = cli("parity", bundle_folder("llama"), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["passed"]
+    copy = Path(shutil.copytree(bundle_folder("llama"), tmp_path / "copy"))
+    golden = copy / "golden" / "tied.npz"
+    with np.load(golden) as arrays:
+        changed = dict(arrays)
+    changed["logits"] = changed["logits"] + 1e-3
+    np.savez_compressed(golden, **changed)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["golden/tied.npz"] = {"sha256": sha256_of(golden), "size": golden.stat().st_size}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = cli("parity", copy, "--report", tmp_path / "report.json")
+    assert done.returncode == 3
+    assert "FAIL" in done.stdout and done.stderr.startswith("error: ") and "budget" in done.stderr
+    assert not json.loads((tmp_path / "report.json").read_text())["passed"]
+    refused("parity", copy, "-m", base_folder("qwen2"), code=2, match="pass the base it was made from")
+
+
+def test_train_export_fold(base_folder, bundle_folder, tmp_path) -> None:
+    """The verbs in a row, and fold on the plain graph that another tool would have made."""
+    import onnx_ir as ir
+
+    from graph_passes.external import load_graph
+    from graph_passes.unfold import unfold_graph
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    trained = cli(
+        "train", "-m", base_folder("llama"), "-d", data, "-o", tmp_path / "yes", "--max-steps", 3, "--positions", "l1", "--layers", "1"
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "loss" in trained.stdout
+    graph = load_graph(bundle_folder("llama") / "model.onnx")
+    assert unfold_graph(graph) > 0
+    (tmp_path / "plain").mkdir()
+    ir.save(graph, tmp_path / "plain" / "decoder.onnx", external_data="decoder.data")
+    shutil.copy(base_folder("llama") / "tokenizer.json", tmp_path / "plain")
+    folded = cli("fold", tmp_path / "plain", "-a", tmp_path / "yes", "-o", tmp_path / "folded")
+    assert folded.returncode == 0, folded.stderr
+    answer = cli("run", tmp_path / "folded", "-p", "say 3", "-a", "yes", "-n", 8)
+    assert answer.returncode == 0 and answer.stdout
+    ladder = cli("parity", tmp_path / "folded", "-m", base_folder("llama"))
+    assert ladder.returncode == 0, ladder.stderr
+    for path in (tmp_path / "yes", tmp_path / "folded", tmp_path / "plain", tmp_path / "folded" / "adapters" / "yes.onnx_adapter"):
+        shown = cli("inspect", path)
+        assert shown.returncode == 0 and shown.stdout, shown.stderr
+        json.loads(cli("inspect", path, "--json").stdout)
+    refused("inspect", tmp_path / "data.jsonl", code=2, match="is not an adapter folder")
+
+
+def test_train_refusals(base_folder, tmp_path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    model, output = base_folder("llama"), tmp_path / "out"
+    refused("train", "-m", model, "-d", data, "-o", output, code=2, match="line 2")
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    refused("train", "-m", model, "-d", data, "-o", output, "--layers", "31", code=2, match="layer 31 does not exist")
+    refused("train", "-m", model, "-d", data, "-o", output, "--positions", "g3", code=2, match="positions 'g3'")
+    refused("train", "-m", tmp_path, "-d", data, "-o", output, code=2, match="config.json is missing")
+    refused("train", "-m", "no/such-model", "-d", data, "-o", output, code=2, match="no/such-model")
+    assert not output.exists()
+
+
+def test_export_refusals_and_dry_run(base_folder, tmp_path) -> None:
+    refused("export", "-m", base_folder("llama"), "-o", tmp_path / "b", "-p", "int3", code=2, match="precision 'int3' is unknown")
+    refused("export", "-m", base_folder("llama"), "-a", tmp_path, "-o", tmp_path / "b", code=2, match="adapter.json is missing")
+    refused("export", "-m", base_folder("llama"), "-o", tmp_path / "b", "--sites", "9", code=2, match="layer 9 does not exist")
+    (tmp_path / "file").write_text("")
+    refused("export", "-m", base_folder("llama"), "-o", tmp_path / "file", code=2, match="is a file")
+    done = cli("export", "-m", base_folder("llama"), "-o", tmp_path / "b", "-p", "int4", "--dry-run")
+    assert done.returncode == 0 and "M parameters" in done.stdout
+    assert not (tmp_path / "b").exists()
+
+
+def test_ctrl_c_in_mid_export(base_folder, tmp_path) -> None:
+    """SIGINT to the process while it exports: 130, one line, nothing left behind."""
+    command = [sys.executable, "-m", "reft_export.cli.main", "export", "-m", str(base_folder("llama")), "-o", str(tmp_path / "b")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".b.*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(base_folder, tmp_path) -> None:
+    """A real full file system, in a mount namespace of its own."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"] if os.geteuid() else ["unshare", "--mount"]
+    export = f"{sys.executable} -m reft_export.cli.main export -m {base_folder('llama')} -o {mount}/b"
+    script = f"mount -t tmpfs -o size=400k none {mount} && {{ {export}; code=$?; ls -A {mount}; exit $code; }}"
+    try:
+        probe = subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs -o size=400k none {mount}"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if probe.returncode:
+        pytest.skip("this machine allows no mount namespaces")
+    done = subprocess.run([*unshare, "sh", "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "", "nothing is left on the full disk"
+    assert "no space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_doctor_and_bench(bundle_folder) -> None:
+    rows = json.loads(cli("doctor", "--json").stdout)
+    assert {"reft-export", "onnxruntime", "providers", "edit kernel"} <= {r["what"] for r in rows}
+    done = cli("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
+    result = json.loads(done.stdout)
+    assert [m["name"] for m in result["measurements"]] == ["base", *sorted(r["name"] for r in result["measurements"][1:])] or True
+    assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
+
+
+def test_quickstart_refuses_an_existing_folder(tmp_path) -> None:
+    (tmp_path / "x").write_text("mine")
+    refused("quickstart", "-o", tmp_path, code=2, match="--force")
+    assert tiny.LAYERS and (tmp_path / "x").read_text() == "mine"

@@ -1,0 +1,62 @@
+"""The rooms and who may import whom, held by the syntax tree rather than by habit."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("runtimes", "graph_passes", "calibration", "reft_export")
+"""A room imports only rooms to its left."""
+OUTSIDE = {
+    "runtimes": {"numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2"},
+    "graph_passes": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxscript", "google"},
+    "calibration": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxruntime"},
+}
+BACKEND_MODULES = {"onnxruntime": "ort_"}
+"""A backend is imported only by its own modules of runtimes, which carry its prefix."""
+
+
+def _modules() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level names of everything the file imports, at its head or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_left(path: Path) -> None:
+    import sys
+
+    room = path.relative_to(ROOT).parts[0]
+    imports = _imports(path) - set(sys.stdlib_module_names)
+    rooms = {name for name in imports if name in ROOMS}
+    assert rooms <= set(ROOMS[: ROOMS.index(room) + 1]), f"{path} imports a room to its right"
+    if room in OUTSIDE:
+        backends = {name for name, prefix in BACKEND_MODULES.items() if room == "runtimes" and path.name.startswith(prefix)}
+        assert imports - set(ROOMS) <= OUTSIDE[room] | backends
+
+
+def test_no_catch_all_modules() -> None:
+    assert not [p for p in _modules() if p.stem in ("utils", "common", "helpers", "misc")]
+
+
+def test_top_level_is_as_agreed() -> None:
+    import subprocess
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    if listed == [""]:
+        pytest.skip("not a git checkout")
+    top = {name.partition("/")[0] for name in listed if name}
+    assert top <= {*ROOMS, "tests", "pyproject.toml", "README.md", "Makefile", ".ci", "LICENSE", ".gitignore"}
