@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
+from graph_passes.graph_file import graph_file
 from graph_passes.sites import find_sites, locate_sites
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
@@ -84,20 +85,6 @@ def fold_bundle(
         )
         finish_bundle(work, model, parts)
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
-
-
-def graph_file(path: Path) -> Path:
-    """The .onnx file itself, or the one file of a folder."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise GraphError(f"{path} does not exist; name an .onnx file or the folder that holds one")
-    files = sorted(path.glob("*.onnx"))
-    preferred = [f for f in files if f.name == "model.onnx"]
-    if len(files) != 1 and not preferred:
-        listed = ", ".join(f.name for f in files) or "none"
-        raise GraphError(f"{path} holds {len(files)} graphs ({listed}); name the .onnx file itself")
-    return (preferred or files)[0]
 
 
 def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) -> ModelRecord:

@@ -28,8 +28,8 @@ def inspect(
         content = inspect_bundle(path)
     elif (path / "adapter.json").is_file():
         content = inspect_adapter(path)
-    elif path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        content = inspect_graph(path if path.suffix == ".onnx" else path / "model.onnx")
+    elif path.suffix == ".onnx" or list(path.glob("*.onnx")):
+        content = inspect_graph(path)
     elif path.suffix == ".onnx_adapter":
         content = inspect_banks(path)
     else:
@@ -96,9 +96,11 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
 
 def inspect_graph(path: Path) -> dict[str, Any]:
     from graph_passes.external import load_graph
+    from graph_passes.graph_file import graph_file
     from graph_passes.insert import is_edit
     from graph_passes.sites import find_sites
 
+    path = graph_file(path)
     model = load_graph(path)
     edits = [n for n in model.graph if is_edit(n)]
     content: dict[str, Any] = {

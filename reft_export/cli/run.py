@@ -132,13 +132,13 @@ def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
         try:
             value = json.loads(line)
         except ValueError as e:
-            raise InputError(f"{where}, line {number}: not JSON ({e})") from None
+            raise InputError(f"{where}:{number}: not JSON ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
             conversations.append([{"role": "user", "content": value["prompt"]}])
         elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
-            conversations.append(_checked_messages(value["messages"], f"{where}, line {number}"))
+            conversations.append(_checked_messages(value["messages"], f"{where}:{number}"))
         else:
-            raise InputError(f'{where}, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
+            raise InputError(f'{where}:{number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
     if not conversations:
         raise InputError(f"{where} holds no prompt")
     return conversations

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import typer
 
 from reft_export.cli.main import app
@@ -106,7 +105,7 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
     refused("run", bundle, "-p", "x", "--system", "be kind", code=2, match="chat template")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
-    refused("run", bundle, "--prompts", broken, code=2, match="broken.jsonl, line 2")
+    refused("run", bundle, "--prompts", broken, code=2, match="broken.jsonl:2: ")
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     data = copy / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
@@ -183,7 +182,7 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
     model, output = base_folder("llama"), tmp_path / "out"
-    refused("train", "-m", model, "-d", data, "-o", output, code=2, match="line 2")
+    refused("train", "-m", model, "-d", data, "-o", output, code=2, match="data.jsonl:2: not JSON")
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     refused("train", "-m", model, "-d", data, "-o", output, "--layers", "31", code=2, match="layer 31 does not exist")
     refused("train", "-m", model, "-d", data, "-o", output, "--positions", "g3", code=2, match="positions 'g3'")
@@ -242,11 +241,11 @@ def test_doctor_and_bench(bundle_folder) -> None:
     assert {"reft-export", "onnxruntime", "providers", "edit kernel"} <= {r["what"] for r in rows}
     done = cli("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
     result = json.loads(done.stdout)
-    assert [m["name"] for m in result["measurements"]] == ["base", *sorted(r["name"] for r in result["measurements"][1:])] or True
+    assert [m["name"] for m in result["measurements"]] == ["base", "tied", "untied", "prompt-relu", "all-direft"]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
 
 
 def test_quickstart_refuses_an_existing_folder(tmp_path) -> None:
     (tmp_path / "x").write_text("mine")
     refused("quickstart", "-o", tmp_path, code=2, match="--force")
-    assert tiny.LAYERS and (tmp_path / "x").read_text() == "mine"
+    assert (tmp_path / "x").read_text() == "mine"
