@@ -9,10 +9,10 @@ against the graph as exported under ORT_ENABLE_ALL. Ratios of CPU time, geometri
     Adds in front fused in too (skip norms)             0.965 / 0.958        0.998 / 0.994
 
 onnxscript 0.7.2's fusions for onnxruntime find 17 norms and 16 skip norms there, and of the attention only the rotary pattern, which
-they write out again because nothing else uses it; the fusion that would pay, GroupQueryAttention, is not found. What is left is 1.5 % of prefill or 4 % of a
-4 ms decode step, within the spread of two sessions of one graph, and every edited site gives its skip norm back (``skip_norms``).
-The price is a graph with operators outside ONNX's standard, which TensorRT's parser and onnx.checker refuse. onnxruntime makes its own
-fusions when a session loads, so a graph that stays standard loses nothing that it would have kept.
+they write out again because nothing else uses it; the fusion that would pay, GroupQueryAttention, is not found. What is left is 1.5 %
+of prefill or 4 % of a 4 ms decode step, within the spread of two sessions of one graph, and every edited site gives its skip norm back
+(``skip_norms``). The price is a graph with operators outside ONNX's standard, which TensorRT's parser and onnx.checker refuse.
+onnxruntime makes its own fusions when a session loads, so a graph that stays standard loses nothing that it would have kept.
 """
 
 from __future__ import annotations
