@@ -19,8 +19,13 @@ def unfold_graph(model: ir.Model) -> int:
     edits = [node for node in graph if is_edit(node)]
     banks = {value.name for node in edits for value in node.inputs[2:] if value is not None}
     for node in edits:
-        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
+        stream, edited = node.inputs[0], node.outputs[0]
+        # The fold left a graph output's name with the edited value, and gave the stream another one.
+        name = edited.name if edited.is_graph_output() else None
+        ir.convenience.replace_all_uses_with(edited, stream, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+        if name is not None:
+            stream.name = name
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     RemoveUnusedNodesPass()(model)

@@ -76,6 +76,7 @@ def model_record(base: Base) -> ModelRecord:
         bos_token_id=config.bos_token_id,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
+        sliding_window=getattr(config, "sliding_window", None),
     )
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from calibration.weight_only import WeightError, WeightOnlySettings, quantize_weights
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
+from graph_passes.fuse import LEVELS, fuse
 from reft_export.base import DTYPES, Base, load_base
 from reft_export.bundling import (
     TORCH_DTYPES,
@@ -62,7 +63,7 @@ class ExportSettings:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
             ("exporter", self.exporter, ("dynamo",)),
-            ("fuse", self.fuse, ("none", "ort")),
+            ("fuse", self.fuse, LEVELS),
             ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
         ):
@@ -132,6 +133,7 @@ def export_bundle(
 
         report("exporting the graph")
         exported = export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+        fuse(exported.model, level=settings.fuse)
         report(f"folding {len(nodes)} edit nodes")
         fold_graph(exported.model, nodes, slots=settings.slots)
         errors: list[WeightError] = []

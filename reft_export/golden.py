@@ -75,9 +75,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int = GREEDY_TOKENS) -> GoldenInputs:
     """Pads the prompts and appends the base's own greedy continuation."""
-    ids, mask = pad_right(prompts)
-    lengths = mask.sum(1)
-    continuation = _greedy(model, ids, mask, min(CONTINUATION, max_tokens))
+    continuation = _greedy(model, prompts, min(CONTINUATION, max_tokens))
     rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
     ids, mask = pad_right(rows)
     real = np.argwhere(mask == 1)
@@ -85,7 +83,7 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     keep = max(8, LOGIT_BYTES // (4 * vocabulary))
     if len(real) > keep:
         real = real[np.unique(np.linspace(0, len(real) - 1, keep).round().astype(int))]
-    return GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=lengths, logit_positions=real)
+    return GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real)
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +118,9 @@ def eager_greedy(
     model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
 ) -> np.ndarray:
     """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
-    width = int(inputs.prompt_length.max())
-    columns = np.arange(width)[None] < inputs.prompt_length[:, None]
-    ids = np.where(columns, inputs.input_ids[:, :width], 0)
+    prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
     with _steering(model, steerer) as handle:
-        return _greedy(model, ids, columns.astype(np.int64), max_tokens, handle)
+        return _greedy(model, prompts, max_tokens, handle)
 
 
 def record_golden(
@@ -163,7 +159,9 @@ def _steering(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContex
 
 
 def _greedy(
-    model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray, count: int, steering: Steering | None = None
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None
 ) -> np.ndarray:
-    tokens = greedy_tokens(model, torch.from_numpy(ids), torch.from_numpy(mask), count, steering=steering)
+    # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
+    ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
+    tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)
     return np.asarray(tokens, np.int64)

@@ -57,6 +57,8 @@ class ModelRecord:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    sliding_window: int | None = None
+    """Columns that the narrowest attention layer sees. Right-padded rows are exact only until it is full: it counts pads too."""
 
 
 @dataclass(frozen=True, kw_only=True)

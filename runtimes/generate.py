@@ -126,13 +126,13 @@ def _generate_batch(session: Session, rows: list[_Row], count: int, prefill_chun
 
 
 def padding_of(session: Session) -> str:
-    """How rows of unequal length share a batch: "right", "left" (only the last column has logits), or "none" (they do not).
+    """How rows of unequal length share a batch: "left", or "none" (they do not).
 
-    A graph without position_ids counts columns, or compacts rows by their token count, and pads would move its positions.
+    With pads on the left a row's tokens stay in consecutive columns: right for sliding windows, which count columns, and for graphs that
+    return the last column's logits only. A graph without position_ids counts columns itself, or compacts rows by their token count, and
+    pads would move its positions.
     """
-    if not session.takes_position_ids:
-        return "none"
-    return "left" if session.bundle.manifest.logits == "last" else "right"
+    return "left" if session.takes_position_ids else "none"
 
 
 def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = False) -> list[list[int]]:
@@ -165,14 +165,12 @@ class DecodeBatch:
 
     def __init__(self, session: Session, prompts: Sequence[Sequence[int]]) -> None:
         self._session = session
-        self._left = padding_of(session) == "left"
         self.prompt_length = np.array([len(p) for p in prompts], np.int64)
         width = int(self.prompt_length.max())
         self._ids = np.full((len(prompts), width), PAD, np.int64)
         self._mask = np.zeros((len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
-            place = slice(width - len(prompt), None) if self._left else slice(len(prompt))
-            self._ids[row, place], self._mask[row, place] = prompt, 1
+            self._ids[row, width - len(prompt) :], self._mask[row, width - len(prompt) :] = prompt, 1
         self._past: Any = None
 
     def prefill(self, chunk: int | None = None) -> np.ndarray:
@@ -180,14 +178,9 @@ class DecodeBatch:
         if chunk is not None and chunk < 1:
             raise InputError(f"prefill chunk is {chunk}, expected at least 1 column per call")
         widths = [width] if chunk is None else [min(chunk, width - start) for start in range(0, width, chunk)]
-        last = np.full_like(self.prompt_length, width - 1) if self._left else self.prompt_length - 1
-        rows: dict[int, np.ndarray] = {}
-        for start, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths):
+        for _, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths):
             self._past = output.past
-            for row in np.flatnonzero((last >= start) & (last < output.past.width)):
-                only_last = output.logits.shape[1] == 1
-                rows[row] = output.logits[row, 0 if only_last else last[row] - start].copy()
-        return np.stack([rows[row] for row in range(len(last))])
+        return output.logits[:, -1].copy()
 
     def append(self, tokens: Sequence[int | None]) -> np.ndarray:
         """One more column; None is a row that has ended: a pad, with mask 0."""

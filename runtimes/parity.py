@@ -319,17 +319,19 @@ def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
     alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
-    # With the last column's logits only, prompts must end in one column: on the left are their pads.
-    side = "left" if only_last else "right"
     layouts = {
         "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
-        "prefill and decode": _Layout(side=side, decode=True, alone=alone),
-        "chunked prefill": _Layout(side=side, chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
+        "prefill and decode": _Layout(side="left", decode=True, alone=alone),
+        "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
         "single rows": _Layout(alone=True),
     }
     if not alone:
         layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
-        layouts["right padding"] = _Layout(side="right", pads=2, chunk=1 if only_last else None)
+        right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
+        window = session.bundle.manifest.model.sliding_window
+        width = max(map(len, golden.rows)) + int(golden.prompt_length.max() - golden.prompt_length.min()) + right.pads
+        if window is None or width <= window:  # a window counts columns: pads between prompt and answer would fill it
+            layouts["right padding"] = right
     rungs: list[Rung] = []
     for name, layout in layouts.items():
         logits = _run(session, golden, layout)
