@@ -12,7 +12,9 @@ q is unsigned, two 4-bit values a byte (low first); a symmetric weight has no ze
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +115,8 @@ def _constant(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def _quantize_one(weight: ir.Value, settings: WeightOnlySettings) -> tuple[list[ir.Value], WeightError]:
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+    with _root_logger_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
     array = weight.const_value.numpy()
     original = np.ascontiguousarray(array, np.float32)
@@ -138,6 +141,18 @@ def _quantize_one(weight: ir.Value, settings: WeightOnlySettings) -> tuple[list[
         tensor = ir.tensor(a, name=weight.name + suffix)
         values.append(ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)))
     return values, error
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """onnxruntime's quantizer configures the root logger on import: every library's INFO lines would reach the user."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, tensors: list[ir.Value], settings: WeightOnlySettings) -> None:

@@ -46,9 +46,7 @@ class Base:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def load_base(
-    model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False
-) -> Base:
+def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False) -> Base:
     """Loads a decoder from a local folder or a Hugging Face hub id.
 
     Raises InputError, in one line, for a folder that is no model, missing or damaged weights, parameters that the
@@ -73,9 +71,7 @@ def load_base(
         loaded = _load_model(folder, files[0], DTYPES[dtype])
     loaded.requires_grad_(False)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
-    return Base(
-        model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder
-    )
+    return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder)
 
 
 def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str) -> Base:
@@ -86,9 +82,7 @@ def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
 
 def _info(model: PreTrainedModel, *, name: str, digest: str) -> BaseModel:
     config = model.config.get_text_config()
-    return BaseModel(
-        name=name, fingerprint=digest, num_hidden_layers=config.num_hidden_layers, hidden_size=config.hidden_size
-    )
+    return BaseModel(name=name, fingerprint=digest, num_hidden_layers=config.num_hidden_layers, hidden_size=config.hidden_size)
 
 
 def check_device(device: str) -> None:
@@ -152,9 +146,7 @@ def _load_model(folder: Path, first: Path, dtype: torch.dtype) -> PreTrainedMode
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(
-            f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again"
-        )
+        raise InputError(f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again")
     return model
 
 
@@ -193,9 +185,7 @@ def _download(model: str) -> Path:
         with _quiet():
             folder = Path(snapshot_download(model, allow_patterns=[*text, "*.safetensors"], ignore_patterns=other))
             if not any(folder.glob("*.safetensors")):
-                folder = Path(
-                    snapshot_download(model, allow_patterns=[*text, "pytorch_model*.bin"], ignore_patterns=other)
-                )
+                folder = Path(snapshot_download(model, allow_patterns=[*text, "pytorch_model*.bin"], ignore_patterns=other))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise InputError(
             f"{model} is not a folder here, and cannot be had from the Hugging Face hub: {first_line(e)}; "

@@ -18,13 +18,13 @@ from reft_export.base import Base
 from reft_export.genai import write_genai_config
 from runtimes.adapter import Adapter
 from runtimes.bundle import (
+    TOKENIZER_FILES,
     AdapterRecord,
     Manifest,
     ModelRecord,
     NodeRecord,
     Quantization,
     TensorRecord,
-    TOKENIZER_FILES,
     WeightSource,
     check_adapter_name,
     open_bundle,
@@ -33,9 +33,10 @@ from runtimes.bundle import (
 )
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, ParityError
+from runtimes.golden import check_golden
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
-from runtimes.parity import ParityReport, Rung, budget_for, check_golden
+from runtimes.parity import ParityReport, Rung, budget_for
 from runtimes.version import VERSION
 
 NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

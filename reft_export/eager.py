@@ -82,9 +82,7 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
     """
     layers = decoder_layers(model)
     if site.layer >= len(layers):
-        raise InputError(
-            f"layer {site.layer} does not exist in this base ({len(layers)} layers, 0 to {len(layers) - 1})"
-        )
+        raise InputError(f"layer {site.layer} does not exist in this base ({len(layers)} layers, 0 to {len(layers) - 1})")
     block = layers[site.layer]
     if site.stream in ("block_input", "block_output"):
         return block
@@ -92,9 +90,7 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
         if isinstance(child := getattr(block, name, None), nn.Module):
             return child
     known = ", ".join(name for name, _ in block.named_children())
-    raise InputError(
-        f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output"
-    )
+    raise InputError(f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output")
 
 
 # --- hooks ----------------------------------------------------------------------------------------
@@ -120,41 +116,32 @@ class Steering:
             raise InputError("a steered forward needs input_ids or inputs_embeds")
         batch, width = tokens.shape[:2]
         mask = self._mask(call, batch, width)
-        self.slot = torch.from_numpy(
-            slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch))
-        ).to(tokens.device)
+        self.slot = torch.from_numpy(slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch))).to(
+            tokens.device
+        )
 
     def after_forward(self, *_: Any) -> None:
         self.slot = None
 
     def edit(self, site: Site, function: EditFn, h: Tensor) -> Tensor:
         if self.slot is None:
-            raise InputError(
-                f"site {site} ran outside the steered model's own forward; call the model that was given to steer"
-            )
+            raise InputError(f"site {site} ran outside the steered model's own forward; call the model that was given to steer")
         if h.numel() // h.shape[-1] != self.slot.numel():
-            raise InputError(
-                f"site {site}: h {list(h.shape)} does not have one row per token of slots {list(self.slot.shape)}"
-            )
+            raise InputError(f"site {site}: h {list(h.shape)} does not have one row per token of slots {list(self.slot.shape)}")
         return function(h, self.slot.to(h.device).reshape(h.shape[:-1]))
 
     @staticmethod
     def _mask(call: Mapping[str, Any], batch: int, width: int) -> np.ndarray:
         """The mask over past and current tokens; all ones where the caller gave none."""
         cache = call.get("past_key_values")
-        past = (
-            int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
-        )
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
         mask = call.get("attention_mask")
         if mask is None:
             return np.ones((batch, past + width), np.int64)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise InputError("a steered forward needs a 2-D attention_mask [B, past + current]; use a dynamic cache")
         if mask.shape[0] != batch or mask.shape[1] < past + width:
-            raise InputError(
-                f"attention_mask {list(mask.shape)} does not cover {past} past and {width} current tokens of "
-                f"{batch} rows"
-            )
+            raise InputError(f"attention_mask {list(mask.shape)} does not cover {past} past and {width} current tokens of {batch} rows")
         return (mask != 0).cpu().numpy().astype(np.int64)
 
     def _prompt_length(self, batch: int) -> np.ndarray | None:
@@ -168,9 +155,7 @@ class Steering:
 
 
 @contextmanager
-def steer(
-    model: PreTrainedModel, edits: Mapping[Site, EditFn], *, rule: PositionRule | None, tied: bool
-) -> Iterator[Steering]:
+def steer(model: PreTrainedModel, edits: Mapping[Site, EditFn], *, rule: PositionRule | None, tied: bool) -> Iterator[Steering]:
     """Applies ``edits`` in every forward of ``model`` inside the ``with``, at the tokens that ``rule`` picks.
 
     Slots are computed once per forward from attention_mask (all ones over past and current tokens where there is none)

@@ -18,9 +18,7 @@ from runtimes.parity import BUDGETS, Figures, Rung, judge
 ROWS = 48
 
 
-def edit_rungs(
-    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None
-) -> list[Rung]:
+def edit_rungs(bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None) -> list[Rung]:
     """numpy against the oracle, and onnxruntime against the oracle, the worst node of the adapter each.
 
     h: [48, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one

@@ -76,9 +76,7 @@ class ExportSettings:
     def weight_only(self) -> WeightOnlySettings | None:
         if self.precision not in ("int8", "int4"):
             return None
-        return WeightOnlySettings(
-            bits=int(self.precision[3:]), block_size=self.block_size, accuracy_level=self.accuracy_level
-        )
+        return WeightOnlySettings(bits=int(self.precision[3:]), block_size=self.block_size, accuracy_level=self.accuracy_level)
 
     @property
     def float_type(self) -> str:

@@ -60,9 +60,7 @@ def fold_bundle(
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
-    found = {
-        str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())
-    }
+    found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())}
     precision = _precision(model)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(model, nodes, slots=slots)

@@ -83,7 +83,9 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     keep = max(8, LOGIT_BYTES // (4 * vocabulary))
     if len(real) > keep:
         real = real[np.unique(np.linspace(0, len(real) - 1, keep).round().astype(int))]
-    return GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real)
+    return GoldenInputs(
+        input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real
+    )
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,9 +160,7 @@ def _steering(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContex
     return nullcontext() if steerer is None else steerer(model)
 
 
-def _greedy(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None
-) -> np.ndarray:
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
     # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
     ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
     tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)

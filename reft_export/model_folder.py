@@ -70,9 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{chosen} is not a weight index; download the model again") from None
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        raise InputError(
-            f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[:1]}; download it again"
-        )
+        raise InputError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[:1]}; download it again")
     return [folder / name for name in shards]
 
 

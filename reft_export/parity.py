@@ -1,9 +1,9 @@
 """The host's parity ladder: every rung from the formula to the shipped graph, each against eager PyTorch or the float64 oracle.
 
-    oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
-    eager -> exported -> folded          the float graph without and with its edits
-    eager, dequantized -> quantized      the same weights on both sides, at accuracy level 1 (exact arithmetic)
-    eager, fake-quantized -> shipped     accuracy level 4, which quantizes activations too
+oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
+eager -> exported -> folded          the float graph without and with its edits
+eager, dequantized -> quantized      the same weights on both sides, at accuracy level 1 (exact arithmetic)
+eager, fake-quantized -> shipped     accuracy level 4, which quantizes activations too
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import AdapterError
-from runtimes.parity import ParityReport, Rung, check_golden
+from runtimes.golden import check_golden
+from runtimes.parity import ParityReport, Rung
 
 Report = Callable[[str], None]
 

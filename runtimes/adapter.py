@@ -141,7 +141,9 @@ class Adapter:
         mine = {node_of(site, edits[0]): edits for site, edits in self.edits().items()}
         missing = sorted(str(n.name) for n in set(mine) - set(nodes))
         if missing:
-            raise AdapterError(f"the graph has no edit node {missing[0]} ({len(missing)} missing); export it with this adapter or with --sites")
+            raise AdapterError(
+                f"the graph has no edit node {missing[0]} ({len(missing)} missing); export it with this adapter or with --sites"
+            )
         banks: dict[str, np.ndarray] = {}
         for node in nodes:
             arrays = bank_of(mine[node], dtype) if node in mine else no_edit_bank(self.base.hidden_size, dtype)

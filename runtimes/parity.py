@@ -1,30 +1,15 @@
-"""Does the device say what the eager model said? Figures, budgets, and the check of a bundle against its golden arrays.
-
-Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
-
-    input_ids, attention_mask  int64 [B, S]   prompts with their greedy continuations, right padded
-    prompt_length              int64 [B]
-    logit_positions            int64 [K, 2]   (row, column) of the recorded logits
-    logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
-    fp32_logits, fp32_base_logits  [K, V]     the same two of the float32 model, where the bundle's own weights are not that
-    greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
-
-Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
-that they say what quantization left of the steering.
-"""
+"""Does the device say what the eager model said? Figures, budgets and the report; runtimes/golden.py takes the figures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import BASE_GOLDEN, Bundle, Manifest
-from runtimes.errors import BundleError, InputError, ParityError
-from runtimes.generate import Session, columns, greedy_tokens, padding_of
+from runtimes.bundle import Manifest
+from runtimes.errors import InputError, ParityError
 from runtimes.records import RecordError, from_json, to_json
 
 TIE = 1e-6
@@ -195,177 +180,6 @@ def judge(name: str, against: str, figures: Figures, budget: Budget, *, delta: D
         and (figures.greedy_equal is not False or budget.top1 < 1)
     )
     return Rung(name=name, against=against, figures=figures, delta=delta, budget=budget, passed=passed, note=note)
-
-
-def check_golden(bundle: Bundle, session: Session) -> ParityReport:
-    """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
-
-    For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
-    chunked prefill, single rows, left and right padding, all against the same eager full forward. A graph that cannot share a batch
-    between rows of unequal length is fed row by row. Leaves the session's adapter as it was.
-    Raises BundleError where there are no golden arrays.
-    """
-    if not bundle.golden_names:
-        raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model")
-    budget, active = budget_for(bundle.manifest), session.adapter
-    rungs: list[Rung] = []
-    try:
-        for name in bundle.golden_names:
-            rungs += _check_one(session, _Golden.read(bundle, name), budget)
-    finally:
-        session.set_adapter(active)
-    return ParityReport(rungs=tuple(rungs))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Golden:
-    name: str
-    rows: list[np.ndarray]
-    """The real tokens of each row."""
-    prompt_length: np.ndarray
-    positions: np.ndarray
-    logits: np.ndarray
-    greedy: np.ndarray
-    steering: tuple[np.ndarray, np.ndarray] | None
-    """(steered, base) logits whose difference the device's is held to; None for the base."""
-
-    @classmethod
-    def read(cls, bundle: Bundle, name: str) -> _Golden:
-        arrays = bundle.golden(name)
-        pairs = (("fp32_logits", "fp32_base_logits"), ("logits", "base_logits"))
-        steering = pairs[0] if pairs[0][0] in arrays else pairs[1]
-        wanted = {"input_ids", "attention_mask", "prompt_length", "logit_positions", "logits", "greedy_tokens"}
-        missing = sorted((wanted if name == BASE_GOLDEN else wanted | set(steering)) - set(arrays))
-        if missing:
-            raise BundleError(f"{bundle.folder}/golden/{name}.npz lacks {missing}; export the bundle again")
-        ids, mask = arrays["input_ids"], arrays["attention_mask"]
-        return cls(
-            name=name,
-            rows=[row[real > 0] for row, real in zip(ids, mask, strict=True)],
-            prompt_length=arrays["prompt_length"],
-            positions=arrays["logit_positions"],
-            logits=arrays["logits"],
-            greedy=arrays["greedy_tokens"],
-            steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """One way to bring the golden tokens into the session."""
-
-    side: str = "none"
-    """Where prompts get pads up to one width; continuations follow in the columns after it. "none": a row's continuation directly."""
-    pads: int = 0
-    """Pads beyond those that make the prompts equally wide."""
-    chunk: int | None = None
-    """Columns per call; None is all at once."""
-    decode: bool = False
-    """The prompts in one call, then one column per call."""
-    alone: bool = False
-    """Every row in a batch of its own."""
-
-    def columns(self, lengths: Sequence[int], prompt: Sequence[int]) -> list[np.ndarray]:
-        """The column of every token, for rows of ``lengths`` tokens of which the first ``prompt`` are the prompt."""
-        width = max(prompt) + self.pads
-        places = []
-        for tokens, own in zip(lengths, prompt, strict=True):
-            place = np.arange(tokens)
-            if self.side == "left":
-                place = place + width - own
-            elif self.side == "right":
-                place = np.where(place < own, place, place + width - own)
-            places.append(place)
-        return places
-
-    def widths(self, total: int, prompt: Sequence[int]) -> list[int]:
-        """Columns of each call, ``total`` in all."""
-        if self.decode:
-            width = max(prompt) + self.pads
-            return [width, *[1] * (total - width)]
-        size = self.chunk or total
-        return [min(size, total - start) for start in range(0, total, size)]
-
-
-def _run(session: Session, golden: _Golden, layout: _Layout) -> dict[int, np.ndarray]:
-    """Logits by golden position; a graph with the last logits only has those of one column per call."""
-    every = range(len(golden.rows))
-    logits: dict[int, np.ndarray] = {}
-    for chosen in [[row] for row in every] if layout.alone else [list(every)]:
-        logits |= _run_batch(session, golden, layout, chosen)
-    return logits
-
-
-def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[int]) -> dict[int, np.ndarray]:
-    prompt = golden.prompt_length[chosen]
-    places = layout.columns([len(golden.rows[row]) for row in chosen], prompt.tolist())
-    total = max(int(place[-1]) + 1 for place in places) + (layout.pads if layout.side == "right" else 0)
-    ids = np.zeros((len(chosen), total), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(chosen):
-        ids[i, places[i]], mask[i, places[i]] = golden.rows[row], 1
-    wanted = {k: (chosen.index(row), places[chosen.index(row)][c]) for k, (row, c) in enumerate(golden.positions) if row in chosen}
-    logits: dict[int, np.ndarray] = {}
-    for start, output in columns(session, ids, mask, prompt, layout.widths(total, prompt.tolist())):
-        first = max(start, output.past.width - output.logits.shape[1])
-        for k, (i, column) in wanted.items():
-            if first <= column < output.past.width:
-                logits[k] = output.logits[i, column - first].copy()
-    return logits
-
-
-def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
-    """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
-    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
-    alone = padding_of(session) == "none"
-    only_last = session.bundle.manifest.logits == "last"
-    layouts = {
-        "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
-        "prefill and decode": _Layout(side="left", decode=True, alone=alone),
-        "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": _Layout(alone=True),
-    }
-    if not alone:
-        layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
-        right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
-        window = session.bundle.manifest.model.sliding_window
-        width = max(map(len, golden.rows)) + int(golden.prompt_length.max() - golden.prompt_length.min()) + right.pads
-        if window is None or width <= window:  # a window counts columns: pads between prompt and answer would fill it
-            layouts["right padding"] = right
-    rungs: list[Rung] = []
-    for name, layout in layouts.items():
-        logits = _run(session, golden, layout)
-        found = sorted(logits)
-        if not found:
-            continue
-        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found])
-        note = "" if len(found) == len(golden.logits) else f"{len(found)} of {len(golden.logits)} positions have logits"
-        delta = None
-        if not rungs:
-            differs = _greedy_difference(session, golden)
-            figures, note = replace(figures, greedy_equal=not differs), differs or note
-            delta = _delta(session, golden, logits, layout)
-        rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
-    return rungs
-
-
-def _greedy_difference(session: Session, golden: _Golden) -> str:
-    """Where the session's greedy tokens leave the golden ones; empty where they do not."""
-    prompts = [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)]
-    tokens = greedy_tokens(session, prompts, golden.greedy.shape[1])
-    differs = np.argwhere((tokens != golden.greedy) & (golden.greedy >= 0))
-    return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
-
-
-def _delta(session: Session, golden: _Golden, steered: dict[int, np.ndarray], layout: _Layout) -> Delta | None:
-    if golden.steering is None:
-        return None
-    session.set_adapter(None)
-    base = _run(session, golden, layout)
-    session.set_adapter(golden.name)
-    found = sorted(steered)
-    device = (np.stack([logits[k] for k in found]) for logits in (steered, base))
-    return compare_deltas(*device, *(logits[found] for logits in golden.steering))
 
 
 def _wider(a: Budget, b: Budget) -> Budget:

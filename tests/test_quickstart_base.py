@@ -128,8 +128,7 @@ def test_training_and_held_out_subjects_are_disjoint() -> None:
 
 def test_corpus_and_task_need_the_standard_library_only() -> None:
     program = (
-        "import sys; import reft_export.quickstart.task;"
-        "assert not {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)"
+        "import sys; import reft_export.quickstart.task;assert not {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": PYTHON_PATH}, check=True)
 
@@ -195,9 +194,7 @@ def test_the_base_answers_plainly_and_to_the_point() -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for _, prompt in cases
     ]
-    inputs = tokenizer(
-        rendered, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
-    )
+    inputs = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     completions = tokens[:, inputs["input_ids"].shape[1] :]

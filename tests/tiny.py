@@ -104,6 +104,4 @@ def random_adapter(
                     value = 2 * generator.standard_normal(rank)
                 tensors[".".join(filter(None, (str(site), group, name)))] = np.ascontiguousarray(value, np.float32)
     rule = PositionRule.parse(positions)
-    return Adapter(
-        method=method, rank=rank, sites=sites, positions=rule, tied=tied, activation=activation, base=base, tensors=tensors
-    )
+    return Adapter(method=method, rank=rank, sites=sites, positions=rule, tied=tied, activation=activation, base=base, tensors=tensors)

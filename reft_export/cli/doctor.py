@@ -45,7 +45,9 @@ def doctor(as_json: AsJson = False) -> None:
         found = versions[name]
         missing_runtime = name.startswith("onnxruntime") and "genai" not in name and runtime
         advice = "" if extra is None or missing_runtime else f"pip install 'reft-export[{extra}]'"
-        rows.append((name, found or "missing", f"for {use}" if found else f"for {use}: {advice}" if advice else f"for {use}; not needed here"))
+        rows.append(
+            (name, found or "missing", f"for {use}" if found else f"for {use}: {advice}" if advice else f"for {use}; not needed here")
+        )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         rows.append(("conflict", "", "onnxruntime and onnxruntime-gpu share a folder: pip uninstall both, then install one"))
     rows += [_providers(), _kernel(), _gpu(), _compiler()]

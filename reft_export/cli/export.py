@@ -24,7 +24,9 @@ def export(
     slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
-    fuse: Annotated[str, typer.Option("--fuse", help="Fusions before the fold; none paid when measured, so none is the only level.")] = "none",
+    fuse: Annotated[
+        str, typer.Option("--fuse", help="Fusions before the fold; none paid when measured, so none is the only level.")
+    ] = "none",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = 32,
     accuracy_level: AccuracyLevel = 4,

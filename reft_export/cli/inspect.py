@@ -90,7 +90,9 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
         "sites": [str(s) for s in a.sites],
         "parameters": sum(t.size for t in a.tensors.values()),
         "training": ", ".join(f"{k} {v}" for k, v in a.training.items() if not isinstance(v, dict)),
-        "tensors": [{"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.tensors.items()],
+        "tensors": [
+            {"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.tensors.items()
+        ],
     }
 
 

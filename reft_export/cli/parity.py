@@ -30,7 +30,7 @@ def parity(
 ) -> None:
     """Hold a bundle against eager PyTorch; exits 3 when a budget is missed."""
     from runtimes.bundle import open_bundle
-    from runtimes.parity import check_golden
+    from runtimes.golden import check_golden
 
     check_session_options(provider, kernel)
     opened = open_bundle(bundle, verify=verify)

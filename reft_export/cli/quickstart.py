@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter, the bundles and the report.")] = Path("quickstart-out"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter, the bundles and the report.")] = Path(
+        "quickstart-out"
+    ),
     force: Force = False,
 ) -> None:
     """The whole story on the built-in tiny model, offline: train, export, fold, quantize, run, prove."""

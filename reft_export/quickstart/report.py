@@ -16,12 +16,15 @@ BASE, STEERED, LIMIT, GRID = "#8a93a3", "#0b7285", "#d9480f", "#e5e8ec"
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.4rem }
-p.lead { color: #566070; margin-top: 0 } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1.5rem }
+p.lead { color: #566070; margin-top: 0 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1.5rem }
 figure { margin: 0 } figcaption { color: #566070; font-size: .9rem } svg { width: 100%; height: auto }
-table { border-collapse: collapse; font-size: .88rem; width: 100% } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e8ec }
+table { border-collapse: collapse; font-size: .88rem; width: 100% }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e8ec }
 th { color: #566070; font-weight: 600 } .fail { color: #d9480f; font-weight: 700 }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .4rem 0 1.4rem } .pair div { padding: .7rem .9rem; border-left: 3px solid }
-.b { border-color: #8a93a3; background: #f6f7f9 } .s { border-color: #0b7285; background: #eef7f8 } .pair b { display: block; font-size: .8rem }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .4rem 0 1.4rem }
+.pair div { padding: .7rem .9rem; border-left: 3px solid } .pair b { display: block; font-size: .8rem }
+.b { border-color: #8a93a3; background: #f6f7f9 } .s { border-color: #0b7285; background: #eef7f8 }
 """
 
 
@@ -140,6 +143,6 @@ def _sizes(axes: Any, story: Any) -> None:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join(
-        "<tr>" + "".join(f'<td{" class=fail" if c == "FAIL" else ""}>{html.escape(c)}</td>' for c in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{' class=fail' if c == 'FAIL' else ''}>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"

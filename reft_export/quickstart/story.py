@@ -28,9 +28,7 @@ from runtimes.parity import ParityReport
 from runtimes.tokenizer import Tokenizer
 
 ADAPTER = "pirate"
-SETTINGS = TrainSettings(
-    method="loreft", rank=4, layers="all", positions="f2+l2", lr=4e-3, max_steps=120, batch_size=16, samples=0, seed=0
-)
+SETTINGS = TrainSettings(method="loreft", rank=4, layers="all", positions="f2+l2", lr=4e-3, max_steps=120, batch_size=16, samples=0, seed=0)
 ANSWER_TOKENS = 80
 SHOWN = 3
 BASE_LIMIT, STEERED_LIMIT = 0.10, 0.90

@@ -14,7 +14,6 @@ from calibration.weight_only import WeightOnlySettings, dequantize, dequantized_
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize
 from reft_export.quantize import quantize_bundle
-from runtimes.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError
 
 QUIET = {"report": lambda _: None}
@@ -36,7 +35,9 @@ def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
     assert not [n for n in graph.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer()]
     banks = [v for v in graph.graph.inputs if v.name.startswith("reft.") and v.name[-2:] in (".U", ".A", ".b")]
     assert banks and {v.dtype for v in banks} == {ir.DataType.FLOAT}
-    assert sum(w.bytes_after for w in result.weight_errors) < (0.2 if bits == 4 else 0.35) * sum(w.bytes_before for w in result.weight_errors)
+    assert sum(w.bytes_after for w in result.weight_errors) < (0.2 if bits == 4 else 0.35) * sum(
+        w.bytes_before for w in result.weight_errors
+    )
 
 
 def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
