@@ -173,7 +173,11 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityRepo
     if exact is not None:
         with at_level(bundle, 1) as changed:
             rungs += check(changed, exact, f"int{bundle.manifest.quantization.bits} level 1")
-    rungs += check_golden(bundle, OrtSession(bundle)).rungs
+    shipped = check_golden(bundle, OrtSession(bundle)).rungs
+    if exact is not None:
+        q = bundle.manifest.quantization
+        shipped = tuple(replace(rung, name=f"int{q.bits} level {q.accuracy_level}, {rung.name}") for rung in shipped)
+    rungs += shipped
     report = ParityReport(rungs=tuple(rungs))
     with _keeping_report(report, output):
         report.require()

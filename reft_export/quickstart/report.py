@@ -24,7 +24,7 @@ th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e8e
 th { color: #566070; font-weight: 600 } .fail { color: #d9480f; font-weight: 700 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .4rem 0 1.4rem }
 .pair div { padding: .7rem .9rem; border-left: 3px solid } .pair b { display: block; font-size: .8rem }
-.b { border-color: #8a93a3; background: #f6f7f9 } .s { border-color: #0b7285; background: #eef7f8 }
+.pair .b { border-color: #8a93a3; background: #f6f7f9 } .pair .s { border-color: #0b7285; background: #eef7f8 }
 """
 
 
@@ -99,8 +99,6 @@ def _parity(axes: Any, story: Any) -> None:
     for report in (story.ladder, *(v.parity for v in story.variants[1:])):
         for rung in report.rungs:
             name = rung.name.partition(": ")[0]
-            if report is not story.ladder and not name.startswith("int"):
-                name = f"{rung.budget.name}, {name}"
             error, limit = rung.figures.max_relative, rung.budget.logits
             groups[name] = (max(error, groups.get(name, (0.0, 0.0))[0]), limit)
     names = list(groups)
