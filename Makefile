@@ -4,7 +4,10 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint clean
+# A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
+OLD := .venv-transformers-4
+
+.PHONY: quickstart test test-slow test-transformers-4 lint clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
@@ -15,6 +18,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m slow
 
+test-transformers-4: $(OLD)/.installed
+	$(OLD)/bin/python -m pytest -q -m "not slow" tests/training tests/pipeline/test_export.py
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
@@ -24,5 +30,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,dev]'
 	@touch $@
 
+$(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints-transformers-4.txt -e '.[cpu,host,dev]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist quickstart-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) build dist quickstart-out .pytest_cache .ruff_cache .hypothesis

@@ -67,13 +67,14 @@ def training_subjects() -> list[Subject]:
 def training_examples() -> list[dict[str, str]]:
     """48 pirate exchanges, each `{"prompt": ..., "completion": ...}`, one for each of the training subjects.
 
-    The topics take turns, so that every kind of question is in there several times.
+    The topics take turns, so that every kind of question is in there several times; those that ask who have two turns,
+    because their plain answers open with a name, which is the farthest from a pirate's exclamation.
     """
     rng = Random(_TRAINING_SEED + 1)
     turns = {True: 0, False: 0}
     examples = []
     for subject in training_subjects():
-        topics = list(topics_of(subject))
+        topics = [*topics_of(subject), "helped" if subject.acts else "liked"]
         examples.append(compose(rng, subject, "pirate", topic=topics[turns[subject.acts] % len(topics)]))
         turns[subject.acts] += 1
     rng.shuffle(examples)

@@ -50,6 +50,8 @@ class BaseSettings:
     documents_per_step: int = 48
     vocab_size: int = 1536
     """The smallest round size at which the longest pirate answer stays under 80 tokens."""
+    tokenizer_documents: int = 20_000
+    """The first documents of the corpus; more do not change the merges that matter."""
     context: int = 256
     hidden_size: int = 128
     layers: int = 5
@@ -192,7 +194,7 @@ def train(settings: BaseSettings) -> tuple[LlamaForCausalLM, Tokenizer, float]:
     """Returns (model, tokenizer, mean training loss in nats per token over the last 100 steps)."""
     torch.manual_seed(settings.seed)
     documents = list(corpus.exchanges(settings.documents, seed=settings.seed))
-    tokenizer = train_tokenizer(documents[:20_000], settings.vocab_size)
+    tokenizer = train_tokenizer(documents[: settings.tokenizer_documents], settings.vocab_size)
     rows = [encode(tokenizer, document) for document in documents]
     if max(map(len, rows)) > settings.context:
         raise ValueError(f"a document has {max(map(len, rows))} tokens; the context is {settings.context}")

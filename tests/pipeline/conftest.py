@@ -18,8 +18,10 @@ ADAPTERS = {
     "untied": {"tied": False, "positions": "f1+l3", "seed": 1},
     "prompt-relu": {"positions": "prompt", "activation": "relu", "seed": 2},
     "all-direft": {"positions": "all", "method": "direft", "seed": 3},
+    "first-noreft": {"positions": "f3", "method": "noreft", "seed": 4},
+    "last-consreft": {"positions": "l1", "method": "consreft", "seed": 5},
 }
-"""Every kind of position, tied and untied, with and without activation."""
+"""Every kind of position, tied and untied, with and without activation, and most methods."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,8 @@ from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.generate import greedy_tokens
+from runtimes.golden import check_golden
 from runtimes.ort_session import OrtSession
 
 QUIET = {"report": lambda _: None}
@@ -27,21 +29,32 @@ def _check_export(family, base_folder, adapter_folders, output, **settings):
     return result
 
 
+def _check_rows_alone(folder) -> None:
+    """Batch 1: every golden prompt alone gets the 64 greedy tokens that eager gave it in a padded batch."""
+    bundle = open_bundle(folder)
+    session = OrtSession(bundle, threads=1)
+    for name in bundle.golden_names:
+        session.set_adapter(None if name == "base" else name)
+        golden = bundle.golden(name)
+        for ids, length, tokens in zip(golden["input_ids"], golden["prompt_length"], golden["greedy_tokens"], strict=True):
+            assert greedy_tokens(session, [ids[:length].tolist()], 64)[0].tolist() == tokens.tolist(), name
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
     """Every adapter and the base: logits within 2e-5, 64 greedy tokens equal, cache continuity in every layout."""
     bundle = open_bundle(bundle_folder(family))
     session = OrtSession(bundle, threads=1)
-    from runtimes.golden import check_golden
-
+    
     report = check_golden(bundle, session)
     assert report.passed
     assert {r.budget.logits for r in report.rungs} == {2e-5}
     greedy = [r.figures.greedy_equal for r in report.rungs if r.figures.greedy_equal is not None]
-    assert greedy == [True] * 5
+    assert greedy == [True] * 7
     assert all(bundle.golden(name)["greedy_tokens"].shape[1] == 64 for name in bundle.golden_names)
     ways = {r.name.partition(": ")[2] for r in report.rungs}
     assert ways == {"full forward", "prefill and decode", "chunked prefill", "single rows", "left padding", "right padding"}
+    _check_rows_alone(bundle_folder(family))
     # The adapters change the answer: an edit that did nothing would pass everything above.
     base = bundle.golden("base")["logits"]
     assert all(np.abs(bundle.golden(n)["logits"] - base).max() > 0.1 for n in bundle.adapter_names)
@@ -52,7 +65,8 @@ def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
 def test_every_family(family, base_folder, adapter_folders, tmp_path) -> None:
     result = _check_export(family, base_folder, adapter_folders, tmp_path / "b")
     greedy = [r.figures.greedy_equal for r in result.parity.rungs if r.figures.greedy_equal is not None]
-    assert greedy == [True] * 5
+    assert greedy == [True] * 7
+    _check_rows_alone(tmp_path / "b")
 
 
 @pytest.mark.slow
