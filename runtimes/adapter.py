@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
-from runtimes.errors import AdapterError
+from runtimes.errors import AdapterError, ReftError
 from runtimes.folders import atomic_folder
 from runtimes.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.positions import PositionRule
+from runtimes.records import RecordError, from_json, to_json
 
+FORMAT = "reft-export adapter"
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -181,28 +183,46 @@ def fold_parameters(method: str, parameters: Mapping[str, np.ndarray], activatio
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """adapter.json, key by key."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    method: str
+    rank: int
+    sites: tuple[str, ...]
+    positions: str
+    truncate: bool
+    tied: bool
+    activation: str
+    dropout: float
+    dtype: str
+    base: BaseModel
+    trained_on: str | None
+    training: dict[str, Any]
+
+
 def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None:
     """Writes the adapter atomically; an existing folder is kept unless ``force``."""
     from safetensors.numpy import save_file
 
-    config = {
-        "format": "reft-export adapter",
-        "format_version": FORMAT_VERSION,
-        "method": adapter.method,
-        "rank": adapter.rank,
-        "sites": [str(site) for site in adapter.sites],
-        "positions": str(adapter.positions),
-        "truncate": adapter.positions.truncate,
-        "tied": adapter.tied,
-        "activation": adapter.activation,
-        "dropout": adapter.dropout,
-        "dtype": adapter.dtype,
-        "base": asdict(adapter.base),
-        "trained_on": adapter.trained_on,
-        "training": dict(adapter.training),
-    }
+    config = _Config(
+        method=adapter.method,
+        rank=adapter.rank,
+        sites=tuple(map(str, adapter.sites)),
+        positions=str(adapter.positions),
+        truncate=adapter.positions.truncate,
+        tied=adapter.tied,
+        activation=adapter.activation,
+        dropout=adapter.dropout,
+        dtype=adapter.dtype,
+        base=adapter.base,
+        trained_on=adapter.trained_on,
+        training=dict(adapter.training),
+    )
     with atomic_folder(folder, force=force) as work:
-        (work / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (work / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
         save_file({k: np.ascontiguousarray(v) for k, v in adapter.tensors.items()}, work / TENSOR_FILE)
 
 
@@ -216,60 +236,32 @@ def load_adapter(folder: Path) -> Adapter:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; foreign adapters are not read directly")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
+        config = from_json(_Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except RecordError as e:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {e}") from None
+    except ValueError as e:  # of json, and of UTF-8
         raise AdapterError(f"{folder / CONFIG_FILE} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE} does not hold a JSON object")
-    _take(config, "format", str, folder, only="reft-export adapter")
-    _take(config, "format_version", int, folder, only=FORMAT_VERSION)
-    base = _take(config, "base", dict, folder)
-    sites, truncate = _take(config, "sites", list, folder), _take(config, "truncate", bool, folder)
-    positions = PositionRule.parse(_take(config, "positions", str, folder))
+    if (config.format, config.format_version) != (FORMAT, FORMAT_VERSION):
+        found = f"{config.format!r}, version {config.format_version}"
+        raise AdapterError(f"{folder / CONFIG_FILE} is {found}; this version reads {FORMAT!r}, version {FORMAT_VERSION}")
     try:
         tensors = load_file(folder / TENSOR_FILE)
     except (SafetensorError, OSError) as e:
         raise AdapterError(f"{folder / TENSOR_FILE} is damaged: {e}") from None
     try:
-        adapter = Adapter(
-            method=_take(config, "method", str, folder),
-            rank=_take(config, "rank", int, folder),
-            sites=tuple(Site.parse(str(site)) for site in sites),
-            positions=PositionRule(
-                **{f.name: getattr(positions, f.name) for f in fields(positions) if f.name != "truncate"}, truncate=truncate
-            ),
-            tied=_take(config, "tied", bool, folder),
-            activation=_take(config, "activation", str, folder),
-            dropout=_take(config, "dropout", (int, float), folder),
-            dtype=_take(config, "dtype", str, folder),
-            base=_base_model(base, folder),
-            trained_on=_take(config, "trained_on", (str, type(None)), folder),
-            training=_take(config, "training", dict, folder),
+        return Adapter(
+            method=config.method,
+            rank=config.rank,
+            sites=tuple(map(Site.parse, config.sites)),
+            positions=replace(PositionRule.parse(config.positions), truncate=config.truncate),
+            tied=config.tied,
+            activation=config.activation,
+            dropout=config.dropout,
+            dtype=config.dtype,
+            base=config.base,
+            trained_on=config.trained_on,
+            training=config.training,
             tensors=tensors,
         )
-    except AdapterError as e:
+    except ReftError as e:
         raise AdapterError(f"{folder}: {e}") from None
-    if config:
-        raise AdapterError(f"{folder / CONFIG_FILE} has unknown keys {sorted(config)}; it was written by a newer version")
-    return adapter
-
-
-def _take(config: dict[str, Any], key: str, kind: Any, folder: Path, only: Any = None) -> Any:
-    """Removes ``key`` from the config and returns it; what is left at the end is unknown."""
-    if key not in config:
-        raise AdapterError(f"{folder / CONFIG_FILE} lacks {key!r}")
-    value = config.pop(key)
-    # JSON's true is a Python int as well: a number must not be a bool.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}, which is not of the right type")
-    if only is not None and value != only:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {value!r}; this version reads {only!r}")
-    return value
-
-
-def _base_model(config: dict[str, Any], folder: Path) -> BaseModel:
-    known = {f.name: f.type for f in fields(BaseModel)}
-    if set(config) != set(known):
-        raise AdapterError(f"{folder / CONFIG_FILE}: base needs exactly the keys {sorted(known)}, got {sorted(config)}")
-    values = {key: _take(config, key, int if kind == "int" else str, folder) for key, kind in known.items()}
-    return BaseModel(**values)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -194,17 +194,17 @@ class Bundle:
             known = ", ".join(self.adapter_names) or "none"
             raise BundleError(f"{self.folder} has no adapter {name!r}; it has: {known}")
         path = self.folder / "adapters" / f"{name}.json"
-        return from_json(AdapterRecord, _read_json(path), str(path))
+        try:
+            return from_json(AdapterRecord, _read_json(path))
+        except RecordError as e:
+            raise BundleError(f"{path}: {e}") from None
 
     def adapter(self, name: str) -> BundleAdapter:
         record = self.adapter_record(name)
-        rule = PositionRule.parse(record.positions)
         return BundleAdapter(
             name=name,
             file=self.folder / "adapters" / f"{name}.onnx_adapter",
-            positions=PositionRule(
-                first=rule.first, last=rule.last, prompt=rule.prompt, everywhere=rule.everywhere, truncate=record.truncate
-            ),
+            positions=replace(PositionRule.parse(record.positions), truncate=record.truncate),
             tied=record.tied,
             rank=record.rank,
             method=record.method,

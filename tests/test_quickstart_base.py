@@ -127,9 +127,8 @@ def test_training_and_held_out_subjects_are_disjoint() -> None:
 
 
 def test_corpus_and_task_need_the_standard_library_only() -> None:
-    program = (
-        "import sys; import reft_export.quickstart.task;assert not {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)"
-    )
+    heavy = {"torch", "transformers", "numpy", "tokenizers"}
+    program = f"import sys; import reft_export.quickstart.task; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": PYTHON_PATH}, check=True)
 
 
@@ -146,6 +145,19 @@ def test_base_folder_is_small_and_complete() -> None:
         "tokenizer_config.json",
     }
     assert "chat_template" in json.loads((base_path() / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+
+def test_the_base_was_trained_on_this_corpus() -> None:
+    """The shipped tokenizer is what the corpus gives today: a change to the texts asks for a newly trained base."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    from reft_export.quickstart import train_base
+
+    settings = train_base.BaseSettings()
+    documents = list(corpus.exchanges(settings.tokenizer_documents, seed=settings.seed))
+    trained = train_base.train_tokenizer(documents, settings.vocab_size)
+    shipped = tokenizers.Tokenizer.from_file(str(base_path() / "tokenizer.json"))
+    assert trained.get_vocab() == shipped.get_vocab()
 
 
 def test_every_linear_takes_a_multiple_of_32_inputs() -> None:

@@ -31,19 +31,13 @@ def _adjectives(subject: Subject) -> list[str]:
 
 
 def _clash(adjective: str, other: str) -> bool:
-    return (
-        adjective == other
-        or adjective in lexicon.OPPOSITES.get(other, ())
-        or other in lexicon.OPPOSITES.get(adjective, ())
-    )
+    return adjective == other or adjective in lexicon.OPPOSITES.get(other, ()) or other in lexicon.OPPOSITES.get(adjective, ())
 
 
 class Scene:
     """One subject on stage: draws the words around it."""
 
-    def __init__(
-        self, rng: Random, subject: Subject, *, with_adjective: bool, banned_nouns: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, rng: Random, subject: Subject, *, with_adjective: bool, banned_nouns: frozenset[str] = frozenset()) -> None:
         self.rng = rng
         self.subject = subject
         self.noun = subject.noun
@@ -112,9 +106,7 @@ class Scene:
 
     def companion(self) -> tuple[Subject, str]:
         """Another acting subject and its noun phrase; nobody is met twice."""
-        turn = (
-            (self.index * 7) % len(_COMPANIONS) if self.rng.random() < HABIT else self.rng.randrange(len(_COMPANIONS))
-        )
+        turn = (self.index * 7) % len(_COMPANIONS) if self.rng.random() < HABIT else self.rng.randrange(len(_COMPANIONS))
         excluded = self._banned_nouns | self._companions_met | {self.noun}
         other = next(other for other in _COMPANIONS[turn:] + _COMPANIONS[:turn] if other.noun not in excluded)
         self._companions_met.add(other.noun)
@@ -124,9 +116,7 @@ class Scene:
         return other, f"{adjective} {other.noun}"
 
     def reason(self, emotion: str) -> str:
-        return self.pick(lexicon.REASONS[emotion]).format(
-            pronoun=self.he, possessive=self.his, thing=self.thing(), place=self.place()
-        )
+        return self.pick(lexicon.REASONS[emotion]).format(pronoun=self.he, possessive=self.his, thing=self.thing(), place=self.place())
 
 
 def _about(s: Scene) -> list[str]:
@@ -316,9 +306,7 @@ def _did(s: Scene, time: str) -> list[str]:
 def _where(s: Scene) -> list[str]:
     _, companion = s.companion()
     if s.subject.acts:
-        opening = s.pick(
-            [f"{s.the} lives {s.home}.", f"you can find {s.the} {s.home}.", f"the home of {s.the} is {s.home}."]
-        )
+        opening = s.pick([f"{s.the} lives {s.home}.", f"you can find {s.the} {s.home}.", f"the home of {s.the} is {s.home}."])
         middle = s.pick(
             [
                 f"{s.he} lives there with {a(companion)}.",
@@ -386,8 +374,7 @@ def _helped(s: Scene) -> list[str]:
             [
                 f"the {s.noun} had lost {s.thing()}, and the {other.noun} found it {s.place()}.",
                 f'"{s.pick(lexicon.LINES)}," said the {other.noun}.',
-                f"the {s.noun} was {s.pick(['tired', 'scared', 'worried'])}, "
-                f"and the {other.noun} showed {s.subject.objective} the way.",
+                f"the {s.noun} was {s.pick(['tired', 'scared', 'worried'])}, and the {other.noun} showed {s.subject.objective} the way.",
             ]
         ),
         s.pick(

@@ -216,9 +216,7 @@ def train(settings: BaseSettings) -> tuple[LlamaForCausalLM, Tokenizer, float]:
     losses: list[float] = []
     started = time.perf_counter()
     pad_id = tokenizer.token_to_id(PAD)
-    for step, (input_ids, labels) in enumerate(
-        batches(rows, size=settings.documents_per_step, pad_id=pad_id, seed=settings.seed)
-    ):
+    for step, (input_ids, labels) in enumerate(batches(rows, size=settings.documents_per_step, pad_id=pad_id, seed=settings.seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, settings)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
@@ -230,8 +228,7 @@ def train(settings: BaseSettings) -> tuple[LlamaForCausalLM, Tokenizer, float]:
         if step % 50 == 49 or step + 1 == settings.steps:
             recent = losses[-50:]
             print(
-                f"step {step + 1}/{settings.steps}  loss {sum(recent) / len(recent):.4f}  "
-                f"{time.perf_counter() - started:.0f} s",
+                f"step {step + 1}/{settings.steps}  loss {sum(recent) / len(recent):.4f}  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     model.eval()

@@ -1,0 +1,178 @@
+"""The adapter folder: what is written is read back to the bit, and everything else is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from runtimes.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, save_adapter
+from runtimes.edit import LowRankEdit, activate, in_sequence
+from runtimes.errors import AdapterError, InputError
+from runtimes.op import bank_of
+from runtimes.positions import PositionRule
+
+BASE = BaseModel(name="base", fingerprint="f" * 64, num_hidden_layers=tiny.LAYERS, hidden_size=tiny.WIDTH)
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_round_trip(method, tmp_path) -> None:
+    adapter = tiny.random_adapter(BASE, method=method, tied=False, positions="f1+l3")
+    save_adapter(adapter, tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    again = load_adapter(tmp_path / "a")
+    for name in ("method", "rank", "sites", "positions", "tied", "activation", "base", "training"):
+        assert getattr(again, name) == getattr(adapter, name)
+    assert all(np.array_equal(again.tensors[k], v) for k, v in adapter.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mystery": 1}, "unknown keys"),
+        ({"rank": True}, "rank is True, expected int"),
+        ({"rank": 5}, "expected \\[5, 64\\]"),
+        ({"sites": ["0.block_output"]}, "unknown"),
+        ({"sites": ["0.nowhere"]}, "stream 'nowhere' is unknown"),
+        ({"method": "magic"}, "method 'magic' is unknown"),
+        ({"positions": "f0+l0"}, "positions"),
+        ({"format_version": 2}, "version 2"),
+        ({"activation": "gelu", "method": "consreft"}, "no learned source"),
+    ],
+)
+def test_config_is_strict(change, message, tmp_path) -> None:
+    save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((AdapterError, InputError), match=message):
+        load_adapter(tmp_path / "a")
+
+
+def test_missing_key_and_broken_json(tmp_path) -> None:
+    save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    content = json.loads(path.read_text())
+    del content["tied"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match=r"lacks \['tied'\]"):
+        load_adapter(tmp_path / "a")
+    path.write_bytes(b"\xff{")
+    with pytest.raises(AdapterError, match="is not JSON"):
+        load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "dtype", "missing", "extra", "truncated"])
+def test_damaged_tensors(damage, tmp_path) -> None:
+    save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
+    path = tmp_path / "a" / "adapter.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-4])
+    else:
+        tensors = load_file(path)
+        name = "0.block_output.W"
+        if damage == "nan":
+            tensors[name][1, 2] = np.nan
+        elif damage == "shape":
+            tensors[name] = tensors[name][:, :-1].copy()
+        elif damage == "dtype":
+            tensors[name] = tensors[name].astype(np.float16)
+        elif damage == "missing":
+            del tensors[name]
+        else:
+            tensors["9.block_output.W"] = tensors[name]
+        save_file(tensors, path)
+    with pytest.raises(AdapterError, match="a: |damaged"):
+        load_adapter(tmp_path / "a")
+
+
+def test_existing_adapter_survives(tmp_path) -> None:
+    save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
+    before = (tmp_path / "a" / "adapter.safetensors").read_bytes()
+    with pytest.raises(InputError, match="--force"):
+        save_adapter(tiny.random_adapter(BASE, seed=1), tmp_path / "a")
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() == before
+    save_adapter(tiny.random_adapter(BASE, seed=1), tmp_path / "a", force=True)
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@given(st.sampled_from(sorted(PARAMETERS)), st.integers(1, 6), st.integers(2, 40), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_canonical_form_is_the_formula(method, rank, width, seed) -> None:
+    """The table of the design, written out by hand in float64."""
+    g = np.random.default_rng(seed)
+    p = {n: g.standard_normal((rank, width) if n[0].isupper() else rank) for n in PARAMETERS[method]}
+    h = g.standard_normal((3, width))
+    edit = fold_parameters(method, p)
+    expected = {
+        "loreft": lambda: h + (h @ p["W"].T + p["b"] - h @ p["R"].T) @ p["R"],
+        "noreft": lambda: h + (h @ p["W"].T + p["b"] - (h @ p["P"].T + p["p"])) @ p["P"],
+        "direft": lambda: h + (h @ p["W1"].T + p["b"]) @ p["W2"],
+        "consreft": lambda: h + (p["s"] - h @ p["R"].T) @ p["R"],
+        "lobireft": lambda: h + p["s"] @ p["R"],
+    }[method]()
+    np.testing.assert_allclose(edit.apply(h), expected, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("method", ["loreft", "noreft", "direft"])
+def test_activation_acts_on_the_learned_source_alone(method, activation) -> None:
+    g = np.random.default_rng(0)
+    p = {n: g.standard_normal((4, 16)) if n[0].isupper() else g.standard_normal(4) for n in PARAMETERS[method]}
+    h = g.standard_normal((5, 16))
+    edit = fold_parameters(method, p, activation)
+    if method == "direft":
+        expected = h + activate(h @ p["W1"].T + p["b"], activation) @ p["W2"]
+    else:
+        projection, offset = (p["R"], 0.0) if method == "loreft" else (p["P"], p["p"])
+        expected = h + (activate(h @ p["W"].T + p["b"], activation) - h @ projection.T - offset) @ projection
+    np.testing.assert_allclose(edit.apply(h), expected, rtol=1e-12, atol=1e-10)
+
+
+def test_two_edits_in_sequence_are_one() -> None:
+    g = np.random.default_rng(0)
+    first, second = (
+        LowRankEdit(U=g.standard_normal((r, 12)), A=g.standard_normal((r, 12)), b=g.standard_normal(r)) for r in (2, 5)
+    )
+    h = g.standard_normal((7, 12))
+    np.testing.assert_allclose(in_sequence(first, second).apply(h), second.apply(first.apply(h)), atol=1e-9)
+
+
+@pytest.mark.parametrize("activated", ["all", "first_half"])
+def test_ranks_are_padded_without_effect(activated) -> None:
+    """A bank of edits of several ranks applies each as it is, whatever the activation makes of the zero rows."""
+    g = np.random.default_rng(0)
+    edits = [
+        LowRankEdit(
+            U=g.standard_normal((r, 8)), A=g.standard_normal((r, 8)), b=g.standard_normal(r), activation="sigmoid", activated=activated
+        )
+        for r in (2, 6)
+    ]
+    U, A, b = bank_of(edits, np.float64)
+    h = g.standard_normal((3, 8))
+    for slot, edit in enumerate(edits):
+        padded = LowRankEdit(U=U[slot], A=A[slot], b=b[slot], activation="sigmoid", activated=activated)
+        np.testing.assert_allclose(padded.apply(h), edit.apply(h), atol=1e-12)
+
+
+def test_overflow_in_half_precision_is_refused() -> None:
+    edit = LowRankEdit(U=np.full((1, 4), 1e5), A=np.ones((1, 4)), b=np.zeros(1))
+    with pytest.raises(AdapterError, match="overflows float16"):
+        bank_of([edit], np.float16)
+
+
+@pytest.mark.parametrize("text", ["f7+l7", "f3", "l1", "prompt", "all"])
+def test_positions_grammar(text) -> None:
+    assert str(PositionRule.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "f", "g3", "f1l1", "l1+f1", "f0", "f1+", "+l1", "f-1", "ALL", "f1+l1+all"])
+def test_positions_that_are_refused(text) -> None:
+    with pytest.raises(InputError, match="positions"):
+        PositionRule.parse(text)
