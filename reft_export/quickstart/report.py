@@ -107,7 +107,7 @@ def _parity(axes: Any, story: Any) -> None:
     axes.set_xscale("log")
     axes.tick_params(axis="y", labelsize=6.5)
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.98))
 
 
 def _delta(axes: Any, story: Any) -> None:
