@@ -6,6 +6,7 @@ held against the recorded results before it takes its place. Nothing is left beh
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from runtimes.bundle import Manifest, Quantization
 from runtimes.edit import Site
 from runtimes.errors import InputError
 from runtimes.folders import atomic_folder, check_destination
+from runtimes.op import EditNode
 from runtimes.parity import ParityReport
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -107,8 +109,6 @@ def export_bundle(
     model: str, adapter_folders: list[Path], output: Path, settings: ExportSettings, *, force: bool = False, report: Report = print
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
-    from reft_export.exporters.dynamo import export_dynamo
-
     check_destination(output, force=force)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
@@ -117,54 +117,76 @@ def export_bundle(
         check_fit(name, adapter, base)
     nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
     _check_layers(nodes, base)
+    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
+        manifest, errors = _assemble(work, Path(proof), model, base, adapters, nodes, settings, report)
+        if settings.float_type == "bf16":
+            return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+        # The runtime is about to load the weights: the eager model's must not stay in memory beside them.
+        del base
+        gc.collect()
+        report("holding the bundle against the eager model")
+        parity = gate(work, output, exact=None if settings.weight_only is None else Path(proof))
+        return ExportResult(manifest=manifest, parity=parity, weight_errors=errors)
+
+
+def _assemble(
+    work: Path,
+    proof: Path,
+    model: str,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    nodes: tuple[EditNode, ...],
+    settings: ExportSettings,
+    report: Report,
+) -> tuple[Manifest, tuple[WeightError, ...]]:
+    """Everything of the bundle into ``work``; for a quantized one, arrays recorded at accuracy level 1 into ``proof``."""
+    from reft_export.exporters.dynamo import export_dynamo
+
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
+    report("recording what the eager model says")
+    inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+    exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
+    base.model.to(DTYPES[TORCH_DTYPES[settings.float_type]])
+    if quantization is None:
+        record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
+    record = model_record(base)
 
-    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        report("recording what the eager model says")
-        inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
-        exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
-        base.model.to(DTYPES[TORCH_DTYPES[settings.float_type]])
-        if quantization is None:
-            record_golden(work / "golden", base.model, inputs, steerers, fp32=exact)
-        record = model_record(base)
+    report("exporting the graph")
+    exported = export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+    fuse(exported.model, level=settings.fuse)
+    report(f"folding {len(nodes)} edit nodes")
+    fold_graph(exported.model, nodes, slots=settings.slots)
+    errors: list[WeightError] = []
+    if quantization is not None:
+        report(f"quantizing weights to {settings.precision}")
+        errors = quantize_weights(exported.model, quantization)
+    write_graph(exported.model, work)
+    if quantization is not None:
+        report("recording what the eager model says with the quantized weights")
+        fresh = load_base(model)  # exporting rearranged the first one's weights
+        modules = load_dequantized(fresh.model, exported.model, exported.weights)
+        record_at_levels(work / "golden", proof, fresh.model, modules, inputs, steerers, exact, quantization)
 
-        report("exporting the graph")
-        exported = export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
-        fuse(exported.model, level=settings.fuse)
-        report(f"folding {len(nodes)} edit nodes")
-        fold_graph(exported.model, nodes, slots=settings.slots)
-        errors: list[WeightError] = []
-        if quantization is not None:
-            report(f"quantizing weights to {settings.precision}")
-            errors = quantize_weights(exported.model, quantization)
-        write_graph(exported.model, work)
-        if quantization is not None:
-            report("recording what the eager model says with the quantized weights")
-            fresh = load_base(model)  # exporting rearranged the first one's weights
-            modules = load_dequantized(fresh.model, exported.model, exported.weights)
-            record_at_levels(work / "golden", Path(proof), fresh.model, modules, inputs, steerers, exact, quantization)
-
-        for name, adapter in adapters.items():
-            write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots)
-        copy_tokenizer(base.folder, base.tokenizer, work)
-        parts = BundleParts(
-            model=record,
-            precision=settings.float_type,
-            quantization=None if quantization is None else quantization_record(quantization),
-            exporter="dynamo",
-            logits=settings.logits,
-            slots=settings.slots,
-            nodes=nodes,
-            adapters=tuple(adapters),
-            weights=exported.weights,
-        )
-        manifest = finish_bundle(work, exported.model, parts)
-        if settings.float_type == "bf16":
-            return ExportResult(manifest=manifest, parity=None, weight_errors=tuple(errors), note=check_structure(work))
-        report("holding the bundle against the eager model")
-        parity = gate(work, output, exact=None if quantization is None else Path(proof))
-        return ExportResult(manifest=manifest, parity=parity, weight_errors=tuple(errors))
+    for name, adapter in adapters.items():
+        write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots)
+    copy_tokenizer(base.folder, base.tokenizer, work)
+    parts = BundleParts(
+        model=record,
+        precision=settings.float_type,
+        quantization=None if quantization is None else quantization_record(quantization),
+        exporter="dynamo",
+        logits=settings.logits,
+        slots=settings.slots,
+        nodes=nodes,
+        adapters=tuple(adapters),
+        weights=exported.weights,
+    )
+    manifest = finish_bundle(work, exported.model, parts)
+    # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
+    for value in exported.model.graph.initializers.values():
+        value.const_value = None
+    return manifest, tuple(errors)
 
 
 def record_at_levels(
@@ -207,7 +229,7 @@ def check_structure(folder: Path) -> str:
     )
 
 
-def _check_layers(nodes: tuple, base: Base) -> None:
+def _check_layers(nodes: tuple[EditNode, ...], base: Base) -> None:
     for node in nodes:
         if node.site.layer >= base.info.num_hidden_layers:
             raise InputError(
