@@ -67,7 +67,7 @@ using GetComputeStream = ApiFunction<193, Status(const Context*, void**)>;      
 using GetInputShapeInfo = ApiFunction<268, Status(const ShapeInferContext*, size_t, ShapeInfo**)>;         // 17
 using SetOutputShapeInfo = ApiFunction<270, Status(const ShapeInferContext*, size_t, const ShapeInfo*)>;   // 17
 using ParallelFor = ApiFunction<274, Status(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>;  // 17
-using GetTypeAndShapeReference = ApiFunction<412, Status(const Value*, int*, const int64_t**, size_t*)>;   // 25
+using GetTypeAndShapeReference = ApiFunction<414, Status(const Value*, int*, const int64_t**, size_t*)>;   // 25
 
 // The API version that our OrtCustomOp is laid out for; asking for more would promise members that are not there.
 constexpr uint32_t kApiVersion = 18;
