@@ -4,6 +4,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -214,24 +215,31 @@ bool succeeded(const Api* api, Status status) {
   return status == nullptr;
 }
 
-// The attribute as text, or default_text where the node does not have it; an error where it is of another type.
+// The attribute as text, or default_text where the node does not have it; an error where it is there, but not a short string.
 Status read_attribute(const Api* api, const KernelInfo* info, const char* name, const char* default_text, char* text, size_t capacity) {
-  // onnxruntime gives one error for "absent", "not a string" and "too long"; the other getters tell them apart.
   size_t size = capacity;
-  if (succeeded(api, GetAttributeString::call(api, info, name, text, &size))) return nullptr;
-  int64_t number = 0;
-  float real = 0.0f;
+  Status status = GetAttributeString::call(api, info, name, text, &size);
+  if (status == nullptr) return nullptr;
+  // One error code stands for everything; its text has been the same from 1.18 to 1.31.
+  const bool absent = std::strstr(GetErrorMessage::call(api, status), "No attribute") != nullptr;
+  ReleaseStatus::call(api, status);
+  if (absent) {
+    std::snprintf(text, capacity, "%s", default_text);
+    return nullptr;
+  }
   size = 0;
-  const bool too_long = succeeded(api, GetAttributeString::call(api, info, name, nullptr, &size));
-  if (too_long) return refused(api, "LoReFT: attribute %s has %d characters, expected a short name", name, static_cast<int>(size));
-  if (succeeded(api, GetAttributeInt64::call(api, info, name, &number))) {
-    return refused(api, "LoReFT: attribute %s is the integer %lld, expected a string", name, static_cast<long long>(number));
+  if (succeeded(api, GetAttributeString::call(api, info, name, nullptr, &size))) {
+    return refused(api, "LoReFT: attribute %s has %d characters, expected a short name", name, static_cast<int>(size) - 1);
   }
-  if (succeeded(api, GetAttributeFloat::call(api, info, name, &real))) {
-    return refused(api, "LoReFT: attribute %s is the number %g, expected a string", name, static_cast<double>(real));
+  int64_t integer = 0;
+  if (succeeded(api, GetAttributeInt64::call(api, info, name, &integer))) {
+    return refused(api, "LoReFT: attribute %s is the integer %lld, expected a string", name, static_cast<long long>(integer));
   }
-  std::snprintf(text, capacity, "%s", default_text);
-  return nullptr;
+  float number = 0.0f;
+  if (succeeded(api, GetAttributeFloat::call(api, info, name, &number))) {
+    return refused(api, "LoReFT: attribute %s is the number %g, expected a string", name, static_cast<double>(number));
+  }
+  return refused(api, "LoReFT: attribute %s is a list, a tensor or a graph, expected a string", name);
 }
 
 Status create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) {
@@ -271,8 +279,9 @@ Op make_op(uint32_t version, DType dtype, const char* provider) {
   op.provider = provider;
   op.GetName = [](const CustomOp*) { return "LoReFT"; };
   op.GetExecutionProviderType = [](const CustomOp* self) { return static_cast<const Op*>(self)->provider; };
+  // h chooses the kernel. The others are left open, for onnxruntime says of a mismatch only that no kernel matches; check() says which.
   op.GetInputType = [](const CustomOp* self, size_t index) {
-    return index == 1 ? kElementInt32 : static_cast<int>(static_cast<const Op*>(self)->dtype);
+    return index == 0 ? static_cast<int>(static_cast<const Op*>(self)->dtype) : 0;
   };
   op.GetInputTypeCount = [](const CustomOp*) -> size_t { return 5; };
   op.GetOutputType = [](const CustomOp* self, size_t) { return static_cast<int>(static_cast<const Op*>(self)->dtype); };
