@@ -141,6 +141,29 @@ def test_in_place_in_every_layer_and_only_where_allowed(keep) -> None:
     assert np.abs(outputs[0] - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
+UNNAMED = {"all": [None, None, 16], "one": ["B", None, 16], "long": ["B" * 500, "S", 16], "no_shape": None}
+
+
+@pytest.mark.parametrize("shape", UNNAMED.values(), ids=UNNAMED)
+def test_unnamed_dimensions_do_not_reach_later_nodes_as_numbers(shape) -> None:
+    """onnxruntime stores an unnamed unknown dimension that a custom op infers as -1, and aborts in the inference of a later Slice."""
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Identity", ["x"], ["h"]),
+        op_node(["h", "slot", "U", "A", "b"], "edited"),
+        helper.make_node("Slice", ["edited", "minus_one", "end", "axis"], ["last"]),
+        helper.make_node("Add", ["last", "edited"], ["y"]),
+    ]
+    inputs = [info("x", TensorProto.FLOAT, shape), info("slot", TensorProto.INT32, None), *bank_inputs(TensorProto.FLOAT)]
+    model = as_model(nodes, inputs, [info("y", TensorProto.FLOAT, None)])
+    for name, value in (("minus_one", -1), ("end", 2**62), ("axis", 1)):
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
+    feeds = draw(0, (2, 5), 16, 4, 1, "float32")
+    y = session(model, installed_library()).run(None, {"x": feeds["h"], **{n: v for n, v in feeds.items() if n != "h"}})[0]
+    edited = run(op_session("float32", 3), feeds)
+    assert np.array_equal(y, edited[:, -1:] + edited)
+
+
 def test_a_graph_input_is_never_overwritten() -> None:
     feeds = draw(0, (2, 5), 32, 4, 1, "float32")
     before = feeds["h"].copy()

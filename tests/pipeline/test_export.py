@@ -16,6 +16,7 @@ from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.native_library import find_op_library
 from runtimes.ort_session import OrtSession
 
 QUIET = {"report": lambda _: None}
@@ -184,4 +185,5 @@ def test_host_ladder(precision, base_folder, bundle_folder) -> None:
     assert report.passed
     kinds = {r.name.partition(",")[0] for r in report.rungs}
     expected = {"exported", "folded"} if precision == "fp32" else {"int4 level 1", "int4 level 4"}
-    assert kinds == {"numpy", "function"} | expected
+    fused = {"fused"} if find_op_library() else set()
+    assert kinds == {"numpy", "function"} | fused | expected

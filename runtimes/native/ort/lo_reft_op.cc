@@ -2,6 +2,7 @@
 //
 // Every status is looked at. An error names the op, what came and what was expected; onnxruntime adds the node's name.
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -259,9 +260,35 @@ Status create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info,
 
 // y has the shape of h. Without this onnxruntime does not know that h's buffer is large enough, and never computes in place.
 Status infer_shape(const CustomOp*, ShapeInferContext* context) {
-  ShapeInfo* h = nullptr;
-  if (Status status = GetInputShapeInfo::call(library.api, context, 0, &h)) return status;
-  return SetOutputShapeInfo::call(library.api, context, 0, h);
+  const Api* api = library.api;
+  ShapeInfo* h = nullptr;  // the context's
+  if (Status status = GetInputShapeInfo::call(api, context, 0, &h)) return status;
+  size_t rank = 0;
+  if (Status status = GetDimensionsCount::call(api, h, &rank)) return status;
+  // 0 stands for a shape that is not known at all; other ranks than 2 and 3 are refused when the op runs.
+  if (rank != 2 && rank != 3) return nullptr;
+  int64_t dims[3];
+  const char* names[3];
+  if (Status status = GetDimensions::call(api, h, dims, rank)) return status;
+  if (Status status = GetSymbolicDimensions::call(api, h, names, rank)) return status;
+  // onnxruntime writes an unknown dimension without a name as the number -1, and the inference of later nodes aborts on it: name it.
+  static std::atomic<unsigned> count{0};
+  char made[3][128];
+  bool renamed = false;
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && names[i][0] == '\0') {
+      std::snprintf(made[i], sizeof made[i], "reft_dim_%u", count.fetch_add(1));
+      renamed = true;
+      continue;
+    }
+    // A copy: the setter clears the names that the getter handed out. One too long is left alone, and with it the output's shape.
+    if (std::snprintf(made[i], sizeof made[i], "%s", names[i]) >= static_cast<int>(sizeof made[i])) return nullptr;
+  }
+  const char* given[3] = {made[0], made[1], made[2]};
+  if (renamed) {
+    if (Status status = SetSymbolicDimensions::call(api, h, given, rank)) return status;
+  }
+  return SetOutputShapeInfo::call(api, context, 0, h);
 }
 
 // y may take the place of h. The two numbers stay ours: there is nothing to release.

@@ -55,6 +55,7 @@ using GetTensorMutableData = ApiFunction<51, Status(Value*, void**)>;           
 using GetTensorElementType = ApiFunction<60, Status(const ShapeInfo*, int*)>;                              // 1
 using GetDimensionsCount = ApiFunction<61, Status(const ShapeInfo*, size_t*)>;                             // 1
 using GetDimensions = ApiFunction<62, Status(const ShapeInfo*, int64_t*, size_t)>;                         // 1
+using GetSymbolicDimensions = ApiFunction<63, Status(const ShapeInfo*, const char**, size_t)>;              // 1
 using GetTensorTypeAndShape = ApiFunction<65, Status(const Value*, ShapeInfo**)>;                          // 1
 using GetAttributeFloat = ApiFunction<85, Status(const KernelInfo*, const char*, float*)>;                 // 1
 using GetAttributeInt64 = ApiFunction<86, Status(const KernelInfo*, const char*, int64_t*)>;               // 1
@@ -66,6 +67,7 @@ using ReleaseShapeInfo = ApiFunction<99, void(ShapeInfo*)>;                     
 using GetComputeStream = ApiFunction<193, Status(const Context*, void**)>;                                 // 10
 using GetInputShapeInfo = ApiFunction<268, Status(const ShapeInferContext*, size_t, ShapeInfo**)>;         // 17
 using SetOutputShapeInfo = ApiFunction<270, Status(const ShapeInferContext*, size_t, const ShapeInfo*)>;   // 17
+using SetSymbolicDimensions = ApiFunction<271, Status(ShapeInfo*, const char**, size_t)>;                  // 17
 using ParallelFor = ApiFunction<274, Status(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>;  // 17
 using GetTypeAndShapeReference = ApiFunction<414, Status(const Value*, int*, const int64_t**, size_t*)>;   // 25
 
