@@ -36,7 +36,7 @@ SURFACE = {
         "--prefill-chunk", "--verify", "--json",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--verify", "--json"},
-    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--json"},
+    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
     "doctor": {"--json"},
 }  # fmt: skip
@@ -243,6 +243,8 @@ def test_doctor_and_bench(bundle_folder) -> None:
     result = json.loads(done.stdout)
     assert [m["name"] for m in result["measurements"]] == ["base", "tied", "untied", "prompt-relu", "all-direft"]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
+    alone = json.loads(cli("bench", bundle_folder("llama"), "--op", "-a", "tied", "--json").stdout)
+    assert len(alone["nodes"]) == 5 and all(n["function"] is not None for n in alone["nodes"])
 
 
 def test_quickstart_refuses_an_existing_folder(tmp_path) -> None:
