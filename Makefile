@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# The installation holds the compiled library: it is made again when a source of it changes.
+NATIVE := $(shell find runtimes/native -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt)
 
 .PHONY: quickstart test test-slow lint clean
 
@@ -18,7 +20,7 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-$(STAMP): pyproject.toml .ci/constraints.txt
+$(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,dev]'

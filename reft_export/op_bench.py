@@ -2,9 +2,9 @@
 
     python -m reft_export.op_bench [--width 2048] [--rank 4] [--slots 1]        reproduces runtimes/native/BENCHMARKS.md
 
-All in one process, on one thread, in turns; of every figure the minimum, since a machine can only ever be slower than itself. A node's
-time is that of a chain of nodes less that of a chain of one, divided by their difference: the session's own cost falls out. Inside a chain
-the op edits in place, as it does between the layers of a decoder.
+All in one process, on one thread, in turns; of every figure the minimum, since a machine can only ever be slower than itself, and from
+memory the median. A node's time is that of a chain of nodes less that of a chain of one, divided by their difference: the session's own
+cost falls out. Inside a chain the op edits in place, as it does between the layers of a decoder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import ml_dtypes
 import numpy as np
@@ -92,7 +93,7 @@ def kernel_times(width: int, rank: int, repeats: int = 60) -> list[KernelTime]:
         best = _fastest({"edit": steer[0], "pass": plain[0]}, repeats)
         # Not the first rows, which the cache holds by now.
         turns = {"edit": _in_turn(steer[1:]), "pass": _in_turn(plain[1:])}
-        far = _fastest(turns, max(repeats, 2 * len(many)), blocks=True)
+        far = _usual(turns, max(repeats, 2 * len(many)))
         times.append(
             KernelTime(
                 dtype=dtype,
@@ -114,16 +115,23 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def _fastest(runs: Mapping[object, Callable[[], object]], repeats: int, *, blocks: bool = False) -> dict[object, float]:
-    """Seconds of the fastest call of each. In turns, each twice in a row, so that the second finds its data in the cache; or with
-    ``blocks`` one after the other, where every call shall find nothing there."""
+def _fastest(runs: Mapping[object, Callable[[], object]], repeats: int) -> dict[object, float]:
+    """Seconds of the fastest call of each; in turns, each twice in a row, so that the second finds its data in the cache."""
     best = dict.fromkeys(runs, float("inf"))
-    order = list(itertools.chain(*([key] * repeats for key in runs))) if blocks else [k for _ in range(repeats) for k in runs for _ in "12"]
-    for key in order:
-        started = time.perf_counter()
-        runs[key]()
-        best[key] = min(best[key], time.perf_counter() - started)
+    for key in itertools.chain(*([key, key] for _ in range(repeats) for key in runs)):
+        best[key] = min(best[key], _seconds(runs[key]))
     return best
+
+
+def _usual(runs: Mapping[object, Callable[[], object]], repeats: int) -> dict[object, float]:
+    """Median seconds of each, one after the other: for calls that shall find nothing in a cache, where the fastest call found something."""
+    return {key: median(_seconds(run) for _ in range(repeats)) for key, run in runs.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _chain_session(op: str, count: int, width: int, library: Path | None):
