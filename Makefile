@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# The installation holds the compiled library: it is made again when a source of it changes.
+NATIVE := $(shell find runtimes/native -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt)
 
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
@@ -24,7 +26,7 @@ test-transformers-4: $(OLD)/.installed
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-$(STAMP): pyproject.toml .ci/constraints.txt
+$(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,dev]'

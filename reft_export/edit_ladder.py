@@ -12,14 +12,19 @@ from reft_export.banks import read_onnx_adapter
 from reft_export.bundling import NUMPY_DTYPES
 from runtimes.bundle import Bundle
 from runtimes.edit import LowRankEdit, activate
+from runtimes.native_library import find_op_library
 from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION, EditNode
 from runtimes.parity import BUDGETS, Figures, Rung, judge
 
 ROWS = 48
 
 
-def edit_rungs(bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None) -> list[Rung]:
-    """numpy against the oracle, and onnxruntime against the oracle, the worst node of the adapter each.
+def edit_rungs(
+    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None
+) -> list[Rung]:
+    """numpy, onnxruntime's function and, where the op library is, its fused kernel against the oracle, the worst node each.
+
+    ``kernel``: "function" or "fused" leaves the other one out.
 
     h: [48, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one
     changed bit there is an infinite error. y = h + U^T act(A h + b).
@@ -28,7 +33,9 @@ def edit_rungs(bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRank
     if dtype.name == "bfloat16":
         return []  # onnxruntime's CPU provider cannot run the function in bfloat16
     banks = read_onnx_adapter(bundle.adapter(name).file)
-    worst = {"numpy": (0.0, 0.0), "function": (0.0, 0.0)}
+    available = ("function", "fused") if find_op_library() else ("function",)
+    kernels = [k for k in available if kernel in (None, k)]
+    worst = {"numpy": (0.0, 0.0), **dict.fromkeys(kernels, (0.0, 0.0))}
     generator = np.random.default_rng(0)
     for node, slots in edits.items():
         bank = [banks[b] for b in node.bank_names]
@@ -38,7 +45,8 @@ def edit_rungs(bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRank
         for number, edit in enumerate(slots):
             oracle[slot == number] = edit.apply(h[slot == number])
         outside = (slot < 0) | (slot >= len(slots))
-        for rung, y in (("numpy", numpy_edit(h, slot, bank, node)), ("function", run_node(node, h, slot, bank, kernel))):
+        for rung in worst:
+            y = numpy_edit(h, slot, bank, node) if rung == "numpy" else run_node(node, h, slot, bank, rung)
             error = float(np.abs(y.astype(np.float64) - oracle).max())
             if y[outside].tobytes() != h[outside].tobytes():
                 error = float("inf")
@@ -67,8 +75,6 @@ def numpy_edit(h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], node: Ed
 def run_node(node: EditNode, h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], kernel: str | None = None) -> np.ndarray:
     """One LoReFT node in onnxruntime; its function body, or with ``kernel="fused"`` the op library."""
     import onnxruntime as ort
-
-    from runtimes.native_library import find_op_library
 
     kind = ir.DataType.from_numpy(h.dtype)
     names = ("h", "slot", "U", "A", "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -27,3 +28,16 @@ def find_op_library() -> Path | None:
         return None
     # A zipped package has no file that a loader could open.
     return Path(str(path)) if isinstance(path, Path) and path.is_file() else None
+
+
+def library_kernels(library: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The CPU kernels of an op library that this processor runs, the fastest (and active one) first; and its CUDA architectures.
+
+    ("avx512", "avx2", "portable"), ("80", "90") for example. Raises OSError for a library that does not load here.
+    """
+    loaded = ctypes.CDLL(str(library))
+    names = []
+    for function in (loaded.reft_cpu_kernels, loaded.reft_cuda_architectures):
+        function.restype = ctypes.c_char_p
+        names.append(tuple(filter(None, function().decode().split(","))))
+    return names[0], names[1]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_export.cli.console import err, guarded, out, print_table, size
+from reft_export.cli.console import err, guarded, out, print_json, print_table, size
 from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_session_options
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Bundle
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +27,7 @@ def bench(
     provider: Provider = "cpu",
     kernel: Kernel = None,
     threads: Threads = None,
+    op: Annotated[bool, typer.Option("--op", help="The edit op alone, at this bundle's width and rank, on one CPU thread.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure time to first token, tokens per second and peak memory, and what steering costs over the base."""
@@ -36,6 +40,9 @@ def bench(
     for name in adapter or ():
         opened.adapter(name)
 
+    if op:
+        _bench_op(opened, adapter, as_json)
+        return
     with err.status("measuring") as status:
         result = measure(
             lambda: OrtSession(opened, provider=provider, threads=threads, kernel=kernel),
@@ -52,3 +59,29 @@ def bench(
     print_table(title, result.HEADER, result.rows())
     memory = "unknown" if result.peak_memory is None else size(result.peak_memory)
     out.print(f"loaded in {result.load_seconds:.2f} s, peak memory of the process {memory}")
+
+
+def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from reft_export.banks import read_onnx_adapter
+    from reft_export.op_bench import KERNEL_HEADER, NODE_HEADER, kernel_rows, kernel_times, node_rows, node_times
+    from runtimes.errors import InputError
+    from runtimes.native_library import find_op_library
+
+    names = adapters or bundle.adapter_names
+    if not names:
+        raise InputError(f"{bundle.folder} has no adapter whose width and rank could be measured")
+    banks = read_onnx_adapter(bundle.adapter(names[0]).file)
+    # The nodes that the adapter does not use carry one row of zeros: the largest rank is that of those it uses.
+    slots, rank, width = max((a.shape for name, a in banks.items() if name.endswith(".U")), key=lambda shape: shape[1])
+    with err.status("measuring the op"):
+        nodes = node_times(width, rank, slots)
+        kernels = kernel_times(width, rank) if find_op_library() else []
+    if as_json:
+        measured = {"nodes": [asdict(t) for t in nodes], "kernels": [asdict(t) for t in kernels]}
+        print_json({"width": width, "rank": rank, "slots": slots, **measured})
+        return
+    print_table(f"one node, float32, D {width}, r {rank}, N {slots}", NODE_HEADER, node_rows(nodes))
+    if kernels:
+        print_table("256 of 256 rows edited, over one in-place pass", KERNEL_HEADER, kernel_rows(kernels))

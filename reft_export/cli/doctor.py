@@ -74,12 +74,21 @@ def _providers() -> tuple[str, str, str]:
 
 
 def _kernel() -> tuple[str, str, str]:
-    from runtimes.native_library import find_op_library
+    from runtimes.native_library import find_op_library, library_kernels
 
     library = find_op_library()
     if library is None:
-        return ("edit kernel", "function", "no op library: the ONNX function in the graph carries the edit")
-    return ("edit kernel", "fused", library.name)
+        return (
+            "edit kernel",
+            "function",
+            "no op library: the ONNX function in the graph carries the edit; with a C++17 compiler, reinstalling reft-export builds one",
+        )
+    try:
+        cpu, cuda = library_kernels(library)
+    except OSError as e:
+        return ("edit kernel", "broken", f"{library} does not load: {e}; reinstall reft-export, or use --kernel function")
+    on_gpu = f"CUDA sm {', '.join(cuda)}" if cuda else "no CUDA kernels: built where nvcc is on the path"
+    return ("edit kernel", "fused", f"CPU {cpu[0]} (of {', '.join(cpu)}); {on_gpu}")
 
 
 def _gpu() -> tuple[str, str, str]:

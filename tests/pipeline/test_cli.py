@@ -36,7 +36,7 @@ SURFACE = {
         "--prefill-chunk", "--verify", "--json",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--verify", "--json"},
-    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--json"},
+    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
     "doctor": {"--json"},
 }  # fmt: skip
@@ -244,6 +244,8 @@ def test_doctor_and_bench(bundle_folder) -> None:
     adapters = json.loads((bundle_folder("llama") / "manifest.json").read_text())["adapters"]
     assert [m["name"] for m in result["measurements"]] == ["base", *adapters]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
+    alone = json.loads(cli("bench", bundle_folder("llama"), "--op", "-a", "tied", "--json").stdout)
+    assert len(alone["nodes"]) == 5 and all(n["function"] is not None for n in alone["nodes"])
 
 
 def test_quickstart_refuses_an_existing_folder(tmp_path) -> None:

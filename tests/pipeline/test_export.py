@@ -18,6 +18,7 @@ from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError, ParityError
 from runtimes.generate import greedy_tokens
 from runtimes.golden import check_golden
+from runtimes.native_library import find_op_library
 from runtimes.ort_session import OrtSession
 
 QUIET = {"report": lambda _: None}
@@ -198,4 +199,5 @@ def test_host_ladder(precision, base_folder, bundle_folder) -> None:
     assert report.passed
     kinds = {r.name.partition(",")[0] for r in report.rungs}
     expected = {"exported", "folded"} if precision == "fp32" else {"int4 level 1", "int4 level 4"}
-    assert kinds == {"numpy", "function"} | expected
+    fused = {"fused"} if find_op_library() else set()
+    assert kinds == {"numpy", "function"} | fused | expected

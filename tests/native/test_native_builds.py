@@ -1,0 +1,208 @@
+"""The library built in other ways: with sanitizers, for aarch64, as a wheel, without a compiler; and run on other onnxruntimes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_op import COMPILERS, as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
+
+from runtimes.native_library import library_name
+
+ROOT = Path(__file__).parent.parent.parent
+NATIVE = ROOT / "runtimes" / "native"
+SOURCES = ("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "ort/lo_reft_op.cc", "c_api/reft.cc")
+X86_SOURCES = {
+    "cpu/rows_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
+    "cpu/rows_avx512.cc": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ),
+}
+ONNXRUNTIMES = ("1.18.1", "1.20.1", "1.23.2", "1.24.4", "1.25.1", "1.28.0", "1.31.1")
+"""The required ones, and those around 1.25, from which on the op reads shapes through another function of the C API."""
+IN_THE_CHILD = Path(__file__).parent / "op_in_other_onnxruntime.py"
+
+
+def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **kwargs)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+def compiler() -> str:
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    return found or pytest.skip("no C++ compiler here")
+
+
+def compile_library(cxx: str, output: Path, *flags: str, x86: bool) -> Path:
+    """The sources as CMakeLists.txt compiles them, one by one, since each instruction set has flags of its own."""
+    sources = {**dict.fromkeys(SOURCES, ()), **(X86_SOURCES if x86 else {"cpu/rows_neon.cc": ()})}
+    common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", f"-I{NATIVE}", f"-I{NATIVE}/include", *flags]
+    common.append("-DREFT_X86_ROWS" if x86 else "-DREFT_NEON_ROWS")
+    objects = []
+    for source, own in sources.items():
+        objects.append(output.parent / (Path(source).stem + ".o"))
+        run(cxx, "-c", *common, *own, NATIVE / source, "-o", objects[-1])
+    run(cxx, "-shared", *flags, *objects, "-o", output)
+    return output
+
+
+def is_x86() -> bool:
+    return os.uname().machine in ("x86_64", "amd64")
+
+
+@pytest.mark.slow
+def test_kernels_and_op_under_the_sanitizers(tmp_path) -> None:
+    """Every other test of this folder again, in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    cxx = compiler()
+    runtime = Path(run(cxx, "-print-file-name=libasan.so").stdout.strip())
+    if not runtime.is_absolute():
+        pytest.skip(f"{cxx} has no AddressSanitizer runtime")
+    library = tmp_path / library_name()
+    sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+    compile_library(cxx, library, *sanitize, x86=is_x86())
+    tests = [str(Path(__file__).parent / name) for name in ("test_cpu_kernels.py", "test_ort_op.py")]
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import native_op, pytest;"
+        "native_op.find_op_library = lambda: Path(sys.argv[2]);"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[3:]]))"
+    )
+    # The C++ runtime beside it: the sanitizer looks for __cxa_throw when the process starts, and Python has none.
+    # Python itself keeps memory until it exits, and a leak in it is no fault of ours.
+    preload = f"{runtime} {run(cxx, '-print-file-name=libstdc++.so').stdout.strip()}"
+    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = run(sys.executable, "-c", program, Path(__file__).parent, library, *tests, env=environment, cwd=ROOT, timeout=550)
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_sanitizers_would_see_an_overrun(tmp_path) -> None:
+    cxx = compiler()
+    source = tmp_path / "overrun.cc"
+    source.write_text("#include <cstdlib>\nint main(int n, char**) { char* p = (char*)std::malloc(4); p[4 * n] = 1; return p[0]; }\n")
+    built = subprocess.run([cxx, "-fsanitize=address", source, "-o", tmp_path / "overrun"], check=False, capture_output=True)
+    if built.returncode:
+        pytest.skip(f"{cxx} has no AddressSanitizer runtime")
+    assert b"heap-buffer-overflow" in subprocess.run([tmp_path / "overrun"], check=False, capture_output=True).stderr
+
+
+@pytest.mark.slow
+def test_aarch64(tmp_path) -> None:
+    """Compiles without a warning; where an emulator is, the NEON kernels are compared with the portable ones."""
+    cxx = shutil.which("aarch64-linux-gnu-g++")
+    if cxx is None:
+        pytest.skip("no aarch64-linux-gnu-g++ here (Debian: g++-aarch64-linux-gnu)")
+    compile_library(cxx, tmp_path / "libreft_ort.so", "-O3", x86=False)
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("compiled for aarch64; no qemu-aarch64 here to run it (Debian: qemu-user-static)")
+    objects = [o for o in tmp_path.glob("*.o") if o.stem != "lo_reft_op"]
+    flags = ("-std=c++17", "-O1", "-static", f"-I{NATIVE}", f"-I{NATIVE}/include")
+    run(cxx, *flags, Path(__file__).parent / "compare_kernels.cc", *objects, "-o", tmp_path / "compare")
+    assert "neon and portable agree" in run(emulator, tmp_path / "compare").stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "-w", folder, ROOT)
+    return next(folder.glob("reft_export-*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_a_library_that_works(wheel, tmp_path) -> None:
+    compiler()
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "-q", "install", "-c", ROOT / ".ci" / "constraints.txt", f"{wheel}[cpu]")
+    found = run(python, "-c", "from runtimes.native_library import *; print(find_op_library())", cwd=tmp_path).stdout.strip()
+    assert Path(found).is_relative_to(tmp_path / "venv")
+    shipped = [p.suffix for p in (tmp_path / "venv").rglob("runtimes/native/**/*") if p.is_file()]
+    assert not {".cc", ".cu", ".h"} & set(shipped), "sources have no business in a wheel"
+    check_in(python, Path(found), tmp_path)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path) -> None:
+    environment = {**os.environ, "CXX": "/no/such/compiler", "CC": "/no/such/compiler"}
+    done = run(sys.executable, "-m", "pip", "-v", "wheel", "--no-deps", "-w", tmp_path, ROOT, env=environment)
+    (built,) = tmp_path.glob("reft_export-*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert "without its native kernels" in done.stdout + done.stderr
+
+
+def cases(folder: Path) -> None:
+    """Models and inputs for the child: every type (halves behind Casts, since old onnxruntimes take none from numpy), and a chain."""
+    element = {"float32": 1, "float16": 10, "bfloat16": 16}
+    info = helper.make_tensor_value_info
+    for dtype, number in element.items():
+        for rank, leading in ((2, (29,)), (3, (3, 17))):
+            shape = [f"d{i}" for i in range(rank - 1)]
+            inputs = [info("h", 1, [*shape, "D"]), info("slot", 6, shape), *bank_inputs(1)]
+            names = ("h", "U", "A", "b")
+            nodes = [helper.make_node("Cast", [n], [f"{n}_"], to=number) for n in names]
+            nodes += [
+                op_node(["h_", "slot", "U_", "A_", "b_"], "y_", activation="gelu", activated="first_half", plugin_version="1"),
+                helper.make_node("Cast", ["y_"], ["y"], to=1),
+            ]
+            (folder / f"{dtype}_{rank}.onnx").write_bytes(
+                as_model(nodes, inputs, [info("y", 1, [*shape, "D"])]).SerializeToString()
+            )
+            feeds = draw(rank, leading, 70, 6, 3, dtype)
+            np.savez(folder / f"{dtype}_{rank}.npz", **{n: a if n == "slot" else a.astype(np.float32) for n, a in feeds.items()})
+    from test_ort_op import residual_chain
+
+    (folder / "chain.onnx").write_bytes(residual_chain(5).SerializeToString())
+    chain = draw(1, (2, 5), 32, 4, 2, "float32")
+    chain["x"], chain["scale"] = chain.pop("h"), np.linspace(0.1, 0.4, 32, dtype=np.float32)
+    np.savez(folder / "chain.npz", **chain)
+    for name, attributes in (("bad_name", {"activation": "softmax"}), ("bad_number", {"activation": 3}), ("plain", {})):
+        (folder / f"{name}.onnx").write_bytes(op_model(**attributes).SerializeToString())
+
+
+def check_in(python: Path, library: Path, folder: Path) -> None:
+    """Runs the cases in another environment's onnxruntime and holds them against float64 here."""
+    (folder / "cases").mkdir()
+    cases(folder / "cases")
+    done = run(python, IN_THE_CHILD, library, folder / "cases", cwd=folder)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["in_place"] == 5 and told["chain_calls"] == 5
+    assert "LoReFT: attribute activation is 'softmax', expected one of" in told["bad_name"]
+    assert "LoReFT: attribute activation is the integer 3, expected a string" in told["bad_number"]
+    assert "LoReFT: slot has shape [4], expected [2, 5]" in told["bad_shape"]
+    assert "LoReFT: slot is int64, expected int32" in told["bad_type"] or "tensor(int64)" in told["bad_type"]
+    for path in (folder / "cases").glob("*_y.npy"):
+        name = path.stem.removesuffix("_y")
+        dtype = name.partition("_")[0]
+        with np.load(folder / "cases" / f"{name}.npz") as arrays:
+            feeds = dict(arrays)
+        check(np.load(path), feeds, dtype, "gelu", "first_half")
+    assert len(list((folder / "cases").glob("*_y.npy"))) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ONNXRUNTIMES)
+def test_one_binary_on_every_onnxruntime(version, tmp_path) -> None:
+    library = installed_library()
+    environment = ROOT / f".venv-onnxruntime-{version}"
+    python = environment / "bin" / "python"
+    if not (environment / "ready").exists():
+        shutil.rmtree(environment, ignore_errors=True)
+        run(sys.executable, "-m", "venv", environment)
+        # Wheels before 1.19 were compiled against numpy 1.
+        numpy = "numpy<2" if version.startswith("1.18.") else "numpy"
+        done = subprocess.run(
+            [python, "-m", "pip", "-q", "install", f"onnxruntime=={version}", numpy], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"onnxruntime {version} does not install here: {done.stderr.strip().splitlines()[-1]}")
+        (environment / "ready").touch()
+    check_in(python, library, tmp_path)
