@@ -21,7 +21,8 @@ test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m slow
 
 test-transformers-4: $(OLD)/.installed
-	$(OLD)/bin/python -m pytest -q -m "not slow" tests/training tests/pipeline/test_export.py
+	$(OLD)/bin/python -m pytest -q -m "not slow" tests/training
+	$(OLD)/bin/python -m pytest -q tests/pipeline/test_export.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

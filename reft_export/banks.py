@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ml_dtypes
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -15,18 +14,7 @@ from reft_export.golden import Steerer
 from runtimes.bundle import Bundle
 from runtimes.edit import LowRankEdit, Site
 from runtimes.op import EditNode
-
-
-def read_onnx_adapter(path) -> dict[str, np.ndarray]:
-    """Every tensor of a ``.onnx_adapter`` file by name; bfloat16 as ml_dtypes.bfloat16."""
-    import onnxruntime as ort
-
-    container = ort.AdapterFormat.read_adapter(str(path))
-    tensors = {}
-    for name, value in container.get_parameters().items():
-        array = value.numpy()
-        tensors[name] = array.view(ml_dtypes.bfloat16) if value.data_type() == "tensor(bfloat16)" else array.copy()
-    return tensors
+from runtimes.ort_adapter_file import read_onnx_adapter
 
 
 def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[LowRankEdit, ...]]:

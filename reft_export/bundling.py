@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from reft_export.base import Base
 from reft_export.genai import write_genai_config
 from runtimes.adapter import Adapter
 from runtimes.bundle import (
+    TEMPLATE_FOLDER,
     TOKENIZER_FILES,
     AdapterRecord,
     Manifest,
@@ -74,6 +74,7 @@ def model_record(base: Base) -> ModelRecord:
         hidden_size=base.info.hidden_size,
         num_hidden_layers=base.info.num_hidden_layers,
         context_length=getattr(config, "max_position_embeddings", None) or 2048,
+        num_attention_heads=config.num_attention_heads,
         bos_token_id=config.bos_token_id,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
@@ -124,6 +125,8 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if (source / TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
     if tokenizer is not None and not (folder / "tokenizer.json").is_file():
         with tempfile.TemporaryDirectory(dir=folder) as converted:
             tokenizer.save_pretrained(converted)
@@ -179,19 +182,15 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityRepo
         shipped = tuple(replace(rung, name=f"int{q.bits} level {q.accuracy_level}, {rung.name}") for rung in shipped)
     rungs += shipped
     report = ParityReport(rungs=tuple(rungs))
-    with _keeping_report(report, output):
-        report.require()
+    kept = output.with_name(f"{output.name}.parity.json")
+    if not report.passed:
+        kept.write_text(report.to_json() + "\n", encoding="utf-8")
+        try:
+            report.require()
+        except ParityError as e:
+            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}", report) from None
+    kept.unlink(missing_ok=True)  # of an earlier attempt
     return report
-
-
-@contextmanager
-def _keeping_report(report: ParityReport, output: Path) -> Iterator[None]:
-    try:
-        yield
-    except ParityError as e:
-        path = output.with_name(f"{output.name}.parity.json")
-        path.write_text(report.to_json() + "\n", encoding="utf-8")
-        raise ParityError(f"{e}; no bundle was written, the figures are in {path}", report) from None
 
 
 def _tensor(value: ir.Value) -> TensorRecord:

@@ -55,7 +55,8 @@ def activations_quantized(model: PreTrainedModel, modules: list[str], block_size
     try:
         for name in modules:
             module = model.get_submodule(name)
-            assert isinstance(module, (torch.nn.Linear, Conv1D)), f"{name} is a {type(module).__name__}"
+            if not isinstance(module, (torch.nn.Linear, Conv1D)):
+                raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --accuracy-level 1")
             handles.append(module.register_forward_pre_hook(quantize))
         yield
     finally:

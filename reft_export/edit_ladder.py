@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.function_body import edit_function
-from reft_export.banks import read_onnx_adapter
 from reft_export.bundling import NUMPY_DTYPES
 from runtimes.bundle import Bundle
 from runtimes.edit import LowRankEdit, activate
 from runtimes.native_library import find_op_library
 from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION, EditNode
+from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.parity import BUDGETS, Figures, Rung, judge
 
 ROWS = 48
@@ -54,7 +54,7 @@ def edit_rungs(
     budget = BUDGETS[bundle.manifest.precision]
     note = f"{len(edits)} edit nodes alone, values of y, not logits"
     return [
-        judge(f"{rung}, {name}", "oracle", Figures(max_abs=error, max_relative=relative, kl=0.0, top1=1.0), budget, note=note)
+        judge(f"{rung}, {name}", "oracle", Figures(max_abs=error, max_relative=relative, kl=None, top1=None), budget, note=note)
         for rung, (relative, error) in worst.items()
     ]
 

@@ -109,7 +109,7 @@ def export_bundle(
     model: str, adapter_folders: list[Path], output: Path, settings: ExportSettings, *, force: bool = False, report: Report = print
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
-    check_destination(output, force=force)
+    check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)

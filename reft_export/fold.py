@@ -12,7 +12,8 @@ import onnx_ir as ir
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
-from graph_passes.sites import find_sites, locate_sites
+from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
+from graph_passes.streams import stream_type
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
 from runtimes.adapter import Adapter
@@ -45,7 +46,7 @@ def fold_bundle(
     """
     if slots not in ("graph", "input"):
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
-    check_destination(output, force=force)
+    check_destination(output, force=force, inputs=[graph, *adapter_folders])
     adapters = load_adapters(adapter_folders)
     source = graph_file(graph)
     report(f"reading {source}")
@@ -61,7 +62,7 @@ def fold_bundle(
             )
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())}
-    precision = _precision(model)
+    precision = _precision(model, nodes)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(model, nodes, slots=slots)
     with atomic_folder(output, force=force) as work:
@@ -87,14 +88,13 @@ def fold_bundle(
 
 def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) -> ModelRecord:
     """What the graph, and the configuration files beside it, say of the model."""
-    locations = find_sites(model)
-    outputs = sorted(site.layer for site in locations if site.stream == "block_output")
+    survey = survey_sites(model)
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = _read(folder / "config.json") | _read(folder / "genai_config.json").get("model", {})
     generation = _read(folder / "generation_config.json")
-    width = config.get("hidden_size") or _width(locations[Site(layer=outputs[0])].value, adapters)
+    width = config.get("hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelRecord(
         name=next((a.base.name for a in adapters.values()), folder.resolve().name),
@@ -102,7 +102,7 @@ def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) 
         fingerprint="",
         vocab_size=vocabulary[-1],
         hidden_size=int(width),
-        num_hidden_layers=len(outputs),
+        num_hidden_layers=survey.layers,
         context_length=int(config.get("context_length") or config.get("max_position_embeddings") or DEFAULT_CONTEXT),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
@@ -110,20 +110,22 @@ def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) 
     )
 
 
-def _width(value: ir.Value, adapters: dict[str, Adapter]) -> int:
-    if value.shape is not None and isinstance(value.shape[-1], int):
-        return value.shape[-1]
+def _width(survey: SiteSurvey, adapters: dict[str, Adapter]) -> int:
+    for where in survey.found.values():
+        if where.value.shape is not None and isinstance(where.value.shape[-1], int):
+            return where.value.shape[-1]
     if adapters:
         return next(iter(adapters.values())).base.hidden_size
-    raise GraphError(f"{value.name} does not declare its width; put config.json beside the graph, or pass an adapter")
+    raise GraphError("the graph does not declare the width of its streams; put config.json beside it, or pass an adapter")
 
 
-def _precision(model: ir.Model) -> str:
-    """The float type of the cache is that of the streams in every decoder seen."""
-    cache = next((v for v in model.graph.inputs if v.name and "past" in v.name), None)
-    if cache is None or cache.dtype not in PRECISION:
-        raise GraphError("the graph has no KV cache inputs in float32, float16 or bfloat16; export the decoder with its cache")
-    return PRECISION[cache.dtype]
+def _precision(model: ir.Model, nodes: tuple[EditNode, ...]) -> str:
+    """The float type of the streams that are edited: an adapter file has one."""
+    located = locate_sites(model, {node.site for node in nodes})
+    kinds = {stream_type(site, where).dtype for site, where in located.items()}
+    if len(kinds) != 1 or not kinds <= set(PRECISION):
+        raise GraphError(f"the edited streams are of types {sorted(k.name for k in kinds)}; one of float32, float16, bfloat16 is expected")
+    return PRECISION[kinds.pop()]
 
 
 def _read(path: Path) -> dict[str, Any]:

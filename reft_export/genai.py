@@ -41,7 +41,7 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
                 "filename": GRAPH_FILE,
                 "head_size": head_size,
                 "hidden_size": model.hidden_size,
-                "num_attention_heads": heads,
+                "num_attention_heads": model.num_attention_heads or heads,
                 "num_hidden_layers": model.num_hidden_layers,
                 "num_key_value_heads": heads,
                 "inputs": {

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.eager import Steering, greedy_tokens
@@ -69,7 +70,10 @@ def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # a template that wants more than a user's message; any tokens will do here
+        return tokenizer(text)["input_ids"]
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 

@@ -67,7 +67,7 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
     quantized = bundle.manifest.quantization is not None
     exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
     if quantized:
-        rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, report=report)
+        rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, kernel=kernel, report=report)
         return ParityReport(rungs=tuple(rungs))
     base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +99,7 @@ def quantized_rungs(
     exact: Mapping[str, np.ndarray] | None,
     *,
     provider: str = "cpu",
+    kernel: str | None = None,
     report: Report = print,
 ) -> list[Rung]:
     """Exactness at accuracy level 1 against the dequantized weights, then the shipped level against its fake quantization.
@@ -113,7 +114,7 @@ def quantized_rungs(
         with tempfile.TemporaryDirectory() as folder, at_level(bundle, level) as changed:
             with activations_quantized(base.model, modules if level == 4 else [], settings.block_size):
                 record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
-            rungs += check(changed, Path(folder), f"int{settings.bits} level {level}", provider=provider)
+            rungs += check(changed, Path(folder), f"int{settings.bits} level {level}", provider=provider, kernel=kernel)
     return rungs
 
 
@@ -137,18 +138,16 @@ def check(
 
 @contextmanager
 def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bundle]:
-    """A temporary bundle whose graph was changed; its weights are the bundle's own file under a second name.
-
-    It lies beside the bundle, where a hard link can be made, and is gone afterwards.
+    """A temporary bundle whose graph was changed, and whose weights are a copy: onnxruntime follows no link out of the graph's folder, and
+    a hard link would change the bundle's own file. It lies beside the bundle where that can be written, and is gone afterwards.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_link_folder(bundle.folder)))
+    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_scratch_folder(bundle.folder)))
     try:
-        # Loaded before the link is made: a data file with two names is refused, since it might belong elsewhere.
         graph = load_graph(bundle.graph_path)
         change(graph)
         ir.save(graph, folder / GRAPH_FILE)
         if (bundle.folder / DATA_FILE).is_file():
-            _link(bundle.folder / DATA_FILE, folder / DATA_FILE)
+            shutil.copyfile(bundle.folder / DATA_FILE, folder / DATA_FILE)
         for name in bundle.adapter_names:
             (folder / "adapters").mkdir(exist_ok=True)
             for suffix in (".onnx_adapter", ".json"):
@@ -172,13 +171,6 @@ def stored_inputs(bundle: Bundle) -> GoldenInputs:
     return GoldenInputs(**{name: arrays[name] for name in GoldenInputs.__dataclass_fields__})
 
 
-def _link_folder(folder: Path) -> Path | None:
+def _scratch_folder(folder: Path) -> Path | None:
     parent = folder.resolve().parent
     return parent if os.access(parent, os.W_OK) else None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

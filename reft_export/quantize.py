@@ -27,13 +27,13 @@ def quantize_bundle(
 
     Raises CalibrationError for a bundle that is quantized already, AdapterError for another base, ParityError for a missed budget.
     """
-    check_destination(output, force=force)
+    check_destination(output, force=force, inputs=[source, Path(model)])
     bundle = open_bundle(source)
     if bundle.manifest.quantization is not None:
         bits = bundle.manifest.quantization.bits
         raise CalibrationError(f"{source} is quantized already (int{bits}); quantize the float bundle that it was made from")
-    if bundle.manifest.precision == "bf16":
-        raise CalibrationError(f"{source} is a bf16 bundle, which onnxruntime's CPU kernels cannot run quantized; export it as fp32")
+    if bundle.manifest.precision != "fp32":
+        raise CalibrationError(f"{source} is a {bundle.manifest.precision} bundle; weight-only quantization starts from the fp32 one")
     report(f"loading {model}")
     base = load_base(model)
     check_same_base(bundle, base, model)

@@ -36,6 +36,7 @@ GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
 NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,6 +55,7 @@ class ModelRecord:
     hidden_size: int
     num_hidden_layers: int
     context_length: int
+    num_attention_heads: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -253,6 +255,10 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     unlisted = sorted(expected - set(manifest.files))
     if unlisted or len(set(nodes)) != len(nodes):
         raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted or 'a node listed twice'}; export again")
+    read = [name for name in (DATA_FILE, *TOKENIZER_FILES) if (folder / name).is_file()]
+    read += [path.relative_to(folder).as_posix() for path in (folder / TEMPLATE_FOLDER).glob("*")]
+    if foreign := sorted(set(read) - set(manifest.files)):
+        raise BundleError(f"{folder / foreign[0]} is not listed in {MANIFEST_FILE}, and would be used; remove it or export again")
     for name, record in manifest.files.items():
         _check_file(folder, name, record, verify=verify)
     return Bundle(folder=folder, manifest=manifest)

@@ -19,11 +19,11 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from runtimes.bundle import TEMPLATE_FOLDER
 from runtimes.errors import BundleError, InputError
 from runtimes.tokenizer import CONFIG_FILE, read_tokenizer_config, special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from runtimes.errors import InputError, ReftError
+
+MARKERS = ("manifest.json", "adapter.json", "report.html")
+"""A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
 
 @contextmanager
 def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder; on success it becomes ``destination`` in one rename, else it is removed.
 
-    An existing ``destination`` is refused before any work unless ``force``; with it the old folder is swapped out only when the
-    new one is complete and synced, and swapped back if the rename fails. Ctrl-C counts as a failure. A full disk is an error
-    that names the folder.
+    An existing ``destination`` is refused before any work unless ``force``; with it the new folder, complete and synced, is exchanged
+    with the old one, which is deleted after that. Ctrl-C counts as a failure. A full disk is an error that names the folder.
     """
     destination = Path(os.path.abspath(destination))
     check_destination(destination, force=force)
@@ -27,8 +30,9 @@ def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     try:
         yield work
+        os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes 0700, a folder that a service user could not read
         _sync(work)
-        _swap(work, destination)
+        _put_in_place(work, destination)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ReftError(f"no space left on the disk while writing {destination}; nothing was written") from e
@@ -37,35 +41,58 @@ def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuses an output that exists (without ``force``), or that a folder could not replace."""
+def check_destination(destination: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuses an output that exists (without ``force``), that this project did not write, that holds one of ``inputs``, or that cannot be
+    written. ``inputs`` that are no paths here (hub ids) do no harm."""
     destination = Path(os.path.abspath(destination))
     if destination.exists() and not destination.is_dir():
         raise InputError(f"{destination} is a file; an output folder is expected")
-    if destination.is_dir() and any(destination.iterdir()) and not force:
-        raise InputError(f"{destination} exists; choose another output or pass --force to replace it")
+    for source in inputs:
+        if source.exists() and source.resolve().is_relative_to(destination.resolve()):
+            raise InputError(f"{destination} holds the input {source}, which writing the output would replace; choose another output")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not force:
+            raise InputError(f"{destination} exists; choose another output or pass --force to replace it")
+        if not any((destination / name).is_file() for name in MARKERS):
+            raise InputError(f"{destination} holds other files than ours, and --force would delete them; choose another output")
     ancestor = next(p for p in (destination.parent, *destination.parent.parents) if p.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise InputError(f"{destination} cannot be written: {ancestor} is not a writable folder")
 
 
-def _swap(work: Path, destination: Path) -> None:
-    os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes 0700, a folder that a service user could not read
+def _put_in_place(work: Path, destination: Path) -> None:
+    """One rename, or where a folder is in the way one exchange: afterwards ``work`` is the old folder, or gone."""
     if not destination.exists():
         os.rename(work, destination)
-        _sync_folder(destination.parent)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent)) / "old"
+    elif not _exchange(work, destination):
+        _replace_in_two_steps(work, destination)
+    _sync_folder(destination.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step that neither a crash nor Ctrl-C can divide; False where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _replace_in_two_steps(work: Path, destination: Path) -> None:
+    """For systems without an exchange: whatever happens between the steps, the old folder comes back, or the error says where it is."""
+    old = destination.with_name(f"{work.name.removesuffix('.partial')}.old")
     try:
         os.rename(destination, old)
-        try:
-            os.rename(work, destination)
-        except BaseException:
-            os.rename(old, destination)
-            raise
-        _sync_folder(destination.parent)
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        os.rename(work, destination)
+    except BaseException:
+        if old.exists() and not destination.exists():
+            try:
+                os.rename(old, destination)
+            except OSError as e:
+                raise ReftError(f"{destination} could not be replaced ({e.strerror}); its old content is in {old}") from e
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -79,6 +106,8 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as f:
                 os.fsync(f.fileno())
+        elif path.is_dir():
+            _sync_folder(path)
     _sync_folder(folder)
 
 

@@ -36,6 +36,9 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     """
     if not bundle.golden_names:
         raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model")
+    unchecked = [name for name in bundle.adapter_names if name not in bundle.golden_names]
+    if unchecked or BASE_GOLDEN not in bundle.golden_names:
+        raise BundleError(f"{bundle.folder} has no golden arrays for {(unchecked or [BASE_GOLDEN])[0]}; export it again, or pass the model")
     budget, active = budget_for(bundle.manifest), session.adapter
     rungs: list[Rung] = []
     try:

@@ -1,10 +1,11 @@
-"""Writes ``.onnx_adapter``: onnxruntime's own adapter container, which stock onnxruntime and onnxruntime-genai hot-swap."""
+"""``.onnx_adapter``: onnxruntime's own adapter container, which stock onnxruntime and onnxruntime-genai hot-swap."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 BFLOAT16 = 16
@@ -29,3 +30,15 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     container.set_parameters(values)
     container.export_adapter(str(path))
     del values, alive
+
+
+def read_onnx_adapter(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a ``.onnx_adapter`` file by name; bfloat16 as ml_dtypes.bfloat16."""
+    import onnxruntime as ort
+
+    container = ort.AdapterFormat.read_adapter(str(path))
+    tensors = {}
+    for name, value in container.get_parameters().items():
+        array = value.numpy()
+        tensors[name] = array.view(ml_dtypes.bfloat16) if value.data_type() == "tensor(bfloat16)" else array.copy()
+    return tensors

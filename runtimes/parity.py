@@ -23,13 +23,14 @@ WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
 class Figures:
     """``max_abs``; ``max_relative`` = max_abs / max |reference|; ``kl`` mean KL(reference || candidate) in nats; ``top1`` agreement.
 
-    ``greedy_equal``: None where no tokens were generated. A candidate that is not finite has infinite errors, and top1 0.
+    ``kl`` and ``top1`` are None where no logits were compared, ``greedy_equal`` where no tokens were generated. A candidate that is not
+    finite has infinite errors, and top1 0.
     """
 
     max_abs: float
     max_relative: float
-    kl: float
-    top1: float
+    kl: float | None
+    top1: float | None
     greedy_equal: bool | None = None
 
 
@@ -175,7 +176,7 @@ def judge(name: str, against: str, figures: Figures, budget: Budget, *, delta: D
     """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom."""
     passed = (
         figures.max_relative <= budget.logits
-        and figures.top1 >= budget.top1
+        and (figures.top1 is None or figures.top1 >= budget.top1)
         and (delta is None or delta.cosine >= budget.delta)
         and (figures.greedy_equal is not False or budget.top1 < 1)
     )
@@ -195,7 +196,7 @@ def _shortfall(rung: Rung) -> str:
     f, b = rung.figures, rung.budget
     if f.max_relative > b.logits:
         return f"relative logit error {f.max_relative:.2g}, budget {b.logits:g} ({b.name})"
-    if f.top1 < b.top1:
+    if f.top1 is not None and f.top1 < b.top1:
         return f"top-1 agreement {f.top1:.4f}, budget {b.top1:g} ({b.name})"
     if rung.delta is not None and rung.delta.cosine < b.delta:
         return f"delta cosine {rung.delta.cosine:.5f}, budget {b.delta:g} ({b.name})"
@@ -209,8 +210,8 @@ def _table_row(rung: Rung) -> tuple[str, ...]:
         rung.against,
         f"{f.max_abs:.1e}",
         f"{f.max_relative:.1e}",
-        f"{f.kl:.1e}",
-        f"{f.top1:.4f}",
+        "" if f.kl is None else f"{f.kl:.1e}",
+        "" if f.top1 is None else f"{f.top1:.4f}",
         "" if f.greedy_equal is None else "equal" if f.greedy_equal else "differ",
         "" if d is None else f"{d.cosine:.6f}",
         "" if d is None else f"{d.norm_ratio:.4f}",

@@ -64,10 +64,10 @@ def bench(
 def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from reft_export.banks import read_onnx_adapter
     from reft_export.op_bench import KERNEL_HEADER, NODE_HEADER, kernel_rows, kernel_times, node_rows, node_times
     from runtimes.errors import InputError
     from runtimes.native_library import find_op_library
+    from runtimes.ort_adapter_file import read_onnx_adapter
 
     names = adapters or bundle.adapter_names
     if not names:

@@ -39,7 +39,7 @@ def guarded(verb: F) -> F:
         except ReftError as e:
             fail(str(e), e.exit_code)
         except KeyboardInterrupt as e:
-            fail(str(e) or "interrupted; nothing was written", INTERRUPTED)
+            fail(str(e) or "interrupted; no output was changed", INTERRUPTED)
         except MemoryError:
             fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
         except ModuleNotFoundError as e:
@@ -53,9 +53,9 @@ def guarded(verb: F) -> F:
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 fail("no space left on the disk; nothing was written", 1)
-            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                fail(f"{e.filename or 'a file'} cannot be written or read: {e.strerror}", 2)
-            raise
+            if e.filename is None:
+                raise
+            fail(f"{e.filename} cannot be read or written: {e.strerror}", 2)
 
     return run  # type: ignore[return-value]
 
@@ -163,8 +163,8 @@ def worst_rows(report: Any) -> list[tuple[str, ...]]:
             rungs[0].figures,
             max_abs=max(r.figures.max_abs for r in rungs),
             max_relative=max(r.figures.max_relative for r in rungs),
-            kl=max(r.figures.kl for r in rungs),
-            top1=min(r.figures.top1 for r in rungs),
+            kl=max((r.figures.kl for r in rungs if r.figures.kl is not None), default=None),
+            top1=min((r.figures.top1 for r in rungs if r.figures.top1 is not None), default=None),
         )
         failed = [r for r in rungs if not r.passed]
         note = f"worst of {len(rungs)} ways to feed the tokens" if len(rungs) > 1 else rungs[0].note
@@ -174,9 +174,11 @@ def worst_rows(report: Any) -> list[tuple[str, ...]]:
     return ParityReport(rungs=tuple(merged)).rows()
 
 
-def parity_failed(e: ParityError) -> None:
+def parity_failed(e: ParityError, *, as_json: bool) -> None:
     """Shows the figures of a failed gate before the error line."""
-    if e.report is not None:
+    if e.report is not None and as_json:
+        sys.stdout.write(e.report.to_json() + "\n")
+    elif e.report is not None:
         print_parity(e.report, title="parity (failed)")
 
 

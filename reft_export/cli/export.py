@@ -58,7 +58,7 @@ def export(
         with progress() as report:
             result = export_bundle(model, list(adapters or []), output, settings, force=force, report=report)
     except ParityError as e:
-        parity_failed(e)
+        parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
 

@@ -121,7 +121,7 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 
 
 def inspect_banks(path: Path) -> dict[str, Any]:
-    from reft_export.banks import read_onnx_adapter
+    from runtimes.ort_adapter_file import read_onnx_adapter
 
     tensors = read_onnx_adapter(path)
     rows = [{"tensor": k, "dtype": v.dtype.name, "shape": list(v.shape)} for k, v in sorted(tensors.items()) if v.ndim > 1]

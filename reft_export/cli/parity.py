@@ -30,9 +30,12 @@ def parity(
 ) -> None:
     """Hold a bundle against eager PyTorch; exits 3 when a budget is missed."""
     from runtimes.bundle import open_bundle
+    from runtimes.errors import InputError
     from runtimes.golden import check_golden
 
     check_session_options(provider, kernel)
+    if report_file is not None and not report_file.absolute().parent.is_dir():
+        raise InputError(f"--report {report_file}: its folder does not exist")
     opened = open_bundle(bundle, verify=verify)
     with progress() as say:
         if model is not None:

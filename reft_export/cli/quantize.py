@@ -39,6 +39,6 @@ def quantize(
         with progress() as report:
             result = quantize_bundle(bundle, model, output, settings, force=force, report=report)
     except ParityError as e:
-        parity_failed(e)
+        parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)

@@ -110,6 +110,8 @@ def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | No
     if template is None:
         if len(messages) != 1:
             raise InputError("a conversation of several messages needs a chat template, which this bundle does not have")
+        if not isinstance(messages[0]["content"], str):
+            raise InputError("a message's content is not text, and this bundle has no chat template that could render it")
         return tokenizer.encode(messages[0]["content"])
     if system:
         messages = [{"role": "system", "content": system}, *messages]
@@ -122,11 +124,11 @@ def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
 
     where = "stdin" if str(path) == "-" else str(path)
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{where} cannot be read: {e}") from None
     conversations = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -37,7 +37,8 @@ class RowMajorLinear(torch.nn.Module):
     """y = x W + b with W stored [in, out], the layout of ONNX MatMul.
 
     nn.Linear stores [out, in]: torch's exporter then folds a transposed copy of every weight into the graph, which doubles
-    the memory and renames the weight. Transposed here, one at a time, the weight keeps its name and is never held twice.
+    the memory and renames the weight. Here W is a transposed view: it keeps its name, and is copied, one weight at a time, only
+    when the graph is saved.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -135,7 +136,7 @@ def _make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
     sources = {name: WeightSource(parameter=name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            weight = module.weight.detach().t()  # a view: the copy is made, one weight at a time, when the graph is saved
+            weight = module.weight.detach().t()
         elif isinstance(module, Conv1D):
             weight = module.weight.detach()
         else:
@@ -144,7 +145,6 @@ def _make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
         setattr(parent, name.rpartition(".")[2], RowMajorLinear(weight, None if module.bias is None else module.bias.detach()))
         if isinstance(module, torch.nn.Linear):
             sources[f"{name}.weight"] = WeightSource(parameter=f"{name}.weight", transpose=True)
-        module.weight = None  # frees the old layout even while the loop still holds the module
     return sources
 
 

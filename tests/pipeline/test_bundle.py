@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reft_export.banks import read_onnx_adapter
 from runtimes.bundle import open_bundle
 from runtimes.errors import AdapterError, BundleError
 from runtimes.op import RULE_DEFAULTS
+from runtimes.ort_adapter_file import read_onnx_adapter
 
 
 @pytest.fixture
@@ -116,6 +116,32 @@ def test_manifest_is_strict(copy) -> None:
     (copy / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="cannot be read as JSON"):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_files_that_would_be_used_must_be_listed(name, copy) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{{ 1 }}")
+    with pytest.raises(BundleError, match="is not listed"):
+        open_bundle(copy)
+    (copy / name).unlink()
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    del files["model.onnx.data"]
+    _edit_manifest(copy, files=files)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is not listed"):
+        open_bundle(copy)
+
+
+def test_an_adapter_without_golden_arrays_is_not_passed_over(copy) -> None:
+    from runtimes.golden import check_golden
+    from runtimes.ort_session import OrtSession
+
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    del files["golden/tied.npz"]
+    _edit_manifest(copy, files=files)
+    bundle = open_bundle(copy)
+    with pytest.raises(BundleError, match="no golden arrays for tied"):
+        check_golden(bundle, OrtSession(bundle))
 
 
 def test_genai_config_may_be_edited(copy) -> None:

@@ -151,6 +151,7 @@ def test_existing_output_is_kept(base_folder, tmp_path) -> None:
 def test_interrupt_leaves_nothing_and_loses_nothing(base_folder, tmp_path, monkeypatch) -> None:
     """Ctrl-C in mid-export with --force over an existing bundle: the old one stays, no partial folder remains."""
     (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "manifest.json").write_text("{}")
     (tmp_path / "b" / "precious").write_text("mine")
 
     def interrupted(*_: object, **__: object) -> None:
@@ -161,6 +162,18 @@ def test_interrupt_leaves_nothing_and_loses_nothing(base_folder, tmp_path, monke
         export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), force=True, **QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "precious").read_text() == "mine"
+
+
+def test_force_replaces_nothing_but_our_own(base_folder, adapter_folders, tmp_path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("mine")
+    with pytest.raises(InputError, match="holds other files than ours"):
+        export_bundle(str(base_folder("llama")), [], tmp_path / "thesis", ExportSettings(), force=True, **QUIET)
+    (adapter,) = adapter_folders("llama", ("tied",))
+    for output in (adapter, adapter.parent, base_folder("llama")):
+        with pytest.raises(InputError, match="holds the input"):
+            export_bundle(str(base_folder("llama")), [adapter], output, ExportSettings(), force=True, **QUIET)
+    assert (adapter / "adapter.json").is_file() and (base_folder("llama") / "config.json").is_file()
 
 
 def test_planted_fault_is_caught_by_the_gate(base_folder, adapter_folders, tmp_path, monkeypatch) -> None:
@@ -195,8 +208,11 @@ def test_damaged_adapter_is_refused(adapter_folders, tmp_path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_host_ladder(precision, base_folder, bundle_folder) -> None:
-    report = host_ladder(open_bundle(bundle_folder("llama", precision)), str(base_folder("llama")), **QUIET)
+    folder = bundle_folder("llama", precision)
+    siblings = set(folder.parent.iterdir())
+    report = host_ladder(open_bundle(folder), str(base_folder("llama")), **QUIET)
     assert report.passed
+    assert set(folder.parent.iterdir()) == siblings, "temporary variants are gone"
     kinds = {r.name.partition(",")[0] for r in report.rungs}
     expected = {"exported", "folded"} if precision == "fp32" else {"int4 level 1", "int4 level 4"}
     fused = {"fused"} if find_op_library() else set()

@@ -14,7 +14,8 @@ from calibration.weight_only import WeightOnlySettings, dequantize, dequantized_
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize
 from reft_export.quantize import quantize_bundle
-from runtimes.errors import AdapterError, CalibrationError
+from runtimes.bundle import open_bundle
+from runtimes.errors import AdapterError, CalibrationError, ParityError
 
 QUIET = {"report": lambda _: None}
 
@@ -30,6 +31,7 @@ def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
     assert {r.budget.name for r in exact} == {f"weight-only int{bits}"}
     assert {r.budget.name for r in shipped} == {"activation-quantized"}
     assert all(r.figures.greedy_equal is not False for r in exact)
+    _check_delta_reference(tmp_path / "q", result.parity, bits)
     graph = load_graph(tmp_path / "q" / "model.onnx")
     assert {n.op_type for n in graph.graph if n.domain == "com.microsoft"} == {"MatMulNBits"}
     assert not [n for n in graph.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer()]
@@ -38,6 +40,36 @@ def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
     assert sum(w.bytes_after for w in result.weight_errors) < (0.2 if bits == 4 else 0.35) * sum(
         w.bytes_before for w in result.weight_errors
     )
+
+
+def _check_delta_reference(folder, report, bits: int) -> None:
+    """Steering is compared with the float32 model's, not with the quantized model's own: that would always be preserved."""
+    bundle = open_bundle(folder)
+    for name in bundle.adapter_names:
+        golden = bundle.golden(name)
+        assert np.abs(golden["fp32_logits"] - golden["logits"]).max() > 1e-3
+    cosines = [r.delta.cosine for r in report.rungs if r.delta is not None]
+    assert len(cosines) == 2 * len(bundle.adapter_names)
+    assert all(0.9 < c < (0.9999 if bits == 4 else 0.999999) for c in cosines), cosines
+
+
+def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_path, monkeypatch) -> None:
+    """A scale that is off by 1 % after the eager reference was dequantized: the gate at level 1 sees it."""
+    from reft_export import quantize as module
+
+    right = module.write_graph
+
+    def wrong(graph, folder) -> None:
+        scales = graph.graph.initializers["model.layers.1.mlp.up_proj.weight_scales"]
+        kept = scales.const_value
+        scales.const_value = ir.tensor(kept.numpy() * np.float32(1.01), name=scales.name)
+        right(graph, folder)
+        scales.const_value = kept
+
+    monkeypatch.setattr(module, "write_graph", wrong)
+    with pytest.raises(ParityError, match="int4 level 1"):
+        quantize_bundle(bundle_folder("llama"), str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+    assert not (tmp_path / "q").exists()
 
 
 def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
@@ -59,6 +91,8 @@ def test_refusals(bundle_folder, base_folder, tmp_path) -> None:
         quantize_bundle(bundle_folder("llama"), str(base_folder("qwen2")), tmp_path / "q", WeightOnlySettings(), **QUIET)
     with pytest.raises(CalibrationError, match="power of two"):
         WeightOnlySettings(block_size=48)
+    with pytest.raises(CalibrationError, match="starts from the fp32 one"):
+        quantize_bundle(bundle_folder("llama", "fp16"), str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
     assert not (tmp_path / "q").exists()
 
 
