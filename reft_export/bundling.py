@@ -188,7 +188,9 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityRepo
         try:
             report.require()
         except ParityError as e:
-            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}", report) from None
+            quantized = bundle.manifest.quantization is not None
+            remedy = "; try -p int8, a smaller --block-size or --accuracy-level 1" if quantized else ""
+            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy}", report) from None
     kept.unlink(missing_ok=True)  # of an earlier attempt
     return report
 

@@ -51,7 +51,7 @@ def fold_bundle(
     source = graph_file(graph)
     report(f"reading {source}")
     model = load_graph(source)
-    record = foreign_record(model, source.parent, adapters)
+    record = foreign_record(model, source, adapters)
     for name, adapter in adapters.items():
         check_adapter_name(name)
         has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
@@ -86,9 +86,9 @@ def fold_bundle(
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
 
 
-def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) -> ModelRecord:
+def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> ModelRecord:
     """What the graph, and the configuration files beside it, say of the model."""
-    survey = survey_sites(model)
+    folder, survey = source.parent, survey_sites(model)
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
@@ -97,7 +97,7 @@ def foreign_record(model: ir.Model, folder: Path, adapters: dict[str, Adapter]) 
     width = config.get("hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelRecord(
-        name=next((a.base.name for a in adapters.values()), folder.resolve().name),
+        name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
         vocab_size=vocabulary[-1],

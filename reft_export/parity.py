@@ -82,13 +82,21 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
 
 
 def check_same_base(bundle: Bundle, base: Base, model: str) -> None:
-    """Raises AdapterError, naming both models and fingerprints. A bundle folded from a foreign graph has no fingerprint."""
+    """Raises AdapterError, naming both models and fingerprints.
+
+    A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count.
+    """
     made_from = bundle.manifest.model
-    if made_from.fingerprint and base.info.fingerprint != made_from.fingerprint:
-        raise AdapterError(
-            f"{bundle.folder} was made from {made_from.name} (fingerprint {made_from.fingerprint[:12]}), {model} is "
-            f"{base.info.name} ({base.info.fingerprint[:12]}); pass the base it was made from"
-        )
+    wanted = {f"{bundle.folder} was made from {made_from.name}": made_from.fingerprint}
+    if not made_from.fingerprint:
+        trained_on = {name: bundle.adapter_record(name).base for name in bundle.adapter_names}
+        wanted = {f"adapter {name} was trained on {on.name}": on.fingerprint for name, on in trained_on.items()}
+    for statement, fingerprint in wanted.items():
+        if fingerprint != base.info.fingerprint:
+            raise AdapterError(
+                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {base.info.name} ({base.info.fingerprint[:12]}); "
+                "pass the base it was made from"
+            )
 
 
 def quantized_rungs(

@@ -30,7 +30,7 @@ def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     try:
         yield work
-        os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes 0700, a folder that a service user could not read
+        _make_readable(work)
         _sync(work)
         _put_in_place(work, destination)
     except OSError as e:
@@ -47,6 +47,11 @@ def check_destination(destination: Path, *, force: bool, inputs: Sequence[Path] 
     destination = Path(os.path.abspath(destination))
     if destination.exists() and not destination.is_dir():
         raise InputError(f"{destination} is a file; an output folder is expected")
+    if os.path.ismount(destination):
+        raise InputError(f"{destination} is a mount point, which cannot be replaced whole; name a folder inside it")
+    for above in destination.parents:
+        if any((above / name).is_file() for name in MARKERS[:2]):
+            raise InputError(f"{destination} lies inside {above}, which is a bundle or an adapter; choose an output beside it")
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(destination.resolve()):
             raise InputError(f"{destination} holds the input {source}, which writing the output would replace; choose another output")
@@ -93,6 +98,13 @@ def _replace_in_two_steps(work: Path, destination: Path) -> None:
                 raise ReftError(f"{destination} could not be replaced ({e.strerror}); its old content is in {old}") from e
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Modes as any new file has them: mkdtemp makes 0700, and safetensors 0600, which a service user could not read."""
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

@@ -48,7 +48,7 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / TOKENIZER_FILE
         if not path.is_file():
-            raise BundleError(f"{path} is missing; copy the bundle again, or export it from a checkpoint with a fast tokenizer")
+            raise BundleError(f"{path} is missing; put it beside the checkpoint or graph and export or fold again")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception

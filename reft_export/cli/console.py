@@ -39,7 +39,7 @@ def guarded(verb: F) -> F:
         except ReftError as e:
             fail(str(e), e.exit_code)
         except KeyboardInterrupt as e:
-            fail(str(e) or "interrupted; no output was changed", INTERRUPTED)
+            fail(str(e) or "interrupted", INTERRUPTED)
         except MemoryError:
             fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
         except ModuleNotFoundError as e:
@@ -131,21 +131,32 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", show_edge=False)
+    """``title`` may be empty. Only a column called "note" wraps: a figure that is cut says nothing."""
+    table = Table(title=title or None, title_justify="left", show_edge=False)
     for name in header:
-        table.add_column(name)
+        table.add_column(name, no_wrap=name != "note")
     for row in rows:
         styled = [f"[red]{escape(c)}[/]" if c == "FAIL" else escape(c) for c in row]
         table.add_row(*styled)
     out.print(table)
 
 
+WIDE = 120
+NARROW_OMITS = ("against", "max abs", "KL", "delta norm", "budget", "note")
+"""What a parity table leaves out on a terminal narrower than WIDE columns; --json and --report have it."""
+
+
 def print_parity(report: Any, *, title: str = "parity", full: bool = False) -> None:
-    """The report's table; unless ``full``, rungs of one family that pass are shown by their worst member."""
+    """The report's table; unless ``full``, rungs of one family are shown by their worst member. Missed rungs are explained below it."""
     rows = report.rows() if full else worst_rows(report)
     header = report.HEADER
-    keep = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
+    omitted = NARROW_OMITS if out.width < WIDE else ()
+    keep = [i for i, name in enumerate(header) if name not in omitted and any(row[i] for row in rows)]
     print_table(title, [header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+    if "note" in omitted:
+        for row in rows:
+            if row[header.index("result")] == "FAIL":
+                out.print(f"{escape(row[0])}: {escape(row[header.index('note')])}")
 
 
 def worst_rows(report: Any) -> list[tuple[str, ...]]:

@@ -95,6 +95,8 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
         )
     if result.note:
         out.print(result.note)
+    if not (output / "tokenizer.json").is_file():
+        out.print("[yellow]the base has no fast tokenizer[/]: `reft-export run` needs tokenizer.json, in the base before it is exported")
     if manifest.genai != "supported":
         out.print(f"no genai_config.json: {manifest.genai}")
     names = ", ".join(manifest.adapters) or "none"

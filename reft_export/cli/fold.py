@@ -35,4 +35,7 @@ def fold(
     for name, how in result.found.items():
         out.print(f"{name}: {how}")
     out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}")
-    out.print("no golden arrays: there was no eager model to record; `reft-export parity -m MODEL` compares with one")
+    out.print(
+        "an ONNX graph does not say which checkpoint it came from, so the adapters' fingerprints are not checked yet, and there are no "
+        f"golden arrays: `reft-export parity {output} -m MODEL` does both"
+    )

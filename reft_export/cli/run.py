@@ -76,8 +76,18 @@ def run(
         raise InputError(f"{bundle} has no chat template; drop --chat always")
     if system and template is None:
         raise InputError(f"--system needs a chat template, which {bundle} {'does not have' if chat != 'never' else 'was told not to use'}")
-    conversations = read_prompts(prompts) if prompts else [[{"role": "user", "content": text}] for text in prompt or []]
-    encoded = [encode(c, tokenizer, template, system) for c in conversations]
+    given = [(f"prompt {i}", [{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
+    conversations = read_prompts(prompts) if prompts else given
+    encoded = [encode(c, tokenizer, template, system) for _, c in conversations]
+    model = opened.manifest.model
+    for (where, _), tokens in zip(conversations, encoded, strict=True):
+        if not tokens or len(tokens) + max_new_tokens > model.context_length:
+            raise InputError(
+                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
+                f"({model.context_length}); shorten it, or lower --max-new-tokens"
+                if tokens
+                else f"{where} is empty; a prompt needs at least one token"
+            )
     session = OrtSession(opened, provider=provider, threads=threads, adapter=adapter, kernel=kernel)
     alone = len(encoded) == 1 and not prompts and not as_json
 
@@ -118,8 +128,8 @@ def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | No
     return tokenizer.encode(template.render(messages), add_special_tokens=False)
 
 
-def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
-    """The conversations of a JSONL file; raises InputError with the line's number."""
+def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(file and line, conversation) of a JSONL file; raises InputError with the line's number."""
     from runtimes.errors import InputError
 
     where = "stdin" if str(path) == "-" else str(path)
@@ -136,9 +146,9 @@ def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
         except ValueError as e:
             raise InputError(f"{where}:{number}: not JSON ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
-            conversations.append([{"role": "user", "content": value["prompt"]}])
+            conversations.append((f"{where}:{number}", [{"role": "user", "content": value["prompt"]}]))
         elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
-            conversations.append(_checked_messages(value["messages"], f"{where}:{number}"))
+            conversations.append((f"{where}:{number}", _checked_messages(value["messages"], f"{where}:{number}")))
         else:
             raise InputError(f'{where}:{number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
     if not conversations:

@@ -88,9 +88,11 @@ def train(
 
     from reft_export.base import load_base
     from reft_export.training.trainer import train as run_training
+    from runtimes.bundle import check_adapter_name
     from runtimes.folders import check_destination
 
-    check_destination(output, force=force)
+    check_adapter_name(output.resolve().name)
+    check_destination(output, force=force, inputs=[Path(model), data])
     with progress() as report:
         report(f"loading {model}")
         base_dtype, base_device = settings.placement()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from calibration.weight_only import WeightOnlySettings
 from reft_export.base import load_base
-from reft_export.cli.console import Progress, escape, out, print_table, progress, size, worst_rows
+from reft_export.cli.console import Progress, escape, out, print_parity, print_table, progress, size
 from reft_export.export import ExportResult, ExportSettings, export_bundle
 from reft_export.parity import host_ladder
 from reft_export.quantize import quantize_bundle
@@ -173,9 +173,8 @@ def _print(story: Story) -> None:
     for prompt, base, steered in story.answers:
         out.print(f"\n[bold]{escape(prompt)}[/]\n  base     {escape(base)}\n  [cyan]steered[/]  {escape(steered)}")
     out.print()
-    rows = [row for report in (story.ladder, *(v.parity for v in story.variants[1:])) for row in worst_rows(report)]
-    picked = [(r[0], r[1], r[3], r[5], r[6], r[7], r[9], r[10]) for r in rows]
-    print_table("parity, rung by rung", ("rung", "against", "relative", "top-1", "greedy", "delta cos", "budget", "result"), picked)
+    reports = (story.ladder, *(v.parity for v in story.variants[1:]))
+    print_parity(ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs)), title="parity, rung by rung")
     out.print()
     print_table(
         f"steering: answers that talk like a pirate, {story.prompts} held-out prompts",

@@ -202,6 +202,8 @@ def run_loop(
         remedy = (
             f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
         )
+        if last is None:
+            discard(folder)
         raise TrainingInterrupted(
             f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}"
         ) from None

@@ -252,3 +252,36 @@ def test_quickstart_refuses_an_existing_folder(tmp_path) -> None:
     (tmp_path / "x").write_text("mine")
     refused("quickstart", "-o", tmp_path, code=2, match="--force")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_wrong_base_of_a_folded_graph_is_refused(base_folder, bundle_folder, adapter_folders, tmp_path) -> None:
+    """The graph does not say where it came from; the adapter does, as soon as a base is at hand."""
+    import onnx_ir as ir
+
+    from graph_passes.external import load_graph
+    from graph_passes.unfold import unfold_graph
+
+    graph = load_graph(bundle_folder("llama") / "model.onnx")
+    unfold_graph(graph)
+    (tmp_path / "plain").mkdir()
+    ir.save(graph, tmp_path / "plain" / "model.onnx", external_data="model.onnx.data")
+    done = cli("fold", tmp_path / "plain", "-a", adapter_folders("gpt2", ("tied",))[0], "-o", tmp_path / "folded")
+    assert done.returncode == 0 and "fingerprints are not checked" in done.stdout
+    refused("parity", tmp_path / "folded", "-m", base_folder("llama"), code=2, match="adapter tied was trained on gpt2")
+    refused("fold", tmp_path / "plain", "-o", tmp_path / "folded" / "sub", code=2, match="lies inside")
+
+
+def test_tables_fit_a_terminal(bundle_folder) -> None:
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "reft_export.cli.main", "parity", str(bundle_folder("llama"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0 and "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_prompts_are_checked_before_the_first_answer(bundle_folder, tmp_path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a\u2028b"}] * 9 + [{"prompt": "x" * 600}]
+    prompts.write_text("\ufeff" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    refused("run", bundle_folder("llama"), "--prompts", prompts, code=2, match="prompts.jsonl:10: 600 tokens")
+    refused("parity", bundle_folder("llama"), "--report", tmp_path / "no" / "x.json", code=2, match="its folder does not exist")
