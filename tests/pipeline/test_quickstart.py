@@ -26,6 +26,6 @@ def test_quickstart(tmp_path) -> None:
         assert (bundle.manifest.quantization is None) == (name == "fp32")
     report = (output / "report.html").read_text()
     assert report.count("<svg") == 5
-    assert "http://" not in report.replace("http://www.w3.org", "") and "<script" not in report
+    assert "http://" not in report.replace("http://www.w3.org/", "") and "<script" not in report
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "--force" in again.stderr
