@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +31,35 @@ if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 160  # a log file has no width; 80 columns would cut the tables
 
 
+class _Interrupt:
+    """Remembers Ctrl-C. Python drops a KeyboardInterrupt that is raised inside a callback of native code or a finalizer (torch's exporter
+    has many), and the command would go on as if nobody had pressed anything: the next step asks here."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    def check(self) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, *_: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+_interrupt = _Interrupt()
+
+
 def guarded(verb: F) -> F:
     """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> Any:
+        _interrupt.listen()
         try:
             return verb(*args, **kwargs)
         except ReftError as e:
@@ -89,6 +115,7 @@ class Progress:
         self._step: tuple[str, float] | None = None
 
     def __call__(self, step: str) -> None:
+        _interrupt.check()
         self._finish()
         self._step = (step, time.monotonic())
         if self._status:
@@ -97,6 +124,7 @@ class Progress:
 
     def update(self, text: str) -> None:
         """Another text for the step under way."""
+        _interrupt.check()
         if self._status:
             self._status.update(escape(text))
 

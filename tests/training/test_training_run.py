@@ -104,14 +104,16 @@ def test_same_seed_same_bytes(base: Base, data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 5, 9])
 def test_resumed_run_equals_the_uninterrupted_one(base: Base, data: Path, tmp_path: Path, step: int) -> None:
-    """Interrupted in the first epoch, in the second, and at the very end; with dropout, so that random state counts."""
+    """Interrupted before the first checkpoint, which leaves nothing to resume, in the second epoch, and at the very end; with dropout, so
+    that random state counts."""
     settings = replace(SETTINGS, dropout=0.2, eval_fraction=0.1, schedule="cosine", weight_decay=0.01)
     whole = train(base, data, settings, tmp_path / "whole")
     output = tmp_path / "resumed"
     with pytest.raises(TrainingInterrupted, match=rf"stopped at step {step} of 9; no adapter was written"):
         train(base, data, settings, output, on_step=stop_at(step))
     assert not output.exists()
-    resumed = train(base, data, replace(settings, resume=True), output)
+    assert (tmp_path / "resumed.checkpoints").exists() == (step > 1)
+    resumed = train(base, data, replace(settings, resume=step > 1), output)
     assert losses(resumed) == losses(whole) and resumed.history == whole.history
     assert files(output) == files(tmp_path / "whole")
     assert not (tmp_path / "resumed.checkpoints").exists()
