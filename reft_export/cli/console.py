@@ -174,11 +174,14 @@ NARROW_OMITS = ("against", "max abs", "KL", "delta norm", "budget", "note")
 """What a parity table leaves out on a terminal narrower than WIDE columns; --json and --report have it."""
 
 
-def print_parity(report: Any, *, title: str = "parity", full: bool = False) -> None:
-    """The report's table; unless ``full``, rungs of one family are shown by their worst member. Missed rungs are explained below it."""
+def print_parity(report: Any, *, title: str = "parity", full: bool = False, compact: bool = False) -> None:
+    """The report's table, ``compact`` as on a narrow terminal; unless ``full``, rungs of one family are shown by their worst member.
+
+    Where notes are left out, those of missed rungs stand below the table.
+    """
     rows = report.rows() if full else worst_rows(report)
     header = report.HEADER
-    omitted = NARROW_OMITS if out.width < WIDE else ()
+    omitted = NARROW_OMITS if compact or out.width < WIDE else ()
     keep = [i for i, name in enumerate(header) if name not in omitted and any(row[i] for row in rows)]
     print_table(title, [header[i] for i in keep], [[row[i] for i in keep] for row in rows])
     if "note" in omitted:

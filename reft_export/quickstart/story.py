@@ -174,7 +174,7 @@ def _print(story: Story) -> None:
         out.print(f"\n[bold]{escape(prompt)}[/]\n  base     {escape(base)}\n  [cyan]steered[/]  {escape(steered)}")
     out.print()
     reports = (story.ladder, *(v.parity for v in story.variants[1:]))
-    print_parity(ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs)), title="parity, rung by rung")
+    print_parity(ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs)), title="parity, rung by rung", compact=True)
     out.print()
     print_table(
         f"steering: answers that talk like a pirate, {story.prompts} held-out prompts",
