@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -197,7 +197,7 @@ class Bundle:
             raise BundleError(f"{self.folder} has no adapter {name!r}; it has: {known}")
         path = self.folder / "adapters" / f"{name}.json"
         try:
-            return from_json(AdapterRecord, _read_json(path))
+            return from_json(AdapterRecord, read_json(path))
         except RecordError as e:
             raise BundleError(f"{path}: {e}") from None
 
@@ -240,7 +240,7 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder} is not a folder; a bundle is the folder that `reft-export export` writes")
     if not (folder / MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
-    raw = _read_json(folder / MANIFEST_FILE)
+    raw = read_json(folder / MANIFEST_FILE)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(f"{folder / MANIFEST_FILE}: schema version {version!r}; this version reads {SCHEMA_VERSION}; export again")
@@ -255,21 +255,20 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     unlisted = sorted(expected - set(manifest.files))
     if unlisted or len(set(nodes)) != len(nodes):
         raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted or 'a node listed twice'}; export again")
-    read = [name for name in (DATA_FILE, *TOKENIZER_FILES) if (folder / name).is_file()]
-    read += [path.relative_to(folder).as_posix() for path in (folder / TEMPLATE_FOLDER).glob("*")]
-    if foreign := sorted(set(read) - set(manifest.files)):
-        raise BundleError(f"{folder / foreign[0]} is not listed in {MANIFEST_FILE}, and would be used; remove it or export again")
-    for name, record in manifest.files.items():
-        _check_file(folder, name, record, verify=verify)
+    check_files(folder, manifest.files, MANIFEST_FILE, verify=verify)
     return Bundle(folder=folder, manifest=manifest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_HASHED)
-    files = {p.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(p), size=p.stat().st_size) for p in paths}
-    content = to_json(manifest) | {"files": to_json(files)}
+    content = to_json(manifest) | {"files": to_json(hash_files(folder, NOT_HASHED))}
     (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def hash_files(folder: Path, without: Collection[str]) -> dict[str, FileRecord]:
+    """size and sha256 of every file under ``folder``, by its path relative to it."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in without)
+    return {p.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(p), size=p.stat().st_size) for p in paths}
 
 
 def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None:
@@ -278,21 +277,32 @@ def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None
     path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
 
 
-def _check_file(folder: Path, name: str, record: FileRecord, *, verify: bool) -> None:
+def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *, verify: bool) -> None:
+    """Raises BundleError for a file of the list ``listed_in`` that is missing, changed or outside the folder, and for a file that
+    would be read without being listed."""
+    read = [name for name in (DATA_FILE, *TOKENIZER_FILES) if (folder / name).is_file()]
+    read += [path.relative_to(folder).as_posix() for path in (folder / TEMPLATE_FOLDER).glob("*")]
+    if foreign := sorted(set(read) - set(files)):
+        raise BundleError(f"{folder / foreign[0]} is not listed in {listed_in}, and would be used; remove it or export again")
+    for name, record in files.items():
+        _check_file(folder, name, record, listed_in, verify=verify)
+
+
+def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, verify: bool) -> None:
     relative = PurePosixPath(name)
     path = folder / relative
     if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / MANIFEST_FILE} names {name!r}, which leaves the bundle's folder; the bundle is refused")
+        raise BundleError(f"{folder / listed_in} names {name!r}, which leaves the folder; it is refused")
     if not path.is_file():
-        raise BundleError(f"{path} is missing; copy the bundle again")
+        raise BundleError(f"{path} is missing; copy the folder again")
     size = path.stat().st_size
     if size != record.size:
-        raise BundleError(f"{path} has {size} bytes, expected {record.size}; it is truncated or was changed; copy the bundle again")
+        raise BundleError(f"{path} has {size} bytes, expected {record.size}; it is truncated or was changed; copy the folder again")
     if sha256_of(path, remember=not verify) != record.sha256:
-        raise BundleError(f"{path} does not match its sha256 in {MANIFEST_FILE}; it was changed or damaged; copy the bundle again")
+        raise BundleError(f"{path} does not match its sha256 in {listed_in}; it was changed or damaged; copy the folder again")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtimes.errors import InputError, ReftError
 
-MARKERS = ("manifest.json", "adapter.json", "report.html")
+MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html")
 """A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
 
@@ -50,8 +50,8 @@ def check_destination(destination: Path, *, force: bool, inputs: Sequence[Path] 
     if os.path.ismount(destination):
         raise InputError(f"{destination} is a mount point, which cannot be replaced whole; name a folder inside it")
     for above in destination.parents:
-        if any((above / name).is_file() for name in MARKERS[:2]):
-            raise InputError(f"{destination} lies inside {above}, which is a bundle or an adapter; choose an output beside it")
+        if any((above / name).is_file() for name in MARKERS[:3]):
+            raise InputError(f"{destination} lies inside {above}, which is a bundle, an engine or an adapter; choose an output beside it")
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(destination.resolve()):
             raise InputError(f"{destination} holds the input {source}, which writing the output would replace; choose another output")

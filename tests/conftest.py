@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+
+TENSORRT_RTX = "1.7.1.116"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,3 +23,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here; --require-gpu makes this a failure"))
+
+
+@pytest.fixture(scope="session")
+def tensorrt_rtx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a subprocess that can import the real tensorrt_rtx, whose builder needs no GPU.
+
+    Installed beside the project rather than into it: most users have no use for it. Its parser loads libtensorrt_rtx.so by that
+    name at the first plugin, and the package ships libtensorrt_rtx.so.1 only.
+    """
+    folder = tmp_path_factory.mktemp("tensorrt-rtx")
+    install = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--target", str(folder)]
+    done = subprocess.run([*install, f"tensorrt-rtx-cu13=={TENSORRT_RTX}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    library = next(folder.rglob("libtensorrt_rtx.so.1"))
+    names = tmp_path_factory.mktemp("tensorrt-rtx-names")
+    (names / "libtensorrt_rtx.so").symlink_to(library)
+    return {**os.environ, "PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(names)}

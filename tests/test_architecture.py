@@ -15,7 +15,7 @@ OUTSIDE = {
     "graph_passes": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxscript", "google"},
     "calibration": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxruntime"},
 }
-BACKEND_MODULES = {"onnxruntime": "ort_"}
+BACKEND_MODULES = {"onnxruntime": "ort_", "tensorrt": "tensorrt_", "tensorrt_rtx": "tensorrt_", "cuda": "cuda_"}
 """A backend is imported only by its own modules of runtimes, which carry its prefix."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -39,24 +38,14 @@ print(engine.nbytes)
 """
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rtx") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(folder / "bin" / "python"), "-m", "pip", "-q", "install", "tensorrt-rtx-cu13==1.7.1.116"]
-    subprocess.run(install, check=True, capture_output=True)
-    return folder / "bin" / "python"
-
-
 @pytest.mark.slow
-def test_bfloat16_bundle_builds(python, bundle_folder, tmp_path) -> None:
+def test_bfloat16_bundle_builds(tensorrt_rtx, bundle_folder, tmp_path) -> None:
     """The per-token function body stands in for the plugin; TensorRT's parser takes no NonZero."""
     bundle = open_bundle(bundle_folder("llama", "bf16"))
     graph = load_graph(bundle.graph_path)
     use_bodies(graph, per_token=True)
     ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
-    done = subprocess.run(
-        [str(python), "-c", SCRIPT, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False, timeout=300
-    )
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=tensorrt_rtx)
     assert done.returncode == 0, done.stderr[-1500:] + done.stdout[-500:]
     assert int(done.stdout.split()[-1]) > 0

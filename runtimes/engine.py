@@ -1,0 +1,153 @@
+"""The engine folder: a bundle that `build` turned into a TensorRT engine, for one TensorRT version and a list of GPUs.
+
+    engine.json                  EngineManifest below, with the sha256 of every hashed file
+    engine.plan                  the serialized engine
+    manifest.json                the bundle's manifest: model, nodes, adapters, parity budget
+    adapters/<name>.safetensors  every bank and rule of one adapter, under the engine's input names
+    adapters/<name>.json         as in the bundle
+    lib/                         the plugin that the engine was built with, where it was
+    golden/, tokenizer files     as in the bundle
+
+An engine answers to every verb that takes a bundle: it is one, with a plan in place of the graph.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from runtimes.bundle import (
+    MANIFEST_FILE,
+    Bundle,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    check_files,
+    hash_files,
+    read_json,
+)
+from runtimes.errors import BundleError, ReftError
+from runtimes.records import RecordError, from_json, to_json
+
+SCHEMA_VERSION = 1
+ENGINE_MANIFEST = "engine.json"
+PLAN_FILE = "engine.plan"
+TARGETS = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRange:
+    """The shapes that a profile admits for one input, and the one it is tuned for."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One optimization profile. ``name`` is "prefill" or "decode"; ``shapes`` by input name, for inputs with a dimension that varies."""
+
+    name: str
+    shapes: dict[str, ShapeRange]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginRecord:
+    """The plugin library that the engine needs: its file's name under lib/, and its sha256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineManifest:
+    schema_version: int = SCHEMA_VERSION
+    created_by: str
+    target: str
+    """One of TARGETS."""
+    tensorrt_version: str
+    """Of the builder, as its package states it (1.7.1.116)."""
+    compute_capabilities: tuple[str, ...]
+    """The GPUs that the engine runs on ("8.6", "8.9")."""
+    plugin: PluginRecord | None
+    """None where the edit was expanded into the engine's own layers."""
+    bundle_digest: str
+    """Of the bundle that it was built from."""
+    graph_digest: str
+    """sha256 of the derived graph that the builder read."""
+    frozen: str | None
+    """The adapter whose banks became constants ("base": no adapter's); None where adapters are engine inputs and swap."""
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    profiles: tuple[Profile, ...]
+    weight_streaming: bool
+    build_seconds: float
+    rebuild: str
+    """The command that builds this engine again."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Bundle):
+    """An opened engine folder; its hashes were checked before anything else was read."""
+
+    engine: EngineManifest
+
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / PLAN_FILE
+
+    @property
+    def plugin_path(self) -> Path | None:
+        return None if self.engine.plugin is None else self.folder / "lib" / self.engine.plugin.file
+
+    def adapter_file(self, name: str) -> Path:
+        """The safetensors file with every bank and rule of an adapter; refuses an unknown name."""
+        self.adapter_record(name)
+        return self.folder / "adapters" / f"{name}.safetensors"
+
+    @property
+    def digest(self) -> str:
+        """Of the bundle that the engine was built from."""
+        return self.engine.bundle_digest
+
+
+def is_engine(path: Path | str) -> bool:
+    return (Path(path) / ENGINE_MANIFEST).is_file()
+
+
+def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
+    """Reads both manifests and checks every file's size and sha256; ``verify`` hashes large files again too.
+
+    Raises BundleError for anything missing, changed, unknown or outside the folder.
+    """
+    folder = Path(path)
+    if not is_engine(folder):
+        raise BundleError(f"{folder} is not an engine: {ENGINE_MANIFEST} is missing; make one with `reft-export build`")
+    raw = read_json(folder / ENGINE_MANIFEST)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{folder / ENGINE_MANIFEST}: schema version {version!r}; this version reads {SCHEMA_VERSION}; build it again")
+    try:
+        engine = from_json(EngineManifest, raw)
+        manifest = from_json(Manifest, read_json(folder / MANIFEST_FILE))
+        nodes = [record.node for record in manifest.nodes]
+    except (RecordError, ReftError) as e:
+        raise BundleError(f"{folder}: {e}; build it again") from None
+    needed = {PLAN_FILE, MANIFEST_FILE, *(f"adapters/{name}.{suffix}" for name in manifest.adapters for suffix in ("safetensors", "json"))}
+    if engine.plugin is not None:
+        needed.add(f"lib/{engine.plugin.file}")
+    unlisted = sorted(needed - set(engine.files))
+    if unlisted or len(set(nodes)) != len(nodes):
+        raise BundleError(f"{folder / ENGINE_MANIFEST}: no hash for {unlisted or 'a node listed twice'}; build it again")
+    check_files(folder, engine.files, ENGINE_MANIFEST, verify=verify)
+    return Engine(folder=folder, manifest=replace(manifest, files=engine.files), engine=engine)
+
+
+def write_engine_manifest(folder: Path, engine: EngineManifest) -> EngineManifest:
+    """Hashes every file under ``folder`` and writes engine.json; called last, inside the atomic write."""
+    complete = replace(engine, files=hash_files(folder, (ENGINE_MANIFEST,)))
+    (folder / ENGINE_MANIFEST).write_text(json.dumps(to_json(complete), indent=1) + "\n", encoding="utf-8")
+    return complete
