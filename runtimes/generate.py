@@ -21,7 +21,7 @@ PAD = 0
 
 
 class Session(Protocol):
-    """What generation, parity and bench need of a session; OrtSession is one."""
+    """What generation, parity and bench need of a session; OrtSession and TensorRTSession are two."""
 
     bundle: Any
     provider: str
@@ -35,7 +35,15 @@ class Session(Protocol):
 
     def set_adapter(self, name: str | None) -> None: ...
 
-    def step(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, past: Any = None, prompt_length: Any = None) -> Any: ...
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        *,
+        past: Any = None,
+        prompt_length: Any = None,
+        last_logits: int | None = None,
+    ) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +157,22 @@ def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = F
 
 
 def columns(
-    session: Session, ids: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, widths: Sequence[int]
+    session: Session,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    prompt_length: np.ndarray,
+    widths: Sequence[int],
+    *,
+    last_logits: int | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call."""
+    """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call.
+
+    ``last_logits``: logits of each call's last so many columns only. What nobody reads need not leave the device.
+    """
     past, start = None, 0
     for width in widths:
         stop = start + width
-        output = session.step(ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length)
+        output = session.step(ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length, last_logits=last_logits)
         yield start, output
         past, start = output.past, stop
 
@@ -178,7 +195,7 @@ class DecodeBatch:
         if chunk is not None and chunk < 1:
             raise InputError(f"prefill chunk is {chunk}, expected at least 1 column per call")
         widths = [width] if chunk is None else [min(chunk, width - start) for start in range(0, width, chunk)]
-        for _, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths):
+        for _, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths, last_logits=1):
             self._past = output.past
         return output.logits[:, -1].copy()
 
@@ -187,7 +204,7 @@ class DecodeBatch:
         column = np.array([[PAD if t is None else t] for t in tokens], np.int64)
         live = np.array([[t is not None] for t in tokens], np.int64)
         self._mask = np.concatenate([self._mask, live], 1)
-        output = self._session.step(column, self._mask, past=self._past)
+        output = self._session.step(column, self._mask, past=self._past, last_logits=1)
         self._past = output.past
         return output.logits[:, -1]
 

@@ -14,8 +14,8 @@ import numpy as np
 from runtimes.bundle import Bundle, BundleAdapter
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.native_library import find_op_library, library_name
-from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
-from runtimes.positions import slots
+from runtimes.op import SLOT_INPUT
+from runtimes.step import StepOutput, check_step, step_inputs
 
 try:
     import onnxruntime as ort
@@ -53,14 +53,6 @@ class Past:
     prompt_length: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepOutput:
-    """``logits`` float32 [B, S, V], or [B, 1, V] (the last column) in a bundle made with ``--logits last``."""
-
-    logits: np.ndarray
-    past: Past
-
-
 class OrtSession:
     """One onnxruntime session over a bundle's graph.
 
@@ -91,7 +83,7 @@ class OrtSession:
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._cache_inputs = [name for name in self._inputs if name.startswith("past_key_values.")]
         _check_contract(bundle, self._inputs, self._outputs)
-        self._takes_prompt_length = PROMPT_LENGTH in (i.name for i in self._session.get_overridable_initializers())
+        self._taken = {*self._inputs, *(i.name for i in self._session.get_overridable_initializers())}
         # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
         # adapter without a word: there the adapter's tensors are bound as inputs.
         self._bound = provider != "cpu"
@@ -136,28 +128,23 @@ class OrtSession:
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
+        last_logits: int | None = None,
     ) -> StepOutput:
         """Logits of S new tokens after ``past``. input_ids [B, S]; attention_mask [B, past width + S], 1 real, 0 pad.
 
         ``prompt_length`` [B]: tokens of each row's whole prompt; needed at the first step where the prompt comes in several, and
         remembered in ``past``. Without it all of the first step is prompt. ``position_ids`` [B, S]: by default a token's rank among
-        its row's real tokens. Raises InputError for shapes, token ids or lengths that do not fit.
+        its row's real tokens. ``last_logits``: logits of the last so many columns only; None is all that the graph returns.
+        Raises InputError for shapes, token ids or lengths that do not fit.
         """
         ids, mask = np.asarray(input_ids, np.int64), np.asarray(attention_mask, np.int64)
-        self._check(ids, mask, past)
-        batch, width = ids.shape
+        before = 0 if past is None else past.width
+        check_step(self.bundle.manifest.model, ids, mask, before, takes_position_ids=self.takes_position_ids)
+        batch = ids.shape[0]
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        if self.takes_position_ids:
-            ranks = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -width:] if position_ids is None else position_ids
-            arrays["position_ids"] = np.asarray(ranks, np.int64)
-        if self._takes_prompt_length:
-            arrays[PROMPT_LENGTH] = prompt_length
-        if SLOT_INPUT in self._inputs:
-            rule, tied = (None, True) if self._placement is None else (self._placement.positions, self._placement.tied)
-            arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
+        arrays = step_inputs(self._taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         feeds |= self._empty_past(batch) if past is None else past.values
         try:
@@ -167,7 +154,8 @@ class OrtSession:
             raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
         new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
-        return StepOutput(logits=to_float32(outputs["logits"]), past=new_past)
+        logits = to_float32(outputs["logits"])
+        return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past)
 
     def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         if self._binding is None:
@@ -183,23 +171,6 @@ class OrtSession:
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {name: _empty(self._inputs[name], batch) for name in self._cache_inputs}
-
-    def _check(self, ids: np.ndarray, mask: np.ndarray, past: Past | None) -> None:
-        model = self.bundle.manifest.model
-        before = 0 if past is None else past.width
-        if ids.ndim != 2 or ids.size == 0 or mask.shape != (ids.shape[0], before + ids.shape[1]):
-            raise InputError(
-                f"a step takes input_ids [B, S] and attention_mask [B, {before} + S] (past + new tokens); "
-                f"got {list(ids.shape)} and {list(mask.shape)}"
-            )
-        if ids.min() < 0 or ids.max() >= model.vocab_size:
-            raise InputError(f"token ids reach from {ids.min()} to {ids.max()}; {model.name} has {model.vocab_size}, from 0")
-        # Pads are columns of the cache but no positions of the model, where the graph is told the positions.
-        longest = int(mask.sum(1).max()) if self.takes_position_ids else mask.shape[1]
-        if longest > model.context_length:
-            raise InputError(
-                f"{longest} tokens do not fit the context of {model.name} ({model.context_length}); shorten the prompt or generate fewer"
-            )
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:

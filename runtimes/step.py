@@ -1,0 +1,67 @@
+"""What every session does with a step before its backend sees it: the checks, and the small integer inputs that follow from the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import BundleAdapter, ModelRecord
+from runtimes.errors import InputError
+from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
+from runtimes.positions import slots
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepOutput:
+    """``logits`` float32 [B, S, V], or [B, 1, V] (the last column) in a bundle made with ``--logits last``; fewer columns where the
+    step was asked for the last ones only. ``past`` is the session's own, for the next step."""
+
+    logits: np.ndarray
+    past: Any
+
+
+def check_step(model: ModelRecord, ids: np.ndarray, mask: np.ndarray, before: int, *, takes_position_ids: bool) -> None:
+    """Raises InputError unless ids [B, S] and mask [B, ``before`` + S] are tokens of ``model`` that fit its context."""
+    if ids.ndim != 2 or ids.size == 0 or mask.shape != (ids.shape[0], before + ids.shape[1]):
+        raise InputError(
+            f"a step takes input_ids [B, S] and attention_mask [B, {before} + S] (past + new tokens); "
+            f"got {list(ids.shape)} and {list(mask.shape)}"
+        )
+    if ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise InputError(f"token ids reach from {ids.min()} to {ids.max()}; {model.name} has {model.vocab_size}, from 0")
+    # Pads are columns of the cache but no positions of the model, where the graph is told the positions.
+    longest = int(mask.sum(1).max()) if takes_position_ids else mask.shape[1]
+    if longest > model.context_length:
+        raise InputError(
+            f"{longest} tokens do not fit the context of {model.name} ({model.context_length}); shorten the prompt or generate fewer"
+        )
+
+
+def step_inputs(
+    taken: Collection[str],
+    ids: np.ndarray,
+    mask: np.ndarray,
+    prompt_length: np.ndarray,
+    *,
+    placement: BundleAdapter | None,
+    position_ids: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Every input of the step but banks, rule and cache, by name, of those that the graph takes (``taken``).
+
+    ids, mask and position_ids int64 as given; position_ids [B, S] by default a token's rank among its row's real tokens;
+    reft.prompt_length int64 [B]; reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing).
+    """
+    width = ids.shape[1]
+    arrays = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in taken:
+        ranks = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -width:] if position_ids is None else position_ids
+        arrays["position_ids"] = np.asarray(ranks, np.int64)
+    if PROMPT_LENGTH in taken:
+        arrays[PROMPT_LENGTH] = prompt_length
+    if SLOT_INPUT in taken:
+        rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
+        arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
+    return arrays
