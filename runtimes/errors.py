@@ -60,6 +60,16 @@ class BackendUnavailable(ReftError):
     exit_code = 4
 
 
+class EngineError(ReftError):
+    """A bundle cannot become an engine of the target that was asked for."""
+
+    exit_code = 4
+
+
+class BuildError(ReftError):
+    """TensorRT could not build an engine, or built another network than it was given."""
+
+
 class ParityError(ReftError):
     """A parity budget was missed. ``report`` holds every figure that was taken."""
 

@@ -1,0 +1,151 @@
+"""TensorRT's graph, derived from the bundle's.
+
+TensorRT's parser turns an initializer that is a graph input too into a constant and says nothing; it refuses NonZero; and it knows no
+operators of other domains than ONNX's, but for its plugins and the functions that the graph itself carries. So:
+
+    banks and rules    plain inputs, bound anew for every adapter; U, A [N, r, D], b [N, r] with dynamic N and r
+                       or, frozen, constants: one adapter's, for good
+    reft.prompt_length a plain input [rows] in both cases: it belongs to the prompt, not to the adapter
+    LoReFT             the plugin's (without a function to fall back to), or the function in its per-token form
+    all else           as it was: the KV cache is ordinary inputs and outputs, casts around float32 islands are explicit in the graph,
+                       which is what a strongly typed network wants, and DequantizeLinear and QuantizeLinear pass through
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.function_body import use_bodies
+from graph_passes.insert import is_edit
+from graph_passes.unfold import unfold_graph
+from runtimes.bundle import TensorRecord
+from runtimes.errors import EngineError, GraphError
+from runtimes.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
+
+ONNX_DOMAINS = ("", "ai.onnx")
+QUANTIZED_FOR_ONNXRUNTIME = ("MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul", "MatMulInteger", "DynamicQuantizeLinear")
+SCHEMES = "qdq-int4, qdq-int8, fp8"
+ATTENTION_OPSET = 23
+"""The first opset with Attention: TensorRT parses none that updates a cache, and builds others only where it has a kernel of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineGraph:
+    """The derived graph, and what an engine that was built from it must have."""
+
+    model: ir.Model
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    edit_nodes: int
+    """LoReFT nodes that are left: as many plugin layers, where the plugin is used."""
+
+
+def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str, np.ndarray] | None = None) -> EngineGraph:
+    """Changes ``model``, a bundle's graph, into the one that TensorRT reads; weights stay where they are.
+
+    ``freeze``: every bank and, where the graph computes slots, every rule of one adapter by input name; {} removes the edits altogether
+    (the base). None leaves them all as inputs. ``plugin``: LoReFT is left to the plugin, else to its function.
+
+    Raises EngineError for operators that TensorRT does not have, GraphError where ``freeze`` does not fit the graph.
+    """
+    _refuse_foreign_operators(model)
+    if freeze is not None and not freeze:
+        unfold_graph(model)
+        _drop_inputs(model.graph, [SLOT_INPUT])
+    elif freeze is not None:
+        _freeze(model.graph, freeze)
+    _strip_defaults(model.graph)
+    if plugin:
+        # Without a function a plugin that is not found is an error of the parser, rather than an edit that is silently expanded.
+        for identifier in [key for key in model.functions if key[0] == DOMAIN]:
+            del model.functions[identifier]
+    else:
+        use_bodies(model, per_token=True)
+    return EngineGraph(
+        model=model,
+        inputs=tuple(map(_record, model.graph.inputs)),
+        outputs=tuple(map(_record, model.graph.outputs)),
+        edit_nodes=sum(map(is_edit, model.graph)),
+    )
+
+
+def _refuse_foreign_operators(model: ir.Model) -> None:
+    nodes = [node for node in _all_nodes(model) if node.op_identifier() not in model.functions and node.domain != DOMAIN]
+    counts = Counter(node.op_type for node in nodes)
+    if ours := [op for op in QUANTIZED_FOR_ONNXRUNTIME if counts[op]]:
+        raise EngineError(
+            f"the bundle is quantized for onnxruntime ({counts[ours[0]]} {ours[0]} nodes), which TensorRT cannot read; quantize the float "
+            f"bundle with one of the schemes {SCHEMES}: `reft-export quantize BUNDLE -m MODEL -o OUT --scheme qdq-int4`"
+        )
+    if foreign := Counter(node.op_type for node in nodes if node.domain not in ONNX_DOMAINS):
+        listed = ", ".join(f"{op} ({count})" for op, count in foreign.most_common(4))
+        raise EngineError(
+            f"the graph has operators that TensorRT lacks: {listed} of domain {next(n.domain for n in nodes if n.op_type in foreign)}; "
+            "export the model with `reft-export export` (opset 20) instead of folding into that graph"
+        )
+    if counts["Attention"]:
+        raise EngineError(
+            f"the graph is of opset {model.opset_imports['']} and has {counts['Attention']} Attention nodes, which TensorRT parses without "
+            f"a cache only, and builds for few shapes; export it below opset {ATTENTION_OPSET} (`reft-export export --opset 20`)"
+        )
+
+
+def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for identifier, function in model.functions.items():
+        if identifier[0] != DOMAIN:
+            yield from function.all_nodes()
+
+
+def _freeze(graph: ir.Graph, tensors: Mapping[str, np.ndarray]) -> None:
+    """Makes constants of the named initializers, which stop being inputs."""
+    names = _ours(graph) - {PROMPT_LENGTH}
+    ours = {value.name: value for value in graph.inputs if value.name in names}
+    if different := sorted(set(ours) ^ set(tensors)):
+        has, lacks = ("the graph", "the adapter") if different[0] in ours else ("the adapter", "the graph")
+        raise GraphError(f"{has} has {different[0]!r}, {lacks} does not ({len(different)} such names); export the bundle again")
+    for name, value in ours.items():
+        array = np.ascontiguousarray(tensors[name])
+        expected = tuple(dim if isinstance(dim, int) else None for dim in value.shape or ())
+        fits = len(expected) == array.ndim and all(want in (None, got) for want, got in zip(expected, array.shape, strict=True))
+        if array.dtype != value.dtype.numpy() or not fits:
+            raise GraphError(
+                f"the adapter's {name!r} is {array.dtype} {list(array.shape)}, the graph reads {value.dtype.numpy()} "
+                f"{[dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()]}; export the bundle again"
+            )
+        value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
+        value.shape = ir.Shape(array.shape)
+    _drop_inputs(graph, ours)
+
+
+def _strip_defaults(graph: ir.Graph) -> None:
+    """Banks and rules lose the defaults that would make constants of them. Other initializers that old exporters list as inputs are
+    constants, and stop being inputs."""
+    ours = _ours(graph)
+    for value in [value for value in graph.inputs if value.is_initializer()]:
+        if value.name in ours:
+            del graph.initializers[value.name]
+            value.const_value = None
+        else:
+            graph.inputs.remove(value)
+
+
+def _ours(graph: ir.Graph) -> set[str]:
+    """Every bank and rule that the graph reads."""
+    banks = {value.name for node in graph if is_edit(node) for value in node.inputs[2:] if value is not None}
+    return banks | {value.name for value in graph.inputs if value.name in RULE_DEFAULTS}
+
+
+def _drop_inputs(graph: ir.Graph, names: Sequence[str] | Mapping[str, object]) -> None:
+    for value in [value for value in graph.inputs if value.name in names]:
+        graph.inputs.remove(value)
+
+
+def _record(value: ir.Value) -> TensorRecord:
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
