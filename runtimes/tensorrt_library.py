@@ -53,12 +53,13 @@ def load_plugin(tensorrt: ModuleType, library: Path) -> None:
     if not library.is_file():
         raise BackendUnavailable(f"{library} is not a file; name the plugin library libreft_trt.so")
     try:
-        handle = tensorrt.get_plugin_registry().load_library(str(library.resolve()))
+        handle, reason = tensorrt.get_plugin_registry().load_library(str(library.resolve())), ""
     except Exception as e:  # the registry's own exceptions share no base
-        raise BackendUnavailable(f"plugin library {library} does not load in {tensorrt.__name__} {tensorrt.__version__}: {_one_line(e)}") from None
+        handle, reason = None, f" ({_one_line(e)})"
     if handle is None:
         raise BackendUnavailable(
-            f"plugin library {library} does not load in {tensorrt.__name__} {tensorrt.__version__}; `reft-export doctor` says how to build it"
+            f"plugin library {library} does not load in {tensorrt.__name__} {tensorrt.__version__}{reason}; `reft-export doctor` says how "
+            "to build it"
         )
 
 

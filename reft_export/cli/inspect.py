@@ -16,15 +16,18 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter folder, a bundle folder, or an ONNX graph.")],
+    path: Annotated[Path, typer.Argument(help="An adapter folder, a bundle folder, an engine folder, or an ONNX graph.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in an adapter, a graph or a bundle."""
+    """Show what is in an adapter, a graph, a bundle or an engine."""
+    from runtimes.engine import is_engine
     from runtimes.errors import InputError
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    if (path / "manifest.json").is_file():
+    if is_engine(path):
+        content = inspect_engine(path)
+    elif (path / "manifest.json").is_file():
         content = inspect_bundle(path)
     elif (path / "adapter.json").is_file():
         content = inspect_adapter(path)
@@ -33,7 +36,7 @@ def inspect(
     elif path.suffix == ".onnx_adapter":
         content = inspect_banks(path)
     else:
-        raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json) or an ONNX graph (.onnx)")
+        raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
     if as_json:
         print_json(content)
         return
@@ -72,6 +75,44 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def inspect_engine(path: Path) -> dict[str, Any]:
+    from runtimes.engine import open_engine
+    from runtimes.engine_adapter import read_engine_adapter
+
+    engine = open_engine(path)
+    e, m = engine.engine, engine.manifest
+    adapters = []
+    for name in engine.adapter_names:
+        r = engine.adapter_record(name)
+        tensors = read_engine_adapter(engine.adapter_file(name))
+        adapters.append({"name": name, "positions": r.positions, "tied": r.tied, "bound": len(tensors) or "frozen"})
+    names = list(dict.fromkeys(name for profile in e.profiles for name in profile.shapes))
+    shapes = [{"input": name} | {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes} for name in names]
+    return {
+        "engine": str(path),
+        "target": f"{e.target} {e.tensorrt_version}",
+        "compute capability": list(e.compute_capabilities),
+        "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
+        "precision": m.precision,
+        "plugin": "none: the edit is expanded" if e.plugin is None else f"{e.plugin.file} ({e.plugin.sha256[:16]})",
+        "frozen": e.frozen or "nothing: adapters swap",
+        "weight streaming": e.weight_streaming,
+        "bundle": e.bundle_digest,
+        "graph": e.graph_digest,
+        "built in": f"{e.build_seconds:.1f} s by {e.created_by}",
+        "rebuild": e.rebuild,
+        "adapters": adapters,
+        "profiles": shapes,
+        "inputs": [{"input": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in e.inputs],
+        "outputs": [{"output": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in e.outputs],
+        "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in e.files.items()],
+    }
+
+
+def _range(shape: Any) -> str:
+    return " ".join("x".join(map(str, bound)) for bound in (shape.min, shape.opt, shape.max))
 
 
 def inspect_adapter(path: Path) -> dict[str, Any]:

@@ -28,8 +28,12 @@ SURFACE = {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
         "--block-size", "--accuracy-level", "--force", "--dry-run", "--json",
     },
-    "fold": {"--adapter", "--output", "--slots", "--sites", "--force", "--json"},
+    "fold": {"--adapter", "--output", "--slots", "--sites", "--as-lora", "--force", "--json"},
     "quantize": {"--model", "--output", "--precision", "--scheme", "--block-size", "--accuracy-level", "--force", "--json"},
+    "build": {
+        "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
+        "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
+    },
     "run": {
         "--prompt", "--prompts", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
         "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",

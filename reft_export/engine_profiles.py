@@ -1,0 +1,115 @@
+"""The shapes that an engine admits: one optimization profile for prefill, one for decode.
+
+    input                       shape                       prefill                      decode
+    input_ids, position_ids,    [batch, sequence]           sequence 1 .. max_sequence   sequence 1
+      reft_slot
+    attention_mask              [batch, past + sequence]
+    past_key_values.*           [batch, heads, past, dim]   past 0 .. context - 1        past 0 .. context - 1
+    reft.prompt_length          [batch]
+    banks                       [N, r, D], [N, r]           N 1 .. max_slots, r 1 .. max_rank in both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from runtimes.bundle import TensorRecord
+from runtimes.engine import Profile, ShapeRange
+from runtimes.errors import EngineError, InputError
+from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
+
+PLUGIN_MAX_RANK = 256
+TUNED_PROMPT = 128
+"""Columns of the prompt that the prefill profile is tuned for, where it admits as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """The largest shapes of an engine; ``tuned_slots`` and ``tuned_rank`` are those of the bundle's own adapters."""
+
+    max_batch: int
+    max_sequence: int
+    context: int
+    """Columns of past and current tokens together."""
+    max_slots: int
+    max_rank: int
+    tuned_slots: int = 1
+    tuned_rank: int = 1
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("--max-batch", self.max_batch, 1),
+            ("--max-sequence", self.max_sequence, 1),
+            ("--context", self.context, 2),
+            ("--max-slots", self.max_slots, self.tuned_slots),
+            ("--max-rank", self.max_rank, self.tuned_rank),
+        ):
+            if value < least:
+                why = ", which the bundle's adapters need" if least > 2 or (least > 1 and option != "--context") else ""
+                raise InputError(f"{option} is {value}; at least {least} is needed{why}")
+        if self.max_sequence > self.context:
+            raise InputError(f"--max-sequence {self.max_sequence} is more than the --context of {self.context}; give one that fits into it")
+        if self.max_rank > PLUGIN_MAX_RANK:
+            raise InputError(f"--max-rank {self.max_rank} is more than the kernels take, which is {PLUGIN_MAX_RANK}")
+
+
+def engine_profiles(inputs: Sequence[TensorRecord], banks: Collection[str], limits: EngineLimits) -> tuple[Profile, Profile]:
+    """(prefill, decode) for a graph with these inputs; ``banks`` are the names of those that hold U, A and b.
+
+    Raises EngineError for an input that a decoder with a KV cache does not have, or whose heads or widths vary.
+    """
+    past = (0, limits.context // 2, limits.context - 1)
+    prefill = {"sequence": (1, min(TUNED_PROMPT, limits.max_sequence), limits.max_sequence), "past": (0, 0, past[2])}
+    decode = {"sequence": (1, 1, 1), "past": past}
+    shared = {
+        "batch": (1, 1, limits.max_batch),
+        "slots": (1, limits.tuned_slots, limits.max_slots),
+        "rank": (1, limits.tuned_rank, limits.max_rank),
+    }
+    return (
+        _profile("prefill", inputs, banks, {**shared, **prefill}),
+        _profile("decode", inputs, banks, {**shared, **decode}),
+    )
+
+
+def _profile(name: str, inputs: Sequence[TensorRecord], banks: Collection[str], ranges: dict[str, tuple[int, int, int]]) -> Profile:
+    ranges["total"] = tuple(p + s for p, s in zip(ranges["past"], ranges["sequence"], strict=True))
+    shapes = {}
+    for tensor in inputs:
+        if all(isinstance(dim, int) for dim in tensor.shape):
+            continue
+        bounds = list(_bounds(tensor, banks, ranges))
+        shapes[tensor.name] = ShapeRange(min=_column(bounds, 0), opt=_column(bounds, 1), max=_column(bounds, 2))
+    return Profile(name=name, shapes=shapes)
+
+
+def _bounds(tensor: TensorRecord, banks: Collection[str], ranges: dict[str, tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    meanings = _meanings(tensor.name, banks)
+    if len(meanings) < len(tensor.shape):
+        raise EngineError(f"graph input {tensor.name} {list(tensor.shape)} is none that a decoder with a KV cache has; no engine is built")
+    for dim, meaning in zip(tensor.shape, meanings, strict=False):
+        if isinstance(dim, int):
+            yield dim, dim, dim
+        elif meaning is None:
+            raise EngineError(f"graph input {tensor.name} {list(tensor.shape)}: {dim} varies, and only batch, sequence and past may")
+        else:
+            yield ranges[meaning]
+
+
+def _meanings(name: str, banks: Collection[str]) -> tuple[str | None, ...]:
+    if name in ("input_ids", "position_ids", SLOT_INPUT):
+        return "batch", "sequence"
+    if name == "attention_mask":
+        return "batch", "total"
+    if name == PROMPT_LENGTH:
+        return ("batch",)
+    if name in banks:
+        return "slots", "rank", None
+    if name.startswith("past_key_values."):
+        return "batch", None, "past", None
+    return ()
+
+
+def _column(bounds: Sequence[tuple[int, int, int]], index: int) -> tuple[int, ...]:
+    return tuple(bound[index] for bound in bounds)
