@@ -11,7 +11,8 @@ from graph_passes.dominators import Dominators, describe
 from graph_passes.function_body import edit_function
 from graph_passes.sites import SiteLocation, locate_sites
 from graph_passes.skip_norms import refuse_training_norm, split_skip_norm
-from graph_passes.slots import SLOT_MODES, SLOT_VALUE, add_slots
+from graph_passes.slot_rule import SLOT_VALUE
+from graph_passes.slots import SLOT_MODES, add_slots
 from graph_passes.streams import StreamType, stream_type
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError

@@ -2,7 +2,8 @@
 
 The rule: the values that all of ``logits`` depends on, from ``input_ids`` on, are its dominator chain (Shape edges cut). From
 ``present.<i>.key``, the nearest of them upstream is what block i reads, so it is also what block i-1 wrote. The last block's output
-follows from the shape of the blocks before it. Checked against hooks in eager models of 19 families.
+follows from the shape of the blocks before it. Checked against hooks in eager models of 19 families. A TensorRT-Edge-LLM graph starts
+at inputs_embeds, which is what block 0 reads, and its keys are present_key_values_<i>.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from graph_passes.branches import Branch, module_outputs
 from graph_passes.contract import read_contract
 from graph_passes.dominators import Dominators, describe
+from graph_passes.edge_llm import is_edge_llm, read_edge_contract
 from graph_passes.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
 from runtimes.edit import Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
@@ -22,6 +24,7 @@ from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 # Half precision and TorchScript exports put Casts on the stream; they carry the same tensor, so the value before them is the site.
 _ALIASES = frozenset({"Cast", "Identity"})
 _NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
+_STREAM_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +62,8 @@ class SiteSurvey:
 class _Step:
     """One value of the dominator chain: its node, the output that carries it, and the label by which blocks are compared."""
 
-    node: ir.Node
+    node: ir.Node | None
+    """None for the chain's first, a graph input."""
     output_index: int | None
     label: str
 
@@ -93,16 +97,20 @@ def locate_sites(model: ir.Model, wanted: Iterable[Site]) -> dict[Site, SiteLoca
 
 def survey_sites(model: ir.Model) -> SiteSurvey:
     """``find_sites`` together with the reason for every site that is missing."""
-    contract = read_contract(model.graph)
-    dominators = Dominators(model.graph, contract.input_ids)
-    chain = _chain(dominators, contract.logits)
-    starts = _block_starts(dominators, chain, contract.keys)
+    root, logits, keys = _anchors(model.graph)
+    dominators = Dominators(model.graph, root)
+    chain = _chain(dominators, logits)
+    starts = _block_starts(dominators, chain, keys, starts_at_root=root.dtype in _STREAM_TYPES)
     found: dict[Site, SiteLocation] = {}
     refused: dict[Site, GraphError] = {}
 
     for layer, start in enumerate(starts):
-        location = _location(chain[start], f"nearest value upstream of {contract.keys[layer].name} that all of logits depends on")
-        found[Site(layer=layer, stream="block_input")] = location
+        site = Site(layer=layer, stream="block_input")
+        if chain[start].node is None:
+            refused[site] = SiteNotFound(f"{site} is the graph's input {root.name!r}, behind which nothing can be inserted")
+            continue
+        location = _location(chain[start], f"nearest value upstream of {keys[layer].name} that all of logits depends on")
+        found[site] = location
         if layer:
             found[Site(layer=layer - 1, stream="block_output")] = location
 
@@ -116,10 +124,10 @@ def survey_sites(model: ir.Model) -> SiteSurvey:
         refused[last] = error
         ends.append(None)
 
-    stream_nodes = frozenset(step.node for step in chain)
+    stream_nodes = frozenset(step.node for step in chain if step.node is not None)
     for layer, (start, stop) in enumerate(zip(starts, ends, strict=True)):
         block = None if stop is None else list(dict.fromkeys(step.node for step in chain[start + 1 : stop + 1]))
-        for stream, branch in module_outputs(dominators, block, contract.keys[layer], stream_nodes).items():
+        for stream, branch in module_outputs(dominators, block, keys[layer], stream_nodes).items():
             site = Site(layer=layer, stream=stream)
             if isinstance(branch, Branch):
                 found[site] = SiteLocation(node=branch.node, output_index=branch.output_index, how=branch.how)
@@ -128,12 +136,21 @@ def survey_sites(model: ir.Model) -> SiteSurvey:
     return SiteSurvey(found=found, refused=refused, layers=len(starts))
 
 
+def _anchors(graph: ir.Graph) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ...]]:
+    """The input that tokens come in by, the logits, and one output per layer that its attention writes the keys to."""
+    if is_edge_llm(graph):
+        edge = read_edge_contract(graph)
+        return edge.stream, edge.logits, edge.presents
+    contract = read_contract(graph)
+    return contract.input_ids, contract.logits, contract.keys
+
+
 def _chain(dominators: Dominators, logits: ir.Value) -> list[_Step]:
     """The values that all of logits depends on, in order of computation."""
     producer = logits.producer()
     if producer is None or producer not in dominators:
-        raise GraphError("logits does not depend on input_ids; the graph is not a decoder over token ids")
-    chain: list[_Step] = []
+        raise GraphError("logits does not depend on the tokens; the graph is not a decoder")
+    chain = [_Step(node=None, output_index=None, label="input")]
     for node in reversed(list(dominators.climb(producer))):
         if node.op_type in _ALIASES:
             continue
@@ -163,17 +180,19 @@ def _location(step: _Step, how: str) -> SiteLocation:
     return SiteLocation(node=step.node, output_index=step.output_index, how=f"{describe(step.node)}: {how}")
 
 
-def _block_starts(dominators: Dominators, chain: Sequence[_Step], keys: Sequence[ir.Value]) -> list[int]:
-    """For every layer, the chain index of the value that its block reads."""
+def _block_starts(
+    dominators: Dominators, chain: Sequence[_Step], keys: Sequence[ir.Value], *, starts_at_root: bool
+) -> list[int]:
+    """For every layer, the chain index of the value that its block reads; ``starts_at_root``: the input may be that of block 0."""
     index = {step.node: position for position, step in enumerate(chain)}
     starts: list[int] = []
     for layer, key in enumerate(keys):
         producer = key.producer()
         upstream = dominators.climb(producer) if producer is not None and producer in dominators else ()
-        start = next((index[node] for node in upstream if node in index), None)
+        start = next((index[node] for node in upstream if node in index), 0 if starts_at_root and not layer else None)
         if start is None:
             raise SiteNotFound(
-                f"the input of block {layer} cannot be told: {key.name} and logits share no value computed from input_ids"
+                f"the input of block {layer} cannot be told: {key.name} and logits share no value computed from the tokens"
             )
         if starts and start <= starts[-1]:
             shared = chain[start].node

@@ -14,23 +14,27 @@ The same arithmetic in numpy is ``runtimes.positions.slots``.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from graph_passes.contract import read_contract
+from graph_passes.edge_llm import is_edge_llm
+from graph_passes.edge_slots import add_edge_rule
+from graph_passes.slot_rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
 from runtimes.errors import GraphError
 from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 
-SLOT_VALUE = "reft.slot"
-"""The int32 [B, S] value that every edit reads when the slots are computed in the graph."""
 SLOT_MODES = ("graph", "input")
 
 
 def add_slots(graph: ir.Graph, mode: str) -> ir.Value:
     """Adds the slots to the graph and returns them, int32 [B, S]: the rule ("graph"), or the graph input reft_slot ("input").
 
+    A TensorRT-Edge-LLM export has a rule of its own (graph_passes/edge_slots.py), and no room for further inputs.
+
     Raises GraphError where the mode is unknown, or where the graph lacks the attention_mask [B, T] that the rule reads.
     """
+    if mode == "graph" and is_edge_llm(graph):
+        return add_edge_rule(graph)
     if mode == "graph":
         return _add_rule(graph)
     if mode == "input":
@@ -59,8 +63,8 @@ def _add_rule(graph: ir.Graph) -> ir.Value:
         raise GraphError(
             f"slots can be computed in a graph from an attention_mask [batch, past + sequence] only; {got}; use --slots input"
         )
-    rule = {name: _add_rule_value(graph, name, default) for name, default in RULE_DEFAULTS.items()}
-    build = _Rule()
+    rule = add_rule_values(graph, RULE_DEFAULTS)
+    build = RuleNodes()
     mask = build.add("Cast", mask, to=int(ir.DataType.INT64))
     width = build.add("Shape", ids, start=1, end=2)
     columns = build.range(build.add("Shape", mask, start=1, end=2))
@@ -79,60 +83,10 @@ def _add_rule(graph: ir.Graph) -> ir.Value:
     given = build.add("Unsqueeze", rule[PROMPT_LENGTH], build.one)
     length = build.add("Where", build.add("GreaterOrEqual", given, build.zero), given, derived)
 
-    half = build.add("Div", length, build.two)
-    truncate = build.add("Greater", rule["reft.truncate"], build.zero)
-    first, last = (
-        build.add("Where", truncate, build.add("Min", rule[name], half), rule[name]) for name in ("reft.first", "reft.last")
-    )
-    in_prompt = build.add("Less", rank, length)
-    in_suffix = build.add("And", build.add("GreaterOrEqual", rank, build.add("Sub", length, last)), in_prompt)
-    whole_prompt = build.add("And", build.add("Greater", rule["reft.prompt"], build.zero), in_prompt)
-    everywhere = build.add("Greater", rule["reft.everywhere"], build.zero)
-    edited = build.add("Or", build.add("Or", build.add("Less", rank, first), whole_prompt), everywhere)
-
-    slot = build.add("Where", edited, build.zero, build.minus_one)
-    slot = build.add("Where", in_suffix, rule["reft.suffix_slot"], slot)
-    slot = build.add("Where", build.add("Greater", window, build.zero), slot, build.minus_one)
-    slot = build.add("Cast", slot, to=int(ir.DataType.INT32))
+    slot = apply_rule(build, rank=rank, length=length, real=build.add("Greater", window, build.zero), rule=rule)
     slot.name = SLOT_VALUE
     slot.type = ir.TensorType(ir.DataType.INT32)
     slot.shape = _batch_by_sequence(ids)
     # The rule reads graph inputs only, so it can stand before everything that reads it.
     graph.insert_before(graph[0], build.nodes)
     return slot
-
-
-def _add_rule_value(graph: ir.Graph, name: str, default: int) -> ir.Value:
-    """An initializer that is a graph input too: runtimes may replace it per call. prompt_length is [1] or [B], the others [1]."""
-    rows: int | str = f"{PROMPT_LENGTH}.rows" if name == PROMPT_LENGTH else 1
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([rows]),
-        const_value=ir.tensor(np.array([default], np.int64), name=name),
-    )
-    graph.inputs.append(value)
-    graph.register_initializer(value)
-    return value
-
-
-class _Rule:
-    """Nodes of the rule under construction; every value is named reft.rule.<operator>_<number>."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-        self.zero, self.one, self.two, self.minus_one = (self.constant([value]) for value in (0, 1, 2, -1))
-        self.zero_scalar, self.one_scalar = self.constant(0), self.constant(1)
-
-    def add(self, op: str, *inputs: ir.Value, **attributes: int | ir.TensorProtocol) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes, name=f"reft.rule.{op.lower()}_{len(self.nodes)}")
-        node.outputs[0].name = node.name
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value: int | list[int]) -> ir.Value:
-        return self.add("Constant", value=ir.tensor(np.array(value, np.int64)))
-
-    def range(self, count: ir.Value) -> ir.Value:
-        """[0, .., count - 1] of a count of shape [1]."""
-        return self.add("Range", self.zero_scalar, self.add("Squeeze", count, self.zero), self.one_scalar)

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graph_passes.edge_llm import is_edge_llm
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
@@ -16,6 +17,7 @@ from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
+from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, check_adapter_name
 from runtimes.edit import Site
@@ -38,9 +40,17 @@ class FoldResult:
 
 
 def fold_bundle(
-    graph: Path, adapter_folders: list[Path], output: Path, *, slots: str, sites: tuple[Site, ...], force: bool, report: Report
-) -> FoldResult:
-    """Writes a bundle around a foreign graph, without golden arrays. The graph is read, never written to.
+    graph: Path,
+    adapter_folders: list[Path],
+    output: Path,
+    *,
+    slots: str,
+    sites: tuple[Site, ...],
+    as_lora: bool = False,
+    force: bool,
+    report: Report,
+) -> FoldResult | EdgeFoldResult:
+    """Writes a bundle around a foreign graph, without golden arrays; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
     An ONNX file says nothing of the checkpoint it came from: an adapter's width and depth are checked, its fingerprint cannot be.
     """
@@ -51,6 +61,12 @@ def fold_bundle(
     source = graph_file(graph)
     report(f"reading {source}")
     model = load_graph(source)
+    if is_edge_llm(model.graph):
+        if sites or slots != "graph":
+            raise InputError("--sites and --slots input add graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave them out")
+        return fold_edge_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
+    if as_lora:
+        raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
     record = foreign_record(model, source, adapters)
     for name, adapter in adapters.items():
         check_adapter_name(name)
