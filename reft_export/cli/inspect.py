@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,8 +89,8 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         r = engine.adapter_record(name)
         tensors = read_engine_adapter(engine.adapter_file(name))
         adapters.append({"name": name, "positions": r.positions, "tied": r.tied, "bound": len(tensors) or "frozen"})
-    names = list(dict.fromkeys(name for profile in e.profiles for name in profile.shapes))
-    shapes = [{"input": name} | {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes} for name in names]
+    names = dict.fromkeys(name for profile in e.profiles for name in profile.shapes)
+    ranges = [(name, {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes}) for name in names]
     return {
         "engine": str(path),
         "target": f"{e.target} {e.tensorrt_version}",
@@ -104,11 +105,28 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         "built in": f"{e.build_seconds:.1f} s by {e.created_by}",
         "rebuild": e.rebuild,
         "adapters": adapters,
-        "profiles": shapes,
-        "inputs": [{"input": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in e.inputs],
-        "outputs": [{"output": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in e.outputs],
+        "profiles (min, opt, max)": _alike("input", ranges),
+        "inputs": _alike("input", [(t.name, _type(t)) for t in e.inputs]),
+        "outputs": _alike("output", [(t.name, _type(t)) for t in e.outputs]),
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in e.files.items()],
     }
+
+
+def _alike(column: str, named: list[tuple[str, dict[str, str]]]) -> list[dict[str, str]]:
+    """One row for the tensors of all layers that differ in nothing but the layer."""
+    counts: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, values in named:
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        key = (kind, *values.values())
+        counts[key] = counts.get(key, 0) + 1
+        rows[key] = {column: name if counts[key] == 1 else f"{kind} ({counts[key]})"} | values
+    return list(rows.values())
+
+
+def _type(tensor: Any) -> dict[str, str]:
+    dims = (str(dim).rpartition(".")[2] for dim in tensor.shape)
+    return {"dtype": tensor.dtype, "shape": " x ".join(dims)}
 
 
 def _range(shape: Any) -> str:
