@@ -90,12 +90,13 @@ def bench(
     new_tokens: int = 32,
     repeats: int = 7,
     adapters: Sequence[str] | None = None,
+    base: str = BASE,
     on_run: Callable[[int, int], None] | None = None,
 ) -> BenchResult:
     """Times one row of ``prompt_tokens`` random tokens and ``new_tokens`` decode steps, ``repeats`` pairs per adapter.
 
-    ``adapters``: by default all of the bundle. ``on_run(done, total)`` reports progress. Raises InputError where the tokens exceed the
-    model's context.
+    ``adapters``: by default all of the bundle. ``base``: what they are compared with; an adapter's name where there is no base to run.
+    ``on_run(done, total)`` reports progress. Raises InputError where the tokens exceed the model's context.
     """
     if min(prompt_tokens, new_tokens, repeats) < 1:
         raise InputError(f"prompt tokens, new tokens and repeats are {prompt_tokens}, {new_tokens}, {repeats}; each must be at least 1")
@@ -109,7 +110,7 @@ def bench(
         )
     names = list(session.bundle.adapter_names if adapters is None else adapters)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, prompt_tokens).tolist()
-    pairs = _alternate(session, prompt, new_tokens, repeats, names, on_run)
+    pairs = _alternate(session, prompt, new_tokens, repeats, names, base, on_run)
     return BenchResult(
         model=model.name,
         provider=session.provider,
@@ -120,8 +121,8 @@ def bench(
         load_seconds=load_seconds,
         peak_memory=peak_memory(),
         measurements=(
-            _measurement(BASE, [base for name in pairs for base, _ in pairs[name]]),
-            *(_measurement(name, [steered for _, steered in pairs[name]], [base for base, _ in pairs[name]]) for name in names),
+            _measurement(base, [run for name in pairs for run, _ in pairs[name]]),
+            *(_measurement(name, [steered for _, steered in pairs[name]], [run for run, _ in pairs[name]]) for name in names),
         ),
     )
 
@@ -132,18 +133,19 @@ def _alternate(
     new_tokens: int,
     repeats: int,
     names: Sequence[str],
+    base: str,
     on_run: Callable[[int, int], None] | None,
 ) -> dict[str, list[tuple[_Run, _Run]]]:
     """(base, steered) runs of each adapter, neighbours in time, in turning order; without adapters the base twice."""
     active, done = session.adapter, 0
-    opponents = list(names) or [BASE]
+    opponents = list(names) or [base]
     pairs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in opponents}
     try:
-        for name in {BASE, *opponents}:
+        for name in {base, *opponents}:
             _timed(session, name, prompt, WARM_UP_TOKENS)
         for repeat in range(repeats):
             for name in opponents:
-                order = (BASE, name) if repeat % 2 == 0 else (name, BASE)
+                order = (base, name) if repeat % 2 == 0 else (name, base)
                 runs = [_timed(session, which, prompt, new_tokens) for which in order]
                 pairs[name].append((runs[0], runs[1]) if repeat % 2 == 0 else (runs[1], runs[0]))
                 done += 1

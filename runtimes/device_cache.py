@@ -12,6 +12,8 @@ from runtimes.cuda_device import CudaDevice
 
 GRANULE = 64
 """Columns: a cache that grows column by column moves to larger buffers every so often only."""
+PAGE = 4096
+"""Bytes that buffers are multiples of, for the masks, which grow too."""
 
 
 class DeviceBuffers:
@@ -30,7 +32,7 @@ class DeviceBuffers:
             self._device.synchronize()
             del self._buffers[name]
             self._device.free(address)
-        size = max(size, 1)
+        size = max(-(-size // PAGE), 1) * PAGE
         self._buffers[name] = (self._device.allocate(size), size)
         return self._buffers[name][0]
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtimes.bundle import BASE_GOLDEN, Bundle
+from runtimes.engine import Engine
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
 from runtimes.parity import Budget, Delta, ParityReport, Rung, budget_for, compare, compare_deltas, judge
@@ -31,19 +32,22 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
 
     For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
     chunked prefill, single rows, left and right padding, all against the same eager full forward. A graph that cannot share a batch
-    between rows of unequal length is fed row by row. Leaves the session's adapter as it was.
+    between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
+    Leaves the session's adapter as it was.
     Raises BundleError where there are no golden arrays.
     """
+    frozen = bundle.engine.frozen if isinstance(bundle, Engine) else None
+    wanted = (BASE_GOLDEN, *bundle.adapter_names) if frozen is None else (frozen,)
     if not bundle.golden_names:
         raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model")
-    unchecked = [name for name in bundle.adapter_names if name not in bundle.golden_names]
-    if unchecked or BASE_GOLDEN not in bundle.golden_names:
-        raise BundleError(f"{bundle.folder} has no golden arrays for {(unchecked or [BASE_GOLDEN])[0]}; export it again, or pass the model")
+    if unchecked := [name for name in wanted if name not in bundle.golden_names]:
+        raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model")
     budget, active = budget_for(bundle.manifest), session.adapter
     rungs: list[Rung] = []
     try:
-        for name in bundle.golden_names:
-            rungs += _check_one(session, _Golden.read(bundle, name), budget)
+        for name in wanted:
+            golden = _Golden.read(bundle, name)
+            rungs += _check_one(session, golden if frozen is None else replace(golden, steering=None), budget)
     finally:
         session.set_adapter(active)
     return ParityReport(rungs=tuple(rungs))

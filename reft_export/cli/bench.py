@@ -19,37 +19,47 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     adapter: Annotated[list[str] | None, typer.Option("--adapter", "-a", help="Only these adapters; default: all.")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Decode steps.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Pairs of base and steered runs, in turn.")] = 7,
-    provider: Provider = "cpu",
+    provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
-    op: Annotated[bool, typer.Option("--op", help="The edit op alone, at this bundle's width and rank, on one CPU thread.")] = False,
+    op: Annotated[
+        bool, typer.Option("--op", help="The edit op alone, at this bundle's width and rank, on one CPU thread; not of an engine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure time to first token, tokens per second and peak memory, and what steering costs over the base."""
+    from contextlib import ExitStack
+
+    from runtimes.bench import BASE
     from runtimes.bench import bench as measure
-    from runtimes.bundle import open_bundle
-    from runtimes.ort_session import OrtSession
+    from runtimes.device_session import open_artifact, open_session
+    from runtimes.engine import Engine
+    from runtimes.errors import InputError
 
     check_session_options(provider, kernel)
-    opened = open_bundle(bundle)
+    opened = open_artifact(bundle)
+    frozen = opened.engine.frozen if isinstance(opened, Engine) else None
     for name in adapter or ():
         opened.adapter(name)
 
+    if op and isinstance(opened, Engine):
+        raise InputError(f"--op measures the op in onnxruntime; {bundle} is an engine: pass the bundle that it was built from")
     if op:
         _bench_op(opened, adapter, as_json)
         return
-    with err.status("measuring") as status:
+    with err.status("measuring") as status, ExitStack() as sessions:
         result = measure(
-            lambda: OrtSession(opened, provider=provider, threads=threads, kernel=kernel),
+            lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
-            adapters=adapter,
+            adapters=adapter if frozen is None or adapter else [],
+            base=frozen or BASE,  # a frozen adapter is all that its engine runs
             on_run=lambda done, total: status.update(f"measuring {done}/{total}"),
         )
     if as_json:

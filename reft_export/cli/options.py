@@ -20,10 +20,19 @@ Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; 
 Sites = Annotated[
     str, typer.Option("--sites", help="Further places for edits, for example 3;5.mlp_output: adapters trained later can use them.")
 ]
-Provider = Annotated[str, typer.Option("--provider", help="cpu, cuda or tensorrt.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", help="onnxruntime's for a bundle: cpu (default), cuda or tensorrt. An engine runs in the one it was built for."
+    ),
+]
 Kernel = Annotated[
     str | None,
-    typer.Option("--kernel", help="fused: the op library; function: the ONNX function in the graph. Default: fused where it is."),
+    typer.Option(
+        "--kernel",
+        help="fused: the op library; function: the ONNX function in the graph. Default: fused where it is. An engine has the one it was "
+        "built with: plugin or expanded.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of onnxruntime; default: its own choice.")]
 BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share a scale, along the input dimension.")]
@@ -48,6 +57,6 @@ def check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
         raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
 
 
-def check_session_options(provider: str, kernel: str | None) -> None:
-    check_choice("--provider", provider, ("cpu", "cuda", "tensorrt"))
-    check_choice("--kernel", kernel, ("fused", "function"))
+def check_session_options(provider: str | None, kernel: str | None) -> None:
+    check_choice("--provider", provider, ("cpu", "cuda", "tensorrt", "tensorrt-rtx"))
+    check_choice("--kernel", kernel, ("fused", "function", "plugin", "expanded"))

@@ -16,37 +16,43 @@ def register(app: typer.Typer) -> None:
 
 
 def parity(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The base: runs eager PyTorch again, for every rung; without it, the golden arrays serve."),
+        typer.Option(
+            "--model", "-m", help="The base: runs eager PyTorch again, for every rung of a bundle; without it, the golden arrays serve."
+        ),
     ] = None,
-    provider: Provider = "cpu",
+    provider: Provider = None,
     kernel: Kernel = None,
     full: Annotated[bool, typer.Option("--full", help="Show every rung, not the worst of each kind.")] = False,
     report_file: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a bundle against eager PyTorch; exits 3 when a budget is missed."""
-    from runtimes.bundle import open_bundle
+    """Hold a bundle or an engine against eager PyTorch; exits 3 when a budget is missed."""
+    from runtimes.device_session import open_artifact, open_session
+    from runtimes.engine import Engine
     from runtimes.errors import InputError
     from runtimes.golden import check_golden
 
     check_session_options(provider, kernel)
     if report_file is not None and not report_file.absolute().parent.is_dir():
         raise InputError(f"--report {report_file}: its folder does not exist")
-    opened = open_bundle(bundle, verify=verify)
+    opened = open_artifact(bundle, verify=verify)
+    if model is not None and isinstance(opened, Engine):
+        raise InputError(
+            f"--model goes through the rungs of a bundle; {bundle} is an engine: its golden arrays are the eager model's, drop -m"
+        )
     with progress() as say:
         if model is not None:
             from reft_export.parity import host_ladder
 
-            report = host_ladder(opened, model, provider=provider, kernel=kernel, report=say)
+            report = host_ladder(opened, model, provider=provider or "cpu", kernel=kernel, report=say)
         else:
-            from runtimes.ort_session import OrtSession
-
             say("running the golden inputs")
-            report = check_golden(opened, OrtSession(opened, provider=provider, kernel=kernel))
+            with open_session(opened, provider=provider, kernel=kernel) as session:
+                report = check_golden(opened, session)
     if report_file is not None:
         report_file.write_text(report.to_json() + "\n", encoding="utf-8")
     if as_json:

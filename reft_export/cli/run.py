@@ -18,14 +18,14 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="JSONL with a `prompt` or chat `messages` a line; - is stdin. Answers are JSONL on stdout."),
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter of the bundle; default: none, the base.")] = None,
-    provider: Provider = "cpu",
+    provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
     chat: Annotated[str, typer.Option("--chat", help="Render prompts through the chat template: auto, always, never.")] = "auto",
@@ -46,12 +46,11 @@ def run(
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answers as JSONL on stdout.")] = False,
 ) -> None:
-    """Answer prompts with a bundle in onnxruntime, steered by an adapter or not."""
-    from runtimes.bundle import open_bundle
+    """Answer prompts with a bundle in onnxruntime or an engine in TensorRT, steered by an adapter or not."""
     from runtimes.chat import ChatTemplate
+    from runtimes.device_session import open_artifact, open_session, token_limit
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings, generate
-    from runtimes.ort_session import OrtSession
     from runtimes.tokenizer import Tokenizer
 
     check_session_options(provider, kernel)
@@ -67,7 +66,7 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    opened = open_bundle(bundle, verify=verify)
+    opened = open_artifact(bundle, verify=verify)
     if adapter is not None:
         opened.adapter(adapter)
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
@@ -79,38 +78,38 @@ def run(
     given = [(f"prompt {i}", [{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
     conversations = read_prompts(prompts) if prompts else given
     encoded = [encode(c, tokenizer, template, system) for _, c in conversations]
-    model = opened.manifest.model
+    limit, what = token_limit(opened)
     for (where, _), tokens in zip(conversations, encoded, strict=True):
-        if not tokens or len(tokens) + max_new_tokens > model.context_length:
+        if not tokens or len(tokens) + max_new_tokens > limit:
             raise InputError(
-                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
-                f"({model.context_length}); shorten it, or lower --max-new-tokens"
+                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit {what}; shorten it, or lower --max-new-tokens"
                 if tokens
                 else f"{where} is empty; a prompt needs at least one token"
             )
-    session = OrtSession(opened, provider=provider, threads=threads, adapter=adapter, kernel=kernel)
     alone = len(encoded) == 1 and not prompts and not as_json
 
     def show(_: int, piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    for first in range(0, len(encoded), batch_size):
-        part = encoded[first : first + batch_size]
-        on_text = show if alone and stream else None
-        answers = generate(session, tokenizer, part, settings, on_text=on_text, prefill_chunk=prefill_chunk)
-        for index, answer in enumerate(answers, first):
-            if prompts or as_json:
-                record = {"index": index, "adapter": adapter, "text": answer.text, "finish_reason": answer.finish_reason}
-                record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
-                sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-                sys.stdout.flush()
-            elif alone:
-                sys.stdout.write("\n" if stream else answer.text + "\n")
-            else:
-                err.print(f"[dim]--- {escape((prompt or [''])[index])}[/]")
-                sys.stdout.write(answer.text + "\n")
-                sys.stdout.flush()
+    with open_session(opened, provider=provider, kernel=kernel, threads=threads, adapter=adapter) as session:
+        session.set_adapter(adapter)  # an engine with a frozen adapter starts with that one
+        for first in range(0, len(encoded), batch_size):
+            part = encoded[first : first + batch_size]
+            on_text = show if alone and stream else None
+            answers = generate(session, tokenizer, part, settings, on_text=on_text, prefill_chunk=prefill_chunk)
+            for index, answer in enumerate(answers, first):
+                if prompts or as_json:
+                    record = {"index": index, "adapter": adapter, "text": answer.text, "finish_reason": answer.finish_reason}
+                    record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+                    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    sys.stdout.flush()
+                elif alone:
+                    sys.stdout.write("\n" if stream else answer.text + "\n")
+                else:
+                    err.print(f"[dim]--- {escape((prompt or [''])[index])}[/]")
+                    sys.stdout.write(answer.text + "\n")
+                    sys.stdout.flush()
 
 
 def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | None) -> list[int]:

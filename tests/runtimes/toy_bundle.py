@@ -141,7 +141,9 @@ def _block(i: int) -> str:
         h{i + 1} = Add(x{i}, mlp{i})"""
 
 
-def toy_adapter(positions: str = "f2+l2", *, tied: bool = True, seed: int = 1, rank: int = 2, strength: float = 1.0) -> Adapter:
+def toy_adapter(
+    positions: str = "f2+l2", *, tied: bool = True, seed: int = 1, rank: int = 2, strength: float = 1.0, activation: str = ""
+) -> Adapter:
     random = np.random.default_rng(seed)
     tensors = {}
     for layer in range(LAYERS):
@@ -155,6 +157,7 @@ def toy_adapter(positions: str = "f2+l2", *, tied: bool = True, seed: int = 1, r
         sites=tuple(Site(layer=i) for i in range(LAYERS)),
         positions=PositionRule.parse(positions),
         tied=tied,
+        activation=activation,
         base=BaseModel(name="toy", fingerprint="0" * 64, num_hidden_layers=LAYERS, hidden_size=WIDTH),
         tensors=tensors,
     )
@@ -207,7 +210,8 @@ def write_toy_bundle(
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
-    nodes = tuple(EditNode(site=Site(layer=i)) for i in range(LAYERS))
+    linear = {EditNode(site=Site(layer=i)) for i in range(LAYERS)}
+    nodes = tuple(sorted(linear | {node for adapter in adapters.values() for node in adapter.nodes()}))
     model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids))
     fold_graph(model, nodes, slots=slot_mode)
     ir.save(model, folder / "model.onnx")
@@ -251,7 +255,7 @@ def write_toy_bundle(
         slots=slot_mode,
         inputs=(),
         outputs=(),
-        nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream) for n in nodes),
+        nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
         adapters=tuple(adapters),
         parity_budget={},
         weights={},
