@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtimes.bundle import Bundle, open_bundle
@@ -45,16 +46,34 @@ def open_session(
     yield OrtSession(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
 
 
-def token_limit(artifact: Bundle) -> tuple[int, str]:
-    """The most tokens of one row, prompt and answer, that an artifact runs, and what sets this limit."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an artifact runs at once; None is no limit of its own."""
+
+    tokens: int
+    """Of one row, prompt and answer."""
+    reason: str
+    """What limits ``tokens``."""
+    rows: int | None = None
+    columns: int | None = None
+    """Of a prompt, in one call."""
+
+
+def limits_of(artifact: Bundle) -> Limits:
     model = artifact.manifest.model
-    limits = [(model.context_length, f"the context of {model.name} ({model.context_length})")]
-    if isinstance(artifact, Engine):
-        decode = next(p for p in artifact.engine.profiles if p.name == "decode")
-        columns = min(shapes.max[2] for name, shapes in decode.shapes.items() if name.startswith("past_key_values."))
-        # A step of one token has the whole past beside it.
-        limits.append((columns + 1, f"the KV cache that {artifact.folder} was built for ({columns} columns and one; --max-past raises it)"))
-    return min(limits)
+    whole = Limits(tokens=model.context_length, reason=f"the context of {model.name} ({model.context_length})")
+    if not isinstance(artifact, Engine):
+        return whole
+    profiles = {profile.name: profile.shapes for profile in artifact.engine.profiles}
+    rows, columns = profiles["prefill"]["input_ids"].max
+    past = min(shapes.max[2] for name, shapes in profiles["decode"].items() if name.startswith("past_key_values."))
+    built = Limits(
+        tokens=past + 1,
+        reason=f"the context that {artifact.folder} was built for ({past + 1}; --context raises it)",
+        rows=rows,
+        columns=columns,
+    )
+    return built if built.tokens < whole.tokens else replace(whole, rows=rows, columns=columns)
 
 
 def _check_engine_options(engine: Engine, provider: str | None, kernel: str | None, threads: int | None) -> None:

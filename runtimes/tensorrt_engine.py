@@ -19,6 +19,7 @@ from runtimes.bundle import TensorRecord
 from runtimes.cuda_device import CudaDevice
 from runtimes.engine import Engine, Profile
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
+from runtimes.tensorrt_builder import DTYPES as ONNX_DTYPES
 from runtimes.tensorrt_library import load_plugin, tensorrt_version
 
 DTYPES = {
@@ -29,8 +30,6 @@ DTYPES = {
     "int32": np.dtype(np.int32),
 }
 """By the manifest's name."""
-TENSORRT_NAMES = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
-"""The manifest's name of each tensorrt.DataType."""
 
 
 class LoadedEngine:
@@ -112,7 +111,7 @@ class LoadedEngine:
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             kind = "input" if engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT else "output"
             dtype = engine.get_tensor_dtype(name).name
-            found[name] = kind, TENSORRT_NAMES.get(dtype, dtype), tuple(engine.get_tensor_shape(name))
+            found[name] = kind, ONNX_DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name))
             if engine.get_tensor_location(name) != tensorrt.TensorLocation.DEVICE:
                 raise self._other_plan(f"{kind} {name} is read on the host")
         stated = {r.name: (kind, r) for kind, records in (("input", self.inputs), ("output", self.outputs)) for r in records.values()}
@@ -217,7 +216,7 @@ def _dimension(name: str, axis: int, got: int) -> tuple[str, str]:
     if axis == 0:
         return f"{got} rows at once", f"run fewer together (--batch-size), or build it again with --max-batch {got}"
     if name.startswith("past_key_values.") or name == "attention_mask":
-        return f"{got} columns of the KV cache", f"use shorter prompts and answers, or build it again with --max-past {got}"
+        return f"{got} columns of the KV cache", f"use shorter prompts and answers, or build it again with --context {got + 1}"
     return f"{got} new tokens in one call", f"feed them in pieces (--prefill-chunk), or build it again with --max-sequence {got}"
 
 

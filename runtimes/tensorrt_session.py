@@ -105,9 +105,8 @@ class TensorRTSession:
         A KV cache belongs to the adapter it was computed with: start a new one after a swap. Raises InputError for an adapter that is
         larger than the engine was built for, or another than the one that is frozen into it.
         """
-        placement = None if name is None else self.bundle.adapter(name)
         self._bank_shapes, self._bank_addresses = self._adapters.bind(name)
-        self.adapter, self._placement = name, placement
+        self.adapter, self._placement = name, None if name is None else self.bundle.adapter(name)
 
     def step(
         self,

@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Answer prompts with a bundle in onnxruntime or an engine in TensorRT, steered by an adapter or not."""
     from runtimes.chat import ChatTemplate
-    from runtimes.device_session import open_artifact, open_session, token_limit
+    from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings, generate
     from runtimes.tokenizer import Tokenizer
@@ -78,14 +78,19 @@ def run(
     given = [(f"prompt {i}", [{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
     conversations = read_prompts(prompts) if prompts else given
     encoded = [encode(c, tokenizer, template, system) for _, c in conversations]
-    limit, what = token_limit(opened)
+    limits = limits_of(opened)
     for (where, _), tokens in zip(conversations, encoded, strict=True):
-        if not tokens or len(tokens) + max_new_tokens > limit:
+        if not tokens or len(tokens) + max_new_tokens > limits.tokens:
             raise InputError(
-                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit {what}; shorten it, or lower --max-new-tokens"
+                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit {limits.reason}; shorten it, or lower "
+                "--max-new-tokens"
                 if tokens
                 else f"{where} is empty; a prompt needs at least one token"
             )
+    # An engine takes so many rows and columns in one call, whatever was asked for.
+    batch_size = min(batch_size, limits.rows or batch_size)
+    if limits.columns is not None and max(map(len, encoded)) > limits.columns:
+        prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
     alone = len(encoded) == 1 and not prompts and not as_json
 
     def show(_: int, piece: str) -> None:

@@ -273,7 +273,7 @@ def test_inputs_are_checked_as_onnxruntimes(engine: Engine, cuda: CudaDouble, id
 
 
 def test_shapes_beyond_the_profiles_name_the_option_that_raises_them(bundles: dict, tmp_path: Path, cuda: CudaDouble) -> None:
-    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", batch=2, sequence=6, past=8, slots=1, rank=2)
+    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", batch=2, sequence=6, context=9, slots=1, rank=2)
     ones = lambda *shape: np.ones(shape, np.int64)  # noqa: E731
     with TensorRTSession(engine) as session:
         for ids, match in ((ones(3, 2), "3 rows at once .* --max-batch 3"), (ones(1, 7), "7 new tokens in one call .* --max-sequence 7")):
@@ -283,7 +283,7 @@ def test_shapes_beyond_the_profiles_name_the_option_that_raises_them(bundles: di
         past = session.step(ones(1, 6), ones(1, 6)).past
         for width in (7, 8, 9):
             past = session.step(ones(1, 1), ones(1, width), past=past).past
-        with pytest.raises(InputError, match="9 columns of the KV cache do not fit .* 0 to 8 .* --max-past 9"):
+        with pytest.raises(InputError, match="9 columns of the KV cache do not fit .* 0 to 8 .* --context 10"):
             session.step(ones(1, 1), ones(1, 10), past=past)
         with pytest.raises(InputError, match="2 position groups of the adapter .* --max-slots 2"):
             session.set_adapter("ends")
@@ -442,7 +442,7 @@ def test_adapter_files_that_do_not_fit_the_engine(bundles: dict, tmp_path: Path,
 
 
 def test_memory_that_does_not_suffice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, _ = install_doubles(monkeypatch, capacity=150_000)
+    cuda, _ = install_doubles(monkeypatch, capacity=100_000)
     with pytest.raises(ReftError, match="the GPU's memory does not suffice: .* MB more are needed"), TensorRTSession(engine) as session:
         forward(session, [1] * 40)
     assert cuda.is_empty

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,12 +16,14 @@ from tensorrt_double import CudaDouble, TensorRTDouble, write_plan
 
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
+from reft_export.engine_profiles import EngineLimits, engine_profiles
 from runtimes import cuda_device, tensorrt_session
-from runtimes.bundle import Bundle, TensorRecord
-from runtimes.engine import Engine, EngineManifest, PluginRecord, Profile, ShapeRange, open_engine, write_engine_manifest
+from runtimes.bundle import MANIFEST_FILE, Bundle, TensorRecord
+from runtimes.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.engine_adapter import write_engine_adapter
 from runtimes.hashes import sha256_of
 from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.records import to_json
 
 VERSIONS = {"tensorrt": "10.3.0", "tensorrt-rtx": "1.7.1.116"}
 GPU = "8.7"
@@ -37,21 +41,6 @@ def install_doubles(
     return cuda, tensorrt
 
 
-def ranges(name: str, shape: tuple[object, ...], *, batch: int, sequence: int, past: int, slots: int, rank: int) -> ShapeRange | None:
-    """What a profile takes for an input, whose dimensions of names vary."""
-    if all(isinstance(dim, int) for dim in shape):
-        return None
-    if name.endswith((".U", ".A", ".b")):
-        names = {0: (1, slots), 1: (1, rank)}
-    elif name.startswith("past_key_values."):
-        names = {0: (1, batch), 2: (0, past)}
-    else:
-        names = {0: (1, batch), 1: (1, past + sequence if name == "attention_mask" else sequence)}
-    low = tuple(dim if isinstance(dim, int) else names[axis][0] for axis, dim in enumerate(shape))
-    high = tuple(dim if isinstance(dim, int) else names[axis][1] for axis, dim in enumerate(shape))
-    return ShapeRange(min=low, opt=high, max=high)
-
-
 def write_toy_engine(
     bundle: Bundle,
     folder: Path,
@@ -62,12 +51,14 @@ def write_toy_engine(
     bfloat16: bool = False,
     batch: int = 4,
     sequence: int = 64,
-    past: int = 160,
+    context: int = 160,
     slots: int = 4,
     rank: int = 8,
     weight_streaming: bool = False,
+    perturbed: bool = False,
 ) -> Engine:
-    """``bfloat16``: an engine of that type made of a float32 bundle. The others are the largest shapes."""
+    """``bfloat16``: an engine of that type made of a float32 bundle. ``perturbed``: one weight is not the bundle's. ``batch`` to
+    ``rank``: the largest shapes."""
     frozen = None if freeze is None else {} if freeze == "base" else read_onnx_adapter(bundle.adapter(freeze).file)
     graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=False, freeze=frozen)
 
@@ -77,15 +68,22 @@ def write_toy_engine(
         )
 
     inputs, outputs = typed(graph.inputs), typed(graph.outputs)
-    profiles = []
-    for name, columns in (("prefill", sequence), ("decode", 1)):
-        found = {r.name: ranges(r.name, r.shape, batch=batch, sequence=columns, past=past, slots=slots, rank=rank) for r in inputs}
-        profiles.append(Profile(name=name, shapes={n: shapes for n, shapes in found.items() if shapes is not None}))
-    without = shutil.ignore_patterns("model.onnx*", "*.onnx_adapter", "genai_config.json")
+    banks = {name for node in bundle.nodes for name in node.bank_names}
+    limits = EngineLimits(max_batch=batch, max_sequence=sequence, context=context, max_slots=slots, max_rank=rank)
+    profiles = engine_profiles(inputs, banks, limits)
+    answers = bundle.adapter_names if freeze is None else tuple(n for n in bundle.adapter_names if n == freeze)
+    others = [n for n in ("base", *bundle.adapter_names) if n not in answers and not (n == "base" and freeze in (None, "base"))]
+    without = shutil.ignore_patterns("model.onnx*", "*.onnx_adapter", "genai_config.json", *(f"{n}.*" for n in others))
     shutil.copytree(bundle.folder, folder, ignore=without)
+    (folder / MANIFEST_FILE).write_text(json.dumps(to_json(replace(bundle.manifest, adapters=answers))))
     model = onnx.ModelProto.FromString(ir.to_proto(graph.model).SerializeToString())
-    (folder / "engine.plan").write_bytes(write_plan(model.SerializeToString(), inputs, outputs, tuple(profiles)))
-    for name in bundle.adapter_names:
+    if perturbed:
+        head = next(t for t in model.graph.initializer if t.name == "head")
+        values = onnx.numpy_helper.to_array(head).copy()
+        values[0, 0] += 0.01
+        head.CopyFrom(onnx.numpy_helper.from_array(values, "head"))
+    (folder / "engine.plan").write_bytes(write_plan(model.SerializeToString(), inputs, outputs, profiles))
+    for name in answers:
         tensors = {} if freeze else read_onnx_adapter(bundle.adapter(name).file)
         if bfloat16:
             tensors = {n: t.astype(ml_dtypes.bfloat16) if t.dtype == np.float32 else t for n, t in tensors.items()}
@@ -108,7 +106,7 @@ def write_toy_engine(
             frozen=freeze,
             inputs=inputs,
             outputs=outputs,
-            profiles=tuple(profiles),
+            profiles=profiles,
             weight_streaming=weight_streaming,
             build_seconds=0.0,
             rebuild=REBUILD,
