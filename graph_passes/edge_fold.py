@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.dominators import describe
-from graph_passes.edge_llm import block_of, layers_of, read_edge_contract
+from graph_passes.edge_llm import block_of, layers_of
 from graph_passes.edge_lora import use_lora_inputs
-from graph_passes.insert import insert_edits
+from graph_passes.insert import insert_edits, refuse_folded
 from graph_passes.sites import SiteLocation, survey_sites
 from runtimes.edit import Site
 from runtimes.errors import SiteAmbiguous
@@ -29,7 +29,7 @@ def fold_edge_graph(
     Raises GraphError where the graph breaks the contract, SiteNotFound and SiteAmbiguous for the sites, the latter also where the
     structure and the exporter's scopes name different tensors. A refused model is left as it was.
     """
-    read_edge_contract(model.graph)
+    refuse_folded(model)
     check_scopes(model)
     insert_edits(model, nodes, slots="graph", per_token=True)
     if lora_slots:

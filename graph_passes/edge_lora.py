@@ -86,10 +86,11 @@ class _Banks:
         graph.inputs.extend([down, up])
         start, stop, end = (self._constant(np.array([at], np.int64)) for at in (0, width, width + 1))
         zero_row = self._constant(np.zeros((1, width), np.float16))
-        matrix = self.add("Transpose", self.add("Slice", down, start, stop), perm=[1, 0])
+        # With the axis named: TensorRT's parser asks for it where starts are fewer than dimensions.
+        matrix = self.add("Transpose", self.add("Slice", down, start, stop, start), perm=[1, 0])
         U, A = (self.add("Unsqueeze", self.add("Concat", rows, zero_row, axis=0), start) for rows in (up, matrix))
         zero = self._constant(np.zeros((1, 1), np.float16))
-        return U, A, self.add("Concat", self.add("Slice", down, stop, end), zero, axis=1)
+        return U, A, self.add("Concat", self.add("Slice", down, stop, end, start), zero, axis=1)
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         return self.add("Constant", value=ir.tensor(array))

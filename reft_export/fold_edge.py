@@ -16,6 +16,7 @@ from graph_passes.edge_fold import fold_edge_graph
 from graph_passes.edge_llm import read_edge_contract
 from graph_passes.edge_lora import lora_tensors
 from graph_passes.external import load_graph
+from graph_passes.insert import refuse_folded
 from graph_passes.sites import locate_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import VERSION, Report, union_nodes
@@ -31,6 +32,7 @@ RECORD_FILE = "reft.json"
 GRAPH, LORA_GRAPH = "model.onnx", "lora_model.onnx"
 """The engine builder reads the second in place of the first where it is asked for LoRA (--maxLoraRank)."""
 ADAPTER_FOLDER = "reft_adapters"
+LIBRARY = "libreft_trt_edgellm.so"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def fold_edge_folder(
     found: dict[str, str] = {}
     layout = ""
     for name, model in models.items():
+        refuse_folded(model)
         layers = _check_layers(model, config, folder / read_from[name])
         for adapter_name, adapter in adapters.items():
             _check_fit(adapter_name, adapter, layers, config, folder)
@@ -200,14 +203,14 @@ def _record(adapters: Mapping[str, Adapter], config: Mapping[str, Any], origins:
 def _commands(output: Path, rank: int, *, has_lora: bool) -> tuple[str, ...]:
     lora = f" --maxLoraRank {rank}" if rank else " [--maxLoraRank N]" if has_lora else ""
     return (
-        "export EDGELLM_PLUGIN_PATH=<the library that loads both plugins; `reft-export doctor` says where it is>",
+        f"export EDGELLM_PLUGIN_PATH=/path/to/{LIBRARY}",
         f"llm_build --onnxDir {output} --engineDir ENGINE{lora}",
     )
 
 
 def _notes(adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool) -> tuple[str, ...]:
     """What is left to the user: requests that name an adapter, and what the graph cannot see of a prompt."""
-    notes = []
+    notes = [f"{LIBRARY} holds TensorRT-Edge-LLM's plugins and ours; the builder and the runtime load one library (README, Build)"]
     if as_lora:
         files = ", ".join(f'"{name}": "{output / ADAPTER_FOLDER / name}.safetensors"' for name in adapters)
         notes.append(f'requests: "available_lora_weights": {{{files}}}, and "lora_name" in each; without one the base answers')
