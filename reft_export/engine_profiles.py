@@ -38,16 +38,15 @@ class EngineLimits:
     tuned_rank: int = 1
 
     def __post_init__(self) -> None:
-        for option, value, least in (
-            ("--max-batch", self.max_batch, 1),
-            ("--max-sequence", self.max_sequence, 1),
-            ("--context", self.context, 2),
-            ("--max-slots", self.max_slots, self.tuned_slots),
-            ("--max-rank", self.max_rank, self.tuned_rank),
+        for option, value, least, who in (
+            ("--max-batch", self.max_batch, 1, "every call needs"),
+            ("--max-sequence", self.max_sequence, 1, "every call needs"),
+            ("--context", self.context, 2, "a prompt and its answer need"),
+            ("--max-slots", self.max_slots, self.tuned_slots, "the bundle's adapters need"),
+            ("--max-rank", self.max_rank, self.tuned_rank, "the bundle's adapters need"),
         ):
             if value < least:
-                why = ", which the bundle's adapters need" if least > 2 or (least > 1 and option != "--context") else ""
-                raise InputError(f"{option} is {value}; at least {least} is needed{why}")
+                raise InputError(f"{option} is {value}; {who} at least {least}")
         if self.max_sequence > self.context:
             raise InputError(f"--max-sequence {self.max_sequence} is more than the --context of {self.context}; give one that fits into it")
         if self.max_rank > PLUGIN_MAX_RANK:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16."""
@@ -39,6 +45,12 @@ def read_onnx_adapter(path: Path) -> dict[str, np.ndarray]:
     container = ort.AdapterFormat.read_adapter(str(path))
     tensors = {}
     for name, value in container.get_parameters().items():
-        array = value.numpy()
-        tensors[name] = array.view(ml_dtypes.bfloat16) if value.data_type() == "tensor(bfloat16)" else array.copy()
+        tensors[name] = _bfloat16(value) if value.data_type() == "tensor(bfloat16)" else value.numpy().copy()
     return tensors
+
+
+def _bfloat16(value: ort.OrtValue) -> np.ndarray:
+    """numpy() refuses bfloat16: the two-byte words are read where they lie."""
+    shape = value.shape()
+    words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.frombuffer(words, np.uint16).reshape(shape).copy().view(ml_dtypes.bfloat16)
