@@ -48,11 +48,10 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._cuda = load_cuda()
-        status, count = self._cuda.cudaGetDeviceCount()
-        if int(status) or not count:
+        if reason := self._no_gpu():
             raise BackendUnavailable(
-                f"no usable CUDA GPU: {self._words(status) if int(status) else 'none is visible'}; check `nvidia-smi`, install a driver as "
-                "new as the CUDA of cuda-python, or run the bundle with onnxruntime on the CPU"
+                f"no usable CUDA GPU: {reason}; check `nvidia-smi`, install a driver as new as the CUDA of cuda-python, or run the bundle "
+                "with onnxruntime on the CPU"
             )
         self._call("cudaSetDevice", 0)
         self._allocations: set[int] = set()
@@ -149,6 +148,16 @@ class CudaDevice:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _no_gpu(self) -> str:
+        """Why there is none; empty where there is one."""
+        try:
+            status, count = self._cuda.cudaGetDeviceCount()
+        except RuntimeError as e:  # cuda-python 12 raises where there is no driver, 13 returns a status
+            return " ".join(str(e).split())
+        if int(status):
+            return self._words(status)
+        return "" if count else "none is visible"
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """What the function returns beside its status: nothing, one value, or several."""

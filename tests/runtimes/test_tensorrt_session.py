@@ -390,6 +390,13 @@ def test_engines_that_do_not_fit_are_refused_before_they_run(engine: Engine, dou
     with pytest.raises(BackendUnavailable, match="no usable CUDA GPU: cudaErrorNoDevice") as caught:
         TensorRTSession(engine)
     assert caught.value.exit_code == 4
+
+    def without_a_driver() -> tuple[int, int]:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")  # as cuda-python 12 does
+
+    cuda.cudaGetDeviceCount = without_a_driver
+    with pytest.raises(BackendUnavailable, match="no usable CUDA GPU: Failed to dlopen libcuda.so.1; check"):
+        TensorRTSession(engine)
     assert cuda.is_empty
 
 
