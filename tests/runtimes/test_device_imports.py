@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 FRAMEWORKS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-MODULES = ("tokenizer", "chat", "native_library", "generate", "parity", "bench")
+BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
+MODULES = ("tokenizer", "chat", "native_library", "generate", "parity", "golden", "bench", "device_session", "tensorrt_session")
+"""An engine's device needs no onnxruntime."""
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -21,7 +23,7 @@ def loaded_by(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_framework_is_imported(module: str) -> None:
-    assert not loaded_by(f"import runtimes.{module}") & set(FRAMEWORKS)
+    assert not loaded_by(f"import runtimes.{module}") & {*FRAMEWORKS, *BACKENDS}
 
 
 def test_the_session_imports_onnxruntime_alone() -> None:

@@ -202,3 +202,36 @@ print(json.dumps([different, kinds, mode, said]))
     assert not different and all(kinds) and mode == 1
     if said != "a GPU":
         assert said.startswith("4 no usable CUDA GPU: cudaError") and "\n" not in said
+
+
+@pytest.mark.slow
+def test_the_real_tensorrt_has_what_its_double_pretends(tensorrt_rtx: dict[str, str], engine: Engine) -> None:
+    """Names of methods, attributes and enumerations; and the real runtime's refusal through our logger, without a GPU."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+import tensorrt_rtx
+from tensorrt_double import ContextDouble, EngineDouble, TensorRTDouble
+from runtimes.engine import open_engine
+from runtimes.errors import BackendUnavailable
+from runtimes.tensorrt_engine import LoadedEngine
+from runtimes.tensorrt_library import present_compute_capability
+helpers = {{"record"}}
+pairs = ((ContextDouble, tensorrt_rtx.IExecutionContext), (EngineDouble, tensorrt_rtx.ICudaEngine))
+for double, real in pairs:
+    public = {{name for name in vars(double) if not name.startswith("_")}} - helpers
+    assert public <= set(dir(real)), public - set(dir(real))
+for name in ("TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy", "CudaGraphStrategy"):
+    assert set(vars(getattr(TensorRTDouble, name))) <= set(getattr(tensorrt_rtx, name).__members__), name
+assert set(vars(TensorRTDouble.ILogger.Severity)) <= set(tensorrt_rtx.ILogger.Severity.__members__)
+assert {{"cuda_graph_strategy", "set_execution_context_allocation_strategy"}} <= set(dir(tensorrt_rtx.IRuntimeConfig))
+assert {{"weight_streaming_budget_v2"}} <= set(dir(tensorrt_rtx.ICudaEngine))
+try:
+    LoadedEngine(open_engine({str(engine.folder)!r}), tensorrt_rtx)
+except BackendUnavailable as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=tensorrt_rtx)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 1 and "engine.plan does not load in tensorrt-rtx" in lines[0] and "no reason" not in lines[0], done.stdout
