@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,11 @@ def tensorrt_rtx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names = tmp_path_factory.mktemp("tensorrt-rtx-names")
     (names / "libtensorrt_rtx.so").symlink_to(library)
     return {**os.environ, "PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(names)}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """libreft_trt.so for one GPU architecture, compiled against a test double of TensorRT's headers; skips where nvcc is missing."""
+    from native.plugin_host import DOUBLE, build_plugin
+
+    return build_plugin(tmp_path_factory.mktemp("tensorrt-plugin"), DOUBLE)

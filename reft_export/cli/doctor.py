@@ -50,7 +50,7 @@ def doctor(as_json: AsJson = False) -> None:
         )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         rows.append(("conflict", "", "onnxruntime and onnxruntime-gpu share a folder: pip uninstall both, then install one"))
-    rows += [_providers(), _kernel(), _gpu(), _compiler()]
+    rows += [_providers(), _kernel(), _plugin(), _gpu(), _compiler()]
     if as_json:
         print_json([{"what": a, "found": b, "note": c} for a, b, c in rows])
     else:
@@ -89,6 +89,19 @@ def _kernel() -> tuple[str, str, str]:
         return ("edit kernel", "broken", f"{library} does not load: {e}; reinstall reft-export, or use --kernel function")
     on_gpu = f"CUDA sm {', '.join(cuda)}" if cuda else "no CUDA kernels: built where nvcc is on the path"
     return ("edit kernel", "fused", f"CPU {cpu[0]} (of {', '.join(cpu)}); {on_gpu}")
+
+
+def _plugin() -> tuple[str, str, str]:
+    from runtimes.native_library import find_plugin_library, plugin_build_command, plugin_details
+
+    library = find_plugin_library()
+    if library is None:
+        return ("TensorRT plugin", "missing", f"with TensorRT's headers, nvcc and cmake: {plugin_build_command()}")
+    try:
+        version, cuda = plugin_details(library)
+    except OSError as e:
+        return ("TensorRT plugin", "broken", f"{library} does not load: {e}; build it again: {plugin_build_command()}")
+    return ("TensorRT plugin", version, f"{library}; CUDA sm {', '.join(cuda)}")
 
 
 def _gpu() -> tuple[str, str, str]:
