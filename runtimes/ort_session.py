@@ -212,8 +212,11 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
                 f"op library {library} does not load in onnxruntime {ort.__version__}: {_last_line(e)}; use the function kernel"
             ) from None
     try:
-        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]))
+        # Its own fallback prints a banner on stdout and tries again without the provider.
+        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]), enable_fallback=0)
     except Exception as e:
+        if type(e) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
+            raise BackendUnavailable(f"{wanted} did not start: {_last_line(e)}; check the driver, or {INSTALL[provider]}") from None
         if type(e).__name__ == "NotImplemented" and provider == "cpu" and bundle.manifest.precision == "bf16":
             raise BackendUnavailable(
                 f"onnxruntime's CPU provider has no bfloat16 MatMul, which {bundle.graph_path} needs; run it on cuda, or export fp32"

@@ -162,6 +162,20 @@ def test_a_silent_fallback_is_refused(bundle: Bundle, monkeypatch: pytest.Monkey
         OrtSession(bundle, provider="cuda")
 
 
+def test_a_provider_that_does_not_start_says_so_in_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """As onnxruntime-gpu does without TensorRT's libraries; its own fallback would print a banner on stdout."""
+
+    def session(*_: object, enable_fallback: int, **__: object) -> None:
+        assert enable_fallback == 0
+        raise RuntimeError("RegisterTensorRTPluginsAsCustomOps\nPlease install TensorRT libraries")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(BackendUnavailable, match="TensorrtExecutionProvider did not start: Please install TensorRT libraries; check"):
+        OrtSession(bundle, provider="tensorrt")
+    assert capfd.readouterr().out == ""
+
+
 class _FirstOfTwo(tuple):
     """Names CUDA as wanted and hands onnxruntime the CPU only: what a missing CUDA library leaves."""
 
