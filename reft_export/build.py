@@ -288,18 +288,23 @@ def _limits(
     if settings.freeze is not None:
         slots = rank = 1
     model = bundle.manifest.model.context_length
-    context = settings.context or min(model, MAX_CONTEXT)
+    context = _or(settings.context, min(model, MAX_CONTEXT))
     if context > model:
         raise InputError(f"--context {context} is more than {bundle.manifest.model.name} was made for, which is {model}")
     return EngineLimits(
-        max_batch=settings.max_batch or MAX_BATCH,
-        max_sequence=settings.max_sequence or min(context, MAX_SEQUENCE),
+        max_batch=_or(settings.max_batch, MAX_BATCH),
+        max_sequence=_or(settings.max_sequence, min(context, MAX_SEQUENCE)),
         context=context,
-        max_slots=settings.max_slots or max(MAX_SLOTS, slots),
-        max_rank=settings.max_rank or max(MAX_RANK if plugin else MAX_RANK_OF_FUNCTION, rank),
+        max_slots=_or(settings.max_slots, max(MAX_SLOTS, slots)),
+        max_rank=_or(settings.max_rank, max(MAX_RANK if plugin else MAX_RANK_OF_FUNCTION, rank)),
         tuned_slots=slots,
         tuned_rank=rank,
     )
+
+
+def _or(given: int | None, default: int) -> int:
+    """Zero is given too, and refused."""
+    return default if given is None else given
 
 
 def _specification(plan: BuildPlan, settings: BuildSettings, work: Path, scratch: Path) -> tuple[BuildSpec, str]:
