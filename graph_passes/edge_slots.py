@@ -4,7 +4,7 @@ Padded, with q = context_lengths [B], s = kvcache_start_index [B] (0 where it is
 
     context = q <= S        a prefill's q counts the row's new tokens; a decode step's q counts all, s + 1
     p = s + column          a token's rank in its row
-    L = s + q if context, else 0;   real = column < (q if context, else S)
+    L = s + q if context, else 0;   real = column < q
 
 Tokens, with o = query_start_offsets [B + 1], q = query_lengths, s = past_lengths [B], C = length of context_sequence_count_carrier:
 
@@ -56,8 +56,7 @@ def _padded(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Valu
     column = build.range(width)
     context = build.add("LessOrEqual", counts, width)
     length = build.add("Where", context, build.add("Add", start, counts), build.zero)
-    real = build.add("Less", column, build.add("Where", context, counts, width))
-    return build.add("Add", start, column), length, real
+    return build.add("Add", start, column), length, build.add("Less", column, counts)
 
 
 def _tokens(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -68,6 +67,7 @@ def _tokens(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Valu
     rows = build.add("Shape", counts)
     ends = build.add("Slice", offsets, build.one, build.add("Add", rows, build.one))
     passed = build.add("Cast", build.add("GreaterOrEqual", token, ends), to=int(ir.DataType.INT64))
+    # Tokens behind the last row, if any, count as its padding.
     row = build.add("Min", build.add("ReduceSum", passed, build.one, keepdims=1), build.add("Sub", rows, build.one))
     column = build.add("Sub", token, build.add("Gather", offsets, row))
     counts, past = build.add("Gather", counts, row), build.add("Gather", past, row)

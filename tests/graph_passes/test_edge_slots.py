@@ -98,6 +98,12 @@ def test_rows_packed_without_padding(prompts, rule):
     np.testing.assert_array_equal(found, np.concatenate(whole))
 
 
+def test_tokens_behind_the_last_row():
+    feeds = edge_feeds(edge_decoder("tokens"), "tokens", [Row(past=0, new=3)]) | PositionRule(everywhere=True).tensors(tied=True)
+    feeds["inputs_embeds"] = np.pad(feeds["inputs_embeds"], ((0, 2), (0, 0)))
+    assert _session("tokens").run(["reft.slot"], feeds)[0][:, 0].tolist() == [0, 0, 0, -1, -1]
+
+
 def test_by_hand():
     # Two prompts of 5 and 3 tokens, f2+l1 untied; then one decode step.
     rows, rule = [Row(past=0, new=5), Row(past=0, new=3)], PositionRule(first=2, last=1)
