@@ -125,9 +125,29 @@ def test_the_wheel_carries_a_library_that_works(wheel, tmp_path) -> None:
     run(python, "-m", "pip", "-q", "install", "-c", ROOT / ".ci" / "constraints.txt", f"{wheel}[cpu]")
     found = run(python, "-c", "from runtimes.native_library import *; print(find_op_library())", cwd=tmp_path).stdout.strip()
     assert Path(found).is_relative_to(tmp_path / "venv")
-    shipped = [p.suffix for p in (tmp_path / "venv").rglob("runtimes/native/**/*") if p.is_file()]
-    assert not {".cc", ".cu", ".h"} & set(shipped), "sources have no business in a wheel"
     check_in(python, Path(found), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_plugin_compiles_from_the_wheel(wheel, tmp_path) -> None:
+    """As on a device with TensorRT and CUDA: the line that ``doctor`` prints, run as it is, puts the plugin where it is looked for."""
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("nvcc or cmake is not on the path")
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "-q", "install", "--no-deps", wheel)
+    tensorrt = tmp_path / "TensorRT 10"
+    tensorrt.mkdir()
+    (tensorrt / "include").symlink_to(Path(__file__).parent / "tensorrt_double")
+    environment = {**os.environ, "TENSORRT_ROOT": str(tensorrt)}
+
+    def ask(what: str) -> str:
+        return run(python, "-c", f"from runtimes.native_library import *; print({what})", cwd=tmp_path, env=environment).stdout.strip()
+
+    assert ask("find_plugin_library()") == "None"
+    run("sh", "-c", ask("plugin_build_command()"), cwd=tmp_path, env=environment)
+    assert Path(ask("find_plugin_library()")).is_relative_to(tmp_path / "venv")
+    assert ask("plugin_details(find_plugin_library())[0]") == "LoReFT 1, TensorRT 10.3.0"
 
 
 @pytest.mark.slow

@@ -20,7 +20,21 @@ import onnx_ir as ir
 import pytest
 from native_op import DTYPES, ELEMENTS, check, draw
 from onnx import TensorProto, helper
-from plugin_host import BUILD, DOUBLE, HERE, INT32, NATIVE, RUNTIME, Host, Refused, build_plugin, compile_with, configure
+from plugin_host import (
+    BUILD,
+    DOUBLE,
+    HERE,
+    INT32,
+    NATIVE,
+    RUNTIME,
+    Host,
+    Refused,
+    build_plugin,
+    compile_with,
+    configure,
+    cuda_include,
+    run,
+)
 
 from graph_passes.function_body import edit_function
 from runtimes.edit import ACTIVATED, ACTIVATIONS
@@ -272,6 +286,15 @@ def test_what_is_skipped_is_said(tmp_path) -> None:
     told = configure(tmp_path / "c", "-DREFT_ORT=OFF", f"-DTENSORRT_INCLUDE_DIR={old}")
     if "no CUDA kernels" not in told:
         assert f"no TensorRT plugin: {old} is of TensorRT 8.5, 10.3 or later is needed" in told
+    # JetPack 6.2 has CUDA 12.6, which knows no Thor and no RTX 50.
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        older = tmp_path / "nvcc"
+        listed = "printf 'sm_75\\nsm_80\\nsm_86\\nsm_87\\nsm_89\\nsm_90\\nsm_90a\\n'"
+        older.write_text(f'#!/bin/sh\nif [ "$1" = --list-gpu-code ]; then {listed}; else exec {nvcc} "$@"; fi\n')
+        older.chmod(0o755)
+        told = configure(tmp_path / "e", "-DREFT_ORT=OFF", f"-DREFT_NVCC={older}", f"-DTENSORRT_INCLUDE_DIR={DOUBLE}")
+        assert "no kernel for sm_110: this nvcc does not know it" in told and "CUDA kernels for sm 75,80,86,87,89,90" in told
     asked = subprocess.run(
         ["cmake", "-S", NATIVE, "-B", tmp_path / "d", "-DREFT_ORT=OFF", "-DREFT_TENSORRT=ON", f"-DTENSORRT_INCLUDE_DIR={tmp_path}"],
         capture_output=True,
@@ -349,6 +372,38 @@ def test_real_registries(lean, tensorrt_plugin, tmp_path, registry, compiled_for
     else:
         assert opened.returncode == 1 and "creator none" in opened.stdout
         assert f"not registered: no TensorRT {compiled_for} is loaded" in opened.stderr
+
+
+@pytest.mark.slow
+def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
+    """Compiled for TensorRT-RTX, the plugin registers itself there, and its reasons go through TensorRT's own logger."""
+    launcher = tmp_path / "no_launcher.cc"
+    launcher.write_text('#include "cuda/edit_cuda.h"\nconst char* reft::launch_edit(const Edit&, void*) { return "no kernel"; }\n')
+    flags = ("-shared", "-fPIC", "-DREFT_DOUBLE_OF_TENSORRT_RTX", '-DREFT_CUDA_ARCHITECTURES=""')
+    folder = NATIVE / "tensorrt"
+    plugin, autoload = tmp_path / "libreft_trt.so", tmp_path / "libreft_trt_autoload.so"
+    compile_with(DOUBLE, folder / "lo_reft_plugin.cc", plugin, *flags, folder / "edit_shapes.cc", folder / "host_log.cc", launcher)
+    compile_with(DOUBLE, folder / "autoload.cc", autoload, *flags, f"-L{tmp_path}", "-lreft_trt", f"-Wl,-rpath,{tmp_path}")
+    model = edit_model(tmp_path, "refused", "float32", 3, activation="softmax", **AS_PLUGIN)
+    told, printed = build_engines(tensorrt_rtx, plugin, 89, model)
+    assert not told[0]["parsed"]
+    assert "[TRT] [E] LoReFT plugin, node edit_of_layer_3: attribute activation is 'softmax'" in printed
+    program = (
+        "import ctypes, sys, tensorrt_rtx; registry = tensorrt_rtx.get_plugin_registry();"
+        "names = lambda: [c.plugin_namespace for c in registry.all_creators if c.name == 'LoReFT'];"
+        "before = names(); ctypes.CDLL(sys.argv[1]); print(before, names())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, autoload], capture_output=True, text=True, check=False, env=tensorrt_rtx)
+    assert done.stdout.strip() == "[] ['ai.reft']", done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_compiles_for_aarch64(tmp_path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++") or pytest.skip("no aarch64-linux-gnu-g++ here (Debian: g++-aarch64-linux-gnu)")
+    includes = ("-isystem", DOUBLE, "-isystem", cuda_include(), f"-I{NATIVE}", f"-I{NATIVE}/include")
+    for source in sorted((NATIVE / "tensorrt").glob("*.cc")):
+        flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", '-DREFT_CUDA_ARCHITECTURES="87"')
+        run(compiler, "-c", *flags, *includes, source, "-o", tmp_path / f"{source.stem}.o")
 
 
 def test_opened_without_tensorrt_it_says_so(tensorrt_plugin) -> None:

@@ -3,7 +3,8 @@
 // It declares what a V3 plugin and its registration touch, written down from the public binary interface of TensorRT 10.3: the order of
 // virtual functions, the members of structures, the values of enumerations. So the plugin compiles where TensorRT's headers are not
 // installed, and the result loads into the real libraries. test_tensorrt_headers.py holds it against the real headers where they are.
-// With REFT_DOUBLE_OF_TENSORRT_11 the logger and the registry are those of TensorRT 11; nothing else differs.
+// With REFT_DOUBLE_OF_TENSORRT_11 the logger and the registry are those of TensorRT 11, with REFT_DOUBLE_OF_TENSORRT_RTX those of
+// TensorRT-RTX 1.7, which are the same; nothing else differs.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +15,8 @@
 #include "NvInferVersion.h"
 
 #define NV_TENSORRT_VERSION (NV_TENSORRT_MAJOR * 10000L + NV_TENSORRT_MINOR * 100L + NV_TENSORRT_PATCH * 1L)
+
+#define REFT_DOUBLE_OF_NEW_HOST (NV_TENSORRT_MAJOR != 10)
 
 namespace nvinfer1 {
 
@@ -203,7 +206,7 @@ using IErrorRecorder = v_1_0::IErrorRecorder;
 
 // ---- the host's: logger and registry, which TensorRT 11 changed
 
-#ifndef REFT_DOUBLE_OF_TENSORRT_11
+#if !REFT_DOUBLE_OF_NEW_HOST
 
 class ILogger {
  public:
@@ -243,7 +246,7 @@ using ILoggerFinder = v_1_0::ILoggerFinder;
 
 class IPluginRegistry {
  public:
-#ifndef REFT_DOUBLE_OF_TENSORRT_11
+#if !REFT_DOUBLE_OF_NEW_HOST
   virtual bool registerCreator(IPluginCreator&, const AsciiChar*) noexcept = 0;
   virtual IPluginCreator* const* getPluginCreatorList(int32_t*) const noexcept = 0;
   virtual IPluginCreator* getPluginCreator(const AsciiChar*, const AsciiChar*, const AsciiChar*) noexcept = 0;
@@ -255,7 +258,7 @@ class IPluginRegistry {
  public:
   virtual void setErrorRecorder(IErrorRecorder*) noexcept = 0;
   virtual IErrorRecorder* getErrorRecorder() const noexcept = 0;
-#ifndef REFT_DOUBLE_OF_TENSORRT_11
+#if !REFT_DOUBLE_OF_NEW_HOST
   virtual bool deregisterCreator(const IPluginCreator&) noexcept = 0;
 #endif
   virtual bool isParentSearchEnabled() const = 0;
