@@ -265,28 +265,18 @@ def test_other_decoders_are_not_taken_for_it():
     assert not is_edge_llm(small_decoder().graph) and is_edge_llm(edge_decoder().graph)
 
 
-@pytest.fixture
-def our_plugin(request: pytest.FixtureRequest) -> str:
-    """The TensorRT plugin library where this checkout builds one, else "-": the function is expanded."""
-    try:
-        return str(request.getfixturevalue("tensorrt_plugin"))
-    except pytest.FixtureLookupError:
-        return "-"
-
-
 @pytest.mark.parametrize("plugin", [False, True], ids=["function", "plugin"])
 @pytest.mark.parametrize(("layout", "lora"), [("padded", False), ("tokens", False), ("flat", False), ("padded", True), ("tokens", True)])
-def test_tensorrt_parses_and_builds_it(layout, lora, plugin, tmp_path, tensorrt_rtx, our_plugin):
+def test_tensorrt_parses_and_builds_it(layout, lora, plugin, tmp_path, tensorrt_rtx, request):
     """The real parser and builder of TensorRT-RTX, for SM89; a stand-in for TensorRT-Edge-LLM's attention plugin (edge_engine.py)."""
-    if plugin and our_plugin == "-":
-        pytest.skip("no TensorRT plugin library is built here")
+    library = request.getfixturevalue("tensorrt_plugin") if plugin else "-"
     model = edge_decoder(layout, dtype=ir.DataType.FLOAT16)
     edits = {site: _edits(site, 2) for site in OUTPUTS}
     rule = PositionRule.parse("f2+l1")
     nodes, tensors = _tensors(edits, rule, tied=False, dtype=np.float16)
     fold_edge_graph(model, nodes, rule.tensors(tied=False) if lora else tensors, lora_slots=2 if lora else 0)
     ir.save(model, tmp_path / "model.onnx")
-    command = [sys.executable, Path(__file__).with_name("edge_engine.py"), tmp_path / "model.onnx", our_plugin if plugin else "-", "4"]
+    command = [sys.executable, Path(__file__).with_name("edge_engine.py"), tmp_path / "model.onnx", library, "4"]
     done = subprocess.run(list(map(str, command)), env=tensorrt_rtx, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
