@@ -1,7 +1,7 @@
 """The TensorRT plugin: through a stand-in for TensorRT, in the registries of real lean runtimes, and in the real TensorRT-RTX.
 
-Engines are built without a GPU, each in a process of its own, since a failed build may end the process. Nothing is executed here but the
-test marked ``gpu``.
+Engines are built without a GPU, in processes of their own, since a failed build may end the process; none is executed. The plugin's
+enqueue runs over the CPU kernels, and on a GPU in the test marked so.
 """
 
 from __future__ import annotations
@@ -221,6 +221,47 @@ def test_profiles_refused(host) -> None:
         host.configure(plugin, lowest, highest)
 
 
+def compile_plugin(output: Path, launcher: Path, *flags: object) -> Path:
+    """The plugin without its CUDA kernel: ``launcher`` stands in for it."""
+    sources = (NATIVE / "tensorrt" / "edit_shapes.cc", NATIVE / "tensorrt" / "host_log.cc", launcher)
+    flags = ("-shared", "-fPIC", '-DREFT_CUDA_ARCHITECTURES="none"', *flags)
+    return compile_with(DOUBLE, NATIVE / "tensorrt" / "lo_reft_plugin.cc", output, *sources, *flags)
+
+
+@pytest.fixture(scope="session")
+def plugin_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin over the CPU kernels."""
+    kernels = [NATIVE / "cpu" / name for name in ("edit_cpu.cc", "rows_portable.cc")]
+    return compile_plugin(tmp_path_factory.mktemp("on-host") / "libreft_trt.so", HERE / "launch_on_host.cc", *kernels)
+
+
+NAMES = ("h", "slot", "U", "A", "b")
+EDITS = (("", "all", 4), ("gelu", "first_half", 6), ("tanh", "all", 1), ("relu", "first_half", 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(1,), (33,), (2, 17), (0, 3)])
+def test_enqueue_forwards_what_it_got(host_library, plugin_on_host, dtype, leading) -> None:
+    """Every pointer, size and attribute in its place: over the CPU kernels, against float64."""
+    host = Host(host_library, plugin_on_host)
+    for activation, activated, rank in EDITS:
+        feeds = draw(0, leading, 40, rank, 3, dtype)
+        y = np.full_like(feeds["h"], 77)
+        built = host.create(activation=activation.encode(), activated=activated.encode())
+        plugin = host.attach(host.read_back(built))
+        shapes = [list(feeds[name].shape) for name in NAMES]
+        host.shapes(plugin, shapes)
+        host.enqueue(plugin, dtype, shapes, [feeds[name].ctypes.data for name in NAMES], y.ctypes.data, None)
+        check(y, feeds, dtype, activation, activated)
+
+
+def test_a_failed_launch_is_reported(host_library, plugin_on_host) -> None:
+    """The stream reaches the launcher, and its error the log."""
+    host = Host(host_library, plugin_on_host)
+    with pytest.raises(Refused, match=r"CUDA launch failed: cudaErrorOnPurpose \(a launch that fails\); the plugin was compiled for sm"):
+        host.enqueue(host.create(), "float16", [H, SLOT, *BANKS], [16] * 5, 16, 1)
+
+
 def test_without_a_gpu_the_launch_says_what_is_missing(host) -> None:
     import torch
 
@@ -230,30 +271,32 @@ def test_without_a_gpu_the_launch_says_what_is_missing(host) -> None:
         host.enqueue(host.create(), "float16", [H, SLOT, *BANKS], [16] * 5, 16, None)
 
 
+@pytest.fixture(scope="session")
+def plugin_for_this_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return build_plugin(tmp_path_factory.mktemp("plugin-on-gpu"), DOUBLE, architectures=f"{major}{minor}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(1,), (33,), (2, 17)])
-def test_enqueue_against_float64(host_library, tmp_path_factory, dtype, leading) -> None:
-    """Not yet run on a GPU."""
+def test_enqueue_on_a_gpu(host_library, plugin_for_this_gpu, dtype, leading) -> None:
+    """Not yet run on one."""
     import torch
     from test_cuda_kernel import on_gpu
 
-    major, minor = torch.cuda.get_device_capability()
-    folder = tmp_path_factory.getbasetemp() / f"plugin-sm{major}{minor}"
-    plugin_library = folder / "libreft_trt.so"
-    if not plugin_library.is_file():
-        build_plugin(folder, DOUBLE, architectures=f"{major}{minor}")
-    host = Host(host_library, plugin_library)
-    for activation, activated, rank in (("", "all", 4), ("gelu", "first_half", 6), ("tanh", "all", 1)):
+    host = Host(host_library, plugin_for_this_gpu)
+    for activation, activated, rank in EDITS:
         feeds = draw(0, leading, 130, rank, 3, dtype)
         device = on_gpu(feeds, dtype)
         y = torch.full_like(device["h"], float("nan"))
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         plugin = host.create(activation=activation.encode(), activated=activated.encode())
-        names = ("h", "slot", "U", "A", "b")
-        shapes = [list(feeds[name].shape) for name in names]
-        host.enqueue(plugin, dtype, shapes, [device[name].data_ptr() for name in names], y.data_ptr(), stream.cuda_stream)
+        shapes = [list(feeds[name].shape) for name in NAMES]
+        host.enqueue(plugin, dtype, shapes, [device[name].data_ptr() for name in NAMES], y.data_ptr(), stream.cuda_stream)
         stream.synchronize()
         check(y.float().cpu().numpy().astype(DTYPES[dtype]), feeds, dtype, activation, activated)
 
@@ -379,11 +422,10 @@ def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
     """Compiled for TensorRT-RTX, the plugin registers itself there, and its reasons go through TensorRT's own logger."""
     launcher = tmp_path / "no_launcher.cc"
     launcher.write_text('#include "cuda/edit_cuda.h"\nconst char* reft::launch_edit(const Edit&, void*) { return "no kernel"; }\n')
-    flags = ("-shared", "-fPIC", "-DREFT_DOUBLE_OF_TENSORRT_RTX", '-DREFT_CUDA_ARCHITECTURES=""')
-    folder = NATIVE / "tensorrt"
-    plugin, autoload = tmp_path / "libreft_trt.so", tmp_path / "libreft_trt_autoload.so"
-    compile_with(DOUBLE, folder / "lo_reft_plugin.cc", plugin, *flags, folder / "edit_shapes.cc", folder / "host_log.cc", launcher)
-    compile_with(DOUBLE, folder / "autoload.cc", autoload, *flags, f"-L{tmp_path}", "-lreft_trt", f"-Wl,-rpath,{tmp_path}")
+    rtx = "-DREFT_DOUBLE_OF_TENSORRT_RTX"
+    plugin = compile_plugin(tmp_path / "libreft_trt.so", launcher, rtx)
+    linked = ("-shared", "-fPIC", rtx, f"-L{tmp_path}", "-lreft_trt", f"-Wl,-rpath,{tmp_path}")
+    autoload = compile_with(DOUBLE, NATIVE / "tensorrt" / "autoload.cc", tmp_path / "libreft_trt_autoload.so", *linked)
     model = edit_model(tmp_path, "refused", "float32", 3, activation="softmax", **AS_PLUGIN)
     told, printed = build_engines(tensorrt_rtx, plugin, 89, model)
     assert not told[0]["parsed"]
