@@ -172,7 +172,7 @@ def test_half_precision(tmp_path: Path, cuda: CudaDouble, graphs: bool) -> None:
     with TensorRTSession(write_toy_engine(bundle, tmp_path / "e"), cuda_graphs=graphs, adapter="ends") as session:
         logits = forward(session)
         assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, forward(OrtSession(bundle, threads=1, adapter="ends")), **CLOSE)
+        assert 1e-5 < np.abs(logits - DECODER.logits(TOKENS, ADAPTERS["ends"])).max() < 0.2
         check_golden(session.bundle, session).require()
 
 
