@@ -115,7 +115,8 @@ def check_device(engine: Engine, tensorrt_version: str, compute_capability: str 
     if compute_capability is None:
         raise BackendUnavailable(f"{where} needs a GPU, and this device has none; run the bundle that it was built from on the CPU")
     if compute_capability not in e.compute_capabilities:
-        raise BackendUnavailable(f"{where} does not run on this GPU, which is of compute capability {compute_capability}; {remedy}")
+        here = f" --sm {compute_capability.replace('.', '')}" if e.target == "tensorrt-rtx" else ""
+        raise BackendUnavailable(f"{where} does not run on this GPU, which is of compute capability {compute_capability}; {remedy}{here}")
     if e.plugin is not None and engine.plugin_path is not None and sha256_of(engine.plugin_path) != e.plugin.sha256:
         raise BackendUnavailable(f"{where} was built with another plugin than {engine.plugin_path}; {remedy}")
 

@@ -96,7 +96,7 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         "target": f"{e.target} {e.tensorrt_version}",
         "compute capability": list(e.compute_capabilities),
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
-        "precision": m.precision,
+        "precision": m.precision if m.quantization is None else f"{m.precision}, {m.quantization.scheme}",
         "plugin": "none: the edit is expanded" if e.plugin is None else f"{e.plugin.file} ({e.plugin.sha256[:16]})",
         "frozen": e.frozen or "nothing: adapters swap",
         "weight streaming": e.weight_streaming,

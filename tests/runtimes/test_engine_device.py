@@ -80,7 +80,7 @@ def test_an_engine_that_fits(tmp_path) -> None:
     ("version", "capability", "match"),
     [
         ("1.7.2.1", "8.6", "does not load in tensorrt-rtx 1.7.2.1.*build it again: reft-export build bundle"),
-        ("1.7.1.116", "8.7", "is of compute capability 8.7; build it again: reft-export build bundle"),
+        ("1.7.1.116", "8.7", "is of compute capability 8.7; build it again: reft-export build bundle .* --sm 87$"),
         ("1.7.1.116", None, "has none; run the bundle"),
     ],
 )
