@@ -304,6 +304,28 @@ def test_enqueue_on_a_gpu(host_library, plugin_for_this_gpu, dtype, leading) -> 
 # ---- the libraries
 
 
+def test_doctor_says_what_it_found_or_how_to_build_it(tensorrt_plugin, monkeypatch, tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from reft_export.cli.main import app
+    from runtimes import native_library
+
+    def row() -> dict[str, str]:
+        rows = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+        return next(row for row in rows if row["what"] == "TensorRT plugin")
+
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    monkeypatch.setattr(native_library, "find_plugin_library", lambda: None)
+    assert row()["found"] == "missing"
+    assert f"-DREFT_TENSORRT=ON -DTENSORRT_INCLUDE_DIR={tmp_path / 'include'} && cmake --build" in row()["note"]
+    monkeypatch.setattr(native_library, "find_plugin_library", lambda: tensorrt_plugin)
+    assert row()["found"] == "LoReFT 1, TensorRT 10.3.0" and row()["note"] == f"{tensorrt_plugin}; CUDA sm 86"
+    monkeypatch.setattr(native_library, "find_plugin_library", lambda: tmp_path / "include" / "NvInferRuntime.h")
+    assert row()["found"] == "broken" and "build it again: cmake -S" in row()["note"]
+
+
 @pytest.mark.slow
 def test_size_with_every_architecture(tmp_path) -> None:
     """As it is installed: every architecture, stripped."""
