@@ -92,7 +92,7 @@ def _check_kind(source: Path, format: str) -> None:
         raise InputError(f"{source} is a {'file' if folder else 'folder'}; a {format} adapter is a {'folder' if folder else 'file'}")
     needed = {"pyreft": "intkey_*.bin", "adapterhub": "adapter_config.json"}.get(format)
     if needed and not any(source.glob(needed)):
-        raise InputError(f"{source} is not a {format} adapter: {needed} is missing")
+        raise InputError(f"{source} is no {format} adapter: {needed} is missing")
 
 
 def _has_interventions(config: Path) -> bool:

@@ -43,6 +43,10 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     wrong = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if wrong:
         raise AdapterError(f"{path}: {wrong[0]} is not a tensor; a state dict is expected")
+    # A pickled tensor may claim any shape over a few bytes, by strides of 0: copying it would take all memory.
+    for name, value in state.items():
+        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise AdapterError(f"{path}: {name} claims shape {list(value.shape)}, more than the file holds; it is damaged")
     return dict(state)
 
 

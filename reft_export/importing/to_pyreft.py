@@ -142,7 +142,8 @@ def _notes(adapter: Adapter) -> tuple[str, ...]:
     say = [
         f"tell pyreft what its format does not record: get_intervention_locations(positions={str(adapter.positions)!r}, "
         f"share_weights={adapter.tied}, num_interventions={len(adapter.sites) * len(adapter.groups)}, ...)"
-        + (f", and act_fn={adapter.activation!r}" if adapter.activation else "")
+        + (f", act_fn={adapter.activation!r}" if adapter.activation else "")
+        + (f", add_bias={_add_bias(adapter)}" if _add_bias(adapter) is not None else "")
     ]
     if adapter.positions.prompt or adapter.positions.everywhere:
         say.append(f"pyreft has no name for positions {adapter.positions}: pass the locations yourself")

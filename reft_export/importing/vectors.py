@@ -44,6 +44,8 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
         hint = None if hint is None else bytes(hint.parts[-1]).decode(errors="replace")
     except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
         raise AdapterError(f"{path} is damaged, or not GGUF ({first_line(e)})") from None
+    if not tensors:
+        raise AdapterError(f"{path} holds no direction.<layer> tensors; it is no control vector")
     vectors = {}
     for name, (kind, value) in tensors.items():
         match = re.fullmatch(r"direction\.(\d+)", name)
