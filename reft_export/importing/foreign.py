@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 from runtimes.edit import Site
 from runtimes.errors import InputError
 from runtimes.positions import PositionRule
+
+Report = Callable[[str], None]
+"""Told what is being done; the CLI shows it."""
 
 ACTIVATION_NAMES = {
     "": "",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reft_export.base import Outline, outline_base
-from reft_export.bundling import Report
 from reft_export.importing.assemble import assemble
-from reft_export.importing.foreign import ForeignAdapter, Request, activation_of
+from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
 from runtimes.bundle import check_adapter_name
 from runtimes.errors import AdapterError, InputError, ReftError

@@ -82,12 +82,18 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
             "class": ", ".join(sorted(set(kinds))),
             "interventions": len(edits),
         },
-        notes=tuple(
-            f"{edit.name}: R has rows of zeros, which edit nothing (weight decay does that to torch's orthogonal R)"
-            for edit in edits
-            if has_zero_rows(edit)
-        ),
+        notes=_notes(request, positions, edits),
     )
+
+
+def _notes(request: Request, positions: PositionRule, edits: list[ForeignEdit]) -> tuple[str, ...]:
+    notes = []
+    if request.tied is False and not (positions.first and positions.last):
+        notes.append(f"--untied changes nothing: with positions {positions} pyreft applies every intervention to all of them")
+    for edit in edits:
+        if has_zero_rows(edit):
+            notes.append(f"{edit.name}: R has rows of zeros, which edit nothing (weight decay does that to torch's orthogonal R)")
+    return tuple(notes)
 
 
 # --- which interventions there are ----------------------------------------------------------------
@@ -178,8 +184,6 @@ def _asked(request: Request, methods: set[str]) -> tuple[PositionRule, bool, str
         missing["act_fn"] = f"--activation ({ACTIVATION_CHOICES})"
     if missing:
         raise not_recorded("pyreft", missing)
-    if request.tied is False and not both:
-        raise InputError(f"--untied needs positions with a prefix and a suffix (f2+l2); they are {positions}")
     activation = activation_of(request.activation or "", "--activation")
     if activation and activated != methods:
         raise InputError(f"--activation {activation} does not apply: {listed(sorted(methods - activated))} has no learned source")

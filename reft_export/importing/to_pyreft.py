@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reft_export.base import outline_base
-from reft_export.bundling import Report
+from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft import CONFIG_FILE, FORMAT, SIDE_FILE
 from reft_export.importing.pyreft_states import CLASSES
 from runtimes.adapter import PARAMETERS, Adapter, load_adapter

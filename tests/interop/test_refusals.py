@@ -111,7 +111,6 @@ def test_what_is_not_recorded_is_asked_for(source, missing, names, tmp_path) -> 
         (LOREFT, replace(SAID, method="magic"), "--method 'magic' is unknown"),
         (LOREFT, replace(SAID, scale=2.0), "--scale does not apply to pyreft"),
         (LOREFT, replace(SAID, layers="1"), "--layers does not apply to pyreft"),
-        (LOREFT, replace(SAID, positions="l2", tied=False), "--untied needs positions with a prefix and a suffix"),
         (CONSREFT, replace(SAID, activation="gelu"), "--activation gelu does not apply: consreft has no learned source"),
         (HUB, replace(SAID, positions="f3"), "--positions f3 contradicts the adapter, which records f2.l2"),
         (HUB, replace(SAID, tied=False), "--untied contradicts the adapter, which records tied_weights True"),
@@ -235,6 +234,16 @@ def test_checkpoint_of_a_trainer_has_no_classes(tmp_path) -> None:
     trainer.mkdir()
     bare.rename(trainer / "intervenable_model")
     refused(trainer, tmp_path / "o2", SAID, "did you mean .*intervenable_model")
+
+
+def test_untied_without_a_prefix_or_a_suffix_is_pyrefts_all_positions(tmp_path) -> None:
+    two = FIXTURES / "pyreft-generated" / "loreft_two_a_site_last" / "adapter"
+    said = Request(positions="l1", activation="none")
+    results = []
+    for tied in (None, True, False):
+        results.append(import_adapter(two, str(BASE), tmp_path / str(tied), replace(said, tied=tied), report=lambda _: None))
+    assert len({tuple(sorted((name, t.tobytes()) for name, t in r.adapter.tensors.items())) for r in results}) == 1
+    assert [len(r.notes) for r in results] == [0, 0, 1] and "--untied changes nothing" in results[2].notes[0]
 
 
 def test_mixtures_that_no_adapter_holds(tmp_path) -> None:
