@@ -234,7 +234,7 @@ def load_adapter(folder: Path) -> Adapter:
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; foreign adapters are not read directly")
+            raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; another library's is read by reft-export import")
     try:
         config = from_json(_Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except RecordError as e:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtimes.errors import InputError, ReftError
 
-MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html", "reft.json")
+MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html", "reft.json", "reft_export.json")
 """A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
 

@@ -93,6 +93,7 @@ HOST_EXTRAS = {
     "onnx_ir": "host",
     "onnxscript": "host",
     "accelerate": "host",
+    "gguf": "host",
     "onnxruntime": "cpu",
     "onnxruntime_genai": "genai",
 }

@@ -7,8 +7,21 @@ from typing import Annotated
 
 import typer
 
-from reft_export.cli.console import guarded, out, parity_failed, print_json, print_parity, progress
-from reft_export.cli.options import AccuracyLevel, Adapters, AsJson, BlockSize, DryRun, Force, Model, Output, Sites, Slots, parse_sites
+from reft_export.cli.console import escape, guarded, out, parity_failed, print_json, print_parity, progress
+from reft_export.cli.options import (
+    AccuracyLevel,
+    Adapters,
+    AsJson,
+    BlockSize,
+    DryRun,
+    Force,
+    Model,
+    Output,
+    Sites,
+    Slots,
+    check_choice,
+    parse_sites,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +43,9 @@ def export(
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = 32,
     accuracy_level: AccuracyLevel = 4,
+    format: Annotated[
+        str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
+    ] = "bundle",
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -38,6 +54,10 @@ def export(
     from reft_export.export import ExportSettings, export_bundle
     from runtimes.errors import ParityError
 
+    check_choice("--format", format, ("bundle", "pyreft"))
+    if format == "pyreft":
+        export_adapter(model, list(adapters or []), output, force=force, dry_run=dry_run, as_json=as_json)
+        return
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
@@ -61,6 +81,23 @@ def export(
         parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
+
+
+def export_adapter(model: str, adapters: list[Path], output: Path, *, force: bool, dry_run: bool, as_json: bool) -> None:
+    """``--format pyreft``: one adapter, converted; there is no graph, so the options of graphs mean nothing."""
+    from reft_export.importing.to_pyreft import export_to_pyreft
+    from runtimes.errors import InputError
+
+    if len(adapters) != 1 or dry_run:
+        raise InputError(f"--format pyreft converts one adapter (-a), without --dry-run; {len(adapters)} are given")
+    with progress() as report:
+        result = export_to_pyreft(model, adapters[0], output, force=force, report=report)
+    if as_json:
+        print_json({"adapter": str(output), "class": result.kind, "interventions": result.interventions, "notes": list(result.notes)})
+        return
+    for note in result.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    out.print(escape(f"{output}: {result.interventions} interventions, pyreft's {result.kind}"))
 
 
 def show_result(output: Path, result, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from reft_export.cli import bench, build, doctor, export, fold, inspect, parity, quantize, quickstart, run, train
+from reft_export.cli import bench, build, doctor, export, fold, import_, inspect, parity, quantize, quickstart, run, train
 from runtimes.version import VERSION
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ def top_level(
     """Train a ReFT intervention, fold it into an ONNX decoder, quantize it, run it on a device, and prove it is the same."""
 
 
-for verb in (quickstart, train, export, fold, quantize, build, run, parity, bench, inspect, doctor):
+for verb in (quickstart, train, import_, export, fold, quantize, build, run, parity, bench, inspect, doctor):
     verb.register(app)
 
 

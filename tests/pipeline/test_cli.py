@@ -24,9 +24,12 @@ SURFACE = {
         "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
         "--resume", "--force", "--dry-run", "--json",
     },
+    "import": {
+        "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--layers", "--scale", "--force", "--json",
+    },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
-        "--block-size", "--accuracy-level", "--force", "--dry-run", "--json",
+        "--block-size", "--accuracy-level", "--format", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--slots", "--sites", "--as-lora", "--force", "--json"},
     "quantize": {"--model", "--output", "--precision", "--scheme", "--block-size", "--accuracy-level", "--force", "--json"},

@@ -1,0 +1,70 @@
+"""``reft-export import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_export.cli.console import escape, guarded, out, print_json, progress
+from reft_export.cli.options import AsJson, Force, Model, Output
+
+
+def register(app: typer.Typer) -> None:
+    app.command("import")(guarded(import_))
+
+
+def import_(
+    foreign: Annotated[
+        Path, typer.Argument(help="A pyreft or AdapterHub folder, or a .gguf, .npz or .safetensors file of steering vectors.")
+    ],
+    model: Model,
+    output: Output,
+    format: Annotated[str | None, typer.Option("--format", help="pyreft, adapterhub, gguf, npz, safetensors; default: detected.")] = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", help="Which tokens are edited: f2+l2, f3, l1, prompt, all. pyreft does not record it.")
+    ] = None,
+    tied: Annotated[
+        bool | None, typer.Option("--tied/--untied", help="pyreft's share_weights: one edit for prefix and suffix, or one each.")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option("--activation", help="pyreft's act_fn: none, relu, gelu, gelu_tanh, silu, tanh, sigmoid.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="noreft or direft, where the files are the same (AdapterHub without orthogonality).")
+    ] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Steering vectors: the layers to steer, 3, 8-16 or 3;9.")] = None,
+    scale: Annotated[float | None, typer.Option("--scale", help="Steering vectors: their strength; default 1.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn another library's adapter into an adapter folder. What its format does not record is asked for, never guessed."""
+    from reft_export.importing.foreign import Request
+    from reft_export.importing.importer import import_adapter
+
+    request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale)
+    with progress() as report:
+        result = import_adapter(foreign, model, output, request, format=format, force=force, report=report)
+    a = result.adapter
+    if as_json:
+        print_json(
+            {
+                "adapter": str(output),
+                "format": result.format,
+                "method": a.method,
+                "rank": a.rank,
+                "positions": str(a.positions),
+                "tied": a.tied,
+                "activation": a.activation,
+                "sites": [str(s) for s in a.sites],
+                "base": a.base.name,
+                "notes": list(result.notes),
+            }
+        )
+        return
+    for note in result.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    form = f"{a.method}{f' with {a.activation}' if a.activation else ''}, rank {a.rank}, {'tied' if a.tied else 'untied'}"
+    out.print(escape(f"{output}: {form}, positions {a.positions}, {len(a.sites)} sites; from {result.format}, for {a.base.name}"))
+    out.print(f"{result.format} does not fingerprint its base: that this one has its width and layers is all that could be checked")

@@ -1,0 +1,223 @@
+"""AdapterHub ``adapters`` folders: adapter_config.json and pytorch_adapter.bin or adapter.safetensors.
+
+    y = h + P^T (act(W h + b) - P h)       W = learned_source.weight [r, d], b = .bias [r], P = projection.weight [r, d]
+
+P is stored raw where it is kept orthonormal (tensors.orthogonal): LoReFT; else as it is: NoReFT, and DiReFT, which leaves out
+"- P h" and saves the same config. Units: one when weights are tied, else one for the prefix and one for the suffix.
+
+The first ``prefix_positions`` and last ``suffix_positions`` tokens are edited, both from the original h, and the suffix wins where
+they overlap: PositionRule with truncate off. AdapterHub counts them in whatever sequence it is given, this project in the prompt.
+
+Source: adapters/methods/reft.py; adapters/configuration/adapter_config.py, ReftConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from reft_export.base import Outline
+from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, not_recorded
+from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
+from reft_export.model_folder import weight_files
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, InputError
+from runtimes.positions import PositionRule
+
+FORMAT = "adapterhub"
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+
+UNIT = re.compile(r"(?:.+\.)?(\d+)\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)")
+RAW = "projection.parametrizations.weight"
+
+
+def read_adapterhub(folder: Path, request: Request, outline: Outline) -> ForeignAdapter:
+    """Raises InputError for flags that contradict the config, AdapterError for what cannot be imported."""
+    request.refuse("AdapterHub", {"layers": "the files say which layers are edited", "scale": "an edit has no strength to scale"})
+    top, config = _read_config(folder, outline)
+    tied = config["tied_weights"] or not (config["prefix_positions"] and config["suffix_positions"])
+    rule = _positions(config, folder)
+    activation = activation_of(config["non_linearity"] or "", f"{folder / CONFIG_FILE}: non_linearity")
+    _check_flags(request, rule, tied, activation)
+    method = _method(request.method, config["orthogonality"])
+    units, name = _units(folder)
+    # An untied adapter keeps two units even where one of them has no positions.
+    wanted = (0, 1) if not tied else (0,) if config["tied_weights"] or config["prefix_positions"] else (1,)
+    layers = _layers(units, config["layers"], outline)
+    edits = {
+        Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers
+    }
+    _check_head(folder, outline)
+    notes = []
+    if config["suffix_positions"]:
+        n = config["suffix_positions"]
+        notes.append(
+            f"AdapterHub edits the last {n} of all tokens it is given, generated ones too; here the last {n} of the prompt are edited: "
+            "a prompt's logits agree, text generated from it may not"
+        )
+    return ForeignAdapter(
+        format=FORMAT,
+        edits=edits,
+        positions=rule,
+        tied=tied,
+        activation=activation,
+        dropout=config["dropout"],
+        dtype=stored_dtype(next(iter(units.values()))["learned_source.weight"]),
+        record={"imported_from": FORMAT, "source": folder.resolve().name, "name": name, "version": str(top.get("version", "unknown"))},
+        notes=tuple(notes),
+    )
+
+
+def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file, and its ReFT part with every key of the right type."""
+    path = folder / CONFIG_FILE
+    try:
+        top = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise AdapterError(f"{path} is not JSON: {e}") from None
+    config = top.get("config") if isinstance(top, dict) else None
+    if isinstance(top, dict) and "peft_type" in top:
+        raise AdapterError(f"{path} is PEFT's ({top['peft_type']}); it is not a ReFT: merge it into the base with merge_and_unload()")
+    if not isinstance(config, dict) or config.get("architecture") != "reft":
+        kind = config.get("architecture") if isinstance(config, dict) else config
+        raise AdapterError(f"{path}: architecture {kind!r} is not reft; only ReFT adapters can be imported")
+    types = {"prefix_positions": int, "suffix_positions": int, "r": int, "orthogonality": bool, "tied_weights": bool}
+    for name, kind in types.items():
+        value = config.get(name)
+        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+            raise AdapterError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+    layers, dropout, function = config.get("layers"), config.get("dropout", 0.0), config.get("non_linearity")
+    if layers != "all" and not (isinstance(layers, list) and layers and all(type(n) is int for n in layers)):
+        raise AdapterError(f'{path}: layers is {layers!r}, expected "all" or a list of numbers')
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not (function is None or isinstance(function, str)):
+        raise AdapterError(f"{path}: dropout is {dropout!r} and non_linearity {function!r}; a number and a name or null are expected")
+    if top.get("hidden_size", outline.info.hidden_size) != outline.info.hidden_size:
+        raise AdapterError(
+            f"{path}: the adapter was trained on {top.get('model_name')} of width {top['hidden_size']}, {outline.info.name} has width "
+            f"{outline.info.hidden_size}; pass the base it was trained on"
+        )
+    if top.get("model_type", outline.model.config.model_type) != outline.model.config.model_type:
+        raise AdapterError(
+            f"{path}: the adapter was trained on {top.get('model_name')}, a {top['model_type']}; {outline.info.name} is a "
+            f"{outline.model.config.model_type}; pass the base it was trained on"
+        )
+    return top, config | {"dropout": float(dropout), "non_linearity": function}
+
+
+def _positions(config: Mapping[str, Any], folder: Path) -> PositionRule:
+    if not config["prefix_positions"] and not config["suffix_positions"]:
+        raise AdapterError(f"{folder / CONFIG_FILE}: no prefix and no suffix positions; this adapter edits nothing")
+    return PositionRule(first=config["prefix_positions"], last=config["suffix_positions"], truncate=False)
+
+
+def _check_flags(request: Request, rule: PositionRule, tied: bool, activation: str) -> None:
+    """AdapterHub records these; a flag may repeat what it says."""
+    if request.positions is not None and str(PositionRule.parse(request.positions)) != str(rule):
+        raise InputError(f"--positions {request.positions} contradicts the adapter, which records {rule}")
+    if request.tied is not None and request.tied != tied and rule.first and rule.last:
+        raise InputError(f"--{'tied' if request.tied else 'untied'} contradicts the adapter, which records tied_weights {tied}")
+    if request.activation is not None and activation_of(request.activation, "--activation") != activation:
+        raise InputError(f"--activation {request.activation} contradicts the adapter, which records {activation or 'none'}")
+
+
+def _method(asked: str | None, orthonormal: bool) -> str:
+    """LoReFT is told by its orthonormal projection; NoReFT and DiReFT save the same config."""
+    known = ("loreft", "direft") if orthonormal else ("noreft", "direft")
+    if asked is not None and asked not in known:
+        raise InputError(f"--method {asked} contradicts the adapter, which records orthogonality {orthonormal}: {' or '.join(known)}")
+    if asked is None and not orthonormal:
+        raise not_recorded(
+            "AdapterHub", {"whether the projection is subtracted": "--method noreft (it is) or --method direft (it is not)"}
+        )
+    return asked or "loreft"
+
+
+def _units(folder: Path) -> tuple[dict[tuple[int, int], dict[str, Tensor]], str]:
+    """The tensors of every (layer, unit), and the adapter's name; other kinds of adapter are refused."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), folder / WEIGHT_FILES[1])
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    units: dict[tuple[int, int], dict[str, Tensor]] = {}
+    names = set()
+    for key, value in state.items():
+        match = UNIT.fullmatch(key)
+        if not match:
+            raise AdapterError(f"{path} holds {key}, which is no part of a ReFT")
+        units.setdefault((int(match[1]), int(match[3])), {})[match[4]] = value
+        names.add(match[2])
+    if len(names) != 1:
+        raise AdapterError(f"{path} holds {len(names)} adapters ({', '.join(sorted(names)) or 'none'}); one is expected")
+    return units, names.pop()
+
+
+def _layers(units: Mapping[tuple[int, int], object], recorded: str | list[int], outline: Outline) -> list[int]:
+    layers = sorted({layer for layer, _ in units})
+    count = outline.info.num_hidden_layers
+    expected = list(range(count)) if recorded == "all" else sorted(set(recorded))
+    if layers[-1] >= count or (recorded == "all" and layers != expected):
+        raise AdapterError(
+            f"the adapter edits layers {layers[0]} to {layers[-1]}, {outline.info.name} has {count} (0 to {count - 1}); pass the base "
+            "it was trained on"
+        )
+    if layers != expected:
+        raise AdapterError(f"the adapter's config names layers {expected}, its tensors {layers}; it is damaged")
+    return layers
+
+
+def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, unit: int, method: str, orthonormal: bool) -> ForeignEdit:
+    where = f"layer {layer}, unit {unit}"
+    state = units.get((layer, unit), {})
+    names = {"learned_source.weight", "learned_source.bias"}
+    names |= {f"{RAW}.original", f"{RAW}.0.base"} if orthonormal else {"projection.weight"}
+    if set(state) != names:
+        raise AdapterError(f"{where} holds {sorted(state)}, expected {sorted(names)}; the adapter is damaged")
+    W = as_float32(state["learned_source.weight"], (None, None), f"{where}: learned_source.weight")
+    rank, width = W.shape
+    b = as_float32(state["learned_source.bias"], (rank,), f"{where}: learned_source.bias")
+    if orthonormal:
+        original = as_float32(state[f"{RAW}.original"], (rank, width), f"{where}: {RAW}.original")
+        base = as_float32(state[f"{RAW}.0.base"], (width, width), f"{where}: {RAW}.0.base")
+        P = orthogonal(original, base)
+    else:
+        P = as_float32(state["projection.weight"], (rank, width), f"{where}: projection.weight")
+    parameters = {
+        "loreft": {"R": P, "W": W, "b": b},
+        "noreft": {"P": P, "W": W, "b": b, "p": np.zeros_like(b)},
+        "direft": {"W2": P, "W1": W, "b": b},
+    }[method]
+    return ForeignEdit(name=where, method=method, parameters=parameters)
+
+
+def _check_head(folder: Path, outline: Outline) -> None:
+    """AdapterHub saves the prediction head beside the adapter. One that was trained is a part of the base we would not have."""
+    path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
+    if path is None:
+        return
+    head = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    base: dict[str, Tensor] = {}
+    for file in weight_files(outline.folder):
+        base |= _load_named(file, set(head))
+    for name, value in head.items():
+        if name not in base:
+            continue  # tied to the embedding, and saved under that name
+        if value.shape != base[name].shape or not bool((value.float() == base[name].float()).all()):
+            raise AdapterError(
+                f"{path}: {name} differs from {outline.info.name}'s; the adapter was trained together with its head: put that head into "
+                "the base, or remove the file to do without it"
+            )
+
+
+def _load_named(file: Path, names: set[str]) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        return {name: value for name, value in read_pickle(file).items() if name in names}
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:
+        return {name: f.get_tensor(name) for name in names & set(f.keys())}

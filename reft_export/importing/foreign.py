@@ -1,0 +1,111 @@
+"""What every reader of a foreign format gives, and what the user has to say where the format is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from runtimes.edit import Site
+from runtimes.errors import InputError
+from runtimes.positions import PositionRule
+
+Report = Callable[[str], None]
+"""Told what is being done; the CLI shows it."""
+
+ACTIVATION_NAMES = {
+    "": "",
+    "none": "",
+    "linear": "",
+    "identity": "",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+}
+"""transformers' names (ACT2FN), which pyreft and AdapterHub use, and ours: one function can have several names."""
+
+ACTIVATION_CHOICES = "none, relu, gelu, gelu_tanh, silu, tanh, sigmoid"
+POSITION_CHOICES = "f2+l2, f3, l1, prompt, all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user says of the adapter; None where nothing was said."""
+
+    positions: str | None = None
+    tied: bool | None = None
+    activation: str | None = None
+    method: str | None = None
+    layers: str | None = None
+    scale: float | None = None
+
+    def refuse(self, format: str, reasons: Mapping[str, str]) -> None:
+        """Raises InputError for the first option given that has no meaning for ``format``."""
+        for name, reason in reasons.items():
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name} does not apply to {format}: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForeignEdit:
+    """One intervention as its library applies it: a method of runtimes.adapter with its parameters in float32.
+
+    Capitals are [r, D], small letters [r]. ``name`` is what the foreign file calls it.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForeignAdapter:
+    """Everything read from a foreign adapter. ``edits``: per site, what acts at each slot, in the order in which it acts."""
+
+    format: str
+    edits: Mapping[Site, tuple[tuple[ForeignEdit, ...], ...]]
+    """One tuple of edits when tied, else one for the prefix and one for the suffix; an empty one edits nothing."""
+    positions: PositionRule
+    tied: bool
+    activation: str = ""
+    dropout: float = 0.0
+    dtype: str = "float32"
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from, kept in the adapter."""
+    notes: tuple[str, ...] = ()
+    """What the user should know and could not see."""
+
+
+def not_recorded(format: str, missing: Mapping[str, str]) -> InputError:
+    """The refusal that names everything the format is silent about and the flags that say it."""
+    return InputError(f"{format} does not record {_and(missing)}, and nothing is guessed; pass {_and(missing.values())}")
+
+
+def _and(parts: Iterable[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def activation_of(name: str, where: str) -> str:
+    """Our name for a foreign activation; raises InputError for one that the op does not have."""
+    if name.lower() not in ACTIVATION_NAMES:
+        raise InputError(f"{where} {name!r} is unknown; known: {ACTIVATION_CHOICES}")
+    return ACTIVATION_NAMES[name.lower()]
+
+
+def listed(names: Iterable[object], limit: int = 4) -> str:
+    """``a, b, c, d and 7 more``."""
+    all_names = list(map(str, names))
+    more = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""
+    return ", ".join(all_names[:limit]) + more

@@ -1,0 +1,115 @@
+"""``reft-export import``: a foreign adapter, told by its files, to an adapter folder of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reft_export.base import Outline, outline_base
+from reft_export.importing.assemble import assemble
+from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
+from runtimes.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
+from runtimes.bundle import check_adapter_name
+from runtimes.errors import AdapterError, InputError, ReftError
+from runtimes.folders import check_destination
+from runtimes.positions import PositionRule
+
+FORMATS = ("pyreft", "adapterhub", "gguf", "npz", "safetensors")
+
+Reader = Callable[[Path, Request, Outline], ForeignAdapter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult:
+    adapter: Adapter
+    format: str
+    notes: tuple[str, ...]
+    """What the user should know: where the foreign library does something that an adapter of ours does not."""
+
+
+def import_adapter(
+    source: Path, model: str, output: Path, request: Request, *, format: str | None = None, force: bool = False, report: Report = print
+) -> ImportResult:
+    """Writes the adapter to ``output``, atomically. Everything is read and checked before anything is written.
+
+    The foreign formats do not fingerprint their base: its width and depth are checked, and the one given is recorded.
+    """
+    check_adapter_name(output.resolve().name)
+    check_destination(output, force=force, inputs=[source, Path(model)])
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    if format is not None and format not in FORMATS:
+        raise InputError(f"--format {format!r} is unknown; known: {', '.join(FORMATS)}")
+    if request.method is not None and request.method not in PARAMETERS:
+        raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(PARAMETERS)}")
+    if request.positions is not None:
+        PositionRule.parse(request.positions)
+    activation_of(request.activation or "", "--activation")
+    format = format or detect(source)
+    _check_kind(source, format)
+    report(f"reading {model}")
+    outline = outline_base(model)
+    report(f"reading {source}")
+    foreign = _reader(format)(source, request, outline)
+    try:
+        adapter = assemble(foreign, outline.info)
+    except ReftError as e:
+        raise AdapterError(f"{source}: {e}") from None
+    save_adapter(adapter, output, force=force)
+    return ImportResult(adapter=adapter, format=format, notes=foreign.notes)
+
+
+def detect(source: Path) -> str:
+    """The format that ``source``'s files are of; raises InputError where they are of none."""
+    if source.is_dir():
+        if (source / CONFIG_FILE).is_file():
+            raise InputError(f"{source} is an adapter of this project already; use it as it is")
+        if (source / "adapter_config.json").is_file():
+            return "adapterhub"
+        if any(source.glob("intkey_*.bin")) or _has_interventions(source / "config.json"):
+            return "pyreft"
+        inside = source / "intervenable_model"
+        also = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise InputError(
+            f"{source} holds neither pyreft's config.json and intkey_*.bin nor AdapterHub's adapter_config.json{also}; a vector file is "
+            "given by its own path"
+        )
+    with source.open("rb") as f:
+        magic = f.read(4)
+    if magic == b"GGUF":
+        return "gguf"
+    if source.suffix in (".npz", ".safetensors"):
+        return source.suffix[1:]
+    raise InputError(f"{source} is not .gguf, .npz or .safetensors, and pyreft and AdapterHub adapters are folders; pass the folder")
+
+
+def _check_kind(source: Path, format: str) -> None:
+    folder = format in ("pyreft", "adapterhub")
+    if source.is_dir() != folder:
+        raise InputError(f"{source} is a {'file' if folder else 'folder'}; a {format} adapter is a {'folder' if folder else 'file'}")
+    needed = {"pyreft": "intkey_*.bin", "adapterhub": "adapter_config.json"}.get(format)
+    if needed and not any(source.glob(needed)):
+        raise InputError(f"{source} is no {format} adapter: {needed} is missing")
+
+
+def _has_interventions(config: Path) -> bool:
+    try:
+        return "intervention_types" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _reader(format: str) -> Reader:
+    if format == "pyreft":
+        from reft_export.importing.pyreft import read_pyreft
+
+        return read_pyreft
+    if format == "adapterhub":
+        from reft_export.importing.adapterhub import read_adapterhub
+
+        return read_adapterhub
+    from reft_export.importing.vectors import read_gguf, read_vectors
+
+    return read_gguf if format == "gguf" else read_vectors

@@ -1,0 +1,42 @@
+"""Every fixture case imported once, and one bundle that holds them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BASE, CASES
+
+from reft_export.base import Base, load_base
+from reft_export.export import ExportSettings, export_bundle
+from reft_export.importing.importer import import_adapter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    """With the attention that the libraries ran it with."""
+    base = load_base(BASE)
+    base.model.set_attn_implementation("eager")
+    return base
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("imported")
+    for case in CASES:
+        import_adapter(case.adapter, str(BASE), root / case.label, case.request, report=lambda _: None)
+    return {case.label: root / case.label for case in CASES}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, imported: dict[str, Path]) -> Path:
+    """All of them in one graph: every stream, with and without each activation."""
+    output = tmp_path_factory.mktemp("bundles") / "all"
+    export_bundle(str(BASE), list(imported.values()), output, ExportSettings(), report=lambda _: None)
+    return output
