@@ -1,6 +1,7 @@
 // Loads the plugin through the registry of a real TensorRT library, without a GPU:
 //   tensorrt_registry <libnvinfer_lean.so.N> load <libreft_trt.so>         through IPluginRegistry::loadLibrary
 //   tensorrt_registry <libnvinfer_lean.so.N> open <libreft_trt_autoload.so> by opening the library, as hosts of self-registering plugins do
+//   tensorrt_registry <libnvinfer_lean.so.N> open-linked <...>              the same where TensorRT is in the global scope, as if linked
 // Prints what happened, one line each; the exit status is 0 where a plugin could be created and read back.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -24,7 +25,7 @@ Logger logger;
 int main(int count, char** arguments) {
   if (count != 4) return 2;
   std::setvbuf(stdout, nullptr, _IONBF, 0);
-  void* tensorrt = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
+  void* tensorrt = dlopen(arguments[1], RTLD_NOW | (std::strcmp(arguments[2], "open-linked") == 0 ? RTLD_GLOBAL : RTLD_LOCAL));
   if (tensorrt == nullptr) return std::printf("%s\n", dlerror()), 2;
   const auto version = reinterpret_cast<int32_t (*)() noexcept>(dlsym(tensorrt, "getInferLibVersion"));
   const auto registry = reinterpret_cast<IPluginRegistry* (*)() noexcept>(dlsym(tensorrt, "getPluginRegistry"))();

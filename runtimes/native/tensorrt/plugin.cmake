@@ -71,8 +71,8 @@ foreach(plugin ${plugins})
     target_compile_options(${plugin} PRIVATE -Wall -Wextra)
   endif()
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
-    # Only what reft_trt.h and TensorRT name is visible; and a registry keeps pointers into the library for as long as the process lives.
-    target_link_options(${plugin} PRIVATE -Wl,--exclude-libs,ALL -Wl,--no-undefined -Wl,-z,nodelete)
+    # A registry keeps pointers into the library for as long as the process lives.
+    target_link_options(${plugin} PRIVATE -Wl,--no-undefined -Wl,-z,nodelete)
     set_target_properties(${plugin} PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
   endif()
 endforeach()
