@@ -52,7 +52,7 @@ def run_builder(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
 
 def trtexec_command(spec: BuildSpec, program: str = "trtexec") -> list[str]:
     """The command that builds the engine of ``spec`` with TensorRT's own tool, one --profile with its shapes after the other."""
-    command = [program, f"--onnx={spec.graph}", f"--saveEngine={spec.plan}", "--skipInference", "--stronglyTyped"]
+    command = [program, f"--onnx={spec.graph}", f"--saveEngine={spec.plan}", "--skipInference", "--stronglyTyped", "--noTF32"]
     if spec.plugin is not None:
         command.append(f"--dynamicPlugins={spec.plugin}")
     for index, profile in enumerate(spec.profiles):

@@ -19,8 +19,7 @@ from runtimes.bundle import TensorRecord
 from runtimes.cuda_device import CudaDevice
 from runtimes.engine import Engine, Profile
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
-from runtimes.tensorrt_builder import DTYPES as ONNX_DTYPES
-from runtimes.tensorrt_library import load_plugin, tensorrt_version
+from runtimes.tensorrt_library import ONNX_DTYPES, load_plugin, tensorrt_version
 
 DTYPES = {
     "float": np.dtype(np.float32),

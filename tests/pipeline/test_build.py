@@ -358,3 +358,16 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
     monkeypatch.setattr(build_module, "present_compute_capability", lambda: "8.7")
     with pytest.raises(build_module.EngineError, match=r"for the GPU here \(8.7\) only, not for 8.9"):
         plan_build(bundle, BuildSettings(target="tensorrt", use_plugin=False, compute_capabilities=("8.9",)))
+
+
+@pytest.mark.slow
+def test_float32_is_float32(tensorrt_rtx) -> None:
+    """TensorRT multiplies float32 in TF32 unless it is told not to, and an fp32 engine's budget is 2e-5."""
+    code = (
+        "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt_builder import configure\n"
+        "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
+        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False)\n"
+        "for config in (builder.create_builder_config(), configure(trt, builder, spec)):\n    print(config.get_flag(trt.BuilderFlag.TF32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(tensorrt_rtx), check=False)
+    assert done.stdout.split() == ["True", "False"], done.stderr

@@ -299,7 +299,7 @@ def mock_trtexec(tmp_path, monkeypatch) -> Path:
 def test_trtexec_command(tmp_path) -> None:
     spec = _spec(Path("/f"), target="tensorrt", plugin="/lib/libreft_trt.so", weight_streaming=True, timing_cache="/c/timing")
     assert trtexec_command(spec) == [
-        "trtexec", "--onnx=/f/model.onnx", "--saveEngine=/f/engine.plan", "--skipInference", "--stronglyTyped",
+        "trtexec", "--onnx=/f/model.onnx", "--saveEngine=/f/engine.plan", "--skipInference", "--stronglyTyped", "--noTF32",
         "--dynamicPlugins=/lib/libreft_trt.so",
         "--profile=0", "--minShapes=input_ids:1x1,reft.0.block_output.U:1x1x64",
         "--optShapes=input_ids:1x128,reft.0.block_output.U:2x4x64", "--maxShapes=input_ids:4x128,reft.0.block_output.U:64x64x64",
