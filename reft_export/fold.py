@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.domains import check_domains
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
@@ -16,6 +18,7 @@ from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
+from reft_export.genai import CONFIG_FILE, genai_decoder
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, check_adapter_name
 from runtimes.edit import Site
@@ -48,9 +51,11 @@ def fold_bundle(
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
     check_destination(output, force=force, inputs=[graph, *adapter_folders])
     adapters = load_adapters(adapter_folders)
-    source = graph_file(graph)
+    source = _source(graph)
     report(f"reading {source}")
     model = load_graph(source)
+    check_domains(model)
+    fix_cache_shapes(model)
     record = foreign_record(model, source, adapters)
     for name, adapter in adapters.items():
         check_adapter_name(name)
@@ -81,9 +86,22 @@ def fold_bundle(
             nodes=nodes,
             adapters=tuple(adapters),
             weights={},
+            genai_config=_genai_config(source.parent, source.name),
         )
         finish_bundle(work, model, parts)
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
+
+
+def _source(graph: Path) -> Path:
+    """The graph that is meant: of a folder that onnxruntime-genai opens, the decoder that its config names."""
+    config = _read(graph / CONFIG_FILE) if graph.is_dir() else {}
+    return graph / genai_decoder(config, graph / CONFIG_FILE) if config else graph_file(graph)
+
+
+def _genai_config(folder: Path, name: str) -> dict[str, Any]:
+    """The genai config beside the graph, where it is about this graph."""
+    config = _read(folder / CONFIG_FILE)
+    return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
 def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> ModelRecord:
@@ -92,7 +110,7 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
-    config = _read(folder / "config.json") | _read(folder / "genai_config.json").get("model", {})
+    config = _read(folder / "config.json") | _read(folder / CONFIG_FILE).get("model", {})
     generation = _read(folder / "generation_config.json")
     width = config.get("hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
