@@ -39,6 +39,7 @@ from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
 from reft_export.exporters.dynamo import export_dynamo
 from reft_export.exporters.exported_graph import ExportedGraph
+from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import Manifest, Quantization
@@ -49,7 +50,7 @@ from runtimes.op import EditNode
 from runtimes.parity import ParityReport
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-EXPORTERS = ("dynamo", "builder")
+EXPORTERS = ("dynamo", "builder", "optimum")
 SCRATCH = ".exporter"
 """An exporter's own files inside the unfinished bundle, on the disk that has to hold the graph anyway; gone when it is finished."""
 DEFAULT_OPSET = 20
@@ -86,6 +87,10 @@ class ExportSettings:
         if self.exporter == "builder" and self.precision == "bf16":
             raise InputError(
                 "bf16 is exported by dynamo only: no CPU runs the builder's bfloat16 graph, so nothing here could show it right"
+            )
+        if self.exporter == "optimum" and (self.float_type != "fp32" or self.logits != "all"):
+            raise InputError(
+                "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
             )
 
     @property
@@ -124,8 +129,7 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
-    if settings.exporter == "builder":
-        check_builder()
+    _check_exporter(settings.exporter)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
@@ -204,10 +208,20 @@ def _assemble(
     return manifest, tuple(errors)
 
 
+def _check_exporter(exporter: str) -> None:
+    """Raises BackendUnavailable for an exporter that is not installed."""
+    if exporter == "builder":
+        check_builder()
+    if exporter == "optimum":
+        check_optimum()
+
+
 def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     last = settings.logits == "last"
     if settings.exporter == "builder":
         return export_builder(base, scratch, precision=settings.float_type, last_logits=last)
+    if settings.exporter == "optimum":
+        return export_optimum(base, scratch, opset=settings.opset)
     return export_dynamo(base.model, opset=settings.opset, last_logits=last)
 
 

@@ -121,10 +121,14 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
         vocab_size=vocabulary[-1],
         hidden_size=int(width),
         num_hidden_layers=survey.layers,
-        context_length=int(config.get("context_length") or config.get("max_position_embeddings") or DEFAULT_CONTEXT),
+        context_length=int(
+            config.get("context_length") or config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+        ),
+        num_attention_heads=config.get("num_attention_heads") or config.get("n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         pad_token_id=config.get("pad_token_id"),
+        sliding_window=config.get("sliding_window"),
     )
 
 

@@ -1,16 +1,12 @@
 """onnxruntime-genai's model builder: a decoder of fused operators (GroupQueryAttention, skip norms), the fastest to decode.
 
-The builder runs in a process of its own: it writes to stdout, changes sys.path, and keeps a second copy of the weights until it ends.
 Its graph takes no position_ids: GroupQueryAttention counts a row's tokens by attention_mask.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,8 +16,9 @@ from graph_passes.cache_shapes import ATTENTION, PAST_KEY, fix_cache_shapes
 from graph_passes.external import load_graph
 from reft_export.base import TOKENIZER_FILES, Base
 from reft_export.exporters.exported_graph import ExportedGraph
+from reft_export.exporters.process import run_exporter
 from reft_export.exporters.weight_sources import find_weight_sources
-from runtimes.errors import BackendUnavailable, ExportError, InputError
+from runtimes.errors import BackendUnavailable, InputError
 
 PROVIDER = {"fp32": "cpu", "fp16": "cuda"}
 """The builder ties float16 to its CUDA graphs; they hold the same operators and run on the CPU provider too."""
@@ -50,24 +47,11 @@ def export_builder(base: Base, scratch: Path, *, precision: str = "fp32", last_l
     check_builder()
     if not any((base.folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{base.folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
-    scratch.mkdir()
     options = [*OPTIONS, f"prune_lm_head={str(last_logits).lower()}"]
-    arguments = ["-m", base.folder.resolve(), "-o", scratch.resolve() / "graph", "-p", precision, "-e", PROVIDER[precision]]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments, "-c", scratch.resolve() / "cache"]
-    # The working folder comes first on that process's sys.path: the user's own could hold modules that shadow the builder's.
-    done = subprocess.run(
-        [str(part) for part in [*command, "--extra_options", *options]],
-        cwd=scratch,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ExportError(
-            f"onnxruntime-genai's builder could not export {base.model.config.model_type}: {reason[:300]}; use --exporter dynamo"
-        )
+    arguments = ["-m", base.folder.resolve(), "-o", "graph", "-c", "cache", "-p", precision, "-e", PROVIDER[precision]]
+    family = base.model.config.model_type
+    what = f"onnxruntime-genai's builder could not export {family}"
+    run_exporter("onnxruntime_genai.models.builder", [*arguments, "--extra_options", *options], scratch, what=what)
     graph = load_graph(scratch / "graph" / "model.onnx")
     fix_cache_shapes(graph)
     _write_windows(graph, base.model.config.get_text_config())

@@ -53,13 +53,15 @@ def test_stays_a_genai_folder(family, precision, stock, base_folder, adapter_fol
     assert "SkipSimplifiedLayerNormalization" in result.found["0.block_output"]
     bundle = open_bundle(output)
     assert (bundle.manifest.genai, bundle.manifest.padding, bundle.manifest.model.hidden_size) == ("supported", "none", 64)
-    check_stock_genai(bundle, python)
-    _check_base_is_unchanged(source / "model.onnx", bundle)
+    answers = check_stock_genai(bundle, python)
+    assert len({tuple(a) for a in answers.values()}) > 1
+    # The builder's int4 rounds activations too (accuracy level 4): a norm split in two flips single roundings.
+    _check_base_is_unchanged(source / "model.onnx", bundle, budget=2e-5 if precision == "fp32" else 2e-2)
     if precision == "fp32":
         assert host_ladder(bundle, str(base_folder(family)), report=lambda _: None).passed
 
 
-def _check_base_is_unchanged(source: Path, bundle) -> None:
+def _check_base_is_unchanged(source: Path, bundle, *, budget: float) -> None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -69,7 +71,7 @@ def _check_base_is_unchanged(source: Path, bundle) -> None:
     empty = {i.name: np.zeros((2, i.shape[1], 0, 16), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
     (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty})
     folded = OrtSession(bundle).step(ids, np.ones_like(ids)).logits
-    assert np.abs(folded - logits).max() <= 2e-5 * np.abs(logits).max()
+    assert np.abs(folded - logits).max() <= budget * np.abs(logits).max()
 
 
 def _folder(tmp_path: Path, bundle_folder, config: object) -> Path:
