@@ -18,7 +18,7 @@ from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
-from reft_export.genai import CONFIG_FILE, genai_decoder
+from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, check_adapter_name
 from runtimes.edit import Site
@@ -54,6 +54,7 @@ def fold_bundle(
     source = _source(graph)
     report(f"reading {source}")
     model = load_graph(source)
+    genai_config = _genai_config(source.parent, source.name)
     check_domains(model)
     fix_cache_shapes(model)
     record = foreign_record(model, source, adapters)
@@ -75,6 +76,8 @@ def fold_bundle(
         for name, adapter in adapters.items():
             write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
         copy_tokenizer(source.parent, None, work)
+        if genai_config:
+            copy_genai_files(source.parent, work, genai_config)
         logits = next(v for v in model.graph.outputs if v.name == "logits")
         parts = BundleParts(
             model=record,
@@ -86,7 +89,7 @@ def fold_bundle(
             nodes=nodes,
             adapters=tuple(adapters),
             weights={},
-            genai_config=_genai_config(source.parent, source.name),
+            genai_config=genai_config,
         )
         finish_bundle(work, model, parts)
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.cache_shapes import ATTENTION
-from runtimes.bundle import GRAPH_FILE, ModelRecord
+from runtimes.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
 
 CONFIG_FILE = "genai_config.json"
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 NO_SLOTS = "onnxruntime-genai does not compute slots; use --slots graph"
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
@@ -85,6 +87,23 @@ def keep_genai_config(folder: Path, config: Mapping[str, Any], *, slots: str) ->
     decoder = config["model"]["decoder"]
     _write(folder, {**config, "model": {**config["model"], "decoder": {**decoder, "filename": GRAPH_FILE}}})
     return "supported"
+
+
+def copy_genai_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Everything else that onnxruntime-genai may read from ``source``: vocabularies, templates, and the op library that its config names.
+
+    Raises InputError for a library outside the folder, which onnxruntime-genai does not load either.
+    """
+    for path in sorted(p for kind in TEXT_FILES for p in source.glob(kind)):
+        if path.name not in (CONFIG_FILE, MANIFEST_FILE) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    library = config["model"]["decoder"].get("session_options", {}).get("custom_ops_library")
+    if library:
+        path = source / library
+        if not path.resolve().is_relative_to(source.resolve()) or not path.is_file():
+            raise InputError(f"{source / CONFIG_FILE} names the op library {library}, which is not a file of {source}; put it there")
+        (folder / library).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / library)
 
 
 def genai_decoder(config: Mapping[str, Any], path: Path) -> str:

@@ -14,6 +14,7 @@ from test_genai import check_stock_genai
 from test_genai import python as python
 
 from graph_passes.external import load_graph
+from graph_passes.unfold import unfold_graph
 from reft_export.fold import fold_bundle
 from reft_export.parity import host_ladder
 from runtimes.bundle import open_bundle
@@ -36,6 +37,7 @@ def stock(genai_installed, base_folder, tmp_path):
         config = json.loads((folder / "genai_config.json").read_text())
         config["search"]["top_k"] = 7  # as a user would
         (folder / "genai_config.json").write_text(json.dumps(config))
+        (folder / "merges.txt").write_text("h e")
         return folder
 
     return make
@@ -93,6 +95,32 @@ def test_configs_of_anything_but_one_graph_are_refused(decoder, bundle_folder, t
     with pytest.raises(InputError, match="names no single decoder graph"):
         fold_bundle(folder, [], tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_op_library_that_the_config_names_comes_along(bundle_folder, tmp_path) -> None:
+    def config(library: str) -> dict:
+        return {"model": {"decoder": {"filename": "model.onnx", "session_options": {"custom_ops_library": library}}}}
+
+    folder = _folder(tmp_path, bundle_folder, config("lib/ops.so"))
+    _unfold(folder)
+    with pytest.raises(InputError, match="names the op library lib/ops.so, which is not a file"):
+        fold_bundle(folder, [], tmp_path / "out", **QUIET)
+    (folder / "lib").mkdir()
+    (folder / "lib" / "ops.so").write_text("a library")
+    fold_bundle(folder, [], tmp_path / "out", **QUIET)
+    assert (tmp_path / "out" / "lib" / "ops.so").read_text() == "a library"
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text()) == config("lib/ops.so")
+    (tmp_path / "ops.so").write_text("not inside")
+    (folder / "genai_config.json").write_text(json.dumps(config("../ops.so")))
+    with pytest.raises(InputError, match="not a file of"):
+        fold_bundle(folder, [], tmp_path / "out2", **QUIET)
+    assert not (tmp_path / "out2").exists()
+
+
+def _unfold(folder: Path) -> None:
+    model = load_graph(folder / "model.onnx")
+    unfold_graph(model)
+    ir.save(model, folder / "model.onnx")
 
 
 def test_unknown_operators_are_refused(bundle_folder, tmp_path) -> None:
