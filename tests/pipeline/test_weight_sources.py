@@ -49,7 +49,9 @@ def test_names_are_not_believed() -> None:
     model = tiny.build("llama")
     up = model.model.layers[2].mlp.up_proj.weight.numpy(force=True).T
     gate = "model.layers.0.mlp.gate_proj.MatMul.weight"
-    found = find_weight_sources(_graph({gate: up.copy(), "scaled": 2 * up}, {}), model)
+    changed = up.copy()
+    changed[-1, -1] += 1
+    found = find_weight_sources(_graph({gate: up.copy(), "scaled": 2 * up, "changed": changed}, {}), model)
     assert found == {gate: WeightSource(parameter="model.layers.2.mlp.up_proj.weight", transpose=True)}
 
 
