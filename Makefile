@@ -22,7 +22,7 @@ test-slow: $(STAMP)
 
 test-transformers-4: $(OLD)/.installed
 	$(OLD)/bin/python -m pytest -q -m "not slow" tests/training
-	$(OLD)/bin/python -m pytest -q tests/pipeline/test_export.py
+	$(OLD)/bin/python -m pytest -q tests/pipeline/test_export.py tests/pipeline/test_optimum.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 
 $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints-transformers-4.txt -e '.[cpu,host,dev]'
+	$(OLD)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints-transformers-4.txt -e '.[cpu,host,optimum,dev]'
 	@touch $@
 
 clean:

@@ -13,6 +13,8 @@ from runtimes.errors import GraphError
 # present.0.key, present.0.decoder.key, present_key_values.0.key, present_0_key, present_key_0, present_key.0, present_keys.0
 _KEY_OUTPUT = re.compile(r"present(?:_key_values)?(?:[._](\d+)[._](?:decoder[._])?keys?|_keys?[._](\d+))")
 
+_KEY_INPUT = re.compile(r"past_key_values\.(\d+)\.key")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderContract:
@@ -38,7 +40,9 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     missing = ["input 'input_ids'"] if "input_ids" not in inputs else []
     missing += ["output 'logits'"] if "logits" not in outputs else []
     if keys:
-        missing += [f"output 'present.{layer}.key'" for layer in range(max(keys)) if layer not in keys]
+        # A layer whose cache goes in but does not come out counts too: its cache would never grow.
+        cached = {int(match[1]) for name in inputs if (match := _KEY_INPUT.fullmatch(name or ""))}
+        missing += [f"output 'present.{layer}.key'" for layer in range(max(keys.keys() | cached) + 1) if layer not in keys]
     else:
         missing.append("outputs 'present.<layer>.key'")
     if missing:

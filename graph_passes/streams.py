@@ -57,6 +57,13 @@ def stream_type(site: Site, location: SiteLocation) -> StreamType:
     return StreamType(dtype=dtype, width=width, rank=rank)
 
 
+def value_width(value: ir.Value) -> int | None:
+    """The last dimension of ``value``, as far as its shape or the nodes before it tell."""
+    width = _read(value)[1]
+    producer = value.producer()
+    return width if width is not None or producer is None else _trace(producer)[1]
+
+
 _Partial = tuple[ir.DataType | None, int | None, int | None]
 
 

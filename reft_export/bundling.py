@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedTokenizerBase
 
+from graph_passes.cache_shapes import ATTENTION
 from reft_export.base import Base
-from reft_export.genai import write_genai_config
+from reft_export.genai import keep_genai_config, write_genai_config
 from runtimes.adapter import Adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
@@ -59,6 +61,8 @@ class BundleParts:
     nodes: tuple[EditNode, ...]
     adapters: tuple[str, ...]
     weights: Mapping[str, WeightSource]
+    genai_config: Mapping[str, Any] = field(default_factory=dict)
+    """The graph's own genai_config.json, which is kept; empty where it has none."""
 
 
 def model_record(base: Base) -> ModelRecord:
@@ -155,12 +159,19 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         adapters=parts.adapters,
         parity_budget={},
         weights=dict(parts.weights),
-        genai=write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits),
+        genai=_genai(folder, graph, parts),
+        padding="none" if any(node.op_type == ATTENTION for node in graph.graph) else "left",
     )
     budget = budget_for(manifest)
     manifest = replace(manifest, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
+    if parts.genai_config:
+        return keep_genai_config(folder, parts.genai_config, slots=parts.slots)
+    return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
 
 
 def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityReport:

@@ -26,19 +26,24 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
     modules = []
     for initializer, value in dequantized_weights(graph):
         source = sources.get(initializer)
-        if source is None or source.axis is not None:
-            raise BundleError(f"the manifest does not say which whole parameter {initializer} came from; export the bundle again")
+        if source is None:
+            raise BundleError(f"the manifest does not say which parameter {initializer} came from; export the bundle again")
         name = source.parameter.removesuffix(".weight")
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise BundleError(f"the bundle's {source.parameter} does not exist in this base; pass the base it was made from") from None
         weight = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
-        if weight.shape != module.weight.shape:
-            raise BundleError(f"{source.parameter} is {list(module.weight.shape)} in the base and {list(weight.shape)} in the bundle")
-        module.weight = torch.nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+        whole = module.weight.detach()
+        place = whole if source.axis is None else whole.narrow(source.axis, source.start, source.stop - source.start)
+        if weight.shape != place.shape:
+            raise BundleError(f"{source.parameter} is {list(place.shape)} in the base and {list(weight.shape)} in the bundle")
+        weight = weight.to(whole.dtype)
+        if source.axis is not None:  # one of several initializers that an exporter split the parameter into
+            weight = whole.slice_scatter(weight, source.axis, source.start, source.stop)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
         modules.append(name)
-    return modules
+    return list(dict.fromkeys(modules))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ held against the recorded results before it takes its place. Nothing is left beh
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from reft_export.bundling import (
 )
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steered
+from reft_export.exporters.builder import check_builder, export_builder
+from reft_export.exporters.dynamo import export_dynamo
+from reft_export.exporters.exported_graph import ExportedGraph
+from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import Manifest, Quantization
@@ -45,6 +50,10 @@ from runtimes.op import EditNode
 from runtimes.parity import ParityReport
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+EXPORTERS = ("dynamo", "builder", "optimum")
+SCRATCH = ".exporter"
+"""An exporter's own files inside the unfinished bundle, on the disk that has to hold the graph anyway; gone when it is finished."""
+DEFAULT_OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ class ExportSettings:
     fuse: str = "none"
     slots: str = "graph"
     logits: str = "all"
-    opset: int = 20
+    opset: int = DEFAULT_OPSET
     sites: tuple[Site, ...] = ()
     block_size: int = 32
     accuracy_level: int = 4
@@ -64,7 +73,7 @@ class ExportSettings:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
-            ("exporter", self.exporter, ("dynamo",)),
+            ("exporter", self.exporter, EXPORTERS),
             ("fuse", self.fuse, LEVELS),
             ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
@@ -73,6 +82,16 @@ class ExportSettings:
                 raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
         if not 18 <= self.opset <= 23:
             raise InputError(f"opset {self.opset} is not supported; 20 is the default, 18 to 23 can be asked for")
+        if self.exporter == "builder" and self.opset != DEFAULT_OPSET:
+            raise InputError("onnxruntime-genai's builder chooses the opset itself; leave out --opset, or use --exporter dynamo")
+        if self.exporter == "builder" and self.precision == "bf16":
+            raise InputError(
+                "bf16 is exported by dynamo only: no CPU runs the builder's bfloat16 graph, so nothing here could show it right"
+            )
+        if self.exporter == "optimum" and (self.float_type != "fp32" or self.logits != "all"):
+            raise InputError(
+                "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
+            )
 
     @property
     def weight_only(self) -> WeightOnlySettings | None:
@@ -110,6 +129,7 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
+    _check_exporter(settings.exporter)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
@@ -140,8 +160,6 @@ def _assemble(
     report: Report,
 ) -> tuple[Manifest, tuple[WeightError, ...]]:
     """Everything of the bundle into ``work``; for a quantized one, arrays recorded at accuracy level 1 into ``proof``."""
-    from reft_export.exporters.dynamo import export_dynamo
-
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
     report("recording what the eager model says")
@@ -153,7 +171,7 @@ def _assemble(
     record = model_record(base)
 
     report("exporting the graph")
-    exported = export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+    exported = _export_graph(base, work / SCRATCH, settings)
     fuse(exported.model, level=settings.fuse)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(exported.model, nodes, slots=settings.slots)
@@ -175,18 +193,36 @@ def _assemble(
         model=record,
         precision=settings.float_type,
         quantization=None if quantization is None else quantization_record(quantization),
-        exporter="dynamo",
+        exporter=settings.exporter,
         logits=settings.logits,
         slots=settings.slots,
         nodes=nodes,
         adapters=tuple(adapters),
         weights=exported.weights,
     )
+    shutil.rmtree(work / SCRATCH, ignore_errors=True)
     manifest = finish_bundle(work, exported.model, parts)
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in exported.model.graph.initializers.values():
         value.const_value = None
     return manifest, tuple(errors)
+
+
+def _check_exporter(exporter: str) -> None:
+    """Raises BackendUnavailable for an exporter that is not installed."""
+    if exporter == "builder":
+        check_builder()
+    if exporter == "optimum":
+        check_optimum()
+
+
+def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    last = settings.logits == "last"
+    if settings.exporter == "builder":
+        return export_builder(base, scratch, precision=settings.float_type, last_logits=last)
+    if settings.exporter == "optimum":
+        return export_optimum(base, scratch, opset=settings.opset)
+    return export_dynamo(base.model, opset=settings.opset, last_logits=last)
 
 
 def record_at_levels(

@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
@@ -18,6 +20,7 @@ from graph_passes.streams import stream_type
 from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
 from reft_export.export import load_adapters
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
+from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, check_adapter_name
 from runtimes.edit import Site
@@ -58,7 +61,7 @@ def fold_bundle(
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
     check_destination(output, force=force, inputs=[graph, *adapter_folders])
     adapters = load_adapters(adapter_folders)
-    source = graph_file(graph)
+    source = _source(graph)
     report(f"reading {source}")
     model = load_graph(source)
     if is_edge_llm(model.graph):
@@ -67,6 +70,9 @@ def fold_bundle(
         return fold_edge_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
     if as_lora:
         raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
+    genai_config = _genai_config(source.parent, source.name)
+    check_domains(model)
+    fix_cache_shapes(model)
     record = foreign_record(model, source, adapters)
     for name, adapter in adapters.items():
         check_adapter_name(name)
@@ -86,6 +92,8 @@ def fold_bundle(
         for name, adapter in adapters.items():
             write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
         copy_tokenizer(source.parent, None, work)
+        if genai_config:
+            copy_genai_files(source.parent, work, genai_config)
         logits = next(v for v in model.graph.outputs if v.name == "logits")
         parts = BundleParts(
             model=record,
@@ -97,9 +105,22 @@ def fold_bundle(
             nodes=nodes,
             adapters=tuple(adapters),
             weights={},
+            genai_config=genai_config,
         )
         finish_bundle(work, model, parts)
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
+
+
+def _source(graph: Path) -> Path:
+    """The graph that is meant: of a folder that onnxruntime-genai opens, the decoder that its config names."""
+    config = _read(graph / CONFIG_FILE) if graph.is_dir() else {}
+    return graph / genai_decoder(config, graph / CONFIG_FILE) if config else graph_file(graph)
+
+
+def _genai_config(folder: Path, name: str) -> dict[str, Any]:
+    """The genai config beside the graph, where it is about this graph."""
+    config = _read(folder / CONFIG_FILE)
+    return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
 def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> ModelRecord:
@@ -108,7 +129,7 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
-    config = _read(folder / "config.json") | _read(folder / "genai_config.json").get("model", {})
+    config = _read(folder / "config.json") | _read(folder / CONFIG_FILE).get("model", {})
     generation = _read(folder / "generation_config.json")
     width = config.get("hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -119,10 +140,14 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
         vocab_size=vocabulary[-1],
         hidden_size=int(width),
         num_hidden_layers=survey.layers,
-        context_length=int(config.get("context_length") or config.get("max_position_embeddings") or DEFAULT_CONTEXT),
+        context_length=int(
+            config.get("context_length") or config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+        ),
+        num_attention_heads=config.get("num_attention_heads") or config.get("n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         pad_token_id=config.get("pad_token_id"),
+        sliding_window=config.get("sliding_window"),
     )
 
 

@@ -14,6 +14,7 @@ from runtimes.errors import InputError
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
 
+EXPORTERS = {"dynamo": "torch.onnx.export(dynamo=True)", "builder": "onnxruntime-genai's model builder", "optimum": "optimum-onnx"}
 LIBRARIES = 0.9e9
 """Memory of torch, transformers and onnxruntime themselves, as measured on a tiny model."""
 
@@ -45,17 +46,21 @@ def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) 
     total = linear + other
     disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
     quantized = settings.weight_only is not None
+    opset = "" if settings.exporter == "builder" else f", opset {settings.opset}"
+    rounded = 4.0 * total if settings.float_type != "fp32" else 0.0
+    # Other projects' exporters load the model in a process of their own, and their graph lies on the disk until the bundle is finished.
+    copy = 0.0 if settings.exporter == "dynamo" else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
             f"load {model} in float32 and record eager logits, greedy tokens, base and {len(adapters)} adapters",
-            f"export with torch.onnx.export(dynamo=True), opset {settings.opset}, logits {settings.logits}",
+            f"export with {EXPORTERS[settings.exporter]}{opset}, logits {settings.logits}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",
         ),
         parameters=total,
-        memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + (4.0 * total if settings.float_type != "fp32" else 0),
-        disk=disk,
+        memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + rounded + copy,
+        disk=disk + copy,
     )
 
 

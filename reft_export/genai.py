@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
-from runtimes.bundle import GRAPH_FILE, ModelRecord
+from graph_passes.cache_shapes import ATTENTION
+from runtimes.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
+from runtimes.errors import InputError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+CONFIG_FILE = "genai_config.json"
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+NO_SLOTS = "onnxruntime-genai does not compute slots; use --slots graph"
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
 """model_type values that onnxruntime-genai 0.18 loads as a decoder and whose I/O our graphs share."""
 
 
@@ -18,7 +27,7 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
     if model.model_type not in SUPPORTED:
         return f"onnxruntime-genai does not know model type {model.model_type}"
     if slots != "graph":
-        return "onnxruntime-genai does not compute slots; export with --slots graph"
+        return NO_SLOTS
     inputs = {value.name: value for value in graph.graph.inputs}
     key = inputs.get("past_key_values.0.key")
     if key is None:
@@ -60,8 +69,52 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
             "do_sample": False,
             "max_length": model.context_length,
             "num_beams": 1,
-            "past_present_share_buffer": False,
+            # GroupQueryAttention appends to the cache in place; other graphs return a longer one at every step.
+            "past_present_share_buffer": any(node.op_type == ATTENTION for node in graph.graph),
         },
     }
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    _write(folder, config)
     return "supported"
+
+
+def keep_genai_config(folder: Path, config: Mapping[str, Any], *, slots: str) -> str:
+    """Writes the config of a folder that onnxruntime-genai opens already, its decoder now the folded graph; returns as above.
+
+    Everything that its owner set is kept.
+    """
+    if slots != "graph":
+        return NO_SLOTS
+    decoder = config["model"]["decoder"]
+    _write(folder, {**config, "model": {**config["model"], "decoder": {**decoder, "filename": GRAPH_FILE}}})
+    return "supported"
+
+
+def copy_genai_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Everything else that onnxruntime-genai may read from ``source``: vocabularies, templates, and the op library that its config names.
+
+    Raises InputError for a library outside the folder, which onnxruntime-genai does not load either.
+    """
+    for path in sorted(p for kind in TEXT_FILES for p in source.glob(kind)):
+        if path.name not in (CONFIG_FILE, MANIFEST_FILE) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    library = config["model"]["decoder"].get("session_options", {}).get("custom_ops_library")
+    if library:
+        path = source / library
+        if not path.resolve().is_relative_to(source.resolve()) or not path.is_file():
+            raise InputError(f"{source / CONFIG_FILE} names the op library {library}, which is not a file of {source}; put it there")
+        (folder / library).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / library)
+
+
+def genai_decoder(config: Mapping[str, Any], path: Path) -> str:
+    """The decoder's file name in a genai config; raises InputError for a model that is more than one decoder graph."""
+    model = config.get("model")
+    decoder = model.get("decoder") if isinstance(model, Mapping) else None
+    name = decoder.get("filename") if isinstance(decoder, Mapping) else None
+    if not isinstance(name, str) or decoder.get("pipeline") or Path(name).name != name:
+        raise InputError(f"{path} names no single decoder graph beside it (model.decoder.filename); name the .onnx file itself")
+    return name
+
+
+def _write(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -134,6 +134,8 @@ class Manifest:
     """Initializer name in the unquantized graph -> the parameter it came from; refit and dequantized parity use only this."""
     genai: str
     """"supported", or why stock onnxruntime-genai cannot open this folder."""
+    padding: str = "left"
+    """Where pads may stand in a batch of rows of unequal length: left, or none (GroupQueryAttention takes a row's cache as full)."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
 

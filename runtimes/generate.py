@@ -138,9 +138,9 @@ def padding_of(session: Session) -> str:
 
     With pads on the left a row's tokens stay in consecutive columns: right for sliding windows, which count columns, and for graphs that
     return the last column's logits only. A graph without position_ids counts columns itself, or compacts rows by their token count, and
-    pads would move its positions.
+    pads would move its positions; GroupQueryAttention does so whether it is told positions or not, which the manifest says.
     """
-    return "left" if session.takes_position_ids else "none"
+    return session.bundle.manifest.padding if session.takes_position_ids else "none"
 
 
 def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = False) -> list[list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 TENSORRT_RTX = "1.7.1.116"
+GENAI = "0.18.0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,3 +50,20 @@ def tensorrt_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from native.plugin_host import DOUBLE, build_plugin
 
     return build_plugin(tmp_path_factory.mktemp("tensorrt-plugin"), DOUBLE)
+
+
+@pytest.fixture(scope="session")
+def genai_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to put on sys.path that holds the real onnxruntime-genai, whose builder runs on the project's own packages."""
+    folder = tmp_path_factory.mktemp("genai-package")
+    install = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*install, f"onnxruntime-genai=={GENAI}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def genai_installed(genai_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-genai as if it were installed, here and in every process that the test starts."""
+    monkeypatch.syspath_prepend(genai_folder)
+    monkeypatch.setenv("PYTHONPATH", str(genai_folder))

@@ -41,6 +41,12 @@ _SPECIFIC: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": WIDTH},
 }
 FAMILIES = tuple(_SPECIFIC)
+_OTHERS: dict[str, dict[str, object]] = {
+    "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.015, "logits_scaling": 8.0},
+    "smollm3": {},
+    "olmo": {},
+}
+"""Families that single tests build, beside those that every route is tested with."""
 
 
 def build(family: str, **overrides: object) -> PreTrainedModel:
@@ -51,7 +57,8 @@ def build(family: str, **overrides: object) -> PreTrainedModel:
             del shared[name]
         del shared["max_position_embeddings"]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shared, **_SPECIFIC[family], **overrides})).eval()
+    specific = (_SPECIFIC | _OTHERS)[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shared, **specific, **overrides})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -33,7 +33,12 @@ def export(
     output: Output,
     adapters: Adapters = None,
     precision: Annotated[str, typer.Option("--precision", "-p", help="fp32, fp16, bf16, or weight-only int8, int4.")] = "fp32",
-    exporter: Annotated[str, typer.Option("--exporter", help="dynamo: torch.onnx.export(dynamo=True).")] = "dynamo",
+    exporter: Annotated[
+        str,
+        typer.Option(
+            "--exporter", help="dynamo; builder: onnxruntime-genai's, faster to decode; optimum: optimum-onnx's (transformers 4.57)."
+        ),
+    ] = "dynamo",
     slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",

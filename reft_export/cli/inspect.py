@@ -11,6 +11,9 @@ import typer
 from reft_export.cli.console import escape, guarded, out, print_json, print_table, size
 from reft_export.cli.options import AsJson
 
+SENTENCES = ("sites", "not found")
+"""Shown line by line: a tensor's name must not be cut."""
+
 
 def register(app: typer.Typer) -> None:
     app.command("inspect")(guarded(inspect))
@@ -43,10 +46,15 @@ def inspect(
         return
     tables = {k: v for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for key, value in content.items():
-        if key not in tables:
+        if key not in tables and (value or key not in SENTENCES):
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             out.print(f"[bold]{key}[/]: {escape(str(text))}")
     for key, rows in tables.items():
+        if key in SENTENCES:
+            out.print(f"[bold]{key}[/]:")
+            for row in rows:
+                out.print(escape(f"  {row['site']}: " + ", ".join(v for k, v in row.items() if k != "site")), soft_wrap=True)
+            continue
         print_table(key, list(rows[0]), [[str(v) for v in row.values()] for row in rows])
 
 
@@ -159,7 +167,7 @@ def inspect_graph(path: Path) -> dict[str, Any]:
     from graph_passes.external import load_graph
     from graph_passes.graph_file import graph_file
     from graph_passes.insert import is_edit
-    from graph_passes.sites import find_sites
+    from graph_passes.sites import survey_sites
 
     path = graph_file(path)
     model = load_graph(path)
@@ -174,8 +182,11 @@ def inspect_graph(path: Path) -> dict[str, Any]:
     }
     if edits:
         return content | {"edit nodes": [n.name for n in edits]}
+    survey = survey_sites(model)
     return content | {
-        "sites": [{"site": str(s), "value": where.value.name, "how": where.how} for s, where in sorted(find_sites(model).items())]
+        "layers": survey.layers,
+        "sites": [{"site": str(s), "value": where.value.name, "how": where.how} for s, where in sorted(survey.found.items())],
+        "not found": [{"site": str(s), "why": str(e)} for s, e in sorted(survey.refused.items())],
     }
 
 

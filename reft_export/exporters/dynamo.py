@@ -11,26 +11,18 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from reft_export.exporters.exported_graph import ExportedGraph
 from runtimes.bundle import WeightSource
 from runtimes.errors import ExportError
 
 PREFIX = "model."
 """The wrapped model's attribute; torch names initializers after it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportedGraph:
-    """``weights``: initializer name -> the checkpoint parameter it came from."""
-
-    model: ir.Model
-    weights: dict[str, WeightSource]
 
 
 class RowMajorLinear(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,11 @@ def test_stop_filter_does_not_depend_on_how_the_text_is_split(pieces: list[str],
 def test_text_held_back_as_a_possible_stop_is_given_out_at_the_end() -> None:
     filter_ = StopFilter(["stop"])
     assert [filter_.push("a st"), filter_.push("o"), filter_.finish()] == ["a ", "", "sto"]
+
+
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_the_manifest_says_that_rows_cannot_share_a_batch(bundles: dict[tuple, Bundle], position_ids: bool) -> None:
+    """A GroupQueryAttention graph may take position_ids all the same."""
+    variant = next(v for v in VARIANTS if v[2] == position_ids)
+    bundle = replace(bundles[variant], manifest=replace(bundles[variant].manifest, padding="none"))
+    assert padding_of(OrtSession(bundle, threads=1)) == "none"

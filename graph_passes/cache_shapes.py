@@ -1,0 +1,51 @@
+"""Heads and head width of the KV cache, as integers: a session that makes an empty cache reads them off the graph's inputs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graph_passes.dominators import describe
+from graph_passes.streams import value_width
+from runtimes.errors import GraphError
+
+ATTENTION = "GroupQueryAttention"
+PAST_KEY = 3
+"""Index of its input past_key_values.<layer>.key; the values' cache is the next one."""
+_QUERY, _VALUE = 0, 2
+
+
+def fix_cache_shapes(model: ir.Model) -> None:
+    """Writes [batch, heads, past, width] with integer heads and width on every cache tensor that a GroupQueryAttention reads or writes.
+
+    onnxruntime-genai's builder leaves the width symbolic. With n query heads, k heads of keys and values, and q, k, v in one tensor of
+    W columns, the width is W / (n + 2 k); in tensors of their own it is W_v / k. A graph without that operator is left as it is.
+    Raises GraphError where the columns are not known or do not divide.
+    """
+    for node in model.graph:
+        if node.op_type != ATTENTION:
+            continue
+        heads, width = _heads(node)
+        for value in node.inputs[PAST_KEY : PAST_KEY + 2]:
+            _write(value, heads, width, "past")
+        for value in node.outputs[1:3]:
+            _write(value, heads, width, "total")
+
+
+def _heads(node: ir.Node) -> tuple[int, int]:
+    heads, queries = node.attributes.get_int("kv_num_heads"), node.attributes.get_int("num_heads")
+    separate = node.inputs[_VALUE] is not None
+    parts = heads if separate else queries + 2 * heads
+    columns = value_width(node.inputs[_VALUE if separate else _QUERY])
+    if columns is None or columns % parts:
+        raise GraphError(
+            f"the head width of {describe(node)} cannot be told: {columns} columns for {parts} heads; run ONNX shape inference over the "
+            "graph first"
+        )
+    return heads, columns // parts
+
+
+def _write(value: ir.Value | None, heads: int, width: int, length: str) -> None:
+    if value is None:
+        return
+    old = value.shape if value.shape is not None and len(value.shape) == 4 else ["batch_size", None, f"{length}_sequence_length", None]
+    value.shape = ir.Shape([old[0], heads, old[2], width])

@@ -1,0 +1,28 @@
+"""Runs another project's exporter in a process of its own: it prints, changes sys.path, and keeps a second copy of the weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtimes.errors import ExportError
+
+
+def run_exporter(module: str, arguments: Sequence[str | Path], scratch: Path, *, what: str) -> None:
+    """``python -m module arguments`` in the new folder ``scratch``, without a network. Raises ExportError with its last line on failure."""
+    scratch.mkdir()
+    # The working folder comes first on that process's sys.path: the user's own could hold modules that shadow the exporter's.
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=scratch,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ExportError(f"{what}: {reason[:300]}; use --exporter dynamo")

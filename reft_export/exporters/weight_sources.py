@@ -1,0 +1,72 @@
+"""Which parameter each matrix of a graph came from, told by its values alone: exporters rename, transpose and split weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from runtimes.bundle import WeightSource
+
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
+
+
+def find_weight_sources(graph: ir.Model, model: PreTrainedModel) -> dict[str, WeightSource]:
+    """The source of every matrix that ``graph`` multiplies by or gathers rows from, where a parameter of ``model`` holds its values.
+
+    A matrix equals a parameter, its transpose, or consecutive rows of either, bit for bit in the matrix's own type. Products are looked for
+    among linear modules and gathered rows among embeddings, so that tied weights lead to the module that does the same. A matrix that
+    no parameter holds (scaled by the exporter) is left out.
+    """
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    embeddings = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
+    sources = {}
+    for value, is_product in _matrices(graph):
+        array = value.const_value.numpy()
+        source = _find(array, linear if is_product else embeddings, value.name)
+        if source is not None:
+            sources[value.name] = source
+    return sources
+
+
+def _matrices(graph: ir.Model) -> Iterator[tuple[ir.Value, bool]]:
+    """Every float matrix among the initializers, and whether it is multiplied by rather than gathered from."""
+    for value in graph.graph.initializers.values():
+        if value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        readers = {(use.node.op_type, use.idx) for use in value.uses()}
+        if any(op in _PRODUCTS and index == 1 for op, index in readers):
+            yield value, True
+        elif ("Gather", 0) in readers:
+            yield value, False
+
+
+def _find(array: np.ndarray, modules: Iterable[tuple[str, torch.nn.Module]], name: str) -> WeightSource | None:
+    # Modules whose layer number the initializer's name carries come first: the search then ends at once.
+    digits = [part for part in name.split(".") if part.isdigit()]
+    ordered = sorted(modules, key=lambda pair: digits != [part for part in pair[0].split(".") if part.isdigit()])
+    for module_name, module in ordered:
+        weight = module.weight.detach()
+        for transpose in (True, False):
+            source = _rows(array.T if transpose else array, weight, f"{module_name}.weight", transpose=transpose)
+            if source is not None:
+                return source
+    return None
+
+
+def _rows(array: np.ndarray, weight: torch.Tensor, parameter: str, *, transpose: bool) -> WeightSource | None:
+    """Where ``array`` [R, C] stands among the rows of ``weight`` [.., C]; None where it does not."""
+    if array.shape[1] != weight.shape[1] or array.shape[0] > weight.shape[0]:
+        return None
+    first = weight[:, 0].float().numpy().astype(array.dtype)
+    for start in np.flatnonzero(first[: weight.shape[0] - array.shape[0] + 1] == array[0, 0]):
+        stop = int(start) + array.shape[0]
+        if np.array_equal(weight[start:stop].float().numpy().astype(array.dtype), array):
+            whole = array.shape[0] == weight.shape[0]
+            slices = {} if whole else {"axis": 0, "start": int(start), "stop": stop}
+            return WeightSource(parameter=parameter, transpose=transpose, **slices)
+    return None

@@ -1,0 +1,102 @@
+"""What ``fold`` refuses of graphs that other tools made, each in one line and with nothing written; what ``inspect`` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from small_decoders import WIDTH, small_decoder
+
+from reft_export.cli.inspect import inspect_graph
+from reft_export.fold import fold_bundle
+from runtimes.edit import STREAMS, Site
+from runtimes.errors import GraphError, SiteAmbiguous
+
+QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
+
+
+def _save(model: ir.Model, folder: Path) -> Path:
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.data", size_threshold_bytes=1)
+    return folder
+
+
+def _no_present_outputs(folder: Path, model: ir.Model) -> None:
+    del model.graph.outputs[2:]
+
+
+def _no_cache(folder: Path, model: ir.Model) -> None:
+    del model.graph.outputs[1:]
+
+
+def _unknown_operator(folder: Path, model: ir.Model) -> None:
+    next(node for node in model.graph if node.op_type == "Add").domain = "trained.on.mars"
+    model.opset_imports["trained.on.mars"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_no_present_outputs, r"not a decoder with a KV cache: output 'present.1.key', output 'present.2.key' missing"),
+        (_no_cache, r"not a decoder with a KV cache.*outputs 'present.<layer>.key' missing"),
+        (_unknown_operator, r"Add\(.*\) is an operator of 'trained.on.mars'"),
+    ],
+    ids=["present", "cache", "domain"],
+)
+def test_graphs_that_are_refused(change: Callable[[Path, ir.Model], None], match: str, tmp_path) -> None:
+    model = small_decoder()
+    change(tmp_path, model)
+    _refused(_save(model, tmp_path / "source"), tmp_path, match)
+
+
+def test_truncated_weights_are_refused(tmp_path) -> None:
+    source = _save(small_decoder(), tmp_path / "source")
+    (source / "model.data").write_bytes((source / "model.data").read_bytes()[:-8])
+    _refused(source, tmp_path, "the file is cut short")
+
+
+def test_weights_outside_the_folder_are_refused(tmp_path) -> None:
+    source = _save(small_decoder(), tmp_path / "source")
+    (source / "model.data").rename(tmp_path / "model.data")
+    graph = (source / "model.onnx").read_bytes()
+    # The same length, so that protobuf's own lengths still hold.
+    (tmp_path / "source" / "model.onnx").write_bytes(graph.replace(b"model.data", b"../mo.data"))
+    (tmp_path / "model.data").rename(tmp_path / "mo.data")
+    _refused(source, tmp_path, "which leaves the graph's folder")
+
+
+def _refused(source: Path, tmp_path: Path, match: str) -> None:
+    with pytest.raises(GraphError, match=match) as caught:
+        fold_bundle(source, [], tmp_path / "out", **QUIET)
+    assert len(str(caught.value).splitlines()) == 1 and caught.value.exit_code == 2
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith((".", "out"))]
+
+
+def test_inspect_lists_every_site_of_every_layer(tmp_path) -> None:
+    content = inspect_graph(_save(small_decoder(), tmp_path / "source"))
+    assert [row["site"] for row in content["sites"]] == sorted(str(Site(layer=i, stream=s)) for i in range(3) for s in STREAMS)
+    assert content["layers"] == 3 and content["not found"] == []
+    assert next(row for row in content["sites"] if row["site"] == "1.block_output") == {
+        "site": "1.block_output",
+        "value": "layers.1.output",
+        "how": "Add('layers.1.output'): nearest value upstream of present.2.key that all of logits depends on",
+    }
+
+
+def test_inspect_shows_the_candidates_of_what_it_cannot_tell(tmp_path) -> None:
+    source = _save(small_decoder(block="post_norm", layers=1), tmp_path / "source")
+    (why,) = [row["why"] for row in inspect_graph(source)["not found"] if row["site"] == "0.block_output"]
+    assert "layers.0.add_2" in why and "or the norm behind it" in why
+    with pytest.raises(SiteAmbiguous, match="or the norm behind it"):
+        fold_bundle(source, [], tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_width_is_the_graphs_own(tmp_path) -> None:
+    """Without a configuration beside it."""
+    fold_bundle(_save(small_decoder(), tmp_path / "source"), [], tmp_path / "out", **QUIET)
+    from runtimes.bundle import open_bundle
+
+    assert open_bundle(tmp_path / "out").manifest.model.hidden_size == WIDTH
