@@ -2,8 +2,8 @@
 
 oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
 eager -> exported -> folded          the float graph without and with its edits
-eager, dequantized -> quantized      the same weights on both sides, at accuracy level 1 (exact arithmetic)
-eager, fake-quantized -> shipped     accuracy level 4, which quantizes activations too
+eager, dequantized -> quantized      the same weights on both sides, activations in float (MatMulNBits at accuracy level 1)
+eager, fake-quantized -> shipped     where the bundle quantizes activations too
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from calibration.weight_only import set_accuracy_level
+from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.banks import bank_edits, bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import TORCH_DTYPES
+from reft_export.bundling import TORCH_DTYPES, float_label
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
@@ -110,19 +110,27 @@ def quantized_rungs(
     kernel: str | None = None,
     report: Report = print,
 ) -> list[Rung]:
-    """Exactness at accuracy level 1 against the dequantized weights, then the shipped level against its fake quantization.
+    """Float activations against the dequantized weights, then the graph as it ships against its fake quantization.
 
-    ``base`` must be fresh from disk; its weights are replaced by the dequantized ones.
+    ``base`` must be fresh from disk, in float32; its weights are replaced by the dequantized ones, in the bundle's float type.
     """
-    settings = bundle.manifest.quantization
-    modules = load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
+    quantization, sources = bundle.manifest.quantization, bundle.manifest.weights
+    graph = load_graph(bundle.graph_path)
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    load_dequantized(base.model, graph, sources)
     rungs: list[Rung] = []
-    for level in sorted({1, settings.accuracy_level}):
-        report(f"holding accuracy level {level} against the eager model")
-        with tempfile.TemporaryDirectory() as folder, at_level(bundle, level) as changed:
-            with activations_quantized(base.model, modules if level == 4 else [], settings.block_size):
-                record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
-            rungs += check(changed, Path(folder), f"int{settings.bits} level {level}", provider=provider, kernel=kernel)
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the quantized weights against the eager model")
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        with with_float_activations(bundle) as changed:
+            rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
+    if not activation_quantization(graph):
+        return rungs
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the bundle against the eager model's fake quantization")
+        with activations_quantized(base.model, graph, sources):
+            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
     return rungs
 
 
@@ -166,10 +174,10 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
 
 
 @contextmanager
-def at_level(bundle: Bundle, level: int) -> Iterator[Bundle]:
-    """The quantized bundle with its graph at another accuracy level, and a manifest that says so."""
-    with variant(bundle, lambda graph: set_accuracy_level(graph, level)) as changed:
-        quantization = replace(bundle.manifest.quantization, accuracy_level=level)
+def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
+    """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
+    with variant(bundle, float_activations) as changed:
+        quantization = replace(bundle.manifest.quantization, scheme="weight-only", accuracy_level=1)
         yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization))
 
 

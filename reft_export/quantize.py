@@ -2,68 +2,127 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.weight_only import WeightOnlySettings, quantize_weights
+import onnx_ir as ir
+
+from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
+from calibration.settings import QuantizationSettings, check_source
 from graph_passes.external import load_graph, write_graph
 from reft_export.banks import bank_steerer
-from reft_export.base import load_base
-from reft_export.bundling import BundleParts, Report, finish_bundle, gate
-from reft_export.dequantized import load_dequantized
-from reft_export.export import ExportResult, quantization_record, record_at_levels
+from reft_export.base import DTYPES, load_base
+from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundle, gate
+from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
+from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
 from reft_export.golden import fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
-from runtimes.bundle import TOKENIZER_FILES, open_bundle
-from runtimes.errors import CalibrationError
+from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.folders import atomic_folder, check_destination
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is decided before any work: the bundle, how it is quantized, and the ranges where the scheme fixes them."""
+
+    bundle: Bundle
+    model: str
+    settings: QuantizationSettings
+    ranges: Ranges | None = None
+    calibration: CalibrationRecord | None = None
+
+
 def quantize_bundle(
-    source: Path, model: str, output: Path, settings: WeightOnlySettings, *, force: bool = False, report: Report = print
+    source: Path,
+    model: str,
+    output: Path,
+    settings: QuantizationSettings,
+    *,
+    calibration: CalibrationRequest | None = None,
+    force: bool = False,
+    report: Report = print,
 ) -> ExportResult:
     """Writes the quantized bundle to ``output``, atomically; ``model`` is the base it was made from, for the eager reference.
 
-    Raises CalibrationError for a bundle that is quantized already, AdapterError for another base, ParityError for a missed budget.
+    ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
+    output. Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another
+    base, ParityError for a missed budget.
     """
     check_destination(output, force=force, inputs=[source, Path(model)])
     bundle = open_bundle(source)
-    if bundle.manifest.quantization is not None:
-        bits = bundle.manifest.quantization.bits
-        raise CalibrationError(f"{source} is quantized already (int{bits}); quantize the float bundle that it was made from")
-    if bundle.manifest.precision != "fp32":
-        raise CalibrationError(f"{source} is a {bundle.manifest.precision} bundle; weight-only quantization starts from the fp32 one")
-    report(f"loading {model}")
-    base = load_base(model)
-    check_same_base(bundle, base, model)
+    plan = _planned(bundle, model, output, settings, calibration, report)
+    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
+        graph, quantized = _record_and_quantize(plan, work, Path(proof), report)
+        _copy_unchanged(bundle, work)
+        manifest = _finish(plan, work, graph, quantized)
+        del graph
+        gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+        if manifest.precision == "bf16":
+            return ExportResult(manifest=manifest, parity=None, weight_errors=quantized.errors, note=check_structure(work))
+        report("holding the bundle against the eager model")
+        parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
+        return ExportResult(manifest=manifest, parity=parity, weight_errors=quantized.errors)
+
+
+def _planned(
+    bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
+) -> _Plan:
+    m = bundle.manifest
+    check_source(
+        settings,
+        quantized=None if m.quantization is None else m.quantization.bits,
+        precision=m.precision,
+        opset=m.opset,
+        where=str(bundle.folder),
+    )
+    check_request(request, settings, bundle)
+    if request is None:
+        return _Plan(bundle=bundle, model=model, settings=settings)
+    ranges, record = steered_ranges(bundle, model, output, request, report)
+    return _Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, calibration=record)
+
+
+def _record_and_quantize(plan: _Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
+    """Graph and golden arrays into ``work``. The eager model is gone when this returns."""
+    bundle, settings = plan.bundle, plan.settings
+    report(f"loading {plan.model}")
+    base = load_base(plan.model)
+    check_same_base(bundle, base, plan.model)
     steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
     inputs = stored_inputs(bundle)
-    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        exact = fp32_logits(base.model, inputs, steerers)
-        graph = load_graph(bundle.graph_path)
-        report(f"quantizing weights to int{settings.bits}")
-        errors = quantize_weights(graph, settings)
-        write_graph(graph, work)
-        report("recording what the eager model says with the quantized weights")
-        modules = load_dequantized(base.model, graph, bundle.manifest.weights)
-        record_at_levels(work / "golden", Path(proof), base.model, modules, inputs, steerers, exact, settings)
-        for name in bundle.manifest.files:
-            if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/")):
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.folder / name, work / name)
-        m = bundle.manifest
-        parts = BundleParts(
-            model=m.model,
-            precision=m.precision,
-            quantization=quantization_record(settings),
-            exporter=m.exporter,
-            logits=m.logits,
-            slots=m.slots,
-            nodes=bundle.nodes,
-            adapters=bundle.adapter_names,
-            weights=m.weights,
-        )
-        manifest = finish_bundle(work, graph, parts)
-        report("holding the bundle against the eager model")
-        return ExportResult(manifest=manifest, parity=gate(work, output, exact=Path(proof)), weight_errors=tuple(errors))
+    exact = fp32_logits(base.model, inputs, steerers)
+    graph = load_graph(bundle.graph_path)
+    report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
+    quantized = quantize_graph(graph, settings, plan.ranges)
+    write_graph(graph, work)
+    report("recording what the eager model says with the quantized weights")
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    record_quantized(work / "golden", proof, base.model, graph, bundle.manifest.weights, inputs, steerers, exact)
+    return graph, quantized
+
+
+def _copy_unchanged(bundle: Bundle, work: Path) -> None:
+    """Adapters, library and tokenizer; a session's config is written anew."""
+    for name in bundle.manifest.files:
+        if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/", f"{TEMPLATE_FOLDER}/")):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.folder / name, work / name)
+
+
+def _finish(plan: _Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
+    m = plan.bundle.manifest
+    parts = BundleParts(
+        model=m.model,
+        precision=m.precision,
+        quantization=quantization_record(plan.settings, kept=quantized.kept, calibration=plan.calibration),
+        exporter=m.exporter,
+        logits=m.logits,
+        slots=m.slots,
+        nodes=plan.bundle.nodes,
+        adapters=plan.bundle.adapter_names,
+        weights=m.weights,
+    )
+    return finish_bundle(work, graph, parts)

@@ -40,6 +40,13 @@ DTYPES = {
 }
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
+SESSION_ENTRIES = {
+    # onnxruntime turns int4 DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations.
+    "qdq-int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
+    # onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load.
+    "fp8": {"session.disable_quant_qdq": "1"},
+}
+"""What a scheme needs said to a session so that it computes what the graph says."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -228,6 +235,9 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    quantization = bundle.manifest.quantization
+    for key, value in SESSION_ENTRIES.get(quantization.scheme if quantization else "", {}).items():
+        options.add_session_config_entry(key, value)
     if threads is not None:
         if threads < 1:
             raise InputError(f"{threads} threads; at least one is needed")

@@ -63,7 +63,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
         "fingerprint": m.model.fingerprint or "unknown: folded from a foreign graph",
         "context": m.model.context_length,
-        "precision": m.precision if q is None else f"{m.precision}, {q.scheme} int{q.bits}, block {q.block_size}, level {q.accuracy_level}",
+        "precision": m.precision,
+        "quantization": "none" if q is None else quantization(q),
         "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}",
         "genai": m.genai,
         "golden": list(bundle.golden_names),
@@ -72,6 +73,23 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def quantization(q: Any) -> str:
+    """The manifest's record in one line."""
+    parts = [f"{q.scheme} {'E4M3' if q.scheme == 'fp8' else f'int{q.bits}'}, {q.method}"]
+    parts.append(f"blocks of {q.block_size}" if q.block_size else "a scale per output column")
+    if q.scheme == "weight-only":
+        parts.append(f"accuracy level {q.accuracy_level}")
+    parts.append("activations " + ("quantized" if q.quantizes_activations else "in float"))
+    if q.embeddings:
+        parts.append(f"embedding int{q.embeddings}")
+    if q.kept:
+        parts.append(f"in float: {', '.join(q.kept)}")
+    if c := q.calibration:
+        mixture = ", ".join(f"{name} {share:.0%}" for name, share in c.mixture.items())
+        parts.append(f"ranges {c.observer} over {c.prompts} prompts, {c.tokens} tokens of {mixture} (data {c.data[:12]})")
+    return "; ".join(parts)
 
 
 def inspect_adapter(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.weight_only import WeightOnlySettings
+from calibration.settings import QuantizationSettings
 from reft_export.base import load_base
 from reft_export.cli.console import Progress, escape, out, print_parity, print_table, progress, size
 from reft_export.export import ExportResult, ExportSettings, export_bundle
@@ -89,7 +89,7 @@ def tell(output: Path, *, force: bool) -> Story:
         for bits in (8, 4):
             report(f"quantizing to int{bits}")
             results[f"int{bits}"] = quantize_bundle(
-                folder / "fp32", base_folder, folder / f"int{bits}", WeightOnlySettings(bits=bits), force=True, report=report.update
+                folder / "fp32", base_folder, folder / f"int{bits}", QuantizationSettings(bits=bits), force=True, report=report.update
             )
         report("the parity ladder, rung by rung")
         ladder = host_ladder(open_bundle(folder / "fp32"), base_folder, report=report.update)

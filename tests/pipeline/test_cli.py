@@ -29,7 +29,10 @@ SURFACE = {
         "--block-size", "--accuracy-level", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--slots", "--sites", "--force", "--json"},
-    "quantize": {"--model", "--output", "--precision", "--scheme", "--block-size", "--accuracy-level", "--force", "--json"},
+    "quantize": {
+        "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
+        "--keep-high", "--lm-head", "--embeddings", "--force", "--json",
+    },
     "run": {
         "--prompt", "--prompts", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
         "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
