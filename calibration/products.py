@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibration import per_token, qdq
 from calibration.activations import ActivationQuantization
@@ -46,6 +47,7 @@ def float_activations(model: ir.Model) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
     per_token.float_inputs(model.graph)
     qdq.float_inputs(model.graph)
+    RemoveUnusedNodesPass()(model)
 
 
 def _quantized_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:

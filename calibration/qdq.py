@@ -126,4 +126,3 @@ def float_inputs(graph: ir.Graph) -> None:
         down = up.inputs[0].producer()
         if down is not None and down.op_type == "QuantizeLinear":
             up.outputs[0].replace_all_uses_with(down.inputs[0])
-            graph.remove([up, down], safe=True)

@@ -59,7 +59,7 @@ def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu",
     check_device(device)
     if Path(model).is_file():
         raise InputError(f"{model} is a file; a base is given by its folder, or by its Hugging Face id")
-    folder = Path(model) if Path(model).is_dir() else _download(str(model))
+    folder = base_folder(model)
     config = read_config(folder)
     _check_decoder(config, folder)
     _check_rotary(config, folder)
@@ -72,6 +72,16 @@ def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu",
     loaded.requires_grad_(False)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
     return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder)
+
+
+def base_folder(model: str | Path) -> Path:
+    """Where the base's files lie; a Hugging Face id is downloaded. Raises InputError as ``load_base`` does."""
+    return Path(model) if Path(model).is_dir() else _download(str(model))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer without its model. Raises InputError where it has none."""
+    return _load_tokenizer(folder, required=True)
 
 
 def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str) -> Base:

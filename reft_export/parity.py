@@ -86,15 +86,20 @@ def check_same_base(bundle: Bundle, base: Base, model: str) -> None:
 
     A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count.
     """
+    check_fingerprint(bundle, base.info.fingerprint, base.info.name, model)
+
+
+def check_fingerprint(bundle: Bundle, found: str, name: str, model: str) -> None:
+    """``check_same_base`` for a base that is not loaded; ``found`` and ``name`` are its own."""
     made_from = bundle.manifest.model
     wanted = {f"{bundle.folder} was made from {made_from.name}": made_from.fingerprint}
     if not made_from.fingerprint:
         trained_on = {name: bundle.adapter_record(name).base for name in bundle.adapter_names}
         wanted = {f"adapter {name} was trained on {on.name}": on.fingerprint for name, on in trained_on.items()}
     for statement, fingerprint in wanted.items():
-        if fingerprint != base.info.fingerprint:
+        if fingerprint != found:
             raise AdapterError(
-                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {base.info.name} ({base.info.fingerprint[:12]}); "
+                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {name} ({found[:12]}); "
                 "pass the base it was made from"
             )
 

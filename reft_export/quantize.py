@@ -81,7 +81,7 @@ def _planned(
     check_request(request, settings, bundle)
     if request is None:
         return _Plan(bundle=bundle, model=model, settings=settings)
-    ranges, record = steered_ranges(bundle, model, output, request, report)
+    ranges, record = steered_ranges(bundle, settings, model, output, request, report)
     return _Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, calibration=record)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +40,11 @@ DTYPES = {
 }
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
-SESSION_ENTRIES = {
-    # onnxruntime turns int4 DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations.
-    "qdq-int4": {"session.qdq_matmulnbits_accuracy_level": "1"},
-    # onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load.
-    "fp8": {"session.disable_quant_qdq": "1"},
-}
-"""What a scheme needs said to a session so that it computes what the graph says."""
+FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""onnxruntime turns DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations, which the graph does
+not say."""
+NO_PAIRS = ("session.disable_quant_qdq", "1")
+"""onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -66,6 +64,11 @@ class StepOutput:
 
     logits: np.ndarray
     past: Past
+    outputs: Mapping[str, ort.OrtValue] = field(default_factory=dict)
+
+    def extra(self, name: str) -> np.ndarray:
+        """Another output of the graph, in float32: activations, where a calibration made them outputs."""
+        return to_float32(self.outputs[name])
 
 
 class OrtSession:
@@ -174,7 +177,7 @@ class OrtSession:
             raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
         new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
-        return StepOutput(logits=to_float32(outputs["logits"]), past=new_past)
+        return StepOutput(logits=to_float32(outputs["logits"]), past=new_past, outputs=outputs)
 
     def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         if self._binding is None:
@@ -235,9 +238,9 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    quantization = bundle.manifest.quantization
-    for key, value in SESSION_ENTRIES.get(quantization.scheme if quantization else "", {}).items():
-        options.add_session_config_entry(key, value)
+    options.add_session_config_entry(*FLOAT_INPUTS)
+    if bundle.manifest.quantization is not None and bundle.manifest.quantization.scheme == "fp8":
+        options.add_session_config_entry(*NO_PAIRS)
     if threads is not None:
         if threads < 1:
             raise InputError(f"{threads} threads; at least one is needed")

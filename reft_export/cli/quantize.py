@@ -48,13 +48,27 @@ def quantize(
         bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the head; default: not where activations have fixed ranges.")
     ] = None,
     embeddings: Annotated[str, typer.Option("--embeddings", help="float, int8 or int4 rows of the token embedding.")] = "float",
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="Prompts (JSONL, as for train) on which activation ranges are measured, edits on.")
+    ] = None,
+    ranges: Annotated[
+        Path | None, typer.Option("--ranges", help="In place of --calibrate: the OUTPUT.calibration of an earlier run of this bundle.")
+    ] = None,
+    mixture: Annotated[
+        str, typer.Option("--mixture", help="How much base and adapters count: base=1,pirate=3; default: all alike.")
+    ] = "",
+    observer: Annotated[str, typer.Option("--observer", help="minmax, percentile, entropy or mse.")] = "minmax",
+    percentile: Annotated[float, typer.Option("--percentile", help="Of --observer percentile.")] = 99.99,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Greedy tokens after each calibration prompt.")] = 16,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a bundle's base, the edits staying in the graph's float type; parity is proven on what is quantized."""
+    from calibration.observers import Observer
     from calibration.settings import settings_for
+    from reft_export.calibrate import CalibrationRequest
     from reft_export.quantize import quantize_bundle
-    from runtimes.errors import ParityError
+    from runtimes.errors import InputError, ParityError
 
     check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
     settings = settings_for(
@@ -67,9 +81,20 @@ def quantize(
         lm_head=lm_head,
         embeddings=EMBEDDINGS[embeddings],
     )
+    request = None
+    if calibrate is not None or ranges is not None:
+        request = CalibrationRequest(
+            data=calibrate,
+            ranges=ranges,
+            mixture=parse_mixture(mixture),
+            observer=Observer(name=observer, percentile=percentile),
+            decode_tokens=decode_tokens,
+        )
+    elif mixture:
+        raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
     try:
         with progress() as report:
-            result = quantize_bundle(bundle, model, output, settings, force=force, report=report)
+            result = quantize_bundle(bundle, model, output, settings, calibration=request, force=force, report=report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
@@ -91,3 +116,19 @@ def scheme_and_bits(scheme: str | None, precision: str | None) -> tuple[str, int
 def parse_patterns(values: list[str]) -> tuple[str, ...]:
     """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high."""
     return tuple(part.strip() for value in values for part in value.split(";") if part.strip())
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """``base=1,pirate=3``; raises InputError."""
+    from runtimes.errors import InputError
+
+    mixture: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, share = part.partition("=")
+        try:
+            if not equals or name in mixture:
+                raise ValueError
+            mixture[name] = float(share)
+        except ValueError:
+            raise InputError(f"--mixture {text!r}: {part!r} is not understood; write base=1,NAME=1, each name once") from None
+    return mixture

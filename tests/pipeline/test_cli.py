@@ -31,7 +31,8 @@ SURFACE = {
     "fold": {"--adapter", "--output", "--slots", "--sites", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
-        "--keep-high", "--lm-head", "--embeddings", "--force", "--json",
+        "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
+        "--force", "--json",
     },
     "run": {
         "--prompt", "--prompts", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
