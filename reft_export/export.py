@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from reft_export.bundling import (
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steered
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
 from runtimes.edit import Site
@@ -97,6 +98,10 @@ class ExportResult:
     """None where this machine cannot run the graph (bfloat16 on onnxruntime's CPU provider); see ``note``."""
     weight_errors: tuple[WeightError, ...]
     note: str = ""
+    report: QuantizationReport | None = None
+    """What quantization did, variant by variant; None for an export."""
+    refitted: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the adapters that a refit wrote, by name."""
 
 
 def load_adapters(folders: list[Path]) -> dict[str, Adapter]:

@@ -20,6 +20,9 @@ from reft_export.calibrate import CalibrationRequest, check_request, steered_ran
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
 from reft_export.golden import fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
+from reft_export.quantization_report import Measurements, Yardsticks, variant_name
+from reft_export.refit import RefitSettings, plan_refit
+from reft_export.swap import refit_in
 from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.folders import atomic_folder, check_destination
 
@@ -42,17 +45,22 @@ def quantize_bundle(
     settings: QuantizationSettings,
     *,
     calibration: CalibrationRequest | None = None,
+    refit: RefitSettings | None = None,
+    yardsticks: Yardsticks = Yardsticks(),
     force: bool = False,
     report: Report = print,
 ) -> ExportResult:
     """Writes the quantized bundle to ``output``, atomically; ``model`` is the base it was made from, for the eager reference.
 
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
-    output. Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another
-    base, ParityError for a missed budget.
+    output. ``refit``: adapters to re-train on the quantized weights. ``yardsticks``: what the report measures beyond the golden inputs;
+    with any, the float bundle is measured too. Raises CalibrationError for a bundle that the scheme cannot start from and for bad
+    calibration data, AdapterError for another base, ParityError for a missed budget.
     """
-    check_destination(output, force=force, inputs=[source, Path(model)])
+    check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     bundle = open_bundle(source)
+    refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
+    figures = Measurements(yardsticks)
     plan = _planned(bundle, model, output, settings, calibration, report)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
         graph, quantized = _record_and_quantize(plan, work, Path(proof), report)
@@ -62,9 +70,25 @@ def quantize_bundle(
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         if manifest.precision == "bf16":
             return ExportResult(manifest=manifest, parity=None, weight_errors=quantized.errors, note=check_structure(work))
+        if figures.wanted:
+            report("measuring the float bundle")
+            figures.add(variant_name(bundle), bundle)
+        refitted, saved = {}, {}
+        if refit_plan:
+            report("measuring the quantized bundle before the refit")
+            figures.add(variant_name(open_bundle(work)), open_bundle(work))
+            refitted, manifest = refit_in(work, model, refit_plan, Path(proof), report)
         report("holding the bundle against the eager model")
         parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
-        return ExportResult(manifest=manifest, parity=parity, weight_errors=quantized.errors)
+        report("measuring the quantized bundle")
+        done = open_bundle(work)
+        figures.add(f"{variant_name(done)} + refit" if refit_plan else variant_name(done), done)
+        if refit_plan:
+            saved = refit_plan.save(refitted, force=force)
+    told = figures.report(
+        output, weights=quantized.errors, refits=tuple(each.figures for each in refitted.values()), parity=parity
+    )
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=quantized.errors, report=told, refitted=saved)
 
 
 def _planned(

@@ -23,7 +23,7 @@ import numpy as np
 from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
-from runtimes.parity import Budget, Delta, ParityReport, Rung, budget_for, compare, compare_deltas, judge
+from runtimes.parity import Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
 
 
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:
@@ -47,6 +47,20 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     finally:
         session.set_adapter(active)
     return ParityReport(rungs=tuple(rungs))
+
+
+def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figures, Delta]:
+    """What is left of an adapter's steering: its logits here, and (steered - base), against the float32 eager model's.
+
+    For an adapter that was refitted, the float32 model is steered by the one it was refitted from. Leaves the session on ``name``.
+    """
+    golden = _Golden.read(bundle, name)
+    layout = _Layout(chunk=1 if bundle.manifest.logits == "last" else None, alone=padding_of(session) == "none")
+    session.set_adapter(name)
+    logits = _run(session, golden, layout)
+    found = sorted(logits)
+    figures = compare(np.stack([logits[k] for k in found]), golden.steering[0][found])
+    return figures, _delta(session, golden, logits, layout)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

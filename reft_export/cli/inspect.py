@@ -55,7 +55,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     adapters = []
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
-        adapters.append({"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)})
+        row = {"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
+        adapters.append(row | {"trained on": (r.trained_on or "the base")[:12]})
     q = m.quantization
     return {
         "bundle": str(path),

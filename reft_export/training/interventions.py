@@ -215,7 +215,7 @@ class Interventions(nn.Module):
         if different := [name for name in mine if mine[name] != other[name]]:
             name = different[0]
             raise AdapterError(
-                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}"
+                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}; leave it to the adapter"
             )
         for keys in self.keys.values():
             for key in keys:
