@@ -75,8 +75,9 @@ def check_request(request: CalibrationRequest | None, settings: QuantizationSett
 
 def steered_ranges(
     bundle: Bundle, settings: QuantizationSettings, model: str, output: Path, request: CalibrationRequest, report: Report
-) -> tuple[Ranges, CalibrationRecord]:
-    """The ranges of every quantizable product's input, and where they came from. Writes the report beside ``output``."""
+) -> tuple[Ranges, Ranges, CalibrationRecord]:
+    """(ranges of every quantizable product's input, what they would be of the base alone, where they came from). Writes the report beside
+    ``output``."""
     state = output.with_name(f"{output.name}.calibration")
     if request.ranges is not None:
         collected = reusable(load_collected(request.ranges), request.ranges, bundle)
@@ -101,7 +102,7 @@ def steered_ranges(
         prompts=h.prompts,
         tokens=h.tokens,
     )
-    return ranges, record
+    return ranges, {row.name: row.base for row in rows}, record
 
 
 def shares(mixture: Mapping[str, float], header: Header) -> dict[str, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings, check_source
+from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, load_base
@@ -24,17 +25,20 @@ from reft_export.quantization_report import Measurements, Yardsticks, variant_na
 from reft_export.refit import RefitSettings, plan_refit
 from reft_export.swap import refit_in
 from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.errors import CalibrationError
 from runtimes.folders import atomic_folder, check_destination
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """What is decided before any work: the bundle, how it is quantized, and the ranges where the scheme fixes them."""
 
     bundle: Bundle
     model: str
     settings: QuantizationSettings
     ranges: Ranges | None = None
+    base_ranges: Ranges | None = None
+    """Of the same prompts without any adapter."""
     calibration: CalibrationRecord | None = None
 
 
@@ -47,32 +51,36 @@ def quantize_bundle(
     calibration: CalibrationRequest | None = None,
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
+    compare: bool = False,
     force: bool = False,
     report: Report = print,
 ) -> ExportResult:
     """Writes the quantized bundle to ``output``, atomically; ``model`` is the base it was made from, for the eager reference.
 
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
-    output. ``refit``: adapters to re-train on the quantized weights. ``yardsticks``: what the report measures beyond the golden inputs;
-    with any, the float bundle is measured too. Raises CalibrationError for a bundle that the scheme cannot start from and for bad
-    calibration data, AdapterError for another base, ParityError for a missed budget.
+    output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
+    quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+
+    Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
+    for adapters that are not the bundle's, ParityError for a missed budget.
     """
     check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     bundle = open_bundle(source)
     refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
     figures = Measurements(yardsticks)
-    plan = _planned(bundle, model, output, settings, calibration, report)
+    if compare and settings.kind.activations != "static":
+        raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
+    plan = planned(bundle, model, output, settings, calibration, report)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        graph, quantized = _record_and_quantize(plan, work, Path(proof), report)
-        _copy_unchanged(bundle, work)
-        manifest = _finish(plan, work, graph, quantized)
-        del graph
-        gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+        manifest, errors = assemble(plan, work, Path(proof), report)
         if manifest.precision == "bf16":
-            return ExportResult(manifest=manifest, parity=None, weight_errors=quantized.errors, note=check_structure(work))
+            return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
         if figures.wanted:
             report("measuring the float bundle")
             figures.add(variant_name(bundle), bundle)
+        if compare:
+            report("quantizing with ranges of the base alone, to compare")
+            _measure_base_only(plan, output, figures)
         refitted, saved = {}, {}
         if refit_plan:
             report("measuring the quantized bundle before the refit")
@@ -85,15 +93,34 @@ def quantize_bundle(
         figures.add(f"{variant_name(done)} + refit" if refit_plan else variant_name(done), done)
         if refit_plan:
             saved = refit_plan.save(refitted, force=force)
-    told = figures.report(
-        output, weights=quantized.errors, refits=tuple(each.figures for each in refitted.values()), parity=parity
-    )
-    return ExportResult(manifest=manifest, parity=parity, weight_errors=quantized.errors, report=told, refitted=saved)
+    told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, report=told, refitted=saved)
 
 
-def _planned(
+def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, tuple[WeightError, ...]]:
+    """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
+    graph, quantized = _record_and_quantize(plan, work, proof, report)
+    _copy_unchanged(plan.bundle, work)
+    manifest = _finish(plan, work, graph, quantized)
+    del graph
+    gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+    return manifest, quantized.errors
+
+
+def _measure_base_only(plan: Plan, output: Path, figures: Measurements) -> None:
+    """The same bundle with the ranges that a calibration without adapters would have chosen; it is measured and thrown away."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
+        tempfile.TemporaryDirectory() as proof,
+    ):
+        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), lambda _: None)
+        bundle = open_bundle(work)
+        figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
+
+
+def planned(
     bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
-) -> _Plan:
+) -> Plan:
     m = bundle.manifest
     check_source(
         settings,
@@ -104,12 +131,12 @@ def _planned(
     )
     check_request(request, settings, bundle)
     if request is None:
-        return _Plan(bundle=bundle, model=model, settings=settings)
-    ranges, record = steered_ranges(bundle, settings, model, output, request, report)
-    return _Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, calibration=record)
+        return Plan(bundle=bundle, model=model, settings=settings)
+    ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
+    return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
 
 
-def _record_and_quantize(plan: _Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
+def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
     """Graph and golden arrays into ``work``. The eager model is gone when this returns."""
     bundle, settings = plan.bundle, plan.settings
     report(f"loading {plan.model}")
@@ -136,7 +163,7 @@ def _copy_unchanged(bundle: Bundle, work: Path) -> None:
             shutil.copyfile(bundle.folder / name, work / name)
 
 
-def _finish(plan: _Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
+def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
     m = plan.bundle.manifest
     parts = BundleParts(
         model=m.model,

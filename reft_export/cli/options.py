@@ -51,3 +51,9 @@ def check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
 def check_session_options(provider: str, kernel: str | None) -> None:
     check_choice("--provider", provider, ("cpu", "cuda", "tensorrt"))
     check_choice("--kernel", kernel, ("fused", "function"))
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the user wrote the option, by its parameter's name; a default says nothing about what was meant."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from reft_export.cli.console import guarded, parity_failed, progress
+from reft_export.cli.console import guarded, out, parity_failed, print_table, progress
 from reft_export.cli.export import show_result
-from reft_export.cli.options import AsJson, Force, Model, Output, check_choice
+from reft_export.cli.options import AsJson, Force, Model, Output, check_choice, given
 
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
+QUANTIZES = (
+    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "lm_head", "embeddings", "calibrate",
+    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
+)  # fmt: skip
+"""Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 
 
@@ -20,7 +27,10 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    bundle: Annotated[Path, typer.Argument(help="A float bundle.")],
+    context: typer.Context,
+    bundle: Annotated[
+        Path, typer.Argument(help="A float bundle. With --refit or -a also a quantized one, whose graph then stays as it is.")
+    ],
     model: Model,
     output: Output,
     precision: Annotated[str | None, typer.Option("--precision", "-p", help="int4, int8 or fp8; default: the scheme's own.")] = None,
@@ -60,45 +70,133 @@ def quantize(
     observer: Annotated[str, typer.Option("--observer", help="minmax, percentile, entropy or mse.")] = "minmax",
     percentile: Annotated[float, typer.Option("--percentile", help="Of --observer percentile.")] = 99.99,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Greedy tokens after each calibration prompt.")] = 16,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With calibrated ranges: also measure what those of the base alone would have given.")
+    ] = False,
+    refit: Annotated[
+        Path | None,
+        typer.Option("--refit", help="JSONL, as for train: re-train the adapters of -a for a few steps on the quantized weights."),
+    ] = None,
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter", "-a", help="Folders of the adapters to refit; without --refit: to put into a quantized bundle."),
+    ] = None,
+    refit_steps: Annotated[int, typer.Option("--refit-steps", help="Optimizer steps of the refit.")] = 40,
+    refit_lr: Annotated[float, typer.Option("--refit-lr", help="Learning rate of the refit.")] = 1e-3,
+    refit_objective: Annotated[
+        str,
+        typer.Option("--refit-objective", help="teacher: what the float model says when the adapter steers it; data: the completions."),
+    ] = "teacher",
+    refit_output: Annotated[
+        Path | None, typer.Option("--refit-output", help="Folder for the refitted adapters' folders; default: OUTPUT.adapters.")
+    ] = None,
+    perplexity: Annotated[Path | None, typer.Option("--perplexity", help="A text file whose perplexity the report has.")] = None,
+    checker: Annotated[
+        str | None,
+        typer.Option(
+            "--checker", help="module:function or file.py:function, (prompt, answer) -> bool or 0..1: the report has the success rate."
+        ),
+    ] = None,
+    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for run or train.")] = None,
+    checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a bundle's base, the edits staying in the graph's float type; parity is proven on what is quantized."""
-    from calibration.observers import Observer
-    from calibration.settings import settings_for
-    from reft_export.calibrate import CalibrationRequest
-    from reft_export.quantize import quantize_bundle
+    """Quantize a bundle's base, the edits staying in the graph's float type; parity is proven on what is quantized.
+
+    Writes OUTPUT.quantization.json and .png beside it: size, error per tensor, delta parity, perplexity, success.
+    """
+    from reft_export.quantization_report import write_reports
+    from reft_export.refit import RefitSettings
+    from runtimes.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
-    check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
-    settings = settings_for(
-        *scheme_and_bits(scheme, precision),
-        method=method,
-        block_size=block_size,
-        symmetric=symmetric,
-        accuracy_level=accuracy_level,
-        keep_high=parse_patterns(keep_high or []),
-        lm_head=lm_head,
-        embeddings=EMBEDDINGS[embeddings],
-    )
-    request = None
-    if calibrate is not None or ranges is not None:
-        request = CalibrationRequest(
-            data=calibrate,
-            ranges=ranges,
-            mixture=parse_mixture(mixture),
-            observer=Observer(name=observer, percentile=percentile),
-            decode_tokens=decode_tokens,
+    yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
+    refitting = None
+    if refit is not None:
+        refitting = RefitSettings(
+            data=refit, sources=tuple(adapters or ()), steps=refit_steps, lr=refit_lr, objective=refit_objective, output=refit_output
         )
-    elif mixture:
-        raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
+    if (refit or adapters) and open_bundle(bundle).manifest.quantization is not None:
+        from reft_export.swap import swap_bundle
+
+        if ignored := [f"--{name.replace('_', '-')}" for name in QUANTIZES if given(context, name)]:
+            raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
+        make = partial(swap_bundle, adapters=() if refitting else adapters)
+    elif adapters and refit is None:
+        raise InputError(
+            f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export export`"
+        )
+    else:
+        from calibration.observers import Observer
+        from calibration.settings import settings_for
+        from reft_export.calibrate import CalibrationRequest
+        from reft_export.quantize import quantize_bundle
+
+        check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
+        settings = settings_for(
+            *scheme_and_bits(scheme, precision),
+            method=method,
+            block_size=block_size,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
+            keep_high=parse_patterns(keep_high or []),
+            lm_head=lm_head,
+            embeddings=EMBEDDINGS[embeddings],
+        )
+        request = None
+        if calibrate is not None or ranges is not None:
+            request = CalibrationRequest(
+                data=calibrate,
+                ranges=ranges,
+                mixture=parse_mixture(mixture),
+                observer=Observer(name=observer, percentile=percentile),
+                decode_tokens=decode_tokens,
+            )
+        elif mixture:
+            raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
+        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
     try:
         with progress() as report:
-            result = quantize_bundle(bundle, model, output, settings, calibration=request, force=force, report=report)
+            result = make(bundle, model, output, refit=refitting, yardsticks=yardsticks, force=force, report=report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
+    written = () if result.report is None else write_reports(result.report, output)
     show_result(output, result, as_json=as_json)
+    if not as_json:
+        show_report(result, written)
+
+
+def show_report(result: Any, written: Sequence[Path]) -> None:
+    """The table of variants, what the refit did, and where the files are."""
+    if result.report is None:
+        return
+    print_table("what quantization left of the steering", *trimmed(result.report.HEADER, result.report.rows()))
+    for r in result.report.refits:
+        done = f"{r.before:.4f} to {r.after:.4f} nats" if not r.kept else f"{r.before:.4f} nats, and {r.after:.4f} after: kept as it was"
+        out.print(f"refit of {r.adapter}: {r.steps} steps, loss ({r.objective}) {done}")
+    for name, folder in result.refitted.items():
+        out.print(f"adapter {name}: {folder}")
+    out.print(f"report: {', '.join(map(str, written))}")
+
+
+def trimmed(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that no row has a figure in."""
+    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:
+    """What the report measures; raises InputError for a text, a checker or prompts that cannot be used."""
+    from reft_export.checker import load_task
+    from reft_export.quantization_report import Yardsticks, read_text
+    from runtimes.errors import InputError
+
+    if (checker is None) != (prompts is None):
+        raise InputError("--checker and --checker-data go together: the function that judges answers, and the prompts to answer")
+    task = None if checker is None else load_task(checker, prompts, max_new_tokens=tokens)
+    return Yardsticks(text=None if perplexity is None else read_text(perplexity), task=task)
 
 
 def scheme_and_bits(scheme: str | None, precision: str | None) -> tuple[str, int | None]:

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from reft_export.cli.console import err, escape, guarded, out, print_json, progress
-from reft_export.cli.options import AsJson, DryRun, Force, Model, Output
-
+from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout"}
@@ -99,7 +98,7 @@ def train(
 
         started = load_adapter(start)
         like = settings_like(started)
-        settings = replace(settings, **{field: getattr(like, field) for name, field in FORM.items() if not _given(context, name)})
+        settings = replace(settings, **{field: getattr(like, field) for name, field in FORM.items() if not given(context, name)})
     if base_bundle is not None and dtype not in ("auto", "float32"):
         from runtimes.errors import InputError
 
@@ -156,12 +155,6 @@ def train(
         f"{output}: {settings.method}, rank {settings.rank}, {len(result.adapter.sites)} sites, {parameters} parameters; "
         f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
-
-
-def _given(context: typer.Context, name: str) -> bool:
-    """Whether the user wrote the option; its default says nothing about a started adapter."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 class _StepLine:
