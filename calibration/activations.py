@@ -47,7 +47,8 @@ def from_range(kind: str, low: float, high: float, dtype: np.dtype, where: str) 
         scale = (high - low) / (top - bottom)
     else:
         scale = max(-low, high) / top
-    scale = float(np.asarray(scale or 1.0, np.float32).astype(dtype))  # a tensor that was always 0 is quantized by 1
+    with np.errstate(over="ignore"):
+        scale = float(np.asarray(scale or 1.0, np.float32).astype(dtype))  # a tensor that was always 0 is quantized by 1
     # A range that rounds to nothing in float16 still needs a scale that can be divided by.
     scale = max(scale, float(ml_dtypes.finfo(dtype).smallest_normal))
     if not np.isfinite(scale):

@@ -91,10 +91,10 @@ class QuantizationSettings:
             raise CalibrationError(f"--method {self.method} is not served: {ELSEWHERE[self.method]}")
         if self.method not in METHODS:
             raise CalibrationError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        if self.method == "hqq" and self.bits != 4:
-            raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if self.method != "rtn" and self.scheme != "weight-only":
             raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use rtn")
+        if self.method == "hqq" and self.bits != 4:
+            raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
         if self.embeddings not in EMBEDDINGS:
