@@ -164,17 +164,19 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
     return manifest
 
 
-def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityReport:
+def gate(
+    folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = ""
+) -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
     ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization.
+    their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the quantization's own advice.
     """
     from reft_export.parity import check, with_float_activations
     from runtimes.ort_session import OrtSession
 
     bundle = open_bundle(folder)
-    rungs: list[Rung] = []
+    rungs: list[Rung] = list(stepped)
     if exact is not None:
         with with_float_activations(bundle) as changed:
             rungs += check(changed, exact, float_label(bundle.manifest.quantization))
@@ -189,9 +191,9 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityRepo
         try:
             report.require()
         except ParityError as e:
-            quantized = bundle.manifest.quantization is not None
-            remedy = f"; {_remedy(bundle.manifest.quantization)}" if quantized else ""
-            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy}", report) from None
+            if not remedy and bundle.manifest.quantization is not None:
+                remedy = _remedy(bundle.manifest.quantization)
+            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy and '; '}{remedy}", report) from None
     kept.unlink(missing_ok=True)  # of an earlier attempt
     return report
 

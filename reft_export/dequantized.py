@@ -39,29 +39,40 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
 
 
 @contextmanager
-def activations_quantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[str, WeightSource]) -> Iterator[None]:
+def activations_quantized(
+    model: PreTrainedModel, graph: ir.Model, sources: Mapping[str, WeightSource], *, straight_through: bool = False
+) -> Iterator[None]:
     """Inside the ``with``, every module of ``model`` whose product ``graph`` gives a quantized input gets the same fake-quantized one.
 
+    ``straight_through``: for training. Rounding has no gradient, so it is passed on as if nothing had been rounded (Bengio et al. 2013).
     Raises BundleError for a product that is no linear module of the model.
     """
     handles = []
     try:
         for initializer, how in activation_quantization(graph).items():
-            name = _source(initializer, sources).parameter.removesuffix(".weight")
-            module = _module(model, name)
-            if not isinstance(module, (torch.nn.Linear, Conv1D)):
-                raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
-            handles.append(module.register_forward_pre_hook(partial(_replace_input, how)))
+            module = linear_of(model, initializer, sources)
+            handles.append(module.register_forward_pre_hook(partial(_replace_input, how, straight_through)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def linear_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> torch.nn.Module:
+    """The linear module that a quantized product is in the eager model. Raises BundleError where it is none."""
+    name = _source(initializer, sources).parameter.removesuffix(".weight")
+    module = _module(model, name)
+    if not isinstance(module, (torch.nn.Linear, Conv1D)):
+        raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
+    return module
+
+
 def _replace_input(
-    how: ActivationQuantization, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
+    how: ActivationQuantization, straight_through: bool, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    return (fake_quantize(arguments[0], how), *arguments[1:])
+    x = arguments[0]
+    quantized = fake_quantize(x, how)
+    return (x + (quantized - x).detach() if straight_through else quantized, *arguments[1:])
 
 
 def fake_quantize(x: torch.Tensor, how: ActivationQuantization) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+from transformers import PreTrainedModel
 
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings, check_source
@@ -18,15 +19,18 @@ from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, load_base
 from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundle, gate
 from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
+from reft_export.dequantized import load_dequantized
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
-from reft_export.golden import fp32_logits
+from reft_export.golden import Steerer, fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
-from reft_export.refit import RefitSettings, plan_refit
+from reft_export.refit import REMEDY, RefitSettings, plan_refit
+from reft_export.step_by_step import step_rungs
 from reft_export.swap import refit_in
-from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.bundle import GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.errors import CalibrationError
 from runtimes.folders import atomic_folder, check_destination
+from runtimes.parity import Rung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,9 @@ def quantize_bundle(
             figures.add(variant_name(open_bundle(work)), open_bundle(work))
             refitted, manifest = refit_in(work, model, refit_plan, Path(proof), report)
         report("holding the bundle against the eager model")
-        parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
+        stepped = _stepped(open_bundle(work), model)
+        exact = Path(proof) if any(Path(proof).iterdir()) else None
+        parity = gate(work, output, exact=exact, stepped=stepped, remedy=REMEDY if refit else "")
         report("measuring the quantized bundle")
         done = open_bundle(work)
         figures.add(f"{variant_name(done)} + refit" if refit_plan else variant_name(done), done)
@@ -137,22 +143,45 @@ def planned(
 
 
 def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
-    """Graph and golden arrays into ``work``. The eager model is gone when this returns."""
+    """Graph and golden arrays into ``work``.
+
+    Eager model and float graph take turns: each is as large as the other, and together they would be more than the 1.5 times a model
+    that this may take. The model is loaded again for its second turn; no model is left when this returns.
+    """
     bundle, settings = plan.bundle, plan.settings
+    steerers, inputs = _steerers(bundle), stored_inputs(bundle)
     report(f"loading {plan.model}")
     base = load_base(plan.model)
     check_same_base(bundle, base, plan.model)
-    steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-    inputs = stored_inputs(bundle)
     exact = fp32_logits(base.model, inputs, steerers)
-    graph = load_graph(bundle.graph_path)
+    del base
+    gc.collect()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
+    graph = load_graph(bundle.graph_path)
     quantized = quantize_graph(graph, settings, plan.ranges)
     write_graph(graph, work)
+    del graph
+    gc.collect()
     report("recording what the eager model says with the quantized weights")
-    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
-    record_quantized(work / "golden", proof, base.model, graph, bundle.manifest.weights, inputs, steerers, exact)
+    graph = load_graph(work / GRAPH_FILE)
+    again = load_base(plan.model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, exact)
     return graph, quantized
+
+
+def _stepped(bundle: Bundle, model: str) -> list[Rung]:
+    """Every quantized activation against the formula, with the finished bundle and its own adapters."""
+
+    def dequantized() -> PreTrainedModel:
+        loaded = load_base(model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+        load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
+        return loaded
+
+    return step_rungs(bundle, dequantized, stored_inputs(bundle), _steerers(bundle))
+
+
+def _steerers(bundle: Bundle) -> dict[str, Steerer]:
+    return {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
 
 
 def _copy_unchanged(bundle: Bundle, work: Path) -> None:

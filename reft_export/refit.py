@@ -9,8 +9,8 @@ The loss is one of
               nothing but what quantization took away is learned. Holds the base twice in memory.
     data      cross entropy of the completions, as in training; for data that the adapter was trained on, or better.
 
-Weights are the shipped ones to the bit; activations stay in float, also where the bundle quantizes them: rounding has no gradient.
-A refit whose loss over the data did not fall is thrown away, and the adapter stays as it was.
+Weights are the shipped ones to the bit, and where the bundle quantizes activations, so does the model that is trained; their rounding
+passes gradients straight through. A refit whose loss over the data did not fall is thrown away, and the adapter stays as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from graph_passes.external import load_graph
 from reft_export.base import Base, base_folder, load_base, load_tokenizer
 from reft_export.bundling import NUMPY_DTYPES, Report
-from reft_export.dequantized import load_dequantized
+from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steer
 from reft_export.export import load_adapters
 from reft_export.parity import check_same_base
@@ -46,6 +46,8 @@ from runtimes.folders import check_destination
 from runtimes.ort_adapter_file import read_onnx_adapter
 
 OBJECTIVES = ("teacher", "data")
+REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
+"""Where a refitted bundle misses its budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,30 +156,44 @@ def refit_adapters(bundle: Bundle, model: str, plan: RefitPlan, report: Report) 
     base = load_on_bundle(bundle, model)
     teacher = load_base(model).model if settings.objective == "teacher" else None
     examples = read_examples(base, settings.data)
-    refitted = {}
-    for name, adapter in plan.sources.items():
-        report(f"refitting {name}, {settings.steps} steps")
-        with tempfile.TemporaryDirectory() as folder:
-            run = settings_like(
-                adapter,
-                lr=settings.lr,
-                max_steps=settings.steps,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                samples=0,
-                dtype="float32",
-                device="cpu",
-            )
-            try:
-                new = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher).adapter
-            except TrainingInterrupted:
-                raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
-        before, after = (adapter_loss(base, a, examples, teacher=teacher, original=adapter) for a in (adapter, new))
-        figures = RefitFigures(
-            adapter=name, objective=settings.objective, before=before, after=after, steps=settings.steps, kept=after >= before
-        )
-        refitted[name] = Refitted(adapter=adapter if figures.kept else new, figures=figures)
-    return refitted
+    with activations_quantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights, straight_through=True):
+        return {
+            name: _refit(bundle, base, teacher, name, adapter, examples, settings, report) for name, adapter in plan.sources.items()
+        }
+
+
+def _refit(
+    bundle: Bundle,
+    base: Base,
+    teacher: PreTrainedModel | None,
+    name: str,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    settings: RefitSettings,
+    report: Report,
+) -> Refitted:
+    report(f"refitting {name}, {settings.steps} steps")
+    run = settings_like(
+        adapter,
+        lr=settings.lr,
+        max_steps=settings.steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        samples=0,
+        dtype="float32",
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trained = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher)
+        except TrainingInterrupted:
+            raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
+    new = trained.adapter
+    before, after = (adapter_loss(base, a, examples, teacher=teacher, original=adapter) for a in (adapter, new))
+    figures = RefitFigures(
+        adapter=name, objective=settings.objective, before=before, after=after, steps=settings.steps, kept=after >= before
+    )
+    return Refitted(adapter=adapter if figures.kept else new, figures=figures)
 
 
 def read_examples(base: Base, data: Path) -> Sequence[Example]:

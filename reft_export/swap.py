@@ -25,7 +25,7 @@ from reft_export.export import ExportResult, check_structure, load_adapters, rec
 from reft_export.golden import fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
-from reft_export.refit import RefitPlan, RefitSettings, Refitted, plan_refit, refit_adapters
+from reft_export.refit import REMEDY, RefitPlan, RefitSettings, Refitted, plan_refit, refit_adapters
 from runtimes.adapter import Adapter
 from runtimes.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
 from runtimes.errors import AdapterError, CalibrationError
@@ -73,7 +73,7 @@ def swap_bundle(
         parity, note = None, "" if runs else check_structure(work)
         if runs:
             report("holding the bundle against the eager model")
-            parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
+            parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None, remedy=REMEDY if refit else "")
             figures.add(f"{variant_name(bundle)} + {'refit' if refit else 'swap'}", open_bundle(work))
         saved = plan.save(refitted, force=force) if plan else {}
     told = figures.report(output, refits=tuple(each.figures for each in refitted.values()), parity=parity)
