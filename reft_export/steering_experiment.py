@@ -4,7 +4,8 @@
 
 Three adapters on the built-in base, with fixed seeds: the quickstart's pirate (a style: any of its words will do), twelve secrets (answers
 learned by heart: every token has one right value), and a strong steering vector made by hand (one channel of the residual stream, far
-beyond what the base puts there). Each is exported once and then quantized in several ways. Bundles are not held to their parity budgets here: what a budget would refuse is what this wants to show.
+beyond what the base puts there). Each is exported once and then quantized in several ways. Bundles are not held to their parity budgets
+here: what a budget would refuse is what this wants to show.
 """
 
 from __future__ import annotations
