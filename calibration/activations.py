@@ -11,6 +11,8 @@ from runtimes.errors import CalibrationError
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 STORED = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), "fp8": FLOAT8}
+TOKEN_OFFSET = 128
+"""Per-token integers are stored as uint8 around this."""
 LEVELS = {"uint8": (0, 255), "int8": (-127, 127), "fp8": (-448, 448)}
 """int8 without -128, so that the grid is symmetric; 448 is the largest E4M3 value."""
 ACTIVATION_OF = {"static": "uint8", "qdq-int8": "int8", "fp8": "fp8"}
@@ -32,6 +34,14 @@ class ActivationQuantization:
     block_size: int = 0
     scale: float = 0.0
     zero_point: int = 0
+
+    def restore(self, q: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+        """x' of the integers that a graph holds; ``scale`` [.., 1] where it differs by token. E4M3 is read dequantized."""
+        if self.kind == "fp8":
+            return q
+        if self.kind == "token":
+            return (q - np.float32(TOKEN_OFFSET)) * scale
+        return (q - np.float32(self.zero_point)) * np.float32(self.scale)
 
 
 def from_range(kind: str, low: float, high: float, dtype: np.dtype, where: str) -> ActivationQuantization:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from calibration.activations import TOKEN_OFFSET
 from calibration.qdq import restore_in_graph
 from calibration.weight_only import replace_node
 from calibration.weights import QuantizedWeight, constant
@@ -23,8 +24,8 @@ SMALLEST = np.finfo(np.float32).tiny
 CONSTANTS = {
     "reft.token.smallest": np.array(SMALLEST, np.float32),
     "reft.token.levels": np.array(127, np.float32),
-    "reft.token.offset": np.array(128, np.float32),
-    "reft.token.zero_point": np.array(128, np.uint8),
+    "reft.token.offset": np.array(TOKEN_OFFSET, np.float32),
+    "reft.token.zero_point": np.array(TOKEN_OFFSET, np.uint8),
     "reft.token.axis": np.array([-1], np.int64),
 }
 
@@ -45,6 +46,7 @@ def quantize_tokens(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.V
     rounded = add("Round", add("Mul", x, _named(add("Div", levels, largest), "inverse")))
     q = add("Cast", add("Add", rounded, offset), to=int(ir.DataType.UINT8))
     scale = _named(add("Div", largest, levels), "scale")
+    q.type, scale.type = ir.TensorType(ir.DataType.UINT8), ir.TensorType(ir.DataType.FLOAT)
     return q, scale
 
 
@@ -71,6 +73,11 @@ def dequantize_integer(node: ir.Node) -> np.ndarray:
     """W' [K, N] float32 of a MatMulInteger written by ``to_matmul_integer``."""
     q = node.inputs[1].const_value.numpy().astype(np.float32) - node.inputs[3].const_value.numpy().astype(np.float32)
     return q * _column_scales(node).const_value.numpy()
+
+
+def tokens_of(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """(q, s) that a MatMulInteger and the product by tokens behind it read."""
+    return node.inputs[0], _next(_next(_next(node))).inputs[1]
 
 
 def float_inputs(graph: ir.Graph) -> None:

@@ -40,6 +40,28 @@ def activation_quantization(model: ir.Model) -> dict[str, ActivationQuantization
     return found
 
 
+def quantized_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """By the name of the weight, the values from which ``ActivationQuantization.restore`` makes x'; MatMulNBits keeps its own inside."""
+    return {name: tuple(value.name for value in values) for name, values in _stored_inputs(model.graph)}
+
+
+def expose_quantized_inputs(model: ir.Model) -> None:
+    """Makes every such value a graph output, in place."""
+    exposed = {value.name for value in model.graph.outputs}
+    for value in [value for _, values in _stored_inputs(model.graph) for value in values]:
+        if value.name not in exposed:
+            exposed.add(value.name)
+            model.graph.outputs.append(value)
+
+
+def _stored_inputs(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ...]]]:
+    for node in per_token.integer_products(graph):
+        yield _original_name(node.inputs[1]), per_token.tokens_of(node)
+    for node, up in qdq.weight_nodes(graph):
+        if qdq.activation_of(node) is not None:
+            yield _original_name(up.inputs[0]), (qdq.stored_input(node),)
+
+
 def float_activations(model: ir.Model) -> None:
     """Takes every quantization of activations out of the graph, in place; the weights stay as they ship."""
     for node in model.graph:

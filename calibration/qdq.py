@@ -111,6 +111,12 @@ def activation_of(node: ir.Node) -> ActivationQuantization | None:
     return ActivationQuantization(kind=kind, scale=float(down.inputs[1].const_value.numpy()), zero_point=int(point.astype(np.float32)))
 
 
+def stored_input(node: ir.Node) -> ir.Value:
+    """The quantized left operand of a MatMul: its integers, or for E4M3, which numpy cannot be handed, what they mean."""
+    up = node.inputs[0].producer()
+    return node.inputs[0] if up.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN else up.inputs[0]
+
+
 def weight_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
     """(MatMul, DequantizeLinear of its weight) in graph order."""
     for node in graph:

@@ -170,7 +170,8 @@ def gate(
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
     ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization. ``remedy``: what to try where a budget is missed, in place of the quantization's own advice.
+    their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the
+    quantization's own advice.
     """
     from reft_export.parity import check, with_float_activations
     from runtimes.ort_session import OrtSession

@@ -22,8 +22,9 @@ from reft_export.base import base_folder, load_tokenizer
 from reft_export.bundling import Report
 from reft_export.calibration_report import write_report
 from reft_export.model_folder import fingerprint
-from reft_export.parity import check_fingerprint, variant
+from reft_export.parity import check_fingerprint
 from reft_export.training.data import iter_examples
+from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle, CalibrationRecord
 from runtimes.errors import CalibrationError, InputError
 from runtimes.hashes import sha256_of

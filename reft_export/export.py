@@ -216,7 +216,7 @@ def record_quantized(
     if activation_quantization(graph):
         record_golden(proof, model, inputs, steerers, fp32=exact)
     with activations_quantized(model, graph, sources):
-        record_golden(golden, model, inputs, steerers, fp32=exact)
+        record_golden(golden, model, inputs, steerers, fp32=exact, noisy=bool(activation_quantization(graph)))
 
 
 def quantization_record(

@@ -3,13 +3,11 @@
 oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
 eager -> exported -> folded          the float graph without and with its edits
 eager, dequantized -> quantized      the same weights on both sides, activations in float (MatMulNBits at accuracy level 1)
-eager, fake-quantized -> shipped     where the bundle quantizes activations too
+eager, fake-quantized -> shipped     where the bundle quantizes activations too: free-running, and step by step
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
@@ -28,7 +25,9 @@ from reft_export.bundling import TORCH_DTYPES, float_label
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
-from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, Bundle
+from reft_export.step_by_step import step_rungs
+from reft_export.variants import variant
+from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.errors import AdapterError
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung
@@ -138,9 +137,9 @@ def quantized_rungs(
     with tempfile.TemporaryDirectory() as folder:
         report("holding the bundle against the eager model's fake quantization")
         with activations_quantized(base.model, graph, sources):
-            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact, noisy=True)
         rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
-    return rungs
+    return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)
 
 
 def check(
@@ -162,27 +161,6 @@ def check(
 
 
 @contextmanager
-def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bundle]:
-    """A temporary bundle whose graph was changed, and whose weights are a copy: onnxruntime follows no link out of the graph's folder, and
-    a hard link would change the bundle's own file. It lies beside the bundle where that can be written, and is gone afterwards.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_scratch_folder(bundle.folder)))
-    try:
-        graph = load_graph(bundle.graph_path)
-        change(graph)
-        ir.save(graph, folder / GRAPH_FILE)
-        if (bundle.folder / DATA_FILE).is_file():
-            shutil.copyfile(bundle.folder / DATA_FILE, folder / DATA_FILE)
-        for name in bundle.adapter_names:
-            (folder / "adapters").mkdir(exist_ok=True)
-            for suffix in (".onnx_adapter", ".json"):
-                shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
-        yield Bundle(folder=folder, manifest=bundle.manifest)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
     """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
     with variant(bundle, float_activations) as changed:
@@ -194,8 +172,3 @@ def stored_inputs(bundle: Bundle) -> GoldenInputs:
     """The inputs of the bundle's own golden arrays."""
     arrays = bundle.golden(BASE_GOLDEN)
     return GoldenInputs(**{name: arrays[name] for name in GoldenInputs.__dataclass_fields__})
-
-
-def _scratch_folder(folder: Path) -> Path | None:
-    parent = folder.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None

@@ -27,7 +27,7 @@ from reft_export.quantization_report import Measurements, Yardsticks, variant_na
 from reft_export.refit import REMEDY, RefitSettings, plan_refit
 from reft_export.step_by_step import step_rungs
 from reft_export.swap import refit_in
-from runtimes.bundle import GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.errors import CalibrationError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.parity import Rung
@@ -160,10 +160,8 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     graph = load_graph(bundle.graph_path)
     quantized = quantize_graph(graph, settings, plan.ranges)
     write_graph(graph, work)
-    del graph
     gc.collect()
     report("recording what the eager model says with the quantized weights")
-    graph = load_graph(work / GRAPH_FILE)
     again = load_base(plan.model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, exact)
     return graph, quantized

@@ -7,6 +7,7 @@ Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
     logit_positions            int64 [K, 2]   (row, column) of the recorded logits
     logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
     fp32_logits, fp32_base_logits  [K, V]     the same two of the float32 model, where the bundle's own weights are not that
+    noise                      float32 [2]    where activations are quantized: error and top-1 of the reference against itself
     greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
 
 Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
@@ -72,6 +73,8 @@ class _Golden:
     positions: np.ndarray
     logits: np.ndarray
     greedy: np.ndarray
+    noise: tuple[float, float]
+    """(relative error, top-1 agreement) of the reference against itself under float noise; (0, 1) where activations are float."""
     steering: tuple[np.ndarray, np.ndarray] | None
     """(steered, base) logits whose difference the device's is held to; None for the base."""
 
@@ -92,6 +95,7 @@ class _Golden:
             positions=arrays["logit_positions"],
             logits=arrays["logits"],
             greedy=arrays["greedy_tokens"],
+            noise=tuple(map(float, arrays.get("noise", (0.0, 1.0)))),
             steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
         )
 
@@ -163,6 +167,7 @@ def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[
 def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
     session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
+    budget = replace(budget, logits=budget.logits + golden.noise[0], top1=budget.top1 + golden.noise[1] - 1)
     alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
     layouts = {

@@ -67,6 +67,9 @@ def test_scheme(family, job, float_bundle, prompts_file, tmp_path) -> None:
     kind = None if job == "hqq" else ACTIVATIONS.get(scheme)
     assert {how.kind for how in activations.values()} == ({kind} if kind else set())
     assert bool(shipped) == bool(activations)
+    stepped = [r for r in result.parity.rungs if r.name.endswith("step by step")]
+    assert len(stepped) == (3 if kind in ("token", "uint8", "int8", "fp8") else 0)
+    assert all(r.budget.name == "weight-only int8" for r in stepped)
     assert any(r.delta is not None and 0.9 <= r.delta.cosine < 1 for r in result.parity.rungs)
     check_edit_is_float(graph, load_graph(source / "model.onnx"))
 
@@ -158,22 +161,20 @@ def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path,
 
 
 def test_planted_fault_in_an_activation(float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
-    """The scale of one activation is off by a tenth: the weights are right, the graph as it ships is not."""
-    from reft_export import quantize as module
+    """The scale of one activation is off by a tenth while the graph runs: the weights are right, the roundings are not the formula's."""
+    from reft_export import step_by_step as module
 
-    right = module.write_graph
+    right = module.expose_quantized_inputs
 
-    def wrong(graph, folder) -> None:
+    def wrong(graph) -> None:
+        right(graph)
         down = next(n for n in graph.graph if n.op_type == "QuantizeLinear")
-        kept = down.inputs[1].const_value
-        down.inputs[1].const_value = ir.tensor(np.array(kept.numpy() * np.float32(1.1)), name=down.inputs[1].name)
-        right(graph, folder)
-        down.inputs[1].const_value = kept
+        down.inputs[1].const_value = ir.tensor(np.array(down.inputs[1].const_value.numpy() * np.float32(1.1)), name="off")
 
-    monkeypatch.setattr(module, "write_graph", wrong)
+    monkeypatch.setattr(module, "expose_quantized_inputs", wrong)
     source, base = float_bundle()
     request = CalibrationRequest(data=prompts_file, decode_tokens=6)
-    with pytest.raises(ParityError, match="comparisons miss their budget; static, (base|untied|prompt-relu)"):
+    with pytest.raises(ParityError, match=r"static, base: step by step against eager, same roundings"):
         quantize_bundle(source, base, tmp_path / "q", settings_for("static"), calibration=request, **QUIET)
 
 
