@@ -199,6 +199,14 @@ def read_text(path: Path) -> str:
     return text
 
 
+def trimmed(report: QuantizationReport) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) without the columns in which no row has a figure, nor the adapter's where there is one only."""
+    rows = report.rows()
+    one = len({s.adapter for v in report.variants for s in v.steering}) < 2
+    keep = [i for i, name in enumerate(report.HEADER) if any(row[i] for row in rows) and not (one and name == "adapter")]
+    return [report.HEADER[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
 def variant_name(bundle: Bundle) -> str:
     q = bundle.manifest.quantization
     if q is None:

@@ -170,21 +170,17 @@ def quantize(
 
 def show_report(result: Any, written: Sequence[Path]) -> None:
     """The table of variants, what the refit did, and where the files are."""
+    from reft_export.quantization_report import trimmed
+
     if result.report is None:
         return
-    print_table("what quantization left of the steering", *trimmed(result.report.HEADER, result.report.rows()))
+    print_table("what quantization left of the steering", *trimmed(result.report))
     for r in result.report.refits:
         done = f"{r.before:.4f} to {r.after:.4f} nats" if not r.kept else f"{r.before:.4f} nats, and {r.after:.4f} after: kept as it was"
         out.print(f"refit of {r.adapter}: {r.steps} steps, loss ({r.objective}) {done}")
     for name, folder in result.refitted.items():
         out.print(f"adapter {name}: {folder}")
     out.print(f"report: {', '.join(map(str, written))}")
-
-
-def trimmed(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without the columns that no row has a figure in."""
-    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
 def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:
