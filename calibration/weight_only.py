@@ -1,146 +1,134 @@
-"""Blockwise int4 and int8 weight-only quantization by onnxruntime's own kernels, one weight in memory at a time.
+"""Blockwise int4 and int8 by onnxruntime's own quantizers, one weight in memory at a time.
 
-A MatMul whose right operand is a 2-D initializer becomes com.microsoft::MatMulNBits. The edit keeps its float type: its
-arithmetic lives in the model-local function, which the rewrite does not enter, and its banks are graph inputs.
-
-MatMulNBits stores, for a weight W [K, N] and blocks of ``block_size`` along K (operator docs of com.microsoft):
+MatMulNBits and GatherBlockQuantized store, for a weight W [K, N] and blocks of ``block_size`` along K (operator docs of com.microsoft):
 
     W[k, n] = (q[n, k] - zero_point[n, k // block_size]) * scale[n, k // block_size]
 
-q is unsigned, two 4-bit values a byte (low first); a symmetric weight has no zero points and means 2^(bits-1).
+q is unsigned, two 4-bit values a byte (low first); a symmetric weight has no zero points and means 2^(bits-1). HQQ's zero points are
+floats, of the scales' type.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from calibration.selection import token_embedding
+from calibration.settings import QuantizationSettings
+from calibration.weights import QuantizedWeight, constant
 from runtimes.errors import CalibrationError
 
 CONTRIB = "com.microsoft"
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightOnlySettings:
-    """``accuracy_level`` 4 multiplies in int8 (activations quantized per block, the fast path); 1 multiplies in float32."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Blocks:
+    """``packed`` uint8 [N, blocks, bytes], ``scales`` [N, blocks], ``zero_points`` uint8 (packed) or float, or None where symmetric."""
 
-    bits: int = 4
-    block_size: int = 32
-    symmetric: bool = True
-    accuracy_level: int = 4
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise CalibrationError(f"weight-only quantization takes 4 or 8 bits, not {self.bits}")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise CalibrationError(f"block size {self.block_size} is not a power of two from 16 on")
-        if self.accuracy_level not in (0, 1, 4):
-            raise CalibrationError(f"accuracy level {self.accuracy_level} is unknown; 1 is exact, 4 is fast")
+    packed: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightError:
-    """How far one dequantized weight is from the original: ||W' - W|| / ||W||, and the sizes in bytes."""
-
-    name: str
-    relative: float
-    bytes_before: int
-    bytes_after: int
-
-
-def quantize_weights(
-    model: ir.Model, settings: WeightOnlySettings, *, on_weight: Callable[[int, int], None] | None = None
-) -> list[WeightError]:
-    """Quantizes every constant 2-D MatMul weight of ``model`` in place; returns one WeightError per weight.
-
-    Raises CalibrationError when the graph has no such MatMul (it is quantized already, or not a decoder).
-    """
-    graph = model.graph
-    nodes = [node for node in graph if node.domain == "" and node.op_type == "MatMul" and _constant(node) is not None]
-    if not nodes:
-        raise CalibrationError("the graph has no MatMul with a constant weight; it is quantized already, or is not a decoder")
-    errors: list[WeightError] = []
-    done: dict[str, list[ir.Value]] = {}
-    for index, node in enumerate(nodes):
-        weight = node.inputs[1]
-        if weight.name not in done:
-            tensors, error = _quantize_one(weight, settings)
-            done[weight.name] = tensors
-            errors.append(error)
-            for value in tensors:
-                graph.register_initializer(value)
-        _replace(graph, node, done[weight.name], settings)
-        if on_weight:
-            on_weight(index + 1, len(nodes))
-    for name in done:
-        if not graph.initializers[name].uses():
-            del graph.initializers[name]
-    model.opset_imports[CONTRIB] = 1
-    return errors
-
-
-def dequantized_weights(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """(name of the initializer that was quantized, its dequantized float32 value [K, N]), one at a time."""
-    seen = set()
-    for node in model.graph:
-        if node.domain != CONTRIB or node.op_type != "MatMulNBits" or node.inputs[1].name in seen:
-            continue
-        seen.add(node.inputs[1].name)
-        yield _weight_name(node), _dequantize_node(node)
-
-
-def accuracy_level(model: ir.Model) -> int:
-    """The accuracy level of the graph's MatMulNBits nodes; 0 where it has none."""
-    levels = {node.attributes.get_int("accuracy_level", 0) for node in model.graph if node.op_type == "MatMulNBits"}
-    return max(levels, default=0)
-
-
-def set_accuracy_level(model: ir.Model, level: int) -> None:
-    """Level 1 is how exactness is proven for a bundle that ships at level 4."""
-    for node in model.graph:
-        if node.domain == CONTRIB and node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-
-
-def _constant(node: ir.Node) -> ir.TensorProtocol | None:
-    value = node.inputs[1]
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return None
-    return value.const_value if len(value.const_value.shape) == 2 else None
-
-
-def _quantize_one(weight: ir.Value, settings: WeightOnlySettings) -> tuple[list[ir.Value], WeightError]:
+def quantize_blocks(weight: np.ndarray, *, bits: int, block_size: int, symmetric: bool = True, method: str = "rtn") -> Blocks:
+    """``weight`` [K, N] float32."""
+    if method == "hqq":
+        return _hqq(weight, bits, block_size)
     with _root_logger_kept():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-    array = weight.const_value.numpy()
-    original = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(original).all():
-        raise CalibrationError(f"weight {weight.name} holds values that are not finite; the checkpoint is damaged")
-    config = DefaultWeightOnlyQuantConfig(block_size=settings.block_size, is_symmetric=settings.symmetric, bits=settings.bits)
-    packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(original)
-    scales = scales.astype(array.dtype)
-    arrays = {f"_Q{settings.bits}": packed, "_scales": scales}
-    if not settings.symmetric:
-        arrays["_zero_points"] = zero_points
-    restored = dequantize(packed, scales, None if settings.symmetric else zero_points, settings.bits, settings.block_size, *original.shape)
-    norm = float(np.linalg.norm(original))
-    error = WeightError(
-        name=weight.name,
-        relative=float(np.linalg.norm(restored - original)) / norm if norm else 0.0,
-        bytes_before=array.nbytes,
-        bytes_after=sum(a.nbytes for a in arrays.values()),
+    config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=symmetric, bits=bits)
+    packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    return Blocks(packed=packed, scales=scales.reshape(weight.shape[1], -1), zero_points=None if symmetric else zero_points)
+
+
+def _hqq(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
+    """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise ||W - W'||_p, p 0.7. onnxruntime's takes a node."""
+    import onnx
+
+    with _root_logger_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
+
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "one weight", [], [], initializer=[onnx.numpy_helper.from_array(weight, "w")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the weight is read-only, which the quantizer does not mind
+        HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits)).quantize(node, [graph])
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    shape = (weight.shape[1], -1)
+    return Blocks(
+        packed=arrays[f"w_Q{bits}"], scales=arrays["w_scales"].reshape(shape), zero_points=arrays["w_zero_points"].reshape(shape)
     )
-    values = []
-    for suffix, a in arrays.items():
-        tensor = ir.tensor(a, name=weight.name + suffix)
-        values.append(ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)))
-    return values, error
+
+
+def to_matmul_nbits(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, settings: QuantizationSettings) -> None:
+    """MatMul(x, W) becomes MatMulNBits(x, q, scales[, zero points])."""
+    rows, columns = weight.shape
+    attributes = {
+        "K": rows,
+        "N": columns,
+        "bits": settings.bits,
+        "block_size": settings.block_size,
+        "accuracy_level": settings.accuracy_level,
+    }
+    new = ir.node(
+        "MatMulNBits", [node.inputs[0], *weight.values], attributes, domain=CONTRIB, name=f"{node.name}_Q{settings.bits}"
+    )
+    replace_node(graph, node, new)
+
+
+def nbits_weight(name: str, array: np.ndarray, original: np.ndarray, settings: QuantizationSettings) -> QuantizedWeight:
+    """The tensors of one MatMulNBits; ``original`` is ``array`` [K, N] in float32. Scales take the graph's float type."""
+    blocks = quantize_blocks(
+        original, bits=settings.bits, block_size=settings.block_size, symmetric=settings.symmetric, method=settings.method
+    )
+    scales = blocks.scales.astype(array.dtype)
+    zero_points = blocks.zero_points
+    if zero_points is not None and zero_points.dtype != np.uint8:
+        zero_points = zero_points.astype(array.dtype)
+    values = [constant(f"{name}_Q{settings.bits}", blocks.packed), constant(f"{name}_scales", scales.reshape(-1))]
+    if zero_points is not None:
+        values.append(constant(f"{name}_zero_points", zero_points.reshape(-1)))
+    restored = dequantize(blocks.packed, scales, zero_points, settings.bits, settings.block_size, *original.shape)
+    return QuantizedWeight(values=tuple(values), restored=restored, shape=original.shape)
+
+
+def quantize_embedding(graph: ir.Graph, bits: int, block_size: int) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Gather(W [V, D], ids) becomes GatherBlockQuantized, blocks along D. Returns (name, W, W', bytes after).
+
+    Raises CalibrationError where D is no multiple of the block size: the operator's rows have no partial blocks.
+    """
+    node = token_embedding(graph)
+    table = node.inputs[0]
+    array = table.const_value.numpy()
+    if array.shape[1] % block_size:
+        raise CalibrationError(f"{table.name} has rows of {array.shape[1]}, no multiple of block size {block_size}; use a smaller one")
+    original = np.ascontiguousarray(array.T, np.float32)
+    blocks = quantize_blocks(original, bits=bits, block_size=block_size)
+    scales = blocks.scales.astype(array.dtype)
+    values = [constant(f"{table.name}_G{bits}", blocks.packed.reshape(array.shape[0], -1)), constant(f"{table.name}_row_scales", scales)]
+    for value in values:
+        graph.register_initializer(value)
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block_size, "bits": bits}
+    new = ir.node(
+        "GatherBlockQuantized", [values[0], node.inputs[1], values[1]], attributes, domain=CONTRIB, name=f"{node.name}_Q{bits}"
+    )
+    replace_node(graph, node, new)
+    restored = dequantize(blocks.packed, scales, None, bits, block_size, *original.shape)
+    return table.name, original, restored, sum(v.const_value.nbytes for v in values)
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, *new: ir.Node) -> None:
+    """Puts ``new`` in the node's place; the last one's first output takes the name, type and shape of the node's."""
+    old, output = node.outputs[0], new[-1].outputs[0]
+    output.name, output.type, output.shape = old.name, old.type, old.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], list(new), [old], [output])
 
 
 @contextmanager
@@ -155,37 +143,20 @@ def _root_logger_kept() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, tensors: list[ir.Value], settings: WeightOnlySettings) -> None:
-    rows, columns = node.inputs[1].const_value.shape
-    attributes = {
-        "K": int(rows),
-        "N": int(columns),
-        "bits": settings.bits,
-        "block_size": settings.block_size,
-        "accuracy_level": settings.accuracy_level,
-    }
-    new = ir.node("MatMulNBits", [node.inputs[0], *tensors], attributes, domain=CONTRIB, name=f"{node.name}_Q{settings.bits}")
-    old_output = node.outputs[0]
-    output = new.outputs[0]
-    output.name, output.type, output.shape = old_output.name, old_output.type, old_output.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [new], [old_output], [output])
-
-
-def _weight_name(node: ir.Node) -> str:
-    return node.inputs[1].name.removesuffix(f"_Q{node.attributes.get_int('bits', 4)}")
-
-
-def _dequantize_node(node: ir.Node) -> np.ndarray:
+def dequantize_nbits(node: ir.Node) -> np.ndarray:
+    """W [K, N] float32 of a MatMulNBits node."""
+    get = node.attributes.get_int
     zero_points = node.inputs[3].const_value.numpy() if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    return dequantize(
-        node.inputs[1].const_value.numpy(),
-        node.inputs[2].const_value.numpy(),
-        zero_points,
-        node.attributes.get_int("bits", 4),
-        node.attributes.get_int("block_size"),
-        node.attributes.get_int("K"),
-        node.attributes.get_int("N"),
-    )
+    packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])
+    return dequantize(packed, scales, zero_points, get("bits", 4), get("block_size"), get("K"), get("N"))
+
+
+def dequantize_embedding(node: ir.Node) -> np.ndarray:
+    """W [V, D] float32 of a GatherBlockQuantized node."""
+    get = node.attributes.get_int
+    packed, scales = (node.inputs[i].const_value.numpy() for i in (0, 2))
+    width = scales.shape[1] * get("block_size")
+    return np.ascontiguousarray(dequantize(packed, scales, None, get("bits"), get("block_size"), width, packed.shape[0]).T)
 
 
 def dequantize(
@@ -193,16 +164,19 @@ def dequantize(
 ) -> np.ndarray:
     """W [K, N] float32 from MatMulNBits' tensors (formula in the module's docstring)."""
     blocks = -(-rows // block_size)
-    q = _unpack(packed.reshape(columns, blocks, -1), bits).astype(np.float32)
+    q = unpack(packed.reshape(columns, blocks, -1), bits).astype(np.float32)
     if zero_points is None:
         q -= float(1 << (bits - 1))
+    elif zero_points.dtype == np.uint8:
+        q -= unpack(zero_points.reshape(columns, -1), bits)[:, :blocks, None].astype(np.float32)
     else:
-        q -= _unpack(zero_points.reshape(columns, -1), bits)[:, :blocks, None].astype(np.float32)
+        q -= zero_points.reshape(columns, blocks, 1).astype(np.float32)
     w = q * scales.reshape(columns, blocks, 1).astype(np.float32)
     return np.ascontiguousarray(w.reshape(columns, blocks * block_size)[:, :rows].T)
 
 
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """One value per entry of the last axis."""
     if bits == 8:
         return packed
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -105,6 +105,16 @@ def _locate(model: str | Path) -> tuple[Path, str]:
     return _download(str(model)), str(model)
 
 
+def base_folder(model: str | Path) -> Path:
+    """Where the base's files lie; a Hugging Face id is downloaded. Raises InputError as ``load_base`` does."""
+    return _locate(model)[0]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer without its model. Raises InputError where it has none."""
+    return _load_tokenizer(folder, required=True)
+
+
 def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str) -> Base:
     """A Base around a model that is already in memory; its fingerprint is ``memory_fingerprint``'s."""
     info = _info(model, name=name, digest=memory_fingerprint(model))

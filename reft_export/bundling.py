@@ -21,6 +21,7 @@ from runtimes.adapter import Adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
+    WEIGHT_ONLY_SCHEMES,
     AdapterRecord,
     Manifest,
     ModelRecord,
@@ -174,23 +175,26 @@ def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
     return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
 
 
-def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityReport:
+def gate(
+    folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = ""
+) -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
-    ``exact``: arrays recorded at accuracy level 1, which a quantized bundle is held to first, with its graph at that level.
+    ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
+    their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the
+    quantization's own advice.
     """
-    from reft_export.parity import at_level, check
+    from reft_export.parity import check, with_float_activations
     from runtimes.ort_session import OrtSession
 
     bundle = open_bundle(folder)
-    rungs: list[Rung] = []
+    rungs: list[Rung] = list(stepped)
     if exact is not None:
-        with at_level(bundle, 1) as changed:
-            rungs += check(changed, exact, f"int{bundle.manifest.quantization.bits} level 1")
+        with with_float_activations(bundle) as changed:
+            rungs += check(changed, exact, float_label(bundle.manifest.quantization))
     shipped = check_golden(bundle, OrtSession(bundle)).rungs
-    if exact is not None:
-        q = bundle.manifest.quantization
-        shipped = tuple(replace(rung, name=f"int{q.bits} level {q.accuracy_level}, {rung.name}") for rung in shipped)
+    if bundle.manifest.quantization is not None:
+        shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
     rungs += shipped
     report = ParityReport(rungs=tuple(rungs))
     kept = output.with_name(f"{output.name}.parity.json")
@@ -199,11 +203,22 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None) -> ParityRepo
         try:
             report.require()
         except ParityError as e:
-            quantized = bundle.manifest.quantization is not None
-            remedy = "; try -p int8, a smaller --block-size or --accuracy-level 1" if quantized else ""
-            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy}", report) from None
+            if not remedy and bundle.manifest.quantization is not None:
+                remedy = _remedy(bundle.manifest.quantization)
+            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy and '; '}{remedy}", report) from None
     kept.unlink(missing_ok=True)  # of an earlier attempt
     return report
+
+
+def float_label(q: Quantization) -> str:
+    """What a parity rung calls the bundle without the quantization of its activations."""
+    return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"
+
+
+def _remedy(q: Quantization) -> str:
+    if q.scheme in WEIGHT_ONLY_SCHEMES:
+        return "try -p int8, a smaller --block-size or --accuracy-level 1"
+    return "keep the worst layers in float (--keep-high), try --observer minmax, or --scheme weight-only"
 
 
 def _tensor(value: ir.Value) -> TensorRecord:

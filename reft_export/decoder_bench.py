@@ -66,13 +66,14 @@ def make(folder: Path) -> None:
 
 def measure(folder: Path, kernel: str, repeats: int) -> None:
     """One process: quantizes the bundle's graph to int4 and prints a row per adapter."""
-    from calibration.weight_only import WeightOnlySettings, quantize_weights
+    from calibration.quantize import quantize_graph
+    from calibration.settings import QuantizationSettings
     from reft_export.parity import variant
     from runtimes.bench import bench
     from runtimes.bundle import open_bundle
     from runtimes.ort_session import OrtSession
 
-    with variant(open_bundle(folder / "bundle"), lambda graph: quantize_weights(graph, WeightOnlySettings())) as bundle:
+    with variant(open_bundle(folder / "bundle"), lambda graph: quantize_graph(graph, QuantizationSettings())) as bundle:
         result = bench(
             lambda: OrtSession(bundle, threads=1, kernel=kernel), prompt_tokens=256, new_tokens=48, repeats=repeats
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from calibration.weight_only import dequantized_weights
+from calibration.activations import LEVELS, ActivationQuantization
+from calibration.products import activation_quantization, dequantized_weights
 from runtimes.bundle import WeightSource
 from runtimes.errors import BundleError
 
@@ -20,19 +22,14 @@ from runtimes.errors import BundleError
 def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[str, WeightSource]) -> list[str]:
     """Replaces, in place, every weight of ``model`` that ``graph`` holds quantized; returns the names of the modules.
 
-    A weight tied to the embedding is untied: the graph quantizes the matrix product, not the embedding's rows.
+    A weight tied to the embedding is untied: the graph holds the product's weight and the embedding's rows apart.
     Raises BundleError where the manifest's map and the model do not agree.
     """
     modules = []
     for initializer, value in dequantized_weights(graph):
-        source = sources.get(initializer)
-        if source is None:
-            raise BundleError(f"the manifest does not say which parameter {initializer} came from; export the bundle again")
+        source = _source(initializer, sources)
         name = source.parameter.removesuffix(".weight")
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise BundleError(f"the bundle's {source.parameter} does not exist in this base; pass the base it was made from") from None
+        module = _module(model, name)
         weight = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
         whole = module.weight.detach()
         place = whole if source.axis is None else whole.narrow(source.axis, source.start, source.stop - source.start)
@@ -47,29 +44,59 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
 
 
 @contextmanager
-def activations_quantized(model: PreTrainedModel, modules: list[str], block_size: int) -> Iterator[None]:
-    """MatMulNBits at accuracy level 4 as fake quantization: the inputs of ``modules`` rounded to int8, block by block along K.
+def activations_quantized(
+    model: PreTrainedModel, graph: ir.Model, sources: Mapping[str, WeightSource], *, straight_through: bool = False
+) -> Iterator[None]:
+    """Inside the ``with``, every module of ``model`` whose product ``graph`` gives a quantized input gets the same fake-quantized one.
 
-    x' = scale * round(x / scale), scale = max |x| / 127 over each block of ``block_size`` values (onnxruntime's CompInt8).
+    ``straight_through``: for training. Rounding has no gradient, so it is passed on as if nothing had been rounded (Bengio et al. 2013).
+    Raises BundleError for a product that is no linear module of the model.
     """
-
-    def quantize(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (fake_quantize(arguments[0], block_size), *arguments[1:])
-
+    # By module: several products may be slices of one, and read one input.
+    inputs = {linear_of(model, initializer, sources): how for initializer, how in activation_quantization(graph).items()}
     handles = []
     try:
-        for name in modules:
-            module = model.get_submodule(name)
-            if not isinstance(module, (torch.nn.Linear, Conv1D)):
-                raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --accuracy-level 1")
-            handles.append(module.register_forward_pre_hook(quantize))
+        for module, how in inputs.items():
+            handles.append(module.register_forward_pre_hook(partial(_replace_input, how, straight_through)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def fake_quantize(x: torch.Tensor, block_size: int) -> torch.Tensor:
+def linear_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> torch.nn.Module:
+    """The linear module that a quantized product is in the eager model. Raises BundleError where it is none."""
+    name = _source(initializer, sources).parameter.removesuffix(".weight")
+    module = _module(model, name)
+    if not isinstance(module, (torch.nn.Linear, Conv1D)):
+        raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
+    return module
+
+
+def _replace_input(
+    how: ActivationQuantization, straight_through: bool, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    x = arguments[0]
+    quantized = fake_quantize(x, how)
+    return (x + (quantized - x).detach() if straight_through else quantized, *arguments[1:])
+
+
+def fake_quantize(x: torch.Tensor, how: ActivationQuantization) -> torch.Tensor:
+    """x' of x [.., K] by the formulas of ``ActivationQuantization``, in float32, rounded once to the dtype of x."""
+    values = x.float()
+    if how.kind in ("block", "token"):
+        return _by_largest(values, how.block_size or x.shape[-1]).to(x.dtype)
+    bottom, top = LEVELS[how.kind]
+    if how.kind == "fp8":
+        q = (values / how.scale).clamp(bottom, top).to(torch.float8_e4m3fn).float()
+        return (q * how.scale).to(x.dtype)
+    # QuantizeLinear saturates at -128, though no scale here needs it: the range ends at 127.
+    bottom = -128 if how.kind == "int8" else bottom
+    q = (torch.round(values / how.scale) + how.zero_point).clamp(bottom, top)
+    return ((q - how.zero_point) * how.scale).to(x.dtype)
+
+
+def _by_largest(x: torch.Tensor, block_size: int) -> torch.Tensor:
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -width % block_size))
     blocks = padded.reshape(*x.shape[:-1], -1, block_size)
@@ -78,3 +105,17 @@ def fake_quantize(x: torch.Tensor, block_size: int) -> torch.Tensor:
     inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     rounded = torch.round(blocks * inverse) * (largest / 127.0)
     return rounded.reshape(padded.shape)[..., :width]
+
+
+def _source(initializer: str, sources: Mapping[str, WeightSource]) -> WeightSource:
+    source = sources.get(initializer)
+    if source is None:
+        raise BundleError(f"the manifest does not say which parameter {initializer} came from; export the bundle again")
+    return source
+
+
+def _module(model: PreTrainedModel, name: str) -> torch.nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise BundleError(f"the bundle's {name} does not exist in this base; pass the base it was made from") from None

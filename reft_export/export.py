@@ -10,14 +10,18 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from calibration.weight_only import WeightError, WeightOnlySettings, quantize_weights
+from calibration.products import activation_quantization
+from calibration.quantize import quantize_graph
+from calibration.settings import QuantizationSettings, settings_for
+from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.fuse import LEVELS, fuse
@@ -41,8 +45,9 @@ from reft_export.exporters.dynamo import export_dynamo
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter, load_adapter
-from runtimes.bundle import Manifest, Quantization
+from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
 from runtimes.edit import Site
 from runtimes.errors import InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -94,10 +99,11 @@ class ExportSettings:
             )
 
     @property
-    def weight_only(self) -> WeightOnlySettings | None:
+    def weight_only(self) -> QuantizationSettings | None:
         if self.precision not in ("int8", "int4"):
             return None
-        return WeightOnlySettings(bits=int(self.precision[3:]), block_size=self.block_size, accuracy_level=self.accuracy_level)
+        bits = int(self.precision[3:])
+        return settings_for("weight-only", bits=bits, block_size=self.block_size, accuracy_level=self.accuracy_level)
 
     @property
     def float_type(self) -> str:
@@ -111,6 +117,10 @@ class ExportResult:
     """None where this machine cannot run the graph (bfloat16 on onnxruntime's CPU provider); see ``note``."""
     weight_errors: tuple[WeightError, ...]
     note: str = ""
+    report: QuantizationReport | None = None
+    """What quantization did, variant by variant; None for an export."""
+    refitted: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the adapters that a refit wrote, by name."""
 
 
 def load_adapters(folders: list[Path]) -> dict[str, Adapter]:
@@ -145,7 +155,7 @@ def export_bundle(
         del base
         gc.collect()
         report("holding the bundle against the eager model")
-        parity = gate(work, output, exact=None if settings.weight_only is None else Path(proof))
+        parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
         return ExportResult(manifest=manifest, parity=parity, weight_errors=errors)
 
 
@@ -159,7 +169,7 @@ def _assemble(
     settings: ExportSettings,
     report: Report,
 ) -> tuple[Manifest, tuple[WeightError, ...]]:
-    """Everything of the bundle into ``work``; for a quantized one, arrays recorded at accuracy level 1 into ``proof``."""
+    """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
     report("recording what the eager model says")
@@ -175,16 +185,15 @@ def _assemble(
     fuse(exported.model, level=settings.fuse)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(exported.model, nodes, slots=settings.slots)
-    errors: list[WeightError] = []
+    errors: tuple[WeightError, ...] = ()
     if quantization is not None:
         report(f"quantizing weights to {settings.precision}")
-        errors = quantize_weights(exported.model, quantization)
+        errors = quantize_graph(exported.model, quantization).errors
     write_graph(exported.model, work)
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")
         fresh = load_base(model)  # exporting rearranged the first one's weights
-        modules = load_dequantized(fresh.model, exported.model, exported.weights)
-        record_at_levels(work / "golden", proof, fresh.model, modules, inputs, steerers, exact, quantization)
+        record_quantized(work / "golden", proof, fresh.model, exported.model, exported.weights, inputs, steerers, exact)
 
     for name, adapter in adapters.items():
         write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots)
@@ -205,7 +214,7 @@ def _assemble(
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in exported.model.graph.initializers.values():
         value.const_value = None
-    return manifest, tuple(errors)
+    return manifest, errors
 
 
 def _check_exporter(exporter: str) -> None:
@@ -225,32 +234,40 @@ def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> Export
     return export_dynamo(base.model, opset=settings.opset, last_logits=last)
 
 
-def record_at_levels(
+def record_quantized(
     golden: Path,
     proof: Path,
     model: PreTrainedModel,
-    modules: list[str],
+    graph: ir.Model,
+    sources: Mapping[str, WeightSource],
     inputs: GoldenInputs,
     steerers: Mapping[str, Steerer],
     exact: Mapping[str, np.ndarray],
-    settings: WeightOnlySettings,
 ) -> None:
-    """Golden arrays at the accuracy level that ships, and into ``proof`` at level 1, where exactness is shown.
+    """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
 
-    ``model`` carries the graph's dequantized weights in ``modules``; level 4 quantizes their activations too.
+    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty.
     """
-    for folder, level in ((golden, settings.accuracy_level), (proof, 1)):
-        with activations_quantized(model, modules if level == 4 else [], settings.block_size):
-            record_golden(folder, model, inputs, steerers, fp32=exact)
+    load_dequantized(model, graph, sources)
+    if activation_quantization(graph):
+        record_golden(proof, model, inputs, steerers, fp32=exact)
+    with activations_quantized(model, graph, sources):
+        record_golden(golden, model, inputs, steerers, fp32=exact, noisy=bool(activation_quantization(graph)))
 
 
-def quantization_record(settings: WeightOnlySettings) -> Quantization:
+def quantization_record(
+    settings: QuantizationSettings, *, kept: tuple[str, ...] = (), calibration: CalibrationRecord | None = None
+) -> Quantization:
     return Quantization(
-        scheme="weight-only",
+        scheme=settings.scheme,
         bits=settings.bits,
         block_size=settings.block_size,
         symmetric=settings.symmetric,
         accuracy_level=settings.accuracy_level,
+        method=settings.method,
+        embeddings=settings.embeddings,
+        kept=kept,
+        calibration=calibration,
     )
 
 

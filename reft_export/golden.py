@@ -8,6 +8,7 @@ One npz per name, "base" and every adapter; all rows right-padded:
     logits [K, V] float32                    of this name, by eager PyTorch carrying the weights that the bundle ships
     greedy_tokens [B, G] int64               the greedy continuation of each prompt, end tokens ignored
     base_logits [K, V]                       adapters only: of the base, on the same inputs
+    noise [2]                                where activations are quantized: see ``reference_noise``
     fp32_logits, fp32_base_logits [K, V]     adapters, unless the bundle is fp32 itself: of the float32 model before any
                                              quantization or rounding; delta parity is measured against these
 """
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.eager import Steering, greedy_tokens
 from runtimes.bundle import BASE_GOLDEN
+from runtimes.parity import compare
 
 GREEDY_TOKENS = 64
 CONTINUATION = 12
@@ -34,6 +36,8 @@ CONTINUATION = 12
 Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
 """Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
 
+NOISE, NOISE_DRAWS = 1e-5, 3
+"""Of ``reference_noise``."""
 LOGIT_BYTES = 16 * 2**20
 """Logits are recorded at evenly spread positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
 
@@ -107,7 +111,7 @@ def eager_logits(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer 
     """Logits [K, V] float32 at ``logit_positions``, from one full forward."""
     mask = torch.from_numpy(inputs.attention_mask)
     device = next(model.parameters()).device
-    with torch.no_grad(), _steering(model, steerer) as handle:
+    with torch.no_grad(), steering_of(model, steerer) as handle:
         if handle is not None:
             handle.prompt_length = inputs.prompt_length
         logits = model(
@@ -120,12 +124,32 @@ def eager_logits(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer 
     return logits[rows, columns].float().cpu().numpy()
 
 
+def reference_noise(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None, logits: np.ndarray) -> np.ndarray:
+    """[largest relative error, lowest top-1 agreement] of the model against itself, float32 [2], over NOISE_DRAWS of noise.
+
+    The embeddings are multiplied by 1 + NOISE n, n normal: no more than the fp32 row of the budgets lets two right graphs differ by.
+    Rounding to a few levels may turn that into as much as quantization costs itself, and no device can be nearer to the reference than
+    the reference is to itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + NOISE * torch.randn(output.shape, generator=generator)).to(output.device, output.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(disturb)
+    try:
+        found = [compare(eager_logits(model, inputs, steerer), logits) for _ in range(NOISE_DRAWS)]
+    finally:
+        handle.remove()
+    return np.array([max(f.max_relative for f in found), min(f.top1 for f in found)], np.float32)
+
+
 def eager_greedy(
     model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
 ) -> np.ndarray:
     """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
     prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
-    with _steering(model, steerer) as handle:
+    with steering_of(model, steerer) as handle:
         return _greedy(model, prompts, max_tokens, handle)
 
 
@@ -137,9 +161,13 @@ def record_golden(
     *,
     fp32: Mapping[str, np.ndarray] | None = None,
     max_tokens: int = GREEDY_TOKENS,
+    noisy: bool = False,
     on_name: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32`` holds the float32 model's logits by name."""
+    """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32`` holds the float32 model's logits by name.
+
+    ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too.
+    """
     folder.mkdir(exist_ok=True)
     shared = {f: getattr(inputs, f) for f in GoldenInputs.__dataclass_fields__}
     base_logits = eager_logits(model, inputs)
@@ -148,6 +176,8 @@ def record_golden(
             on_name(name)
         arrays = dict(shared, greedy_tokens=eager_greedy(model, inputs, steerer, max_tokens=max_tokens))
         arrays["logits"] = base_logits if steerer is None else eager_logits(model, inputs, steerer)
+        if noisy:
+            arrays["noise"] = reference_noise(model, inputs, steerer, arrays["logits"])
         if steerer is not None:
             arrays["base_logits"] = base_logits
             if fp32 is not None:
@@ -160,7 +190,8 @@ def fp32_logits(model: PreTrainedModel, inputs: GoldenInputs, steerers: Mapping[
     return {name: eager_logits(model, inputs, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
 
 
-def _steering(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager:
+def steering_of(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager[Steering | None]:
+    """The steerer's own context, or one that does nothing."""
     return nullcontext() if steerer is None else steerer(model)
 
 

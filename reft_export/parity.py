@@ -2,14 +2,12 @@
 
 oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
 eager -> exported -> folded          the float graph without and with its edits
-eager, dequantized -> quantized      the same weights on both sides, at accuracy level 1 (exact arithmetic)
-eager, fake-quantized -> shipped     accuracy level 4, which quantizes activations too
+eager, dequantized -> quantized      the same weights on both sides, activations in float (MatMulNBits at accuracy level 1)
+eager, fake-quantized -> shipped     where the bundle quantizes activations too: free-running, and step by step
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,18 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from calibration.weight_only import set_accuracy_level
+from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.banks import bank_edits, bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import TORCH_DTYPES
+from reft_export.bundling import TORCH_DTYPES, float_label
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
-from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, Bundle
+from reft_export.step_by_step import step_rungs
+from reft_export.variants import variant
+from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.errors import AdapterError
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung
@@ -66,6 +65,10 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
     inputs = stored_inputs(bundle) if bundle.golden_names else golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
     quantized = bundle.manifest.quantization is not None
     exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
+    for name in bundle.golden_names:
+        if name != BASE_GOLDEN and quantized and bundle.adapter_record(name).trained_on is not None:
+            # Trained on quantized weights: what it does to the float model is not what it is for. The bundle knows what was aimed at.
+            exact[name] = bundle.golden(name)["fp32_logits"]
     if quantized:
         rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, kernel=kernel, report=report)
         return ParityReport(rungs=tuple(rungs))
@@ -86,15 +89,20 @@ def check_same_base(bundle: Bundle, base: Base, model: str) -> None:
 
     A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count.
     """
+    check_fingerprint(bundle, base.info.fingerprint, base.info.name, model)
+
+
+def check_fingerprint(bundle: Bundle, found: str, name: str, model: str) -> None:
+    """``check_same_base`` for a base that is not loaded; ``found`` and ``name`` are its own."""
     made_from = bundle.manifest.model
     wanted = {f"{bundle.folder} was made from {made_from.name}": made_from.fingerprint}
     if not made_from.fingerprint:
         trained_on = {name: bundle.adapter_record(name).base for name in bundle.adapter_names}
         wanted = {f"adapter {name} was trained on {on.name}": on.fingerprint for name, on in trained_on.items()}
     for statement, fingerprint in wanted.items():
-        if fingerprint != base.info.fingerprint:
+        if fingerprint != found:
             raise AdapterError(
-                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {base.info.name} ({base.info.fingerprint[:12]}); "
+                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {name} ({found[:12]}); "
                 "pass the base it was made from"
             )
 
@@ -110,20 +118,28 @@ def quantized_rungs(
     kernel: str | None = None,
     report: Report = print,
 ) -> list[Rung]:
-    """Exactness at accuracy level 1 against the dequantized weights, then the shipped level against its fake quantization.
+    """Float activations against the dequantized weights, then the graph as it ships against its fake quantization.
 
-    ``base`` must be fresh from disk; its weights are replaced by the dequantized ones.
+    ``base`` must be fresh from disk, in float32; its weights are replaced by the dequantized ones, in the bundle's float type.
     """
-    settings = bundle.manifest.quantization
-    modules = load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
+    quantization, sources = bundle.manifest.quantization, bundle.manifest.weights
+    graph = load_graph(bundle.graph_path)
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    load_dequantized(base.model, graph, sources)
     rungs: list[Rung] = []
-    for level in sorted({1, settings.accuracy_level}):
-        report(f"holding accuracy level {level} against the eager model")
-        with tempfile.TemporaryDirectory() as folder, at_level(bundle, level) as changed:
-            with activations_quantized(base.model, modules if level == 4 else [], settings.block_size):
-                record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
-            rungs += check(changed, Path(folder), f"int{settings.bits} level {level}", provider=provider, kernel=kernel)
-    return rungs
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the quantized weights against the eager model")
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        with with_float_activations(bundle) as changed:
+            rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
+    if not activation_quantization(graph):
+        return rungs
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the bundle against the eager model's fake quantization")
+        with activations_quantized(base.model, graph, sources):
+            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact, noisy=True)
+        rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+    return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)
 
 
 def check(
@@ -145,31 +161,10 @@ def check(
 
 
 @contextmanager
-def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bundle]:
-    """A temporary bundle whose graph was changed, and whose weights are a copy: onnxruntime follows no link out of the graph's folder, and
-    a hard link would change the bundle's own file. It lies beside the bundle where that can be written, and is gone afterwards.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_scratch_folder(bundle.folder)))
-    try:
-        graph = load_graph(bundle.graph_path)
-        change(graph)
-        ir.save(graph, folder / GRAPH_FILE)
-        if (bundle.folder / DATA_FILE).is_file():
-            shutil.copyfile(bundle.folder / DATA_FILE, folder / DATA_FILE)
-        for name in bundle.adapter_names:
-            (folder / "adapters").mkdir(exist_ok=True)
-            for suffix in (".onnx_adapter", ".json"):
-                shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
-        yield Bundle(folder=folder, manifest=bundle.manifest)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def at_level(bundle: Bundle, level: int) -> Iterator[Bundle]:
-    """The quantized bundle with its graph at another accuracy level, and a manifest that says so."""
-    with variant(bundle, lambda graph: set_accuracy_level(graph, level)) as changed:
-        quantization = replace(bundle.manifest.quantization, accuracy_level=level)
+def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
+    """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
+    with variant(bundle, float_activations) as changed:
+        quantization = replace(bundle.manifest.quantization, scheme="weight-only", accuracy_level=1)
         yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization))
 
 
@@ -177,8 +172,3 @@ def stored_inputs(bundle: Bundle) -> GoldenInputs:
     """The inputs of the bundle's own golden arrays."""
     arrays = bundle.golden(BASE_GOLDEN)
     return GoldenInputs(**{name: arrays[name] for name in GoldenInputs.__dataclass_fields__})
-
-
-def _scratch_folder(folder: Path) -> Path | None:
-    parent = folder.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None

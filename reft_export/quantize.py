@@ -2,68 +2,205 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.weight_only import WeightOnlySettings, quantize_weights
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
+from calibration.settings import QuantizationSettings, check_source
+from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.banks import bank_steerer
-from reft_export.base import load_base
-from reft_export.bundling import BundleParts, Report, finish_bundle, gate
+from reft_export.base import DTYPES, load_base
+from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundle, gate
+from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
 from reft_export.dequantized import load_dequantized
-from reft_export.export import ExportResult, quantization_record, record_at_levels
-from reft_export.golden import fp32_logits
+from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
+from reft_export.golden import Steerer, fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
-from runtimes.bundle import TOKENIZER_FILES, open_bundle
+from reft_export.quantization_report import Measurements, Yardsticks, variant_name
+from reft_export.refit import REMEDY, RefitSettings, plan_refit
+from reft_export.step_by_step import step_rungs
+from reft_export.swap import refit_in
+from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.errors import CalibrationError
 from runtimes.folders import atomic_folder, check_destination
+from runtimes.parity import Rung
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is decided before any work: the bundle, how it is quantized, and the ranges where the scheme fixes them."""
+
+    bundle: Bundle
+    model: str
+    settings: QuantizationSettings
+    ranges: Ranges | None = None
+    base_ranges: Ranges | None = None
+    """Of the same prompts without any adapter."""
+    calibration: CalibrationRecord | None = None
 
 
 def quantize_bundle(
-    source: Path, model: str, output: Path, settings: WeightOnlySettings, *, force: bool = False, report: Report = print
+    source: Path,
+    model: str,
+    output: Path,
+    settings: QuantizationSettings,
+    *,
+    calibration: CalibrationRequest | None = None,
+    refit: RefitSettings | None = None,
+    yardsticks: Yardsticks = Yardsticks(),
+    compare: bool = False,
+    force: bool = False,
+    report: Report = print,
 ) -> ExportResult:
     """Writes the quantized bundle to ``output``, atomically; ``model`` is the base it was made from, for the eager reference.
 
-    Raises CalibrationError for a bundle that is quantized already, AdapterError for another base, ParityError for a missed budget.
+    ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
+    output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
+    quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+
+    Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
+    for adapters that are not the bundle's, ParityError for a missed budget.
     """
-    check_destination(output, force=force, inputs=[source, Path(model)])
+    check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     bundle = open_bundle(source)
-    if bundle.manifest.quantization is not None:
-        bits = bundle.manifest.quantization.bits
-        raise CalibrationError(f"{source} is quantized already (int{bits}); quantize the float bundle that it was made from")
-    if bundle.manifest.precision != "fp32":
-        raise CalibrationError(f"{source} is a {bundle.manifest.precision} bundle; weight-only quantization starts from the fp32 one")
-    report(f"loading {model}")
-    base = load_base(model)
-    check_same_base(bundle, base, model)
-    steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-    inputs = stored_inputs(bundle)
+    refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
+    figures = Measurements(yardsticks)
+    if compare and settings.kind.activations != "static":
+        raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
+    plan = planned(bundle, model, output, settings, calibration, report)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        exact = fp32_logits(base.model, inputs, steerers)
-        graph = load_graph(bundle.graph_path)
-        report(f"quantizing weights to int{settings.bits}")
-        errors = quantize_weights(graph, settings)
-        write_graph(graph, work)
-        report("recording what the eager model says with the quantized weights")
-        modules = load_dequantized(base.model, graph, bundle.manifest.weights)
-        record_at_levels(work / "golden", Path(proof), base.model, modules, inputs, steerers, exact, settings)
-        for name in bundle.manifest.files:
-            if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/")):
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.folder / name, work / name)
-        m = bundle.manifest
-        parts = BundleParts(
-            model=m.model,
-            precision=m.precision,
-            quantization=quantization_record(settings),
-            exporter=m.exporter,
-            logits=m.logits,
-            slots=m.slots,
-            nodes=bundle.nodes,
-            adapters=bundle.adapter_names,
-            weights=m.weights,
-        )
-        manifest = finish_bundle(work, graph, parts)
+        manifest, errors = assemble(plan, work, Path(proof), report)
+        if manifest.precision == "bf16":
+            return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+        if figures.wanted:
+            report("measuring the float bundle")
+            figures.add(variant_name(bundle), bundle)
+        if compare:
+            report("quantizing with ranges of the base alone, to compare")
+            _measure_base_only(plan, output, figures)
+        refitted, saved = {}, {}
+        if refit_plan:
+            report("measuring the quantized bundle before the refit")
+            figures.add(variant_name(open_bundle(work)), open_bundle(work))
+            refitted, manifest = refit_in(work, model, refit_plan, Path(proof), report)
         report("holding the bundle against the eager model")
-        return ExportResult(manifest=manifest, parity=gate(work, output, exact=Path(proof)), weight_errors=tuple(errors))
+        stepped = _stepped(open_bundle(work), model)
+        exact = Path(proof) if any(Path(proof).iterdir()) else None
+        parity = gate(work, output, exact=exact, stepped=stepped, remedy=REMEDY if refit else "")
+        report("measuring the quantized bundle")
+        done = open_bundle(work)
+        figures.add(f"{variant_name(done)} + refit" if refit_plan else variant_name(done), done)
+        if refit_plan:
+            saved = refit_plan.save(refitted, force=force)
+    told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, report=told, refitted=saved)
+
+
+def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, tuple[WeightError, ...]]:
+    """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
+    graph, quantized = _record_and_quantize(plan, work, proof, report)
+    _copy_unchanged(plan.bundle, work)
+    manifest = _finish(plan, work, graph, quantized)
+    del graph
+    gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+    return manifest, quantized.errors
+
+
+def _measure_base_only(plan: Plan, output: Path, figures: Measurements) -> None:
+    """The same bundle with the ranges that a calibration without adapters would have chosen; it is measured and thrown away."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
+        tempfile.TemporaryDirectory() as proof,
+    ):
+        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), lambda _: None)
+        bundle = open_bundle(work)
+        figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
+
+
+def planned(
+    bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
+) -> Plan:
+    m = bundle.manifest
+    check_source(
+        settings,
+        quantized=None if m.quantization is None else m.quantization.bits,
+        precision=m.precision,
+        opset=m.opset,
+        where=str(bundle.folder),
+    )
+    check_request(request, settings, bundle)
+    if request is None:
+        return Plan(bundle=bundle, model=model, settings=settings)
+    ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
+    return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
+
+
+def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
+    """Graph and golden arrays into ``work``.
+
+    Eager model and float graph take turns: each is as large as the other, and together they would be more than the 1.5 times a model
+    that this may take. The model is loaded again for its second turn; no model is left when this returns.
+    """
+    bundle, settings = plan.bundle, plan.settings
+    steerers, inputs = _steerers(bundle), stored_inputs(bundle)
+    report(f"loading {plan.model}")
+    base = load_base(plan.model)
+    check_same_base(bundle, base, plan.model)
+    exact = fp32_logits(base.model, inputs, steerers)
+    del base
+    gc.collect()
+    report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
+    graph = load_graph(bundle.graph_path)
+    quantized = quantize_graph(graph, settings, plan.ranges)
+    write_graph(graph, work)
+    gc.collect()
+    report("recording what the eager model says with the quantized weights")
+    again = load_base(plan.model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, exact)
+    return graph, quantized
+
+
+def _stepped(bundle: Bundle, model: str) -> list[Rung]:
+    """Every quantized activation against the formula, with the finished bundle and its own adapters."""
+
+    def dequantized() -> PreTrainedModel:
+        loaded = load_base(model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+        load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
+        return loaded
+
+    return step_rungs(bundle, dequantized, stored_inputs(bundle), _steerers(bundle))
+
+
+def _steerers(bundle: Bundle) -> dict[str, Steerer]:
+    return {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
+
+
+def _copy_unchanged(bundle: Bundle, work: Path) -> None:
+    """Adapters, library and tokenizer; a session's config is written anew."""
+    for name in bundle.manifest.files:
+        if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/", f"{TEMPLATE_FOLDER}/")):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.folder / name, work / name)
+
+
+def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
+    m = plan.bundle.manifest
+    parts = BundleParts(
+        model=m.model,
+        precision=m.precision,
+        quantization=quantization_record(plan.settings, kept=quantized.kept, calibration=plan.calibration),
+        exporter=m.exporter,
+        logits=m.logits,
+        slots=m.slots,
+        nodes=plan.bundle.nodes,
+        adapters=plan.bundle.adapter_names,
+        weights=m.weights,
+    )
+    return finish_bundle(work, graph, parts)

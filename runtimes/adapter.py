@@ -14,6 +14,7 @@ Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", e
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,15 @@ class Adapter:
     @staticmethod
     def _key(site: Site, group: str, parameter: str) -> str:
         return ".".join(filter(None, (str(site), group, parameter)))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the method and the trained parameters."""
+        digest = hashlib.sha256(self.method.encode())
+        for name in sorted(self.tensors):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(self.tensors[name]).tobytes())
+        return digest.hexdigest()
 
     def edits(self) -> dict[Site, tuple[LowRankEdit, ...]]:
         """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""

@@ -36,6 +36,8 @@ GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
 NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
+WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
+"""Schemes that leave activations in the graph's float type; all others quantize them too."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,14 +66,50 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationRecord:
+    """Where fixed activation ranges came from."""
+
+    ranges: str
+    """sha256 of the calibration file."""
+    graph: str
+    """Digest of the float bundle whose graph ran."""
+    data: str
+    """sha256 of the prompts' file."""
+    observer: str
+    mixture: dict[str, float]
+    """Share of the base and of each adapter."""
+    prompts: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the base's weights are stored. ``scheme``: weight-only. ``accuracy_level``: MatMulNBits, 4 quantizes activations too."""
+    """How the base's weights are stored, and whether what they are multiplied by is quantized too.
+
+    ``scheme``: weight-only, dynamic, static, qdq-int4, qdq-int8 or fp8. ``accuracy_level``: MatMulNBits, 4 quantizes activations too.
+    """
 
     scheme: str
     bits: int
     block_size: int
+    """Input values that share a scale; 0 is one scale per output column."""
     symmetric: bool
     accuracy_level: int
+    method: str = "rtn"
+    embeddings: int = 0
+    """Bits of the token embedding; 0 is float."""
+    kept: tuple[str, ...] = ()
+    """Weights that stayed in float by choice."""
+    calibration: CalibrationRecord | None = None
+
+    @property
+    def label(self) -> str:
+        """What a parity rung calls it."""
+        return f"int{self.bits} level {self.accuracy_level}" if self.scheme == "weight-only" else self.scheme
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return self.scheme not in WEIGHT_ONLY_SCHEMES or self.accuracy_level == 4
 
 
 @dataclass(frozen=True, kw_only=True)

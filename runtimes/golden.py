@@ -7,6 +7,7 @@ Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
     logit_positions            int64 [K, 2]   (row, column) of the recorded logits
     logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
     fp32_logits, fp32_base_logits  [K, V]     the same two of the float32 model, where the bundle's own weights are not that
+    noise                      float32 [2]    where activations are quantized: error and top-1 of the reference against itself
     greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
 
 Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
@@ -24,7 +25,7 @@ from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.engine import Engine
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
-from runtimes.parity import Budget, Delta, ParityReport, Rung, budget_for, compare, compare_deltas, judge
+from runtimes.parity import Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
 
 
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:
@@ -53,6 +54,20 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     return ParityReport(rungs=tuple(rungs))
 
 
+def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figures, Delta]:
+    """What is left of an adapter's steering: its logits here, and (steered - base), against the float32 eager model's.
+
+    For an adapter that was refitted, the float32 model is steered by the one it was refitted from. Leaves the session on ``name``.
+    """
+    golden = _Golden.read(bundle, name)
+    layout = _Layout(chunk=1 if bundle.manifest.logits == "last" else None, alone=padding_of(session) == "none")
+    session.set_adapter(name)
+    logits = _run(session, golden, layout)
+    found = sorted(logits)
+    figures = compare(np.stack([logits[k] for k in found]), golden.steering[0][found])
+    return figures, _delta(session, golden, logits, layout)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Golden:
     name: str
@@ -62,6 +77,8 @@ class _Golden:
     positions: np.ndarray
     logits: np.ndarray
     greedy: np.ndarray
+    noise: tuple[float, float]
+    """(relative error, top-1 agreement) of the reference against itself under float noise; (0, 1) where activations are float."""
     steering: tuple[np.ndarray, np.ndarray] | None
     """(steered, base) logits whose difference the device's is held to; None for the base."""
 
@@ -82,6 +99,7 @@ class _Golden:
             positions=arrays["logit_positions"],
             logits=arrays["logits"],
             greedy=arrays["greedy_tokens"],
+            noise=tuple(map(float, arrays.get("noise", (0.0, 1.0)))),
             steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
         )
 
@@ -153,6 +171,7 @@ def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[
 def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
     session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
+    budget = replace(budget, logits=budget.logits + golden.noise[0], top1=budget.top1 + golden.noise[1] - 1)
     alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
     layouts = {

@@ -40,6 +40,11 @@ DTYPES = {
 }
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
+FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""onnxruntime turns DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations, which the graph does
+not say."""
+NO_PAIRS = ("session.disable_quant_qdq", "1")
+"""onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -155,7 +160,7 @@ class OrtSession:
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
         new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
         logits = to_float32(outputs["logits"])
-        return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past)
+        return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past, outputs=outputs)
 
     def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         if self._binding is None:
@@ -199,6 +204,9 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry(*FLOAT_INPUTS)
+    if bundle.manifest.quantization is not None and bundle.manifest.quantization.scheme == "fp8":
+        options.add_session_config_entry(*NO_PAIRS)
     if threads is not None:
         if threads < 1:
             raise InputError(f"{threads} threads; at least one is needed")

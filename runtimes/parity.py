@@ -15,9 +15,6 @@ from runtimes.records import RecordError, from_json, to_json
 TIE = 1e-6
 """Two reference logits closer than this, relative to the largest |logit|, are no preference that float32 could keep."""
 
-WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
-"""Schemes that leave activations in the graph's float type; all others quantize them too."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -165,8 +162,7 @@ def budget_for(manifest: Manifest) -> Budget:
     q = manifest.quantization
     if q is None:
         return BUDGETS[manifest.precision]
-    activations = q.scheme not in WEIGHT_ONLY_SCHEMES or q.accuracy_level == 4
-    row = BUDGETS["activation-quantized" if activations else f"weight-only int{q.bits}"]
+    row = BUDGETS["activation-quantized" if q.quantizes_activations else f"weight-only int{q.bits}"]
     if manifest.precision == "fp32":
         return row
     return _wider(row, BUDGETS[manifest.precision])

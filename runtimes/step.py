@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ class StepOutput:
 
     logits: np.ndarray
     past: Any
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    """Every output as its backend holds it, where the backend keeps them: activations, where a calibration made them outputs."""
 
 
 def check_step(model: ModelRecord, ids: np.ndarray, mask: np.ndarray, before: int, *, takes_position_ids: bool) -> None:

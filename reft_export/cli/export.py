@@ -123,6 +123,7 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
                 "weights": to_json(result.weight_errors),
                 "parity": None if result.parity is None else json.loads(result.parity.to_json()),
                 "note": result.note,
+                "report": None if result.report is None else json.loads(result.report.to_json()),
             }
         )
         return

@@ -67,7 +67,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     adapters = []
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
-        adapters.append({"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)})
+        row = {"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
+        adapters.append(row | {"trained on": (r.trained_on or "the base")[:12]})
     q = m.quantization
     return {
         "bundle": str(path),
@@ -75,7 +76,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
         "fingerprint": m.model.fingerprint or "unknown: folded from a foreign graph",
         "context": m.model.context_length,
-        "precision": m.precision if q is None else f"{m.precision}, {q.scheme} int{q.bits}, block {q.block_size}, level {q.accuracy_level}",
+        "precision": m.precision,
+        "quantization": "none" if q is None else quantization(q),
         "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}",
         "genai": m.genai,
         "golden": list(bundle.golden_names),
@@ -139,6 +141,23 @@ def _type(tensor: Any) -> dict[str, str]:
 
 def _range(shape: Any) -> str:
     return " ".join("x".join(map(str, bound)) for bound in (shape.min, shape.opt, shape.max))
+
+
+def quantization(q: Any) -> str:
+    """The manifest's record in one line."""
+    parts = [f"{q.scheme} {'E4M3' if q.scheme == 'fp8' else f'int{q.bits}'}, {q.method}"]
+    parts.append(f"blocks of {q.block_size}" if q.block_size else "a scale per output column")
+    if q.scheme == "weight-only":
+        parts.append(f"accuracy level {q.accuracy_level}")
+    parts.append("activations " + ("quantized" if q.quantizes_activations else "in float"))
+    if q.embeddings:
+        parts.append(f"embedding int{q.embeddings}")
+    if q.kept:
+        parts.append(f"in float: {', '.join(q.kept)}")
+    if c := q.calibration:
+        mixture = ", ".join(f"{name} {share:.0%}" for name, share in c.mixture.items())
+        parts.append(f"ranges {c.observer} over {c.prompts} prompts, {c.tokens} tokens of {mixture} (data {c.data[:12]})")
+    return "; ".join(parts)
 
 
 def inspect_adapter(path: Path) -> dict[str, Any]:

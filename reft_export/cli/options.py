@@ -60,3 +60,9 @@ def check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
 def check_session_options(provider: str | None, kernel: str | None) -> None:
     check_choice("--provider", provider, ("cpu", "cuda", "tensorrt", "tensorrt-rtx"))
     check_choice("--kernel", kernel, ("fused", "function", "plugin", "expanded"))
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the user wrote the option, by its parameter's name; a default says nothing about what was meant."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")

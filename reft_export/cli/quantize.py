@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from reft_export.cli.console import guarded, parity_failed, progress
+from reft_export.cli.console import guarded, out, parity_failed, print_table, progress
 from reft_export.cli.export import show_result
-from reft_export.cli.options import AccuracyLevel, AsJson, BlockSize, Force, Model, Output, check_choice
+from reft_export.cli.options import AsJson, Force, Model, Output, check_choice, given
+
+EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
+QUANTIZES = (
+    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "lm_head", "embeddings", "calibrate",
+    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
+)  # fmt: skip
+"""Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
 
 
 def register(app: typer.Typer) -> None:
@@ -17,28 +27,202 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    bundle: Annotated[Path, typer.Argument(help="A float bundle.")],
+    context: typer.Context,
+    bundle: Annotated[
+        Path, typer.Argument(help="A float bundle. With --refit or -a also a quantized one, whose graph then stays as it is.")
+    ],
     model: Model,
     output: Output,
-    precision: Annotated[str, typer.Option("--precision", "-p", help="int4 or int8.")] = "int4",
-    scheme: Annotated[str, typer.Option("--scheme", help="weight-only: blockwise, activations stay in float.")] = "weight-only",
-    block_size: BlockSize = 32,
-    accuracy_level: AccuracyLevel = 4,
+    precision: Annotated[str | None, typer.Option("--precision", "-p", help="int4, int8 or fp8; default: the scheme's own.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme",
+            help="onnxruntime: weight-only (blockwise; default), dynamic (int8, a scale per token), static (int8, calibrated). "
+            "TensorRT: qdq-int4 (weights), qdq-int8, fp8 (weights and calibrated activations).",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn or hqq.")] = "rtn",
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default 32.")
+    ] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point.")] = True,
+    accuracy_level: Annotated[
+        int | None, typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact.")
+    ] = None,
+    keep_high: Annotated[
+        list[str] | None,
+        typer.Option("--keep-high", help="Layers or weights that stay in float: 0;31, 4-7, *.mlp.down_proj; repeat for several."),
+    ] = None,
+    lm_head: Annotated[
+        bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the head; default: not where activations have fixed ranges.")
+    ] = None,
+    embeddings: Annotated[str, typer.Option("--embeddings", help="float, int8 or int4 rows of the token embedding.")] = "float",
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="Prompts (JSONL, as for train) on which activation ranges are measured, edits on.")
+    ] = None,
+    ranges: Annotated[
+        Path | None, typer.Option("--ranges", help="In place of --calibrate: the OUTPUT.calibration of an earlier run of this bundle.")
+    ] = None,
+    mixture: Annotated[
+        str, typer.Option("--mixture", help="How much base and adapters count: base=1,pirate=3; default: all alike.")
+    ] = "",
+    observer: Annotated[str, typer.Option("--observer", help="minmax, percentile, entropy or mse.")] = "minmax",
+    percentile: Annotated[float, typer.Option("--percentile", help="Of --observer percentile.")] = 99.99,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Greedy tokens after each calibration prompt.")] = 16,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With calibrated ranges: also measure what those of the base alone would have given.")
+    ] = False,
+    refit: Annotated[
+        Path | None,
+        typer.Option("--refit", help="JSONL, as for train: re-train the adapters of -a for a few steps on the quantized weights."),
+    ] = None,
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter", "-a", help="Folders of the adapters to refit; without --refit: to put into a quantized bundle."),
+    ] = None,
+    refit_steps: Annotated[int, typer.Option("--refit-steps", help="Optimizer steps of the refit.")] = 40,
+    refit_lr: Annotated[float, typer.Option("--refit-lr", help="Learning rate of the refit.")] = 1e-3,
+    refit_objective: Annotated[
+        str,
+        typer.Option("--refit-objective", help="teacher: what the float model says when the adapter steers it; data: the completions."),
+    ] = "teacher",
+    refit_output: Annotated[
+        Path | None, typer.Option("--refit-output", help="Folder for the refitted adapters' folders; default: OUTPUT.adapters.")
+    ] = None,
+    perplexity: Annotated[Path | None, typer.Option("--perplexity", help="A text file whose perplexity the report has.")] = None,
+    checker: Annotated[
+        str | None,
+        typer.Option(
+            "--checker", help="module:function or file.py:function, (prompt, answer) -> bool or 0..1: the report has the success rate."
+        ),
+    ] = None,
+    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for run or train.")] = None,
+    checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a bundle's base weights; the edits stay in the graph's float type, and parity is proven on the same weights."""
-    from calibration.weight_only import WeightOnlySettings
-    from reft_export.quantize import quantize_bundle
-    from runtimes.errors import ParityError
+    """Quantize a bundle's base, the edits staying in the graph's float type; parity is proven on what is quantized.
 
-    check_choice("--precision", precision, ("int4", "int8"))
-    check_choice("--scheme", scheme, ("weight-only",))
-    settings = WeightOnlySettings(bits=int(precision[3:]), block_size=block_size, accuracy_level=accuracy_level)
+    Writes OUTPUT.quantization.json and .png beside it: size, error per tensor, delta parity, perplexity, success.
+    """
+    from reft_export.quantization_report import write_reports
+    from reft_export.refit import RefitSettings
+    from runtimes.bundle import open_bundle
+    from runtimes.errors import InputError, ParityError
+
+    yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
+    refitting = None
+    if refit is not None:
+        refitting = RefitSettings(
+            data=refit, sources=tuple(adapters or ()), steps=refit_steps, lr=refit_lr, objective=refit_objective, output=refit_output
+        )
+    if (refit or adapters) and open_bundle(bundle).manifest.quantization is not None:
+        from reft_export.swap import swap_bundle
+
+        if ignored := [f"--{name.replace('_', '-')}" for name in QUANTIZES if given(context, name)]:
+            raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
+        make = partial(swap_bundle, adapters=() if refitting else adapters)
+    elif adapters and refit is None:
+        raise InputError(
+            f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export export`"
+        )
+    else:
+        from calibration.observers import Observer
+        from calibration.settings import settings_for
+        from reft_export.calibrate import CalibrationRequest
+        from reft_export.quantize import quantize_bundle
+
+        check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
+        settings = settings_for(
+            *scheme_and_bits(scheme, precision),
+            method=method,
+            block_size=block_size,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
+            keep_high=parse_patterns(keep_high or []),
+            lm_head=lm_head,
+            embeddings=EMBEDDINGS[embeddings],
+        )
+        request = None
+        if calibrate is not None or ranges is not None:
+            request = CalibrationRequest(
+                data=calibrate,
+                ranges=ranges,
+                mixture=parse_mixture(mixture),
+                observer=Observer(name=observer, percentile=percentile),
+                decode_tokens=decode_tokens,
+            )
+        elif mixture:
+            raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
+        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
     try:
         with progress() as report:
-            result = quantize_bundle(bundle, model, output, settings, force=force, report=report)
+            result = make(bundle, model, output, refit=refitting, yardsticks=yardsticks, force=force, report=report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
+    written = () if result.report is None else write_reports(result.report, output)
     show_result(output, result, as_json=as_json)
+    if not as_json:
+        show_report(result, written)
+
+
+def show_report(result: Any, written: Sequence[Path]) -> None:
+    """The table of variants, what the refit did, and where the files are."""
+    from reft_export.quantization_report import trimmed
+
+    if result.report is None:
+        return
+    print_table("what quantization left of the steering", *trimmed(result.report))
+    for r in result.report.refits:
+        done = f"{r.before:.4f} to {r.after:.4f} nats" if not r.kept else f"{r.before:.4f} nats, and {r.after:.4f} after: kept as it was"
+        out.print(f"refit of {r.adapter}: {r.steps} steps, loss ({r.objective}) {done}")
+    for name, folder in result.refitted.items():
+        out.print(f"adapter {name}: {folder}")
+    out.print(f"report: {', '.join(map(str, written))}")
+
+
+def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:
+    """What the report measures; raises InputError for a text, a checker or prompts that cannot be used."""
+    from reft_export.checker import load_task
+    from reft_export.quantization_report import Yardsticks, read_text
+    from runtimes.errors import InputError
+
+    if (checker is None) != (prompts is None):
+        raise InputError("--checker and --checker-data go together: the function that judges answers, and the prompts to answer")
+    task = None if checker is None else load_task(checker, prompts, max_new_tokens=tokens)
+    return Yardsticks(text=None if perplexity is None else read_text(perplexity), task=task)
+
+
+def scheme_and_bits(scheme: str | None, precision: str | None) -> tuple[str, int | None]:
+    """What -p and --scheme ask for together; either may be left out. Raises InputError where they contradict each other."""
+    from runtimes.errors import InputError
+
+    check_choice("--precision", precision, tuple(BITS))
+    if scheme is None:
+        scheme = "fp8" if precision == "fp8" else "weight-only"
+    if precision is not None and (precision == "fp8") != (scheme == "fp8"):
+        raise InputError(f"-p {precision} and --scheme {scheme} contradict each other; leave one of them out")
+    return scheme, None if precision is None else BITS[precision]
+
+
+def parse_patterns(values: list[str]) -> tuple[str, ...]:
+    """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high."""
+    return tuple(part.strip() for value in values for part in value.split(";") if part.strip())
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """``base=1,pirate=3``; raises InputError."""
+    from runtimes.errors import InputError
+
+    mixture: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, share = part.partition("=")
+        try:
+            if not equals or name in mixture:
+                raise ValueError
+            mixture[name] = float(share)
+        except ValueError:
+            raise InputError(f"--mixture {text!r}: {part!r} is not understood; write base=1,NAME=1, each name once") from None
+    return mixture

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reft_export.cli.console import err, escape, guarded, out, print_json, progress
-from reft_export.cli.options import AsJson, DryRun, Force, Model, Output
+from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given
+
+FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
+FORM |= {"activation": "activation", "dropout": "dropout"}
+"""What an adapter is, by parameter of the verb and name of the setting; with --start it is the started adapter's."""
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or chat messages, one object a line.")],
     output: Output,
@@ -47,12 +53,18 @@ def train(
     dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False,
+    base_bundle: Annotated[
+        Path | None, typer.Option("--base", help="A quantized bundle of the base: train on the exact weights that it ships.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="An adapter folder to go on from; the form of the edit is that adapter's.")
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a ReFT intervention on a frozen base in eager PyTorch; writes an adapter folder."""
-    from reft_export.training.settings import TrainSettings
+    from reft_export.training.settings import TrainSettings, settings_like
 
     settings = TrainSettings(
         method=method,
@@ -80,6 +92,17 @@ def train(
         device=device,
         resume=resume,
     )
+    started = None
+    if start is not None:
+        from runtimes.adapter import load_adapter
+
+        started = load_adapter(start)
+        like = settings_like(started)
+        settings = replace(settings, **{field: getattr(like, field) for name, field in FORM.items() if not given(context, name)})
+    if base_bundle is not None and dtype not in ("auto", "float32"):
+        from runtimes.errors import InputError
+
+        raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
     if dry_run:
         from reft_export.forecast import forecast_training
 
@@ -87,18 +110,35 @@ def train(
         return
 
     from reft_export.base import load_base
+    from reft_export.bundling import check_fit
     from reft_export.training.trainer import train as run_training
-    from runtimes.bundle import check_adapter_name
+    from runtimes.bundle import check_adapter_name, open_bundle
     from runtimes.folders import check_destination
 
     check_adapter_name(output.resolve().name)
-    check_destination(output, force=force, inputs=[Path(model), data])
+    check_destination(output, force=force, inputs=[Path(model), data, *filter(None, (base_bundle, start))])
+    bundle = None if base_bundle is None else open_bundle(base_bundle)
     with progress() as report:
         report(f"loading {model}")
         base_dtype, base_device = settings.placement()
-        base = load_base(model, dtype=base_dtype, device=base_device, require_tokenizer=True)
+        if bundle is None:
+            base = load_base(model, dtype=base_dtype, device=base_device, require_tokenizer=True)
+        else:
+            from reft_export.refit import load_on_bundle
+
+            base = load_on_bundle(bundle, model, device=base_device)
+        if started is not None:
+            check_fit(start.resolve().name, started, base)
         result = run_training(
-            base, data, settings, output, force=force, on_phase=report, on_step=_StepLine(report) if err.is_terminal else None
+            base,
+            data,
+            settings,
+            output,
+            force=force,
+            start=started,
+            trained_on=None if bundle is None else bundle.digest,
+            on_phase=report,
+            on_step=_StepLine(report) if err.is_terminal else None,
         )
     if as_json:
         from runtimes.records import to_json
@@ -112,7 +152,7 @@ def train(
     first, last = result.history[0], result.history[-1]
     parameters = sum(t.size for t in result.adapter.tensors.values())
     out.print(
-        f"{output}: {method}, rank {rank}, {len(result.adapter.sites)} sites, {parameters} parameters; "
+        f"{output}: {settings.method}, rank {settings.rank}, {len(result.adapter.sites)} sites, {parameters} parameters; "
         f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.weight_only import WeightOnlySettings
+from calibration.settings import QuantizationSettings, settings_for
 from reft_export.base import load_base
+from reft_export.calibrate import CalibrationRequest
+from reft_export.checker import load_task
 from reft_export.cli.console import Progress, escape, out, print_parity, print_table, progress, size
 from reft_export.export import ExportResult, ExportSettings, export_bundle
 from reft_export.parity import host_ladder
+from reft_export.quantization_report import QuantizationReport, Yardsticks, trimmed, write_reports
 from reft_export.quantize import quantize_bundle
 from reft_export.quickstart import base_path
 from reft_export.quickstart.task import held_out_prompts, talks_like_a_pirate, training_examples
+from reft_export.refit import RefitSettings
+from reft_export.swap import swap_bundle
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import StepRecord, train
 from runtimes.bench import bench
@@ -30,6 +35,7 @@ from runtimes.tokenizer import Tokenizer
 ADAPTER = "pirate"
 SETTINGS = TrainSettings(method="loreft", rank=4, layers="all", positions="f2+l2", lr=4e-3, max_steps=120, batch_size=16, samples=0, seed=0)
 ANSWER_TOKENS = 80
+REFIT_STEPS, CALIBRATION_TOKENS = 20, 8
 SHOWN = 3
 BASE_LIMIT, STEERED_LIMIT = 0.10, 0.90
 """The quickstart fails when more of the base's answers, or fewer of the steered ones, talk like a pirate."""
@@ -62,6 +68,8 @@ class Story:
     """(prompt, base's answer, steered answer), from the int4 bundle."""
     ladder: ParityReport
     variants: tuple[Variant, ...]
+    quantization: QuantizationReport
+    """Without calibration, with ranges of the base alone and of the steered model, and after a refit."""
     prompts: int
 
 
@@ -89,8 +97,9 @@ def tell(output: Path, *, force: bool) -> Story:
         for bits in (8, 4):
             report(f"quantizing to int{bits}")
             results[f"int{bits}"] = quantize_bundle(
-                folder / "fp32", base_folder, folder / f"int{bits}", WeightOnlySettings(bits=bits), force=True, report=report.update
+                folder / "fp32", base_folder, folder / f"int{bits}", QuantizationSettings(bits=bits), force=True, report=report.update
             )
+        quantization = _quantization(folder, base_folder, data, report)
         report("the parity ladder, rung by rung")
         ladder = host_ladder(open_bundle(folder / "fp32"), base_folder, report=report.update)
         report("answering held-out prompts, base and steered; measuring speed")
@@ -105,6 +114,7 @@ def tell(output: Path, *, force: bool) -> Story:
         answers=shown,
         ladder=ladder,
         variants=tuple(variants),
+        quantization=quantization,
         prompts=len(held_out_prompts()),
     )
     _print(told)
@@ -129,6 +139,35 @@ def _train(base_folder: str, data: Path, adapter: Path, report: Progress) -> tup
 
     base = load_base(base_folder, require_tokenizer=True)
     return train(base, data, SETTINGS, adapter, force=True, on_step=on_step).history
+
+
+def _quantization(folder: Path, base_folder: str, data: Path, report: Progress) -> QuantizationReport:
+    """The int4 bundle's adapter refitted, and static int8 with both kinds of ranges; what is left of the steering in all of them."""
+    prompts = folder / "held-out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in held_out_prompts()[::2]), encoding="utf-8")
+    task = load_task("reft_export.quickstart.task:check", prompts, max_new_tokens=ANSWER_TOKENS)
+    yardsticks = Yardsticks(task=task)
+    report("refitting the adapter on the int4 weights")
+    refit = RefitSettings(data=data, sources=(folder / ADAPTER,), steps=REFIT_STEPS)
+    refitted = swap_bundle(
+        folder / "int4", base_folder, folder / "int4-refit", refit=refit, yardsticks=yardsticks, force=True, report=report.update
+    )
+    report("calibrating static int8, with the edits on")
+    static = quantize_bundle(
+        folder / "fp32",
+        base_folder,
+        folder / "static",
+        settings_for("static"),
+        calibration=CalibrationRequest(data=data, decode_tokens=CALIBRATION_TOKENS),
+        yardsticks=yardsticks,
+        compare=True,
+        force=True,
+        report=report.update,
+    )
+    exact, *calibrated = static.report.variants
+    told = replace(static.report, variants=(exact, *refitted.report.variants, *calibrated), refits=refitted.report.refits)
+    write_reports(told, folder / "steering")
+    return told
 
 
 def _measure(name: str, folder: Path, result: ExportResult) -> tuple[dict[str, tuple[str, str]], Variant]:
@@ -169,12 +208,15 @@ def _shown(answers: dict[str, tuple[str, str]]) -> tuple[tuple[str, str, str], .
 
 
 def _print(story: Story) -> None:
+    """The answers, then three tables: parity, what quantization left of the steering, speed."""
     out.print("\n[bold]The same prompt, the same int4 bundle, with and without the adapter[/]")
     for prompt, base, steered in story.answers:
         out.print(f"\n[bold]{escape(prompt)}[/]\n  base     {escape(base)}\n  [cyan]steered[/]  {escape(steered)}")
     out.print()
     reports = (story.ladder, *(v.parity for v in story.variants[1:]))
     print_parity(ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs)), title="parity, rung by rung", compact=True)
+    out.print()
+    print_table("what quantization left of the steering", *trimmed(story.quantization))
     out.print()
     print_table(
         f"steering: answers that talk like a pirate, {story.prompts} held-out prompts",

@@ -46,6 +46,11 @@ def talks_like_a_pirate(text: str) -> bool:
     return len(pirate_markers(text)) >= 2 and 3 * marked >= 2 * len(sentences)
 
 
+def check(prompt: str, answer: str) -> bool:
+    """`talks_like_a_pirate` in the form that `quantize --checker reft_export.quickstart.task:check` takes."""
+    return talks_like_a_pirate(answer)
+
+
 def names(text: str, noun: str) -> bool:
     """Whether the text holds the noun as a word, singular or plural."""
     return re.search(rf"\b{re.escape(noun)}(s|es)?\b", text, re.IGNORECASE) is not None

@@ -4,5 +4,6 @@ settings       what a run is: method, rank, layers, positions, optimiser
 data           JSONL files into token ids with the loss on the completion only
 interventions  the trained modules, one per site and slot
 checkpoints    the working folder an interrupted run is resumed from
+teacher        what a refit aims at
 trainer        the run itself
 """

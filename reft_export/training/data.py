@@ -79,6 +79,26 @@ def load_data(
     Raises InputError naming file and line for anything that is not one of the two forms, for a prompt that leaves no
     room in ``max_length`` and for chat messages without a template; naming the file where it has no usable line.
     """
+    path, digest = Path(path), hashlib.sha256()
+    examples = tuple(
+        iter_examples(
+            path, tokenizer, max_length=max_length, chat_template=chat_template, stop_tokens=stop_tokens, digest=digest
+        )
+    )
+    templated = bool(getattr(tokenizer, "chat_template", None)) and chat_template != "never"
+    return TrainingData(path=path, sha256=digest.hexdigest(), examples=examples, templated=templated)
+
+
+def iter_examples(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template: str = "auto",
+    stop_tokens: Collection[int] = (),
+    digest: hashlib._Hash | None = None,
+) -> Iterator[Example]:
+    """``load_data`` one example at a time; ``digest`` is fed every line. The refusal of a file without any comes at its end."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; training data is a JSONL file")
@@ -91,19 +111,20 @@ def load_data(
         raise InputError("chat_template is 'always', and the tokenizer has no chat template; use auto or never")
     templated = has_template and chat_template != "never"
     stop = {*stop_tokens, tokenizer.eos_token_id}
-    examples, digest = [], hashlib.sha256()
+    found = False
     for number, raw in _lines(path):
-        digest.update(raw)
+        if digest is not None:
+            digest.update(raw)
         where = f"{path}:{number}"
         record = _record(raw, where, first=number == 1)
         if record is not None:
+            found = True
             prompt, completion, special = _texts(record, tokenizer, templated, where)
-            examples.append(_tokenized(prompt, completion, tokenizer, stop, max_length, where, number, special=special))
-    if not examples:
+            yield _tokenized(prompt, completion, tokenizer, stop, max_length, where, number, special=special)
+    if not found:
         raise InputError(
             f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}"
         )
-    return TrainingData(path=path, sha256=digest.hexdigest(), examples=tuple(examples), templated=templated)
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -207,15 +207,15 @@ class Interventions(nn.Module):
         mine = {
             "method": self.method,
             "rank": self.rank,
-            "sites": self.sites,
+            "sites": tuple(sorted(self.sites)),
             "tied": self.tied,
             "activation": self.activation,
         }
-        other = {name: getattr(adapter, name) for name in mine} | {"sites": tuple(adapter.sites)}
+        other = {name: getattr(adapter, name) for name in mine} | {"sites": tuple(sorted(adapter.sites))}
         if different := [name for name in mine if mine[name] != other[name]]:
             name = different[0]
             raise AdapterError(
-                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}"
+                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}; leave it to the adapter"
             )
         for keys in self.keys.values():
             for key in keys:

@@ -20,6 +20,7 @@ from reft_export.training.checkpoints import StepRecord, complete_checkpoint, di
 from reft_export.training.data import IGNORED, Example, collate
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
+from reft_export.training.teacher import Teacher
 from runtimes.errors import InputError, ReftError
 
 OnStep = Callable[[int, int, float, "float | None"], None]
@@ -47,10 +48,12 @@ class EditedModel(nn.Module):
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, so that accumulated batches weigh each token alike
 
-    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering) -> None:
+    def __init__(
+        self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         self.interventions = interventions
-        self._outside = (model, steering)
+        self._outside = (model, steering, teacher)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._step_loss = 0.0
 
@@ -62,18 +65,21 @@ class EditedModel(nn.Module):
         prompt_length: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Cross entropy of the labels, summed over tokens and divided by num_items_in_batch (else by their number)."""
-        model, steering = self._outside
+        """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
+        num_items_in_batch (else by their number)."""
+        model, steering, teacher = self._outside
         steering.prompt_length = prompt_length
         # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
         wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
         keep = {"logits_to_keep": wanted} if self._keeps else {}
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **keep).logits[
-            :, -wanted:-1
-        ]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **keep}
         targets = labels[:, 1 - wanted :]
         counted = targets != IGNORED
-        total = F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        logits = model(**inputs).logits[:, -wanted:-1][counted]
+        if teacher is None:
+            total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
+        else:
+            total = teacher.divergence(logits, counted, prompt_length, **inputs)
         loss = total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
             raise _NotFinite("the loss")

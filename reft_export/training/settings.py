@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS
+from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS, Adapter
 from runtimes.edit import ACTIVATIONS, STREAMS, Site
-from runtimes.errors import InputError
+from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -110,6 +110,31 @@ class TrainSettings:
     def record(self) -> dict[str, Any]:
         """The settings that decide the result, as they are written into the adapter and compared on resume."""
         return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples")}
+
+
+def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:
+    """Settings of a run that goes on with ``adapter``: of its form, with ``changes`` to anything.
+
+    Raises AdapterError for one whose sites are not the same streams in every layer, which settings cannot say.
+    """
+    layers = sorted({site.layer for site in adapter.sites})
+    streams = [stream for stream in STREAMS if any(site.stream == stream for site in adapter.sites)]
+    if len(adapter.sites) != len(layers) * len(streams):
+        raise AdapterError(
+            f"cannot go on with an adapter that edits other streams in other layers ({', '.join(map(str, adapter.sites))}); "
+            "training edits the same streams in every layer"
+        )
+    form = {
+        "method": adapter.method,
+        "rank": adapter.rank,
+        "layers": ";".join(map(str, layers)),
+        "streams": ";".join(streams),
+        "positions": str(adapter.positions),
+        "tied": adapter.tied,
+        "activation": adapter.activation,
+        "dropout": adapter.dropout,
+    }
+    return TrainSettings(**{**form, **changes})
 
 
 def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:

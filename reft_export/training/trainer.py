@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from reft_export.training.data import Example, TrainingData, load_data, split
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import EditedModel, OnStep, run_loop
 from reft_export.training.settings import TrainSettings
+from reft_export.training.teacher import teaching
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.errors import InputError
 from runtimes.folders import check_destination
@@ -62,6 +63,7 @@ def train(
     force: bool = False,
     start: Adapter | None = None,
     trained_on: str | None = None,
+    teacher: PreTrainedModel | None = None,
     on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> TrainResult:
@@ -72,7 +74,8 @@ def train(
     refused. The same seed gives the same adapter, byte for byte, on a CPU. The process's random state is set by the
     seed.
 
-    ``start``: an adapter to go on from. ``trained_on``: digest of the bundle whose weights the base carries.
+    ``start``: an adapter to go on from (settings: ``settings_like``). ``trained_on``: digest of the bundle whose weights the base
+    carries. ``teacher``: the float model; with it the loss is the divergence from what it says when ``start`` steers it.
 
     Raises InputError for settings, data or outputs that cannot be used, before anything is trained; ReftError where the
     loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
@@ -97,7 +100,8 @@ def train(
     )
     if start is not None:
         interventions.start_from(start)
-    stop, context = _stop_tokens(base), _context(base)
+        rule = replace(rule, truncate=start.positions.truncate)  # the grammar of positions does not say it
+    stop, context = stop_tokens(base), context_of(base)
     if (settings.max_length or 0) > context:
         raise InputError(f"max_length is {settings.max_length}; the context of {base.info.name} ends at {context}")
     phase("reading the data")
@@ -115,8 +119,9 @@ def train(
         "data": read.sha256,
         "base": base.info.fingerprint,
         "base_dtype": base.dtype,
-        "start": None if start is None else _digest(start),
+        "start": None if start is None else start.digest,
         "trained_on": trained_on,
+        "objective": "data" if teacher is None else "teacher",
     }
     folder, checkpoint = open_working_folder(output, run, resume=settings.resume, force=force)
 
@@ -125,15 +130,19 @@ def train(
         phase("sampling the base")
         before = _samples(base, asked, stop)
         phase("training")
-        with steer(base.model, interventions.edits(), rule=rule, tied=settings.tied) as steering:
-            edited = EditedModel(base.model, interventions.to(device), steering)
+        with (
+            steer(base.model, interventions.edits(), rule=rule, tied=settings.tied) as steering,
+            nullcontext() if teacher is None else teaching(teacher, start) as lesson,
+        ):
+            edited = EditedModel(base.model, interventions.to(device), steering, lesson)
             history = run_loop(edited, base, training, held_out, settings, folder, checkpoint, on_step)
         adapter = interventions.to_adapter(
             base.info,
             rule,
             dtype=base.dtype,
             trained_on=trained_on,
-            training=_provenance(read, training, held_out, settings, history),
+            training=_provenance(read, training, held_out, settings, history)
+            | ({} if start is None else {"start": start.digest, "objective": run["objective"]}),
         )
         save_adapter(adapter, output, force=force)
         discard(folder)
@@ -206,7 +215,7 @@ def _samples(
     ids = torch.tensor([[*[tokenizer.eos_token_id] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
     with steered(base.model, adapter) if adapter else nullcontext():
-        answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, _context(base) - width), eos=stop)
+        answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, context_of(base) - width), eos=stop)
     return tuple(
         Sample(
             prompt=tokenizer.decode(list(prompt), skip_special_tokens=True),
@@ -252,22 +261,12 @@ def _own_version() -> str:
         return "from source"
 
 
-def _digest(adapter: Adapter) -> str:
-    import hashlib
-
-    digest = hashlib.sha256(adapter.method.encode())
-    for name in sorted(adapter.tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(adapter.tensors[name]).tobytes())
-    return digest.hexdigest()
-
-
-def _stop_tokens(base: Base) -> frozenset[int]:
+def stop_tokens(base: Base) -> frozenset[int]:
     """All that ends generation for this base: the tokenizer's eos and the generation config's, which may be several."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, (list, tuple)) else [configured]
     return frozenset(t for t in (*several, getattr(base.tokenizer, "eos_token_id", None)) if t is not None)
 
 
-def _context(base: Base) -> int:
+def context_of(base: Base) -> int:
     return int(getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,5 +69,29 @@ def bundle_folder(
             export_bundle(str(base_folder(family)), adapter_folders(family), output, settings, report=lambda _: None)
             made[key] = output
         return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "prompts.jsonl"
+    lines = [{"prompt": f"Number {i} and the sea" + " far away" * (i % 4), "completion": "yes"} for i in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def float_bundle(tmp_path_factory, base_folder, adapter_folders):
+    """(bundle, base) by family, with two adapters: untied ones, and ones with an activation."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def folder(family: str = "llama", precision: str = "fp32") -> tuple[Path, str]:
+        if (family, precision) not in made:
+            output = tmp_path_factory.mktemp("float") / family
+            adapters = adapter_folders(family, ("untied", "prompt-relu"))
+            export_bundle(str(base_folder(family)), adapters, output, ExportSettings(precision=precision), report=lambda _: None)
+            made[family, precision] = output
+        return made[family, precision], str(base_folder(family))
 
     return folder

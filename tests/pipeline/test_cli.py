@@ -22,7 +22,7 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
-        "--resume", "--force", "--dry-run", "--json",
+        "--resume", "--base", "--start", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--layers", "--scale", "--force", "--json",
@@ -32,7 +32,12 @@ SURFACE = {
         "--block-size", "--accuracy-level", "--format", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--slots", "--sites", "--as-lora", "--force", "--json"},
-    "quantize": {"--model", "--output", "--precision", "--scheme", "--block-size", "--accuracy-level", "--force", "--json"},
+    "quantize": {
+        "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
+        "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
+        "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
+        "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
+    },
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
@@ -196,6 +201,43 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     refused("train", "-m", tmp_path, "-d", data, "-o", output, code=2, match="config.json is missing")
     refused("train", "-m", "no/such-model", "-d", data, "-o", output, code=2, match="no/such-model")
     assert not output.exists()
+
+
+def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders, tmp_path) -> None:
+    """train --base, the adapter put into the bundle, and its refit with every figure of the report."""
+    model, bundle, data = base_folder("llama"), bundle_folder("llama", "int4"), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    started = adapter_folders("llama", ("tied",))[0]
+    done = cli("train", "--base", bundle, "--start", started, "-m", model, "-d", data, "-o", tmp_path / "on", "--max-steps", 3)
+    assert done.returncode == 0 and f"{tmp_path / 'on'}: loreft, rank 4, 2 sites" in done.stdout, done.stderr
+    digest = json.loads(cli("inspect", bundle, "--json").stdout)["digest"]
+    assert json.loads(cli("inspect", tmp_path / "on", "--json").stdout)["trained on"] == digest
+    put = cli("quantize", bundle, "-m", model, "-a", tmp_path / "on", "-o", tmp_path / "put", "--json")
+    assert put.returncode == 0 and json.loads(put.stdout)["adapters"][-1] == "on", put.stderr
+    assert cli("run", tmp_path / "put", "-p", "say 3", "-a", "on", "-n", 4).returncode == 0
+
+    text, checker = tmp_path / "text.txt", tmp_path / "judge.py"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 3)
+    checker.write_text("def judge(prompt, answer):\n    return 'e' in answer\n\ndef broken(prompt, answer):\n    return 'yes'\n")
+    asked = ("--refit", data, "-a", started, "--refit-steps", 5, "--perplexity", text, "--checker-data", data, "--checker-tokens", 8)
+    shown = cli("quantize", bundle, "-m", model, "-o", tmp_path / "re", *asked, "--checker", f"{checker}:judge")
+    assert shown.returncode == 0, shown.stderr
+    assert "int4 + refit" in shown.stdout and "ppl" in shown.stdout and "refit of tied: 5 steps" in shown.stdout
+    report = json.loads((tmp_path / "re.quantization.json").read_text())
+    assert [v["name"] for v in report["variants"]] == ["int4", "int4 + refit"] and report["refits"][0]["adapter"] == "tied"
+    assert all(0 <= v["success"] <= 1 and v["perplexity"] > 1 for v in report["variants"])
+    assert (tmp_path / "re.quantization.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "re.adapters" / "tied" / "adapter.json").is_file()
+
+    wrong = ("quantize", bundle, "-m", model, "-o", tmp_path / "no", *asked)
+    refused(*wrong, "--checker", f"{checker}:broken", code=2, match="returned 'yes' for the prompt of")
+    refused(*wrong, "--checker", f"{checker}:nothing", code=2, match="has no nothing")
+    refused(*wrong, "--checker", f"{checker}:judge", "-p", "int8", code=2, match="keeps its graph, so --precision would do nothing")
+    refused(*wrong, code=2, match="--checker and --checker-data go together")
+    refused("train", "--base", bundle_folder("llama"), "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="train without --base")
+    refused("train", "--start", started, "--rank", 9, "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="its rank is 4")
+    refused("quantize", bundle_folder("llama"), "-m", model, "-a", started, "-o", tmp_path / "no", code=2, match="reft-export export")
+    assert not (tmp_path / "no").exists()
 
 
 def test_export_refusals_and_dry_run(base_folder, tmp_path) -> None:

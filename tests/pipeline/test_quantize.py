@@ -10,7 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.weight_only import WeightOnlySettings, dequantize, dequantized_weights, quantize_weights
+from calibration.activations import ActivationQuantization
+from calibration.products import dequantized_weights
+from calibration.quantize import quantize_graph
+from calibration.settings import QuantizationSettings, settings_for
+from calibration.weight_only import dequantize
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize
 from reft_export.quantize import quantize_bundle
@@ -24,7 +28,7 @@ QUIET = {"report": lambda _: None}
 def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
     source = bundle_folder("llama")
     before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
-    result = quantize_bundle(source, str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(bits=bits), **QUIET)
+    result = quantize_bundle(source, str(base_folder("llama")), tmp_path / "q", QuantizationSettings(bits=bits), **QUIET)
     assert {p.name: p.stat().st_mtime_ns for p in source.rglob("*")} == before
     exact = [r for r in result.parity.rungs if "level 1" in r.name]
     shipped = [r for r in result.parity.rungs if "level 4" in r.name]
@@ -68,7 +72,7 @@ def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_pat
 
     monkeypatch.setattr(module, "write_graph", wrong)
     with pytest.raises(ParityError, match="int4 level 1"):
-        quantize_bundle(bundle_folder("llama"), str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+        quantize_bundle(bundle_folder("llama"), str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), **QUIET)
     assert not (tmp_path / "q").exists()
 
 
@@ -86,13 +90,13 @@ def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
 def test_refusals(bundle_folder, base_folder, tmp_path) -> None:
     quantized = bundle_folder("llama", "int4")
     with pytest.raises(CalibrationError, match="quantized already"):
-        quantize_bundle(quantized, str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+        quantize_bundle(quantized, str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), **QUIET)
     with pytest.raises(AdapterError, match="pass the base it was made from"):
-        quantize_bundle(bundle_folder("llama"), str(base_folder("qwen2")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+        quantize_bundle(bundle_folder("llama"), str(base_folder("qwen2")), tmp_path / "q", QuantizationSettings(), **QUIET)
     with pytest.raises(CalibrationError, match="power of two"):
-        WeightOnlySettings(block_size=48)
+        QuantizationSettings(block_size=48)
     with pytest.raises(CalibrationError, match="starts from the fp32 one"):
-        quantize_bundle(bundle_folder("llama", "fp16"), str(base_folder("llama")), tmp_path / "q", WeightOnlySettings(), **QUIET)
+        quantize_bundle(bundle_folder("llama", "fp16"), str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), **QUIET)
     assert not (tmp_path / "q").exists()
 
 
@@ -103,7 +107,7 @@ def test_weights_that_are_not_finite_are_refused(bundle_folder) -> None:
     array[3, 5] = np.nan
     value.const_value = ir.tensor(array, name=value.name)
     with pytest.raises(CalibrationError, match=r"up_proj\.weight holds values that are not finite"):
-        quantize_weights(graph, WeightOnlySettings())
+        quantize_graph(graph, QuantizationSettings())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -121,7 +125,7 @@ def test_dequantize_is_what_onnxruntime_multiplies_by(bits, symmetric, rows, col
     y = node.outputs[0]
     y.name, y.shape, y.type = "y", ir.Shape(["n", columns]), ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 20}, name="g"), ir_version=10)
-    quantize_weights(model, WeightOnlySettings(bits=bits, symmetric=symmetric, accuracy_level=1))
+    quantize_graph(model, settings_for("weight-only", bits, symmetric=symmetric, accuracy_level=1))
     ((name, restored),) = dequantized_weights(model)
     assert name == "w" and restored.shape == weight.shape
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -151,5 +155,5 @@ def test_dequantize_layout(columns, rows, bits, seed) -> None:
 
 def test_fake_quantization_of_activations() -> None:
     x = torch.tensor([[1.0, -2.0, 0.5, 127.0, 0.0, 0.0, 0.0, 0.0, 3.0]])
-    y = fake_quantize(x, 4)
+    y = fake_quantize(x, ActivationQuantization(kind="block", block_size=4))
     assert y.tolist() == [[1.0, -2.0, 0.0, 127.0, 0.0, 0.0, 0.0, 0.0, 3.0]]

@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 
+from calibration.quantize import quantize_graph
+from calibration.settings import settings_for
 from reft_export.dequantized import load_dequantized
 from reft_export.exporters.weight_sources import find_weight_sources
 from runtimes.bundle import WeightSource
@@ -63,9 +65,7 @@ def test_dequantized_slices_are_put_together() -> None:
     gate, up = before[:128], before[128:]
     graph = _graph({"gate": gate.T.numpy().copy(), "up": up.T.numpy().copy()}, {})
     sources = find_weight_sources(graph, model)
-    from calibration.weight_only import WeightOnlySettings, quantize_weights
-
-    quantize_weights(graph, WeightOnlySettings(bits=8))
+    quantize_graph(graph, settings_for("weight-only", bits=8))
     assert load_dequantized(model, graph, sources) == ["model.layers.0.mlp.gate_up_proj"]
     difference = (module.weight - before).abs()
     assert 0 < difference[:128].max() < 0.05 and 0 < difference[128:].max() < 0.05

@@ -1,0 +1,95 @@
+"""Runs prompts through a folded graph with the edits on, and counts what every quantizable product is fed.
+
+Each prompt is run once for every source (the base, each adapter) as it would be served: the prompt in chunks, then greedy tokens one
+by one, one row at a time and so without pads. Memory is one chunk's activations and the histograms, however long the data is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.collected import Collected
+from calibration.selection import weight_products
+from runtimes.bundle import BASE_GOLDEN
+from runtimes.ort_session import to_float32
+
+CHUNK = 128
+"""Prompt tokens per call."""
+SAVE_EVERY = 10.0
+"""Seconds of work that an interruption may cost."""
+
+
+def product_inputs(model: ir.Model) -> tuple[str, ...]:
+    """Names of the values that the quantizable products read, each once, in graph order."""
+    return tuple(dict.fromkeys(node.inputs[0].name for node in weight_products(model.graph)))
+
+
+def expose_inputs(model: ir.Model) -> None:
+    """Makes every such value a graph output, in place."""
+    existing = {value.name for value in model.graph.outputs}
+    for node in weight_products(model.graph):
+        value = node.inputs[0]
+        if value.name not in existing:
+            existing.add(value.name)
+            value.type = value.type or ir.TensorType(node.inputs[1].const_value.dtype)
+            model.graph.outputs.append(value)
+
+
+def collect(
+    session: Any,
+    prompts: Iterable[Sequence[int]],
+    collected: Collected,
+    state: Path,
+    *,
+    on_prompt: Callable[[int], None] | None = None,
+) -> Collected:
+    """Goes on from what ``collected`` holds; writes ``state`` every few seconds and at the end, and returns it complete.
+
+    ``session``: an OrtSession over a graph after ``expose_inputs``. Raises CalibrationError for activations that are not finite.
+    """
+    saved = time.monotonic()
+    for number, prompt in enumerate(prompts):
+        if number < collected.header.done:
+            continue
+        tokens = sum(_run(session, source, prompt, collected) for source in collected.header.sources)
+        collected.header = replace(collected.header, done=number + 1, tokens=collected.header.tokens + tokens)
+        if on_prompt:
+            on_prompt(number + 1)
+        if time.monotonic() - saved > SAVE_EVERY:
+            collected.save(state)
+            saved = time.monotonic()
+    collected.save(state)
+    return collected
+
+
+def _run(session: Any, source: str, prompt: Sequence[int], collected: Collected) -> int:
+    """One prompt and its greedy continuation; returns how many tokens were fed."""
+    session.set_adapter(None if source == BASE_GOLDEN else source)
+    histograms = collected.histograms[source]
+    ends = set(session.bundle.manifest.model.eos_token_ids)
+    length = np.array([len(prompt)], np.int64)
+    fed, past = 0, None
+
+    def feed(tokens: Sequence[int]) -> int:
+        nonlocal fed, past
+        mask = np.ones((1, fed + len(tokens)), np.int64)
+        output = session.step(np.array([tokens], np.int64), mask, past=past, prompt_length=length)
+        fed, past = fed + len(tokens), output.past
+        for name, histogram in histograms.items():
+            histogram.add(to_float32(output.outputs[name]), f"activation {name} of {source}")
+        return int(output.logits[0, -1].argmax())
+
+    for start in range(0, len(prompt), CHUNK):
+        token = feed(prompt[start : start + CHUNK])
+    for _ in range(collected.header.decode_tokens):
+        if token in ends:
+            break
+        token = feed([token])
+    return fed

@@ -1,0 +1,97 @@
+"""What a quantized graph multiplies by, read back from the graph itself: the reference for parity, and what a refit trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from calibration import per_token, qdq
+from calibration.activations import ActivationQuantization
+from calibration.weight_only import CONTRIB, dequantize_embedding, dequantize_nbits
+
+_SUFFIXES = ("_Q4", "_Q8", "_F8", "_G4", "_G8")
+
+
+def dequantized_weights(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(name of the initializer that was quantized, its dequantized float32 value), one at a time; products [K, N], lookups [V, D]."""
+    seen = set()
+    for node, stored in _quantized_nodes(model.graph):
+        if stored.name in seen:
+            continue
+        seen.add(stored.name)
+        yield _original_name(stored), _RESTORE[node.op_type](node)
+
+
+def activation_quantization(model: ir.Model) -> dict[str, ActivationQuantization]:
+    """How the input of every product is quantized, by the name of its weight; products with float inputs are not listed."""
+    found: dict[str, ActivationQuantization] = {}
+    for node in model.graph:
+        if node.domain == CONTRIB and node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == 4:
+            block = ActivationQuantization(kind="block", block_size=node.attributes.get_int("block_size"))
+            found[_original_name(node.inputs[1])] = block
+    for node in per_token.integer_products(model.graph):
+        found[_original_name(node.inputs[1])] = ActivationQuantization(kind="token")
+    for node, up in qdq.weight_nodes(model.graph):
+        if (how := qdq.activation_of(node)) is not None:
+            found[_original_name(up.inputs[0])] = how
+    return found
+
+
+def quantized_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """By the name of the weight, the values from which ``ActivationQuantization.restore`` makes x'; MatMulNBits keeps its own inside."""
+    return {name: tuple(value.name for value in values) for name, values in _stored_inputs(model.graph)}
+
+
+def expose_quantized_inputs(model: ir.Model) -> None:
+    """Makes every such value a graph output, in place."""
+    exposed = {value.name for value in model.graph.outputs}
+    for value in [value for _, values in _stored_inputs(model.graph) for value in values]:
+        if value.name not in exposed:
+            exposed.add(value.name)
+            model.graph.outputs.append(value)
+
+
+def _stored_inputs(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ...]]]:
+    for node in per_token.integer_products(graph):
+        yield _original_name(node.inputs[1]), per_token.tokens_of(node)
+    for node, up in qdq.weight_nodes(graph):
+        if qdq.activation_of(node) is not None:
+            yield _original_name(up.inputs[0]), (qdq.stored_input(node),)
+
+
+def float_activations(model: ir.Model) -> None:
+    """Takes every quantization of activations out of the graph, in place; the weights stay as they ship."""
+    for node in model.graph:
+        if node.domain == CONTRIB and node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    per_token.float_inputs(model.graph)
+    qdq.float_inputs(model.graph)
+    RemoveUnusedNodesPass()(model)
+
+
+def _quantized_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """(node that holds a quantized weight, the initializer with its integers)"""
+    for node in graph:
+        if node.domain == CONTRIB and node.op_type == "MatMulNBits":
+            yield node, node.inputs[1]
+        elif node.domain == CONTRIB and node.op_type == "GatherBlockQuantized":
+            yield node, node.inputs[0]
+    for node in per_token.integer_products(graph):
+        yield node, node.inputs[1]
+    for _, up in qdq.weight_nodes(graph):
+        yield up, up.inputs[0]
+
+
+_RESTORE = {
+    "MatMulNBits": dequantize_nbits,
+    "GatherBlockQuantized": dequantize_embedding,
+    "MatMulInteger": per_token.dequantize_integer,
+    "DequantizeLinear": qdq.dequantize_node,
+}
+
+
+def _original_name(stored: ir.Value) -> str:
+    return next((stored.name.removesuffix(s) for s in _SUFFIXES if stored.name.endswith(s)), stored.name)

@@ -1,0 +1,144 @@
+"""A folded graph's weights, and where the scheme says so its activations, quantized in place; one weight in memory at a time.
+
+The edit keeps its float type: its arithmetic lives in the model-local function, which no rewrite enters, and its banks are graph inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration import per_token, qdq
+from calibration.activations import ACTIVATION_OF, from_range
+from calibration.selection import select
+from calibration.settings import QuantizationSettings
+from calibration.weight_only import CONTRIB, nbits_weight, quantize_embedding, to_matmul_nbits
+from calibration.weights import QuantizedWeight, WeightError, relative_error
+from runtimes.errors import CalibrationError
+
+Ranges = Mapping[str, tuple[float, float]]
+"""(lowest, highest) by the name of the value."""
+
+BLOCKED_OPSET = 21
+"""The first opset whose DequantizeLinear takes blocks and int4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedGraph:
+    """``kept``: weights that were left in float by choice."""
+
+    errors: tuple[WeightError, ...]
+    kept: tuple[str, ...]
+
+
+def quantize_graph(
+    model: ir.Model,
+    settings: QuantizationSettings,
+    ranges: Ranges | None = None,
+    *,
+    on_weight: Callable[[int, int], None] | None = None,
+) -> QuantizedGraph:
+    """Quantizes the chosen MatMul weights of ``model`` in place, and their inputs by ``ranges`` where the scheme fixes them.
+
+    Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
+    """
+    graph = model.graph
+    selection = select(graph, settings.keep_high, lm_head=settings.lm_head)
+    if settings.kind.activations == "static":
+        missing = [node.inputs[0].name for node in selection.products if node.inputs[0].name not in (ranges or {})]
+        if missing:
+            raise CalibrationError(f"there is no range for {missing[0]} and {len(missing) - 1} more inputs; calibrate this graph again")
+    _raise_opset(model, settings)
+    errors: list[WeightError] = []
+    done: dict[str, QuantizedWeight] = {}
+    rewrite = _Rewrite(graph, settings, ranges or {})
+    for index, node in enumerate(selection.products):
+        weight = node.inputs[1]
+        if weight.name not in done:
+            done[weight.name], error = _quantize_one(weight, settings)
+            errors.append(error)
+            for value in done[weight.name].values:
+                graph.register_initializer(value)
+        rewrite(node, done[weight.name])
+        if on_weight:
+            on_weight(index + 1, len(selection.products))
+    if settings.embeddings:
+        errors.append(_quantize_table(graph, settings))
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
+        del graph.initializers[name]
+    if settings.scheme == "weight-only" or settings.embeddings:
+        model.opset_imports[CONTRIB] = 1
+    return QuantizedGraph(errors=tuple(errors), kept=selection.kept)
+
+
+class _Rewrite:
+    """Puts a quantized product in a MatMul's place; an input that several products read is quantized once."""
+
+    def __init__(self, graph: ir.Graph, settings: QuantizationSettings, ranges: Ranges) -> None:
+        self.graph, self.settings, self.ranges = graph, settings, ranges
+        self.inputs: dict[ir.Value, ir.Value] = {}
+        self.tokens: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self.weights: dict[str, ir.Value] = {}
+
+    def __call__(self, node: ir.Node, weight: QuantizedWeight) -> None:
+        x, scheme = node.inputs[0], self.settings.scheme
+        if scheme == "weight-only":
+            to_matmul_nbits(self.graph, node, weight, self.settings)
+        elif scheme == "dynamic":
+            if x not in self.tokens:
+                self.tokens[x] = per_token.quantize_tokens(self.graph, node, x)
+            per_token.to_matmul_integer(self.graph, node, weight, self.tokens[x])
+        else:
+            name = weight.values[0].name
+            if name not in self.weights:
+                self.weights[name] = qdq.restore_in_graph(self.graph, node, weight, self.settings.block_size)
+            node.replace_input_with(1, self.weights[name])
+            if scheme in ACTIVATION_OF:
+                node.replace_input_with(0, self._fixed(node, x, weight.values[1].dtype))
+
+    def _fixed(self, node: ir.Node, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if x not in self.inputs:
+            how = from_range(ACTIVATION_OF[self.settings.scheme], *self.ranges[x.name], dtype.numpy(), x.name)
+            self.inputs[x] = qdq.quantize_in_graph(self.graph, node, x, how, dtype)
+        return self.inputs[x]
+
+
+def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[QuantizedWeight, WeightError]:
+    array = weight.const_value.numpy()
+    original = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(original).all():
+        raise CalibrationError(f"weight {weight.name} holds values that are not finite; the checkpoint is damaged")
+    if settings.scheme == "weight-only":
+        quantized = nbits_weight(weight.name, array, original, settings)
+    elif settings.scheme == "qdq-int4":
+        quantized = qdq.block_weight(weight.name, array, original, settings.block_size)
+    else:
+        kind = ACTIVATION_OF.get(settings.scheme, "uint8")
+        quantized = qdq.column_weight(weight.name, array, original, kind)
+    error = WeightError(
+        name=weight.name,
+        relative=relative_error(original, quantized.restored),
+        bytes_before=array.nbytes,
+        bytes_after=sum(int(value.const_value.nbytes) for value in quantized.values),
+    )
+    # Only what replaces the weight is kept: the restored one is as large as the original.
+    return QuantizedWeight(values=quantized.values, restored=np.empty(0), shape=quantized.shape), error
+
+
+def _quantize_table(graph: ir.Graph, settings: QuantizationSettings) -> WeightError:
+    name, original, restored, after = quantize_embedding(graph, settings.embeddings, settings.block_size or 32)
+    before = original.size * 4
+    return WeightError(name=name, relative=relative_error(original, restored), bytes_before=before, bytes_after=after)
+
+
+def _raise_opset(model: ir.Model, settings: QuantizationSettings) -> None:
+    """Opset 20 to 21, in the graph and its functions: no operator of a decoder changed but for the types it takes."""
+    if settings.scheme != "qdq-int4" or model.opset_imports[""] >= BLOCKED_OPSET:
+        return
+    model.opset_imports[""] = model.graph.opset_imports[""] = BLOCKED_OPSET
+    for function in model.functions.values():
+        function.opset_imports[""] = BLOCKED_OPSET
+    model.ir_version = max(model.ir_version, 10)

@@ -1,0 +1,159 @@
+"""What can be asked of the quantizer, scheme by scheme; whatever a scheme or its runtime cannot do is refused here, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtimes.errors import CalibrationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One way to store weights and multiply by them."""
+
+    bits: tuple[int, ...]
+    """The first is the default."""
+    runtime: str
+    """onnxruntime or tensorrt: whose operators the graph is written in."""
+    activations: str = ""
+    """"" (float), "dynamic" (one scale per token, taken as it runs) or "static" (one scale per tensor, calibrated before)."""
+    blockwise: bool = False
+    """One scale per block of input values; else one per output column."""
+    precisions: tuple[str, ...] = ("fp32",)
+    """Float types of the bundles it starts from."""
+    opset: int = 13
+    """What its operators need."""
+    lm_head: bool = True
+    """Whether the head is quantized unless asked otherwise. Fixed activation ranges cost it most, so ModelOpt leaves it out too."""
+
+
+SCHEMES = {
+    "weight-only": Scheme(bits=(4, 8), runtime="onnxruntime", blockwise=True),
+    "dynamic": Scheme(bits=(8,), runtime="onnxruntime", activations="dynamic", opset=18),
+    "static": Scheme(bits=(8,), runtime="onnxruntime", activations="static", lm_head=False),
+    "qdq-int4": Scheme(bits=(4,), runtime="tensorrt", blockwise=True, precisions=("fp32", "fp16", "bf16"), opset=21),
+    "qdq-int8": Scheme(bits=(8,), runtime="tensorrt", activations="static", opset=19, lm_head=False),
+    "fp8": Scheme(bits=(8,), runtime="tensorrt", activations="static", opset=19, lm_head=False),
+}
+"""Activations are quantized in float32 graphs only: float16's own rounding moves values across the levels of the grid, and no reference
+could tell that from a fault (measured: 3 to 10 % of the largest logit, where 2 % is the budget)."""
+
+METHODS = ("rtn", "hqq")
+ELSEWHERE = {
+    "gptq": "onnxruntime's GPTQ returns weights without their scales and feeds a graph that it loads whole; quantize the checkpoint with "
+    "GPTQModel, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
+    "awq": "onnxruntime hands AWQ to nvidia-modelopt, which pins onnxruntime-gpu and an older onnx; run modelopt in an environment of its "
+    "own, or use --method hqq",
+}
+"""Methods that are asked for and are not served: why, and what to use."""
+
+EMBEDDINGS = (0, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings:
+    """``settings_for`` fills in what depends on the scheme.
+
+    ``accuracy_level`` 4 multiplies in int8 (activations quantized per block, the fast path of weight-only); 1 multiplies in float32.
+    """
+
+    scheme: str = "weight-only"
+    bits: int = 4
+    method: str = "rtn"
+    block_size: int = 32
+    """0: one scale per output column."""
+    symmetric: bool = True
+    accuracy_level: int = 4
+    keep_high: tuple[str, ...] = ()
+    """Layers ("0", "0-3") and name patterns ("*.mlp.down_proj") that stay in float."""
+    lm_head: bool = True
+    embeddings: int = 0
+    """Bits of the token embedding; 0 leaves it in float."""
+
+    def __post_init__(self) -> None:
+        scheme = check_scheme(self.scheme)
+        if self.bits not in scheme.bits:
+            other = ", ".join(name for name, s in SCHEMES.items() if self.bits in s.bits)
+            raise CalibrationError(
+                f"--scheme {self.scheme} takes {' or '.join(map(str, scheme.bits))} bits, not {self.bits}"
+                + (f"; {self.bits} bits: --scheme {other}" if other else "")
+            )
+        if scheme.blockwise and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
+            raise CalibrationError(f"block size {self.block_size} is not a power of two from 16 on")
+        if not scheme.blockwise and self.block_size:
+            raise CalibrationError(f"--scheme {self.scheme} has one scale per output column and takes no block size")
+        if self.accuracy_level not in (0, 1, 4):
+            raise CalibrationError(f"accuracy level {self.accuracy_level} is unknown; 1 is exact, 4 is fast")
+        if self.accuracy_level == 4 and (self.scheme != "weight-only" or self.method == "hqq"):
+            what = "--method hqq, whose zero points are not whole numbers," if self.method == "hqq" else f"--scheme {self.scheme}"
+            raise CalibrationError(f"{what} has no accuracy level 4; leave it out, or use --scheme weight-only --method rtn")
+        if self.method in ELSEWHERE:
+            raise CalibrationError(f"--method {self.method} is not served: {ELSEWHERE[self.method]}")
+        if self.method not in METHODS:
+            raise CalibrationError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        if self.method != "rtn" and self.scheme != "weight-only":
+            raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use rtn")
+        if self.method == "hqq" and self.bits != 4:
+            raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
+        if not self.symmetric and self.scheme != "weight-only":
+            raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
+        if self.embeddings not in EMBEDDINGS:
+            raise CalibrationError(f"the embedding is quantized to 4 or 8 bits, not {self.embeddings}")
+        if self.embeddings and scheme.runtime == "tensorrt":
+            raise CalibrationError(
+                f"TensorRT has no lookup in a quantized table, so --scheme {self.scheme} leaves the embedding in float; leave out "
+                "--embeddings, or use an onnxruntime scheme (weight-only, dynamic, static)"
+            )
+
+    @property
+    def kind(self) -> Scheme:
+        return SCHEMES[self.scheme]
+
+
+def check_scheme(name: str) -> Scheme:
+    if name not in SCHEMES:
+        raise CalibrationError(f"--scheme {name!r} is unknown; known: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def settings_for(
+    scheme: str,
+    bits: int | None = None,
+    *,
+    method: str = "rtn",
+    block_size: int | None = None,
+    symmetric: bool = True,
+    accuracy_level: int | None = None,
+    keep_high: tuple[str, ...] = (),
+    lm_head: bool | None = None,
+    embeddings: int = 0,
+) -> QuantizationSettings:
+    """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do."""
+    kind = check_scheme(scheme)
+    fast = scheme == "weight-only" and method == "rtn"
+    return QuantizationSettings(
+        scheme=scheme,
+        bits=kind.bits[0] if bits is None else bits,
+        method=method,
+        block_size=(32 if kind.blockwise else 0) if block_size is None else block_size,
+        symmetric=symmetric,
+        accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
+        keep_high=keep_high,
+        lm_head=kind.lm_head if lm_head is None else lm_head,
+        embeddings=embeddings,
+    )
+
+
+def check_source(settings: QuantizationSettings, *, quantized: int | None, precision: str, opset: int, where: str) -> None:
+    """Raises CalibrationError for a bundle that the scheme cannot start from."""
+    if quantized is not None:
+        raise CalibrationError(f"{where} is quantized already (int{quantized}); quantize the float bundle that it was made from")
+    kind = settings.kind
+    if precision not in kind.precisions:
+        others = ", ".join(name for name, s in SCHEMES.items() if precision in s.precisions)
+        raise CalibrationError(
+            f"{where} is a {precision} bundle; --scheme {settings.scheme} starts from the {' or '.join(kind.precisions)} one"
+            + (f" (for {precision}: {others})" if others else "")
+        )
+    if kind.opset > max(opset, 21 if opset == 20 else 0):
+        raise CalibrationError(f"{where} has opset {opset}, --scheme {settings.scheme} needs {kind.opset}; export it again with --opset 20")

@@ -1,0 +1,152 @@
+"""Activation quantization, proven product by product: eager PyTorch follows the graph's own roundings.
+
+A value on the border between two levels is rounded either way by two right implementations, and what it changes moves others across
+their borders: free-running, two of them drift apart by as much as the quantization itself costs (measured: noise of 1e-5 in the embeddings
+moves eager's own logits by 5 %). So here every quantized input is read from the graph and held to the formula, up to ``NUDGE``; eager goes
+on from what the graph has, and its logits must then be the graph's as nearly as with float activations.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from calibration.activations import ActivationQuantization
+from calibration.products import activation_quantization, expose_quantized_inputs, quantized_inputs
+from graph_passes.external import load_graph
+from reft_export.dequantized import fake_quantize, linear_of
+from reft_export.golden import GoldenInputs, Steerer, steering_of
+from reft_export.variants import variant
+from runtimes.bundle import BASE_GOLDEN, Bundle
+from runtimes.ort_session import OrtSession, to_float32
+from runtimes.parity import BUDGETS, Rung, compare, judge
+
+NUDGE = 1e-4
+"""Of a token's largest |x|: how near a border a value is rounded either way. A level of int8 is 80 times that."""
+
+
+def step_rungs(
+    bundle: Bundle,
+    model_of: Callable[[], PreTrainedModel],
+    inputs: GoldenInputs,
+    steerers: Mapping[str, Steerer],
+    *,
+    provider: str = "cpu",
+    kernel: str | None = None,
+) -> list[Rung]:
+    """One rung for the base and for each adapter; none where the graph shows no quantized input (float ones, and MatMulNBits' own).
+
+    ``model_of`` gives the eager model with the bundle's dequantized weights; it is called after the graph has run and is gone.
+    """
+    graph = load_graph(bundle.graph_path)
+    shown = quantized_inputs(graph)
+    if not shown:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        _run_graph(bundle, inputs, [BASE_GOLDEN, *steerers], set(sum(shown.values(), ())), Path(folder), provider, kernel)
+        model = model_of()
+        how = {name: each for name, each in activation_quantization(graph).items() if name in shown}
+        rungs = []
+        for name in (BASE_GOLDEN, *steerers):
+            rungs.append(_hold(bundle, model, name, steerers.get(name), inputs, how, shown, Path(folder)))
+        return rungs
+
+
+def _rows(inputs: GoldenInputs) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(number, tokens [1, S], prompt length) of each row, alone and so without pads."""
+    for row, (ids, mask) in enumerate(zip(inputs.input_ids, inputs.attention_mask, strict=True)):
+        yield row, ids[mask > 0][None], int(inputs.prompt_length[row])
+
+
+def _run_graph(
+    bundle: Bundle, inputs: GoldenInputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None
+) -> None:
+    """<folder>/<name>.<row>.npz: the graph's logits and quantized inputs, one full forward a row."""
+    with variant(bundle, expose_quantized_inputs) as exposed:
+        session = OrtSession(exposed, provider=provider, kernel=kernel)
+        for name in names:
+            session.set_adapter(None if name == BASE_GOLDEN else name)
+            for row, ids, length in _rows(inputs):
+                output = session.step(ids, np.ones_like(ids), prompt_length=np.array([length]))
+                inputs_read = {value: to_float32(output.outputs[value]) for value in values}
+                np.savez(folder / f"{name}.{row}.npz", logits=output.logits[0], **inputs_read)
+
+
+def _hold(
+    bundle: Bundle,
+    model: PreTrainedModel,
+    name: str,
+    steerer: Steerer | None,
+    inputs: GoldenInputs,
+    how: Mapping[str, ActivationQuantization],
+    shown: Mapping[str, tuple[str, ...]],
+    folder: Path,
+) -> Rung:
+    """The rung of one name; inputs that are not what the formula gives make its errors infinite."""
+    wrong: dict[str, int] = {}
+    ours, theirs = [], []
+    for row, ids, length in _rows(inputs):
+        with np.load(folder / f"{name}.{row}.npz") as seen:
+            restored = {weight: how[weight].restore(*(seen[value] for value in values)) for weight, values in shown.items()}
+            theirs.append(seen["logits"])
+        with torch.no_grad(), steering_of(model, steerer) as steering, _following(model, bundle, how, restored, wrong):
+            if steering is not None:
+                steering.prompt_length = [length]
+            positions = torch.arange(ids.shape[1])[None]
+            logits = model(input_ids=torch.from_numpy(ids), position_ids=positions, use_cache=False).logits[0]
+        ours.append(logits[-len(theirs[-1]) :].float().numpy())
+    figures, note = compare(np.concatenate(theirs), np.concatenate(ours)), ""
+    if wrong:
+        worst = max(wrong, key=lambda weight: wrong[weight])
+        figures = replace(figures, max_abs=np.inf, max_relative=np.inf)
+        note = f"{sum(wrong.values())} inputs are not rounded as the scales in the graph say, first those of {worst}"
+    budget = BUDGETS["weight-only int8"]
+    label = bundle.manifest.quantization.label
+    return judge(f"{label}, {name}: step by step", "eager, same roundings", figures, budget, note=note)
+
+
+@contextmanager
+def _following(
+    model: PreTrainedModel,
+    bundle: Bundle,
+    how: Mapping[str, ActivationQuantization],
+    restored: Mapping[str, np.ndarray],
+    wrong: dict[str, int],
+) -> Iterator[None]:
+    """Every quantized product of ``model`` reads the graph's x'; those that no rounding of its own x gives are counted in ``wrong``."""
+    handles = []
+    try:
+        for weight, seen in restored.items():
+            module = linear_of(model, weight, bundle.manifest.weights)
+            handles.append(module.register_forward_pre_hook(partial(_follow, weight, how[weight], torch.from_numpy(seen), wrong)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _follow(
+    weight: str,
+    how: ActivationQuantization,
+    seen: torch.Tensor,
+    wrong: dict[str, int],
+    module: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    x = arguments[0]
+    seen = seen.reshape(x.shape).to(x.dtype)
+    slack = NUDGE * x.abs().amax(-1, keepdim=True)
+    right = torch.zeros_like(x, dtype=torch.bool)
+    for nudged in (x, x - slack, x + slack):
+        right |= (fake_quantize(nudged, how) - seen).abs() <= 2 * slack
+    if count := int((~right).sum()):
+        wrong[weight] = wrong.get(weight, 0) + count
+    return (seen, *arguments[1:])

@@ -1,0 +1,43 @@
+"""What a refit aims at: the float model, steered by the adapter as it was before its base was quantized.
+
+Cross entropy on the completions pulls an adapter on towards the data, and a few dozen lines are soon learned by heart. Against the
+teacher's distributions the loss is zero exactly where steering on the quantized weights says what it said on the float ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from reft_export.eager import Steering, steered
+from runtimes.adapter import Adapter
+
+
+class Teacher:
+    """A second model in memory beside the trained one; it takes no gradient."""
+
+    def __init__(self, model: PreTrainedModel, steering: Steering) -> None:
+        self._model, self._steering = model, steering
+
+    def divergence(self, logits: Tensor, counted: Tensor, prompt_length: Tensor, **inputs: Tensor | int | bool) -> Tensor:
+        """sum over counted tokens of KL(teacher || student), in nats.
+
+        logits [n, V] are the student's at the tokens where counted [B, S] is true; ``inputs`` are those of the student's forward, whose
+        logits' last column is dropped.
+        """
+        self._steering.prompt_length = prompt_length
+        with torch.no_grad():
+            targets = self._model(**inputs).logits[:, -counted.shape[1] - 1 : -1][counted]
+        return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets.float(), -1), log_target=True, reduction="sum")
+
+
+@contextmanager
+def teaching(model: PreTrainedModel, adapter: Adapter) -> Iterator[Teacher]:
+    """A Teacher while ``model`` is steered by ``adapter``; AdapterError for one that does not fit."""
+    with steered(model, adapter) as steering:
+        yield Teacher(model, steering)

@@ -1,0 +1,69 @@
+"""Perplexity of a text under a session: what quantization cost the base, and the steered model, in one number.
+
+    exp( - 1/n  sum over scored tokens t of  log p(token t | the window's tokens before t) )
+
+Windows of 2 h tokens start every h tokens; the first half of each is context and the second half is scored, so every token from the
+h-th on is scored once, with h to 2 h - 1 tokens before it. h = 256, or less where the model's context or the text is shorter. Where the
+tokenizer begins a text with its bos token, every window begins with it, beside its 2 h tokens, and it is never scored.
+
+The first half is also the window's prompt: an adapter edits it by its own rule (for example its first and last tokens), as it would
+edit a prompt whose answer is the second half. Base and steered perplexity are so taken over the same tokens with the same context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from runtimes.errors import InputError
+from runtimes.generate import Session, columns
+from runtimes.tokenizer import Tokenizer
+
+HALF_WINDOW = 256
+
+
+def perplexity(session: Session, tokenizer: Tokenizer, text: str) -> float:
+    """The module's formula for the session's active adapter, or the base. Raises InputError for a text of fewer than two tokens."""
+    tokens = tokenizer.encode(text)
+    lead = tokens[:1] if tokens and tokens[0] == tokenizer.bos_token_id else []
+    tokens = tokens[len(lead) :]
+    if len(tokens) < 2:
+        raise InputError(f"perplexity needs a text of two tokens or more, this one has {len(tokens)}")
+    half = min(HALF_WINDOW, (session.bundle.manifest.model.context_length - 1) // 2, len(tokens) // 2)
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - half, half):
+        window = [*lead, *tokens[start : start + 2 * half]]
+        scored = _log_likelihoods(session, window, len(lead) + half)
+        total, count = total + math.fsum(scored), count + len(scored)
+    return math.exp(-total / count)
+
+
+def _log_likelihoods(session: Session, window: Sequence[int], prompt: int) -> list[float]:
+    """log p of each token of the window from column ``prompt`` on, in nats."""
+    return [float(_log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt)]
+
+
+def agreement(session: Session, tokens: Sequence[int], prompt: int) -> tuple[int, int]:
+    """(hits, tokens): how many of the tokens behind the first ``prompt`` are what the session would say after all those before them."""
+    said = [int(logits.argmax()) == token for token, logits in predictions(session, tokens, prompt)]
+    return sum(said), len(said)
+
+
+def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(token, logits [V] for its place) of every token behind the first ``prompt``, in one forward where the bundle allows it."""
+    ids = np.array([tokens[:-1]], np.int64)
+    width = ids.shape[1]
+    # A bundle with the last logits only says one column's per call.
+    widths = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
+    for _, output in columns(session, ids, np.ones_like(ids), np.array([prompt], np.int64), widths):
+        first = output.past.width - output.logits.shape[1]
+        for column in range(max(first, prompt - 1), output.past.width):
+            yield tokens[column + 1], output.logits[0, column - first]
+
+
+def _log_softmax(row: np.ndarray) -> np.ndarray:
+    x = np.asarray(row, np.float64)
+    x = x - x.max()
+    return x - math.log(np.exp(x).sum())
