@@ -46,10 +46,14 @@ MAX_CONTEXT, MAX_SEQUENCE, MAX_BATCH = 4096, 1024, 4
 """Defaults that the model's own context bounds further: an engine reserves memory for its largest shapes. A batch of four admits every
 golden array in one call."""
 MAX_SLOTS, MAX_RANK = 64, 64
+SELF_REGISTERING = ("libreft_trt_autoload", "libreft_trt_edgellm")
+"""The plugin's libraries that are none without their neighbour."""
 MAX_RANK_OF_FUNCTION = 8
 """Without the plugin every token gathers matrices of its own, [batch, sequence, r, D] in float32: ranks cost memory there."""
 BUILDER_MEMORY = 0.4e9
 """What a builder takes for a model of no size."""
+ENGINE_CODE = 15e6
+"""What kernels take in a plan, as measured: 13 to 17 MB for a model of 3 MB."""
 MEMORY_PER_WEIGHT_BYTE = 3.0
 """As measured: 268 MB of weights were built with 1.2 GB."""
 
@@ -75,6 +79,9 @@ class BuildSettings:
         module_name(self.target)
         if self.plugin is not None and not self.use_plugin:
             raise InputError("--plugin and --no-plugin exclude each other; give one of them")
+        bank = "--max-slots" if self.max_slots is not None else "--max-rank" if self.max_rank is not None else None
+        if self.freeze is not None and bank is not None:
+            raise InputError(f"{bank} bounds the adapters that swap, and with --freeze none does; leave one of the two out")
         if self.timing_cache is not None and self.target == "tensorrt-rtx":
             raise InputError(
                 "--timing-cache has no use with tensorrt-rtx, which times nothing while it builds: it compiles kernels on the device, at "
@@ -172,7 +179,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         ),
         notes=tuple(notes),
         memory=BUILDER_MEMORY + MEMORY_PER_WEIGHT_BYTE * weights,
-        disk=1.1 * weights,
+        disk=ENGINE_CODE + 1.1 * weights,
     )
 
 
@@ -236,6 +243,11 @@ def _plugin(settings: BuildSettings, notes: list[str]) -> Path | None:
     if settings.plugin is not None:
         if not settings.plugin.is_file():
             raise InputError(f"--plugin {settings.plugin} is not a file; name the plugin library libreft_trt.so")
+        if settings.plugin.name.startswith(SELF_REGISTERING):
+            raise InputError(
+                f"--plugin {settings.plugin} is for hosts that only open a library, and needs libreft_trt.so beside it, while an engine "
+                "carries one library; name libreft_trt.so itself"
+            )
         return settings.plugin.absolute()
     found = find_plugin_library()
     if found is None:

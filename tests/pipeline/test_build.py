@@ -212,7 +212,7 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
     _refused(build("--freeze", "nobody"), code=2, match="has no adapter 'nobody'; it has: tied")
     not_a_plugin = tmp_path / "text.so"
     not_a_plugin.write_text("text")
-    _refused(build("--plugin", not_a_plugin), code=1, match="text.so does not load in tensorrt_rtx")
+    _refused(build("--plugin", not_a_plugin), code=4, match="text.so does not load in tensorrt_rtx")
     assert [p.name for p in tmp_path.iterdir()] == ["text.so"], "nothing is left of what was refused"
     _refused(build(target="tensorrt"), code=4, match="pip install 'reft-export[tensorrt]', or put its trtexec on PATH")
     without = _run(_environment(), "build", bundle, "--target", "tensorrt-rtx", "-o", output)
@@ -233,6 +233,8 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
         ({"max_rank": 2}, "--max-rank is 2; the bundle's adapters need at least"),
         ({"max_rank": 257}, "--max-rank 257 is more than the kernels take, which is 256"),
         ({"max_slots": 1}, "--max-slots is 1; the bundle's adapters need at least 2"),
+        ({"max_slots": 2, "freeze": "tied"}, "--max-slots bounds the adapters that swap, and with --freeze none does"),
+        ({"max_rank": 8, "freeze": "base"}, "--max-rank bounds the adapters that swap"),
     ],
 )
 def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options, match) -> None:
@@ -241,6 +243,14 @@ def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options,
     monkeypatch.setattr(build_module, "load_tensorrt", lambda target: package)
     with pytest.raises(InputError, match=match):
         plan_build(bundle_folder("llama", "fp16"), BuildSettings(**{"target": "tensorrt-rtx", "compute_capabilities": ("8.6",), **options}))
+
+
+def test_a_library_that_needs_its_neighbour_is_no_plugin(bundle_folder, tmp_path) -> None:
+    """TensorRT would take it, and the engine that carries it alone would not load."""
+    library = tmp_path / "libreft_trt_autoload.so"
+    library.write_bytes(b"")
+    with pytest.raises(InputError, match="libreft_trt_autoload.so is for hosts that only open a library.*name libreft_trt.so itself"):
+        plan_build(bundle_folder("llama", "fp16"), BuildSettings(target="tensorrt-rtx", plugin=library))
 
 
 @pytest.mark.slow
