@@ -89,6 +89,8 @@ class BuildSettings:
             )
         if self.timing_cache is not None and not self.timing_cache.absolute().parent.is_dir():
             raise InputError(f"--timing-cache {self.timing_cache}: its folder does not exist; make it first")
+        if self.timing_cache is not None and self.timing_cache.is_dir():
+            raise InputError(f"--timing-cache {self.timing_cache} is a folder; name the file that holds the timings, new or not")
 
     def command(self, source: Path, output: Path) -> str:
         """The command line that builds this engine again."""

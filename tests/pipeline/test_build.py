@@ -225,6 +225,7 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
         ({"target": "coreml"}, "target 'coreml' is unknown; known: tensorrt, tensorrt-rtx"),
         ({"timing_cache": Path("cache")}, "times nothing while it builds"),
         ({"timing_cache": Path("no/cache"), "target": "tensorrt"}, "no/cache: its folder does not exist"),
+        ({"timing_cache": Path("."), "target": "tensorrt"}, "--timing-cache . is a folder"),
         ({"plugin": Path("none.so")}, "none.so is not a file"),
         ({"plugin": Path("none.so"), "use_plugin": False}, "exclude each other"),
         ({"context": 513}, "is more than llama was made for, which is 512"),

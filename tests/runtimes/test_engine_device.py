@@ -160,6 +160,12 @@ def test_the_link_that_the_rtx_parser_needs(tmp_path, monkeypatch) -> None:
     assert builder_environment("tensorrt", folder)["LD_LIBRARY_PATH"] == "/somewhere"
 
 
+def test_the_builder_imports_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"site{os.pathsep}/elsewhere")
+    assert builder_environment("tensorrt", tmp_path)["PYTHONPATH"] == f"{tmp_path / 'site'}{os.pathsep}/elsewhere"
+
+
 class _Tensor:
     def __init__(self, name: str, dtype: str, rank: int) -> None:
         self.name, self.dtype, self.shape = name, type("DataType", (), {"name": dtype}), (-1,) * rank
