@@ -30,7 +30,7 @@ from runtimes.engine_adapter import write_engine_adapter
 from runtimes.errors import BackendUnavailable, EngineError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.hashes import sha256_of
-from runtimes.native_library import find_plugin_library
+from runtimes.native_library import find_plugin_library, plugin_details
 from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.records import to_json
 from runtimes.tensorrt_builder import BuildResult, BuildSpec, compute_capability_names
@@ -158,6 +158,8 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     frozen = {None: None, BASE_GOLDEN: {}}.get(settings.freeze, tensors.get(settings.freeze))
     graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=frozen)
     builder, capabilities = _builder(settings, notes)
+    if plugin is not None:
+        _check_kernels(plugin, capabilities)
     limits = _limits(bundle, settings, tensors, graph, plugin=plugin is not None)
     if settings.freeze is not None:
         tensors = {name: {} for name in tensors if name == settings.freeze}
@@ -258,6 +260,23 @@ def _plugin(settings: BuildSettings, notes: list[str]) -> Path | None:
             "per edit; `reft-export doctor` says how to build it"
         )
     return found
+
+
+def _check_kernels(plugin: Path, capabilities: tuple[str, ...]) -> None:
+    """Raises EngineError for a GPU that the plugin has no kernel for: the engine would build, and fail at its first step."""
+    try:
+        _, architectures = plugin_details(plugin)
+    except OSError:
+        return  # the builder says why it does not load
+    compiled = [divmod(int(name), 10) for name in architectures if name.isdigit()]
+    for capability in capabilities:
+        gpu = tuple(map(int, capability.split(".")))
+        # A kernel runs on later GPUs of its major version; the newest is there as PTX too, which every later GPU compiles.
+        if compiled and gpu < compiled[-1] and not any(gpu[0] == major and gpu[1] >= minor for major, minor in compiled):
+            raise EngineError(
+                f"the plugin {plugin} has kernels for sm {', '.join(architectures)}, and none for compute capability {capability}; build "
+                f"it with -DREFT_CUDA_ARCHITECTURES={capability.replace('.', '')} (`reft-export doctor` has the line), or pass --no-plugin"
+            )
 
 
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:

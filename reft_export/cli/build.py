@@ -22,7 +22,8 @@ def build(
     sm: Annotated[
         list[str] | None,
         typer.Option(
-            "--sm", help="A GPU's compute capability, like 86; repeat for several. Default: the GPU here, else 86, 89 and 120 (tensorrt-rtx)."
+            "--sm",
+            help="A GPU's compute capability, like 86; repeat for several. Default: the GPU here, else 86, 89 and 120 (tensorrt-rtx).",
         ),
     ] = None,
     freeze: Annotated[

@@ -30,7 +30,7 @@ from runtimes.builder_process import run_builder
 from runtimes.bundle import open_bundle
 from runtimes.engine import open_engine
 from runtimes.engine_adapter import read_engine_adapter
-from runtimes.errors import BuildError, BundleError, InputError
+from runtimes.errors import BuildError, BundleError, EngineError, InputError
 from runtimes.hashes import sha256_of
 from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.ort_adapter_file import read_onnx_adapter
@@ -244,6 +244,19 @@ def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options,
     monkeypatch.setattr(build_module, "load_tensorrt", lambda target: package)
     with pytest.raises(InputError, match=match):
         plan_build(bundle_folder("llama", "fp16"), BuildSettings(**{"target": "tensorrt-rtx", "compute_capabilities": ("8.6",), **options}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("7.5", False), ("8.0", False), ("8.6", True), ("8.9", True), ("9.0", False), ("12.0", True), ("12.1", True)]
+)
+def test_gpus_that_the_plugin_has_no_kernel_for(tmp_path, monkeypatch, capability, fits) -> None:
+    """Compiled for 86 and 120: 89 runs the kernel of 86, 121 that of 120; 90 can neither run 86 nor compile the PTX of 120."""
+    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1", ("86", "120")))
+    if fits:
+        build_module._check_kernels(tmp_path / "libreft_trt.so", (capability,))
+        return
+    with pytest.raises(EngineError, match=f"has kernels for sm 86, 120, and none for compute capability {capability}; build it with"):
+        build_module._check_kernels(tmp_path / "libreft_trt.so", ("8.6", capability))
 
 
 def test_a_library_that_needs_its_neighbour_is_no_plugin(bundle_folder, tmp_path) -> None:
