@@ -30,7 +30,7 @@ from runtimes.engine_adapter import write_engine_adapter
 from runtimes.errors import BackendUnavailable, EngineError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.hashes import sha256_of
-from runtimes.native_library import find_plugin_library
+from runtimes.native_library import find_plugin_library, plugin_details
 from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.records import to_json
 from runtimes.tensorrt_builder import BuildResult, BuildSpec, compute_capability_names
@@ -46,10 +46,14 @@ MAX_CONTEXT, MAX_SEQUENCE, MAX_BATCH = 4096, 1024, 4
 """Defaults that the model's own context bounds further: an engine reserves memory for its largest shapes. A batch of four admits every
 golden array in one call."""
 MAX_SLOTS, MAX_RANK = 64, 64
+SELF_REGISTERING = ("libreft_trt_autoload", "libreft_trt_edgellm")
+"""The plugin's libraries that are none without their neighbour."""
 MAX_RANK_OF_FUNCTION = 8
 """Without the plugin every token gathers matrices of its own, [batch, sequence, r, D] in float32: ranks cost memory there."""
 BUILDER_MEMORY = 0.4e9
 """What a builder takes for a model of no size."""
+ENGINE_CODE = 15e6
+"""What kernels take in a plan, as measured: 13 to 17 MB for a model of 3 MB."""
 MEMORY_PER_WEIGHT_BYTE = 3.0
 """As measured: 268 MB of weights were built with 1.2 GB."""
 
@@ -75,6 +79,9 @@ class BuildSettings:
         module_name(self.target)
         if self.plugin is not None and not self.use_plugin:
             raise InputError("--plugin and --no-plugin exclude each other; give one of them")
+        bank = "--max-slots" if self.max_slots is not None else "--max-rank" if self.max_rank is not None else None
+        if self.freeze is not None and bank is not None:
+            raise InputError(f"{bank} bounds the adapters that swap, and with --freeze none does; leave one of the two out")
         if self.timing_cache is not None and self.target == "tensorrt-rtx":
             raise InputError(
                 "--timing-cache has no use with tensorrt-rtx, which times nothing while it builds: it compiles kernels on the device, at "
@@ -82,6 +89,8 @@ class BuildSettings:
             )
         if self.timing_cache is not None and not self.timing_cache.absolute().parent.is_dir():
             raise InputError(f"--timing-cache {self.timing_cache}: its folder does not exist; make it first")
+        if self.timing_cache is not None and self.timing_cache.is_dir():
+            raise InputError(f"--timing-cache {self.timing_cache} is a folder; name the file that holds the timings, new or not")
 
     def command(self, source: Path, output: Path) -> str:
         """The command line that builds this engine again."""
@@ -149,6 +158,8 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     frozen = {None: None, BASE_GOLDEN: {}}.get(settings.freeze, tensors.get(settings.freeze))
     graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=frozen)
     builder, capabilities = _builder(settings, notes)
+    if plugin is not None:
+        _check_kernels(plugin, capabilities)
     limits = _limits(bundle, settings, tensors, graph, plugin=plugin is not None)
     if settings.freeze is not None:
         tensors = {name: {} for name in tensors if name == settings.freeze}
@@ -172,7 +183,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         ),
         notes=tuple(notes),
         memory=BUILDER_MEMORY + MEMORY_PER_WEIGHT_BYTE * weights,
-        disk=1.1 * weights,
+        disk=ENGINE_CODE + 1.1 * weights,
     )
 
 
@@ -236,6 +247,11 @@ def _plugin(settings: BuildSettings, notes: list[str]) -> Path | None:
     if settings.plugin is not None:
         if not settings.plugin.is_file():
             raise InputError(f"--plugin {settings.plugin} is not a file; name the plugin library libreft_trt.so")
+        if settings.plugin.name.startswith(SELF_REGISTERING):
+            raise InputError(
+                f"--plugin {settings.plugin} is for hosts that only open a library, and needs libreft_trt.so beside it, while an engine "
+                "carries one library; name libreft_trt.so itself"
+            )
         return settings.plugin.absolute()
     found = find_plugin_library()
     if found is None:
@@ -244,6 +260,23 @@ def _plugin(settings: BuildSettings, notes: list[str]) -> Path | None:
             "per edit; `reft-export doctor` says how to build it"
         )
     return found
+
+
+def _check_kernels(plugin: Path, capabilities: tuple[str, ...]) -> None:
+    """Raises EngineError for a GPU that the plugin has no kernel for: the engine would build, and fail at its first step."""
+    try:
+        _, architectures = plugin_details(plugin)
+    except OSError:
+        return  # the builder says why it does not load
+    compiled = [divmod(int(name), 10) for name in architectures if name.isdigit()]
+    for capability in capabilities:
+        gpu = tuple(map(int, capability.split(".")))
+        # A kernel runs on later GPUs of its major version; the newest is there as PTX too, which every later GPU compiles.
+        if compiled and gpu < compiled[-1] and not any(gpu[0] == major and gpu[1] >= minor for major, minor in compiled):
+            raise EngineError(
+                f"the plugin {plugin} has kernels for sm {', '.join(architectures)}, and none for compute capability {capability}; build "
+                f"it with -DREFT_CUDA_ARCHITECTURES={capability.replace('.', '')} (`reft-export doctor` has the line), or pass --no-plugin"
+            )
 
 
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:

@@ -210,7 +210,10 @@ def _commands(output: Path, rank: int, *, has_lora: bool) -> tuple[str, ...]:
 
 def _notes(adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool) -> tuple[str, ...]:
     """What is left to the user: requests that name an adapter, and what the graph cannot see of a prompt."""
-    notes = [f"{LIBRARY} holds TensorRT-Edge-LLM's plugins and ours; the builder and the runtime load one library (README, Build)"]
+    notes = [
+        f"{LIBRARY} holds TensorRT-Edge-LLM's plugins and ours, as the builder and the runtime load one library; the plugin's cmake line "
+        "(`reft-export doctor`) builds it with -DREFT_EDGELLM_PLUGIN=<libNvInfer_edgellm_plugin.so> added"
+    ]
     if as_lora:
         files = ", ".join(f'"{name}": "{output / ADAPTER_FOLDER / name}.safetensors"' for name in adapters)
         notes.append(f'requests: "available_lora_weights": {{{files}}}, and "lora_name" in each; without one the base answers')

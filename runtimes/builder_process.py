@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtimes.engine import Profile
-from runtimes.errors import BuildError
+from runtimes.errors import BackendUnavailable, BuildError
 from runtimes.records import from_json, to_json
 from runtimes.tensorrt_builder import BuildResult, BuildSpec
 from runtimes.tensorrt_library import builder_environment
@@ -28,7 +28,8 @@ LOG_LINES = 3
 def run_builder(spec: BuildSpec, folder: Path, *, update: Callable[[str], None]) -> BuildResult:
     """Builds with the Python package of ``spec.target``; ``folder`` takes the specification and the log, ``update`` is told each step.
 
-    Raises BuildError where the builder refuses or dies. Whatever ends this call ends the process too.
+    Raises BuildError where the builder refuses or dies, BackendUnavailable where TensorRT or the plugin does not load. Whatever ends this
+    call ends the process too.
     """
     specification = folder / "spec.json"
     specification.write_text(json.dumps(to_json(spec)), encoding="utf-8")
@@ -44,7 +45,8 @@ def run_builder(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
             answer |= event
         code = process.wait()
     if "error" in answer:
-        raise BuildError(str(answer["error"]))
+        kind = BackendUnavailable if code == BackendUnavailable.exit_code else BuildError
+        raise kind(str(answer["error"]))
     if code or "result" not in answer:
         raise BuildError(f"the builder of {spec.target} {_ending(code)}; it said last: {last_lines(log)}")
     return from_json(BuildResult, answer["result"])

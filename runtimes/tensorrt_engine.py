@@ -172,7 +172,11 @@ class BoundContext:
         for name, address in binding.addresses.items():
             if before.addresses.get(name) != address and not self._context.set_tensor_address(name, address):
                 raise self._failed(f"refuses an address for {name}")
-        if unknown := self._context.infer_shapes():
+        try:
+            unknown = self._context.infer_shapes()
+        except RuntimeError as e:  # shapes that a layer refuses: TensorRT's own words are in the log
+            raise self._failed(f"refuses these shapes ({' '.join(str(e).split())})") from None
+        if unknown:
             raise self._failed(f"lacks a shape or address for {unknown[0]}")
         for name, shape in binding.outputs.items():
             if (found := tuple(self._context.get_tensor_shape(name))) != shape:

@@ -78,13 +78,16 @@ def builder_environment(target: str, folder: Path) -> dict[str, str]:
     """The environment for a process that parses graphs.
 
     TensorRT-RTX's parser opens libtensorrt_rtx.so by that name at the first plugin, and its package ships libtensorrt_rtx.so.1 only:
-    the link that is missing is made in ``folder``, which the loader is told to search.
+    the link that is missing is made in ``folder``, which the loader is told to search. The process starts elsewhere, so a relative
+    PYTHONPATH is made absolute.
     """
     environment = dict(os.environ)
+    if environment.get("PYTHONPATH"):
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environment["PYTHONPATH"].split(os.pathsep)))
     libraries = find_spec("tensorrt_rtx_libs") if target == "tensorrt-rtx" else None
     for place in [] if libraries is None else libraries.submodule_search_locations or []:
         if not (Path(place) / RTX_LIBRARY).exists() and (numbered := sorted(Path(place).glob(f"{RTX_LIBRARY}.*"))):
-            (folder / RTX_LIBRARY).symlink_to(numbered[0])
+            (folder / RTX_LIBRARY).symlink_to(numbered[0].absolute())
             paths = (str(folder), environment.get("LD_LIBRARY_PATH", ""))
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     return environment

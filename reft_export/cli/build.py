@@ -20,7 +20,11 @@ def build(
     output: Output,
     target: Annotated[str, typer.Option("--target", help="tensorrt: for the GPU here; tensorrt-rtx: anywhere, for a list of GPUs.")],
     sm: Annotated[
-        list[str] | None, typer.Option("--sm", help="A GPU's compute capability, like 86; repeat for several. Default: the GPU here.")
+        list[str] | None,
+        typer.Option(
+            "--sm",
+            help="A GPU's compute capability, like 86; repeat for several. Default: the GPU here, else 86, 89 and 120 (tensorrt-rtx).",
+        ),
     ] = None,
     freeze: Annotated[
         str | None, typer.Option("--freeze", help="An adapter that becomes part of the engine for good, or base. Default: adapters swap.")

@@ -30,7 +30,7 @@ from runtimes.builder_process import run_builder
 from runtimes.bundle import open_bundle
 from runtimes.engine import open_engine
 from runtimes.engine_adapter import read_engine_adapter
-from runtimes.errors import BuildError, BundleError, InputError
+from runtimes.errors import BuildError, BundleError, EngineError, InputError
 from runtimes.hashes import sha256_of
 from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.ort_adapter_file import read_onnx_adapter
@@ -212,7 +212,7 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
     _refused(build("--freeze", "nobody"), code=2, match="has no adapter 'nobody'; it has: tied")
     not_a_plugin = tmp_path / "text.so"
     not_a_plugin.write_text("text")
-    _refused(build("--plugin", not_a_plugin), code=1, match="text.so does not load in tensorrt_rtx")
+    _refused(build("--plugin", not_a_plugin), code=4, match="text.so does not load in tensorrt_rtx")
     assert [p.name for p in tmp_path.iterdir()] == ["text.so"], "nothing is left of what was refused"
     _refused(build(target="tensorrt"), code=4, match="pip install 'reft-export[tensorrt]', or put its trtexec on PATH")
     without = _run(_environment(), "build", bundle, "--target", "tensorrt-rtx", "-o", output)
@@ -225,6 +225,7 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
         ({"target": "coreml"}, "target 'coreml' is unknown; known: tensorrt, tensorrt-rtx"),
         ({"timing_cache": Path("cache")}, "times nothing while it builds"),
         ({"timing_cache": Path("no/cache"), "target": "tensorrt"}, "no/cache: its folder does not exist"),
+        ({"timing_cache": Path("."), "target": "tensorrt"}, "--timing-cache . is a folder"),
         ({"plugin": Path("none.so")}, "none.so is not a file"),
         ({"plugin": Path("none.so"), "use_plugin": False}, "exclude each other"),
         ({"context": 513}, "is more than llama was made for, which is 512"),
@@ -233,6 +234,8 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
         ({"max_rank": 2}, "--max-rank is 2; the bundle's adapters need at least"),
         ({"max_rank": 257}, "--max-rank 257 is more than the kernels take, which is 256"),
         ({"max_slots": 1}, "--max-slots is 1; the bundle's adapters need at least 2"),
+        ({"max_slots": 2, "freeze": "tied"}, "--max-slots bounds the adapters that swap, and with --freeze none does"),
+        ({"max_rank": 8, "freeze": "base"}, "--max-rank bounds the adapters that swap"),
     ],
 )
 def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options, match) -> None:
@@ -241,6 +244,27 @@ def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options,
     monkeypatch.setattr(build_module, "load_tensorrt", lambda target: package)
     with pytest.raises(InputError, match=match):
         plan_build(bundle_folder("llama", "fp16"), BuildSettings(**{"target": "tensorrt-rtx", "compute_capabilities": ("8.6",), **options}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("7.5", False), ("8.0", False), ("8.6", True), ("8.9", True), ("9.0", False), ("12.0", True), ("12.1", True)]
+)
+def test_gpus_that_the_plugin_has_no_kernel_for(tmp_path, monkeypatch, capability, fits) -> None:
+    """Compiled for 86 and 120: 89 runs the kernel of 86, 121 that of 120; 90 can neither run 86 nor compile the PTX of 120."""
+    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1", ("86", "120")))
+    if fits:
+        build_module._check_kernels(tmp_path / "libreft_trt.so", (capability,))
+        return
+    with pytest.raises(EngineError, match=f"has kernels for sm 86, 120, and none for compute capability {capability}; build it with"):
+        build_module._check_kernels(tmp_path / "libreft_trt.so", ("8.6", capability))
+
+
+def test_a_library_that_needs_its_neighbour_is_no_plugin(bundle_folder, tmp_path) -> None:
+    """TensorRT would take it, and the engine that carries it alone would not load."""
+    library = tmp_path / "libreft_trt_autoload.so"
+    library.write_bytes(b"")
+    with pytest.raises(InputError, match="libreft_trt_autoload.so is for hosts that only open a library.*name libreft_trt.so itself"):
+        plan_build(bundle_folder("llama", "fp16"), BuildSettings(target="tensorrt-rtx", plugin=library))
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_only_the_graph_changes(layout, adapter, tmp_path):
     assert printed["build"] == [
         "export EDGELLM_PLUGIN_PATH=/path/to/libreft_trt_edgellm.so", f"llm_build --onnxDir {output} --engineDir ENGINE"
     ]  # fmt: skip
+    assert "-DREFT_EDGELLM_PLUGIN=" in printed["notes"][0]
     assert "add_1" in printed["found"]["0.block_output"] and "last tokens: leave KV reuse" in printed["notes"][-1]
     record = json.loads((output / "reft.json").read_text())
     assert record["adapters"]["tone"]["positions"] == "f2+l1" and record["folded_from"] == {"model.onnx": before["model.onnx"]}

@@ -160,6 +160,12 @@ def test_the_link_that_the_rtx_parser_needs(tmp_path, monkeypatch) -> None:
     assert builder_environment("tensorrt", folder)["LD_LIBRARY_PATH"] == "/somewhere"
 
 
+def test_the_builder_imports_from_where_the_user_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"site{os.pathsep}/elsewhere")
+    assert builder_environment("tensorrt", tmp_path)["PYTHONPATH"] == f"{tmp_path / 'site'}{os.pathsep}/elsewhere"
+
+
 class _Tensor:
     def __init__(self, name: str, dtype: str, rank: int) -> None:
         self.name, self.dtype, self.shape = name, type("DataType", (), {"name": dtype}), (-1,) * rank
@@ -235,15 +241,20 @@ def _mock_package(folder: Path, source: str) -> str:
         ("print('asserted: x', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)", r"died \(SIGSEGV\).*last: asserted: x"),
         ("os.abort()", r"died \(SIGABRT\)"),
         ("raise RuntimeError('no licence')", r"failed \(exit code 1\); it said last: .*RuntimeError: no licence"),
-        ("raise ImportError('libcudart.so.13: cannot open')", "tensorrt_rtx does not load: libcudart.so.13: cannot open"),
     ],
-    ids=["segmentation-fault", "abort", "python-error", "library"],
+    ids=["segmentation-fault", "abort", "python-error"],
 )
 def test_a_builder_that_dies_is_one_line(tmp_path, monkeypatch, source, match) -> None:
     monkeypatch.setenv("PYTHONPATH", _mock_package(tmp_path, source))
     with pytest.raises(BuildError, match=match) as caught:
         run_builder(_spec(tmp_path), tmp_path, update=lambda _: None)
     assert "\n" not in str(caught.value) and not (tmp_path / "engine.plan").exists()
+
+
+def test_a_library_that_does_not_load_keeps_its_exit_code(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", _mock_package(tmp_path, "raise ImportError('libcudart.so.13: cannot open')"))
+    with pytest.raises(BackendUnavailable, match="tensorrt_rtx does not load: libcudart.so.13: cannot open"):
+        run_builder(_spec(tmp_path), tmp_path, update=lambda _: None)
 
 
 def test_an_interrupt_ends_the_builder(tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from tensorrt_double import CudaDouble, DeviceFault, TensorRTDouble
+from tensorrt_double import ContextDouble, CudaDouble, DeviceFault, TensorRTDouble
 from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, VOCABULARY, ToyDecoder, toy_adapter, toy_tokenizer, write_toy_bundle
 from toy_engine import REBUILD, install_doubles, write_toy_engine
 
@@ -353,6 +353,18 @@ def test_an_engine_that_cannot_be_captured_decodes_without(engine: Engine, cuda:
             tokens = greedy_tokens(session, IDS, 8)
         np.testing.assert_array_equal(tokens, expected)
         assert not session.cuda_graphs
+
+
+def test_shapes_that_a_layer_refuses_are_one_line(engine: Engine, cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's Python package raises there, where it returns False or names elsewhere."""
+
+    def infer_shapes(context: ContextDouble) -> list[str]:
+        raise RuntimeError("Shape inference\nfailed")
+
+    with TensorRTSession(engine) as session:
+        monkeypatch.setattr(ContextDouble, "infer_shapes", infer_shapes)
+        with pytest.raises(ReftError, match=r"refuses these shapes \(Shape inference failed\)"):
+            forward(session)
 
 
 def test_the_plugin_is_loaded_before_the_plan(bundles: dict, tmp_path: Path, doubles: Doubles) -> None:
