@@ -32,6 +32,8 @@ from runtimes.records import RecordError, from_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+ENGINE_MANIFEST = "engine.json"
+"""Of an engine's folder, which is read by ``runtimes.engine``."""
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
@@ -278,6 +280,8 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     folder = Path(path)
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; a bundle is the folder that `reft-export export` writes")
+    if (folder / ENGINE_MANIFEST).is_file():
+        raise BundleError(f"{folder} is an engine, which run, parity, bench and inspect take; pass the bundle that it was built from")
     if not (folder / MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
     raw = read_json(folder / MANIFEST_FILE)

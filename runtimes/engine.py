@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtimes.bundle import (
+    ENGINE_MANIFEST,
     MANIFEST_FILE,
     Bundle,
     FileRecord,
@@ -31,7 +32,6 @@ from runtimes.errors import BundleError, ReftError
 from runtimes.records import RecordError, from_json, to_json
 
 SCHEMA_VERSION = 1
-ENGINE_MANIFEST = "engine.json"
 PLAN_FILE = "engine.plan"
 TARGETS = ("tensorrt", "tensorrt-rtx")
 

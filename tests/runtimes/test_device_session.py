@@ -16,7 +16,7 @@ from toy_engine import install_doubles, write_toy_engine
 from typer.testing import CliRunner, Result
 
 from reft_export.cli.main import app
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, open_bundle
 from runtimes.device_session import limits_of, open_artifact, open_session
 from runtimes.engine import Engine
 from runtimes.errors import BundleError, InputError
@@ -54,6 +54,12 @@ def refused(result: Result, code: int, match: str) -> None:
     assert result.exit_code == code, result.output
     lines = result.stderr.strip().splitlines()
     assert result.stdout == "" and len(lines) == 1 and re.search(match, lines[0]), result.stderr
+
+
+def test_an_engine_is_no_bundle(engine: Engine) -> None:
+    """For the verbs that need the graph: `quantize`, `train --base`."""
+    with pytest.raises(BundleError, match="is an engine, which run, parity, bench and inspect take; pass the bundle"):
+        open_bundle(engine.folder)
 
 
 def test_an_artifact_is_a_bundle_or_an_engine(bundle: Bundle, engine: Engine, cuda: CudaDouble, tmp_path: Path) -> None:
