@@ -11,6 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from calibration import per_token, qdq
 from calibration.activations import ActivationQuantization
 from calibration.weight_only import CONTRIB, dequantize_embedding, dequantize_nbits
+from calibration.weights import unmap
 
 _SUFFIXES = ("_Q4", "_Q8", "_F8", "_G4", "_G8")
 
@@ -22,7 +23,10 @@ def dequantized_weights(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
         if stored.name in seen:
             continue
         seen.add(stored.name)
-        yield _original_name(stored), _RESTORE[node.op_type](node)
+        restored = _RESTORE[node.op_type](node)
+        for value in node.inputs:
+            unmap(value)
+        yield _original_name(stored), restored
 
 
 def activation_quantization(model: ir.Model) -> dict[str, ActivationQuantization]:

@@ -16,7 +16,7 @@ from calibration.activations import ACTIVATION_OF, from_range
 from calibration.selection import select
 from calibration.settings import QuantizationSettings
 from calibration.weight_only import CONTRIB, nbits_weight, quantize_embedding, to_matmul_nbits
-from calibration.weights import QuantizedWeight, WeightError, relative_error
+from calibration.weights import QuantizedWeight, WeightError, relative_error, unmap
 from runtimes.errors import CalibrationError
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -60,6 +60,7 @@ def quantize_graph(
         if weight.name not in done:
             done[weight.name], error = _quantize_one(weight, settings)
             errors.append(error)
+            unmap(weight)
             for value in done[weight.name].values:
                 graph.register_initializer(value)
         rewrite(node, done[weight.name])

@@ -171,8 +171,8 @@ def dequantize(
         q -= unpack(zero_points.reshape(columns, -1), bits)[:, :blocks, None].astype(np.float32)
     else:
         q -= zero_points.reshape(columns, blocks, 1).astype(np.float32)
-    w = q * scales.reshape(columns, blocks, 1).astype(np.float32)
-    return np.ascontiguousarray(w.reshape(columns, blocks * block_size)[:, :rows].T)
+    q *= scales.reshape(columns, blocks, 1).astype(np.float32)
+    return np.ascontiguousarray(q.reshape(columns, blocks * block_size)[:, :rows].T)
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:

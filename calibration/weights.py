@@ -32,6 +32,12 @@ def constant(name: str, array: np.ndarray) -> ir.Value:
     return ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
 
 
+def unmap(value: ir.Value | None) -> None:
+    """Gives the pages of a weight's file back; it is mapped again when it is read again. All of a model's would add up to the model."""
+    if value is not None and isinstance(value.const_value, ir.ExternalTensor):
+        value.const_value.release()
+
+
 def relative_error(original: np.ndarray, restored: np.ndarray) -> float:
     norm = float(np.linalg.norm(original))
     return float(np.linalg.norm(restored - original)) / norm if norm else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from reft_export.calibrate import CalibrationRequest, check_request, steered_ran
 from reft_export.dequantized import load_dequantized
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
 from reft_export.golden import Steerer, fp32_logits
+from reft_export.memory import give_back
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.refit import REMEDY, RefitSettings, plan_refit
@@ -109,7 +109,7 @@ def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manif
     _copy_unchanged(plan.bundle, work)
     manifest = _finish(plan, work, graph, quantized)
     del graph
-    gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+    give_back()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
     return manifest, quantized.errors
 
 
@@ -155,12 +155,12 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     check_same_base(bundle, base, plan.model)
     exact = fp32_logits(base.model, inputs, steerers)
     del base
-    gc.collect()
+    give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
     graph = load_graph(bundle.graph_path)
     quantized = quantize_graph(graph, settings, plan.ranges)
     write_graph(graph, work)
-    gc.collect()
+    give_back()
     report("recording what the eager model says with the quantized weights")
     again = load_base(plan.model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, exact)
@@ -175,7 +175,9 @@ def _stepped(bundle: Bundle, model: str) -> list[Rung]:
         load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
         return loaded
 
-    return step_rungs(bundle, dequantized, stored_inputs(bundle), _steerers(bundle))
+    rungs = step_rungs(bundle, dequantized, stored_inputs(bundle), _steerers(bundle))
+    give_back()
+    return rungs
 
 
 def _steerers(bundle: Bundle) -> dict[str, Steerer]:

@@ -24,6 +24,7 @@ from calibration.products import activation_quantization, expose_quantized_input
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize, linear_of
 from reft_export.golden import GoldenInputs, Steerer, steering_of
+from reft_export.memory import give_back
 from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.ort_session import OrtSession, to_float32
@@ -52,6 +53,7 @@ def step_rungs(
         return []
     with tempfile.TemporaryDirectory() as folder:
         _run_graph(bundle, inputs, [BASE_GOLDEN, *steerers], set(sum(shown.values(), ())), Path(folder), provider, kernel)
+        give_back()
         model = model_of()
         how = {name: each for name, each in activation_quantization(graph).items() if name in shown}
         rungs = []

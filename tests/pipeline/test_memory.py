@@ -1,11 +1,15 @@
-"""A 1B-parameter decoder exports and folds in under 8 GB."""
+"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing one takes less than 1.5 times its size."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent.parent
 
 SCRIPT = """
 import resource, sys, torch
@@ -50,3 +54,65 @@ def test_one_billion_parameters(tmp_path) -> None:
     peak = run("export", tmp_path / "base", tmp_path / "graph")
     assert (tmp_path / "graph" / "model.onnx.data").stat().st_size > 4.0e9
     assert peak < 8e9, f"{peak / 1e9:.2f} GB"
+
+
+QUANTIZE_SCRIPT = """
+import resource, sys
+from pathlib import Path
+import tiny, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from calibration.settings import settings_for
+from reft_export import golden
+from reft_export.base import load_base
+from reft_export.calibrate import CalibrationRequest
+from reft_export.export import ExportSettings, export_bundle
+from reft_export.quantize import quantize_bundle
+from runtimes.adapter import save_adapter
+from runtimes.errors import ParityError
+
+golden.record_golden.__kwdefaults__["max_tokens"] = 4  # 64 greedy tokens take minutes, and no memory of their own
+root, quiet = Path(sys.argv[2]), {"report": lambda _: None}
+if sys.argv[1] == "make":
+    config = AutoConfig.for_model(
+        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=10, num_attention_heads=16,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model = model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0, 0.02)
+    model.save_pretrained(root / "base")
+    tiny.tokenizer().save_pretrained(root / "base")
+    save_adapter(tiny.random_adapter(load_base(root / "base").info, layers=(3, 7)), root / "edit")
+    export_bundle(str(root / "base"), [root / "edit"], root / "fp32", ExportSettings(), **quiet)
+else:
+    (root / "prompts.jsonl").write_text('{"prompt": "Number one and the sea", "completion": "yes"}')
+    scheme = settings_for(sys.argv[1])
+    request = CalibrationRequest(data=root / "prompts.jsonl", decode_tokens=4) if scheme.kind.activations == "static" else None
+    try:
+        quantize_bundle(root / "fp32", str(root / "base"), root / sys.argv[1], scheme, calibration=request, **quiet)
+    except ParityError as error:  # random weights leave little of a random edit; every other figure must hold
+        assert all(r.passed or r.delta is not None and r.figures.max_relative <= r.budget.logits for r in error.report.rungs)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_quantizing_takes_less_than_one_and_a_half_models(tmp_path) -> None:
+    """2.4 GB of float32 weights; everything counts: torch and onnxruntime themselves, the eager reference, mapped files."""
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-c", QUANTIZE_SCRIPT, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run("make", tmp_path)
+    size = (tmp_path / "fp32" / "model.onnx.data").stat().st_size
+    assert size > 2.3e9
+    for scheme in ("weight-only", "static"):
+        peak = int(run(scheme, tmp_path).split()[-1])
+        assert peak < 1.5 * size, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
