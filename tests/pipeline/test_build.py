@@ -166,6 +166,24 @@ def test_quickstart_engines(cli, quickstart_bundle, tensorrt_plugin, tmp_path) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "precision"), [("qdq-int4", "fp16"), ("qdq-int8", "fp32")])
+def test_quantized_quickstart_engines(cli, tensorrt_plugin, prompts_file, scheme, precision, tmp_path) -> None:
+    """int4 block DequantizeLinear and int8 Q/DQ, from the verbs that a user calls."""
+    calibrate = ["--calibrate", prompts_file] if scheme == "qdq-int8" else []
+    for arguments in (
+        ("export", "-m", base_path(), "-p", precision, "-o", tmp_path / "float"),
+        ("quantize", tmp_path / "float", "-m", base_path(), "--scheme", scheme, *calibrate, "-o", tmp_path / "quantized"),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 0, done.stderr
+    for options in (("--plugin", tensorrt_plugin), ("--no-plugin",)):
+        sms = ("--sm", 86, "--sm", 89, "--sm", 120)
+        said = _build(cli, tmp_path / "quantized", tmp_path / "engine", *sms, *options, "--force")
+        assert said["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+        assert open_engine(tmp_path / "engine").manifest.quantization.scheme == scheme
+
+
+@pytest.mark.slow
 def test_frozen_engines(cli, bundle_folder, tmp_path) -> None:
     """A frozen engine answers for what is frozen into it and for nothing else."""
     bundle = bundle_folder("llama", "fp16")
