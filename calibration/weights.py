@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ def constant(name: str, array: np.ndarray) -> ir.Value:
 def unmap(value: ir.Value | None) -> None:
     """Gives the pages of a weight's file back; it is mapped again when it is read again. All of a model's would add up to the model."""
     if value is not None and isinstance(value.const_value, ir.ExternalTensor):
-        value.const_value.release()
+        with suppress(BufferError):  # somebody still reads an array of it
+            value.const_value.release()
 
 
 def relative_error(original: np.ndarray, restored: np.ndarray) -> float:
