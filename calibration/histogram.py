@@ -10,7 +10,7 @@ from runtimes.errors import CalibrationError
 
 BINS = 8192
 START = 2.0**-100
-"""The first limit. Below float32's reciprocal range, so that scaling by BINS / (2 limit) stays exact."""
+"""The first limit, below any activation that matters."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,7 +49,8 @@ class Histogram:
             raise CalibrationError(f"{where} holds values that are not finite; check the bundle with `reft-export parity`")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.grow(max(-low, high))
-        index = np.floor(values * np.float32(BINS / 2 / self.limit)).astype(np.int64) + BINS // 2
+        # In float64, so that a subnormal stays on its side of 0.
+        index = np.floor(values.astype(np.float64) * (BINS / 2 / self.limit)).astype(np.int64) + BINS // 2
         self.counts += np.bincount(index, minlength=BINS)
 
     def grow(self, peak: float) -> None:

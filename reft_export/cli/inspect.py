@@ -153,7 +153,7 @@ def quantization(q: Any) -> str:
     if q.embeddings:
         parts.append(f"embedding int{q.embeddings}")
     if q.kept:
-        parts.append(f"in float: {', '.join(q.kept)}")
+        parts.append(f"{len(q.kept)} weights in float ({', '.join(q.kept[:3])}{', ..' if len(q.kept) > 3 else ''})")
     if c := q.calibration:
         mixture = ", ".join(f"{name} {share:.0%}" for name, share in c.mixture.items())
         parts.append(f"ranges {c.observer} over {c.prompts} prompts, {c.tokens} tokens of {mixture} (data {c.data[:12]})")
