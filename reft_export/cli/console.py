@@ -25,8 +25,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
 """128 + SIGINT, what a shell expects after Ctrl-C."""
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+# Without emoji: module:x:function is a name, not a picture.
+err = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+out = Console(emoji=False, highlight=False, soft_wrap=True)
 if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 160  # a log file has no width; 80 columns would cut the tables
 

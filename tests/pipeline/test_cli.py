@@ -113,6 +113,7 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
     refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'")
     refused("run", bundle, "-p", "x" * 600, code=2, match="do not fit the context of llama (512)")
     refused("run", bundle, "-p", "x", "--provider", "cuda", code=4, match="pip")
+    refused("run", bundle, "-p", "x", "--kernel", ":x:", code=2, match="--kernel ':x:' is unknown")  # no emoji
     refused("run", bundle, "-p", "x", "--kernel", "magic", code=2, match="--kernel 'magic' is unknown")
     refused("run", bundle, "-p", "x", "--system", "be kind", code=2, match="chat template")
     broken = tmp_path / "broken.jsonl"
