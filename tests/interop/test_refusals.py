@@ -272,6 +272,7 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path) -> None:
     common = (LOREFT, "-m", BASE, "-o", tmp_path / "mine")
     for arguments in (common, (*common, "--positions", "f2+l2", "--activation", "none", "--tied", "--format", "gguf")):

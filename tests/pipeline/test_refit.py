@@ -163,6 +163,7 @@ def test_an_adapter_under_another_ones_name_is_refused(bundle_folder, base_folde
         )
 
 
+@pytest.mark.slow
 def test_refit_while_quantizing_and_again_from_the_original(bundle_folder, base_folder, adapter_folders, data, tmp_path) -> None:
     """The bundle of quantize --refit; a second refit starts from the same original, not from its own result."""
     from calibration.settings import settings_for

@@ -38,13 +38,15 @@ JOBS = {
     "qdq-int8": ("qdq-int8", {}),
     "fp8": ("fp8", {}),
 }
+FAST = ("int4", "dynamic", "static", "qdq-int4")
+"""One of each kind; `make test-slow` runs the others."""
 
 
 def request_for(scheme: str, prompts: Path) -> CalibrationRequest | None:
     return CalibrationRequest(data=prompts, decode_tokens=6) if settings_for(scheme).kind.activations == "static" else None
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.slow) for job in JOBS])
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gpt2", "opt", "gemma3_text"))]
 )
@@ -90,6 +92,7 @@ def check_edit_is_float(graph: ir.Model, before: ir.Model) -> None:
         np.testing.assert_array_equal(graph.graph.initializers[name].const_value.numpy(), array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["dynamic", "static", "qdq-int4"])
 def test_parity_runs_eager_again(job, float_bundle, prompts_file, tmp_path) -> None:
     scheme, options = JOBS[job]
