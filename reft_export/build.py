@@ -318,8 +318,14 @@ def _limits(
     bundle: Bundle, settings: BuildSettings, tensors: Mapping[str, Mapping[str, np.ndarray]], graph: EngineGraph, *, plugin: bool
 ) -> EngineLimits:
     """What the user set, else defaults within the model's context and never below what the bundle's adapters need."""
-    banks = [array for adapter in tensors.values() for name, array in adapter.items() if array.ndim == 2]
-    slots, rank = (max((array.shape[axis] for array in banks), default=1) for axis in (0, 1))
+    axes = {name: ("N", *bank.axes) for node in bundle.nodes for name, bank in zip(node.bank_names, node.spec.banks, strict=True)}
+    sizes = [
+        (axis, size)
+        for adapter in tensors.values()
+        for name, array in adapter.items()
+        for axis, size in zip(axes.get(name, ()), array.shape, strict=False)
+    ]
+    slots, rank = (max((size for axis, size in sizes if axis == wanted), default=1) for wanted in ("N", "r"))
     if settings.freeze is not None:
         slots = rank = 1
     model = bundle.manifest.model.context_length

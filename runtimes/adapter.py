@@ -177,6 +177,11 @@ class Adapter:
         return self.positions.tensors(tied=self.tied)
 
 
+def form_of(method: str, rank: int) -> str:
+    """``loreft, rank 4``; ``red`` where there is no rank to speak of."""
+    return method if method in FULL_RANK_METHODS else f"{method}, rank {rank}"
+
+
 def parameter_shape(method: str, name: str, rank: int, width: int) -> tuple[int, ...]:
     """[r, D] for the low-rank methods' capitals, [r] for their small letters; [D] for RED's vectors."""
     if method in FULL_RANK_METHODS:
