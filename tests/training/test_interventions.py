@@ -188,7 +188,7 @@ def test_start_from_an_adapter_gives_it_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "red"}, "method 'red' is unknown"),
+        ({"method": "magic"}, "method 'magic' is unknown"),
         ({"rank": WIDTH + 1}, f"use 1 to its width {WIDTH}"),
         ({"activation": "swish"}, "activation 'swish' is unknown"),
         ({"method": "lobireft", "activation": "relu"}, "lobireft has no place for an activation"),
