@@ -17,7 +17,10 @@ from runtimes.native_library import library_name
 
 ROOT = Path(__file__).parent.parent.parent
 NATIVE = ROOT / "runtimes" / "native"
-SOURCES = ("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "ort/lo_reft_op.cc", "c_api/reft.cc")
+SOURCES = (
+    *("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "c_api/reft.cc"),
+    *("ort/op.cc", "ort/lo_reft_op.cc", "ort/red_op.cc", "ort/register.cc"),
+)
 X86_SOURCES = {
     "cpu/rows_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/rows_avx512.cc": (
@@ -68,7 +71,8 @@ def test_kernels_and_op_under_the_sanitizers(tmp_path) -> None:
     library = tmp_path / library_name()
     sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
     compile_library(cxx, library, *sanitize, x86=is_x86())
-    tests = [str(Path(__file__).parent / name) for name in ("test_cpu_kernels.py", "test_ort_op.py")]
+    names = ("test_cpu_kernels.py", "test_ort_op.py", "test_red_cpu_kernels.py", "test_red_ort_op.py")
+    tests = [str(Path(__file__).parent / name) for name in names]
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import native_op, pytest;"
         "native_op.find_op_library = lambda: Path(sys.argv[2]);"
@@ -103,7 +107,7 @@ def test_aarch64(tmp_path) -> None:
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("compiled for aarch64; no qemu-aarch64 here to run it (Debian: qemu-user-static)")
-    objects = [o for o in tmp_path.glob("*.o") if o.stem != "lo_reft_op"]
+    objects = [tmp_path / f"{name}.o" for name in ("edit_cpu", "rows_portable", "rows_neon", "reft")]
     flags = ("-std=c++17", "-O1", "-static", f"-I{NATIVE}", f"-I{NATIVE}/include")
     run(cxx, *flags, Path(__file__).parent / "compare_kernels.cc", *objects, "-o", tmp_path / "compare")
     assert "neon and portable agree" in run(emulator, tmp_path / "compare").stdout

@@ -2,6 +2,7 @@
 //
 //     project:  z = A h + b0      A [rank, width], h rows of [width]  ->  z [rank, kRows]  (b and the activation come after it)
 //     expand:   y = h + U^T z     U [rank, width]
+//     scale:    y = s * h + b     s, b [width]         (RED)
 //
 // Included by one source file per instruction set, which gives the vector type V. The rows of a block go through A and U together, so
 // that a bank is read once per block and every loaded vector of it serves kRows multiply-adds.
@@ -142,11 +143,38 @@ void expand(const void* const* h, void* const* y, int rows, const void* U, int64
   }
 }
 
+// Columns [begin, end) of R rows through one load of scale and bias.
+template <class V, class T, int R>
+inline void scale_tile(const T* const* h, T* const* y, const T* scale, const T* bias, int64_t begin, int64_t end) {
+  int64_t d = begin;
+  for (; d + V::kLanes <= end; d += V::kLanes) {
+    const typename V::Register s = V::load(scale + d), b = V::load(bias + d);
+    typename V::Register out[R];
+    for (int i = 0; i < R; ++i) out[i] = V::multiply_add(s, V::load(h[i] + d), b);
+    for (int i = 0; i < R; ++i) V::store(y[i] + d, out[i]);
+  }
+  if (d == end) return;
+  const int count = static_cast<int>(end - d);
+  const typename V::Register s = V::load_some(scale + d, count), b = V::load_some(bias + d, count);
+  for (int i = 0; i < R; ++i) V::store_some(y[i] + d, V::multiply_add(s, V::load_some(h[i] + d, count), b), count);
+}
+
+template <class V, class T>
+void scale_rows(const void* const* h, void* const* y, int rows, const void* scale, const void* bias, int64_t width) {
+  const T* const* from = reinterpret_cast<const T* const*>(h);
+  T* const* to = reinterpret_cast<T* const*>(y);
+  const T *s = static_cast<const T*>(scale), *b = static_cast<const T*>(bias);
+  int i = 0;
+  for (; i + kGroup <= rows; i += kGroup) scale_tile<V, T, kGroup>(from + i, to + i, s, b, 0, width);
+  for (; i < rows; ++i) scale_tile<V, T, 1>(from + i, to + i, s, b, 0, width);
+}
+
 template <class V>
 constexpr RowKernels row_kernels_of(const char* name) {
   return {name,
           {project<V, float>, project<V, Float16>, project<V, BFloat16>},
-          {expand<V, float>, expand<V, Float16>, expand<V, BFloat16>}};
+          {expand<V, float>, expand<V, Float16>, expand<V, BFloat16>},
+          {scale_rows<V, float>, scale_rows<V, Float16>, scale_rows<V, BFloat16>}};
 }
 
 }  // namespace
