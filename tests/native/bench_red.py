@@ -56,7 +56,8 @@ def main(width: int = 2048) -> None:
         for _ in range(REPEATS):
             for name, call in (("edit", edits[0]), ("pass", passes[0])):
                 near[name] = min(near[name], seconds(call), seconds(call))  # the second call finds its rows in the cache
-        far = {name: median(seconds(call) for _ in range(2 * len(many))) for name, call in (("edit", in_turn(edits)), ("pass", in_turn(passes)))}
+        turns = {"edit": in_turn(edits), "pass": in_turn(passes)}
+        far = {name: median(seconds(call) for _ in range(2 * len(many))) for name, call in turns.items()}
         cached, memory = (f"{t['edit'] * 1e6:6.1f} us, {t['edit'] / t['pass']:5.2f} of a pass" for t in (near, far))
         print(f"{kernels:9} {dtype:9} in cache {cached}   from memory {memory}")
 

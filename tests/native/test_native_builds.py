@@ -151,7 +151,7 @@ def test_the_plugin_compiles_from_the_wheel(wheel, tmp_path) -> None:
     assert ask("find_plugin_library()") == "None"
     run("sh", "-c", ask("plugin_build_command()"), cwd=tmp_path, env=environment)
     assert Path(ask("find_plugin_library()")).is_relative_to(tmp_path / "venv")
-    assert ask("plugin_details(find_plugin_library())[0]") == "LoReFT 1, TensorRT 10.3.0"
+    assert ask("plugin_details(find_plugin_library())[0]") == "LoReFT 1, RED 1, TensorRT 10.3.0"
 
 
 @pytest.mark.slow
