@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import native_red
 import numpy as np
 import pytest
 from native_op import COMPILERS, as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
@@ -188,8 +189,31 @@ def cases(folder: Path) -> None:
     chain = draw(1, (2, 5), 32, 4, 2, "float32")
     chain["x"], chain["scale"] = chain.pop("h"), np.linspace(0.1, 0.4, 32, dtype=np.float32)
     np.savez(folder / "chain.npz", **chain)
+    red_cases(folder)
     for name, attributes in (("bad_name", {"activation": "softmax"}), ("bad_number", {"activation": 3}), ("plain", {})):
         (folder / f"{name}.onnx").write_bytes(op_model(**attributes).SerializeToString())
+
+
+def red_cases(folder: Path) -> None:
+    from test_red_ort_op import residual_chain
+
+    info = helper.make_tensor_value_info
+    for dtype, number in {"float32": 1, "float16": 10, "bfloat16": 16}.items():
+        for rank, leading in ((2, (29,)), (3, (3, 17))):
+            shape = [f"d{i}" for i in range(rank - 1)]
+            inputs = [info("h", 1, [*shape, "D"]), info("slot", 6, shape), *native_red.bank_inputs(1)]
+            nodes = [helper.make_node("Cast", [n], [f"{n}_"], to=number) for n in ("h", "scale", "bias")]
+            nodes.append(helper.make_node("RED", ["h_", "slot", "scale_", "bias_"], ["y_"], domain="ai.reft", plugin_version="1"))
+            nodes.append(helper.make_node("Cast", ["y_"], ["y"], to=1))
+            model = as_model(nodes, inputs, [info("y", 1, [*shape, "D"])])
+            (folder / f"red_{dtype}_{rank}.onnx").write_bytes(model.SerializeToString())
+            feeds = native_red.draw(rank, leading, 70, 3, dtype)
+            np.savez(folder / f"red_{dtype}_{rank}.npz", **{n: a if n == "slot" else a.astype(np.float32) for n, a in feeds.items()})
+    (folder / "red_chain.onnx").write_bytes(residual_chain(5).SerializeToString())
+    feeds = {**draw(1, (2, 5), 32, 4, 2, "float32"), **native_red.draw(1, (2, 5), 32, 2, "float32")}
+    feeds["x"], feeds["weight"] = feeds.pop("h"), np.linspace(0.1, 0.4, 32, dtype=np.float32)
+    np.savez(folder / "red_chain.npz", **feeds)
+    (folder / "red_plain.onnx").write_bytes(native_red.red_model().SerializeToString())
 
 
 def check_in(python: Path, library: Path, folder: Path) -> None:
@@ -199,17 +223,22 @@ def check_in(python: Path, library: Path, folder: Path) -> None:
     done = run(python, IN_THE_CHILD, library, folder / "cases", cwd=folder)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["in_place"] == 5 and told["chain_calls"] == 5
+    assert told["red_in_place"] == 10 and told["red_chain_calls"] == 10
+    assert "RED: bias has shape [3, 8], expected [2, 8], the shape of scale" in told["red_bad_shape"]
     assert "LoReFT: attribute activation is 'softmax', expected one of" in told["bad_name"]
     assert "LoReFT: attribute activation is the integer 3, expected a string" in told["bad_number"]
     assert "LoReFT: slot has shape [4], expected [2, 5]" in told["bad_shape"]
     assert "LoReFT: slot is int64, expected int32" in told["bad_type"] or "tensor(int64)" in told["bad_type"]
     for path in (folder / "cases").glob("*_y.npy"):
         name = path.stem.removesuffix("_y")
-        dtype = name.partition("_")[0]
+        dtype = name.removeprefix("red_").partition("_")[0]
         with np.load(folder / "cases" / f"{name}.npz") as arrays:
             feeds = dict(arrays)
-        check(np.load(path), feeds, dtype, "gelu", "first_half")
-    assert len(list((folder / "cases").glob("*_y.npy"))) == 6
+        if name.startswith("red_"):
+            native_red.check(np.load(path), feeds, dtype)
+        else:
+            check(np.load(path), feeds, dtype, "gelu", "first_half")
+    assert len(list((folder / "cases").glob("*_y.npy"))) == 12
 
 
 @pytest.mark.slow
