@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.external import load_graph
+from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.engine_profiles import EngineLimits, engine_profiles
 from runtimes.builder_process import run_builder, run_trtexec
@@ -160,6 +161,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         _check_kernels(plugin, capabilities)
+        _check_ops(plugin, graph)
     limits = _limits(bundle, settings, tensors, graph, plugin=plugin is not None)
     if settings.freeze is not None:
         tensors = {name: {} for name in tensors if name == settings.freeze}
@@ -277,6 +279,20 @@ def _check_kernels(plugin: Path, capabilities: tuple[str, ...]) -> None:
                 f"the plugin {plugin} has kernels for sm {', '.join(architectures)}, and none for compute capability {capability}; build "
                 f"it with -DREFT_CUDA_ARCHITECTURES={capability.replace('.', '')} (`reft-export doctor` has the line), or pass --no-plugin"
             )
+
+
+def _check_ops(plugin: Path, graph: EngineGraph) -> None:
+    """Raises EngineError for an edit that the plugin does not have; the parser would only say that it has no importer for it."""
+    try:
+        version, _ = plugin_details(plugin)
+    except OSError:
+        return  # the builder says why it does not load
+    has = {part.split()[0] for part in version.split(",")}
+    if lacks := sorted({node.op_type for node in graph.model.graph if is_edit(node)} - has):
+        raise EngineError(
+            f"the plugin {plugin} has {version}, and no {lacks[0]}, which the graph needs; compile it again (`reft-export doctor` has the "
+            "line), or pass --no-plugin"
+        )
 
 
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:

@@ -18,8 +18,8 @@ from runtimes.folders import check_destination
 from runtimes.positions import PositionRule
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
-PICKLES = (".pth", ".pt", ".bin")
-"""What a ``torch.save``d state dict is called."""
+PICKLES = (".pth", ".pt")
+"""What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
 Reader = Callable[[Path, Request, Outline], ForeignAdapter]
 

@@ -24,10 +24,11 @@ from graph_passes.external import load_graph
 from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
+from reft_export import build as build_module
 from reft_export import bundling
 from reft_export.banks import bank_edits
 from reft_export.base import load_base
-from reft_export.build import BuildSettings, _limits
+from reft_export.build import BuildSettings
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
 from reft_export.eager import site_module, steered
@@ -45,7 +46,7 @@ from runtimes.bundle import open_bundle
 from runtimes.edit import ScaleBiasEdit
 from runtimes.engine import open_engine
 from runtimes.engine_adapter import read_engine_adapter
-from runtimes.errors import ParityError
+from runtimes.errors import EngineError, ParityError
 from runtimes.golden import check_golden
 from runtimes.op import RED_TYPE
 from runtimes.ort_adapter_file import read_onnx_adapter
@@ -325,7 +326,7 @@ def test_plan_of_an_engine(red_bundle) -> None:
     opened = open_bundle(red_bundle())
     tensors = {name: read_onnx_adapter(opened.adapter(name).file) for name in opened.adapter_names}
     graph = derive_tensorrt_graph(load_graph(opened.graph_path), plugin=False)
-    limits = _limits(opened, BuildSettings(target="tensorrt-rtx", use_plugin=False), tensors, graph, plugin=False)
+    limits = build_module._limits(opened, BuildSettings(target="tensorrt-rtx", use_plugin=False), tensors, graph, plugin=False)
     assert (limits.tuned_rank, limits.tuned_slots) == (4, 2) and limits.max_rank < tiny.WIDTH
     banks = {name for node in opened.nodes for name in node.bank_names}
     for profile in engine_profiles(graph.inputs, banks, limits):
@@ -333,16 +334,27 @@ def test_plan_of_an_engine(red_bundle) -> None:
         assert (shape.min, shape.opt, shape.max) == ((1, tiny.WIDTH), (2, tiny.WIDTH), (limits.max_slots, tiny.WIDTH))
 
 
+def test_a_plugin_from_before_is_refused(red_bundle, tmp_path, monkeypatch) -> None:
+    graph = derive_tensorrt_graph(load_graph(open_bundle(red_bundle()).graph_path), plugin=True)
+    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",)))
+    build_module._check_ops(tmp_path / "libreft_trt.so", graph)
+    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1, TensorRT 10.3.0", ("86",)))
+    with pytest.raises(EngineError, match="has LoReFT 1, TensorRT 10.3.0, and no RED, which the graph needs; compile it again"):
+        build_module._check_ops(tmp_path / "libreft_trt.so", graph)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("freeze", [None, "red-untied"])
-def test_tensorrt_engines_of_the_function(freeze, red_bundle, tensorrt_rtx, tmp_path) -> None:
-    """The real TensorRT-RTX builds both bodies; adapters stay inputs, or one is part of the engine."""
+@pytest.mark.parametrize(("freeze", "plugin"), [(None, False), ("red-untied", False), (None, True)])
+def test_tensorrt_engines(freeze, plugin, red_bundle, tensorrt_rtx, request, tmp_path) -> None:
+    """The real TensorRT-RTX builds both bodies, and both plugins; adapters stay inputs, or one is part of the engine."""
+    how = ["--plugin", request.getfixturevalue("tensorrt_plugin")] if plugin else ["--no-plugin"]
     command = [sys.executable, "-m", "reft_export.cli.main", "build", red_bundle("llama", "fp16"), "--target", "tensorrt-rtx"]
-    command += ["--sm", "89", "--no-plugin", "-o", tmp_path / "engine", *(["--freeze", freeze] if freeze else [])]
+    command += ["--sm", "86", *how, "-o", tmp_path / "engine", *(["--freeze", freeze] if freeze else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tensorrt_rtx["PYTHONPATH"]}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-1500:]
     engine = open_engine(tmp_path / "engine", verify=True)
+    assert (engine.engine.plugin is not None) == plugin
     names = {record.name for record in engine.engine.inputs if ".red." in record.name}
     assert names == (set() if freeze else {name for node in engine.nodes if node.op == RED_TYPE for name in node.bank_names})
     assert set(engine.adapter_names) == ({freeze} if freeze else set(ADAPTERS))
