@@ -162,10 +162,12 @@ class Adapter:
         Raises AdapterError when the graph lacks a node that the adapter needs.
         """
         mine = {node_of(site, edits[0]): edits for site, edits in self.edits().items()}
-        missing = sorted(str(n.name) for n in set(mine) - set(nodes))
+        missing = sorted(set(mine) - set(nodes), key=lambda node: node.name)
         if missing:
+            # --sites makes nodes of the plain low-rank op.
+            or_sites = " or with --sites" if missing[0] == EditNode(site=missing[0].site) else ""
             raise AdapterError(
-                f"the graph has no edit node {missing[0]} ({len(missing)} missing); export it with this adapter or with --sites"
+                f"the graph has no edit node {missing[0].name} ({len(missing)} missing); export it with this adapter{or_sites}"
             )
         banks: dict[str, np.ndarray] = {}
         for node in nodes:

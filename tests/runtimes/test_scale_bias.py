@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from runtimes.adapter import BaseModel, load_adapter, save_adapter
-from runtimes.bundle import NodeRecord
+from runtimes.bundle import NodeRecord, TensorRecord
 from runtimes.edit import STREAMS, LowRankEdit, ScaleBiasEdit, Site, in_sequence
 from runtimes.errors import AdapterError
 from runtimes.op import RED_TYPE, EditNode, bank_of, edits_of, is_no_edit, no_edit_bank, node_of
 from runtimes.records import from_json, to_json
+from runtimes.tensorrt_adapters import DeviceAdapters
 
 BASE = BaseModel(name="base", fingerprint="f" * 64, num_hidden_layers=tiny.LAYERS, hidden_size=tiny.WIDTH)
 NODE = EditNode(site=Site(layer=2, stream="mlp_output"), op=RED_TYPE)
@@ -109,6 +111,15 @@ def test_node_records_of_bundles_from_before() -> None:
     assert from_json(NodeRecord, json.loads(json.dumps(to_json(NodeRecord.of(NODE))))).node == NODE
 
 
+def test_an_engine_without_an_adapter_binds_no_edit() -> None:
+    """TensorRT knows no defaults: zeros for every bank would be a scale of zero."""
+    inputs = [TensorRecord(name=name, dtype="float16", shape=("N", 8)) for name in NODE.bank_names]
+    loaded = SimpleNamespace(inputs={record.name: record for record in inputs})
+    bound = DeviceAdapters(SimpleNamespace(nodes=(NODE,)), loaded, None, None)._base()
+    for name, want in zip(NODE.bank_names, no_edit_bank(8, np.dtype(np.float16), RED_TYPE), strict=True):
+        assert bound[name].tobytes() == want.tobytes() and bound[name].shape == (1, 8)
+
+
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_folds_to_its_vectors(stream, tied, tmp_path) -> None:
@@ -126,7 +137,7 @@ def test_an_adapter_folds_to_its_vectors(stream, tied, tmp_path) -> None:
     assert banks[nodes[0].bank_names[0]].shape == (1 if tied else 2, tiny.WIDTH)
     assert banks["reft.1.block_output.U"].shape == (1, 1, tiny.WIDTH)
     assert (banks["reft.1.block_output.red.scale"] == 1).all() and not banks["reft.1.block_output.red.bias"].any()
-    with pytest.raises(AdapterError, match="has no edit node reft.0"):
+    with pytest.raises(AdapterError, match=r"has no edit node reft.0.*red \(2 missing\); export it with this adapter$"):
         again.banks((EditNode(site=Site(layer=0, stream=stream)),), np.dtype(np.float32))
 
 
