@@ -184,6 +184,7 @@ PAIR = {"1.scale": SCALES[1], "1.bias": BIASES[1]}
     ("arrays", "request_", "match"),
     [
         (PAIR, Request(stream="mlp_output"), "does not record positions.*--positions"),
+        ({"scale": SCALES[0], "bias": BIASES[0]}, Request(), "positions, the stream and its layers.*--positions .*--stream .*--layers"),
         (PAIR, Request(positions="all"), "does not record the stream.*--stream .block_input"),
         ({"scale": SCALES[0], "bias": BIASES[0]}, ALL, "does not record its layers.*--layers .0 to 3"),
         ({"1.scale": SCALES[1]}, ALL, r"1.scale has no bias beside it \(1.mlp_output\).*store zeros as its bias"),
