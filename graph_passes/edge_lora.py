@@ -21,14 +21,17 @@ import onnx_ir as ir
 
 from graph_passes.insert import is_edit
 from runtimes.errors import GraphError
-from runtimes.op import EditNode
+from runtimes.op import OP_TYPE, EditNode
 
 
 def use_lora_inputs(graph: ir.Graph, *, slots: int) -> None:
     """Replaces the banks of every edit node by LoRA inputs for ``slots`` slots each, in place.
 
-    Raises GraphError where a stream is not float16, the one type that the runtime has zeros of.
+    Raises GraphError where a stream is not float16, the one type that the runtime has zeros of, and for RED, which is no low-rank
+    product: zeros, which the runtime binds without an adapter, would be a scale of zero.
     """
+    if full_rank := [node.name for node in graph if is_edit(node) and node.op_type != OP_TYPE]:
+        raise GraphError(f"{full_rank[0]} is a scale and bias (RED), which no LoRA weight can hold; fold without --as-lora")
     for node in [node for node in graph if is_edit(node)]:
         banks = node.inputs[2:]
         if any(bank.dtype != ir.DataType.FLOAT16 for bank in banks):

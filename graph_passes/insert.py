@@ -1,4 +1,4 @@
-"""Inserts ai.reft::LoReFT behind the streams of a decoder graph, together with its banks, slots and function bodies."""
+"""Inserts the ops of domain ai.reft behind the streams of a decoder graph, together with its banks, slots and function bodies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.dominators import Dominators, describe
-from graph_passes.function_body import edit_function
+from graph_passes.function_body import function_of
 from graph_passes.sites import SiteLocation, locate_sites
 from graph_passes.skip_norms import refuse_training_norm, split_skip_norm
 from graph_passes.slot_rule import SLOT_VALUE
@@ -16,7 +16,7 @@ from graph_passes.slots import SLOT_MODES, add_slots
 from graph_passes.streams import StreamType, stream_type
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError
-from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
+from runtimes.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
 
 FUNCTION_IR_VERSION = 8
 """The first IR version with model-local functions; overloads of them came with 10."""
@@ -24,14 +24,14 @@ OVERLOAD_IR_VERSION = 10
 
 
 def insert_edits(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "graph", per_token: bool = False) -> None:
-    """Inserts one LoReFT node per entry of ``nodes``, in place.
+    """Inserts one LoReFT or RED node per entry of ``nodes``, in place.
 
-        stream -> consumers    becomes    stream -> LoReFT [-> LoReFT ..] -> the same consumers, at the same input index
+        stream -> consumers    becomes    stream -> LoReFT [-> LoReFT .. -> RED] -> the same consumers, at the same input index
 
     Nodes of one site stand in series in the order given; where an edit of block i's output and one of block i+1's input share a
-    value, the output's comes first. Banks are ``[1, 1, D]`` zeros that a runtime may override with any N and r; slots come from the
-    graph's attention_mask (``slots="graph"``) or from the input reft_slot ("input"). As inserted, nothing is edited. Where a stream
-    is hidden inside a fused skip norm, that node is split.
+    value, the output's comes first. Banks hold no edit (``runtimes.op.no_edit_bank``), and a runtime may override them with any N and r;
+    slots come from the graph's attention_mask (``slots="graph"``) or from the input reft_slot ("input"). As inserted, nothing is
+    edited. Where a stream is hidden inside a fused skip norm, that node is split.
 
     Raises SiteNotFound or SiteAmbiguous for a site the graph does not show, GraphError for a graph that carries edits already, that
     uses the names reft.* itself, whose opset is below 15 or whose stream is not float32, float16 or bfloat16.
@@ -59,7 +59,7 @@ class InsertEdits(ir.passes.InPlacePass):
             raise GraphError("no edit to insert; name at least one site")
         if len(set(self.nodes)) != len(self.nodes):
             twice = next(node.name for node in self.nodes if self.nodes.count(node) > 1)
-            raise GraphError(f"{twice} is asked for twice; one node per site and activation serves every adapter")
+            raise GraphError(f"{twice} is asked for twice; one node per site, op and activation serves every adapter")
         refuse_folded(model)
         _refuse_taken_names(model, self.nodes)
 
@@ -69,12 +69,7 @@ class InsertEdits(ir.passes.InPlacePass):
         # All checks come before the first change, so that a refused graph is left as it was.
         types = {site: stream_type(site, location) for site, location in located.items()}
         functions = {
-            node.overload: edit_function(
-                opset=model.opset_imports.get("", 0),
-                activation=node.activation,
-                activated=node.activated,
-                per_token=self.per_token,
-            )
+            (node.op, node.overload): function_of(node, opset=model.opset_imports.get("", 0), per_token=self.per_token)
             for node in self.nodes
         }
         for location in located.values():
@@ -93,7 +88,7 @@ class InsertEdits(ir.passes.InPlacePass):
         model.opset_imports[DOMAIN] = OP_VERSION
         for function in functions.values():
             model.functions[function.identifier()] = function
-        needed = OVERLOAD_IR_VERSION if any(functions) else FUNCTION_IR_VERSION
+        needed = OVERLOAD_IR_VERSION if any(overload for _, overload in functions) else FUNCTION_IR_VERSION
         model.ir_version = max(model.ir_version, needed)
         return ir.passes.PassResult(model, modified=True)
 
@@ -109,15 +104,15 @@ class InsertEdits(ir.passes.InPlacePass):
                 raise GraphError(f"{', '.join(left) or 'a graph output'} still reads {stream.name!r} before {node.name}")
             if None in node.inputs or not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
                 raise GraphError(f"{node.name} is not wired: inputs {[str(v and v.name) for v in node.inputs]}")
-            if (DOMAIN, OP_TYPE, node.overload) not in model.functions:
-                raise GraphError(f"{node.name} has no function body for overload {node.overload!r}")
+            if node.op_identifier() not in model.functions:
+                raise GraphError(f"{node.name} has no function body for {node.op_type}, overload {node.overload!r}")
         # Building the dominator tree refuses a graph that is not sorted.
         Dominators(model.graph, model.graph.inputs[0])
 
 
 def is_edit(node: ir.Node) -> bool:
-    """Whether ``node`` is an ai.reft::LoReFT node."""
-    return node.domain == DOMAIN and node.op_type == OP_TYPE
+    """Whether ``node`` is an edit: LoReFT or RED of domain ai.reft."""
+    return node.domain == DOMAIN and node.op_type in OPS
 
 
 def refuse_folded(model: ir.Model) -> None:
@@ -165,14 +160,9 @@ def _insert_behind(graph: ir.Graph, value: ir.Value, group: Sequence[EditNode], 
     inserted = []
     for edit in group:
         node = ir.node(
-            OP_TYPE,
+            edit.op,
             [edited, slot, *_add_banks(graph, edit, kind)],
-            {
-                "activation": edit.activation,
-                "activated": edit.activated,
-                "plugin_namespace": PLUGIN_NAMESPACE,
-                "plugin_version": PLUGIN_VERSION,
-            },
+            {**edit.attributes, "plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION},
             domain=DOMAIN,
             overload=edit.overload,
             name=edit.name,
@@ -195,13 +185,15 @@ def _insert_behind(graph: ir.Graph, value: ir.Value, group: Sequence[EditNode], 
 
 
 def _add_banks(graph: ir.Graph, edit: EditNode, kind: StreamType) -> list[ir.Value]:
-    """U [N, r, D], A [N, r, D], b [N, r]: initializers of N = r = 1 and zeros that are graph inputs too, so that runtimes may swap them."""
-    count, rank = f"{edit.name}.N", f"{edit.name}.r"
-    shapes = ((count, rank, kind.width), (count, rank, kind.width), (count, rank))
+    """The op's banks: initializers of N = r = 1 that hold no edit and are graph inputs too, so that runtimes may swap them."""
+    sizes = {"r": f"{edit.name}.r", "D": kind.width}
     values = []
-    for name, shape, bank in zip(edit.bank_names, shapes, no_edit_bank(kind.width, kind.dtype.numpy()), strict=True):
+    for name, bank, array in zip(edit.bank_names, edit.spec.banks, no_edit_bank(kind.width, kind.dtype.numpy(), edit.op), strict=True):
         value = ir.Value(
-            name=name, type=ir.TensorType(kind.dtype), shape=ir.Shape(shape), const_value=ir.tensor(bank, dtype=kind.dtype, name=name)
+            name=name,
+            type=ir.TensorType(kind.dtype),
+            shape=ir.Shape([f"{edit.name}.N", *(sizes[axis] for axis in bank.axes)]),
+            const_value=ir.tensor(array, dtype=kind.dtype, name=name),
         )
         graph.inputs.append(value)
         graph.register_initializer(value)

@@ -10,12 +10,13 @@ from graph_passes.dominators import describe
 from graph_passes.sites import SiteLocation
 from runtimes.edit import Site
 from runtimes.errors import GraphError
+from runtimes.op import OPS
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Element types that the op takes."""
 _ELEMENTWISE = frozenset(
     {"Add", "Mul", "Identity", "Dropout", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization",
-     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "LoReFT"}
+     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", *OPS}
 )  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 TensorRT's parser turns an initializer that is a graph input too into a constant and says nothing; it refuses NonZero; and it knows no
 operators of other domains than ONNX's, but for its plugins and the functions that the graph itself carries. So:
 
-    banks and rules    plain inputs, bound anew for every adapter; U, A [N, r, D], b [N, r] with dynamic N and r
+    banks and rules    plain inputs, bound anew for every adapter; U, A [N, r, D], b [N, r], and RED's scale, bias [N, D], with dynamic
+                       N and r
                        or, frozen, constants: one adapter's, for good
     reft.prompt_length a plain input [rows] in both cases: it belongs to the prompt, not to the adapter
-    LoReFT             the plugin's (without a function to fall back to), or the function in its per-token form
+    LoReFT, RED        the plugin's (without a function to fall back to), or the function in its per-token form
     all else           as it was: the KV cache is ordinary inputs and outputs, casts around float32 islands are explicit in the graph,
                        which is what a strongly typed network wants, and DequantizeLinear and QuantizeLinear pass through
 """
@@ -42,14 +43,14 @@ class EngineGraph:
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     edit_nodes: int
-    """LoReFT nodes that are left: as many plugin layers, where the plugin is used."""
+    """LoReFT and RED nodes that are left: as many plugin layers, where the plugin is used."""
 
 
 def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str, np.ndarray] | None = None) -> EngineGraph:
     """Changes ``model``, a bundle's graph, into the one that TensorRT reads; weights stay where they are.
 
     ``freeze``: every bank and, where the graph computes slots, every rule of one adapter by input name; {} removes the edits altogether
-    (the base). None leaves them all as inputs. ``plugin``: LoReFT is left to the plugin, else to its function.
+    (the base). None leaves them all as inputs. ``plugin``: the edits are left to the plugin, else to their functions.
 
     Raises EngineError for operators that TensorRT does not have, GraphError where ``freeze`` does not fit the graph.
     """

@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from reft_export.eager import EditFn, Steering, low_rank_edit_fn, steer
+from reft_export.eager import EditFn, Steering, edit_fn, steer
 from reft_export.golden import Steerer
 from runtimes.bundle import Bundle
-from runtimes.edit import LowRankEdit, Site
-from runtimes.op import EditNode
+from runtimes.edit import Edit, Site
+from runtimes.op import EditNode, edits_of, is_no_edit
 from runtimes.ort_adapter_file import read_onnx_adapter
 
 
-def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[LowRankEdit, ...]]:
+def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[Edit, ...]]:
     """The folded edits of one of the bundle's adapters, one per slot, at the nodes where it edits anything."""
     tensors = read_onnx_adapter(bundle.adapter(name).file)
-    edits = {}
-    for node in bundle.nodes:
-        U, A, b = (tensors[bank].astype(np.float64) for bank in node.bank_names)
-        if not U.any():
-            continue  # the bank of a node that this adapter does not use
-        edits[node] = tuple(
-            LowRankEdit(U=U[s], A=A[s], b=b[s], activation=node.activation, activated=node.activated) for s in range(len(U))
-        )
-    return edits
+    banks = {node: [tensors[bank] for bank in node.bank_names] for node in bundle.nodes}
+    return {node: edits_of(node, bank) for node, bank in banks.items() if not is_no_edit(bank, node.op)}
 
 
 def bank_steerer(bundle: Bundle, name: str) -> Steerer:
@@ -40,7 +32,7 @@ def bank_steerer(bundle: Bundle, name: str) -> Steerer:
         device = model.get_input_embeddings().weight.device
         by_site: dict[Site, list[EditFn]] = {}
         for node in sorted(edits):
-            by_site.setdefault(node.site, []).append(low_rank_edit_fn(edits[node], model.dtype, device))
+            by_site.setdefault(node.site, []).append(edit_fn(edits[node], model.dtype, device))
         functions = {site: _in_series(each) for site, each in by_site.items()}
         with steer(model, functions, rule=adapter.positions, tied=adapter.tied) as handle:
             yield handle

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.external import load_graph
+from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.engine_profiles import EngineLimits, engine_profiles
 from runtimes.builder_process import run_builder, run_trtexec
@@ -160,6 +161,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         _check_kernels(plugin, capabilities)
+        _check_ops(plugin, graph)
     limits = _limits(bundle, settings, tensors, graph, plugin=plugin is not None)
     if settings.freeze is not None:
         tensors = {name: {} for name in tensors if name == settings.freeze}
@@ -279,6 +281,20 @@ def _check_kernels(plugin: Path, capabilities: tuple[str, ...]) -> None:
             )
 
 
+def _check_ops(plugin: Path, graph: EngineGraph) -> None:
+    """Raises EngineError for an edit that the plugin does not have; the parser would only say that it has no importer for it."""
+    try:
+        version, _ = plugin_details(plugin)
+    except OSError:
+        return  # the builder says why it does not load
+    has = {part.split()[0] for part in version.split(",")}
+    if lacks := sorted({node.op_type for node in graph.model.graph if is_edit(node)} - has):
+        raise EngineError(
+            f"the plugin {plugin} has {version}, and no {lacks[0]}, which the graph needs; compile it again (`reft-export doctor` has the "
+            "line), or pass --no-plugin"
+        )
+
+
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:
     """Which builder there is, and for which GPUs it builds."""
     if not is_installed(settings.target):
@@ -318,8 +334,14 @@ def _limits(
     bundle: Bundle, settings: BuildSettings, tensors: Mapping[str, Mapping[str, np.ndarray]], graph: EngineGraph, *, plugin: bool
 ) -> EngineLimits:
     """What the user set, else defaults within the model's context and never below what the bundle's adapters need."""
-    banks = [array for adapter in tensors.values() for name, array in adapter.items() if array.ndim == 2]
-    slots, rank = (max((array.shape[axis] for array in banks), default=1) for axis in (0, 1))
+    axes = {name: ("N", *bank.axes) for node in bundle.nodes for name, bank in zip(node.bank_names, node.spec.banks, strict=True)}
+    sizes = [
+        (axis, size)
+        for adapter in tensors.values()
+        for name, array in adapter.items()
+        for axis, size in zip(axes.get(name, ()), array.shape, strict=False)
+    ]
+    slots, rank = (max((size for axis, size in sizes if axis == wanted), default=1) for wanted in ("N", "r"))
     if settings.freeze is not None:
         slots = rank = 1
     model = bundle.manifest.model.context_length

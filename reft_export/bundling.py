@@ -154,9 +154,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         slots=parts.slots,
         inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
         outputs=tuple(_tensor(v) for v in graph.graph.outputs),
-        nodes=tuple(
-            NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in parts.nodes
-        ),
+        nodes=tuple(map(NodeRecord.of, parts.nodes)),
         adapters=parts.adapters,
         parity_budget={},
         weights=dict(parts.weights),

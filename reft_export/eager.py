@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from runtimes.adapter import Adapter
-from runtimes.edit import LowRankEdit, Site
+from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.op import bank_of
 from runtimes.positions import PositionRule, slots
@@ -198,18 +198,23 @@ def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any,
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def edit_rows(h: Tensor, slot: Tensor, deltas: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """y[t] = h[t] + deltas[slot[t]](h[t]); a slot outside [0, len(deltas)) passes h[t] through, bit for bit.
+def edit_rows(h: Tensor, slot: Tensor, edits: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """y[t] = edits[slot[t]](h[t]); a slot outside [0, len(edits)) passes h[t] through, bit for bit.
 
-    h: [.., D]; slot: [..]. A delta takes and returns float32 rows [t, D] (float64 where h is); y has h's dtype.
+    h: [.., D]; slot: [..]. An edit takes and returns float32 rows [t, D] (float64 where h is); y has h's dtype.
     """
     rows, index = h.reshape(-1, h.shape[-1]), slot.reshape(-1)
-    for number, delta in enumerate(deltas):
+    for number, edit in enumerate(edits):
         at = (index == number).nonzero().squeeze(1)
         if len(at):
             x = rows.index_select(0, at).to(torch.promote_types(h.dtype, torch.float32))
-            rows = rows.index_copy(0, at, (x + delta(x)).to(h.dtype))
+            rows = rows.index_copy(0, at, edit(x).to(h.dtype))
     return rows.view(h.shape)
+
+
+def edit_fn(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
+    """The edits of one node, one per slot, as its op computes them in a stream of ``dtype``."""
+    return (scale_bias_edit_fn if isinstance(edits[0], ScaleBiasEdit) else low_rank_edit_fn)(edits, dtype, device)
 
 
 def low_rank_edit_fn(edits: Sequence[LowRankEdit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
@@ -218,20 +223,33 @@ def low_rank_edit_fn(edits: Sequence[LowRankEdit], dtype: torch.dtype, device: t
     U, A, b are rounded once to ``dtype``, the stream's; sums are in float32 (float64 only for a float64 stream).
     """
     first = edits[0]
-    bank = bank_of(edits, _numpy_dtype(dtype))
-    compute = torch.promote_types(dtype, torch.float32)
-    exact = np.float64 if compute == torch.float64 else np.float32
-    U, A, b = (torch.from_numpy(x.astype(exact)).to(device) for x in bank)
+    U, A, b = _computing_bank(edits, dtype, device)
     active = U.shape[1] // 2 if first.activated == "first_half" else U.shape[1]
     act = ACTIVATION_FUNCTIONS[first.activation]
 
-    def delta(slot: int, x: Tensor) -> Tensor:
+    def apply(slot: int, x: Tensor) -> Tensor:
         z = x @ A[slot].T + b[slot]
         if first.activation:
             z = torch.cat([act(z[:, :active]), z[:, active:]], dim=1)
-        return z @ U[slot]
+        return x + z @ U[slot]
 
-    return partial(edit_rows, deltas=[partial(delta, slot) for slot in range(len(edits))])
+    return partial(edit_rows, edits=[partial(apply, slot) for slot in range(len(edits))])
+
+
+def scale_bias_edit_fn(edits: Sequence[ScaleBiasEdit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
+    """y = scale * h + bias, one edit per slot, as the op computes it: rounded to ``dtype`` as ``low_rank_edit_fn`` rounds."""
+    scale, bias = _computing_bank(edits, dtype, device)
+
+    def apply(slot: int, x: Tensor) -> Tensor:
+        return scale[slot] * x + bias[slot]
+
+    return partial(edit_rows, edits=[partial(apply, slot) for slot in range(len(edits))])
+
+
+def _computing_bank(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    """The bank as a stream of ``dtype`` has it, widened to what the op computes in."""
+    exact = np.float64 if torch.promote_types(dtype, torch.float32) == torch.float64 else np.float32
+    return [torch.from_numpy(x.astype(exact)).to(device) for x in bank_of(edits, _numpy_dtype(dtype))]
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -260,7 +278,7 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
             f"{has[0]} layers, width {has[1]}; use the base it was trained on"
         )
     device = model.get_input_embeddings().weight.device
-    edits = {site: low_rank_edit_fn(each, model.dtype, device) for site, each in adapter.edits().items()}
+    edits = {site: edit_fn(each, model.dtype, device) for site, each in adapter.edits().items()}
     with steer(model, edits, rule=adapter.positions, tied=adapter.tied) as steering:
         yield steering
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.function_body import edit_function
+from graph_passes.function_body import function_of
 from reft_export.bundling import NUMPY_DTYPES
 from runtimes.bundle import Bundle
-from runtimes.edit import LowRankEdit, activate
+from runtimes.edit import Edit, activate
 from runtimes.native_library import find_op_library
-from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION, EditNode
+from runtimes.op import DOMAIN, OP_VERSION, RED_TYPE, EditNode
 from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.parity import BUDGETS, Figures, Rung, judge
 
@@ -20,14 +20,14 @@ ROWS = 48
 
 
 def edit_rungs(
-    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[LowRankEdit, ...]], *, kernel: str | None = None
+    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[Edit, ...]], *, kernel: str | None = None
 ) -> list[Rung]:
     """numpy, onnxruntime's function and, where the op library is, its fused kernel against the oracle, the worst node each.
 
     ``kernel``: "function" or "fused" leaves the other one out.
 
     h: [48, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one
-    changed bit there is an infinite error. y = h + U^T act(A h + b).
+    changed bit there is an infinite error.
     """
     dtype = NUMPY_DTYPES[bundle.manifest.precision]
     if dtype.name == "bfloat16":
@@ -39,7 +39,7 @@ def edit_rungs(
     generator = np.random.default_rng(0)
     for node, slots in edits.items():
         bank = [banks[b] for b in node.bank_names]
-        h = generator.standard_normal((ROWS, bank[0].shape[2])).astype(dtype)
+        h = generator.standard_normal((ROWS, slots[0].width)).astype(dtype)
         slot = generator.integers(-1, len(slots) + 1, ROWS).astype(np.int32)
         oracle = h.astype(np.float64)
         for number, edit in enumerate(slots):
@@ -60,11 +60,16 @@ def edit_rungs(
 
 
 def numpy_edit(h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], node: EditNode) -> np.ndarray:
-    """The op in numpy: float32 sums over the bank as stored, rounded once to h's dtype."""
-    U, A, b = (x.astype(np.float32) for x in bank)
+    """The node's op in numpy: in float32 over the bank as stored, rounded once to h's dtype."""
+    bank = [x.astype(np.float32) for x in bank]
     y = h.copy()
-    for t in np.flatnonzero((slot >= 0) & (slot < len(U))):
+    for t in np.flatnonzero((slot >= 0) & (slot < len(bank[0]))):
         s = slot[t]
+        if node.op == RED_TYPE:
+            scale, bias = bank
+            y[t] = (scale[s] * h[t].astype(np.float32) + bias[s]).astype(h.dtype)
+            continue
+        U, A, b = bank
         z = A[s] @ h[t].astype(np.float32) + b[s]
         active = len(z) // 2 if node.activated == "first_half" else len(z)
         z[:active] = activate(z[:active].astype(np.float64), node.activation)
@@ -73,23 +78,21 @@ def numpy_edit(h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], node: Ed
 
 
 def run_node(node: EditNode, h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], kernel: str | None = None) -> np.ndarray:
-    """One LoReFT node in onnxruntime; its function body, or with ``kernel="fused"`` the op library."""
+    """One node in onnxruntime; its function body, or with ``kernel="fused"`` the op library."""
     import onnxruntime as ort
 
     kind = ir.DataType.from_numpy(h.dtype)
-    names = ("h", "slot", "U", "A", "b")
-    shapes = (["tokens", "D"], ["tokens"], ["N", "r", "D"], ["N", "r", "D"], ["N", "r"])
+    names = ("h", "slot", *(b.name for b in node.spec.banks))
+    shapes = (["tokens", "D"], ["tokens"], *(["N", *b.axes] for b in node.spec.banks))
     inputs = [
         ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(ir.DataType.INT32 if n == "slot" else kind))
         for n, s in zip(names, shapes, strict=True)
     ]
-    attributes = {"activation": node.activation, "activated": node.activated}
-    op = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=node.overload)
+    op = ir.node(node.op, inputs, node.attributes, domain=DOMAIN, overload=node.overload)
     y = op.outputs[0]
     y.name, y.shape, y.type = "y", ir.Shape(["tokens", "D"]), ir.TensorType(kind)
     graph = ir.Graph(inputs, [y], nodes=[op], opset_imports={"": 20, DOMAIN: OP_VERSION}, name="edit")
-    body = edit_function(opset=20, activation=node.activation, activated=node.activated)
-    model = ir.Model(graph, ir_version=10, functions=[body])
+    model = ir.Model(graph, ir_version=10, functions=[function_of(node, opset=20)])
     options = ort.SessionOptions()
     options.log_severity_level = 3
     library = find_op_library() if kernel == "fused" else None

@@ -6,7 +6,8 @@
     attention_mask              [batch, past + sequence]
     past_key_values.*           [batch, heads, past, dim]   past 0 .. context - 1        past 0 .. context - 1
     reft.prompt_length          [batch]
-    banks                       [N, r, D], [N, r]           N 1 .. max_slots, r 1 .. max_rank in both
+    banks                       [N, r, D], [N, r]; RED's    N 1 .. max_slots, r 1 .. max_rank in both
+                                [N, D]
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class EngineLimits:
 
 
 def engine_profiles(inputs: Sequence[TensorRecord], banks: Collection[str], limits: EngineLimits) -> tuple[Profile, Profile]:
-    """(prefill, decode) for a graph with these inputs; ``banks`` are the names of those that hold U, A and b.
+    """(prefill, decode) for a graph with these inputs; ``banks`` are the names of those that hold the edits' parameters.
 
     Raises EngineError for an input that a decoder with a KV cache does not have, or whose heads or widths vary.
     """
@@ -104,7 +105,7 @@ def _meanings(name: str, banks: Collection[str]) -> tuple[str | None, ...]:
     if name == PROMPT_LENGTH:
         return ("batch",)
     if name in banks:
-        return "slots", "rank", None
+        return "slots", "rank", None  # RED's second axis is the width, a number, which no range is asked for
     if name.startswith("past_key_values."):
         return "batch", None, "past", None
     return ()

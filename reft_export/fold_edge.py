@@ -20,7 +20,7 @@ from graph_passes.insert import refuse_folded
 from graph_passes.sites import locate_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import VERSION, Report, union_nodes
-from runtimes.adapter import Adapter
+from runtimes.adapter import FULL_RANK_METHODS, Adapter
 from runtimes.bundle import check_adapter_name
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -120,6 +120,10 @@ def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, 
         raise InputError(
             f"{len(adapters)} adapters for a TensorRT-Edge-LLM folder: one is baked into a folder as constants; run fold once per adapter, "
             "or pass --as-lora for weight files that its runtime switches"
+        )
+    if full_rank := [name for name, adapter in adapters.items() if as_lora and adapter.method in FULL_RANK_METHODS]:
+        raise AdapterError(
+            f"adapter {full_rank[0]} is a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
         )
     names = list(map(check_adapter_name, adapters))
     first, *others = adapters.values()

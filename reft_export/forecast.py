@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reft_export.export import ExportSettings
 from reft_export.training.settings import TrainSettings
+from runtimes.adapter import form_of
 from runtimes.errors import InputError
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
@@ -73,7 +74,7 @@ def forecast_training(model: str, settings: TrainSettings) -> Forecast:
     return Forecast(
         steps=(
             f"load {model} in {dtype} on {device}, frozen",
-            f"train {settings.method}, rank {settings.rank}, layers {settings.layers}, positions {settings.positions}",
+            f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}",
             "write the adapter",
         ),
         parameters=total,

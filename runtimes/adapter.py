@@ -8,8 +8,12 @@ untied). The parameters of each method, and the edit they mean (R and P are [r, 
     direft    W2, W1 [r, D], b [r]       y = h + W2^T act(W1 h + b)
     consreft  R [r, D], s [r]            y = h + R^T (s - R h)
     lobireft  R [r, D], s [r]            y = h + R^T s
+    red       scale, bias [D]            y = scale * h + bias
 
-Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equations 2 and 3; pyreft's class names.
+RED is of full rank and has none to choose: its adapters say rank 0.
+
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equations 2 and 3; pyreft's class names. RED: Wu et al.
+2024, "Advancing Parameter Efficiency in Fine-tuning via Representation Editing".
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.edit import ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import AdapterError, ReftError
 from runtimes.folders import atomic_folder
 from runtimes.op import EditNode, bank_of, no_edit_bank, node_of
@@ -41,8 +45,12 @@ PARAMETERS = {
     "direft": ("W2", "W1", "b"),
     "consreft": ("R", "s"),
     "lobireft": ("R", "s"),
+    "red": ("scale", "bias"),
 }
-"""The trained parameters of each method; capitals are [r, D], small letters [r]."""
+"""The trained parameters of each method; ``parameter_shape`` says how large they are."""
+
+FULL_RANK_METHODS = ("red",)
+"""Methods without a rank to choose; their adapters say 0."""
 
 ACTIVATED_METHODS = ("loreft", "noreft", "direft")
 """Methods that have a learned source for an activation to act on."""
@@ -85,6 +93,10 @@ class Adapter:
             raise AdapterError(f"activation {self.activation!r} is unknown; known: {', '.join(filter(None, ACTIVATIONS))}")
         if self.activation and self.method not in ACTIVATED_METHODS:
             raise AdapterError(f"{self.method} has no learned source for {self.activation} to act on")
+        full_rank = self.method in FULL_RANK_METHODS
+        if self.rank != 0 if full_rank else self.rank < 1:
+            expected = "0, since it has none to choose" if full_rank else "at least 1"
+            raise AdapterError(f"rank {self.rank} does not fit {self.method}, whose rank is {expected}")
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise AdapterError("an adapter needs at least one site, each once")
         for site in self.sites:
@@ -103,8 +115,7 @@ class Adapter:
         if missing or unknown:
             raise AdapterError(f"adapter tensors do not match its sites: missing {missing[:4]}, unknown {unknown[:4]}")
         for key, value in self.tensors.items():
-            matrix = key.rsplit(".", 1)[1][0].isupper()
-            shape = (self.rank, self.base.hidden_size) if matrix else (self.rank,)
+            shape = parameter_shape(self.method, key.rsplit(".", 1)[1], self.rank, self.base.hidden_size)
             if value.shape != shape:
                 raise AdapterError(
                     f"{key} has shape {list(value.shape)}, expected {list(shape)} (rank {self.rank}, "
@@ -133,11 +144,11 @@ class Adapter:
             digest.update(np.ascontiguousarray(self.tensors[name]).tobytes())
         return digest.hexdigest()
 
-    def edits(self) -> dict[Site, tuple[LowRankEdit, ...]]:
+    def edits(self) -> dict[Site, tuple[Edit, ...]]:
         """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""
         return {site: tuple(self._edit(site, group) for group in self.groups) for site in self.sites}
 
-    def _edit(self, site: Site, group: str) -> LowRankEdit:
+    def _edit(self, site: Site, group: str) -> Edit:
         values = {p: self.tensors[self._key(site, group, p)] for p in PARAMETERS[self.method]}
         return fold_parameters(self.method, values, self.activation)
 
@@ -151,14 +162,16 @@ class Adapter:
         Raises AdapterError when the graph lacks a node that the adapter needs.
         """
         mine = {node_of(site, edits[0]): edits for site, edits in self.edits().items()}
-        missing = sorted(str(n.name) for n in set(mine) - set(nodes))
+        missing = sorted(set(mine) - set(nodes), key=lambda node: node.name)
         if missing:
+            # --sites makes nodes of the plain low-rank op.
+            or_sites = " or with --sites" if missing[0] == EditNode(site=missing[0].site) else ""
             raise AdapterError(
-                f"the graph has no edit node {missing[0]} ({len(missing)} missing); export it with this adapter or with --sites"
+                f"the graph has no edit node {missing[0].name} ({len(missing)} missing); export it with this adapter{or_sites}"
             )
         banks: dict[str, np.ndarray] = {}
         for node in nodes:
-            arrays = bank_of(mine[node], dtype) if node in mine else no_edit_bank(self.base.hidden_size, dtype)
+            arrays = bank_of(mine[node], dtype) if node in mine else no_edit_bank(self.base.hidden_size, dtype, node.op)
             banks.update(zip(node.bank_names, arrays, strict=True))
         return banks
 
@@ -166,12 +179,26 @@ class Adapter:
         return self.positions.tensors(tied=self.tied)
 
 
-def fold_parameters(method: str, parameters: Mapping[str, np.ndarray], activation: str = "") -> LowRankEdit:
-    """The table of the module's docstring as y = h + U^T act(A h + b), in float64 from the given parameters.
+def form_of(method: str, rank: int) -> str:
+    """``loreft, rank 4``; ``red`` where there is no rank to speak of."""
+    return method if method in FULL_RANK_METHODS else f"{method}, rank {rank}"
+
+
+def parameter_shape(method: str, name: str, rank: int, width: int) -> tuple[int, ...]:
+    """[r, D] for the low-rank methods' capitals, [r] for their small letters; [D] for RED's vectors."""
+    if method in FULL_RANK_METHODS:
+        return (width,)
+    return (rank, width) if name[0].isupper() else (rank,)
+
+
+def fold_parameters(method: str, parameters: Mapping[str, np.ndarray], activation: str = "") -> Edit:
+    """The table of the module's docstring in float64 from the given parameters: y = h + U^T act(A h + b), or RED's own form.
 
     With an activation, LoReFT and NoReFT put the subtraction into rows of its own (``activated="first_half"``).
     """
     x = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
+    if method == "red":
+        return ScaleBiasEdit(scale=x["scale"], bias=x["bias"])
     if method == "direft":
         return LowRankEdit(U=x["W2"], A=x["W1"], b=x["b"], activation=activation)
     if method == "consreft":

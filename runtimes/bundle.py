@@ -26,7 +26,7 @@ from runtimes.adapter import BaseModel
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.hashes import sha256_of
-from runtimes.op import OP_VERSION, EditNode
+from runtimes.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.positions import PositionRule
 from runtimes.records import RecordError, from_json, to_json
 
@@ -118,12 +118,18 @@ class Quantization:
 class NodeRecord:
     layer: int
     stream: str
+    op: str = OP_TYPE
     activation: str = ""
     activated: str = "all"
 
     @property
     def node(self) -> EditNode:
-        return EditNode(site=Site(layer=self.layer, stream=self.stream), activation=self.activation, activated=self.activated)
+        site = Site(layer=self.layer, stream=self.stream)
+        return EditNode(site=site, op=self.op, activation=self.activation, activated=self.activated)
+
+    @classmethod
+    def of(cls, node: EditNode) -> NodeRecord:
+        return cls(layer=node.site.layer, stream=node.site.stream, op=node.op, activation=node.activation, activated=node.activated)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""The one form every intervention takes after training: y = h + U^T act(A h + b)."""
+"""The two forms an intervention takes after training.
+
+    LowRankEdit      y = h + U^T act(A h + b)     the ReFT family, steering vectors, ablation
+    ScaleBiasEdit    y = scale * h + bias         RED; full rank, so that it does not fit the first form
+"""
 
 from __future__ import annotations
 
@@ -112,11 +116,53 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
     raise AdapterError(f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATIONS))}")
 
 
-def in_sequence(first: LowRankEdit, second: LowRankEdit) -> LowRankEdit:
-    """The one edit that equals ``second`` after ``first``: U = [U1; U2], A = [A1; A2 (I + U1^T A1)], b = [b1; b2 + A2 U1^T b1].
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScaleBiasEdit:
+    """y = scale * h + bias, elementwise, with h, y: [.., D]; scale, bias: [D].
 
-    Only linear edits compose this way; an activation raises AdapterError.
+    Raises AdapterError for shapes that do not fit each other and for values that are not finite.
+
+    Source: Wu et al. 2024, "Advancing Parameter Efficiency in Fine-tuning via Representation Editing" (RED), equation 3.
     """
+
+    scale: np.ndarray
+    bias: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.scale.ndim != 1 or self.bias.shape != self.scale.shape or self.scale.shape[0] < 1:
+            raise AdapterError(
+                f"an edit needs scale and bias of one shape [D]; got scale {list(self.scale.shape)}, bias {list(self.bias.shape)}"
+            )
+        for name in ("scale", "bias"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise AdapterError(f"{name} holds values that are not finite; the adapter is damaged or its training diverged")
+
+    @property
+    def width(self) -> int:
+        return self.scale.shape[0]
+
+    def apply(self, h: np.ndarray) -> np.ndarray:
+        """scale * h + bias in float64 for h: [.., D]; the oracle every kernel is held against."""
+        scale, bias, h = (np.asarray(x, np.float64) for x in (self.scale, self.bias, h))
+        return scale * h + bias
+
+
+Edit = LowRankEdit | ScaleBiasEdit
+
+
+def in_sequence(first: Edit, second: Edit) -> Edit:
+    """The one edit that equals ``second`` after ``first``.
+
+        low rank        U = [U1; U2], A = [A1; A2 (I + U1^T A1)], b = [b1; b2 + A2 U1^T b1]
+        scale and bias  scale = scale2 scale1, bias = scale2 bias1 + bias2
+
+    Only linear edits of one form compose this way; an activation, or one form after the other, raises AdapterError.
+    """
+    if isinstance(first, ScaleBiasEdit) and isinstance(second, ScaleBiasEdit):
+        scale1, bias1, scale2, bias2 = (np.asarray(x, np.float64) for e in (first, second) for x in (e.scale, e.bias))
+        return ScaleBiasEdit(scale=scale2 * scale1, bias=scale2 * bias1 + bias2)
+    if isinstance(first, ScaleBiasEdit) or isinstance(second, ScaleBiasEdit):
+        raise AdapterError("a scale and bias (RED) and a low-rank edit cannot be composed into one; make them two adapters")
     if first.activation or second.activation:
         raise AdapterError("edits with an activation cannot be composed into one; give each its own positions")
     U1, A1, b1, U2, A2, b2 = (np.asarray(x, np.float64) for e in (first, second) for x in (e.U, e.A, e.b))

@@ -63,7 +63,7 @@ def library_kernels(library: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def plugin_details(library: Path) -> tuple[str, tuple[str, ...]]:
     """What a plugin library says of itself: its version with that of the TensorRT it was compiled for, and its CUDA architectures.
 
-    ("LoReFT 1, TensorRT 10.3.0", ("80", "87")) for example. Raises OSError for a library that does not load here.
+    ("LoReFT 1, RED 1, TensorRT 10.3.0", ("80", "87")) for example. Raises OSError for a library that does not load here.
     """
     version, cuda = _texts(library, "reft_trt_version", "reft_trt_cuda_architectures")
     return version, _names(cuda)

@@ -1,23 +1,29 @@
-"""The contract of the custom op ``ai.reft::LoReFT`` (version 1), shared by the graph, the kernels and the adapter files.
+"""The contract of the custom ops of domain ``ai.reft`` (version 1), shared by the graph, the kernels and the adapter files.
 
-    h [.., D] T, slot [..] int32, U [N, r, D] T, A [N, r, D] T, b [N, r] T  ->  y [.., D] T
-    y[t] = h[t] + U[s]^T act(A[s] h[t] + b[s]),  s = slot[t];  a slot outside [0, N) passes h[t] through, bit for bit
+    LoReFT   h [.., D] T, slot [..] int32, U [N, r, D] T, A [N, r, D] T, b [N, r] T  ->  y [.., D] T
+             y[t] = h[t] + U[s]^T act(A[s] h[t] + b[s])
+    RED      h [.., D] T, slot [..] int32, scale [N, D] T, bias [N, D] T  ->  y [.., D] T
+             y[t] = scale[s] * h[t] + bias[s]
 
-T is float32, float16 or bfloat16; h has rank 2 or 3; sums accumulate in float32.
+s = slot[t]; a slot outside [0, N) passes h[t] through, bit for bit. T is float32, float16 or bfloat16; h has rank 2 or 3; both are
+computed in float32 and rounded once. ``OPS`` holds what else tells one op from the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS, LowRankEdit, Site
+from runtimes.edit import ACTIVATED, ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import AdapterError
 
 DOMAIN = "ai.reft"
 OP_TYPE = "LoReFT"
+"""The low-rank edit's."""
+RED_TYPE = "RED"
+"""The scale and bias edit's."""
 OP_VERSION = 1
 PLUGIN_NAMESPACE = "ai.reft"
 PLUGIN_VERSION = "1"
@@ -38,19 +44,77 @@ RULE_DEFAULTS = {
 PROMPT_LENGTH = "reft.prompt_length"
 
 
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """One input of an op behind h and slot: one parameter of N edits, stacked."""
+
+    name: str
+    """Of the parameter, as the edit calls it."""
+    axes: tuple[str, ...]
+    """Behind N: "r", the rank, which every adapter chooses; "D", the width of the stream."""
+    no_edit: float
+    """What fills it, with N = r = 1, where nothing is edited. RED's bias is -0.0: h + -0.0 is h to the bit, for both zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What tells one op of the domain from another."""
+
+    edit: type[Edit]
+    """The edit whose parameters the banks hold."""
+    banks: tuple[Bank, ...]
+    """In the order of the op's inputs."""
+    attributes: tuple[str, ...] = ()
+    """Of the edit, which a node shares with every adapter; beside the plugin's."""
+    suffix: str = ""
+    """What the op adds to the names of its nodes."""
+
+
+OPS: Mapping[str, OpSpec] = {
+    OP_TYPE: OpSpec(
+        edit=LowRankEdit,
+        banks=(
+            Bank(name="U", axes=("r", "D"), no_edit=0.0),
+            Bank(name="A", axes=("r", "D"), no_edit=0.0),
+            Bank(name="b", axes=("r",), no_edit=0.0),
+        ),
+        attributes=("activation", "activated"),
+    ),
+    RED_TYPE: OpSpec(
+        edit=ScaleBiasEdit,
+        banks=(Bank(name="scale", axes=("D",), no_edit=1.0), Bank(name="bias", axes=("D",), no_edit=-0.0)),
+        suffix="red",
+    ),
+}
+"""By the op's type. Another edit is another entry here, a function body and a kernel."""
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class EditNode:
-    """One op node: a site, and the activation that every adapter using this node shares."""
+    """One op node: a site, the op, and the activation that every adapter using this node shares.
+
+    Nodes of one site act in series in the order in which they sort: LoReFT without an activation, with one, then RED.
+    """
 
     site: Site
+    op: str = OP_TYPE
     activation: str = ""
     activated: str = "all"
 
     def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise AdapterError(f"op {self.op!r} is none of {DOMAIN}; known: {', '.join(OPS)}")
         if self.activation not in ACTIVATIONS or self.activated not in ACTIVATED:
             raise AdapterError(f"activation {self.activation!r} on {self.activated!r} rows is not one the op knows")
+        if self.activation and "activation" not in self.spec.attributes:
+            raise AdapterError(f"{self.op} takes no activation; got {self.activation!r}")
         if not self.activation and self.activated != "all":
             raise AdapterError("an edit without activation has no activated rows to choose; use activated='all'")
+
+    @property
+    def spec(self) -> OpSpec:
+        return OPS[self.op]
 
     @property
     def overload(self) -> str:
@@ -59,48 +123,73 @@ class EditNode:
 
     @property
     def name(self) -> str:
-        return f"reft.{self.site}" + (f".{self.overload}" if self.overload else "")
+        return ".".join(filter(None, ("reft", str(self.site), self.spec.suffix, self.overload)))
 
     @property
-    def bank_names(self) -> tuple[str, str, str]:
-        return (f"{self.name}.U", f"{self.name}.A", f"{self.name}.b")
+    def bank_names(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}.{bank.name}" for bank in self.spec.banks)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """The op's attributes on this node, beside the plugin's."""
+        return {name: getattr(self, name) for name in self.spec.attributes}
 
 
-def node_of(site: Site, edit: LowRankEdit) -> EditNode:
+def node_of(site: Site, edit: Edit) -> EditNode:
+    if isinstance(edit, ScaleBiasEdit):
+        return EditNode(site=site, op=RED_TYPE)
     return EditNode(site=site, activation=edit.activation, activated=edit.activated if edit.activation else "all")
 
 
-def no_edit_bank(width: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bank of a node that an adapter does not use: U, A [1, 1, D] and b [1, 1] of zeros."""
-    return np.zeros((1, 1, width), dtype), np.zeros((1, 1, width), dtype), np.zeros((1, 1), dtype)
+def no_edit_bank(width: int, dtype: np.dtype, op: str = OP_TYPE) -> tuple[np.ndarray, ...]:
+    """The bank of a node that an adapter does not use, with N = r = 1: zeros, but for RED's scale of ones."""
+    size = {"r": 1, "D": width}
+    return tuple(np.full((1, *(size[axis] for axis in bank.axes)), bank.no_edit, dtype) for bank in OPS[op].banks)
 
 
-def bank_of(edits: Sequence[LowRankEdit], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, A [N, r, D] and b [N, r] of N slots, rounded once from float64 to ``dtype``; shorter ranks are padded with zero rows.
+def is_no_edit(bank: Sequence[np.ndarray], op: str = OP_TYPE) -> bool:
+    """Whether ``bank`` holds what ``no_edit_bank`` fills it with, and nothing else."""
+    return all(bool((array == kind.no_edit).all()) for array, kind in zip(bank, OPS[op].banks, strict=True))
 
-    A zero row of U adds nothing, whatever A, b and the activation make of it. An edit whose first half is activated is padded
-    within its halves, so that the halves stay where the op looks for them.
 
-    Raises AdapterError where a finite value does not survive the rounding (float16 ends at 65504).
+def bank_of(edits: Sequence[Edit], dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """The bank of N slots, rounded once from float64 to ``dtype``: U, A [N, r, D], b [N, r], or scale, bias [N, D].
+
+    Shorter ranks are padded with zero rows. A zero row of U adds nothing, whatever A, b and the activation make of it. An edit whose
+    first half is activated is padded within its halves, so that the halves stay where the op looks for them.
+
+    Raises AdapterError where a finite value does not survive the rounding (float16 ends at 65504), and for edits of several ops.
     """
-    half = edits[0].activated == "first_half"
-    rank = max(e.rank for e in edits)
-
-    def padded(matrix: np.ndarray) -> np.ndarray:
-        matrix = np.asarray(matrix, np.float64)
-        missing = rank - matrix.shape[0]
-        if not missing:
-            return matrix
-        fill = np.zeros((missing // 2 if half else missing, *matrix.shape[1:]))
-        if not half:
-            return np.concatenate([matrix, fill])
-        middle = matrix.shape[0] // 2
-        return np.concatenate([matrix[:middle], fill, matrix[middle:], fill])
-
-    bank = tuple(np.stack([padded(getattr(e, name)) for e in edits]) for name in ("U", "A", "b"))
+    if len({type(edit) for edit in edits}) != 1:
+        raise AdapterError("the slots of one node are of one op: low-rank edits, or scales and biases; make them two adapters")
+    spec = node_of(Site(layer=0), edits[0]).spec
+    rank = max(getattr(edit, "rank", 0) for edit in edits)
+    bank = tuple(
+        np.stack([_padded(np.asarray(getattr(edit, kind.name), np.float64), edit, rank if "r" in kind.axes else None) for edit in edits])
+        for kind in spec.banks
+    )
     with np.errstate(over="ignore"):
         rounded = tuple(np.ascontiguousarray(x.astype(dtype)) for x in bank)
-    for name, x in zip(("U", "A", "b"), rounded, strict=True):
+    for kind, x in zip(spec.banks, rounded, strict=True):
         if not np.isfinite(x.astype(np.float32)).all():
-            raise AdapterError(f"{name} overflows {np.dtype(dtype).name}; export this adapter as bf16 or fp32")
+            raise AdapterError(f"{kind.name} overflows {np.dtype(dtype).name}; export this adapter as bf16 or fp32")
     return rounded
+
+
+def _padded(value: np.ndarray, edit: Edit, rank: int | None) -> np.ndarray:
+    """``value`` with zero rows up to ``rank``; as it is where the parameter has no axis of that size."""
+    missing = 0 if rank is None else rank - value.shape[0]
+    if not missing:
+        return value
+    if edit.activated != "first_half":
+        return np.concatenate([value, np.zeros((missing, *value.shape[1:]))])
+    fill, middle = np.zeros((missing // 2, *value.shape[1:])), value.shape[0] // 2
+    return np.concatenate([value[:middle], fill, value[middle:], fill])
+
+
+def edits_of(node: EditNode, bank: Sequence[np.ndarray]) -> tuple[Edit, ...]:
+    """The inverse of ``bank_of``: the edits of a node's slots in float64, from its banks in any dtype."""
+    parameters = {kind.name: array.astype(np.float64) for kind, array in zip(node.spec.banks, bank, strict=True)}
+    return tuple(
+        node.spec.edit(**{name: array[slot] for name, array in parameters.items()}, **node.attributes) for slot in range(len(bank[0]))
+    )

@@ -26,15 +26,15 @@ Bindings = tuple[dict[str, tuple[int, ...]], dict[str, int]]
 
 class DeviceAdapters:
     """Every bank and rule that the engine takes as an input, one set of buffers per adapter that was used, and one of the base:
-    banks [1, 1, D] and [1, 1] of zeros, and a rule that edits nothing."""
+    banks of no edit, N = r = 1, and a rule that edits nothing."""
 
     def __init__(self, engine: Engine, loaded: LoadedEngine, device: CudaDevice, buffers: DeviceBuffers) -> None:
         self._engine = engine
         self._loaded = loaded
         self._device = device
         self._buffers = buffers
-        banks = {name for node in engine.nodes for name in node.bank_names}
-        self._names = [name for name in loaded.inputs if name in banks or (name in RULE_DEFAULTS and name != PROMPT_LENGTH)]
+        self._no_edit = {name: bank.no_edit for node in engine.nodes for name, bank in zip(node.bank_names, node.spec.banks, strict=True)}
+        self._names = [name for name in loaded.inputs if name in self._no_edit or (name in RULE_DEFAULTS and name != PROMPT_LENGTH)]
         self._bound: dict[str | None, Bindings] = {}
 
     @property
@@ -83,7 +83,8 @@ class DeviceAdapters:
             if name in RULE_DEFAULTS:
                 tensors[name] = np.array([RULE_DEFAULTS[name]], host_dtype(record))
             else:
-                tensors[name] = np.zeros([dim if isinstance(dim, int) else 1 for dim in record.shape], host_dtype(record))
+                shape = [dim if isinstance(dim, int) else 1 for dim in record.shape]
+                tensors[name] = np.full(shape, self._no_edit[name], host_dtype(record))
         return tensors
 
     def _read(self, name: str) -> Mapping[str, np.ndarray]:

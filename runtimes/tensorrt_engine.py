@@ -19,6 +19,7 @@ from runtimes.bundle import TensorRecord
 from runtimes.cuda_device import CudaDevice
 from runtimes.engine import Engine, Profile
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
+from runtimes.op import OPS
 from runtimes.tensorrt_library import ONNX_DTYPES, load_plugin, tensorrt_version
 
 DTYPES = {
@@ -29,6 +30,7 @@ DTYPES = {
     "int32": np.dtype(np.int32),
 }
 """By the manifest's name."""
+BANK_SUFFIXES = tuple(f".{bank.name}" for op in OPS.values() for bank in op.banks)
 
 
 class LoadedEngine:
@@ -212,7 +214,7 @@ def _same_shape(record: TensorRecord, found: tuple[int, ...]) -> bool:
 
 def _dimension(name: str, axis: int, got: int) -> tuple[str, str]:
     """What a dimension of an input counts, and how to get an engine that takes ``got``."""
-    if name.startswith("reft.") and name.endswith((".U", ".A", ".b")):
+    if name.startswith("reft.") and name.endswith(BANK_SUFFIXES):
         if axis == 0:
             return f"{got} position groups of the adapter", f"build it again with --max-slots {got}"
         return f"rank {got} and the like", f"build it again with --max-rank {got}"

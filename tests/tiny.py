@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from runtimes.adapter import PARAMETERS, Adapter, BaseModel
+from runtimes.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
 from runtimes.edit import Site
 from runtimes.positions import PositionRule
 
@@ -96,14 +96,17 @@ def random_adapter(
     stream: str = "block_output",
     seed: int = 0,
 ) -> Adapter:
-    """An adapter with random parameters; projections have orthonormal rows."""
+    """An adapter with random parameters; projections have orthonormal rows. RED has no rank, whatever ``rank`` says."""
+    rank = 0 if method in FULL_RANK_METHODS else rank
     generator = np.random.default_rng(seed)
     sites = tuple(Site(layer=layer, stream=stream) for layer in layers)
     tensors = {}
     for site in sites:
         for group in ("",) if tied else ("prefix", "suffix"):
             for name in PARAMETERS[method]:
-                if name in ("R", "P", "W2"):
+                if method in FULL_RANK_METHODS:
+                    value = (name == "scale") + 0.3 * generator.standard_normal(base.hidden_size)
+                elif name in ("R", "P", "W2"):
                     value = np.linalg.qr(generator.standard_normal((base.hidden_size, rank)))[0].T
                 elif name[0].isupper():
                     value = generator.standard_normal((rank, base.hidden_size)) * base.hidden_size**-0.5

@@ -84,7 +84,10 @@ def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None
         raise InputError(f"{bundle.folder} has no adapter whose width and rank could be measured")
     banks = read_onnx_adapter(bundle.adapter(names[0]).file)
     # The nodes that the adapter does not use carry one row of zeros: the largest rank is that of those it uses.
-    slots, rank, width = max((a.shape for name, a in banks.items() if name.endswith(".U")), key=lambda shape: shape[1])
+    low_rank = [a.shape for name, a in banks.items() if name.endswith(".U")]
+    if not low_rank:
+        raise InputError(f"--op measures the low-rank op (LoReFT), and {bundle.folder} has no node of it; pass a bundle that has one")
+    slots, rank, width = max(low_rank, key=lambda shape: shape[1])
     with err.status("measuring the op"):
         nodes = node_times(width, rank, slots)
         kernels = kernel_times(width, rank) if find_op_library() else []

@@ -17,11 +17,13 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     foreign: Annotated[
-        Path, typer.Argument(help="A pyreft or AdapterHub folder, or a .gguf, .npz or .safetensors file of steering vectors.")
+        Path, typer.Argument(help="A pyreft or AdapterHub folder, RED's .pth, or a .gguf, .npz or .safetensors file.")
     ],
     model: Model,
     output: Output,
-    format: Annotated[str | None, typer.Option("--format", help="pyreft, adapterhub, gguf, npz, safetensors; default: detected.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="pyreft, adapterhub, red, gguf, npz, safetensors; default: detected.")
+    ] = None,
     positions: Annotated[
         str | None, typer.Option("--positions", help="Which tokens are edited: f2+l2, f3, l1, prompt, all. pyreft does not record it.")
     ] = None,
@@ -34,7 +36,11 @@ def import_(
     method: Annotated[
         str | None, typer.Option("--method", help="noreft or direft, where the files are the same (AdapterHub without orthogonality).")
     ] = None,
-    layers: Annotated[str | None, typer.Option("--layers", help="Steering vectors: the layers to steer, 3, 8-16 or 3;9.")] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option("--stream", help="Vectors without one: block_output, block_input, attention_output, mlp_output. RED asks for it."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Vectors, RED: the layers to edit, 3, 8-16 or 3;9.")] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="Steering vectors: their strength; default 1.")] = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -42,8 +48,9 @@ def import_(
     """Turn another library's adapter into an adapter folder. What its format does not record is asked for, never guessed."""
     from reft_export.importing.foreign import Request
     from reft_export.importing.importer import import_adapter
+    from runtimes.adapter import form_of
 
-    request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale)
+    request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale, stream=stream)
     with progress() as report:
         result = import_adapter(foreign, model, output, request, format=format, force=force, report=report)
     a = result.adapter
@@ -65,6 +72,6 @@ def import_(
         return
     for note in result.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
-    form = f"{a.method}{f' with {a.activation}' if a.activation else ''}, rank {a.rank}, {'tied' if a.tied else 'untied'}"
+    form = f"{form_of(a.method, a.rank)}{f', {a.activation}' if a.activation else ''}, {'tied' if a.tied else 'untied'}"
     out.print(escape(f"{output}: {form}, positions {a.positions}, {len(a.sites)} sites; from {result.format}, for {a.base.name}"))
     out.print(f"{result.format} does not fingerprint its base: that this one has its width and layers is all that could be checked")

@@ -25,8 +25,8 @@ def train(
     model: Model,
     data: Annotated[Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or chat messages, one object a line.")],
     output: Output,
-    method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft or lobireft.")] = "loreft",
-    rank: Annotated[int, typer.Option("--rank", help="Rank of the edit.")] = 4,
+    method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft, lobireft; red: scale and bias.")] = "loreft",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the edit; red has none.")] = 4,
     layers: Annotated[str, typer.Option("--layers", help="all, 8-16, 3;9;18.")] = "all",
     stream: Annotated[
         str, typer.Option("--stream", help="block_output, block_input, attention_output, mlp_output; several with ;.")
@@ -65,6 +65,7 @@ def train(
 ) -> None:
     """Train a ReFT intervention on a frozen base in eager PyTorch; writes an adapter folder."""
     from reft_export.training.settings import TrainSettings, settings_like
+    from runtimes.adapter import FULL_RANK_METHODS, form_of
 
     settings = TrainSettings(
         method=method,
@@ -99,6 +100,10 @@ def train(
         started = load_adapter(start)
         like = settings_like(started)
         settings = replace(settings, **{field: getattr(like, field) for name, field in FORM.items() if not given(context, name)})
+    if settings.method in FULL_RANK_METHODS and given(context, "rank"):
+        from runtimes.errors import InputError
+
+        raise InputError(f"--rank {rank} does not apply to {settings.method}, a scale and a bias per channel of full rank; leave it out")
     if base_bundle is not None and dtype not in ("auto", "float32"):
         from runtimes.errors import InputError
 
@@ -152,7 +157,7 @@ def train(
     first, last = result.history[0], result.history[-1]
     parameters = sum(t.size for t in result.adapter.tensors.values())
     out.print(
-        f"{output}: {settings.method}, rank {settings.rank}, {len(result.adapter.sites)} sites, {parameters} parameters; "
+        f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {parameters} parameters; "
         f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
 

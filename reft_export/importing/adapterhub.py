@@ -41,7 +41,8 @@ RAW = "projection.parametrizations.weight"
 
 def read_adapterhub(folder: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """Raises InputError for flags that contradict the config, AdapterError for what cannot be imported."""
-    request.refuse("AdapterHub", {"layers": "the files say which layers are edited", "scale": "an edit has no strength to scale"})
+    reasons = {"layers": "the files say which layers are edited", "stream": "its edits act on the block's output"}
+    request.refuse("AdapterHub", {**reasons, "scale": "an edit has no strength to scale"})
     top, config = _read_config(folder, outline)
     tied = config["tied_weights"] or not (config["prefix_positions"] and config["suffix_positions"])
     rule = _positions(config, folder)

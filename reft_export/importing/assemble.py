@@ -6,6 +6,8 @@ positions at which only some sites are edited. The forms that hold more, y as in
     noreft    holds loreft (P = R, p = 0) exactly, and without an activation consreft (P = R, W = 0, b = s, p = 0)
     direft    holds every linear edit: W2 = U, W1 = A, b of its folded form, folded in float64 and rounded once to float32
 
+RED's scale and bias mix with none of them.
+
 Shorter ranks are filled with zero rows, and a slot that is not edited is all zeros; both add nothing.
 """
 
@@ -17,7 +19,7 @@ from functools import reduce
 import numpy as np
 
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, listed
-from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS, Adapter, BaseModel, fold_parameters
+from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel, fold_parameters, parameter_shape
 from runtimes.edit import in_sequence
 from runtimes.errors import AdapterError
 
@@ -52,7 +54,7 @@ def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
 
 
 def _check_width(edit: ForeignEdit, base: BaseModel) -> None:
-    width = next(value.shape[1] for value in edit.parameters.values() if value.ndim == 2)
+    width = next(value.shape[-1] for value in edit.parameters.values() if value.ndim == 2 or edit.method in FULL_RANK_METHODS)
     if width != base.hidden_size:
         raise AdapterError(
             f"{edit.name} has width {width}, {base.name} has width {base.hidden_size}; pass the base that the adapter was trained on"
@@ -65,6 +67,11 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
     uniform = len({_rank(edit) for edit in everything}) == 1 and all(len(slot) == 1 for slot in slots)
     if len(methods) == 1 and uniform:
         return methods.pop()
+    if methods & set(FULL_RANK_METHODS):
+        if len(methods) == 1:
+            return methods.pop()
+        mixed = " and ".join(sorted(methods))
+        raise AdapterError(f"this adapter mixes {mixed}, which no one form holds; train them as adapters of one method")
     single = all(len(slot) <= 1 for slot in slots)
     if single and methods <= {"loreft", "noreft"} | (set() if foreign.activation else {"consreft"}):
         return "noreft"
@@ -78,13 +85,13 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
 
 
 def _rank(edit: ForeignEdit) -> int:
-    return len(next(iter(edit.parameters.values())))
+    return 0 if edit.method in FULL_RANK_METHODS else len(next(iter(edit.parameters.values())))
 
 
 def _parameters(slot: Slot, method: str, rank: int, width: int) -> dict[str, np.ndarray]:
     """The parameters of ``method``, filled up to ``rank`` rows, that do what the edits of ``slot`` do one after the other."""
     values = {} if not slot else dict(slot[0].parameters) if [e.method for e in slot] == [method] else _converted(slot, method)
-    return {name: _filled(values.get(name), rank, width if name[0].isupper() else None) for name in PARAMETERS[method]}
+    return {name: _filled(values.get(name), name, parameter_shape(method, name, rank, width)) for name in PARAMETERS[method]}
 
 
 def _converted(slot: Slot, method: str) -> Mapping[str, np.ndarray]:
@@ -96,11 +103,13 @@ def _converted(slot: Slot, method: str) -> Mapping[str, np.ndarray]:
             return {"P": x["R"], "W": x["W"], "b": x["b"], "p": zeros}
         return {"P": x["R"], "W": np.zeros_like(x["R"]), "b": x["s"], "p": zeros}
     folded = reduce(in_sequence, (fold_parameters(edit.method, edit.parameters) for edit in slot))
+    if method == "red":
+        return {name: getattr(folded, name).astype(np.float32) for name in PARAMETERS[method]}
     return {name: value.astype(np.float32) for name, value in (("W2", folded.U), ("W1", folded.A), ("b", folded.b))}
 
 
-def _filled(value: np.ndarray | None, rank: int, width: int | None) -> np.ndarray:
-    full = np.zeros((rank,) if width is None else (rank, width), np.float32)
+def _filled(value: np.ndarray | None, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    full = np.full(shape, 1.0 if name == "scale" else 0.0, np.float32)
     if value is not None:
         full[: len(value)] = value
     return full

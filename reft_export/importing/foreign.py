@@ -49,6 +49,7 @@ class Request:
     method: str | None = None
     layers: str | None = None
     scale: float | None = None
+    stream: str | None = None
 
     def refuse(self, format: str, reasons: Mapping[str, str]) -> None:
         """Raises InputError for the first option given that has no meaning for ``format``."""
@@ -61,7 +62,7 @@ class Request:
 class ForeignEdit:
     """One intervention as its library applies it: a method of runtimes.adapter with its parameters in float32.
 
-    Capitals are [r, D], small letters [r]. ``name`` is what the foreign file calls it.
+    Their shapes are ``runtimes.adapter.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
     """
 
     name: str

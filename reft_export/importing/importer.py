@@ -12,11 +12,14 @@ from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
 from runtimes.bundle import check_adapter_name
+from runtimes.edit import STREAMS
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.folders import check_destination
 from runtimes.positions import PositionRule
 
-FORMATS = ("pyreft", "adapterhub", "gguf", "npz", "safetensors")
+FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
+PICKLES = (".pth", ".pt")
+"""What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
 Reader = Callable[[Path, Request, Outline], ForeignAdapter]
 
@@ -46,6 +49,8 @@ def import_adapter(
         raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(PARAMETERS)}")
     if request.positions is not None:
         PositionRule.parse(request.positions)
+    if request.stream is not None and request.stream not in STREAMS:
+        raise InputError(f"--stream {request.stream!r} is unknown; known: {', '.join(STREAMS)}")
     activation_of(request.activation or "", "--activation")
     format = format or detect(source)
     _check_kind(source, format)
@@ -82,7 +87,11 @@ def detect(source: Path) -> str:
         return "gguf"
     if source.suffix in (".npz", ".safetensors"):
         return source.suffix[1:]
-    raise InputError(f"{source} is not .gguf, .npz or .safetensors, and pyreft and AdapterHub adapters are folders; pass the folder")
+    if source.suffix in PICKLES:
+        return "red"
+    raise InputError(
+        f"{source} is not .gguf, .npz, .safetensors or RED's .pth, and pyreft and AdapterHub adapters are folders; pass the folder"
+    )
 
 
 def _check_kind(source: Path, format: str) -> None:
@@ -110,6 +119,10 @@ def _reader(format: str) -> Reader:
         from reft_export.importing.adapterhub import read_adapterhub
 
         return read_adapterhub
+    if format == "red":
+        from reft_export.importing.red import read_red
+
+        return read_red
     from reft_export.importing.vectors import read_gguf, read_vectors
 
     return read_gguf if format == "gguf" else read_vectors

@@ -61,7 +61,8 @@ class _Entry:
 
 def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """Raises InputError for what pyreft does not record and ``request`` does not say, AdapterError for what cannot be imported."""
-    request.refuse("pyreft", {"layers": "the files say which layers are edited", "scale": "an intervention has no strength to scale"})
+    reasons = {"layers": "the files say which layers are edited", "stream": "the files say which streams are edited"}
+    request.refuse("pyreft", {**reasons, "scale": "an intervention has no strength to scale"})
     request = _with_side_file(folder, request)
     sites = ComponentSites(outline.model)
     entries = _configured(folder, sites) if (folder / CONFIG_FILE).is_file() else _checkpoint(folder, sites)
@@ -145,7 +146,10 @@ def _class_name(text: object, folder: Path) -> str:
     if module.partition(".")[0] != "pyreft" or name not in CLASSES:
         known = ", ".join(CLASSES)
         if re.match(r"red(?!ft)", name.lower()):
-            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is RED (scale and bias), of full rank; only these can be imported: {known}")
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {name} is RED, which pyreft itself does not have; store its vectors as <layer>.<stream>.scale and"
+                " .bias in an .npz, which the import reads"
+            )
         raise AdapterError(f"{folder / CONFIG_FILE}: intervention {module}.{name} is not one of pyreft's own: {known}")
     return name
 

@@ -21,8 +21,9 @@ from runtimes.errors import AdapterError, InputError
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the paths of the model it wraps; pyreft's README uses such paths."""
 
-LAST_PROJECTION = {"attention_output": "o_proj", "mlp_output": "down_proj"}
-"""The submodule whose output its parent returns unchanged, in every family of transformers that calls it so."""
+LAST_PROJECTIONS = {"attention_output": ("o_proj", "c_proj"), "mlp_output": ("down_proj", "c_proj")}
+"""Submodules whose output their parent returns unchanged, but for dropout in training, in every family of transformers that calls
+them so."""
 
 
 class ComponentSites:
@@ -90,6 +91,6 @@ def _paths(model: PreTrainedModel) -> Iterator[tuple[str, Site]]:
             except InputError:  # a family whose blocks have no such module
                 continue
             yield f"{names[module]}.{'input' if stream == 'block_input' else 'output'}", site
-            last = getattr(module, LAST_PROJECTION.get(stream, ""), None)
-            if isinstance(last, nn.Module):
-                yield f"{names[last]}.output", site
+            for name in LAST_PROJECTIONS.get(stream, ()):
+                if isinstance(last := getattr(module, name, None), nn.Module):
+                    yield f"{names[last]}.output", site

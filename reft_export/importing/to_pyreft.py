@@ -76,7 +76,9 @@ def export_to_pyreft(model: str, folder: Path, output: Path, *, force: bool = Fa
 
 
 def _class_of(adapter: Adapter) -> str:
-    """The class an import came from; for DiReFT of our own, Nodireft: its W2 is free, as ours is."""
+    """The class an import came from; for DiReFT of our own, Nodireft: its W2 is free, as ours is. pyreft has none for RED."""
+    if adapter.method not in CLASSES.values():
+        raise AdapterError(f"pyreft has no intervention for {adapter.method} (scale and bias); it cannot be exported to pyreft")
     recorded = adapter.training.get("class") if adapter.training.get("imported_from") == FORMAT else None
     kinds = [kind for kind, method in CLASSES.items() if method == adapter.method]
     kind = recorded if recorded in kinds else kinds[-1]

@@ -8,6 +8,9 @@ What a plain file's arrays mean follows from their names and shapes:
     one array of any other name                                                                  [D]: for every layer of --layers
                                                                                                  [layers, D]: row n for block n
 
+The stream is the block's output, or the one that --stream names. Arrays called scale and bias are RED's (reft_export/importing/red.py);
+--method lobireft takes an array of such a name for a vector all the same.
+
 Source: llama.cpp, common/common.cpp (common_control_vector_load) and src/llama-adapter.cpp (llama_adapter_cvec): ``direction.<n>``
 is added to the output of block n, blocks counted from 0 and never block 0, at every token, prompt or generated.
 """
@@ -23,6 +26,7 @@ import numpy as np
 
 from reft_export.base import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
+from reft_export.importing.red import is_red, red_adapter
 from reft_export.importing.tensors import as_float32, read_safetensors
 from reft_export.model_folder import first_line
 from reft_export.training.settings import parse_layers
@@ -35,6 +39,7 @@ NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d+)(?:[._]({'|'.j
 
 def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """llama.cpp's semantics: every token, unless --positions says otherwise; --layers is its --control-vector-layer-range."""
+    request.refuse("GGUF", {"stream": "llama.cpp adds a control vector to the block's output"})
     from gguf import GGMLQuantizationType, GGUFReader
 
     try:
@@ -66,11 +71,15 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
     arrays = _npz(path) if format == "npz" else read_safetensors(path)
     if not arrays:
         raise AdapterError(f"{path} holds no arrays")
+    if request.method == "red" or (request.method is None and is_red(list(arrays))):
+        return red_adapter(format, path, arrays, request, outline)
     named = {name: NAMED.fullmatch(name) for name in arrays}
     if all(named.values()):
         vectors: dict[Site, tuple[str, np.ndarray]] = {}
         for name, match in named.items():
-            site = Site(layer=int(match[1]), stream=match[2] or "block_output")
+            if match[2] and request.stream not in (None, match[2]):
+                raise InputError(f"--stream {request.stream} contradicts {path}, which holds {name}")
+            site = Site(layer=int(match[1]), stream=match[2] or _stream(request))
             if site in vectors:
                 raise AdapterError(f"{path}: {name} and {vectors[site][0]} are both the vector of {site}")
             vectors[site] = (name, as_float32(arrays[name], (None,), f"{path}: {name}"))
@@ -98,14 +107,19 @@ def _one_array(path: Path, name: str, value: np.ndarray, request: Request, outli
         if request.layers is None:
             raise not_recorded("a single steering vector", {"its layers": f"--layers (0 to {layers - 1}; 3, 8-16 or 3;9)"})
         vector = as_float32(value, (width,), f"{path}: {name}")
-        return {Site(layer=layer): (name, vector) for layer in parse_layers(request.layers, layers)}
+        return {Site(layer=layer, stream=_stream(request)): (name, vector) for layer in parse_layers(request.layers, layers)}
     if len(value.shape) == 2 and value.shape[0] == layers + 1:
         raise AdapterError(
             f"{path}: {name} has {layers + 1} rows for {layers} layers: with the embedding's row first, as hidden_states have it? leave "
             "that row out, or name the vectors by layer"
         )
     rows = as_float32(value, (layers, width), f"{path}: {name}")
-    return {Site(layer=layer): (f"{name}[{layer}]", np.ascontiguousarray(row)) for layer, row in enumerate(rows)}
+    stream = _stream(request)
+    return {Site(layer=layer, stream=stream): (f"{name}[{layer}]", np.ascontiguousarray(row)) for layer, row in enumerate(rows)}
+
+
+def _stream(request: Request) -> str:
+    return request.stream or "block_output"
 
 
 def _adapter(

@@ -3,16 +3,18 @@
     loreft    delta = R^T (act(W h + b) - R h)              noreft   delta = P^T (act(W h + b) - (P h + p))
     direft    delta = W2^T act(W1 h + b)
     consreft  delta = R^T (s - R h)                         lobireft delta = R^T s
+    red       delta = (scale - 1) * h + bias
 
 Parameters are float32 whatever the base's dtype, and delta is computed in float32. Initial values are pyreft's: R a
 random matrix with orthonormal rows, every linear map uniform in +-1/sqrt(D) (torch's default for Linear), s uniform in
-[0, 1). pyreft calls this direft Nodireft; its own Direft keeps W2 orthonormal.
+[0, 1). pyreft calls this direft Nodireft; its own Direft keeps W2 orthonormal. RED starts as its authors' does, with
+scale 1 and bias 0: it edits nothing.
 
 Dropout zeroes elements of delta and scales the others by 1/(1 - p), while training only. pyreft drops elements of
 h + delta, and so noises the frozen residual stream as well; here an edit that is dropped leaves h as it was.
 
 Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equations 2 and 3;
-pyreft/interventions.py.
+pyreft/interventions.py. RED: Wu et al. 2024, "Advancing Parameter Efficiency in Fine-tuning via Representation Editing".
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_export.eager import ACTIVATION_FUNCTIONS, EditFn, edit_rows
-from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
@@ -65,6 +67,10 @@ class Intervention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The delta of rows h [t, D], in h's dtype: float32 for a float32 module."""
         return self.dropout(self.delta(h))
+
+    def edited(self, h: Tensor) -> Tensor:
+        """The edited rows, h + delta."""
+        return h + self(h)
 
     def delta(self, h: Tensor) -> Tensor:
         raise NotImplementedError
@@ -137,13 +143,29 @@ class LobiReft(Intervention):
         return (self.s @ self.R()).expand_as(h)
 
 
-METHODS: Mapping[str, type[Intervention]] = {c.method: c for c in (LoReft, NoReft, DiReft, ConsReft, LobiReft)}
+class Red(Intervention):
+    method = "red"
+
+    def __init__(self, rank: int, width: int, **options: Any) -> None:
+        super().__init__(0, width, **options)
+        self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def delta(self, h: Tensor) -> Tensor:
+        return (self.scale - 1) * h + self.bias
+
+
+METHODS: Mapping[str, type[Intervention]] = {c.method: c for c in (LoReft, NoReft, DiReft, ConsReft, LobiReft, Red)}
+
+NOT_DECAYED = ("V", "b", "p", "scale", "bias")
+"""Parameters without weight decay: biases; V, where it could only change the step size; and RED's scale, which it would pull away from
+the 1 that edits nothing."""
 
 
 class Interventions(nn.Module):
     """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
 
-    Raises InputError for an unknown method, an activation the method has no place for, and a rank outside 1 to D.
+    RED has no rank: whatever is given, its own is 0. Raises InputError for an unknown method, an activation the method has no place
+    for, and a rank outside 1 to D.
     """
 
     def __init__(
@@ -168,7 +190,8 @@ class Interventions(nn.Module):
             raise InputError(
                 f"{method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
             )
-        if not 1 <= rank <= width:
+        rank = 0 if method in FULL_RANK_METHODS else rank
+        if method not in FULL_RANK_METHODS and not 1 <= rank <= width:
             raise InputError(f"rank {rank} does not fit this base; use 1 to its width {width}")
         self.method, self.rank, self.width, self.tied = method, rank, width, tied
         self.activation, self.dropout = activation, dropout
@@ -191,14 +214,14 @@ class Interventions(nn.Module):
     def edits(self) -> dict[Site, EditFn]:
         """The edit functions that ``reft_export.eager.steer`` takes; gradients flow through them."""
         return {
-            site: partial(edit_rows, deltas=[self.intervention(k) for k in keys]) for site, keys in self.keys.items()
+            site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()
         }
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Weight decay on matrices and s, none on biases, and none on V, where it could only change the step size."""
+        """Weight decay on matrices and s, none on NOT_DECAYED."""
         named = list(self.named_parameters())
-        plain = [p for name, p in named if name.rsplit(".", 1)[1] in ("V", "b", "p")]
-        decayed = [p for name, p in named if name.rsplit(".", 1)[1] not in ("V", "b", "p")]
+        plain = [p for name, p in named if name.rsplit(".", 1)[1] in NOT_DECAYED]
+        decayed = [p for name, p in named if name.rsplit(".", 1)[1] not in NOT_DECAYED]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtimes.adapter import ACTIVATED_METHODS, PARAMETERS, Adapter
+from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter
 from runtimes.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
@@ -24,6 +24,7 @@ class TrainSettings:
 
     method: str = "loreft"
     rank: int = 4
+    """Of the low-rank methods. RED has none, and 0 whatever is given."""
     layers: str = "all"
     """``all``, or layers and inclusive ranges separated by ``;`` or ``,``: ``8-16``, ``3;9;18``, ``0-3;8``."""
     streams: str = "block_output"
@@ -73,7 +74,11 @@ class TrainSettings:
             raise InputError(
                 f"{self.method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
             )
-        for name in ("rank", "epochs", "batch_size", "gradient_accumulation"):
+        if self.method in FULL_RANK_METHODS:
+            object.__setattr__(self, "rank", 0)
+        else:
+            _in_range("rank", self.rank, 1)
+        for name in ("epochs", "batch_size", "gradient_accumulation"):
             _in_range(name, getattr(self, name), 1)
         for name in ("max_steps", "max_length"):
             if getattr(self, name) is not None:

@@ -172,6 +172,7 @@ def random_banks(model: ir.Model, *, seed: int = 0, slots: int = 1, rank: int = 
     for value in model.graph.inputs:
         if value.name and value.is_initializer() and value.name not in RULE_DEFAULTS:
             random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
-            shape = (slots, rank, WIDTH)[: len(value.shape)]
+            sizes = iter((slots, rank))
+            shape = [dim if isinstance(dim, int) else next(sizes) for dim in value.shape]
             banks[value.name] = (random.standard_normal(shape) * 0.5).astype(value.dtype.numpy())
     return banks

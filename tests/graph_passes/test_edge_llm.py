@@ -17,9 +17,9 @@ from graph_passes.edge_llm import is_edge_llm, read_edge_contract
 from graph_passes.edge_lora import lora_tensors
 from graph_passes.insert import is_edit
 from graph_passes.sites import find_sites, locate_sites
-from runtimes.edit import LowRankEdit, Site
+from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
-from runtimes.op import DOMAIN, EditNode, bank_of
+from runtimes.op import DOMAIN, EditNode, bank_of, node_of
 from runtimes.positions import PositionRule, slots
 
 PREFILL = [Row(past=0, new=6), Row(past=0, new=3)]
@@ -27,15 +27,18 @@ DECODE = [Row(past=6, new=1), Row(past=3, new=1)]
 OUTPUTS = [Site(layer=0), Site(layer=2)]
 
 
-def _edits(site: Site, count: int, activation: str = "", scale: float = 0.3) -> list[LowRankEdit]:
+def _edits(site: Site, count: int, activation: str = "", scale: float = 0.3) -> list[Edit]:
     random = np.random.default_rng([site.layer, count])
+    if activation == "red":
+        draw = lambda: random.standard_normal(WIDTH) * scale  # noqa: E731
+        return [ScaleBiasEdit(scale=1 + draw(), bias=draw()) for _ in range(count)]
     shapes = ((3, WIDTH), (3, WIDTH), (3,))
     arrays = [[random.standard_normal(shape) * scale for shape in shapes] for _ in range(count)]
     return [LowRankEdit(U=U, A=A, b=b, activation=activation) for U, A, b in arrays]
 
 
-def _tensors(edits: dict[Site, list[LowRankEdit]], rule: PositionRule, *, tied: bool, dtype=np.float32) -> tuple[list[EditNode], dict]:
-    nodes = [EditNode(site=site, activation=group[0].activation) for site, group in edits.items()]
+def _tensors(edits: dict[Site, list[Edit]], rule: PositionRule, *, tied: bool, dtype=np.float32) -> tuple[list[EditNode], dict]:
+    nodes = [node_of(site, group[0]) for site, group in edits.items()]
     banks = {}
     for node, group in zip(nodes, edits.values(), strict=True):
         banks |= dict(zip(node.bank_names, bank_of(group, dtype), strict=True))
@@ -149,7 +152,10 @@ def test_a_zero_adapter_changes_no_bit(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("positions", "tied", "activation"),
-    [("f2+l2", True, ""), ("f2+l1", False, ""), ("prompt", True, "relu"), ("all", True, "gelu_tanh"), ("l1", True, "")],
+    [
+        ("f2+l2", True, ""), ("f2+l1", False, ""), ("prompt", True, "relu"), ("all", True, "gelu_tanh"), ("l1", True, ""),
+        ("f2+l1", False, "red"), ("all", True, "red"),
+    ],
 )
 def test_an_adapter_is_the_numpy_edit(layout, positions, tied, activation):
     model, before, rule = edge_decoder(layout), edge_decoder(layout), PositionRule.parse(positions)

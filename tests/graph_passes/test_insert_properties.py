@@ -20,7 +20,8 @@ EDITS = st.lists(
         EditNode,
         site=st.builds(Site, layer=st.integers(0, 2), stream=st.sampled_from(STREAMS)),
         activation=st.sampled_from(["", "relu", "tanh"]),
-    ),
+    )
+    | st.builds(EditNode, site=st.builds(Site, layer=st.integers(0, 2), stream=st.sampled_from(STREAMS)), op=st.just("RED")),
     min_size=1,
     max_size=6,
     unique=True,

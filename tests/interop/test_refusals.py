@@ -159,7 +159,7 @@ SOURCE = "model.layers.1.reft_layer.refts.reft.units.0.learned_source"
         (LOREFT, edit_json(CONFIG, representations=[[0, "model.layers[7].output", "pos", 1]] * 2), "layer 7 does not exist"),
         (LOREFT, edit_json(CONFIG, representations=[[0, "model.norm.output", "pos", 1]] * 2), "'model.norm.output' is not a stream"),
         (LOREFT, edit_json(CONFIG, intervention_types=["<class '__main__.LoreftIntervention'>"] * 2), "__main__.LoreftIntervention is not"),
-        (LOREFT, edit_json(CONFIG, intervention_types=["<class 'x.RedIntervention'>"] * 2), "is RED .scale and bias., of full rank"),
+        (LOREFT, edit_json(CONFIG, intervention_types=["<class 'x.RedIntervention'>"] * 2), "is RED, which pyreft itself does not"),
         (HUB, lambda f: (f / HUB_BIN).unlink(), "pytorch_adapter.bin is missing"),
         (HUB, edit_json(HUB_CONFIG, layers=[1, 3]), "config names layers .1, 3., its tensors .1, 2."),
         (HUB, edit_json(HUB_CONFIG, layers="all"), "edits layers 1 to 2, base-llama-tiny has 4"),

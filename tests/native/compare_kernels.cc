@@ -51,6 +51,37 @@ static bool compare(int dtype, float tolerance, const std::string& kernels) {
   return true;
 }
 
+// RED: a product and a sum, in float32 with or without a fused multiply-add.
+template <class T>
+static bool compare_red(int dtype, float tolerance, const std::string& kernels) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](size_t count) {
+    std::vector<T> out(count);
+    for (T& value : out) from_float(normal(random), &value);
+    return out;
+  };
+  for (int64_t width : {1, 3, 4, 5, 15, 16, 17, 63, 65, 513}) {
+    const int64_t tokens = 19, slots = 2;
+    std::vector<T> h = draw(tokens * width), scale = draw(slots * width), bias = draw(slots * width), y = h, expected = h;
+    std::vector<int32_t> slot(tokens);
+    for (int64_t t = 0; t < tokens; ++t) slot[t] = static_cast<int32_t>(t / 5 % 4) - 1;
+    const auto edit = [&](std::vector<T>* out, const char* name) {
+      return reft_red_cpu(dtype, h.data(), out->data(), slot.data(), scale.data(), bias.data(), tokens, slots, width, name);
+    };
+    if (edit(&expected, "portable") != nullptr || edit(&y, kernels.c_str()) != nullptr) return false;
+    for (int64_t i = 0; i < tokens * width; ++i) {
+      const float right = to_float(expected[i]), found = to_float(y[i]);
+      if (!(std::fabs(right - found) <= tolerance * std::fmax(1.0f, std::fabs(right)))) {
+        std::printf("RED, %s, type %d, width %lld: %g, expected %g\n", kernels.c_str(), dtype, static_cast<long long>(width), found, right);
+        return false;
+      }
+    }
+    if (std::memcmp(y.data(), h.data(), static_cast<size_t>(5 * width) * sizeof(T)) != 0) return false;  // the slots of -1
+  }
+  return true;
+}
+
 // All 65,536 words through a zero edit: widening and rounding are exact.
 template <class T>
 static bool round_trip(int dtype, const std::string& kernels) {
@@ -77,7 +108,8 @@ int main() {
     const std::string kernels = names.substr(begin, end - begin);
     begin = end + 1;
     if (!compare<float>(1, 3e-6f, kernels) || !compare<reft::Float16>(10, 1e-3f, kernels) || !compare<reft::BFloat16>(16, 8e-3f, kernels) ||
-        !round_trip<reft::Float16>(10, kernels) || !round_trip<reft::BFloat16>(16, kernels)) {
+        !compare_red<float>(1, 3e-6f, kernels) || !compare_red<reft::Float16>(10, 1e-3f, kernels) ||
+        !compare_red<reft::BFloat16>(16, 8e-3f, kernels) || !round_trip<reft::Float16>(10, kernels) || !round_trip<reft::BFloat16>(16, kernels)) {
       std::printf("%s differs\n", kernels.c_str());
       return 1;
     }

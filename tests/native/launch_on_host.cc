@@ -5,8 +5,16 @@
 #include "cpu/edit_cpu.h"
 #include "cuda/edit_cuda.h"
 
-const char* reft::launch_edit(const Edit& edit, void* stream) {
+namespace {
+
+template <class AnyEdit>
+const char* launch(const AnyEdit& edit, void* stream) {
   if (reinterpret_cast<uintptr_t>(stream) == 1) return "cudaErrorOnPurpose (a launch that fails)";
-  edit_tokens(edit, 0, edit.tokens, **usable_row_kernels());
+  edit_tokens(edit, 0, edit.tokens, **reft::usable_row_kernels());
   return nullptr;
 }
+
+}  // namespace
+
+const char* reft::launch_edit(const Edit& edit, void* stream) { return launch(edit, stream); }
+const char* reft::launch_edit(const RedEdit& edit, void* stream) { return launch(edit, stream); }

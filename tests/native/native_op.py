@@ -45,7 +45,9 @@ def load(path: Path) -> ctypes.CDLL:
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
     library.reft_edit_cpu.argtypes = [ctypes.c_int, *[pointer] * 6, *[integer] * 4, *[text] * 3]
     library.reft_edit_cuda.argtypes = [ctypes.c_int, *[pointer] * 6, *[integer] * 4, *[text] * 2, pointer]
-    for name in ("reft_edit_cpu", "reft_edit_cuda", "reft_cpu_kernels", "reft_cuda_architectures"):
+    library.reft_red_cpu.argtypes = [ctypes.c_int, *[pointer] * 5, *[integer] * 3, text]
+    library.reft_red_cuda.argtypes = [ctypes.c_int, *[pointer] * 5, *[integer] * 3, pointer]
+    for name in ("reft_edit_cpu", "reft_edit_cuda", "reft_red_cpu", "reft_red_cuda", "reft_cpu_kernels", "reft_cuda_architectures"):
         getattr(library, name).restype = text
     library.reft_statistics.argtypes = [ctypes.POINTER(integer), ctypes.c_int]
     library.reft_statistics.restype = None

@@ -40,7 +40,8 @@ def counts():
 for dtype in ("float32", "float16", "bfloat16"):
     for rank in (2, 3):
         name = f"{dtype}_{rank}"
-        np.save(folder / f"{name}_y.npy", session(name).run(None, load(name))[0])
+        for case in (name, f"red_{name}"):
+            np.save(folder / f"{case}_y.npy", session(case).run(None, load(case))[0])
 
 chain = session("chain")
 counts()
@@ -51,10 +52,19 @@ feeds = {"h": np.zeros((2, 5, 8), np.float32), "slot": np.zeros(4, np.int32)}
 feeds.update({"U": np.zeros((1, 2, 8), np.float32), "A": np.zeros((1, 2, 8), np.float32), "b": np.zeros((1, 2), np.float32)})
 flat = {**feeds, "slot": np.zeros((2, 5), np.int64)}
 plain = session("plain")
+red_chain = session("red_chain")
+counts()
+red_chain.run(None, load("red_chain"))
+red_calls, red_in_place = counts()[:2]
+red_feeds = {"h": np.zeros((2, 5, 8), np.float32), "slot": np.zeros((2, 5), np.int32)}
+red_feeds.update({"scale": np.ones((2, 8), np.float32), "bias": np.zeros((3, 8), np.float32)})
 told = {
     "version": onnxruntime.__version__,
     "chain_calls": calls,
     "in_place": in_place,
+    "red_chain_calls": red_calls,
+    "red_in_place": red_in_place,
+    "red_bad_shape": error_of(lambda: session("red_plain").run(None, red_feeds)),
     "bad_name": error_of(lambda: session("bad_name")),
     "bad_number": error_of(lambda: session("bad_number")),
     "bad_type": error_of(lambda: plain.run(None, flat)),

@@ -69,8 +69,8 @@ void describe(int count, const int* types, const int* ranks, const int64_t* exte
 HOST int32_t getInferLibVersion() noexcept { return NV_TENSORRT_VERSION; }
 HOST ILogger* getLogger() noexcept { return &logger; }
 
-// Null, or the error. with_finder: call setLoggerFinder, as TensorRT does.
-HOST const char* host_open(const char* path, int with_finder) {
+// Null, or the error. op: the plugin that everything after is asked of. with_finder: call setLoggerFinder, as TensorRT does.
+HOST const char* host_open(const char* path, const char* op, int with_finder) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return dlerror();
   const auto set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
@@ -79,10 +79,13 @@ HOST const char* host_open(const char* path, int with_finder) {
   set_finder(with_finder ? &finder : nullptr);
   int32_t count = 0;
   IPluginCreatorInterface* const* list = creators(count);
-  if (count != 1) return "expected one creator";
-  if (std::strcmp(list[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return "not a creator of V3 plugins";
-  creator = static_cast<IPluginCreatorV3One*>(list[0]);
-  return nullptr;
+  if (count != 2) return "expected two creators";
+  for (int32_t i = 0; i < count; ++i) {
+    if (std::strcmp(list[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return "not a creator of V3 plugins";
+    creator = static_cast<IPluginCreatorV3One*>(list[i]);
+    if (std::strcmp(creator->getPluginName(), op) == 0) return nullptr;
+  }
+  return "no creator of that name";
 }
 
 // The last message; reading it forgets it.
@@ -168,24 +171,25 @@ HOST int host_configure(void* plugin, int count, const int* types, const int* ra
   return build_of(plugin)->configurePlugin(inputs, count, &output, 1);
 }
 
-HOST int host_supports(void* plugin, int position, const int* types, int format) {
-  DynamicPluginTensorDesc tensors[6]{};
-  for (int i = 0; i < 6; ++i) {
+// types [count], the output's the last
+HOST int host_supports(void* plugin, int position, int count, const int* types, int format) {
+  DynamicPluginTensorDesc tensors[kMaxTensors]{};
+  for (int i = 0; i < count; ++i) {
     tensors[i].desc.type = static_cast<DataType>(types[i]);
     tensors[i].desc.format = i == position ? static_cast<TensorFormat>(format) : TensorFormat::kLINEAR;
   }
-  return build_of(plugin)->supportsFormatCombination(position, tensors, 5, 1);
+  return build_of(plugin)->supportsFormatCombination(position, tensors, count - 1, 1);
 }
 
-HOST int host_shapes(void* plugin, const int* types, const int* ranks, const int64_t* extents) {
-  PluginTensorDesc inputs[5];
-  describe(5, types, ranks, extents, inputs);
-  return runtime_of(plugin)->onShapeChange(inputs, 5, inputs, 1);
+HOST int host_shapes(void* plugin, int count, const int* types, const int* ranks, const int64_t* extents) {
+  PluginTensorDesc inputs[kMaxTensors];
+  describe(count, types, ranks, extents, inputs);
+  return runtime_of(plugin)->onShapeChange(inputs, count, inputs, 1);
 }
 
-HOST int host_enqueue(void* plugin, const int* types, const int* ranks, const int64_t* extents, const void* const* data, void* output,
-                      void* stream) {
-  PluginTensorDesc inputs[5];
-  describe(5, types, ranks, extents, inputs);
+HOST int host_enqueue(void* plugin, int count, const int* types, const int* ranks, const int64_t* extents, const void* const* data,
+                      void* output, void* stream) {
+  PluginTensorDesc inputs[kMaxTensors];
+  describe(count, types, ranks, extents, inputs);
   return runtime_of(plugin)->enqueue(inputs, inputs, data, &output, nullptr, static_cast<cudaStream_t>(stream));
 }

@@ -67,6 +67,13 @@ def build_plugin(build: Path, headers: Path, *options: str, architectures: str =
     return build / "libreft_trt.so"
 
 
+def compile_plugin(output: Path, launcher: Path, *flags: object) -> Path:
+    """The plugin library without its CUDA kernels: ``launcher`` stands in for them."""
+    main, *sources = (path for path in sorted((NATIVE / "tensorrt").glob("*.cc")) if path.stem != "autoload")
+    flags = ("-shared", "-fPIC", '-DREFT_CUDA_ARCHITECTURES="none"', *flags)
+    return compile_with(DOUBLE, main, output, *sources, launcher, *flags)
+
+
 class Refused(Exception):
     """The plugin said no; the text is what it logged."""
 
@@ -74,11 +81,11 @@ class Refused(Exception):
 class Host:
     """One plugin library, and what a builder and an execution context ask of its plugins."""
 
-    def __init__(self, library: Path, plugin: Path, *, with_finder: bool = True) -> None:
+    def __init__(self, library: Path, plugin: Path, *, op: str = "LoReFT", with_finder: bool = True) -> None:
         self._c = ctypes.CDLL(str(library))
         pointer, text, integer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
         for name, result, arguments in (
-            ("open", text, [text, integer]),
+            ("open", text, [text, text, integer]),
             ("logged", text, []),
             ("identity", text, []),
             ("create", pointer, [integer, *[pointer] * 4, integer]),
@@ -90,13 +97,13 @@ class Host:
             ("output_type", integer, [pointer, integer, pointer]),
             ("output_rank", integer, [pointer, integer, pointer, pointer]),
             ("configure", integer, [pointer, integer, *[pointer] * 4]),
-            ("supports", integer, [pointer, integer, pointer, integer]),
-            ("shapes", integer, [pointer, *[pointer] * 3]),
-            ("enqueue", integer, [pointer, *[pointer] * 6]),
+            ("supports", integer, [pointer, integer, integer, pointer, integer]),
+            ("shapes", integer, [pointer, integer, *[pointer] * 3]),
+            ("enqueue", integer, [pointer, integer, *[pointer] * 6]),
         ):
             function = getattr(self._c, f"host_{name}")
             function.restype, function.argtypes = result, arguments
-        error = self._c.host_open(str(plugin).encode(), with_finder)
+        error = self._c.host_open(str(plugin).encode(), op.encode(), with_finder)
         assert error is None, error
 
     def logged(self) -> str:
@@ -128,7 +135,7 @@ class Host:
         self._c.host_destroy(plugin)
 
     def fields(self, plugin: int) -> dict[str, str]:
-        return dict(pair.split("=") for pair in self._c.host_fields(plugin).decode().split(" "))
+        return dict(pair.split("=") for pair in filter(None, self._c.host_fields(plugin).decode().split(" ")))
 
     def output_type(self, plugin: int, types: Sequence[str]) -> str:
         found = self._c.host_output_type(plugin, len(types), _types(types))
@@ -142,23 +149,23 @@ class Host:
         return rank
 
     def configure(self, plugin: int, lowest: Sequence[Sequence[int]], highest: Sequence[Sequence[int]]) -> None:
-        types = _types(["float16", "int32", *["float16"] * 3][: len(lowest)])
+        types = _types(_one_type("float16", len(lowest)))
         sizes = (len(lowest), types, _ranks(lowest), _extents(lowest), _extents(highest))
         self._accepted(self._c.host_configure(plugin, *sizes) == 0)
 
     def supports(self, plugin: int, position: int, types: Sequence[str], format: int = 0) -> bool:
-        return bool(self._c.host_supports(plugin, position, _types(types), format))
+        return bool(self._c.host_supports(plugin, position, len(types), _types(types), format))
 
     def shapes(self, plugin: int, shapes: Sequence[Sequence[int]]) -> None:
-        types = _types(["float16", "int32", *["float16"] * 3])
-        self._accepted(self._c.host_shapes(plugin, types, _ranks(shapes), _extents(shapes)) == 0)
+        types = _types(_one_type("float16", len(shapes)))
+        self._accepted(self._c.host_shapes(plugin, len(shapes), types, _ranks(shapes), _extents(shapes)) == 0)
 
     def enqueue(
         self, plugin: int, dtype: str, shapes: Sequence[Sequence[int]], data: Sequence[int], output: int, stream: int | None
     ) -> None:
-        types = _types([dtype, "int32", *[dtype] * 3])
-        pointers = (ctypes.c_void_p * 5)(*data)
-        self._accepted(self._c.host_enqueue(plugin, types, _ranks(shapes), _extents(shapes), pointers, output, stream) == 0)
+        count = len(shapes)
+        tensors = (count, _types(_one_type(dtype, count)), _ranks(shapes), _extents(shapes), (ctypes.c_void_p * count)(*data))
+        self._accepted(self._c.host_enqueue(plugin, *tensors, output, stream) == 0)
 
     def _plugin(self, plugin: int | None) -> int:
         self._accepted(plugin is not None)
@@ -167,6 +174,11 @@ class Host:
     def _accepted(self, accepted: bool) -> None:
         if not accepted:
             raise Refused(self.logged())
+
+
+def _one_type(dtype: str, count: int) -> list[str]:
+    """h, slot, and the banks of the type of h."""
+    return [dtype, "int32", *[dtype] * (count - 2)]
 
 
 def _types(names: Sequence[str]) -> ctypes.Array:

@@ -2,7 +2,7 @@
 //   tensorrt_registry <libnvinfer_lean.so.N> load <libreft_trt.so>         through IPluginRegistry::loadLibrary
 //   tensorrt_registry <libnvinfer_lean.so.N> open <libreft_trt_autoload.so> by opening the library, as hosts of self-registering plugins do
 //   tensorrt_registry <libnvinfer_lean.so.N> open-linked <...>              the same where TensorRT is in the global scope, as if linked
-// Prints what happened, one line each; the exit status is 0 where a plugin could be created and read back.
+// Prints what happened, one line each; the exit status is 0 where both plugins could be created and read back.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -56,7 +56,20 @@ int main(int count, char** arguments) {
   auto* runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
   IPluginV3* again = creator->createPlugin("edit", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
   std::printf("read back %d\n", again != nullptr);
-  const bool worked = again != nullptr;
+  bool worked = again != nullptr;
+  delete again;
+  delete plugin;
+
+  // RED has no attributes, and an engine stores none.
+  auto* red = static_cast<IPluginCreatorV3One*>(registry->getCreator("RED", "1", "ai.reft"));
+  std::printf("RED creator %s\n", red != nullptr ? red->getInterfaceInfo().kind : "none");
+  if (red == nullptr) return 1;
+  plugin = red->createPlugin("edit", red->getFieldNames(), TensorRTPhase::kBUILD);
+  if (plugin == nullptr) return 1;
+  runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+  again = red->createPlugin("edit", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
+  std::printf("RED read back %d\n", again != nullptr);
+  worked = worked && again != nullptr;
   delete again;
   delete plugin;
   if (handle != nullptr) registry->deregisterLibrary(handle);

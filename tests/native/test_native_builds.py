@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import native_red
 import numpy as np
 import pytest
 from native_op import COMPILERS, as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
@@ -17,7 +18,10 @@ from runtimes.native_library import library_name
 
 ROOT = Path(__file__).parent.parent.parent
 NATIVE = ROOT / "runtimes" / "native"
-SOURCES = ("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "ort/lo_reft_op.cc", "c_api/reft.cc")
+SOURCES = (
+    *("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "c_api/reft.cc"),
+    *("ort/op.cc", "ort/lo_reft_op.cc", "ort/red_op.cc", "ort/register.cc"),
+)
 X86_SOURCES = {
     "cpu/rows_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/rows_avx512.cc": (
@@ -68,7 +72,8 @@ def test_kernels_and_op_under_the_sanitizers(tmp_path) -> None:
     library = tmp_path / library_name()
     sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
     compile_library(cxx, library, *sanitize, x86=is_x86())
-    tests = [str(Path(__file__).parent / name) for name in ("test_cpu_kernels.py", "test_ort_op.py")]
+    names = ("test_cpu_kernels.py", "test_ort_op.py", "test_red_cpu_kernels.py", "test_red_ort_op.py")
+    tests = [str(Path(__file__).parent / name) for name in names]
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import native_op, pytest;"
         "native_op.find_op_library = lambda: Path(sys.argv[2]);"
@@ -103,7 +108,7 @@ def test_aarch64(tmp_path) -> None:
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("compiled for aarch64; no qemu-aarch64 here to run it (Debian: qemu-user-static)")
-    objects = [o for o in tmp_path.glob("*.o") if o.stem != "lo_reft_op"]
+    objects = [tmp_path / f"{name}.o" for name in ("edit_cpu", "rows_portable", "rows_neon", "reft")]
     flags = ("-std=c++17", "-O1", "-static", f"-I{NATIVE}", f"-I{NATIVE}/include")
     run(cxx, *flags, Path(__file__).parent / "compare_kernels.cc", *objects, "-o", tmp_path / "compare")
     assert "neon and portable agree" in run(emulator, tmp_path / "compare").stdout
@@ -147,7 +152,7 @@ def test_the_plugin_compiles_from_the_wheel(wheel, tmp_path) -> None:
     assert ask("find_plugin_library()") == "None"
     run("sh", "-c", ask("plugin_build_command()"), cwd=tmp_path, env=environment)
     assert Path(ask("find_plugin_library()")).is_relative_to(tmp_path / "venv")
-    assert ask("plugin_details(find_plugin_library())[0]") == "LoReFT 1, TensorRT 10.3.0"
+    assert ask("plugin_details(find_plugin_library())[0]") == "LoReFT 1, RED 1, TensorRT 10.3.0"
 
 
 @pytest.mark.slow
@@ -184,8 +189,31 @@ def cases(folder: Path) -> None:
     chain = draw(1, (2, 5), 32, 4, 2, "float32")
     chain["x"], chain["scale"] = chain.pop("h"), np.linspace(0.1, 0.4, 32, dtype=np.float32)
     np.savez(folder / "chain.npz", **chain)
+    red_cases(folder)
     for name, attributes in (("bad_name", {"activation": "softmax"}), ("bad_number", {"activation": 3}), ("plain", {})):
         (folder / f"{name}.onnx").write_bytes(op_model(**attributes).SerializeToString())
+
+
+def red_cases(folder: Path) -> None:
+    from test_red_ort_op import residual_chain
+
+    info = helper.make_tensor_value_info
+    for dtype, number in {"float32": 1, "float16": 10, "bfloat16": 16}.items():
+        for rank, leading in ((2, (29,)), (3, (3, 17))):
+            shape = [f"d{i}" for i in range(rank - 1)]
+            inputs = [info("h", 1, [*shape, "D"]), info("slot", 6, shape), *native_red.bank_inputs(1)]
+            nodes = [helper.make_node("Cast", [n], [f"{n}_"], to=number) for n in ("h", "scale", "bias")]
+            nodes.append(helper.make_node("RED", ["h_", "slot", "scale_", "bias_"], ["y_"], domain="ai.reft", plugin_version="1"))
+            nodes.append(helper.make_node("Cast", ["y_"], ["y"], to=1))
+            model = as_model(nodes, inputs, [info("y", 1, [*shape, "D"])])
+            (folder / f"red_{dtype}_{rank}.onnx").write_bytes(model.SerializeToString())
+            feeds = native_red.draw(rank, leading, 70, 3, dtype)
+            np.savez(folder / f"red_{dtype}_{rank}.npz", **{n: a if n == "slot" else a.astype(np.float32) for n, a in feeds.items()})
+    (folder / "red_chain.onnx").write_bytes(residual_chain(5).SerializeToString())
+    feeds = {**draw(1, (2, 5), 32, 4, 2, "float32"), **native_red.draw(1, (2, 5), 32, 2, "float32")}
+    feeds["x"], feeds["weight"] = feeds.pop("h"), np.linspace(0.1, 0.4, 32, dtype=np.float32)
+    np.savez(folder / "red_chain.npz", **feeds)
+    (folder / "red_plain.onnx").write_bytes(native_red.red_model().SerializeToString())
 
 
 def check_in(python: Path, library: Path, folder: Path) -> None:
@@ -195,17 +223,22 @@ def check_in(python: Path, library: Path, folder: Path) -> None:
     done = run(python, IN_THE_CHILD, library, folder / "cases", cwd=folder)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["in_place"] == 5 and told["chain_calls"] == 5
+    assert told["red_in_place"] == 10 and told["red_chain_calls"] == 10
+    assert "RED: bias has shape [3, 8], expected [2, 8], the shape of scale" in told["red_bad_shape"]
     assert "LoReFT: attribute activation is 'softmax', expected one of" in told["bad_name"]
     assert "LoReFT: attribute activation is the integer 3, expected a string" in told["bad_number"]
     assert "LoReFT: slot has shape [4], expected [2, 5]" in told["bad_shape"]
     assert "LoReFT: slot is int64, expected int32" in told["bad_type"] or "tensor(int64)" in told["bad_type"]
     for path in (folder / "cases").glob("*_y.npy"):
         name = path.stem.removesuffix("_y")
-        dtype = name.partition("_")[0]
+        dtype = name.removeprefix("red_").partition("_")[0]
         with np.load(folder / "cases" / f"{name}.npz") as arrays:
             feeds = dict(arrays)
-        check(np.load(path), feeds, dtype, "gelu", "first_half")
-    assert len(list((folder / "cases").glob("*_y.npy"))) == 6
+        if name.startswith("red_"):
+            native_red.check(np.load(path), feeds, dtype)
+        else:
+            check(np.load(path), feeds, dtype, "gelu", "first_half")
+    assert len(list((folder / "cases").glob("*_y.npy"))) == 12
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from plugin_host import (
     Host,
     Refused,
     build_plugin,
+    compile_plugin,
     compile_with,
     configure,
     cuda_include,
@@ -48,11 +49,6 @@ LEAN = {"10": "10.16.1.11", "11": "11.4.0.106"}
 MEBIBYTE = 1 << 20
 
 
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_with(DOUBLE, HERE / "plugin_host.cc", tmp_path_factory.mktemp("host") / "host.so", "-shared", "-fPIC")
-
-
 @pytest.fixture
 def host(host_library, tensorrt_plugin) -> Host:
     return Host(host_library, tensorrt_plugin)
@@ -66,7 +62,7 @@ def test_identity(host, tensorrt_plugin) -> None:
     from runtimes.op import OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
     assert host.identity() == f"{OP_TYPE}|{PLUGIN_VERSION}|{PLUGIN_NAMESPACE}|activation,activated"
-    assert plugin_details(tensorrt_plugin) == ("LoReFT 1, TensorRT 10.3.0", ("86",))
+    assert plugin_details(tensorrt_plugin) == ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",))
 
 
 def test_nothing_else_is_exported(tensorrt_plugin) -> None:
@@ -221,20 +217,6 @@ def test_profiles_refused(host) -> None:
         host.configure(plugin, lowest, highest)
 
 
-def compile_plugin(output: Path, launcher: Path, *flags: object) -> Path:
-    """The plugin without its CUDA kernel: ``launcher`` stands in for it."""
-    sources = (NATIVE / "tensorrt" / "edit_shapes.cc", NATIVE / "tensorrt" / "host_log.cc", launcher)
-    flags = ("-shared", "-fPIC", '-DREFT_CUDA_ARCHITECTURES="none"', *flags)
-    return compile_with(DOUBLE, NATIVE / "tensorrt" / "lo_reft_plugin.cc", output, *sources, *flags)
-
-
-@pytest.fixture(scope="session")
-def plugin_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugin over the CPU kernels."""
-    kernels = [NATIVE / "cpu" / name for name in ("edit_cpu.cc", "rows_portable.cc")]
-    return compile_plugin(tmp_path_factory.mktemp("on-host") / "libreft_trt.so", HERE / "launch_on_host.cc", *kernels)
-
-
 NAMES = ("h", "slot", "U", "A", "b")
 EDITS = (("", "all", 4), ("gelu", "first_half", 6), ("tanh", "all", 1), ("relu", "first_half", 5))
 
@@ -321,7 +303,7 @@ def test_doctor_says_what_it_found_or_how_to_build_it(tensorrt_plugin, monkeypat
     assert row()["found"] == "missing"
     assert f"-DREFT_TENSORRT=ON -DTENSORRT_INCLUDE_DIR={tmp_path / 'include'} && cmake --build" in row()["note"]
     monkeypatch.setattr(native_library, "find_plugin_library", lambda: tensorrt_plugin)
-    assert row()["found"] == "LoReFT 1, TensorRT 10.3.0" and row()["note"] == f"{tensorrt_plugin}; CUDA sm 86"
+    assert row()["found"] == "LoReFT 1, RED 1, TensorRT 10.3.0" and row()["note"] == f"{tensorrt_plugin}; CUDA sm 86"
     monkeypatch.setattr(native_library, "find_plugin_library", lambda: tmp_path / "include" / "NvInferRuntime.h")
     assert row()["found"] == "broken" and "build it again: cmake -S" in row()["note"]
 
@@ -336,7 +318,7 @@ def test_size_with_every_architecture(tmp_path) -> None:
     assert (installed / "libreft_trt.so").stat().st_size < 3 * MEBIBYTE
     assert (installed / "libreft_trt_autoload.so").stat().st_size < MEBIBYTE / 16
     version, architectures = plugin_details(installed / "libreft_trt.so")
-    assert version.startswith("LoReFT 1, TensorRT") and "86" in architectures
+    assert version.startswith("LoReFT 1, RED 1, TensorRT") and "86" in architectures
 
 
 def test_what_is_skipped_is_said(tmp_path) -> None:
@@ -446,7 +428,8 @@ def test_real_registries(lean, tensorrt_plugin, tmp_path, registry, compiled_for
 def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
     """Compiled for TensorRT-RTX, the plugin registers itself there, and its reasons go through TensorRT's own logger."""
     launcher = tmp_path / "no_launcher.cc"
-    launcher.write_text('#include "cuda/edit_cuda.h"\nconst char* reft::launch_edit(const Edit&, void*) { return "no kernel"; }\n')
+    signatures = (f"const char* reft::launch_edit(const {edit}&, void*)" for edit in ("Edit", "RedEdit"))
+    launcher.write_text('#include "cuda/edit_cuda.h"\n' + "".join(f'{s} {{ return "no kernel"; }}\n' for s in signatures))
     rtx = "-DREFT_DOUBLE_OF_TENSORRT_RTX"
     plugin = compile_plugin(tmp_path / "libreft_trt.so", launcher, rtx)
     linked = ("-shared", "-fPIC", rtx, f"-L{tmp_path}", "-lreft_trt", f"-Wl,-rpath,{tmp_path}")
@@ -457,11 +440,11 @@ def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
     assert "[TRT] [E] LoReFT plugin, node edit_of_layer_3: attribute activation is 'softmax'" in printed
     program = (
         "import ctypes, sys, tensorrt_rtx; registry = tensorrt_rtx.get_plugin_registry();"
-        "names = lambda: [c.plugin_namespace for c in registry.all_creators if c.name == 'LoReFT'];"
+        "names = lambda: [c.plugin_namespace for c in registry.all_creators if c.name in ('LoReFT', 'RED')];"
         "before = names(); ctypes.CDLL(sys.argv[1]); print(before, names())"
     )
     done = subprocess.run([sys.executable, "-c", program, autoload], capture_output=True, text=True, check=False, env=tensorrt_rtx)
-    assert done.stdout.strip() == "[] ['ai.reft']", done.stdout + done.stderr
+    assert done.stdout.strip() == "[] ['ai.reft', 'ai.reft']", done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ SURFACE = {
         "--resume", "--base", "--start", "--force", "--dry-run", "--json",
     },
     "import": {
-        "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--layers", "--scale", "--force", "--json",
+        "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
+        "--force", "--json",
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",

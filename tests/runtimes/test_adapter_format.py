@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from runtimes.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, save_adapter
+from runtimes.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, parameter_shape, save_adapter
 from runtimes.edit import LowRankEdit, activate, in_sequence
 from runtimes.errors import AdapterError, InputError
 from runtimes.op import bank_of
@@ -43,6 +43,8 @@ def test_round_trip(method, tmp_path) -> None:
         ({"positions": "f0+l0"}, "positions"),
         ({"format_version": 2}, "version 2"),
         ({"activation": "gelu", "method": "consreft"}, "no learned source"),
+        ({"rank": 0}, "rank 0 does not fit loreft, whose rank is at least 1"),
+        ({"method": "red"}, "rank 4 does not fit red, whose rank is 0"),
     ],
 )
 def test_config_is_strict(change, message, tmp_path) -> None:
@@ -106,7 +108,7 @@ def test_existing_adapter_survives(tmp_path) -> None:
 def test_canonical_form_is_the_formula(method, rank, width, seed) -> None:
     """The table of the design, written out by hand in float64."""
     g = np.random.default_rng(seed)
-    p = {n: g.standard_normal((rank, width) if n[0].isupper() else rank) for n in PARAMETERS[method]}
+    p = {n: g.standard_normal(parameter_shape(method, n, rank, width)) for n in PARAMETERS[method]}
     h = g.standard_normal((3, width))
     edit = fold_parameters(method, p)
     expected = {
@@ -115,6 +117,7 @@ def test_canonical_form_is_the_formula(method, rank, width, seed) -> None:
         "direft": lambda: h + (h @ p["W1"].T + p["b"]) @ p["W2"],
         "consreft": lambda: h + (p["s"] - h @ p["R"].T) @ p["R"],
         "lobireft": lambda: h + p["s"] @ p["R"],
+        "red": lambda: h @ np.diag(p["scale"]) + p["bias"],
     }[method]()
     np.testing.assert_allclose(edit.apply(h), expected, rtol=1e-12, atol=1e-9)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from reft_export.eager import low_rank_edit_fn
+from reft_export.eager import edit_fn, low_rank_edit_fn
 from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
 from runtimes.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
 from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
@@ -22,18 +24,25 @@ def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
     return float(np.abs(got - want).max()) <= tolerance * max(1.0, float(np.abs(want).max()))
 
 
+@torch.no_grad()
+def _disturb(module: torch.nn.Module) -> None:
+    """Away from initial values: RED's edit nothing."""
+    for parameter in module.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+
+
 @pytest.mark.parametrize(("method", "activation"), CASES)
 def test_module_equals_the_folded_edit_in_float64(method: str, activation: str) -> None:
     torch.manual_seed(1)
     module = METHODS[method](RANK, WIDTH, activation=activation).double()
+    _disturb(module)
     h = torch.randn(50, WIDTH, dtype=torch.float64)
     edit = fold_parameters(method, {k: v.detach().numpy() for k, v in module.parameters_of().items()}, activation)
     got, want = (h + module(h)).detach().numpy(), edit.apply(h.numpy())
     assert close(got, want, 1e-12)
     # The comparison can fail: a change of one part in a thousand in one parameter is far outside the tolerance.
-    faulty = LowRankEdit(
-        U=edit.U, A=edit.A, b=edit.b + 1e-3, activation=edit.activation, activated=edit.activated
-    ).apply(h.numpy())
+    name = "bias" if method == "red" else "b"
+    faulty = replace(edit, **{name: getattr(edit, name) + 1e-3}).apply(h.numpy())
     assert not close(got, faulty, 1e-5)
 
 
@@ -43,6 +52,7 @@ def test_adapter_carries_the_module(method: str, activation: str) -> None:
     torch.manual_seed(2)
     sites = (Site(layer=1), Site(layer=3, stream="mlp_output"))
     trained = Interventions(method=method, rank=RANK, sites=sites, width=WIDTH, tied=False, activation=activation)
+    _disturb(trained)
     adapter = trained.to_adapter(BASE, PositionRule(first=2, last=2))
     h, slot = torch.randn(2, 5, WIDTH), torch.tensor([[0, -1, 1, 0, -1], [-1, 0, 7, 1, 1]])
     for site in sites:
@@ -50,7 +60,7 @@ def test_adapter_carries_the_module(method: str, activation: str) -> None:
         want = h.numpy().astype(np.float64)
         for number, edit in enumerate(edits):
             want = np.where((slot.numpy() == number)[..., None], edit.apply(h.numpy()), want)
-        live, folded = trained.edits()[site](h, slot), low_rank_edit_fn(edits, torch.float32, "cpu")(h, slot)
+        live, folded = trained.edits()[site](h, slot), edit_fn(edits, torch.float32, "cpu")(h, slot)
         for got in (live.detach(), folded):
             assert close(got.numpy(), want, 2e-6)
             untouched = (slot != 0) & (slot != 1)
@@ -124,6 +134,23 @@ def test_r_is_orthonormal_after_training_with_weight_decay(method: str) -> None:
     assert not torch.allclose(R, start, atol=1e-2), "R was trained"
 
 
+def test_red_starts_as_the_identity_and_is_not_decayed() -> None:
+    """Scale 1 and bias 0, whatever rank is given; weight decay leaves both where they are, and training does not."""
+    trained = Interventions(method="red", rank=7, sites=(Site(layer=0),), width=WIDTH)
+    assert trained.rank == 0 and [tuple(p.shape) for p in trained.parameters()] == [(WIDTH,), (WIDTH,)]
+    h, slot = torch.randn(3, WIDTH), torch.zeros(3, dtype=torch.int32)
+    edit = trained.edits()[Site(layer=0)]
+    assert torch.equal(edit(h, slot), h)
+    decayed, plain = trained.parameter_groups(0.1)
+    assert not decayed["params"] and len(plain["params"]) == 2 and plain["weight_decay"] == 0
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.1)
+    edit(h, slot).square().sum().backward()
+    scale = trained.intervention("0.block_output").scale
+    assert torch.allclose(scale.grad, 2 * (h * h).sum(0))
+    optimiser.step()
+    assert not torch.equal(edit(h, slot), h)
+
+
 def test_dropout_acts_on_the_edit_alone_and_only_in_training() -> None:
     torch.manual_seed(6)
     module = LoReft(RANK, WIDTH, dropout=0.5)
@@ -161,7 +188,7 @@ def test_start_from_an_adapter_gives_it_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "red"}, "method 'red' is unknown"),
+        ({"method": "magic"}, "method 'magic' is unknown"),
         ({"rank": WIDTH + 1}, f"use 1 to its width {WIDTH}"),
         ({"activation": "swish"}, "activation 'swish' is unknown"),
         ({"method": "lobireft", "activation": "relu"}, "lobireft has no place for an activation"),

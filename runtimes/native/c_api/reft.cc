@@ -22,11 +22,14 @@ const char* refused(const char* format, Arguments... arguments) {
   return last_message;
 }
 
+const char* check_dtype(const char* op, int dtype) {
+  if (dtype == 1 || dtype == 10 || dtype == 16) return nullptr;
+  return refused("%s: dtype is %d, expected 1 (float32), 10 (float16) or 16 (bfloat16)", op, dtype);
+}
+
 // Null when everything fits; fills the parts of the edit that come as names and numbers.
 const char* check(int dtype, const char* activation, const char* activated, Edit* edit) {
-  if (dtype != 1 && dtype != 10 && dtype != 16) {
-    return refused("LoReFT: dtype is %d, expected 1 (float32), 10 (float16) or 16 (bfloat16)", dtype);
-  }
+  if (const char* error = check_dtype("LoReFT", dtype)) return error;
   edit->dtype = static_cast<DType>(dtype);
   if (!parse_activation(activation, &edit->activation)) {
     return refused("LoReFT: activation is '%.64s', expected one of %s", activation, kActivationNames);
@@ -42,6 +45,37 @@ const char* check(int dtype, const char* activation, const char* activated, Edit
   return nullptr;
 }
 
+const char* check(int dtype, RedEdit* edit) {
+  if (const char* error = check_dtype("RED", dtype)) return error;
+  edit->dtype = static_cast<DType>(dtype);
+  if (edit->tokens < 0 || edit->slots < 1 || edit->width < 0) {
+    return refused("RED: tokens %lld, slots %lld and width %lld, expected at least 0, 1 and 0", static_cast<long long>(edit->tokens),
+                   static_cast<long long>(edit->slots), static_cast<long long>(edit->width));
+  }
+  return nullptr;
+}
+
+template <class AnyEdit>
+const char* run_on_cpu(const char* op, const AnyEdit& edit, const char* kernels) {
+  const RowKernels* const* chosen = usable_row_kernels();
+  while (*chosen != nullptr && kernels != nullptr && std::strcmp((*chosen)->name, kernels) != 0) ++chosen;
+  if (*chosen == nullptr) return refused("%s: kernels '%.64s' do not run here, expected one of %s", op, kernels, reft_cpu_kernels());
+  edit_tokens(edit, 0, edit.tokens, **chosen);
+  return nullptr;
+}
+
+template <class AnyEdit>
+const char* run_on_cuda(const char* op, const AnyEdit& edit, void* stream) {
+#ifdef REFT_CUDA
+  if (const char* error = launch_edit(edit, stream)) return refused("%s: CUDA launch failed: %s", op, error);
+  return nullptr;
+#else
+  static_cast<void>(edit);
+  static_cast<void>(stream);
+  return refused("%s: %s", op, "this build has no CUDA kernels; install from source where nvcc is on the path");
+#endif
+}
+
 }  // namespace
 }  // namespace reft
 
@@ -50,11 +84,7 @@ const char* reft_edit_cpu(int dtype, const void* h, void* y, const int32_t* slot
                           const char* kernels) {
   reft::Edit edit{{}, {}, {}, h, y, slot, U, A, b, tokens, slots, rank, width};
   if (const char* error = reft::check(dtype, activation, activated, &edit)) return error;
-  const reft::RowKernels* const* chosen = reft::usable_row_kernels();
-  while (*chosen != nullptr && kernels != nullptr && std::strcmp((*chosen)->name, kernels) != 0) ++chosen;
-  if (*chosen == nullptr) return reft::refused("LoReFT: kernels '%.64s' do not run here, expected one of %s", kernels, reft_cpu_kernels());
-  reft::edit_tokens(edit, 0, tokens, **chosen);
-  return nullptr;
+  return reft::run_on_cpu("LoReFT", edit, kernels);
 }
 
 const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slot, const void* U, const void* A, const void* b,
@@ -62,13 +92,21 @@ const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slo
                            void* stream) {
   reft::Edit edit{{}, {}, {}, h, y, slot, U, A, b, tokens, slots, rank, width};
   if (const char* error = reft::check(dtype, activation, activated, &edit)) return error;
-#ifdef REFT_CUDA
-  if (const char* error = reft::launch_edit(edit, stream)) return reft::refused("LoReFT: CUDA launch failed: %s", error);
-  return nullptr;
-#else
-  static_cast<void>(stream);
-  return reft::refused("LoReFT: %s", "this build has no CUDA kernels; install from source where nvcc is on the path");
-#endif
+  return reft::run_on_cuda("LoReFT", edit, stream);
+}
+
+const char* reft_red_cpu(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias, int64_t tokens,
+                         int64_t slots, int64_t width, const char* kernels) {
+  reft::RedEdit edit{{}, h, y, slot, scale, bias, tokens, slots, width};
+  if (const char* error = reft::check(dtype, &edit)) return error;
+  return reft::run_on_cpu("RED", edit, kernels);
+}
+
+const char* reft_red_cuda(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias, int64_t tokens,
+                          int64_t slots, int64_t width, void* stream) {
+  reft::RedEdit edit{{}, h, y, slot, scale, bias, tokens, slots, width};
+  if (const char* error = reft::check(dtype, &edit)) return error;
+  return reft::run_on_cuda("RED", edit, stream);
 }
 
 const char* reft_cpu_kernels() {

@@ -22,11 +22,18 @@ REFT_EXPORT const char* reft_edit_cuda(int dtype, const void* h, void* y, const 
                                        int64_t tokens, int64_t slots, int64_t rank, int64_t width, const char* activation,
                                        const char* activated, void* stream);
 
+// RED: scale and bias [slots, width].
+REFT_EXPORT const char* reft_red_cpu(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias,
+                                     int64_t tokens, int64_t slots, int64_t width, const char* kernels);
+
+REFT_EXPORT const char* reft_red_cuda(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias,
+                                      int64_t tokens, int64_t slots, int64_t width, void* stream);
+
 // Kernels that this processor runs, the fastest first, separated by commas: for example "avx512,avx2,portable".
 REFT_EXPORT const char* reft_cpu_kernels();
 
-// GPU architectures that the CUDA kernel was compiled for, separated by commas: for example "80,90"; "" in a build without CUDA.
+// GPU architectures that the CUDA kernels were compiled for, separated by commas: for example "80,90"; "" in a build without CUDA.
 REFT_EXPORT const char* reft_cuda_architectures();
 
-// What the ONNX Runtime op has done in this process: calls, calls in place, edited rows, calls spread over threads. reset: start anew.
+// What the ONNX Runtime ops, LoReFT and RED together, have done in this process: calls, calls in place, edited rows, calls spread over threads. reset: start anew.
 REFT_EXPORT void reft_statistics(int64_t counts[4], int reset);

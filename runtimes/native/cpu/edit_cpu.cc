@@ -27,8 +27,7 @@ struct Block {
   int32_t slot = -1;
 };
 
-void flush(const Edit& edit, const RowKernels& kernels, Block& block) {
-  if (block.rows == 0) return;
+void edit_block(const Edit& edit, const RowKernels& kernels, const Block& block) {
   alignas(64) float z[kMaxRank * kRows];
   const int type = dtype_index(edit.dtype);
   const int64_t bank = edit.rank * edit.width * element_size(edit.dtype);
@@ -42,7 +41,38 @@ void flush(const Edit& edit, const RowKernels& kernels, Block& block) {
     }
   }
   kernels.expand[type](block.h, block.y, block.rows, static_cast<const char*>(edit.U) + block.slot * bank, edit.rank, edit.width, z);
-  block.rows = 0;
+}
+
+void edit_block(const RedEdit& edit, const RowKernels& kernels, const Block& block) {
+  const int64_t bank = block.slot * edit.width * element_size(edit.dtype);
+  const char *scale = static_cast<const char*>(edit.scale) + bank, *bias = static_cast<const char*>(edit.bias) + bank;
+  kernels.scale[dtype_index(edit.dtype)](block.h, block.y, block.rows, scale, bias, edit.width);
+}
+
+// Gathers the tokens of [begin, end) that share a slot into blocks, and copies those that pass through where y is not h.
+template <class AnyEdit>
+void edit_in_blocks(const AnyEdit& edit, int64_t begin, int64_t end, const RowKernels& kernels) {
+  const int64_t row = edit.width * element_size(edit.dtype);
+  const char* h = static_cast<const char*>(edit.h);
+  char* y = static_cast<char*>(edit.y);
+  const bool in_place = h == y;
+  Block block;
+  int64_t passing = begin;  // where the tokens that pass through, and are not yet copied, begin
+  for (int64_t t = begin; t < end; ++t) {
+    const int32_t slot = edit.slot[t];
+    if (!in_bank(slot, edit.slots)) continue;
+    if (!in_place && passing < t) std::memcpy(y + passing * row, h + passing * row, static_cast<size_t>((t - passing) * row));
+    passing = t + 1;
+    if (block.rows > 0 && (slot != block.slot || block.rows == kRows)) {
+      edit_block(edit, kernels, block);
+      block.rows = 0;
+    }
+    block.slot = slot;
+    block.h[block.rows] = h + t * row;
+    block.y[block.rows++] = y + t * row;
+  }
+  if (block.rows > 0) edit_block(edit, kernels, block);
+  if (!in_place && passing < end) std::memcpy(y + passing * row, h + passing * row, static_cast<size_t>((end - passing) * row));
 }
 
 #ifdef REFT_X86_ROWS
@@ -77,31 +107,13 @@ const RowKernels* const* usable_row_kernels() {
   return usable.kernels;
 }
 
-int64_t count_edited(const Edit& edit) {
+int64_t count_edited(const int32_t* slot, int64_t tokens, int64_t slots) {
   int64_t count = 0;
-  for (int64_t t = 0; t < edit.tokens; ++t) count += in_bank(edit.slot[t], edit.slots);
+  for (int64_t t = 0; t < tokens; ++t) count += in_bank(slot[t], slots);
   return count;
 }
 
-void edit_tokens(const Edit& edit, int64_t begin, int64_t end, const RowKernels& kernels) {
-  const int64_t row = edit.width * element_size(edit.dtype);
-  const char* h = static_cast<const char*>(edit.h);
-  char* y = static_cast<char*>(edit.y);
-  const bool in_place = h == y;
-  Block block;
-  int64_t passing = begin;  // where the tokens that pass through, and are not yet copied, begin
-  for (int64_t t = begin; t < end; ++t) {
-    const int32_t slot = edit.slot[t];
-    if (!in_bank(slot, edit.slots)) continue;
-    if (!in_place && passing < t) std::memcpy(y + passing * row, h + passing * row, static_cast<size_t>((t - passing) * row));
-    passing = t + 1;
-    if (slot != block.slot || block.rows == kRows) flush(edit, kernels, block);
-    block.slot = slot;
-    block.h[block.rows] = h + t * row;
-    block.y[block.rows++] = y + t * row;
-  }
-  flush(edit, kernels, block);
-  if (!in_place && passing < end) std::memcpy(y + passing * row, h + passing * row, static_cast<size_t>((end - passing) * row));
-}
+void edit_tokens(const Edit& edit, int64_t begin, int64_t end, const RowKernels& kernels) { edit_in_blocks(edit, begin, end, kernels); }
+void edit_tokens(const RedEdit& edit, int64_t begin, int64_t end, const RowKernels& kernels) { edit_in_blocks(edit, begin, end, kernels); }
 
 }  // namespace reft

@@ -12,7 +12,9 @@ const RowKernels* const* usable_row_kernels();
 // y of the tokens [begin, end); in place the tokens outside the bank cost nothing but the look at their slots.
 // The caller has checked the edit: shapes fit, rank in [1, kMaxRank], h and y the same or apart.
 void edit_tokens(const Edit& edit, int64_t begin, int64_t end, const RowKernels& kernels);
+void edit_tokens(const RedEdit& edit, int64_t begin, int64_t end, const RowKernels& kernels);
 
-int64_t count_edited(const Edit& edit);
+// How many of the slots are inside the bank.
+int64_t count_edited(const int32_t* slot, int64_t tokens, int64_t slots);
 
 }  // namespace reft

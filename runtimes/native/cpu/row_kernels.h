@@ -15,6 +15,7 @@ constexpr int kRows = 16;
 constexpr int64_t kTile = 512;
 
 using Project = void (*)(const void* const* h, int rows, const void* A, int64_t rank, int64_t width, float* z);
+using Scale = void (*)(const void* const* h, void* const* y, int rows, const void* scale, const void* bias, int64_t width);
 using Expand = void (*)(const void* const* h, void* const* y, int rows, const void* U, int64_t rank, int64_t width, const float* z);
 
 // By dtype, in the order float32, float16, bfloat16. rows is at most kRows; z is [rank, kRows].
@@ -22,6 +23,7 @@ struct RowKernels {
   const char* name;
   Project project[3];
   Expand expand[3];
+  Scale scale[3];
 };
 
 extern const RowKernels kPortableRows;

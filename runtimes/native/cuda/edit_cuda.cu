@@ -5,13 +5,8 @@
 // that a thread loads (from L1 or L2, where the banks stay) serve kRows rows, whose loads are in flight at the same time.
 // Sums are float32; each value is rounded once.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdio>
-
 #include "cuda/edit_cuda.h"
+#include "cuda/lanes.h"
 
 namespace reft {
 namespace {
@@ -35,29 +30,6 @@ struct Arguments {
   Activation activation;
   int64_t width;
 };
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(float x, float* out) { *out = x; }
-__device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
-__device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-
-// kLanes neighbouring values, loaded and stored at once: 16 bytes, or one value where the rows are not 16-byte aligned.
-template <class T, int kLanes>
-struct alignas(kLanes * sizeof(T)) Lanes {
-  T value[kLanes];
-};
-
-template <class T, int kLanes>
-__device__ inline Lanes<T, kLanes> load(const T* p) {
-  return *reinterpret_cast<const Lanes<T, kLanes>*>(p);
-}
-
-template <class T, int kLanes>
-__device__ inline void store(T* p, const Lanes<T, kLanes>& lanes) {
-  *reinterpret_cast<Lanes<T, kLanes>*>(p) = lanes;
-}
 
 // R rows of one slot, all threads of the block together. sums [kWarps][R * kRanks] and z [kMaxRank * R] are shared memory.
 template <class T, int kLanes, int R>
@@ -184,8 +156,6 @@ cudaError_t launch_rows(Arguments<T> arguments, cudaStream_t stream) {
   return cudaLaunchKernel(reinterpret_cast<const void*>(&edit_kernel<T, kLanes, kRows>), grid, dim3(kThreads), parameters, shared, stream);
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Below this many tokens one row per block fills more of the device than four would.
 constexpr int64_t kManyTokens = 1024;
 
@@ -213,22 +183,7 @@ cudaError_t launch(const Edit& edit, cudaStream_t stream) {
 
 const char* launch_edit(const Edit& edit, void* stream) {
   if (edit.tokens == 0 || edit.width == 0) return nullptr;
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (edit.dtype) {
-    case DType::kFloat32:
-      error = launch<float>(edit, static_cast<cudaStream_t>(stream));
-      break;
-    case DType::kFloat16:
-      error = launch<__half>(edit, static_cast<cudaStream_t>(stream));
-      break;
-    case DType::kBFloat16:
-      error = launch<__nv_bfloat16>(edit, static_cast<cudaStream_t>(stream));
-      break;
-  }
-  if (error == cudaSuccess) return nullptr;
-  static thread_local char text[192];
-  std::snprintf(text, sizeof text, "%s (%s)", cudaGetErrorName(error), cudaGetErrorString(error));
-  return text;
+  return launch_by_type(edit.dtype, [&](auto value) { return launch<decltype(value)>(edit, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace reft

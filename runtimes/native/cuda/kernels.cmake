@@ -1,4 +1,4 @@
-# The target reft_cuda, which every library with a CUDA kernel links, or the reason why there is none. The kernel is compiled once; cudart
+# The target reft_cuda, which every library with a CUDA kernel links, or the reason why there is none. The kernels are compiled once; cudart
 # is linked statically: the libraries load where there is no CUDA.
 
 set(REFT_NO_CUDA "")
@@ -55,23 +55,27 @@ endforeach()
 list(GET targets -1 newest)
 # GPUs newer than the toolkit compile this one when they first load it.
 list(APPEND codes -gencode arch=compute_${newest},code=compute_${newest})
-set(object ${CMAKE_CURRENT_BINARY_DIR}/edit_cuda${CMAKE_CXX_OUTPUT_EXTENSION})
 set(host_flags)
 if(NOT WIN32)
   set(host_flags -Xcompiler -fPIC,-fvisibility=hidden)
 endif()
 # Small kernels are stored as they are unless told otherwise: 0.7 MB instead of 3.1 MB for eight architectures.
-add_custom_command(
-  OUTPUT ${object}
-  COMMAND ${REFT_NVCC} -c -O3 -std=c++17 -cudart static --threads 0 -Xfatbin=-compress-all ${codes} ${host_flags}
-          -I${CMAKE_CURRENT_SOURCE_DIR} -I${CMAKE_CURRENT_SOURCE_DIR}/include -o ${object} ${CMAKE_CURRENT_SOURCE_DIR}/cuda/edit_cuda.cu
-  DEPENDS cuda/edit_cuda.cu cuda/edit_cuda.h include/reft/edit.h
-  COMMENT "nvcc for ${targets}"
-  VERBATIM
-)
+set(objects)
+foreach(kernel edit_cuda red_cuda)
+  set(object ${CMAKE_CURRENT_BINARY_DIR}/${kernel}${CMAKE_CXX_OUTPUT_EXTENSION})
+  list(APPEND objects ${object})
+  add_custom_command(
+    OUTPUT ${object}
+    COMMAND ${REFT_NVCC} -c -O3 -std=c++17 -cudart static --threads 0 -Xfatbin=-compress-all ${codes} ${host_flags}
+            -I${CMAKE_CURRENT_SOURCE_DIR} -I${CMAKE_CURRENT_SOURCE_DIR}/include -o ${object} ${CMAKE_CURRENT_SOURCE_DIR}/cuda/${kernel}.cu
+    DEPENDS cuda/${kernel}.cu cuda/edit_cuda.h cuda/lanes.h include/reft/edit.h
+    COMMENT "nvcc for ${targets}: ${kernel}.cu"
+    VERBATIM
+  )
+endforeach()
 find_package(Threads REQUIRED)
-add_library(reft_cuda STATIC ${object})
-set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
+add_library(reft_cuda STATIC ${objects})
+set_source_files_properties(${objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 set_target_properties(reft_cuda PROPERTIES LINKER_LANGUAGE CXX)
 target_link_libraries(reft_cuda PUBLIC ${REFT_CUDART} Threads::Threads ${CMAKE_DL_LIBS})
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")

@@ -1,11 +1,11 @@
-# The op of ONNX Runtime: kernels for the CPU always, for NVIDIA GPUs where kernels.cmake made them.
+# The ops of ONNX Runtime: kernels for the CPU always, for NVIDIA GPUs where kernels.cmake made them.
 
 if(NOT REFT_ORT)
   message(STATUS "reft: no op library for ONNX Runtime: REFT_ORT=OFF")
   return()
 endif()
 
-add_library(reft_ort SHARED cpu/edit_cpu.cc cpu/rows_portable.cc ort/lo_reft_op.cc c_api/reft.cc)
+add_library(reft_ort SHARED cpu/edit_cpu.cc cpu/rows_portable.cc ort/op.cc ort/lo_reft_op.cc ort/red_op.cc ort/register.cc c_api/reft.cc)
 target_include_directories(reft_ort PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/include)
 
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")

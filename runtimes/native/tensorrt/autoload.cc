@@ -1,4 +1,4 @@
-// Registers the plugin with the TensorRT of the process when this library is opened: for hosts that only open plugin libraries, namely
+// Registers the plugins with the TensorRT of the process when this library is opened: for hosts that only open plugin libraries, namely
 // ONNX Runtime's TensorRT provider (trt_extra_plugin_lib_paths) and TensorRT-Edge-LLM (EDGELLM_PLUGIN_PATH).
 //
 // Nothing of TensorRT is linked: the host has brought its own, often outside the global scope, and it is that registry which counts. Its
@@ -49,14 +49,14 @@ bool same_registry(int32_t version) {
 __attribute__((constructor)) void register_creators() {
   Symbols tensorrt;
   if (!find_tensorrt(&tensorrt)) {
-    std::fprintf(stderr, "LoReFT plugin: not registered: no TensorRT %d is loaded in this process; open this library after TensorRT\n",
+    std::fprintf(stderr, "ai.reft plugins: not registered: no TensorRT %d is loaded in this process; open this library after TensorRT\n",
                  NV_TENSORRT_MAJOR);
     return;
   }
   const int32_t version = tensorrt.version();
   if (!same_registry(version)) {
     std::fprintf(stderr,
-                 "LoReFT plugin: not registered: this process runs TensorRT %d.%d, this library was compiled for %d.%d; compile it with the "
+                 "ai.reft plugins: not registered: this process runs TensorRT %d.%d, this library was compiled for %d.%d; compile it with the "
                  "headers of that TensorRT (TENSORRT_INCLUDE_DIR)\n",
                  version / 10000, version / 100 % 100, NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR);
     return;
@@ -67,7 +67,7 @@ __attribute__((constructor)) void register_creators() {
   for (int32_t i = 0; i < count; ++i) {
     auto* creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
     if (!tensorrt.registry()->registerCreator(*creator, creator->getPluginNamespace())) {
-      std::fprintf(stderr, "LoReFT plugin: TensorRT's registry refused %s %s of %s; is it registered already?\n",
+      std::fprintf(stderr, "ai.reft plugins: TensorRT's registry refused %s %s of %s; is it registered already?\n",
                    creator->getPluginName(), creator->getPluginVersion(), creator->getPluginNamespace());
     }
   }

@@ -35,10 +35,7 @@ struct Shown {
   }
 };
 
-}  // namespace
-
-bool fits(const Shape (&inputs)[kInputs], char* reason, size_t capacity) {
-  const Shape &h = inputs[kH], &slot = inputs[kSlot], &U = inputs[kU], &A = inputs[kA], &b = inputs[kB];
+bool tokens_fit(const Shape& h, const Shape& slot, char* reason, size_t capacity) {
   if (h.rank != 2 && h.rank != 3) {
     std::snprintf(reason, capacity, "h has shape %s, expected [tokens, D] or [batch, sequence, D]", Shown(h).text);
     return false;
@@ -50,6 +47,14 @@ bool fits(const Shape (&inputs)[kInputs], char* reason, size_t capacity) {
                   Shown(h, h.rank - 1).text, Shown(h).text);
     return false;
   }
+  return true;
+}
+
+}  // namespace
+
+bool lo_reft_fits(const Shape* inputs, char* reason, size_t capacity) {
+  const Shape &h = inputs[kH], &U = inputs[kU], &A = inputs[kA], &b = inputs[kB];
+  if (!tokens_fit(h, inputs[kSlot], reason, capacity)) return false;
   if (U.rank != 3 || !may_equal(U.dims[2], h.dims[h.rank - 1])) {
     std::snprintf(reason, capacity, "U has shape %s, expected [N, r, D] with D being that of h %s", Shown(U).text, Shown(h).text);
     return false;
@@ -69,6 +74,25 @@ bool fits(const Shape (&inputs)[kInputs], char* reason, size_t capacity) {
   if (known(U.dims[1]) && (U.dims[1].low < 1 || U.dims[1].high > kPluginMaxRank)) {
     std::snprintf(reason, capacity, "U has shape %s, expected a rank r from 1 to %lld", Shown(U).text,
                   static_cast<long long>(kPluginMaxRank));
+    return false;
+  }
+  return true;
+}
+
+bool red_fits(const Shape* inputs, char* reason, size_t capacity) {
+  const Shape &h = inputs[kH], &scale = inputs[kScale], &bias = inputs[kBias];
+  if (!tokens_fit(h, inputs[kSlot], reason, capacity)) return false;
+  if (scale.rank != 2 || !may_equal(scale.dims[1], h.dims[h.rank - 1])) {
+    std::snprintf(reason, capacity, "scale has shape %s, expected [N, D] with D being that of h %s", Shown(scale).text, Shown(h).text);
+    return false;
+  }
+  if (bias.rank != 2 || !may_equal(bias.dims[0], scale.dims[0]) || !may_equal(bias.dims[1], scale.dims[1])) {
+    std::snprintf(reason, capacity, "bias has shape %s, expected %s, the shape of scale", Shown(bias).text, Shown(scale).text);
+    return false;
+  }
+  if (known(scale.dims[0]) && scale.dims[0].low < 1) {
+    std::snprintf(reason, capacity, "scale has shape %s, expected N >= 1 slots; bind a bank [1, D] of ones, and of zeros for bias, for no edit",
+                  Shown(scale).text);
     return false;
   }
   return true;

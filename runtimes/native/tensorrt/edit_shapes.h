@@ -1,4 +1,4 @@
-// Which shapes the op takes, for shapes that are known exactly, within a profile's bounds, or not yet.
+// Which shapes the ops take, for shapes that are known exactly, within a profile's bounds, or not yet.
 #pragma once
 
 #include <cstddef>
@@ -26,9 +26,14 @@ struct Shape {
 };
 
 enum Input { kH, kSlot, kU, kA, kB, kInputs };
+enum RedInput { kScale = kSlot + 1, kBias, kRedInputs };
 
-// h [.., D] of rank 2 or 3, slot [..], U and A [N, r, D], b [N, r], N >= 1, r from 1 to kPluginMaxRank. False, with the reason, where no
-// values within the bounds fit, or where the bounds of N or r reach beyond what the op takes.
-bool fits(const Shape (&inputs)[kInputs], char* reason, size_t capacity);
+// Both: false, with the reason, where no values within the bounds fit, or where the bounds of N or r reach beyond what the op takes.
+//
+// LoReFT: h [.., D] of rank 2 or 3, slot [..], U and A [N, r, D], b [N, r], N >= 1, r from 1 to kPluginMaxRank.
+bool lo_reft_fits(const Shape* inputs, char* reason, size_t capacity);
+
+// RED: h [.., D] of rank 2 or 3, slot [..], scale and bias [N, D], N >= 1.
+bool red_fits(const Shape* inputs, char* reason, size_t capacity);
 
 }  // namespace reft::trt

@@ -67,9 +67,9 @@ void use_global_logger(GetLogger get_logger, int32_t version) {
   host = {nullptr, same_logger(version) ? get_logger : nullptr};
 }
 
-void log_error(const char* node, const char* format, ...) {
+void log_error(const char* op, const char* node, const char* format, ...) {
   char text[768];
-  const int used = std::snprintf(text, sizeof text, "LoReFT plugin%s%s: ", node[0] != '\0' ? ", node " : "", node);
+  const int used = std::snprintf(text, sizeof text, "%s plugin%s%s: ", op, node[0] != '\0' ? ", node " : "", node);
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text + used, sizeof text - static_cast<size_t>(used), format, arguments);

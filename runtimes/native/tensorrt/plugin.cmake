@@ -1,6 +1,6 @@
-# The plugin of TensorRT, or the reason why it is not built. Libraries:
+# The plugins of TensorRT, or the reason why they are not built. Libraries:
 #   reft_trt           for IPluginRegistry::loadLibrary, trtexec --dynamicPlugins, TensorRT-RTX
-#   reft_trt_autoload  registers the plugin when it is opened: ONNX Runtime's TensorRT provider
+#   reft_trt_autoload  registers the plugins when it is opened: ONNX Runtime's TensorRT provider
 #   reft_trt_edgellm   the same together with TensorRT-Edge-LLM's own plugins, where REFT_EDGELLM_PLUGIN names their library: its hosts
 #                      open one library (EDGELLM_PLUGIN_PATH) and look up functions in it
 # None of them links TensorRT: the host brings it.
@@ -48,7 +48,8 @@ if("${major}.${minor}" VERSION_LESS 10.3 AND NOT "${major}" EQUAL 1)
   return()
 endif()
 
-add_library(reft_trt SHARED tensorrt/lo_reft_plugin.cc tensorrt/edit_shapes.cc tensorrt/host_log.cc)
+add_library(reft_trt SHARED tensorrt/library.cc tensorrt/edit_plugin.cc tensorrt/lo_reft_plugin.cc tensorrt/red_plugin.cc
+            tensorrt/edit_shapes.cc tensorrt/host_log.cc)
 set(plugins reft_trt)
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   add_library(reft_trt_autoload SHARED tensorrt/autoload.cc)

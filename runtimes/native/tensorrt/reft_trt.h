@@ -11,10 +11,10 @@
 #define REFT_TRT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// "LoReFT 1, TensorRT 10.3.0": the plugin's version and that of the headers it was compiled with.
+// "LoReFT 1, RED 1, TensorRT 10.3.0": the versions of the plugins and of the headers they were compiled with.
 REFT_TRT_EXPORT const char* reft_trt_version();
 
-// GPU architectures that the kernel was compiled for, separated by commas: for example "80,87".
+// GPU architectures that the kernels were compiled for, separated by commas: for example "80,87".
 REFT_TRT_EXPORT const char* reft_trt_cuda_architectures();
 
 // getCreators by a name that no other plugin library in the process has.

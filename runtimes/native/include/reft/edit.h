@@ -1,6 +1,10 @@
 // One edit over a batch of tokens, and its arithmetic for host and device:
 //
-//     y[t] = h[t] + U[s]^T act(A[s] h[t] + b[s]),  s = slot[t];  a slot outside [0, slots) passes h[t] through, bit for bit
+//     LoReFT  y[t] = h[t] + U[s]^T act(A[s] h[t] + b[s])      s = slot[t]
+//     RED     y[t] = scale[s] * h[t] + bias[s]                (Wu et al. 2024, Advancing Parameter Efficiency in Fine-tuning via
+//                                                             Representation Editing)
+//
+// A slot outside [0, slots) passes h[t] through, bit for bit. Sums are float32; each value of y is rounded to its type once.
 //
 // No framework is included here; the CPU loop, the CUDA kernel and every wrapper share these definitions.
 #pragma once
@@ -46,6 +50,18 @@ struct Edit {
   int64_t tokens;
   int64_t slots;
   int64_t rank;
+  int64_t width;
+};
+
+struct RedEdit {
+  DType dtype;
+  const void* h;        // [tokens, width]
+  void* y;              // [tokens, width]: the same memory as h (in place) or none of it
+  const int32_t* slot;  // [tokens]
+  const void* scale;    // [slots, width]
+  const void* bias;     // [slots, width]
+  int64_t tokens;
+  int64_t slots;
   int64_t width;
 };
 

@@ -1,0 +1,192 @@
+"""RED, a scale and a bias per channel: the authors' delta_vector.pth, and plain vectors in .npz or .safetensors.
+
+    y = scale * h + bias        scale, bias: [D] or [1, D]
+
+What a file's tensors mean follows from their names:
+
+    <module>.delta_vector.activation_scaling, .activation_bias        the authors' (github.com/mlwu22/RED): <module> is a path in the
+                                                                      model, and the edit acts on what that module returns
+    <n>.<stream>.scale, .bias                                         that stream of block n
+    <n>.scale, .bias                                                  block n, the stream that --stream names
+    scale, bias     [D]                                               --stream of every layer of --layers
+                    [layers, D]                                       --stream of every layer, row n for block n
+
+<n> may be layer_<n>, layers.<n> or model.layers.<n> too, and scale may be scaling; alone, the two may carry the authors' names
+(activation_scaling, activation_bias), with or without delta_vector.
+
+The authors' code edits every token, prompt or generated; a plain file does not say which. Their variants with a scale or a bias alone,
+and with a LayerNorm behind the edit, are refused: the first may as well be a file that lost its other half.
+
+Source: model.py there, ActivationLayer.forward and get_save_dict; Wu et al. 2024, "Advancing Parameter Efficiency in Fine-tuning via
+Representation Editing".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from reft_export.base import Outline
+from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
+from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.tensors import as_float32, read_pickle, stored_dtype
+from reft_export.training.settings import parse_layers
+from runtimes.edit import STREAMS, Site
+from runtimes.errors import AdapterError, InputError
+from runtimes.positions import PositionRule
+
+FORMAT = "red"
+PARAMETER = {"scale": "scale", "scaling": "scale", "activation_scaling": "scale", "bias": "bias", "activation_bias": "bias"}
+"""Our name for a tensor's last word."""
+OTHER = {"scale": "bias", "bias": "scale"}
+ALONE = {prefix + name: parameter for name, parameter in PARAMETER.items() for prefix in ("", "delta_vector.")}
+AUTHORS = re.compile(r"(?:base_model\.)?(.+)\.delta_vector\.(activation_scaling|activation_bias)")
+NAMED = re.compile(rf"(?:(?:model\.)?layers?[._])?(\d+)(?:[._]({'|'.join(STREAMS)}))?[._](scale|scaling|bias)")
+
+Value = Tensor | np.ndarray
+Pairs = dict[Site, dict[str, tuple[str, Value]]]
+"""Per site, by parameter: what the file calls it, and its value."""
+
+
+def read_red(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
+    """The authors' delta_vector.pth, a state dict that ``torch.save`` wrote."""
+    return red_adapter(FORMAT, path, read_pickle(path), request, outline)
+
+
+def is_red(names: list[str]) -> bool:
+    """Whether a file with these arrays is RED's, rather than one of steering vectors."""
+    return any(name in ALONE or AUTHORS.fullmatch(name) or re.split(r"[._]", name)[-1] in ("scale", "scaling", "bias") for name in names)
+
+
+def red_adapter(format: str, path: Path, tensors: Mapping[str, Value], request: Request, outline: Outline) -> ForeignAdapter:
+    """Raises InputError for what the file does not record and no flag says, AdapterError for what cannot be imported."""
+    request.refuse("RED", {"scale": "an edit has no strength to scale"})
+    if request.method not in (None, "red") or request.tied is False or activation_of(request.activation or "", "--activation"):
+        raise InputError("RED is one scale and bias a site: --method, --untied and --activation do not apply to it")
+    if not tensors:
+        raise AdapterError(f"{path} holds no arrays")
+    authors = {name: AUTHORS.fullmatch(name) for name in tensors}
+    if any(authors.values()):
+        pairs = _of_modules(path, tensors, outline)
+        if request.stream is not None:
+            raise InputError(f"--stream {request.stream} does not apply to {path}, which names the module of every edit")
+    elif set(tensors) <= set(ALONE):
+        pairs = _of_one_pair(path, tensors, request, outline)
+    else:
+        pairs = _of_layers(path, tensors, request)
+    _check_pairs(path, pairs)
+    pairs = _chosen(path, pairs, request, outline)
+    first = next(iter(next(iter(pairs.values())).values()))[1]
+    return ForeignAdapter(
+        format=format,
+        edits={site: ((_edit(path, pair),),) for site, pair in pairs.items()},
+        positions=PositionRule.parse(request.positions or "all"),
+        tied=True,
+        dtype=stored_dtype(first) if isinstance(first, Tensor) else "float32",
+        record={"imported_from": format, "source": path.resolve().name, "form": "red"},
+    )
+
+
+def _of_modules(path: Path, tensors: Mapping[str, Value], outline: Outline) -> Pairs:
+    sites, pairs = ComponentSites(outline.model), Pairs()
+    for name, value in tensors.items():
+        if "activation_ln" in name:
+            raise AdapterError(f"{path}: {name} belongs to a LayerNorm behind the edit, which is no scale and bias; train without it")
+        match = AUTHORS.fullmatch(name)
+        if not match:
+            raise AdapterError(f"{path}: {name} is none of RED's tensors, which end in delta_vector.activation_scaling or .activation_bias")
+        component = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", match[1]) + ".output"
+        try:
+            site = sites.of_component(component, None)
+        except AdapterError as e:
+            raise AdapterError(f"{path}: {name} in {outline.info.name}: {e}") from None
+        _put(path, pairs, site, PARAMETER[match[2]], name, value)
+    return pairs
+
+
+def _of_layers(path: Path, tensors: Mapping[str, Value], request: Request) -> Pairs:
+    pairs, named = Pairs(), {name: NAMED.fullmatch(name) for name in tensors}
+    if strange := [name for name, match in named.items() if not match]:
+        raise AdapterError(f"{path}: {strange[0]!r} is no scale or bias of a layer; name them <n>.<stream>.scale and <n>.<stream>.bias")
+    _ask(request, stream=not all(match[2] for match in named.values()))
+    for name, match in named.items():
+        if match[2] and request.stream not in (None, match[2]):
+            raise InputError(f"--stream {request.stream} contradicts {path}, which holds {name}")
+        site = Site(layer=int(match[1]), stream=match[2] or request.stream)
+        _put(path, pairs, site, PARAMETER[match[3]], name, tensors[name])
+    return pairs
+
+
+def _of_one_pair(path: Path, tensors: Mapping[str, Value], request: Request, outline: Outline) -> Pairs:
+    """One scale and one bias: of all layers in rows, or of one layer, for those of --layers."""
+    layers, pairs = outline.info.num_hidden_layers, Pairs()
+    rows = any(len(value.shape) == 2 and value.shape[0] != 1 for value in tensors.values())
+    _ask(request, stream=True, layers=None if rows else layers)
+    for name, value in tensors.items():
+        if rows and (len(value.shape) != 2 or value.shape[0] != layers):
+            got = list(value.shape)
+            raise AdapterError(f"{path}: {name} has shape {got}, expected a row for each of {outline.info.name}'s {layers} layers")
+        for layer in range(layers) if rows else parse_layers(request.layers or "", layers):
+            site = Site(layer=layer, stream=request.stream)
+            _put(path, pairs, site, ALONE[name], f"{name}[{layer}]" if rows else name, value[layer] if rows else value)
+    return pairs
+
+
+def _ask(request: Request, *, stream: bool, layers: int | None = None) -> None:
+    """Raises InputError naming all that the file does not record and no flag says. ``layers``: how many there are, where it names none."""
+    missing = {"positions": f"--positions ({POSITION_CHOICES})"} if request.positions is None else {}
+    if stream and request.stream is None:
+        missing["the stream"] = f"--stream ({', '.join(STREAMS)})"
+    if layers is not None and request.layers is None:
+        missing["its layers"] = f"--layers (0 to {layers - 1}; 3, 8-16 or 3;9)"
+    if missing:
+        raise not_recorded("a file of scales and biases", missing)
+
+
+def _put(path: Path, pairs: Pairs, site: Site, parameter: str, name: str, value: Value) -> None:
+    pair = pairs.setdefault(site, {})
+    if parameter in pair:
+        raise AdapterError(f"{path}: {name} and {pair[parameter][0]} are both the {parameter} of {site}")
+    pair[parameter] = (name, value)
+
+
+def _check_pairs(path: Path, pairs: Pairs) -> None:
+    for site, pair in pairs.items():
+        if len(pair) == 1:
+            (has,) = pair
+            lacks, neutral = OTHER[has], "ones" if OTHER[has] == "scale" else "zeros"
+            raise AdapterError(
+                f"{path}: {pair[has][0]} has no {lacks} beside it ({site}); where the edit is a {has} alone, store {neutral} as its {lacks}"
+            )
+
+
+def _chosen(path: Path, pairs: Pairs, request: Request, outline: Outline) -> Pairs:
+    """The pairs of the layers that --layers names, or all; raises for layers that the base, or the file, does not have."""
+    count = outline.info.num_hidden_layers
+    if outside := [site.layer for site in pairs if site.layer >= count]:
+        raise AdapterError(
+            f"{path}: layer {max(outside)} does not exist in {outline.info.name} ({count} layers, 0 to {count - 1}); pass the base that "
+            "the adapter was trained on"
+        )
+    if request.layers is None:
+        return pairs
+    chosen = set(parse_layers(request.layers, count))
+    if absent := chosen - {site.layer for site in pairs}:
+        raise InputError(f"--layers {request.layers}: the file has no scale and bias for layer {listed(sorted(absent))}")
+    return {site: pair for site, pair in pairs.items() if site.layer in chosen}
+
+
+def _edit(path: Path, pair: Mapping[str, tuple[str, Value]]) -> ForeignEdit:
+    """Both vectors as [D]; the authors store [1, D]."""
+    parameters = {}
+    for parameter, (name, value) in pair.items():
+        row = value[0] if len(value.shape) == 2 and value.shape[0] == 1 else value
+        parameters[parameter] = as_float32(row, (None,), f"{path}: {name}")
+    if parameters["scale"].shape != parameters["bias"].shape:
+        sizes = ", ".join(f"{name} {list(parameters[parameter].shape)}" for parameter, (name, _) in pair.items())
+        raise AdapterError(f"{path}: {sizes}; a scale and its bias are of one length")
+    return ForeignEdit(name=pair["scale"][0], method="red", parameters=parameters)

@@ -1,0 +1,137 @@
+"""RED's CUDA kernel: thread by thread on the host; through the C interface on torch tensors, and on onnxruntime's CUDA provider.
+
+The last two need a GPU, and have not yet run on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from native_op import DTYPES, installed_library, load
+from native_red import NAMES, check, draw, red_model
+from plugin_host import HERE, NATIVE, compiler, cuda_include, run
+from test_cuda_kernel import ELEMENTS, TORCH, on_gpu
+
+
+def red_cuda(feeds: dict[str, np.ndarray], dtype: str, *, in_place: bool = False) -> np.ndarray:
+    device = on_gpu(feeds, dtype)
+    # Poisoned: a value that the kernel forgets to write shows. One value before and after it must survive.
+    guarded = torch.full((device["h"].numel() + 16,), float("nan"), dtype=TORCH[dtype], device="cuda")
+    y = guarded[8:-8].view(device["h"].shape)
+    if in_place:
+        y.copy_(device["h"])
+    pointers = [t.data_ptr() for t in (y if in_place else device["h"], y, *(device[name] for name in NAMES[1:]))]
+    stream = torch.cuda.current_stream().cuda_stream
+    error = load(installed_library()).reft_red_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["scale"].shape, stream)
+    assert error is None, error
+    torch.cuda.synchronize()
+    assert guarded[:8].isnan().all() and guarded[-8:].isnan().all()
+    return y.float().cpu().numpy().astype(DTYPES[dtype])
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel compiled for the host under UndefinedBehaviorSanitizer, whose report ends the process."""
+    output = tmp_path_factory.mktemp("red-cuda-on-host") / "red.so"
+    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    run(compiler(), *flags, "-isystem", cuda_include(), f"-I{NATIVE}", f"-I{NATIVE}/include", HERE / "red_cuda_on_host.cc", "-o", output)
+    library = ctypes.CDLL(str(output))
+    library.red_cuda_on_host.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 3]
+    library.red_cuda_on_host.restype = ctypes.c_char_p
+    return library
+
+
+def placed(array: np.ndarray, aligned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A copy at a multiple of 16 bytes, or one value beside it; first the memory around it, full of 77."""
+    memory = np.full(array.size + 80, 77, array.dtype)
+    start = -memory.ctypes.data % 64 // array.itemsize + 16 + (0 if aligned else 1)
+    copy = memory[start : start + array.size].reshape(array.shape)
+    copy[...] = array
+    return memory, copy
+
+
+def red_on_host(library: ctypes.CDLL, feeds: dict[str, np.ndarray], dtype: str, *, in_place: bool, aligned: bool) -> np.ndarray:
+    h, scale, bias = (placed(feeds[name], aligned)[1] for name in ("h", "scale", "bias"))
+    memory, y = placed(feeds["h"] if in_place else np.full_like(feeds["h"], np.nan), aligned)
+    pointers = [x.ctypes.data for x in (y if in_place else h, y, feeds["slot"], scale, bias)]
+    assert library.red_cuda_on_host(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["scale"].shape) is None
+    result = y.copy()
+    y[...] = 77
+    assert (memory == 77).all(), "written beside y"
+    return result
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 8, 130, 2064])
+def test_thread_by_thread_on_the_host(on_host, dtype, width, in_place) -> None:
+    """Every path: vectors and single values, one and four rows a block, several blocks across a row, a block that ends early."""
+    for leading in ((1,), (2, 33), (0, 3), (1030,)):
+        feeds = draw(0, leading, width, 3, dtype)
+        for aligned in (True, False):
+            check(red_on_host(on_host, feeds, dtype, in_place=in_place, aligned=aligned), feeds, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 8, 64, 130, 1024, 4096, 5120])
+def test_against_float64(dtype, width, in_place) -> None:
+    for seed, leading in enumerate([(1,), (7,), (2, 33), (1030,)]):
+        feeds = draw(seed, leading, width, 3, dtype)
+        check(red_cuda(feeds, dtype, in_place=in_place), feeds, dtype)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    """Slots that change between replays take effect: nothing of them was read on the host."""
+    feeds = draw(0, (64,), 128, 2, "float32")
+    device = on_gpu(feeds, "float32")
+    y = torch.empty_like(device["h"])
+    pointers = [t.data_ptr() for t in (device["h"], y, *(device[name] for name in NAMES[1:]))]
+
+    def launch() -> None:
+        error = load(installed_library()).reft_red_cuda(1, *pointers, 64, 2, 128, torch.cuda.current_stream().cuda_stream)
+        assert error is None, error
+
+    launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for slot in (-1, 0, 1):
+        feeds["slot"][:] = slot
+        device["slot"].fill_(slot)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(y.cpu().numpy(), feeds, "float32")
+
+
+@pytest.mark.gpu
+def test_on_the_cuda_provider() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(installed_library()))
+    for dtype in ("float32", "float16"):
+        session = onnxruntime.InferenceSession(red_model(dtype).SerializeToString(), options, providers=["CUDAExecutionProvider"])
+        assert session.get_providers()[0] == "CUDAExecutionProvider"
+        feeds = draw(0, (2, 40), 64, 2, dtype)
+        check(session.run(None, feeds)[0], feeds, dtype)
+
+
+def test_without_a_gpu_the_error_has_a_name() -> None:
+    """The library loads where there is no CUDA, and says what is missing: the kernels, or a device to run them."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    library = load(installed_library())
+    error = library.reft_red_cuda(1, *[16] * 5, 1, 1, 8, None).decode()
+    if library.reft_cuda_architectures():
+        assert error.startswith("RED: CUDA launch failed: cudaError")
+    else:
+        assert error.startswith("RED: this build has no CUDA kernels")
+    assert library.reft_red_cuda(1, *[None] * 5, 0, 0, 8, None).startswith(b"RED: tokens 0, slots 0 and width 8, expected")
