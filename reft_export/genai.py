@@ -106,6 +106,22 @@ def copy_genai_files(source: Path, folder: Path, config: Mapping[str, Any]) -> N
         shutil.copyfile(path, folder / library)
 
 
+def read_genai_config(folder: Path) -> dict[str, Any]:
+    """Empty where there is none; raises InputError for a file that is not JSON."""
+    return read_json_object(folder / CONFIG_FILE)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Empty where the file is missing or holds something else; raises InputError for a file that is not JSON."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not JSON: {e}") from None
+    return value if isinstance(value, dict) else {}
+
+
 def genai_decoder(config: Mapping[str, Any], path: Path) -> str:
     """The decoder's file name in a genai config; raises InputError for a model that is more than one decoder graph."""
     model = config.get("model")

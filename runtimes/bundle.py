@@ -135,6 +135,8 @@ class WeightSource:
     axis: int | None = None
     start: int | None = None
     stop: int | None = None
+    joined: tuple[WeightSource, ...] = ()
+    """Whole parameters whose rows follow in the same initializer (q, k and v in one), before it is transposed."""
 
 
 @dataclass(frozen=True, kw_only=True)
