@@ -30,7 +30,7 @@ from reft_export.bundling import (
     write_adapter,
 )
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
-from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object
+from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
 from runtimes.edit import Site
@@ -195,17 +195,17 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = _config(folder)
     generation = read_json_object(folder / "generation_config.json")
-    width = config.get("hidden_size") or _width(survey, adapters)
+    width = whole_number(config, "hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
         vocab_size=vocabulary[-1],
-        hidden_size=int(width),
+        hidden_size=width,
         num_hidden_layers=survey.layers,
         context_length=_context(config) or DEFAULT_CONTEXT,
-        num_attention_heads=config.get("num_attention_heads") or config.get("n_head"),
+        num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         pad_token_id=config.get("pad_token_id"),
@@ -215,11 +215,12 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
 
 def _config(folder: Path) -> dict[str, Any]:
     """What config.json and genai_config.json say of the model; the latter wins, as it is about the graph."""
-    return read_json_object(folder / "config.json") | read_genai_config(folder).get("model", {})
+    model = read_genai_config(folder).get("model")
+    return read_json_object(folder / "config.json") | (model if isinstance(model, dict) else {})
 
 
 def _context(config: dict[str, Any]) -> int | None:
-    return next((int(config[k]) for k in ("context_length", "max_position_embeddings", "n_positions") if config.get(k)), None)
+    return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
 
 
 def _width(survey: SiteSurvey, adapters: dict[str, Adapter]) -> int:

@@ -11,7 +11,6 @@ Source: pyreft/dataset.py, get_intervention_locations; pyvene/models/intervenabl
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from runtimes.adapter import ACTIVATED_METHODS
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
+from runtimes.records import parse_json
 
 FORMAT = "pyreft"
 CONFIG_FILE = "config.json"
@@ -229,7 +229,7 @@ def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.is_file():
         return missing
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise AdapterError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):

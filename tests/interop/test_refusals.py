@@ -218,6 +218,21 @@ def test_names_of_other_pyvene_versions(source, change, bare, tmp_path) -> None:
     assert all((one.tensors[name] == other.tensors[name]).all() for name in one.tensors)
 
 
+def test_layers_that_no_block_has_mean_nothing_to_adapterhub(tmp_path) -> None:
+    copy = damaged(tmp_path, HUB, edit_json(HUB_CONFIG, layers=[-1, 1, 2, 9]))
+    one, other = (
+        import_adapter(s, str(BASE), tmp_path / n, Request(), report=lambda _: None).adapter for s, n in ((HUB, "one"), (copy, "other"))
+    )
+    assert one.sites == other.sites and all((one.tensors[name] == other.tensors[name]).all() for name in one.tensors)
+
+
+def test_a_folder_of_adapters(tmp_path) -> None:
+    """What AdapterHub's save_all_adapters writes: the folder inside is named."""
+    for name in ("a", "b"):
+        shutil.copytree(HUB, tmp_path / "all" / name)
+    refused(tmp_path / "all", tmp_path / "out", Request(), "did you mean .*/all/a or .*/all/b")
+
+
 def test_parameters_of_the_base_that_were_trained_too(tmp_path) -> None:
     """pyvene's include_model, which is the default of its trainer's checkpoints: nothing for a frozen base."""
     frozen = damaged(tmp_path, LOREFT, lambda f: torch.save({}, f / "pytorch_model.bin"))

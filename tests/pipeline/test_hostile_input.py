@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -31,6 +32,8 @@ from reft_export.cli.main import app
 from runtimes.adapter import save_adapter
 
 GRAPH, DATA = "decoder.onnx", "decoder.data"
+slow = partial(pytest.param, marks=pytest.mark.slow)
+"""Of the verbs that read one kind of file, one tells what is refused at every commit."""
 
 
 class Hostile:
@@ -201,7 +204,7 @@ def _replace_by_folder(path: Path) -> None:
 
 GRAPHS = {
     "no present outputs of a layer": (rewritten(_rename_presents), r"present\.1\.key"),
-    "no KV cache": (rewritten(_drop_caches), r"present\.0\.key"),
+    "no KV cache": (rewritten(_drop_caches), r"is not a decoder with a KV cache: outputs 'present"),
     "unknown domain": (rewritten(_unknown_domain), r"is an operator of 'my\.ops'"),
     "truncated data": (lambda s: os.truncate(s.graph.parent / DATA, 1000), "has 1000 bytes, weight .* needs bytes"),
     "no data": (lambda s: (s.graph.parent / DATA).unlink(), "is missing from"),
@@ -216,7 +219,7 @@ GRAPHS = {
     "a second name of the data": (lambda s: os.link(s.graph.parent / DATA, s.graph.parent / "twin"), "has 2 names"),
     "shape beyond int64": (_dimensions(2**62, 2**62), "takes .* bytes|needs bytes"),
     "shape of many terabytes": (_dimensions(2**31, 2**20), "takes .* bytes|needs bytes"),
-    "negative shape": (_dimensions(-4, 16), "takes .* bytes|needs bytes|shape|cannot be read"),
+    "negative shape": (_dimensions(-4, 16), r"has the shape \[-4, 16\]"),
     "zero bytes": (lambda s: s.graph.write_bytes(b""), "holds no graph"),
     "half of it": (lambda s: os.truncate(s.graph, s.graph.stat().st_size // 2), "cannot be read as an ONNX model|damaged|no graph"),
     "bytes changed": (lambda s: _swap_bytes(s.graph, 400, 60), "cannot be read as an ONNX model|damaged"),
@@ -226,7 +229,7 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["inspect", "fold"])
+@pytest.mark.parametrize("verb", ["fold", slow("inspect")])
 @pytest.mark.parametrize("case", GRAPHS)
 def test_graphs(case, verb, stage) -> None:
     damage, match = GRAPHS[case]
@@ -247,9 +250,9 @@ FOLDERS = {
     "model that is a list": (_hostile_config('{"model": [1]}'), "names no single decoder graph"),
     "context of words": (
         _hostile_config('{"model": {"context_length": "long", "decoder": {"filename": "decoder.onnx"}}}'),
-        "context_length",
+        "context_length is 'long'",
     ),
-    "config.json with text for a width": (lambda s: (s.graph.parent / "config.json").write_text('{"hidden_size": "x"}'), "hidden_size"),
+    "width of words": (lambda s: (s.graph.parent / "config.json").write_text('{"hidden_size": "x"}'), "hidden_size is 'x'"),
     "two graphs": (lambda s: shutil.copy(s.graph, s.graph.with_name("other.onnx")), "holds 2 graphs"),
 }
 
@@ -321,7 +324,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["fold", "export", "inspect"])
+@pytest.mark.parametrize("verb", ["fold", slow("export"), slow("inspect")])
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters(case, verb, stage) -> None:
     damage, match = ADAPTERS[case]
@@ -384,7 +387,7 @@ def _pickled(stage: Stage) -> None:
     torch.save({"model.norm.weight": Hostile(stage.root / "ran")}, stage.base / "pytorch_model.bin")
 
 
-def _last_bytes_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _nan_in_one(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     name = "model.layers.1.mlp.down_proj.weight"
     return tensors | {name: _nan(tensors[name])}
 
@@ -392,22 +395,22 @@ def _last_bytes_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 WEIGHTS = "model.safetensors"
 BASES = {
     "no config": (lambda s: (s.base / "config.json").unlink(), "config.json is missing"),
-    "config of another kind": (lambda s: (s.base / "config.json").write_text('{"model_type": "t5"}'), "not a decoder|lacks|cannot be loaded"),
+    "config of another kind": (lambda s: (s.base / "config.json").write_text('{"model_type": "t5"}'), "t5 is not a decoder"),
     "config is not JSON": (lambda s: (s.base / "config.json").write_text("{"), "is not JSON"),
     "config of 100,000 levels": (lambda s: (s.base / "config.json").write_text("[" * 100_000), "is not JSON"),
     "no weights": (lambda s: (s.base / WEIGHTS).unlink(), "holds no weights"),
     "weights of zero bytes": (lambda s: (s.base / WEIGHTS).write_bytes(b""), "is damaged or cut short"),
     "half of the weights": (lambda s: os.truncate(s.base / WEIGHTS, 200_000), "is damaged or cut short"),
     "header longer than the file": (lambda s: (s.base / WEIGHTS).write_bytes(lying_header(2**63)), "is damaged or cut short"),
-    "header of other shapes": (lambda s: (s.base / WEIGHTS).write_bytes(lying_header(len(LYING), LYING) + bytes(16)), "damaged|cannot be"),
+    "header of other shapes": (lambda s: (s.base / WEIGHTS).write_bytes(lying_header(len(LYING), LYING) + bytes(16)), "takes .* has 16"),
     "weights are a folder": (lambda s: _replace_by_folder(s.base / WEIGHTS), "holds no weights|is damaged"),
     "hostile pickle": (_pickled, "is damaged, or holds more than weights"),
     "a parameter too few": (_weights(lambda t: dict(list(t.items())[1:])), "lacks 1 parameters|trained on"),
-    "NaN": (_weights(_last_bytes_nan), "not finite|trained on"),
+    "NaN": (_weights(_nan_in_one), r"parameter model\.layers\.1\.mlp\.down_proj\.weight holds values that are not finite"),
 }
 
 
-@pytest.mark.parametrize("verb", ["export", "quantize", "fold -m", "import"])
+@pytest.mark.parametrize("verb", ["export", slow("quantize"), slow("fold -m"), slow("import")])
 @pytest.mark.parametrize("case", BASES)
 def test_bases(case, verb, stage) -> None:
     if verb == "import":
@@ -427,16 +430,6 @@ def test_bases(case, verb, stage) -> None:
 def test_bases_that_are_files_or_nothing(verb, stage) -> None:
     refused(stage, command(stage, verb, base=stage.base / "config.json"), "is a file; a base is given by its folder")
     refused(stage, command(stage, verb, base=stage.root / "none"), "is not a folder")
-
-
-@pytest.mark.parametrize("verb", ["export", "quantize"])
-def test_a_base_whose_weights_are_not_finite(verb, stage) -> None:
-    """Without an adapter nothing else would tell: the checkpoint is the one that it says it is."""
-    _weights(_last_bytes_nan)(stage)
-    if verb == "export":
-        refused(stage, ["export", "-m", stage.base, "-o", stage.root / "out", "--force"], "down_proj.*not finite")
-    else:
-        refused(stage, command(stage, verb), "trained on|made from")
 
 
 # --- bundles --------------------------------------------------------------------------------------
@@ -464,7 +457,7 @@ BUNDLES = {
     "manifest of 100,000 levels": (lambda b: (b / "manifest.json").write_text("[" * 100_000), "cannot be read as JSON"),
     "unknown key": (_manifest(lambda m: m.update(surprise=1)), "surprise"),
     "a file outside": (_manifest(lambda m: m["files"].update({"../base/config.json": m["files"][MODEL]})), "leaves the folder"),
-    "a file outside, .. in the middle": (_manifest(lambda m: m["files"].update({"golden/../../x": m["files"][MODEL]})), "leaves the folder"),
+    "a file outside, .. inside": (_manifest(lambda m: m["files"].update({"golden/../../x": m["files"][MODEL]})), "leaves the folder"),
     "a file at an absolute path": (_manifest(lambda m: m["files"].update({"/etc/hostname": m["files"][MODEL]})), "leaves the folder"),
     "an adapter's name outside": (_manifest(lambda m: m.update(adapters=["../x"])), "cannot be used"),
     "data behind a link": (_linked, "leaves the folder"),
@@ -477,7 +470,7 @@ BUNDLES = {
 }
 
 
-@pytest.mark.parametrize("verb", ["quantize", "inspect"])
+@pytest.mark.parametrize("verb", ["quantize", slow("inspect")])
 @pytest.mark.parametrize("case", BUNDLES)
 def test_bundles(case, verb, stage) -> None:
     bundle = stage.own_bundle()
