@@ -102,28 +102,30 @@ else:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_quantizing_takes_less_than_one_and_a_half_models(tmp_path) -> None:
-    """0.6 GB of float32 weights, on top of what the same steps take for a model of almost none: torch and onnxruntime themselves.
+    """0.35 GB of float32 weights, on top of what the same steps take for a model of almost none: torch and onnxruntime themselves.
 
     The eager reference, mapped files and the runtime's own copy all count.
     """
 
     def run(*arguments: object) -> str:
         command = [sys.executable, "-c", QUANTIZE_SCRIPT, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+        # One thread: pools of several hold memory of their own, and wait for each other on a machine that is busy.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
     peaks, sizes = {}, {}
-    for width in (64, 1024):
+    for width, schemes in ((64, ["static"]), (768, ["weight-only", "static"])):
         root = tmp_path / str(width)
         root.mkdir()
         run("make", root, width)
         sizes[width] = (root / "fp32" / "model.onnx.data").stat().st_size
-        for scheme in ("weight-only", "static"):
+        for scheme in schemes:
             peaks[scheme, width] = int(run(scheme, root, width).split()[-1])
-    assert sizes[1024] > 100 * sizes[64] and sizes[1024] > 0.5e9
+    without, size = peaks["static", 64], sizes[768] - sizes[64]
+    assert size > 0.3e9 > 50 * sizes[64]
     for scheme in ("weight-only", "static"):
-        taken = (peaks[scheme, 1024] - peaks[scheme, 64]) / (sizes[1024] - sizes[64])
-        print(f"{scheme}: {taken:.2f} models, {peaks[scheme, 64] / 1e9:.2f} GB without one")
-        assert taken < 1.5, f"{scheme}: {taken:.2f} models of {sizes[1024] / 1e9:.2f} GB"
+        taken = (peaks[scheme, 768] - without) / size
+        print(f"{scheme}: {taken:.2f} models of {size / 1e9:.2f} GB, on top of {without / 1e9:.2f} GB")
+        assert taken < 1.5, f"{scheme}: {taken:.2f} models of {size / 1e9:.2f} GB"
