@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.histogram import BINS, Histogram
 from runtimes.errors import CalibrationError
-from runtimes.records import RecordError, from_json, to_json
+from runtimes.records import RecordError, from_json, parse_json, to_json
 
 FORMAT = 1
 
@@ -90,7 +90,7 @@ def load_collected(path: Path) -> Collected:
         raise CalibrationError(f"{path} is not a file; ranges are written by `reft-export quantize --calibrate`")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            header = from_json(Header, json.loads(str(arrays["header"])))
+            header = from_json(Header, parse_json(str(arrays["header"])))
             histograms = {}
             for source in header.sources:
                 counts, limits = arrays[f"counts.{source}"], arrays[f"limits.{source}"]

@@ -32,6 +32,18 @@ def weight_products(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.domain == "" and node.op_type == "MatMul" and constant_matrix(node.inputs[1]) is not None]
 
 
+def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
+    """(first node that reads it, initializer) of every weight that is stored in 8 bits a value or fewer, in graph order."""
+    found: dict[ir.Value, ir.Node] = {}
+    for node in graph:
+        for value in node.inputs:
+            stored = None if value is None or not value.is_initializer() else value.const_value
+            # Constants of rank 0 and 1 are zero points, and truth values of a mask.
+            if stored is not None and len(stored.shape) > 1 and stored.dtype.bitwidth <= 8 and stored.dtype != ir.DataType.BOOL:
+                found.setdefault(value, node)
+    return [(node, value) for value, node in found.items()]
+
+
 def constant_matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return None

@@ -49,6 +49,8 @@ def check_external_data(model: ir.Model, folder: Path) -> None:
         needed = math.ceil(tensor.nbytes)
         length = needed if tensor.length is None else tensor.length
         offset = tensor.offset or 0
+        if any(not isinstance(dim, int) or dim < 0 for dim in tensor.shape):
+            raise GraphError(f"weight {tensor.name!r} has the shape {list(tensor.shape)}; the graph is damaged: export it again")
         if length != needed or offset < 0:
             raise GraphError(
                 f"weight {tensor.name!r} of shape {list(tensor.shape)} takes {needed} bytes, the graph declares {length} at offset "

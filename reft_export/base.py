@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_export.model_folder import fingerprint, first_line, memory_fingerprint, read_config, weight_files
 from runtimes.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
+from runtimes.records import parse_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -188,6 +189,10 @@ def _load_model(folder: Path, first: Path, dtype: torch.dtype) -> PreTrainedMode
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again")
+    for name, parameter in model.named_parameters():
+        # A sum is finite only where every value is, but for float32 sums that overflow: those are looked at again.
+        if not math.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            raise InputError(f"{folder}: parameter {name} holds values that are not finite; the checkpoint is damaged: download it again")
     return model
 
 
@@ -211,7 +216,7 @@ def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase 
 
 def _tokenizer_class(folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
+    return parse_json(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
 
 
 def _download(model: str) -> Path:

@@ -7,17 +7,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from transformers import PreTrainedTokenizerBase
 
 from graph_passes.cache_shapes import ATTENTION
-from reft_export.base import Base
 from reft_export.genai import keep_genai_config, write_genai_config
-from runtimes.adapter import Adapter
+from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
@@ -35,12 +33,17 @@ from runtimes.bundle import (
     write_manifest,
 )
 from runtimes.edit import Site
-from runtimes.errors import AdapterError, ParityError
+from runtimes.errors import AdapterError, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
 from runtimes.parity import ParityReport, Rung, budget_for
 from runtimes.version import VERSION
+
+if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
+    from transformers import PreTrainedTokenizerBase
+
+    from reft_export.base import Base
 
 NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -64,6 +67,17 @@ class BundleParts:
     weights: Mapping[str, WeightSource]
     genai_config: Mapping[str, Any] = field(default_factory=dict)
     """The graph's own genai_config.json, which is kept; empty where it has none."""
+
+
+def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
+    """Adapters by name, the name being the folder's."""
+    adapters: dict[str, Adapter] = {}
+    for folder in folders:
+        name = Path(folder).resolve().name
+        if name in adapters:
+            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
+        adapters[name] = load_adapter(folder)
+    return adapters
 
 
 def model_record(base: Base) -> ModelRecord:

@@ -28,18 +28,22 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
     modules = []
     for initializer, value in dequantized_weights(graph):
         source = _source(initializer, sources)
-        name = source.parameter.removesuffix(".weight")
-        module = _module(model, name)
-        weight = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
-        whole = module.weight.detach()
-        place = whole if source.axis is None else whole.narrow(source.axis, source.start, source.stop - source.start)
-        if weight.shape != place.shape:
-            raise BundleError(f"{source.parameter} is {list(place.shape)} in the base and {list(weight.shape)} in the bundle")
-        weight = weight.to(whole.dtype)
-        if source.axis is not None:  # one of several initializers that an exporter split the parameter into
-            weight = whole.slice_scatter(weight, source.axis, source.start, source.stop)
-        module.weight = torch.nn.Parameter(weight, requires_grad=False)
-        modules.append(name)
+        rows = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
+        for part in (source, *source.joined):
+            name = part.parameter.removesuffix(".weight")
+            module = _module(model, name)
+            whole = module.weight.detach()
+            place = whole if part.axis is None else whole.narrow(part.axis, part.start, part.stop - part.start)
+            weight, rows = (rows[: len(place)], rows[len(place) :]) if source.joined else (rows, rows[:0])
+            if weight.shape != place.shape:
+                raise BundleError(f"{part.parameter} is {list(place.shape)} in the base and {list(weight.shape)} in the bundle")
+            weight = weight.to(whole.dtype)
+            if part.axis is not None:  # one of several initializers that an exporter split the parameter into
+                weight = whole.slice_scatter(weight, part.axis, part.start, part.stop)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            modules.append(name)
+        if len(rows):
+            raise BundleError(f"{initializer} has {len(rows)} rows more than its parameters; the manifest is of another graph")
     return list(dict.fromkeys(modules))
 
 
@@ -53,7 +57,7 @@ def activations_quantized(
     Raises BundleError for a product that is no linear module of the model.
     """
     # By module: several products may be slices of one, and read one input.
-    inputs = {linear_of(model, initializer, sources): how for initializer, how in activation_quantization(graph).items()}
+    inputs = {m: how for initializer, how in activation_quantization(graph).items() for m in linears_of(model, initializer, sources)}
     handles = []
     try:
         for module, how in inputs.items():
@@ -64,13 +68,15 @@ def activations_quantized(
             handle.remove()
 
 
-def linear_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> torch.nn.Module:
-    """The linear module that a quantized product is in the eager model. Raises BundleError where it is none."""
-    name = _source(initializer, sources).parameter.removesuffix(".weight")
-    module = _module(model, name)
-    if not isinstance(module, (torch.nn.Linear, Conv1D)):
-        raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
-    return module
+def linears_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> list[torch.nn.Module]:
+    """The linear modules that a quantized product is in the eager model: one, or those joined in it. Raises BundleError for any other."""
+    source, modules = _source(initializer, sources), []
+    for name in (part.parameter.removesuffix(".weight") for part in (source, *source.joined)):
+        module = _module(model, name)
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
+        modules.append(module)
+    return modules
 
 
 def _replace_input(

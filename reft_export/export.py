@@ -34,6 +34,7 @@ from reft_export.bundling import (
     copy_tokenizer,
     finish_bundle,
     gate,
+    load_adapters,
     model_record,
     union_nodes,
     write_adapter,
@@ -46,7 +47,7 @@ from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from reft_export.quantization_report import QuantizationReport
-from runtimes.adapter import Adapter, load_adapter
+from runtimes.adapter import Adapter
 from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
 from runtimes.edit import Site
 from runtimes.errors import InputError
@@ -121,17 +122,6 @@ class ExportResult:
     """What quantization did, variant by variant; None for an export."""
     refitted: Mapping[str, Path] = field(default_factory=dict)
     """Folders of the adapters that a refit wrote, by name."""
-
-
-def load_adapters(folders: list[Path]) -> dict[str, Adapter]:
-    """Adapters by name, the name being the folder's."""
-    adapters: dict[str, Adapter] = {}
-    for folder in folders:
-        name = Path(folder).resolve().name
-        if name in adapters:
-            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
-        adapters[name] = load_adapter(folder)
-    return adapters
 
 
 def export_bundle(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from calibration.selection import quantized_weights
 from graph_passes.cache_shapes import fix_cache_shapes
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
@@ -17,16 +18,29 @@ from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
-from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
-from reft_export.export import load_adapters
+from reft_export.bundling import (
+    BundleParts,
+    Report,
+    check_fit,
+    copy_tokenizer,
+    finish_bundle,
+    gate,
+    load_adapters,
+    union_nodes,
+    write_adapter,
+)
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
-from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder
+from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from runtimes.adapter import Adapter
-from runtimes.bundle import ModelRecord, check_adapter_name
+from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
+from runtimes.parity import ParityReport
+
+if TYPE_CHECKING:  # without a base, fold runs without torch, whose import takes longer than the fold
+    from reft_export.base import Base
 
 PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 DEFAULT_CONTEXT = 2048
@@ -40,6 +54,10 @@ class FoldResult:
     nodes: tuple[EditNode, ...]
     adapters: tuple[str, ...]
     found: dict[str, str]
+    parity: ParityReport | None = None
+    """Against the base; None without one, and for bfloat16, which no CPU runs."""
+    quantized: int = 0
+    """Weights that the tool that made the graph had quantized."""
 
 
 def fold_bundle(
@@ -50,30 +68,35 @@ def fold_bundle(
     slots: str,
     sites: tuple[Site, ...],
     as_lora: bool = False,
+    model: str | None = None,
     force: bool,
     report: Report,
 ) -> FoldResult | EdgeFoldResult:
-    """Writes a bundle around a foreign graph, without golden arrays; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
+    """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
-    An ONNX file says nothing of the checkpoint it came from: an adapter's width and depth are checked, its fingerprint cannot be.
+    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, its fingerprint
+    cannot be, and there are no golden arrays. With the base's folder or hub id, the bundle is what an export makes: fingerprints are
+    checked, every weight's parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
     """
     if slots not in ("graph", "input"):
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
-    check_destination(output, force=force, inputs=[graph, *adapter_folders])
+    check_destination(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])])
     adapters = load_adapters(adapter_folders)
     source = _source(graph)
     report(f"reading {source}")
-    model = load_graph(source)
-    if is_edge_llm(model.graph):
+    decoder = load_graph(source)
+    if is_edge_llm(decoder.graph):
+        if model is not None:
+            raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
         if sites or slots != "graph":
             raise InputError("--sites and --slots input add graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave them out")
         return fold_edge_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
     if as_lora:
         raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
     genai_config = _genai_config(source.parent, source.name)
-    check_domains(model)
-    fix_cache_shapes(model)
-    record = foreign_record(model, source, adapters)
+    check_domains(decoder)
+    fix_cache_shapes(decoder)
+    record = foreign_record(decoder, source, adapters)
     for name, adapter in adapters.items():
         check_adapter_name(name)
         has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
@@ -83,18 +106,26 @@ def fold_bundle(
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
-    found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())}
-    precision = _precision(model, nodes)
+    found = {
+        str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(decoder, {n.site for n in nodes}).items())
+    }
+    precision = _precision(decoder, nodes)
+    base, weights = None, {}
+    if model is not None:
+        base, record, weights = _known_base(model, decoder, source, adapters, record, report)
     report(f"folding {len(nodes)} edit nodes")
-    fold_graph(model, nodes, slots=slots)
+    fold_graph(decoder, nodes, slots=slots)
     with atomic_folder(output, force=force) as work:
-        write_graph(model, work)
+        write_graph(decoder, work)
         for name, adapter in adapters.items():
             write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
         copy_tokenizer(source.parent, None, work)
         if genai_config:
             copy_genai_files(source.parent, work, genai_config)
-        logits = next(v for v in model.graph.outputs if v.name == "logits")
+        if base is not None:
+            _record_reference(work, base, adapters, precision, report)
+            base = None  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+        logits = next(v for v in decoder.graph.outputs if v.name == "logits")
         parts = BundleParts(
             model=record,
             precision=precision,
@@ -104,22 +135,55 @@ def fold_bundle(
             slots=slots,
             nodes=nodes,
             adapters=tuple(adapters),
-            weights={},
+            weights=weights,
             genai_config=genai_config,
         )
-        finish_bundle(work, model, parts)
-    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
+        finish_bundle(work, decoder, parts)
+        parity = None
+        if model is not None and precision != "bf16":
+            report("holding the bundle against the eager model")
+            parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
+    quantized = len(quantized_weights(decoder.graph))
+    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized)
+
+
+def _known_base(
+    model: str, decoder: ir.Model, source: Path, adapters: dict[str, Adapter], record: ModelRecord, report: Report
+) -> tuple[Base, ModelRecord, dict[str, WeightSource]]:
+    """The base that the graph is said to be of, its record, and which of its parameters every weight is."""
+    from reft_export.base import load_base
+    from reft_export.foreign_base import known_model, match_weights, refuse_quantized
+
+    refuse_quantized(decoder, str(source), "there is nothing to hold against the base: leave --model out")
+    report(f"loading {model}")
+    base = load_base(model)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base)
+    full = known_model(record, base, context=_context(_config(source.parent)))
+    report("finding the base's weights in the graph")
+    return base, full, match_weights(decoder, base, str(source))
+
+
+def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], precision: str, report: Report) -> None:
+    from reft_export.eager import steered
+    from reft_export.foreign_base import record_reference
+    from reft_export.memory import give_back
+
+    report("recording what the eager model says")
+    copy_tokenizer(None if (work / "tokenizer.json").is_file() else base.folder, base.tokenizer, work)
+    record_reference(work / "golden", base, {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}, precision)
+    give_back()
 
 
 def _source(graph: Path) -> Path:
     """The graph that is meant: of a folder that onnxruntime-genai opens, the decoder that its config names."""
-    config = _read(graph / CONFIG_FILE) if graph.is_dir() else {}
+    config = read_genai_config(graph) if graph.is_dir() else {}
     return graph / genai_decoder(config, graph / CONFIG_FILE) if config else graph_file(graph)
 
 
 def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     """The genai config beside the graph, where it is about this graph."""
-    config = _read(folder / CONFIG_FILE)
+    config = read_genai_config(folder)
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
@@ -129,26 +193,34 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
-    config = _read(folder / "config.json") | _read(folder / CONFIG_FILE).get("model", {})
-    generation = _read(folder / "generation_config.json")
-    width = config.get("hidden_size") or _width(survey, adapters)
+    config = _config(folder)
+    generation = read_json_object(folder / "generation_config.json")
+    width = whole_number(config, "hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
         vocab_size=vocabulary[-1],
-        hidden_size=int(width),
+        hidden_size=width,
         num_hidden_layers=survey.layers,
-        context_length=int(
-            config.get("context_length") or config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
-        ),
-        num_attention_heads=config.get("num_attention_heads") or config.get("n_head"),
+        context_length=_context(config) or DEFAULT_CONTEXT,
+        num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         pad_token_id=config.get("pad_token_id"),
         sliding_window=config.get("sliding_window"),
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What config.json and genai_config.json say of the model; the latter wins, as it is about the graph."""
+    model = read_genai_config(folder).get("model")
+    return read_json_object(folder / "config.json") | (model if isinstance(model, dict) else {})
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
 
 
 def _width(survey: SiteSurvey, adapters: dict[str, Adapter]) -> int:
@@ -167,13 +239,3 @@ def _precision(model: ir.Model, nodes: tuple[EditNode, ...]) -> str:
     if len(kinds) != 1 or not kinds <= set(PRECISION):
         raise GraphError(f"the edited streams are of types {sorted(k.name for k in kinds)}; one of float32, float16, bfloat16 is expected")
     return PRECISION[kinds.pop()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {e}") from None
-    return value if isinstance(value, dict) else {}

@@ -26,6 +26,7 @@ from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.hashes import sha256_of
 from runtimes.op import OP_VERSION, EditNode
+from runtimes.records import parse_json
 
 RECORD_FILE = "reft.json"
 """What was folded. The engine builder copies the files that it knows by name, and leaves this one where it is."""
@@ -143,7 +144,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is missing: TensorRT-Edge-LLM's builder reads it, and so does fold; pass the folder as it was exported")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"{path} is not JSON: {e}") from None
     if not isinstance(config, dict):

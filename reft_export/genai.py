@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graph_passes.cache_shapes import ATTENTION
 from runtimes.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
+from runtimes.records import parse_json
 
 CONFIG_FILE = "genai_config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -104,6 +105,33 @@ def copy_genai_files(source: Path, folder: Path, config: Mapping[str, Any]) -> N
             raise InputError(f"{source / CONFIG_FILE} names the op library {library}, which is not a file of {source}; put it there")
         (folder / library).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / library)
+
+
+def read_genai_config(folder: Path) -> dict[str, Any]:
+    """Empty where there is none; raises InputError for a file that is not JSON."""
+    return read_json_object(folder / CONFIG_FILE)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Empty where the file is missing or holds something else; raises InputError for a file that is not JSON."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON: {e}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of ``keys`` that ``config`` has a value for; raises InputError where that is no positive integer."""
+    for key in keys:
+        value = config.get(key)
+        if value:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a positive integer; correct the file")
+            return value
+    return None
 
 
 def genai_decoder(config: Mapping[str, Any], path: Path) -> str:

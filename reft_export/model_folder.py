@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runtimes.errors import InputError
+from runtimes.records import parse_json
 
 VOLATILE_KEYS = frozenset(
     {
@@ -35,6 +37,9 @@ VOLATILE_KEYS = frozenset(
 SAMPLES, SAMPLE_BYTES = 32, 16
 """Of every stored tensor, this many evenly spaced blocks of this many bytes enter the fingerprint, with both ends."""
 
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+"""Bits of a value in a safetensors file; types that no float checkpoint has are not checked."""
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -49,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: config.json is missing")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"{path} is not JSON: {e}") from None
     if not isinstance(config, dict):
@@ -65,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
     if chosen.suffix != ".json":
         return [chosen]
     try:
-        shards = sorted(set(json.loads(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(parse_json(chosen.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{chosen} is not a weight index; download the model again") from None
     missing = [name for name in shards if not (folder / name).is_file()]
@@ -141,13 +146,18 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:start].decode("utf-8"))
+            if start > len(data):
+                raise ValueError(f"its header of {start - 8} bytes ends behind the file's end")
+            header = parse_json(data[8:start].decode("utf-8"))
             header.pop("__metadata__", None)
             tensors = {}
             for name, entry in header.items():
                 begin, end = (start + offset for offset in entry["data_offsets"])
                 if not start <= begin <= end <= len(data):
                     raise ValueError(f"{name} ends behind the file's end")
+                bits = math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0)
+                if entry["dtype"] in BITS and bits != 8 * (end - begin):
+                    raise ValueError(f"{name} of shape {entry['shape']} takes {bits // 8} bytes, and has {end - begin}")
                 tensors[name] = _Stored(entry["dtype"], tuple(entry["shape"]), _sample(data, begin, end))
             return tensors
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:

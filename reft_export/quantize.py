@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundl
 from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
 from reft_export.dequantized import load_dequantized
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
+from reft_export.foreign_base import check_weights_known, completed
+from reft_export.genai import copy_genai_files, read_genai_config
 from reft_export.golden import Steerer, fp32_logits
 from reft_export.memory import give_back
 from reft_export.parity import check_same_base, stored_inputs
@@ -69,11 +72,29 @@ def quantize_bundle(
     for adapters that are not the bundle's, ParityError for a missed budget.
     """
     check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
-    bundle = open_bundle(source)
-    refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
-    figures = Measurements(yardsticks)
+    opened = open_bundle(source)
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
+    check_bundle(opened, settings, calibration)
+    with completed(opened, model, report) as bundle:
+        return _quantized(bundle, model, output, settings, calibration, refit, yardsticks, compare=compare, force=force, report=report)
+
+
+def _quantized(
+    bundle: Bundle,
+    model: str,
+    output: Path,
+    settings: QuantizationSettings,
+    calibration: CalibrationRequest | None,
+    refit: RefitSettings | None,
+    yardsticks: Yardsticks,
+    *,
+    compare: bool,
+    force: bool,
+    report: Report,
+) -> ExportResult:
+    refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
+    figures = Measurements(yardsticks)
     plan = planned(bundle, model, output, settings, calibration, report)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
         manifest, errors = assemble(plan, work, Path(proof), report)
@@ -124,9 +145,8 @@ def _measure_base_only(plan: Plan, output: Path, figures: Measurements) -> None:
         figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
 
 
-def planned(
-    bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
-) -> Plan:
+def check_bundle(bundle: Bundle, settings: QuantizationSettings, request: CalibrationRequest | None) -> None:
+    """Everything about bundle and request that can be refused before a model is loaded."""
     m = bundle.manifest
     check_source(
         settings,
@@ -136,6 +156,13 @@ def planned(
         where=str(bundle.folder),
     )
     check_request(request, settings, bundle)
+
+
+def planned(
+    bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
+) -> Plan:
+    check_bundle(bundle, settings, request)
+    check_weights_known(load_graph(bundle.graph_path), bundle.manifest.weights, settings, str(bundle.folder))
     if request is None:
         return Plan(bundle=bundle, model=model, settings=settings)
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
@@ -185,11 +212,19 @@ def _steerers(bundle: Bundle) -> dict[str, Steerer]:
 
 
 def _copy_unchanged(bundle: Bundle, work: Path) -> None:
-    """Adapters, library and tokenizer; a session's config is written anew."""
+    """Adapters, library, tokenizer, and of a folded genai folder what else onnxruntime-genai reads."""
     for name in bundle.manifest.files:
         if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/", f"{TEMPLATE_FOLDER}/")):
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, work / name)
+    if config := _own_config(bundle):
+        copy_genai_files(bundle.folder, work, config)
+
+
+def _own_config(bundle: Bundle) -> dict[str, Any]:
+    """The genai_config.json that a foreign folder brought along, which is kept; a bundle of ours gets one written anew."""
+    foreign = bundle.manifest.exporter == "foreign" and bundle.manifest.genai == "supported"
+    return read_genai_config(bundle.folder) if foreign else {}
 
 
 def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
@@ -204,5 +239,6 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         nodes=plan.bundle.nodes,
         adapters=plan.bundle.adapter_names,
         weights=m.weights,
+        genai_config=_own_config(plan.bundle),
     )
     return finish_bundle(work, graph, parts)

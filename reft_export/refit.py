@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
 from reft_export.base import Base, base_folder, load_base, load_tokenizer
-from reft_export.bundling import NUMPY_DTYPES, Report
+from reft_export.bundling import NUMPY_DTYPES, Report, load_adapters
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steer
-from reft_export.export import load_adapters
+from reft_export.foreign_base import refuse_quantized
 from reft_export.parity import check_same_base
 from reft_export.quantization_report import RefitFigures
 from reft_export.training.data import Example, collate, iter_examples, load_data
@@ -85,9 +85,11 @@ class Refitted:
 def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu") -> Base:
     """The base in float32, carrying exactly the dequantized weights of ``bundle``; its fingerprint stays the base's.
 
-    Raises CalibrationError for a float bundle, AdapterError for another base.
+    Raises CalibrationError for a float bundle, AdapterError for another base, GraphError for weights that another tool quantized.
     """
     if bundle.manifest.quantization is None:
+        if bundle.manifest.exporter == "foreign":
+            refuse_quantized(load_graph(bundle.graph_path), str(bundle.folder), "they cannot be told from the checkpoint's")
         raise CalibrationError(
             f"{bundle.folder} is a float bundle, whose weights are the base's own: train without --base, or quantize the bundle first"
         )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from calibration.activations import ActivationQuantization
 from calibration.products import activation_quantization, expose_quantized_inputs, quantized_inputs
 from graph_passes.external import load_graph
-from reft_export.dequantized import fake_quantize, linear_of
+from reft_export.dequantized import fake_quantize, linears_of
 from reft_export.golden import GoldenInputs, Steerer, steering_of
 from reft_export.memory import give_back
 from reft_export.variants import variant
@@ -127,8 +127,8 @@ def _following(
     handles = []
     try:
         for weight, seen in restored.items():
-            module = linear_of(model, weight, bundle.manifest.weights)
-            handles.append(module.register_forward_pre_hook(partial(_follow, weight, how[weight], torch.from_numpy(seen), wrong)))
+            follow = partial(_follow, weight, how[weight], torch.from_numpy(seen), wrong)
+            handles += [m.register_forward_pre_hook(follow) for m in linears_of(model, weight, bundle.manifest.weights)]
         yield
     finally:
         for handle in handles:

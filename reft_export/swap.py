@@ -19,9 +19,9 @@ import numpy as np
 from graph_passes.external import load_graph
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, gate, write_adapter
+from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, gate, load_adapters, write_adapter
 from reft_export.eager import steered
-from reft_export.export import ExportResult, check_structure, load_adapters, record_quantized
+from reft_export.export import ExportResult, check_structure, record_quantized
 from reft_export.golden import fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name

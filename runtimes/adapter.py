@@ -32,7 +32,7 @@ from runtimes.errors import AdapterError, ReftError
 from runtimes.folders import atomic_folder
 from runtimes.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.positions import PositionRule
-from runtimes.records import RecordError, from_json, to_json
+from runtimes.records import RecordError, from_json, parse_json, to_json
 
 FORMAT = "reft-export adapter"
 FORMAT_VERSION = 1
@@ -273,7 +273,7 @@ def load_adapter(folder: Path) -> Adapter:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; another library's is read by reft-export import")
     try:
-        config = from_json(_Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        config = from_json(_Config, parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except RecordError as e:
         raise AdapterError(f"{folder / CONFIG_FILE}: {e}") from None
     except ValueError as e:  # of json, and of UTF-8

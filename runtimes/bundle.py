@@ -28,7 +28,7 @@ from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.hashes import sha256_of
 from runtimes.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.positions import PositionRule
-from runtimes.records import RecordError, from_json, to_json
+from runtimes.records import RecordError, from_json, parse_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -141,6 +141,8 @@ class WeightSource:
     axis: int | None = None
     start: int | None = None
     stop: int | None = None
+    joined: tuple[WeightSource, ...] = ()
+    """Whole parameters whose rows follow in the same initializer (q, k and v in one), before it is transposed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +356,6 @@ def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, 
 
 def read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise BundleError(f"{path} cannot be read as JSON: {e}") from None

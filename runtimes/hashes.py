@@ -27,9 +27,10 @@ def sha256_of(path: Path, *, remember: bool = False) -> str:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
+    buffer = memoryview(bytearray(1 << 20))  # one buffer for all of the file: a new one per read costs more than the reading
+    with path.open("rb", buffering=0) as f:
+        while count := f.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtimes.bundle import Manifest
 from runtimes.errors import InputError, ParityError
-from runtimes.records import RecordError, from_json, to_json
+from runtimes.records import RecordError, from_json, parse_json, to_json
 
 TIE = 1e-6
 """Two reference logits closer than this, relative to the largest |logit|, are no preference that float32 could keep."""
@@ -105,7 +105,7 @@ class ParityReport:
     def from_json(cls, text: str) -> ParityReport:
         """Raises InputError for a text that ``to_json`` did not write."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             return cls(rungs=from_json(tuple[Rung, ...], _decode(content["rungs"]), "rungs"))
         except (ValueError, KeyError, TypeError, RecordError) as e:
             raise InputError(f"not a parity report: {e}") from None

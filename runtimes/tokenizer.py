@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from runtimes.errors import BundleError, InputError
+from runtimes.records import parse_json
 
 if TYPE_CHECKING:
     from runtimes.bundle import ModelRecord
@@ -145,7 +145,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise BundleError(f"{path} cannot be read as JSON: {e}; copy the bundle again") from None
     if not isinstance(content, dict):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reft_export.cli.console import guarded, out, print_json, progress
+from reft_export.cli.console import guarded, out, parity_failed, print_json, print_parity, progress
 from reft_export.cli.options import Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
 
 if TYPE_CHECKING:
+    from reft_export.fold import FoldResult
     from reft_export.fold_edge import EdgeFoldResult
 
 
@@ -22,6 +24,14 @@ def fold(
     graph: Annotated[Path, typer.Argument(help="An ONNX decoder with a KV cache: the file or its folder, TensorRT-Edge-LLM's too.")],
     output: Output,
     adapters: Adapters = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The base that the graph was exported from: fingerprints and parity are checked, and the bundle can be quantized.",
+        ),
+    ] = None,
     slots: Slots = "graph",
     sites: Sites = "",
     as_lora: Annotated[
@@ -33,23 +43,41 @@ def fold(
     """Fold adapters into an ONNX decoder that you already have; the input is never written to."""
     from reft_export.fold import fold_bundle
     from reft_export.fold_edge import EdgeFoldResult
+    from runtimes.errors import ParityError
 
-    with progress() as report:
-        result = fold_bundle(
-            graph, list(adapters or []), output, slots=slots, sites=parse_sites(sites), as_lora=as_lora, force=force, report=report
-        )
+    folders, chosen = list(adapters or []), parse_sites(sites)
+    try:
+        with progress() as report:
+            result = fold_bundle(
+                graph, folders, output, slots=slots, sites=chosen, as_lora=as_lora, model=model, force=force, report=report
+            )
+    except ParityError as e:
+        parity_failed(e, as_json=as_json)
+        raise
     if isinstance(result, EdgeFoldResult):
         _show_edge(result, output, as_json)
-        return
+    else:
+        _show_bundle(result, output, with_base=model is not None, as_json=as_json)
+
+
+def _show_bundle(result: FoldResult, output: Path, *, with_base: bool, as_json: bool) -> None:
     if as_json:
-        print_json({"bundle": str(output), "nodes": [n.name for n in result.nodes], "found": result.found})
+        parity = None if result.parity is None else json.loads(result.parity.to_json())
+        print_json({"bundle": str(output), "nodes": [n.name for n in result.nodes], "found": result.found, "parity": parity})
         return
     for name, how in result.found.items():
         out.print(f"{name}: {how}")
+    if result.parity is not None:
+        print_parity(result.parity)
     out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}")
+    if with_base:
+        return
+    remedy = f"fold with -m MODEL does both, or `reft-export parity {output} -m MODEL`"
+    if result.quantized:
+        remedy = f"its {result.quantized} quantized weights are no checkpoint's, so no eager model is its equal"
     out.print(
-        "an ONNX graph does not say which checkpoint it came from, so the adapters' fingerprints are not checked yet, and there are no "
-        f"golden arrays: `reft-export parity {output} -m MODEL` does both"
+        "an ONNX graph does not say which checkpoint it came from, so the adapters' fingerprints are not checked, and there are no "
+        f"golden arrays: {remedy}"
     )
 
 

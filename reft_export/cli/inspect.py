@@ -183,6 +183,8 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
 
 
 def inspect_graph(path: Path) -> dict[str, Any]:
+    from graph_passes.domains import check_domains
+    from graph_passes.edge_llm import is_edge_llm
     from graph_passes.external import load_graph
     from graph_passes.graph_file import graph_file
     from graph_passes.insert import is_edit
@@ -201,6 +203,8 @@ def inspect_graph(path: Path) -> dict[str, Any]:
     }
     if edits:
         return content | {"edit nodes": [n.name for n in edits]}
+    if not is_edge_llm(model.graph):  # whose operators are TensorRT plugins
+        check_domains(model)
     survey = survey_sites(model)
     return content | {
         "layers": survey.layers,

@@ -135,6 +135,7 @@ def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | No
 def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """(file and line, conversation) of a JSONL file; raises InputError with the line's number."""
     from runtimes.errors import InputError
+    from runtimes.records import parse_json
 
     where = "stdin" if str(path) == "-" else str(path)
     try:
@@ -146,7 +147,7 @@ def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as e:
             raise InputError(f"{where}:{number}: not JSON ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:

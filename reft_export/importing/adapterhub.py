@@ -13,7 +13,6 @@ Source: adapters/methods/reft.py; adapters/configuration/adapter_config.py, Reft
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from reft_export.model_folder import weight_files
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
+from runtimes.records import parse_json
 
 FORMAT = "adapterhub"
 CONFIG_FILE = "adapter_config.json"
@@ -81,7 +81,7 @@ def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[s
     """The file, and its ReFT part with every key of the right type."""
     path = folder / CONFIG_FILE
     try:
-        top = json.loads(path.read_text(encoding="utf-8"))
+        top = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise AdapterError(f"{path} is not JSON: {e}") from None
     config = top.get("config") if isinstance(top, dict) else None
@@ -161,7 +161,8 @@ def _units(folder: Path) -> tuple[dict[tuple[int, int], dict[str, Tensor]], str]
 def _layers(units: Mapping[tuple[int, int], object], recorded: str | list[int], outline: Outline) -> list[int]:
     layers = sorted({layer for layer, _ in units})
     count = outline.info.num_hidden_layers
-    expected = list(range(count)) if recorded == "all" else sorted(set(recorded))
+    # AdapterHub asks each block whether it is listed: numbers that no block has, negative ones too, mean nothing to it.
+    expected = list(range(count)) if recorded == "all" else sorted({layer for layer in recorded if 0 <= layer < count})
     if layers[-1] >= count or (recorded == "all" and layers != expected):
         raise AdapterError(
             f"the adapter edits layers {layers[0]} to {layers[-1]}, {outline.info.name} has {count} (0 to {count - 1}); pass the base "

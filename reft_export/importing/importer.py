@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from runtimes.edit import STREAMS
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.folders import check_destination
 from runtimes.positions import PositionRule
+from runtimes.records import parse_json
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
 PICKLES = (".pth", ".pt")
@@ -75,8 +75,9 @@ def detect(source: Path) -> str:
             return "adapterhub"
         if any(source.glob("intkey_*.bin")) or _has_interventions(source / "config.json"):
             return "pyreft"
-        inside = source / "intervenable_model"
-        also = f"; did you mean {inside}?" if inside.is_dir() else ""
+        # A trainer's checkpoint, and AdapterHub's save_all_adapters, hold adapters one folder further down.
+        inside = [p.parent for name in ("intkey_*.bin", "adapter_config.json") for p in sorted(source.glob(f"*/{name}"))]
+        also = f"; did you mean {' or '.join(map(str, list(dict.fromkeys(inside))[:3]))}?" if inside else ""
         raise InputError(
             f"{source} holds neither pyreft's config.json and intkey_*.bin nor AdapterHub's adapter_config.json{also}; a vector file is "
             "given by its own path"
@@ -105,7 +106,7 @@ def _check_kind(source: Path, format: str) -> None:
 
 def _has_interventions(config: Path) -> bool:
     try:
-        return "intervention_types" in json.loads(config.read_text(encoding="utf-8"))
+        return "intervention_types" in parse_json(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -11,7 +11,6 @@ Source: pyreft/dataset.py, get_intervention_locations; pyvene/models/intervenabl
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -39,9 +38,11 @@ from runtimes.adapter import ACTIVATED_METHODS
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
+from runtimes.records import parse_json
 
 FORMAT = "pyreft"
 CONFIG_FILE = "config.json"
+TRAINED_BASE = "pytorch_model.bin"
 SIDE_FILE = "reft_export.json"
 """What our own export adds to a pyreft folder: everything that pyreft does not record. pyreft ignores it."""
 
@@ -64,6 +65,7 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     reasons = {"layers": "the files say which layers are edited", "stream": "the files say which streams are edited"}
     request.refuse("pyreft", {**reasons, "scale": "an intervention has no strength to scale"})
     request = _with_side_file(folder, request)
+    _refuse_trained_base(folder)
     sites = ComponentSites(outline.model)
     entries = _configured(folder, sites) if (folder / CONFIG_FILE).is_file() else _checkpoint(folder, sites)
     states = [read_pickle(folder / f"intkey_{entry.key}.bin") for entry in entries]
@@ -110,13 +112,12 @@ def _configured(folder: Path, sites: ComponentSites) -> list[_Entry]:
     entries, seen = [], Counter()
     for item, kind in zip(representations, types, strict=True):
         fields = _representation(item, folder)
-        stem = _key_stem(fields)
-        entries.append(
-            _Entry(
-                key=f"{stem}#{seen[stem]}", kind=_class_name(kind, folder), site=sites.of_component(fields["component"], fields["layer"])
-            )
-        )
-        seen[stem] += 1
+        stems = _key_stems(fields)
+        keys = [f"{stem}#{seen[stems]}" for stem in stems]
+        key = next((k for k in keys if (folder / f"intkey_{k}.bin").exists()), keys[0])
+        site = sites.of_component(fields["component"], fields["layer"])
+        entries.append(_Entry(key=key, kind=_class_name(kind, folder), site=site))
+        seen[stems] += 1
     return entries
 
 
@@ -133,11 +134,22 @@ def _representation(item: object, folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _key_stem(fields: Mapping[str, Any]) -> str:
-    """pyvene's file name for a representation, without the counter that tells those of one name apart."""
+def _key_stems(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """pyvene's file names for a representation, of 0.1.7 on and of before, without the counter that tells those of one name apart."""
     component = fields["component"]
-    place = f"comp_{component.replace('.', '_')}" if "." in component else f"layer_{fields['layer']}_comp_{component}"
-    return f"{place}_unit_pos_nunit_1"
+    parts = ["comp", component] if "." in component else ["layer", str(fields["layer"]), "comp", component]
+    dotted = ".".join([*parts, "unit", "pos", "nunit", "1"])
+    return dotted.replace(".", "_"), dotted
+
+
+def _refuse_trained_base(folder: Path) -> None:
+    """pyvene's include_model saves what was trained of the base beside the interventions: of a frozen base, nothing."""
+    path = folder / TRAINED_BASE
+    if path.is_file() and (trained := read_pickle(path)):
+        raise AdapterError(
+            f"{path} holds {len(trained)} trained parameters of the base, first {next(iter(trained))}; an adapter edits streams and no "
+            "weights: put them into the base's checkpoint, and import with the file left out"
+        )
 
 
 def _class_name(text: object, folder: Path) -> str:
@@ -221,7 +233,7 @@ def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.is_file():
         return missing
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise AdapterError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):

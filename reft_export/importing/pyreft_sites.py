@@ -1,7 +1,8 @@
 """Which of our sites a pyvene component means.
 
 A representation names its place as an abstract component of a layer (``block_output``), or as a path to a module of the model, with
-the side it is hooked on (``model.layers[3].mlp.output``). In file names both are written with ``_`` for every ``.``.
+the side it is hooked on (``model.layers[3].mlp.output``, or ``model.layers.3.mlp.output``). File names join all of it with ``.`` up to
+pyvene 0.1.6, and have ``_`` in place of every ``.`` from 0.1.7 on.
 
 Source: pyvene/models/modeling_utils.py, get_module_hook; pyvene/models/intervenable_base.py, _get_representation_key.
 """
@@ -32,20 +33,25 @@ class ComponentSites:
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = len(decoder_layers(model))
         self.by_path = dict(_paths(model))
-        self._by_key = {path.replace(".", "_"): site for path, site in self.by_path.items()}
+        dotted = {re.sub(r"\[(\d+)\]", r".\1", path): site for path, site in self.by_path.items()}
+        self._by_key = {path.replace(".", "_"): site for path, site in (dotted | self.by_path).items()}
 
     def of_component(self, component: str, layer: object) -> Site:
         """Raises AdapterError for a component that is not one of the streams, and for a layer that the base does not have."""
         if "." not in component:
             return self._of_layer(component, layer)
-        for path in (component, component.removeprefix(PEFT_PREFIX)):
+        indexed = re.sub(r"\.(\d+)(?=\.)", r"[\1]", component)
+        for path in (indexed, indexed.removeprefix(PEFT_PREFIX)):
             if path in self.by_path:
                 return self.by_path[path]
-        self._check_index(component)
+        self._check_index(indexed)
         raise AdapterError(f"component {component!r} is not a stream that can be edited; those are {self._known()}")
 
     def of_key(self, key: str) -> Site:
-        """From a saved file's name: ``layer_3_comp_block_output_unit_pos_nunit_1`` or ``comp_model_layers[3]_output_unit_pos_nunit_1``."""
+        """From a saved file's name: ``layer_3_comp_block_output_unit_pos_nunit_1``, ``comp_model_layers[3]_output_unit_pos_nunit_1``, or
+        the same with a ``.`` at every joint."""
+        if dotted := re.fullmatch(r"(?:layer\.(\d+)\.)?comp\.(.+)\.unit\.pos\.nunit\.1", key):
+            return self.of_component(dotted[2], 0 if dotted[1] is None else int(dotted[1]))
         match = re.fullmatch(r"(?:layer_(\d+)_)?comp_(.+)_unit_pos_nunit_1", key)
         if not match:
             raise AdapterError(f"intervention {key!r} is not a position of one token (unit pos, one unit); nothing else can be imported")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,6 +183,64 @@ def test_damaged_and_hostile_adapters(source, change, match, tmp_path) -> None:
     request = Request() if source in (HUB, HUB_HEAD) else SAID
     refused(copy, tmp_path / "out", request, match)
     assert not (tmp_path / "written").exists(), "the pickle's code ran"
+
+
+def _renamed(folder: Path) -> None:
+    """The file names of pyvene up to 0.1.6."""
+    for layer, component, *_ in json.loads((folder / CONFIG).read_text())["representations"]:
+        place = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
+        for path in folder.glob(f"intkey_{glob.escape(place.replace('.', '_'))}_unit_pos_nunit_1#*.bin"):
+            path.rename(folder / f"intkey_{place}.unit.pos.nunit.1#{path.stem.rpartition('#')[2]}.bin")
+
+
+def _indexed(folder: Path) -> None:
+    """``model.layers.1.output`` for ``model.layers[1].output``, which pyvene resolves as well; in config.json and the file names."""
+    content = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(re.sub(r"\[(\d)\]", r".\1", content))
+    for path in folder.glob("intkey_*.bin"):
+        path.rename(folder / re.sub(r"\[(\d)\]", r"_\1", path.name))
+
+
+PATHS = FIXTURES / "pyreft-generated" / "loreft_paths" / "adapter"
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["saved", "checkpoint"])
+@pytest.mark.parametrize(("source", "change"), [(LOREFT, _renamed), (PATHS, _renamed), (PATHS, _indexed)])
+def test_names_of_other_pyvene_versions(source, change, bare, tmp_path) -> None:
+    """The same adapter under each of them."""
+    copy = damaged(tmp_path, source, change)
+    if bare:
+        (copy / CONFIG).unlink()
+    assert not {p.name for p in source.glob("intkey_*")} & {p.name for p in copy.glob("intkey_*")}
+    quiet = {"report": lambda _: None}
+    one, other = (import_adapter(s, str(BASE), tmp_path / n, SAID, **quiet).adapter for s, n in ((source, "one"), (copy, "other")))
+    assert (one.sites, one.method, one.rank) == (other.sites, other.method, other.rank)
+    assert all((one.tensors[name] == other.tensors[name]).all() for name in one.tensors)
+
+
+def test_layers_that_no_block_has_mean_nothing_to_adapterhub(tmp_path) -> None:
+    copy = damaged(tmp_path, HUB, edit_json(HUB_CONFIG, layers=[-1, 1, 2, 9]))
+    one, other = (
+        import_adapter(s, str(BASE), tmp_path / n, Request(), report=lambda _: None).adapter for s, n in ((HUB, "one"), (copy, "other"))
+    )
+    assert one.sites == other.sites and all((one.tensors[name] == other.tensors[name]).all() for name in one.tensors)
+
+
+def test_a_folder_of_adapters(tmp_path) -> None:
+    """What AdapterHub's save_all_adapters writes: the folder inside is named."""
+    for name in ("a", "b"):
+        shutil.copytree(HUB, tmp_path / "all" / name)
+    refused(tmp_path / "all", tmp_path / "out", Request(), "did you mean .*/all/a or .*/all/b")
+
+
+def test_parameters_of_the_base_that_were_trained_too(tmp_path) -> None:
+    """pyvene's include_model, which is the default of its trainer's checkpoints: nothing for a frozen base."""
+    frozen = damaged(tmp_path, LOREFT, lambda f: torch.save({}, f / "pytorch_model.bin"))
+    import_adapter(frozen, str(BASE), tmp_path / "out", SAID, report=lambda _: None)
+    torch.save({"lm_head.weight": torch.zeros(2, 2)}, frozen / "pytorch_model.bin")
+    refused(frozen, tmp_path / "out2", SAID, "holds 1 trained parameters of the base, first lm_head.weight")
+    torch.save({"x": Hostile(tmp_path / "written")}, frozen / "pytorch_model.bin")
+    refused(frozen, tmp_path / "out2", SAID, "its pickle asks for code to be run")
 
 
 def test_another_base(tmp_path) -> None:

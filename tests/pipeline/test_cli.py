@@ -32,7 +32,7 @@ SURFACE = {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
         "--block-size", "--accuracy-level", "--format", "--force", "--dry-run", "--json",
     },
-    "fold": {"--adapter", "--output", "--slots", "--sites", "--as-lora", "--force", "--json"},
+    "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -35,6 +37,28 @@ def test_slices_of_a_fused_parameter() -> None:
     parameter = "model.layers.1.self_attn.qkv_proj.weight"
     for n, (start, stop) in parts.items():
         assert found[names[n]] == WeightSource(parameter=parameter, transpose=True, axis=0, start=start, stop=stop)
+
+
+def test_parameters_joined_in_one() -> None:
+    """q, k, v below each other, in either orientation; a row too many or too few is no join."""
+    model = tiny.build("llama")
+    attention = model.model.layers[1].self_attn
+    whole = torch.cat([getattr(attention, f"{n}_proj").weight for n in "qkv"]).numpy(force=True)
+    more, less = np.concatenate([whole, whole[:1]]), whole[:-1]
+    graph = _graph({"columns": whole.T.copy(), "rows": whole, "more": more, "less": less}, {})
+    found = find_weight_sources(graph, model)
+    names = [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"]
+    for name, transpose in (("columns", True), ("rows", False)):
+        parts = [WeightSource(parameter=n, transpose=transpose) for n in names]
+        assert found[name] == replace(parts[0], joined=tuple(parts[1:]))
+    assert set(found) == {"columns", "rows"}
+    before = {n: model.get_parameter(n).detach().clone() for n in names}
+    quantize_graph(graph, settings_for("weight-only", bits=8, keep_high=("rows", "more", "less")))
+    assert load_dequantized(model, graph, found) == [n.removesuffix(".weight") for n in names]
+    assert all(0 < (model.get_parameter(n) - before[n]).abs().max() < 0.05 for n in names)
+    wrong = {"columns": replace(found["columns"], joined=found["columns"].joined[:1])}
+    with pytest.raises(BundleError, match="columns has 32 rows more than its parameters"):
+        load_dequantized(model, graph, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
