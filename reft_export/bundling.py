@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graph_passes.cache_shapes import ATTENTION
 from reft_export.base import Base
@@ -83,8 +83,13 @@ def model_record(base: Base) -> ModelRecord:
         bos_token_id=config.bos_token_id,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
-        sliding_window=getattr(config, "sliding_window", None),
+        sliding_window=_window(config),
     )
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    # GPT-Neo's local layers.
+    return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
 
 
 def check_fit(name: str, adapter: Adapter, base: Base) -> None:

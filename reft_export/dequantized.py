@@ -28,10 +28,15 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
     modules = []
     for initializer, value in dequantized_weights(graph):
         source = _source(initializer, sources)
-        name = source.parameter.removesuffix(".weight")
+        name, _, attribute = source.parameter.rpartition(".")
         module = _module(model, name)
         weight = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
-        whole = module.weight.detach()
+        whole = getattr(module, attribute).detach()
+        if whole.ndim == 3:
+            # One expert's matrix among many: written in place, as a copy of them all for each would take far too long.
+            _expert(whole, source, weight.shape).copy_(weight)
+            modules.append(name)
+            continue
         place = whole if source.axis is None else whole.narrow(source.axis, source.start, source.stop - source.start)
         if weight.shape != place.shape:
             raise BundleError(f"{source.parameter} is {list(place.shape)} in the base and {list(weight.shape)} in the bundle")
@@ -66,7 +71,7 @@ def activations_quantized(
 
 def linear_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> torch.nn.Module:
     """The linear module that a quantized product is in the eager model. Raises BundleError where it is none."""
-    name = _source(initializer, sources).parameter.removesuffix(".weight")
+    name = _source(initializer, sources).parameter.rpartition(".")[0]
     module = _module(model, name)
     if not isinstance(module, (torch.nn.Linear, Conv1D)):
         raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
@@ -105,6 +110,22 @@ def _by_largest(x: torch.Tensor, block_size: int) -> torch.Tensor:
     inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     rounded = torch.round(blocks * inverse) * (largest / 127.0)
     return rounded.reshape(padded.shape)[..., :width]
+
+
+def expert_matrices(sources: Mapping[str, WeightSource]) -> frozenset[str]:
+    """Initializers that are one expert's matrix each, out of a parameter [E, .., ..] that no module of its own multiplies by.
+
+    What such a product reads is not to be had in the eager model, so its activations are never quantized.
+    """
+    return frozenset(name for name, source in sources.items() if source.parameter.rpartition(".")[2] != "weight")
+
+
+def _expert(stacked: torch.Tensor, source: WeightSource, shape: torch.Size) -> torch.Tensor:
+    """The place of one expert's matrix in the parameter [E, .., ..] of them all."""
+    place = stacked.narrow(source.axis, source.start, source.stop - source.start).squeeze(source.axis)
+    if place.shape != shape:
+        raise BundleError(f"{source.parameter} holds matrices of {list(place.shape)} in the base and {list(shape)} in the bundle")
+    return place
 
 
 def _source(initializer: str, sources: Mapping[str, WeightSource]) -> WeightSource:

@@ -38,12 +38,13 @@ from reft_export.bundling import (
     union_nodes,
     write_adapter,
 )
-from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
 from reft_export.exporters.dynamo import export_dynamo
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
+from reft_export.exporters.transformers import check_transformers, export_transformers
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter, load_adapter
@@ -55,7 +56,7 @@ from runtimes.op import EditNode
 from runtimes.parity import ParityReport
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-EXPORTERS = ("dynamo", "builder", "optimum")
+EXPORTERS = ("dynamo", "builder", "optimum", "transformers")
 SCRATCH = ".exporter"
 """An exporter's own files inside the unfinished bundle, on the disk that has to hold the graph anyway; gone when it is finished."""
 DEFAULT_OPSET = 20
@@ -188,7 +189,7 @@ def _assemble(
     errors: tuple[WeightError, ...] = ()
     if quantization is not None:
         report(f"quantizing weights to {settings.precision}")
-        errors = quantize_graph(exported.model, quantization).errors
+        errors = quantize_graph(exported.model, quantization, float_inputs=expert_matrices(exported.weights)).errors
     write_graph(exported.model, work)
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")
@@ -223,6 +224,8 @@ def _check_exporter(exporter: str) -> None:
         check_builder()
     if exporter == "optimum":
         check_optimum()
+    if exporter == "transformers":
+        check_transformers()
 
 
 def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
@@ -231,6 +234,8 @@ def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> Export
         return export_builder(base, scratch, precision=settings.float_type, last_logits=last)
     if settings.exporter == "optimum":
         return export_optimum(base, scratch, opset=settings.opset)
+    if settings.exporter == "transformers":
+        return export_transformers(base.model, opset=settings.opset, last_logits=last)
     return export_dynamo(base.model, opset=settings.opset, last_logits=last)
 
 
