@@ -39,7 +39,10 @@ def constant_matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, kept: Collection[str] = ()) -> Selection:
-    """The products to quantize; ``kept`` names weights that stay in float beside those that ``keep_high`` fits. Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize."""
+    """The products to quantize; ``kept`` names weights that stay in float beside those that ``keep_high`` fits.
+
+    Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize.
+    """
     products = weight_products(graph)
     if not products:
         raise CalibrationError("the graph has no MatMul with a constant weight; it is quantized already, or is not a decoder")

@@ -140,7 +140,7 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
-    _check_exporter(settings.exporter)
+    check_exporter(settings.exporter)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
@@ -218,7 +218,7 @@ def _assemble(
     return manifest, errors
 
 
-def _check_exporter(exporter: str) -> None:
+def check_exporter(exporter: str) -> None:
     """Raises BackendUnavailable for an exporter that is not installed."""
     if exporter == "builder":
         check_builder()

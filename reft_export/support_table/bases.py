@@ -92,6 +92,9 @@ DENSE: dict[str, dict[str, object]] = {
     "cwm": _WINDOWED,
     "vaultgemma": _GEMMA,
     "granite_swa": _WINDOWED,
+    "hyperclovax": _WIDE_HEADS,
+    "internlm3": _WIDE_HEADS,
+    "iquestcoder": _WIDE_HEADS,
     "minicpm3": _LATENT,
     "youtu": _LATENT,
 }

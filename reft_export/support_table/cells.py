@@ -79,14 +79,12 @@ class _Family:
             return
         exported = self._cell("fp32", lambda: self._export("fp32"), told="fp32" in dtypes)
         for dtype in [dtype for dtype in DTYPES if dtype in dtypes and dtype != "fp32"]:
-            if exported.outcome != "ok" and dtype in QUANTIZED:
-                self._done(dtype, exported.outcome, reason="its fp32 graph: " + exported.reason)
+            if exported.outcome != "ok":  # the same graph at another precision
+                self._done(dtype, exported.outcome, relative=exported.relative, reason=exported.reason)
             elif dtype in QUANTIZED:
                 self._cell(dtype, lambda dtype=dtype: self._quantize(dtype))
-            elif exported.outcome == "ok":
-                self._cell(dtype, lambda dtype=dtype: self._export(dtype))
             else:
-                self._done(dtype, exported.outcome, reason=exported.reason)
+                self._cell(dtype, lambda dtype=dtype: self._export(dtype))
 
     def _narrow_to_modules(self) -> None:
         model = load_base(self.folder / "base").model
@@ -182,7 +180,7 @@ def versions() -> dict[str, str]:
 
 
 def _worst(report: ParityReport, dtype: str) -> float:
-    """int8 and int4 by their exact rungs, at accuracy level 1: at level 4 the product itself rounds its inputs, in eager as in the graph."""
+    """int8 and int4 by their exact rungs, at accuracy level 1: at level 4 the product itself rounds its inputs."""
     exact = [rung for rung in report.rungs if "level 1" in rung.name]
     return max(rung.figures.max_relative for rung in (exact if dtype in QUANTIZED and exact else report.rungs))
 
