@@ -70,7 +70,8 @@ Every cell is a real run of `export`, and of `quantize` on the fp32 bundle for {
 {LAYERS} layers of width {bases.WIDTH} (`reft_export/support_table/bases.py`), with two LoReFT adapters of rank 4: one tied at f2+l2 with
 edits at every stream that the family shows, one untied at f1+l3 with edits at the block outputs. A figure is the largest logit error
 relative to the largest logit of eager PyTorch, the worst of the base and both adapters over one forward, prefill and decode, chunked
-prefill, single rows and padded batches. int8 and int4 are compared with eager PyTorch carrying the same dequantized weights, at accuracy level 1. Budgets: {budgets}.
+prefill, single rows and padded batches. int8 and int4 are compared with eager PyTorch carrying the same dequantized weights, at
+accuracy level 1. Budgets: {budgets}.
 
 | cell | means |
 |---|---|
