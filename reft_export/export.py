@@ -41,7 +41,7 @@ from reft_export.bundling import (
 from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
-from reft_export.exporters.dynamo import export_dynamo
+from reft_export.exporters.dynamo import cache_shapes, export_dynamo
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.exporters.transformers import check_transformers, export_transformers
@@ -173,6 +173,7 @@ def _assemble(
     """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
+    cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
     inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
     exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)

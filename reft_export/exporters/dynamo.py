@@ -164,11 +164,22 @@ def has_experts(model: PreTrainedModel) -> bool:
 
 
 def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
-    """(heads, dim) of key and value for every layer, read off a two-token forward rather than guessed from the config."""
+    """(heads, dim) of key and value for every layer, read off a two-token forward rather than guessed from the config.
+
+    Raises ExportError for a decoder with a layer that keeps another state than keys and values.
+    """
     cache = DynamicCache()
     device = next(model.parameters()).device
+    kind = model.config.model_type
+    other = f"{kind} cannot be exported: its layers do not all keep keys and values, which a graph's cache is made of"
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as e:  # a cache of the family's own
+            raise ExportError(f"{other} ({first_reason(e)})") from e
+    states = [[getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers]
+    if len(states) != model.config.get_text_config().num_hidden_layers or any(t is None or t.ndim != 4 for pair in states for t in pair):
+        raise ExportError(f"{other}; {len(states)} layers do")
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
