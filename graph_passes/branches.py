@@ -103,7 +103,7 @@ def _module_output(
         if _is_projection(dominators, node):
             projection = node
             break
-    if projection is None and (total := _sum_of_experts(value, chain)) is not None:
+    if projection is None and (total := _sum_of_experts(dominators, value, chain)) is not None:
         return Branch(
             node=producer, output_index=value.index(), how=f"{describe(total)} sums over the experts and feeds the residual Add"
         )
@@ -127,12 +127,19 @@ def _module_output(
     )
 
 
-def _sum_of_experts(value: ir.Value, chain: frozenset[ir.Node]) -> ir.Node | None:
-    """The sum over the experts that ``value`` is, reshaped at most: where a norm or a factor stood behind it, this would not show it."""
+def _sum_of_experts(dominators: Dominators, value: ir.Value, chain: frozenset[ir.Node]) -> ir.Node | None:
+    """The node by which ``value``, reshaped at most, is the sum over the experts, or that sum with a shared expert beside it.
+
+    None where a norm or a factor stands behind the sum: whether that is the module's own cannot be told.
+    """
     node = value.producer()
     while node is not None and (node.op_type in _PASS_THROUGH or node.op_type == "Cast") and node not in chain:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
-    return node if node is not None and node not in chain and node.op_type == "ReduceSum" else None
+    if node is None or node in chain:
+        return None
+    if dominators.adds_branches(node):
+        return node if any(_sum_of_experts(dominators, part, chain) is not None for part in node.inputs) else None
+    return node if node.op_type == "ReduceSum" else None
 
 
 def _is_mixture(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]) -> bool:
@@ -140,7 +147,7 @@ def _is_mixture(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]
     merges = {merge for _, merge in found}
     if len(found) != 2 or len(merges) != 1 or merges & chain:
         return False
-    return any(_sum_of_experts(value, chain) is not None for value, _ in found)
+    return any(_sum_of_experts(dominators, value, chain) is not None for value, _ in found)
 
 
 def _is_projection(dominators: Dominators, node: ir.Node) -> bool:

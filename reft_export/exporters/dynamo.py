@@ -149,7 +149,9 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
                 external_data=True,
             )
         except torch.onnx.OnnxExporterError as e:
-            raise ExportError(f"torch could not export {model.config.model_type}: {first_reason(e)}") from e
+            raise ExportError(
+                f"torch could not export {model.config.model_type}: {first_reason(e)}; try --exporter transformers"
+            ) from e
     return inputs.finish(program.model)
 
 

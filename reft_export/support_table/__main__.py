@@ -19,7 +19,10 @@ from reft_export.support_table.cells import DTYPES, Cell, run_family
 from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from runtimes.errors import BackendUnavailable, InputError, ReftError
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(
     route: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROUTES)}; all that are installed here by default.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="A family of the list; all by default.")] = None,
@@ -90,4 +93,4 @@ def _check(what: str, given: list[str] | None, known: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -24,6 +24,7 @@ BLOCK_OUTPUTS = {
     "scaled": "layers.{}.output",
     "experts": "layers.{}.output",
     "shared_experts": "layers.{}.output",
+    "reshaped_experts": "layers.{}.output",
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from typer.testing import CliRunner
 
 from reft_export.support_table import bases, cells
+from reft_export.support_table.__main__ import app
 from reft_export.support_table.cells import Cell, run_family
 from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from runtimes.errors import InputError
@@ -101,10 +101,12 @@ def test_command_line(tmp_path) -> None:
     """Merging another environment's results, and an unknown name: one line, nothing written."""
     write_results({(c := _cell(route="optimum", relative=1e-6)).key: c}, tmp_path / "other.json")
     write_results({(c := _cell(relative=2e-6)).key: c}, tmp_path / "mine.json")
-    command = [sys.executable, "-m", "reft_export.support_table", "--results", str(tmp_path / "mine.json")]
-    done = subprocess.run([*command, "--merge", str(tmp_path / "other.json")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    mine = ["--results", str(tmp_path / "mine.json")]
+    done = CliRunner().invoke(app, [*mine, "--merge", str(tmp_path / "other.json")])
+    assert done.exit_code == 0, done.output
     assert {key[1] for key in read_results(tmp_path / "mine.json")} == {"dynamo", "optimum"}
     assert "1e-06" in (tmp_path / "mine.md").read_text() and "2e-06" in (tmp_path / "mine.md").read_text()
-    wrong = subprocess.run([*command, "--family", "llamma"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --family 'llamma' is unknown; known: llama")
+    before = (tmp_path / "mine.json").read_bytes()
+    wrong = CliRunner().invoke(app, [*mine, "--family", "llamma"])
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: --family 'llamma' is unknown; known: llama")
+    assert (tmp_path / "mine.json").read_bytes() == before
