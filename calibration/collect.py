@@ -7,7 +7,7 @@ by one, one row at a time and so without pads. Memory is one chunk's activations
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,19 @@ SAVE_EVERY = 10.0
 """Seconds of work that an interruption may cost."""
 
 
-def product_inputs(model: ir.Model) -> tuple[str, ...]:
-    """Names of the values that the quantizable products read, each once, in graph order."""
-    return tuple(dict.fromkeys(node.inputs[0].name for node in weight_products(model.graph)))
+def product_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> tuple[str, ...]:
+    """Names of the values that the quantizable products read, each once, in graph order; not of those by weights in ``float_inputs``."""
+    return tuple(dict.fromkeys(node.inputs[0].name for node in _calibrated(model, float_inputs)))
 
 
-def expose_inputs(model: ir.Model) -> None:
+def _calibrated(model: ir.Model, float_inputs: Collection[str]) -> list[ir.Node]:
+    return [node for node in weight_products(model.graph) if node.inputs[1].name not in float_inputs]
+
+
+def expose_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> None:
     """Makes every such value a graph output, in place."""
     existing = {value.name for value in model.graph.outputs}
-    for node in weight_products(model.graph):
+    for node in _calibrated(model, float_inputs):
         value = node.inputs[0]
         if value.name not in existing:
             existing.add(value.name)

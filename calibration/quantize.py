@@ -5,7 +5,7 @@ The edit keeps its float type: its arithmetic lives in the model-local function,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +39,19 @@ def quantize_graph(
     settings: QuantizationSettings,
     ranges: Ranges | None = None,
     *,
+    float_inputs: Collection[str] = (),
     on_weight: Callable[[int, int], None] | None = None,
 ) -> QuantizedGraph:
     """Quantizes the chosen MatMul weights of ``model`` in place, and their inputs by ``ranges`` where the scheme fixes them.
 
+    ``float_inputs``: weights whose inputs are never quantized. A weight-only scheme takes them at accuracy level 1; schemes that
+    quantize activations leave them in float.
+
     Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
     """
     graph = model.graph
-    selection = select(graph, settings.keep_high, lm_head=settings.lm_head)
+    kept = float_inputs if settings.kind.activations else ()
+    selection = select(graph, settings.keep_high, lm_head=settings.lm_head, kept=kept)
     if settings.kind.activations == "static":
         missing = [node.inputs[0].name for node in selection.products if node.inputs[0].name not in (ranges or {})]
         if missing:
@@ -54,7 +59,7 @@ def quantize_graph(
     _raise_opset(model, settings)
     errors: list[WeightError] = []
     done: dict[str, QuantizedWeight] = {}
-    rewrite = _Rewrite(graph, settings, ranges or {})
+    rewrite = _Rewrite(graph, settings, ranges or {}, frozenset(float_inputs))
     for index, node in enumerate(selection.products):
         weight = node.inputs[1]
         if weight.name not in done:
@@ -78,8 +83,8 @@ def quantize_graph(
 class _Rewrite:
     """Puts a quantized product in a MatMul's place; an input that several products read is quantized once."""
 
-    def __init__(self, graph: ir.Graph, settings: QuantizationSettings, ranges: Ranges) -> None:
-        self.graph, self.settings, self.ranges = graph, settings, ranges
+    def __init__(self, graph: ir.Graph, settings: QuantizationSettings, ranges: Ranges, float_inputs: frozenset[str]) -> None:
+        self.graph, self.settings, self.ranges, self.float_inputs = graph, settings, ranges, float_inputs
         self.inputs: dict[ir.Value, ir.Value] = {}
         self.tokens: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.weights: dict[str, ir.Value] = {}
@@ -87,7 +92,7 @@ class _Rewrite:
     def __call__(self, node: ir.Node, weight: QuantizedWeight) -> None:
         x, scheme = node.inputs[0], self.settings.scheme
         if scheme == "weight-only":
-            to_matmul_nbits(self.graph, node, weight, self.settings)
+            to_matmul_nbits(self.graph, node, weight, self.settings, float_input=node.inputs[1].name in self.float_inputs)
         elif scheme == "dynamic":
             if x not in self.tokens:
                 self.tokens[x] = per_token.quantize_tokens(self.graph, node, x)

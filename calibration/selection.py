@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -50,14 +50,17 @@ def constant_matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if len(value.const_value.shape) == 2 else None
 
 
-def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool) -> Selection:
-    """The products to quantize. Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize."""
+def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, kept: Collection[str] = ()) -> Selection:
+    """The products to quantize; ``kept`` names weights that stay in float beside those that ``keep_high`` fits.
+
+    Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize.
+    """
     products = weight_products(graph)
     if not products:
         raise CalibrationError("the graph has no MatMul with a constant weight; it is quantized already, or is not a decoder")
     head = head_product(graph, products)
     names = [node.inputs[1].name for node in products]
-    kept = set() if lm_head or head is None else {head.inputs[1].name}
+    kept = set(kept) if lm_head or head is None else {head.inputs[1].name, *kept}
     for pattern in keep_high:
         fits = _matcher(pattern, None if head is None else head.inputs[1].name)
         found = {name for name in names if fits(name)}

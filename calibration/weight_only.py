@@ -67,15 +67,17 @@ def _hqq(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
     )
 
 
-def to_matmul_nbits(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, settings: QuantizationSettings) -> None:
-    """MatMul(x, W) becomes MatMulNBits(x, q, scales[, zero points])."""
+def to_matmul_nbits(
+    graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, settings: QuantizationSettings, *, float_input: bool = False
+) -> None:
+    """MatMul(x, W) becomes MatMulNBits(x, q, scales[, zero points]); ``float_input``: x is not quantized, whatever the settings say."""
     rows, columns = weight.shape
     attributes = {
         "K": rows,
         "N": columns,
         "bits": settings.bits,
         "block_size": settings.block_size,
-        "accuracy_level": settings.accuracy_level,
+        "accuracy_level": 1 if float_input else settings.accuracy_level,
     }
     new = ir.node(
         "MatMulNBits", [node.inputs[0], *weight.values], attributes, domain=CONTRIB, name=f"{node.name}_Q{settings.bits}"

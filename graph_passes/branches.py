@@ -84,6 +84,9 @@ def _upstream(dominators: Dominators, value: ir.Value, stop: frozenset[ir.Node])
 def _module_output(
     dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]
 ) -> Branch | str:
+    if _is_mixture(dominators, found, chain):
+        merge = found[0][1]
+        return Branch(node=merge, output_index=0, how=f"{describe(merge)} adds up the two branches of a mixture of experts")
     if len(found) != 1:
         names = ", ".join(repr(value.name) for value, _ in found) or "none"
         return f"{len(found)} branches of its block could be it ({names})"
@@ -100,6 +103,10 @@ def _module_output(
         if _is_projection(dominators, node):
             projection = node
             break
+    if projection is None and (total := _sum_of_experts(dominators, value, chain)) is not None:
+        return Branch(
+            node=producer, output_index=value.index(), how=f"{describe(total)} sums over the experts and feeds the residual Add"
+        )
     if projection is None:
         return f"the branch {value.name!r} does not end in one linear projection"
     if projection.attributes.get_float("alpha", 1.0) != 1.0:
@@ -118,6 +125,29 @@ def _module_output(
     return Branch(
         node=output.producer(), output_index=output.index(), how=f"output of the projection {describe(projection)} that feeds {end}"
     )
+
+
+def _sum_of_experts(dominators: Dominators, value: ir.Value, chain: frozenset[ir.Node]) -> ir.Node | None:
+    """The node by which ``value``, reshaped at most, is the sum over the experts, or that sum with a shared expert beside it.
+
+    None where a norm or a factor stands behind the sum: whether that is the module's own cannot be told.
+    """
+    node = value.producer()
+    while node is not None and (node.op_type in _PASS_THROUGH or node.op_type == "Cast") and node not in chain:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node in chain:
+        return None
+    if dominators.adds_branches(node):
+        return node if any(_sum_of_experts(dominators, part, chain) is not None for part in node.inputs) else None
+    return node if node.op_type == "ReduceSum" else None
+
+
+def _is_mixture(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]) -> bool:
+    """Whether ``found`` are routed and shared experts: two branches that an Add of their own brings together, one a sum over experts."""
+    merges = {merge for _, merge in found}
+    if len(found) != 2 or len(merges) != 1 or merges & chain:
+        return False
+    return any(_sum_of_experts(dominators, value, chain) is not None for value, _ in found)
 
 
 def _is_projection(dominators: Dominators, node: ir.Node) -> bool:

@@ -41,7 +41,7 @@ from runtimes.parity import ParityReport, Rung, budget_for
 from runtimes.version import VERSION
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from reft_export.base import Base
 
@@ -97,8 +97,13 @@ def model_record(base: Base) -> ModelRecord:
         bos_token_id=config.bos_token_id,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
-        sliding_window=getattr(config, "sliding_window", None),
+        sliding_window=_window(config),
     )
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    # GPT-Neo's local layers.
+    return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
 
 
 def check_fit(name: str, adapter: Adapter, base: Base) -> None:

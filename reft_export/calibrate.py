@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from calibration.activations import ACTIVATION_OF
@@ -21,6 +22,7 @@ from graph_passes.external import load_graph
 from reft_export.base import base_folder, load_tokenizer
 from reft_export.bundling import Report
 from reft_export.calibration_report import write_report
+from reft_export.dequantized import expert_matrices
 from reft_export.model_folder import fingerprint
 from reft_export.parity import check_fingerprint
 from reft_export.training.data import iter_examples
@@ -151,6 +153,7 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
         count = sum(1 for _ in prompts())
     except InputError as e:
         raise CalibrationError(f"--calibrate: {e}") from None
+    experts = expert_matrices(bundle.manifest.weights)
     # A source with share 0 is not run. The base always is: the report compares with it.
     asked = [name for name in bundle.adapter_names if request.mixture.get(name, 0) or not request.mixture]
     header = Header(
@@ -159,13 +162,13 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
         data=sha256_of(request.data),
         decode_tokens=request.decode_tokens,
         sources=(BASE_GOLDEN, *asked),
-        tensors=product_inputs(load_graph(bundle.graph_path)),
+        tensors=product_inputs(load_graph(bundle.graph_path), experts),
         prompts=count,
     )
     collected = _resumed(header, state, report)
     if collected.header.complete:
         return collected
-    with variant(bundle, expose_inputs) as exposed:
+    with variant(bundle, partial(expose_inputs, float_inputs=experts)) as exposed:
         session = OrtSession(exposed)
         report(f"calibrating on {count} prompts: {', '.join(header.sources)}")
         update = getattr(report, "update", None)

@@ -30,9 +30,15 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
         source = _source(initializer, sources)
         rows = torch.from_numpy(np.ascontiguousarray(value.T) if source.transpose else value)
         for part in (source, *source.joined):
-            name = part.parameter.removesuffix(".weight")
+            name, _, attribute = part.parameter.rpartition(".")
             module = _module(model, name)
-            whole = module.weight.detach()
+            whole = getattr(module, attribute).detach()
+            modules.append(name)
+            if whole.ndim == 3:
+                # One expert's matrix among many: written in place, as a copy of them all for each would take far too long.
+                _expert(whole, part, rows.shape).copy_(rows)
+                rows = rows[:0]
+                continue
             place = whole if part.axis is None else whole.narrow(part.axis, part.start, part.stop - part.start)
             weight, rows = (rows[: len(place)], rows[len(place) :]) if source.joined else (rows, rows[:0])
             if weight.shape != place.shape:
@@ -41,7 +47,6 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
             if part.axis is not None:  # one of several initializers that an exporter split the parameter into
                 weight = whole.slice_scatter(weight, part.axis, part.start, part.stop)
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
-            modules.append(name)
         if len(rows):
             raise BundleError(f"{initializer} has {len(rows)} rows more than its parameters; the manifest is of another graph")
     return list(dict.fromkeys(modules))
@@ -71,7 +76,7 @@ def activations_quantized(
 def linears_of(model: PreTrainedModel, initializer: str, sources: Mapping[str, WeightSource]) -> list[torch.nn.Module]:
     """The linear modules that a quantized product is in the eager model: one, or those joined in it. Raises BundleError for any other."""
     source, modules = _source(initializer, sources), []
-    for name in (part.parameter.removesuffix(".weight") for part in (source, *source.joined)):
+    for name in (part.parameter.rpartition(".")[0] for part in (source, *source.joined)):
         module = _module(model, name)
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
             raise BundleError(f"{name} is a {type(module).__name__}, whose inputs cannot be fake-quantized; use --scheme weight-only")
@@ -111,6 +116,22 @@ def _by_largest(x: torch.Tensor, block_size: int) -> torch.Tensor:
     inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     rounded = torch.round(blocks * inverse) * (largest / 127.0)
     return rounded.reshape(padded.shape)[..., :width]
+
+
+def expert_matrices(sources: Mapping[str, WeightSource]) -> frozenset[str]:
+    """Initializers that are one expert's matrix each, out of a parameter [E, .., ..] that no module of its own multiplies by.
+
+    What such a product reads is not to be had in the eager model, so its activations are never quantized.
+    """
+    return frozenset(name for name, source in sources.items() if source.parameter.rpartition(".")[2] != "weight")
+
+
+def _expert(stacked: torch.Tensor, source: WeightSource, shape: torch.Size) -> torch.Tensor:
+    """The place of one expert's matrix in the parameter [E, .., ..] of them all."""
+    place = stacked.narrow(source.axis, source.start, source.stop - source.start).squeeze(source.axis)
+    if place.shape != shape:
+        raise BundleError(f"{source.parameter} holds matrices of {list(place.shape)} in the base and {list(shape)} in the bundle")
+    return place
 
 
 def _source(initializer: str, sources: Mapping[str, WeightSource]) -> WeightSource:

@@ -41,9 +41,12 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 STREAM_MODULES = {
     "attention_output": ("self_attn", "attn", "attention", "self_attention"),
-    "mlp_output": ("mlp", "feed_forward", "block_sparse_moe", "fc2"),
+    "mlp_output": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2"),
 }
 """What transformers' families call the module whose output is the stream. OPT has no mlp module: there it is fc2."""
+
+RESIDUAL_INSIDE = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptMLP": "down_proj"}
+"""Modules that add the residual stream themselves, and the projection inside whose output is what they add."""
 
 
 # --- where to hook --------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
         return block
     for name in STREAM_MODULES[site.stream]:
         if isinstance(child := getattr(block, name, None), nn.Module):
-            return child
+            return getattr(child, RESIDUAL_INSIDE.get(type(child).__name__, ""), child)
     known = ", ".join(name for name, _ in block.named_children())
     raise InputError(f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output")
 

@@ -39,12 +39,13 @@ from reft_export.bundling import (
     union_nodes,
     write_adapter,
 )
-from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
-from reft_export.exporters.dynamo import export_dynamo
+from reft_export.exporters.dynamo import cache_shapes, export_dynamo
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
+from reft_export.exporters.transformers import check_transformers, export_transformers
 from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
 from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter
@@ -56,7 +57,7 @@ from runtimes.op import EditNode
 from runtimes.parity import ParityReport
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-EXPORTERS = ("dynamo", "builder", "optimum")
+EXPORTERS = ("dynamo", "builder", "optimum", "transformers")
 SCRATCH = ".exporter"
 """An exporter's own files inside the unfinished bundle, on the disk that has to hold the graph anyway; gone when it is finished."""
 DEFAULT_OPSET = 20
@@ -129,7 +130,7 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
-    _check_exporter(settings.exporter)
+    check_exporter(settings.exporter)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
@@ -162,6 +163,7 @@ def _assemble(
     """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
+    cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
     inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
     exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
@@ -178,7 +180,7 @@ def _assemble(
     errors: tuple[WeightError, ...] = ()
     if quantization is not None:
         report(f"quantizing weights to {settings.precision}")
-        errors = quantize_graph(exported.model, quantization).errors
+        errors = quantize_graph(exported.model, quantization, float_inputs=expert_matrices(exported.weights)).errors
     write_graph(exported.model, work)
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")
@@ -207,12 +209,14 @@ def _assemble(
     return manifest, errors
 
 
-def _check_exporter(exporter: str) -> None:
+def check_exporter(exporter: str) -> None:
     """Raises BackendUnavailable for an exporter that is not installed."""
     if exporter == "builder":
         check_builder()
     if exporter == "optimum":
         check_optimum()
+    if exporter == "transformers":
+        check_transformers()
 
 
 def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
@@ -221,6 +225,8 @@ def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> Export
         return export_builder(base, scratch, precision=settings.float_type, last_logits=last)
     if settings.exporter == "optimum":
         return export_optimum(base, scratch, opset=settings.opset)
+    if settings.exporter == "transformers":
+        return export_transformers(base.model, opset=settings.opset, last_logits=last)
     return export_dynamo(base.model, opset=settings.opset, last_logits=last)
 
 

@@ -15,7 +15,12 @@ from runtimes.errors import InputError
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
 
-EXPORTERS = {"dynamo": "torch.onnx.export(dynamo=True)", "builder": "onnxruntime-genai's model builder", "optimum": "optimum-onnx"}
+EXPORTERS = {
+    "dynamo": "torch.onnx.export(dynamo=True)",
+    "builder": "onnxruntime-genai's model builder",
+    "optimum": "optimum-onnx",
+    "transformers": "transformers.exporters",
+}
 LIBRARIES = 0.9e9
 """Memory of torch, transformers and onnxruntime themselves, as measured on a tiny model."""
 
@@ -50,7 +55,7 @@ def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) 
     opset = "" if settings.exporter == "builder" else f", opset {settings.opset}"
     rounded = 4.0 * total if settings.float_type != "fp32" else 0.0
     # Other projects' exporters load the model in a process of their own, and their graph lies on the disk until the bundle is finished.
-    copy = 0.0 if settings.exporter == "dynamo" else BYTES[settings.float_type] * total
+    copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
             f"load {model} in float32 and record eager logits, greedy tokens, base and {len(adapters)} adapters",

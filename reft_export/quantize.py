@@ -19,7 +19,7 @@ from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, load_base
 from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundle, gate
 from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
-from reft_export.dequantized import load_dequantized
+from reft_export.dequantized import expert_matrices, load_dequantized
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
 from reft_export.foreign_base import check_weights_known, completed
 from reft_export.genai import copy_genai_files, read_genai_config
@@ -185,7 +185,7 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
     graph = load_graph(bundle.graph_path)
-    quantized = quantize_graph(graph, settings, plan.ranges)
+    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(bundle.manifest.weights))
     write_graph(graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")

@@ -36,7 +36,9 @@ def export(
     exporter: Annotated[
         str,
         typer.Option(
-            "--exporter", help="dynamo; builder: onnxruntime-genai's, faster to decode; optimum: optimum-onnx's (transformers 4.57)."
+            "--exporter",
+            help="dynamo; builder: onnxruntime-genai's, faster to decode; transformers: its own, for mixtures of experts "
+            "(transformers 5); optimum: optimum-onnx's (transformers 4.57).",
         ),
     ] = "dynamo",
     slots: Slots = "graph",

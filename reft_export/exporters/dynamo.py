@@ -11,6 +11,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -63,42 +65,83 @@ class FlatCacheDecoder(torch.nn.Module):
         return (out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
 
 
-def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False) -> ExportedGraph:
-    """Exports ``model`` in the dtype it has. **Rearranges the model's linear weights in place**: record eager results before.
+@dataclass(frozen=True, kw_only=True)
+class TraceInputs:
+    """What a decoder is traced with: example inputs, which of their dimensions vary, and the names of the graph's inputs and outputs."""
 
-    Raises ExportError with torch's own reason when the family cannot be traced.
-    """
+    decoder: FlatCacheDecoder
+    arguments: dict[str, torch.Tensor | list[torch.Tensor]]
+    dynamic_shapes: dict[str, Any]
+    past_names: list[str]
+    weights: dict[str, WeightSource]
+    """By the parameter names of the rearranged model."""
+    last_logits: bool
+
+    @property
+    def input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "position_ids", *self.past_names]
+
+    @property
+    def output_names(self) -> list[str]:
+        return ["logits", *(name.replace("past_key_values", "present") for name in self.past_names)]
+
+    def finish(self, graph: ir.Model) -> ExportedGraph:
+        """Names of dimensions and weights; what torch noted down about the exporting machine goes."""
+        _name_dimensions(graph, self.past_names, last_logits=self.last_logits)
+        _strip_provenance(graph)
+        return ExportedGraph(model=graph, weights=_name_weights(graph, self.weights))
+
+
+def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
+    """**Rearranges the model's linear weights in place.** Raises ExportError for a model without a KV cache, or without last logits."""
     if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
     shapes = cache_shapes(model)
     weights = _make_row_major(model)
     names = [f"past_key_values.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
-    outputs = ["logits", *(name.replace("past_key_values", "present") for name in names)]
     batch, sequence, past_length = 2, 3, 5
     dtype = next(model.parameters()).dtype
-    arguments = {
-        "input_ids": torch.randint(0, min(model.config.vocab_size, 100), (batch, sequence)),
-        "attention_mask": torch.ones(batch, past_length + sequence, dtype=torch.long),
-        "position_ids": torch.arange(past_length, past_length + sequence)[None].expand(batch, sequence).contiguous(),
-        "past": [torch.randn(batch, h, past_length, d).to(dtype) for pair in shapes for h, d in pair],
-    }
     dynamic = torch.export.Dim.DYNAMIC
-    dynamic_shapes = {
-        "input_ids": {0: dynamic, 1: dynamic},
-        "attention_mask": {0: dynamic, 1: dynamic},
-        "position_ids": {0: dynamic, 1: dynamic},
-        "past": [{0: dynamic, 2: dynamic}] * len(names),
-    }
-    decoder = FlatCacheDecoder(model, last_logits=last_logits).eval()
-    with _quiet(), torch.no_grad():
+    return TraceInputs(
+        decoder=FlatCacheDecoder(model, last_logits=last_logits).eval(),
+        arguments={
+            "input_ids": torch.randint(0, min(model.config.vocab_size, 100), (batch, sequence)),
+            "attention_mask": torch.ones(batch, past_length + sequence, dtype=torch.long),
+            "position_ids": torch.arange(past_length, past_length + sequence)[None].expand(batch, sequence).contiguous(),
+            "past": [torch.randn(batch, h, past_length, d).to(dtype) for pair in shapes for h, d in pair],
+        },
+        dynamic_shapes={
+            "input_ids": {0: dynamic, 1: dynamic},
+            "attention_mask": {0: dynamic, 1: dynamic},
+            "position_ids": {0: dynamic, 1: dynamic},
+            "past": [{0: dynamic, 2: dynamic}] * len(names),
+        },
+        past_names=names,
+        weights=weights,
+        last_logits=last_logits,
+    )
+
+
+def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False) -> ExportedGraph:
+    """Exports ``model`` in the dtype it has. **Rearranges the model's linear weights in place**: record eager results before.
+
+    Raises ExportError with torch's own reason when the family cannot be traced; for a mixture of experts, which torch cannot translate,
+    before anything is traced.
+    """
+    if has_experts(model):
+        raise ExportError(
+            f"{model.config.model_type} is a mixture of experts, which torch's exporter cannot translate; use --exporter transformers"
+        )
+    inputs = trace_inputs(model, last_logits=last_logits)
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                decoder,
+                inputs.decoder,
                 (),
-                kwargs=arguments,
-                dynamic_shapes=dynamic_shapes,
-                input_names=["input_ids", "attention_mask", "position_ids", *names],
-                output_names=outputs,
+                kwargs=inputs.arguments,
+                dynamic_shapes=inputs.dynamic_shapes,
+                input_names=inputs.input_names,
+                output_names=inputs.output_names,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -106,20 +149,39 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
                 external_data=True,
             )
         except torch.onnx.OnnxExporterError as e:
-            reason = str(e.__cause__ or e).strip().splitlines()[0][:300]
-            raise ExportError(f"torch could not export {model.config.model_type}: {reason}") from e
-    graph = program.model
-    _name_dimensions(graph, names, last_logits=last_logits)
-    _strip_provenance(graph)
-    return ExportedGraph(model=graph, weights=_name_weights(graph, weights))
+            raise ExportError(
+                f"torch could not export {model.config.model_type}: {first_reason(e)}; try --exporter transformers"
+            ) from e
+    return inputs.finish(program.model)
+
+
+def first_reason(error: BaseException) -> str:
+    """What an exporter was stopped by, in one line."""
+    return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether the model multiplies tokens by the matrices of experts, [E, .., ..] in one parameter, that a router picks."""
+    return any(parameter.ndim == 3 and ".experts." in f".{name}" for name, parameter in model.named_parameters())
 
 
 def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
-    """(heads, dim) of key and value for every layer, read off a two-token forward rather than guessed from the config."""
+    """(heads, dim) of key and value for every layer, read off a two-token forward rather than guessed from the config.
+
+    Raises ExportError for a decoder with a layer that keeps another state than keys and values.
+    """
     cache = DynamicCache()
     device = next(model.parameters()).device
+    kind = model.config.model_type
+    other = f"{kind} cannot be exported: its layers do not all keep keys and values, which a graph's cache is made of"
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as e:  # a cache of the family's own
+            raise ExportError(f"{other} ({first_reason(e)})") from e
+    states = [[getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers]
+    if len(states) != model.config.get_text_config().num_hidden_layers or any(t is None or t.ndim != 4 for pair in states for t in pair):
+        raise ExportError(f"{other}; {len(states)} layers do")
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
@@ -185,7 +247,7 @@ def _strip_provenance(graph: ir.Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter warns about packages and operators that this graph does not use."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

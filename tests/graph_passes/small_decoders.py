@@ -62,6 +62,24 @@ class _Builder:
         down = self.add("MatMul", hidden, self.weight(f"{name}.down.weight", 2 * WIDTH, WIDTH), name=f"{name}.down")
         return self.add("Add", down, self.weight(f"{name}.down.bias", WIDTH), name=f"{name}.output")
 
+    def experts(self, x: ir.Value, layer: int, *, kind: str) -> ir.Value:
+        """Two experts that take every token, and but for ``kind`` experts a third beside their sum: sum_e (x E_e) [+ x S].
+
+        reshaped_experts puts a Reshape behind that Add, as families do that flatten the tokens.
+        """
+        name = f"layers.{layer}.mlp"
+        first = self.constant(f"{name}.first_axis", np.array([0]), ir.DataType.INT64)
+        each = [self.add("MatMul", x, self.weight(f"{name}.{e}.weight", WIDTH, WIDTH), name=f"{name}.{e}") for e in range(2)]
+        stacked = self.add("Concat", *(self.add("Unsqueeze", e, first, name=f"{e.name}.row") for e in each), name=f"{name}.rows", axis=0)
+        routed = self.add("ReduceSum", stacked, first, name=f"{name}.output" if kind == "experts" else f"{name}.routed", keepdims=0)
+        if kind == "experts":
+            return routed
+        beside = self.add("MatMul", x, self.weight(f"{name}.shared.weight", WIDTH, WIDTH), name=f"{name}.shared")
+        if kind != "reshaped_experts":
+            return self.add("Add", routed, beside, name=f"{name}.output")
+        same = self.constant(f"{name}.same_shape", np.array([0, 0, 0]), ir.DataType.INT64)
+        return self.add("Reshape", self.add("Add", routed, beside, name=f"{name}.both"), same, name=f"{name}.output")
+
     def skip_norm(self, x: ir.Value, branch: ir.Value, name: str, *, write_sum: bool) -> tuple[ir.Value, ir.Value | None]:
         weight = self.weight(f"{name}.weight", WIDTH, scale=1.0)
         outputs = 4 if write_sum else 1
@@ -87,8 +105,9 @@ def small_decoder(
     """input_ids, attention_mask, past_key_values.<i>.key -> logits, present.<i>.key.
 
     ``block``: pre_norm, pre_norm_fused (skip norms, the last without its sum), post_norm, parallel, parallel_late (x + attention
-    first), after_norm (a norm on each branch), scaled (a scalar on each branch). ``typed=False`` leaves types and shapes of inner
-    values out, as optimized graphs do.
+    first), after_norm (a norm on each branch), scaled (a scalar on each branch), experts, shared_experts, reshaped_experts,
+    scaled_experts (a sum over experts for an MLP; with a shared one beside it, a Reshape or a scalar behind it). ``typed=False``
+    leaves types and shapes of inner values out, as optimized graphs do.
     """
     build = _Builder(dtype, opset, seed)
     build.head_axis = build.constant("head_axis", np.array([1]), ir.DataType.INT64)
@@ -122,7 +141,9 @@ def small_decoder(
         else:
             attention = build.attention(build.norm(x, f"{name}.norm_1"), layer, pasts[layer])
             x = build.add("Add", x, _behind(build, attention, f"{name}.attention", block), name=f"{name}.middle")
-            mlp = build.mlp(build.norm(x, f"{name}.norm_2"), layer)
+            normed = build.norm(x, f"{name}.norm_2")
+            experts = block.endswith("experts")
+            mlp = build.experts(normed, layer, kind=block) if experts else build.mlp(normed, layer)
             x = build.add("Add", _behind(build, mlp, f"{name}.mlp", block), x, name=f"{name}.output")
 
     if block == "pre_norm_fused":
@@ -149,7 +170,7 @@ def small_decoder(
 def _behind(build: _Builder, branch: ir.Value, name: str, block: str) -> ir.Value:
     if block == "after_norm":
         return build.norm(branch, f"{name}.after_norm")
-    if block == "scaled":
+    if block == "scaled" or (block == "scaled_experts" and name.endswith("mlp")):
         return build.add("Mul", branch, build.constant(f"{name}.scale", np.array(0.5), build.dtype), name=f"{name}.scaled")
     return branch
 

@@ -22,6 +22,9 @@ BLOCK_OUTPUTS = {
     "parallel_late": "layers.{}.output",
     "after_norm": "layers.{}.output",
     "scaled": "layers.{}.output",
+    "experts": "layers.{}.output",
+    "shared_experts": "layers.{}.output",
+    "reshaped_experts": "layers.{}.output",
 }
 
 
@@ -67,6 +70,12 @@ def test_the_last_skip_norm_writes_its_sum_once_it_is_asked_for():
 def test_a_scalar_behind_the_projection_leaves_the_module_undecided():
     with pytest.raises(SiteNotFound, match=r"1\.mlp_output.*stand Mul.*cannot be told"):
         locate_sites(small_decoder(block="scaled"), [Site(layer=1, stream="mlp_output")])
+
+
+def test_a_scalar_behind_the_experts_leaves_the_module_undecided():
+    # Granite's mixtures: whether the factor is the module's cannot be told.
+    with pytest.raises(SiteNotFound, match=r"1\.mlp_output.*does not end in one linear projection"):
+        locate_sites(small_decoder(block="scaled_experts"), [Site(layer=1, stream="mlp_output")])
 
 
 def test_a_scalar_fused_into_the_projection_leaves_it_undecided_too():

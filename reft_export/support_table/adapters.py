@@ -1,0 +1,47 @@
+"""Adapters with random parameters: what an edit does to a graph does not depend on training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtimes.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edit import Site
+from runtimes.positions import PositionRule
+
+
+def random_adapter(
+    base: BaseModel,
+    sites: Sequence[Site],
+    *,
+    method: str = "loreft",
+    positions: str = "f2+l2",
+    tied: bool = True,
+    activation: str = "",
+    rank: int = 4,
+    seed: int = 0,
+) -> Adapter:
+    """Projections R, P, W2 [r, D] have orthonormal rows, other matrices entries of variance 1 / D, vectors of variance 4.
+
+    RED has no rank, whatever ``rank`` says: its scale [D] is around 1 and its bias [D] around 0, with a deviation of 0.3.
+    """
+    rank = 0 if method in FULL_RANK_METHODS else rank
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for site in sites:
+        for group in ("",) if tied else ("prefix", "suffix"):
+            for name in PARAMETERS[method]:
+                if method in FULL_RANK_METHODS:
+                    value = (name == "scale") + 0.3 * generator.standard_normal(base.hidden_size)
+                elif name in ("R", "P", "W2"):
+                    value = np.linalg.qr(generator.standard_normal((base.hidden_size, rank)))[0].T
+                elif name[0].isupper():
+                    value = generator.standard_normal((rank, base.hidden_size)) * base.hidden_size**-0.5
+                else:
+                    value = 2 * generator.standard_normal(rank)
+                tensors[".".join(filter(None, (str(site), group, name)))] = np.ascontiguousarray(value, np.float32)
+    rule = PositionRule.parse(positions)
+    return Adapter(
+        method=method, rank=rank, sites=tuple(sites), positions=rule, tied=tied, activation=activation, base=base, tensors=tensors
+    )

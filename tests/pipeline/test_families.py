@@ -1,0 +1,158 @@
+"""Families beyond those that every route is tested with: through dynamo, and mixtures of experts through transformers' own exporter."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import onnx_ir as ir
+import pytest
+
+from calibration.settings import settings_for
+from reft_export.base import load_base
+from reft_export.eager import site_module
+from reft_export.export import ExportSettings, export_bundle
+from reft_export.exporters import transformers as route
+from reft_export.quantize import quantize_bundle
+from reft_export.support_table import bases
+from reft_export.support_table.adapters import random_adapter
+from runtimes.adapter import save_adapter
+from runtimes.bundle import open_bundle
+from runtimes.edit import Site
+from runtimes.errors import BackendUnavailable, BundleError, ExportError, InputError, ParityError, SiteNotFound
+
+QUIET = {"report": lambda _: None}
+ALL = ("block_output", "attention_output", "mlp_output")
+NEW = ("phi", "olmo2", "cohere", "starcoder2", "stablelm", "smollm3", "falcon", "glm4", "bloom", "gpt_neo")
+needs_exporters = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.exporters") is None, reason="this transformers has no transformers.exporters"
+)
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory):
+    """(folder, adapter) by family: two layers, one adapter at every stream."""
+
+    def make(family: str, streams: tuple[str, ...] = ALL):
+        root = tmp_path_factory.mktemp("families")
+        folder = bases.save_base(root / family, family)
+        sites = [Site(layer=layer, stream=stream) for stream in streams for layer in (0, 1)]
+        save_adapter(random_adapter(load_base(folder).info, sites), root / "style")
+        return str(folder), root / "style"
+
+    return make
+
+
+def _worst(result) -> float:
+    return max(rung.figures.max_relative for rung in result.parity.rungs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NEW)
+def test_edits_at_every_stream(family, small_base, tmp_path) -> None:
+    model, adapter = small_base(family)
+    assert _worst(export_bundle(model, [adapter], tmp_path / "b", ExportSettings(), **QUIET)) < 2e-5
+
+
+@pytest.mark.slow
+def test_granite_is_edited_at_its_blocks_and_not_inside(small_base, tmp_path) -> None:
+    model, adapter = small_base("granite", ("block_output",))
+    assert _worst(export_bundle(model, [adapter], tmp_path / "b", ExportSettings(), **QUIET)) < 2e-5
+    model, adapter = small_base("granite")
+    with pytest.raises(SiteNotFound, match="whether they belong to the module cannot be told"):
+        export_bundle(model, [adapter], tmp_path / "c", ExportSettings(), **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(("family", "attention", "mlp"), [
+    ("bloom", "dense", "dense_4h_to_h"),
+    ("mpt", None, "down_proj"),
+    ("opt", None, None),
+])  # fmt: skip
+def test_modules_that_add_the_residual_themselves_are_edited_before_it(family, attention, mlp) -> None:
+    """What Bloom's attention returns is the residual stream already: an edit of its output would be one of the stream."""
+    model = bases.build_base(family)
+    layer = next(module for name, module in model.named_modules() if name.endswith((".h.0", ".blocks.0", ".layers.0")))
+    for stream, inner in (("attention_output", attention), ("mlp_output", mlp)):
+        found = site_module(model, Site(layer=0, stream=stream))
+        path = next(name for name, module in layer.named_modules() if module is found)
+        assert path.rpartition(".")[2] == (inner or path)
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------------
+
+
+@needs_exporters
+@pytest.mark.slow
+def test_a_mixture_of_experts(small_base, tmp_path) -> None:
+    """fp32 at parity with edits at every stream; int4 with its experts quantized, exact against eager with the same weights."""
+    model, adapter = small_base("qwen3_moe")
+    result = export_bundle(model, [adapter], tmp_path / "b", ExportSettings(exporter="transformers"), **QUIET)
+    assert _worst(result) < 2e-5 and result.manifest.exporter == "transformers"
+    experts = {n: s for n, s in result.manifest.weights.items() if ".experts." in n}
+    assert len(experts) == 2 * 2 * 4
+    assert experts["model.layers.1.mlp.experts.down_proj.3"].start == 3
+    small = quantize_bundle(tmp_path / "b", model, tmp_path / "int4", settings_for("weight-only", 4), **QUIET)
+    assert set(experts) <= {error.name for error in small.weight_errors}
+    exact = [rung.figures.max_relative for rung in small.parity.rungs if "level 1" in rung.name]
+    assert exact and max(exact) < 1e-4
+    # Which rows an expert reads is known to the graph alone: those products take their inputs in float.
+    nodes = [node for node in ir.load(tmp_path / "int4" / "model.onnx").graph if node.op_type == "MatMulNBits"]
+    levels = {node.attributes.get_int("accuracy_level") for node in nodes if ".experts." in node.inputs[1].name}
+    assert levels == {1} and 4 in {node.attributes.get_int("accuracy_level") for node in nodes}
+    # Schemes that quantize activations leave the experts in float, and say so.
+    dynamic = quantize_bundle(tmp_path / "b", model, tmp_path / "dynamic", settings_for("dynamic"), **QUIET)
+    assert dynamic.parity.passed and set(experts) <= set(open_bundle(tmp_path / "dynamic").manifest.quantization.kept)
+
+
+@needs_exporters
+@pytest.mark.slow
+def test_experts_in_the_wrong_order_are_caught(small_base, tmp_path, monkeypatch) -> None:
+    right = route._split_experts
+
+    def wrong(graph, experts):
+        sources = right(graph, experts)
+        values = graph.graph.initializers
+        first, second = (values[f"model.layers.0.mlp.experts.down_proj.{e}"] for e in (0, 1))
+        first.const_value, second.const_value = second.const_value, first.const_value
+        return sources
+
+    monkeypatch.setattr(route, "_split_experts", wrong)
+    model, adapter = small_base("qwen3_moe", ("block_output",))
+    with pytest.raises(ParityError, match="relative logit error"):
+        export_bundle(model, [adapter], tmp_path / "b", ExportSettings(exporter="transformers"), **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.parity.json"]
+
+
+def test_dynamo_names_the_exporter_that_takes_experts(small_base, tmp_path) -> None:
+    model, adapter = small_base("mixtral", ("block_output",))
+    with pytest.raises(ExportError, match=r"mixtral is a mixture of experts, .*; use --exporter transformers") as caught:
+        export_bundle(model, [adapter], tmp_path / "b", ExportSettings(), **QUIET)
+    assert len(str(caught.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_transformers_without_exporters(small_base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(route, "__version__", "4.57.6")
+    with pytest.raises(BackendUnavailable, match=r"needs transformers 5.23, here is 4.57.6; pip install") as caught:
+        export_bundle(small_base("llama")[0], [], tmp_path / "b", ExportSettings(exporter="transformers"), **QUIET)
+    assert caught.value.exit_code == 4 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["mamba2", "lfm2"])
+def test_decoders_with_another_state_than_keys_and_values(family, small_base, tmp_path) -> None:
+    model, adapter = small_base(family, ("block_output",))
+    with pytest.raises((InputError, ExportError)) as caught:
+        export_bundle(model, [adapter], tmp_path / "b", ExportSettings(), **QUIET)
+    assert family in str(caught.value) and len(str(caught.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_an_experts_matrix_of_another_base(tmp_path) -> None:
+    import torch
+
+    from reft_export.dequantized import _expert
+    from runtimes.bundle import WeightSource
+
+    stacked, source = torch.zeros(4, 6, 8), WeightSource(parameter="mlp.experts.down_proj", axis=0, start=2, stop=3)
+    _expert(stacked, source, torch.Size((6, 8))).fill_(1)
+    assert stacked.sum((1, 2)).tolist() == [0, 0, 48, 0]
+    with pytest.raises(BundleError, match=r"holds matrices of \[6, 8\] in the base and \[8, 6\] in the bundle"):
+        _expert(stacked, source, torch.Size((8, 6)))
