@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -71,7 +72,7 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
     if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
     shapes = cache_shapes(model)
-    weights = _make_row_major(model)
+    weights = make_row_major(model)
     names = [f"past_key_values.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in names)]
     batch, sequence, past_length = 2, 3, 5
@@ -90,14 +91,30 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
         "past": [{0: dynamic, 2: dynamic}] * len(names),
     }
     decoder = FlatCacheDecoder(model, last_logits=last_logits).eval()
-    with _quiet(), torch.no_grad():
+    inputs = ["input_ids", "attention_mask", "position_ids", *names]
+    graph = trace(decoder, arguments, dynamic_shapes, inputs, outputs, opset=opset)
+    _name_dimensions(graph, names, last_logits=last_logits)
+    return ExportedGraph(model=graph, weights=name_weights(graph, weights))
+
+
+def trace(
+    wrapper: torch.nn.Module,
+    arguments: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    inputs: list[str],
+    outputs: list[str],
+    *,
+    opset: int,
+) -> ir.Model:
+    """The graph of ``wrapper``, which holds the model as ``model``; raises ExportError with torch's own reason."""
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                decoder,
+                wrapper,
                 (),
                 kwargs=arguments,
                 dynamic_shapes=dynamic_shapes,
-                input_names=["input_ids", "attention_mask", "position_ids", *names],
+                input_names=inputs,
                 output_names=outputs,
                 dynamo=True,
                 opset_version=opset,
@@ -107,11 +124,9 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
             )
         except torch.onnx.OnnxExporterError as e:
             reason = str(e.__cause__ or e).strip().splitlines()[0][:300]
-            raise ExportError(f"torch could not export {model.config.model_type}: {reason}") from e
-    graph = program.model
-    _name_dimensions(graph, names, last_logits=last_logits)
-    _strip_provenance(graph)
-    return ExportedGraph(model=graph, weights=_name_weights(graph, weights))
+            raise ExportError(f"torch could not export {wrapper.model.config.model_type}: {reason}") from e
+    strip_provenance(program.model)
+    return program.model
 
 
 def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
@@ -123,7 +138,7 @@ def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
-def _make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
+def make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
     """Replaces every linear module; returns, for each parameter name of the rearranged model, its checkpoint parameter."""
     sources = {name: WeightSource(parameter=name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in list(model.named_modules()):
@@ -160,7 +175,7 @@ def _name_dimensions(graph: ir.Model, past_names: list[str], *, last_logits: boo
             value.shape = ir.Shape(["batch_size", past[1], "total_sequence_length", past[3]])
 
 
-def _name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str, WeightSource]:
+def name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str, WeightSource]:
     """Initializers carry the parameter's own name; returns the map for those that are parameters."""
     found = {}
     for name in list(graph.graph.initializers):
@@ -172,7 +187,7 @@ def _name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str
     return found
 
 
-def _strip_provenance(graph: ir.Model) -> None:
+def strip_provenance(graph: ir.Model) -> None:
     """torch attaches stack traces to every node: they name the exporting machine's folders and are most of the file."""
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
@@ -185,7 +200,7 @@ def _strip_provenance(graph: ir.Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter warns about packages and operators that this graph does not use."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
