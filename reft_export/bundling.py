@@ -75,7 +75,8 @@ class BundleParts:
 def model_record(base: Base) -> ModelRecord:
     config = base.model.config.get_text_config()
     generation = getattr(base.model, "generation_config", None)  # a classifier has none
-    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else getattr(config, "eos_token_id", None)
+    eos = getattr(generation, "eos_token_id", None)
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     pad = config.pad_token_id if config.pad_token_id is not None else getattr(base.tokenizer, "pad_token_id", None)
     return ModelRecord(
         name=base.info.name,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.encoded_text import EncodedText, padded
-from runtimes.errors import GraphError, InputError
+from runtimes.errors import GraphError, InputError, ReftError
 from runtimes.op import SLOT_INPUT
 from runtimes.ort_session import OrtGraph, ort, to_float32
 from runtimes.positions import slots
@@ -53,9 +53,13 @@ class OrtClassifier(OrtGraph):
         outputs = self._run({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
         return ClassifierOutput(logits=to_float32(outputs["logits"]), outputs=outputs)
 
-    def classify_texts(self, texts: Sequence[EncodedText]) -> np.ndarray:
-        """Logits [B, labels] of texts of any lengths in one batch, padded on the right."""
-        return self.classify(*padded(texts, self.bundle.manifest.model.pad_token_id or 0)).logits
+    def probabilities(self, texts: Sequence[EncodedText]) -> np.ndarray:
+        """softmax(logits) float64 [B, labels] of texts of any lengths in one batch. Raises ReftError for logits that are not finite."""
+        logits = self.classify(*padded(texts, self.bundle.manifest.model.pad_token_id or 0)).logits.astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise ReftError("the model's logits are not finite; check the bundle with `reft-export parity`")
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
 
     def _check(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray) -> None:
         model = self.bundle.manifest.model
