@@ -24,7 +24,7 @@ from reft_export.golden import Steerer, fp32_logits
 from reft_export.memory import give_back
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
-from reft_export.refit import REMEDY, RefitSettings, plan_refit
+from reft_export.refit import REMEDY, RefitSettings, check_task, plan_refit
 from reft_export.step_by_step import step_rungs
 from reft_export.swap import refit_in
 from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
@@ -70,6 +70,7 @@ def quantize_bundle(
     """
     check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     bundle = open_bundle(source)
+    check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks())
     refit_plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
     figures = Measurements(yardsticks)
     if compare and settings.kind.activations != "static":
@@ -204,5 +205,7 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         nodes=plan.bundle.nodes,
         adapters=plan.bundle.adapter_names,
         weights=m.weights,
+        labels=m.labels,
+        head=m.head,
     )
     return finish_bundle(work, graph, parts)
