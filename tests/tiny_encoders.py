@@ -49,7 +49,7 @@ def build(family: str = "roberta", *, labels: tuple[str, ...] = LABELS, **overri
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))
+            parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 
 

@@ -60,8 +60,8 @@ class EditedClassifier(TrainedModel):
         self._names = {name.replace(".", "-"): name for name in head}
 
     def head_values(self) -> dict[str, Tensor]:
-        """By the base's parameter names."""
-        return {self._names[key]: value for key, value in self.head.items()}
+        """By the base's parameter names, in their order; ParameterDict sorts its own."""
+        return {name: self.head[key] for key, name in self._names.items()}
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """[B, labels], in the base's dtype."""
