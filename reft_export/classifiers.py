@@ -69,10 +69,14 @@ def takes_token_types(model: PreTrainedModel) -> bool:
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Tokens of the longest input. RoBERTa counts positions from the pad token's id + 1 on, so that it has as many fewer."""
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 512)
-    counts_from_pad = model.config.model_type in ("roberta", "xlm-roberta")
-    return positions - model.config.pad_token_id - 1 if counts_from_pad else positions
+    """Tokens of the longest input."""
+    config = model.config
+    return longest_input(config.model_type, getattr(config, "max_position_embeddings", None) or 512, config.pad_token_id)
+
+
+def longest_input(kind: str, positions: int, pad_token_id: int | None) -> int:
+    """Tokens for ``positions`` (max_position_embeddings): RoBERTa counts from the pad token's id + 1 on, and so has as many fewer."""
+    return positions - (1 if pad_token_id is None else pad_token_id) - 1 if kind in ("roberta", "xlm-roberta") else positions
 
 
 def head_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -9,20 +9,24 @@ from typing import Any
 
 import onnx_ir as ir
 
+from calibration.selection import token_embedding
 from graph_passes.cache_shapes import fix_cache_shapes
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
+from graph_passes.encoder import is_classifier
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
+from graph_passes.head import expose_head, head_defaults, locate_head
 from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
-from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, union_nodes, write_adapter
+from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle, head_tensors, union_nodes, write_adapter
+from reft_export.classifiers import longest_input
 from reft_export.export import load_adapters
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder
 from runtimes.adapter import Adapter
-from runtimes.bundle import ModelRecord, check_adapter_name
+from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -82,15 +86,19 @@ def fold_bundle(
                 f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
+    labels = _labels(model, source, adapters)
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(model, {n.site for n in nodes}).items())}
     precision = _precision(model, nodes)
+    head_sources = _head_sources(model, adapters)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(model, nodes, slots=slots)
+    head = expose_head(model, head_sources, [source.parameter for source in head_sources.values()])
     with atomic_folder(output, force=force) as work:
         write_graph(model, work)
         for name, adapter in adapters.items():
-            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
+            own_head = head_tensors(adapter, head, head_defaults(model, head))
+            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots, head=own_head)
         copy_tokenizer(source.parent, None, work)
         if genai_config:
             copy_genai_files(source.parent, work, genai_config)
@@ -106,9 +114,48 @@ def fold_bundle(
             adapters=tuple(adapters),
             weights={},
             genai_config=genai_config,
+            labels=labels,
+            head=head,
         )
         finish_bundle(work, model, parts)
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found)
+
+
+def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> tuple[str, ...]:
+    """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
+
+    Raises AdapterError for an adapter of other labels.
+    """
+    if not is_classifier(model.graph):
+        if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
+            raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
+        return ()
+    count = next(v for v in model.graph.outputs if v.name == "logits").shape[-1]
+    named = _read(source.parent / "config.json").get("id2label") or {}
+    labels = tuple(str(named[key]) for key in sorted(named, key=int))
+    trained = next((adapter.base.labels for adapter in adapters.values()), ())
+    labels = labels or trained or tuple(f"LABEL_{i}" for i in range(count))
+    for name, adapter in adapters.items():
+        if adapter.base.labels != labels or len(labels) != count:
+            raise AdapterError(
+                f"adapter {name} was trained on {adapter.base.name} with labels {', '.join(adapter.base.labels) or 'none'}; {source} has "
+                f"{count}: {', '.join(labels)}; pass the graph of the base it was trained on"
+            )
+    if len(labels) != count:
+        raise GraphError(f"{source.parent / 'config.json'} names {len(labels)} labels, and the graph has {count} logits; correct the file")
+    return labels
+
+
+def _head_sources(model: ir.Model, adapters: dict[str, Adapter]) -> dict[str, WeightSource]:
+    """Where the graph holds the head that adapters bring; empty where none brings one."""
+    heads = [{name: value.shape for name, value in adapter.head.items()} for adapter in adapters.values() if adapter.head]
+    if not heads:
+        return {}
+    if any(head != heads[0] for head in heads):
+        raise AdapterError("the adapters' heads have parameters of other names or shapes; fold adapters of one base")
+    last = Site(layer=survey_sites(model).layers - 1)
+    end = locate_sites(model, [last])[last].value
+    return locate_head(model, end, heads[0])
 
 
 def _source(graph: Path) -> Path:
@@ -133,16 +180,19 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     generation = _read(folder / "generation_config.json")
     width = config.get("hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    context = config.get("context_length") or config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    if is_classifier(model.graph):
+        context = longest_input(str(config.get("model_type")), int(context), config.get("pad_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
-        vocab_size=vocabulary[-1],
+        vocab_size=int(config.get("vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
+        if is_classifier(model.graph)
+        else vocabulary[-1],
         hidden_size=int(width),
         num_hidden_layers=survey.layers,
-        context_length=int(
-            config.get("context_length") or config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
-        ),
+        context_length=int(context),
         num_attention_heads=config.get("num_attention_heads") or config.get("n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),

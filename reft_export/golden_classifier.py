@@ -15,16 +15,17 @@ from reft_export.classifiers import context_of, takes_token_types
 from runtimes.encoded_text import EncodedText, padded
 
 TEXTS = (
-    ("Hello!", None),
-    ("The film was a delight from the first minute to the last.", None),
-    ("I would not watch it again, not even for money.", None),
-    ("The old house at the end of the road had been empty for years, and yet a light was on in one of its windows.", None),
-    ("A man is playing a guitar.", "Someone makes music."),
-    ("The council met on Monday.", "Nobody was there."),
-    ("What is the capital of France?", "Paris lies on the Seine, and has been the capital of France for most of a thousand years."),
-    ("It rains.", "It does not rain."),
+    "Hello!",
+    "The film was a delight.",
+    "I would not watch it again, not even for money.",
+    "The old house at the end of the road had been empty for years.",
+    "A man is playing a guitar.",
+    "What is the capital of France?",
+    "The council met on Monday; nobody was there.",
+    "It rains.",
 )
-RANDOM_LENGTHS = (3, 5, 8, 13, 17, 21, 24, 30)
+"""Each alone and in a pair with every other: so many that one text between two labels does not decide a top-1 agreement of 0.98."""
+RANDOM_LENGTHS = range(3, 35)
 """Of the texts of a base without a tokenizer."""
 
 
@@ -46,7 +47,8 @@ def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         rows = [tuple(generator.choice(allowed, min(n, room)).tolist()) for n in RANDOM_LENGTHS]
         texts = [EncodedText(ids=row, types=(0,) * len(row)) for row in rows]
     else:
-        texts = [encode(tokenizer, text, pair, room)[0] for text, pair in TEXTS]
+        pairs = [(text, pair) for text in TEXTS for pair in (None, *TEXTS) if pair != text]
+        texts = [encode(tokenizer, text, pair, room)[0] for text, pair in pairs]
     return ClassifierInputs(**dict(zip(ClassifierInputs.__dataclass_fields__, padded(texts, pad), strict=True)))
 
 
