@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.dominators import Dominators
+from graph_passes.dominators import read_values
 from runtimes.bundle import WeightSource
 from runtimes.errors import GraphError
 from runtimes.tasks import HEAD_PREFIX
@@ -74,10 +74,13 @@ def locate_head(model: ir.Model, end: ir.Value, shapes: Mapping[str, tuple[int, 
 
 def _linear_layers(graph: ir.Graph, end: ir.Value) -> list[tuple[ir.Value, bool, ir.Value]]:
     """(weight, whether it is stored [in, out], bias) of every linear layer that depends on ``end``, in graph order."""
-    behind = Dominators(graph, end)
+    behind = {end}
     layers = []
     for node in graph:
-        if node not in behind or node.op_type not in ("MatMul", "Gemm"):
+        if node.op_type == "Shape" or not any(value in behind for value in read_values(node)):
+            continue
+        behind.update(node.outputs)
+        if node.op_type not in ("MatMul", "Gemm"):
             continue
         weight = node.inputs[1]
         readers = [use.node for use in node.outputs[0].uses()]
