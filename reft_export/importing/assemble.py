@@ -48,6 +48,7 @@ def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
         dropout=foreign.dropout,
         dtype=foreign.dtype,
         training=dict(foreign.record),
+        head=foreign.head,
     )
 
 
