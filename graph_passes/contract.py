@@ -56,7 +56,8 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     if missing:
         raise GraphError(
             f"the graph is not a decoder with a KV cache: {', '.join(missing)} missing; it has inputs {_shortened(inputs)} and "
-            f"outputs {_shortened(outputs)}; export the decoder over token ids with its cache (text-generation-with-past)"
+            f"outputs {_shortened(outputs)}; export the decoder over token ids with its cache (text-generation-with-past), or a "
+            "classifier with logits [batch, labels]"
         )
     return DecoderContract(
         input_ids=inputs["input_ids"],
