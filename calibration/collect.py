@@ -7,7 +7,7 @@ by one, one row at a time and so without pads. Memory is one chunk's activations
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from calibration.collected import Collected
 from calibration.selection import weight_products
 from runtimes.bundle import BASE_GOLDEN
+from runtimes.encoded_text import EncodedText, padded
 from runtimes.ort_session import to_float32
 
 CHUNK = 128
@@ -48,7 +49,7 @@ def expose_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> None:
 
 def collect(
     session: Any,
-    prompts: Iterable[Sequence[int]],
+    prompts: Iterable[Sequence[int] | EncodedText],
     collected: Collected,
     state: Path,
     *,
@@ -56,7 +57,8 @@ def collect(
 ) -> Collected:
     """Goes on from what ``collected`` holds; writes ``state`` every few seconds and at the end, and returns it complete.
 
-    ``session``: an OrtSession over a graph after ``expose_inputs``. Raises CalibrationError for activations that are not finite.
+    ``session``: an OrtSession over a graph after ``expose_inputs``, and prompts are token ids; or an OrtClassifier, and they are texts.
+    Raises CalibrationError for activations that are not finite.
     """
     saved = time.monotonic()
     for number, prompt in enumerate(prompts):
@@ -73,10 +75,13 @@ def collect(
     return collected
 
 
-def _run(session: Any, source: str, prompt: Sequence[int], collected: Collected) -> int:
+def _run(session: Any, source: str, prompt: Sequence[int] | EncodedText, collected: Collected) -> int:
     """One prompt and its greedy continuation; returns how many tokens were fed."""
     session.set_adapter(None if source == BASE_GOLDEN else source)
     histograms = collected.histograms[source]
+    if isinstance(prompt, EncodedText):
+        _count(session.classify(*padded([prompt], 0)).outputs, histograms, source)
+        return len(prompt)
     ends = set(session.bundle.manifest.model.eos_token_ids)
     length = np.array([len(prompt)], np.int64)
     fed, past = 0, None
@@ -86,8 +91,7 @@ def _run(session: Any, source: str, prompt: Sequence[int], collected: Collected)
         mask = np.ones((1, fed + len(tokens)), np.int64)
         output = session.step(np.array([tokens], np.int64), mask, past=past, prompt_length=length)
         fed, past = fed + len(tokens), output.past
-        for name, histogram in histograms.items():
-            histogram.add(to_float32(output.outputs[name]), f"activation {name} of {source}")
+        _count(output.outputs, histograms, source)
         return int(output.logits[0, -1].argmax())
 
     for start in range(0, len(prompt), CHUNK):
@@ -97,3 +101,8 @@ def _run(session: Any, source: str, prompt: Sequence[int], collected: Collected)
             break
         token = feed([token])
     return fed
+
+
+def _count(outputs: Mapping[str, Any], histograms: Mapping[str, Any], source: str) -> None:
+    for name, histogram in histograms.items():
+        histogram.add(to_float32(outputs[name]), f"activation {name} of {source}")

@@ -1,4 +1,4 @@
-"""What a graph must offer to be folded: ``input_ids``, ``logits``, and one ``present.<layer>.key`` per layer."""
+"""What a graph must offer to be folded: ``input_ids``, ``logits``, and one ``present.<layer>.key`` per layer of a decoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.encoder import attention_anchors, is_classifier
 from runtimes.errors import GraphError
 
 # present.0.key, present.0.decoder.key, present_key_values.0.key, present_0_key, present_key_0, present_key.0, present_keys.0
@@ -23,7 +24,7 @@ class DecoderContract:
     input_ids: ir.Value
     logits: ir.Value
     keys: tuple[ir.Value, ...]
-    """``present.<layer>.key`` in layer order."""
+    """One value of each layer's attention, in layer order: ``present.<layer>.key``, or what an encoder's attention computes."""
     attention_mask: ir.Value | None
     """[batch, past + sequence]; None where the graph has no such input."""
 
@@ -35,6 +36,13 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
+    if is_classifier(graph):
+        return DecoderContract(
+            input_ids=inputs["input_ids"],
+            logits=outputs["logits"],
+            keys=attention_anchors(graph, inputs["input_ids"]),
+            attention_mask=inputs.get("attention_mask"),
+        )
     matches = ((_KEY_OUTPUT.fullmatch(name or ""), value) for name, value in outputs.items())
     keys = {int(match[1] or match[2]): value for match, value in matches if match}
     missing = ["input 'input_ids'"] if "input_ids" not in inputs else []
@@ -48,7 +56,8 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     if missing:
         raise GraphError(
             f"the graph is not a decoder with a KV cache: {', '.join(missing)} missing; it has inputs {_shortened(inputs)} and "
-            f"outputs {_shortened(outputs)}; export the decoder over token ids with its cache (text-generation-with-past)"
+            f"outputs {_shortened(outputs)}; export the decoder over token ids with its cache (text-generation-with-past), or a "
+            "classifier with logits [batch, labels]"
         )
     return DecoderContract(
         input_ids=inputs["input_ids"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from reft_export.classifiers import with_head
 from reft_export.eager import EditFn, Steering, edit_fn, steer
 from reft_export.golden import Steerer
 from runtimes.bundle import Bundle
@@ -23,6 +25,12 @@ def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[Edit, ...]]:
     return {node: edits_of(node, bank) for node, bank in banks.items() if not is_no_edit(bank, node.op)}
 
 
+def bank_head(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
+    """A classifier's head as one of the bundle's adapters carries it, by the base's parameter names; empty for a decoder."""
+    tensors = read_onnx_adapter(bundle.adapter(name).file) if bundle.manifest.head else {}
+    return {s.parameter: tensors[n].T if s.transpose else tensors[n] for n, s in bundle.manifest.head.items()}
+
+
 def bank_steerer(bundle: Bundle, name: str) -> Steerer:
     """Switches the bundle's adapter on in an eager model; nodes at one site act in series, in the order of the graph."""
     edits, adapter = bank_edits(bundle, name), bundle.adapter(name)
@@ -34,7 +42,7 @@ def bank_steerer(bundle: Bundle, name: str) -> Steerer:
         for node in sorted(edits):
             by_site.setdefault(node.site, []).append(edit_fn(edits[node], model.dtype, device))
         functions = {site: _in_series(each) for site, each in by_site.items()}
-        with steer(model, functions, rule=adapter.positions, tied=adapter.tied) as handle:
+        with with_head(model, bank_head(bundle, name)), steer(model, functions, rule=adapter.positions, tied=adapter.tied) as handle:
             yield handle
 
     return steering

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_export.classifiers import check_classifier, check_has_head, is_classifier, labels_of
 from reft_export.model_folder import fingerprint, first_line, memory_fingerprint, read_config, weight_files
 from runtimes.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
 from runtimes.records import parse_json
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,7 +36,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """A decoder that adapters are trained on and folded into, in eval mode."""
+    """A decoder, or an encoder with a classification head, that adapters are trained on and folded into, in eval mode."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -46,12 +48,16 @@ class Base:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def task(self) -> str:
+        return TEXT_CLASSIFICATION if self.info.labels else TEXT_GENERATION
+
 
 def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False) -> Base:
-    """Loads a decoder from a local folder or a Hugging Face hub id.
+    """Loads a decoder, or an encoder with a classification head, from a local folder or a Hugging Face hub id.
 
     Raises InputError, in one line, for a folder that is no model, missing or damaged weights, parameters that the
-    checkpoint lacks (transformers would fill them with random values), an unknown or non-decoder model type, a hub that
+    checkpoint lacks (transformers would fill them with random values), a model type of neither kind, a hub that
     cannot be reached, and a missing tokenizer when ``require_tokenizer``; BackendUnavailable for a device that is not
     there.
     """
@@ -60,14 +66,14 @@ def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu",
     check_device(device)
     folder, name = _locate(model)
     config = read_config(folder)
-    _check_decoder(config, folder)
+    _check_kind(config, folder)
     _check_rotary(config, folder)
     files = weight_files(folder)
     tokenizer = _load_tokenizer(folder, required=require_tokenizer)
     # The fingerprint comes first: it reads every header, and so finds a damaged file before the long load does.
     digest = fingerprint(folder)
     with _quiet():
-        loaded = _load_model(folder, files[0], DTYPES[dtype])
+        loaded = _load_model(folder, files[0], DTYPES[dtype], config)
     loaded.requires_grad_(False)
     return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder)
 
@@ -83,15 +89,16 @@ class Outline:
 
 def outline_base(model: str | Path) -> Outline:
     """What ``load_base`` would load, in a fraction of its time and memory; raises InputError as it does."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder, name = _locate(model)
-    _check_decoder(read_config(folder), folder)
+    written = read_config(folder)
+    _check_kind(written, folder)
     digest = fingerprint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton = _auto_class(written).from_config(config, trust_remote_code=False)
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
     return Outline(model=skeleton, info=_info(skeleton, name=name, digest=digest), folder=folder)
@@ -124,7 +131,13 @@ def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
 
 def _info(model: PreTrainedModel, *, name: str, digest: str) -> BaseModel:
     config = model.config.get_text_config()
-    return BaseModel(name=name, fingerprint=digest, num_hidden_layers=config.num_hidden_layers, hidden_size=config.hidden_size)
+    return BaseModel(
+        name=name,
+        fingerprint=digest,
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        labels=labels_of(model),
+    )
 
 
 def check_device(device: str) -> None:
@@ -140,6 +153,20 @@ def check_device(device: str) -> None:
 # --- what is in the folder ------------------------------------------------------------------------
 
 
+def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
+    if is_classifier(config):
+        check_classifier(config, folder)
+    else:
+        check_has_head(config, folder)
+        _check_decoder(config, folder)
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+
+
 def _check_decoder(config: Mapping[str, Any], folder: Path) -> None:
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -151,7 +178,7 @@ def _check_decoder(config: Mapping[str, Any], folder: Path) -> None:
         custom = ", and code shipped inside model folders is not run" if "auto_map" in config else ""
         raise InputError(f"{folder}: model type {kind!r} is unknown to transformers {__version__}{custom}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
-        raise InputError(f"{folder}: {kind} is not a decoder language model; only decoders can be steered")
+        raise InputError(f"{folder}: {kind} is not a decoder language model; decoders and encoder classifiers can be steered")
 
 
 def _check_rotary(config: Mapping[str, Any], folder: Path) -> None:
@@ -172,11 +199,9 @@ def _check_rotary(config: Mapping[str, Any], folder: Path) -> None:
                 )
 
 
-def _load_model(folder: Path, first: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_model(folder: Path, first: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=".safetensors" in first.name,

@@ -34,6 +34,7 @@ from runtimes.hashes import sha256_of
 from runtimes.native_library import find_plugin_library, plugin_details
 from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.records import to_json
+from runtimes.tasks import TEXT_CLASSIFICATION
 from runtimes.tensorrt_builder import BuildResult, BuildSpec, compute_capability_names
 from runtimes.tensorrt_library import is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
 from runtimes.version import VERSION
@@ -151,6 +152,8 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     if is_engine(source):
         raise InputError(f"{source} is an engine already; build from the bundle that it was made of")
     bundle = open_bundle(source)
+    if bundle.manifest.task == TEXT_CLASSIFICATION:
+        raise InputError(f"{source} is a classifier, and engines are built of decoders only; run the bundle itself, in onnxruntime")
     notes: list[str] = []
     tensors = {name: read_onnx_adapter(bundle.adapter(name).file) for name in bundle.adapter_names}
     if settings.freeze not in (None, BASE_GOLDEN):

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.cache_shapes import ATTENTION
+from reft_export.classifiers import check_head, context_of
 from reft_export.genai import keep_genai_config, write_genai_config
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import (
@@ -38,6 +39,7 @@ from runtimes.golden import check_golden
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
 from runtimes.parity import ParityReport, Rung, budget_for
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.version import VERSION
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
@@ -67,6 +69,10 @@ class BundleParts:
     weights: Mapping[str, WeightSource]
     genai_config: Mapping[str, Any] = field(default_factory=dict)
     """The graph's own genai_config.json, which is kept; empty where it has none."""
+    labels: tuple[str, ...] = ()
+    """A classifier's; a decoder has none."""
+    head: Mapping[str, WeightSource] = field(default_factory=dict)
+    """A classifier's overridable initializers and the parameters that they hold."""
 
 
 def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
@@ -82,19 +88,20 @@ def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
 
 def model_record(base: Base) -> ModelRecord:
     config = base.model.config.get_text_config()
-    generation = base.model.generation_config
-    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else config.eos_token_id
+    generation = getattr(base.model, "generation_config", None)  # a classifier has none
+    eos = getattr(generation, "eos_token_id", None)
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     pad = config.pad_token_id if config.pad_token_id is not None else getattr(base.tokenizer, "pad_token_id", None)
     return ModelRecord(
         name=base.info.name,
         model_type=config.model_type,
         fingerprint=base.info.fingerprint,
-        vocab_size=base.model.get_output_embeddings().weight.shape[0],
+        vocab_size=(base.model.get_output_embeddings() or base.model.get_input_embeddings()).weight.shape[0],
         hidden_size=base.info.hidden_size,
         num_hidden_layers=base.info.num_hidden_layers,
-        context_length=getattr(config, "max_position_embeddings", None) or 2048,
+        context_length=context_of(base.model) if base.info.labels else getattr(config, "max_position_embeddings", None) or 2048,
         num_attention_heads=config.num_attention_heads,
-        bos_token_id=config.bos_token_id,
+        bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
         sliding_window=_window(config),
@@ -114,6 +121,7 @@ def check_fit(name: str, adapter: Adapter, base: Base) -> None:
             f"adapter {name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), this base is "
             f"{base.info.name} ({base.info.fingerprint[:12]}); pass the base it was trained on"
         )
+    check_head(adapter, base.model)
 
 
 def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int) -> tuple[EditNode, ...]:
@@ -122,8 +130,20 @@ def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int)
     return tuple(sorted(nodes or {EditNode(site=Site(layer=layer)) for layer in range(layers)}))
 
 
-def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNode, ...], *, precision: str, slots: str) -> None:
-    """adapters/<name>.onnx_adapter with every bank and, where the graph computes slots, every rule; and its record."""
+def write_adapter(
+    folder: Path,
+    name: str,
+    adapter: Adapter,
+    nodes: tuple[EditNode, ...],
+    *,
+    precision: str,
+    slots: str,
+    head: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """adapters/<name>.onnx_adapter with every bank and, where the graph computes slots, every rule; and its record.
+
+    ``head``: of a classifier, what ``head_tensors`` gives for the adapter.
+    """
     record = AdapterRecord(
         method=adapter.method,
         rank=adapter.rank,
@@ -140,7 +160,19 @@ def write_adapter(folder: Path, name: str, adapter: Adapter, nodes: tuple[EditNo
     tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
     if slots == "graph":
         tensors |= adapter.rule_tensors()
+    tensors |= head or {}
     write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+
+
+def head_tensors(adapter: Adapter, sources: Mapping[str, WeightSource], defaults: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The head's initializers with an adapter's values, as the graph multiplies by them; the ``defaults`` where it has no head."""
+    if not adapter.head:
+        return dict(defaults)
+    tensors = {}
+    for name, source in sources.items():
+        value = adapter.head[source.parameter]
+        tensors[name] = np.ascontiguousarray((value.T if source.transpose else value).astype(defaults[name].dtype))
+    return tensors
 
 
 def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -178,7 +210,10 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         parity_budget={},
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
-        padding="none" if any(node.op_type == ATTENTION for node in graph.graph) else "left",
+        padding="right" if parts.labels else "none" if any(node.op_type == ATTENTION for node in graph.graph) else "left",
+        task=TEXT_CLASSIFICATION if parts.labels else TEXT_GENERATION,
+        labels=parts.labels,
+        head=dict(parts.head),
     )
     budget = budget_for(manifest)
     manifest = replace(manifest, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta})
@@ -187,6 +222,8 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
 
 
 def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
+    if parts.labels:
+        return "onnxruntime-genai generates text, and a classifier is no decoder"
     if parts.genai_config:
         return keep_genai_config(folder, parts.genai_config, slots=parts.slots)
     return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
@@ -202,14 +239,14 @@ def gate(
     quantization's own advice.
     """
     from reft_export.parity import check, with_float_activations
-    from runtimes.ort_session import OrtSession
+    from runtimes.device_session import ort_session
 
     bundle = open_bundle(folder)
     rungs: list[Rung] = list(stepped)
     if exact is not None:
         with with_float_activations(bundle) as changed:
             rungs += check(changed, exact, float_label(bundle.manifest.quantization))
-    shipped = check_golden(bundle, OrtSession(bundle)).rungs
+    shipped = check_golden(bundle, ort_session(bundle)).rungs
     if bundle.manifest.quantization is not None:
         shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
     rungs += shipped

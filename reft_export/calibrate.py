@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calibration.activations import ACTIVATION_OF
 from calibration.collect import collect, expose_inputs, product_inputs
@@ -25,12 +26,14 @@ from reft_export.calibration_report import write_report
 from reft_export.dequantized import expert_matrices
 from reft_export.model_folder import fingerprint
 from reft_export.parity import check_fingerprint
+from reft_export.training.classifier_data import load_labelled
 from reft_export.training.data import iter_examples
 from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle, CalibrationRecord
+from runtimes.device_session import ort_session
 from runtimes.errors import CalibrationError, InputError
 from runtimes.hashes import sha256_of
-from runtimes.ort_session import OrtSession
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +146,15 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
     folder = base_folder(model)
     check_fingerprint(bundle, fingerprint(folder), folder.resolve().name, model)
     tokenizer = load_tokenizer(folder)
-    room = bundle.manifest.model.context_length - request.decode_tokens
+    classifies = bundle.manifest.task == TEXT_CLASSIFICATION
+    decode_tokens = 0 if classifies else request.decode_tokens
+    room = bundle.manifest.model.context_length - decode_tokens
 
-    def prompts() -> Iterator[tuple[int, ...]]:
+    def prompts() -> Iterator[Any]:
+        if classifies:
+            labelled = load_labelled(request.data, tokenizer, bundle.manifest.labels, max_length=room)
+            yield from (example.text for example in labelled.examples)
+            return
         for example in iter_examples(request.data, tokenizer, max_length=room):
             yield example.input_ids[: example.prompt_length]
 
@@ -160,7 +169,7 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
         graph=bundle.digest,
         adapters={name: banks_digest(bundle, name) for name in asked},
         data=sha256_of(request.data),
-        decode_tokens=request.decode_tokens,
+        decode_tokens=decode_tokens,
         sources=(BASE_GOLDEN, *asked),
         tensors=product_inputs(load_graph(bundle.graph_path), experts),
         prompts=count,
@@ -169,7 +178,7 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
     if collected.header.complete:
         return collected
     with variant(bundle, partial(expose_inputs, float_inputs=experts)) as exposed:
-        session = OrtSession(exposed)
+        session = ort_session(exposed)
         report(f"calibrating on {count} prompts: {', '.join(header.sources)}")
         update = getattr(report, "update", None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from reft_export.classifiers import check_head, with_head
 from runtimes.adapter import Adapter
 from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import AdapterError, InputError
@@ -40,10 +41,11 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """runtimes.edit.ACTIVATIONS in torch."""
 
 STREAM_MODULES = {
-    "attention_output": ("self_attn", "attn", "attention", "self_attention"),
-    "mlp_output": ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2"),
+    "attention_output": ("attention.output.dense", "self_attn", "attn", "attention", "self_attention"),
+    "mlp_output": ("output.dense", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2"),
 }
-"""What transformers' families call the module whose output is the stream. OPT has no mlp module: there it is fc2."""
+"""What transformers' families call the module whose output is the stream. OPT has no mlp module: there it is fc2. What BERT calls its
+attention and output modules contain the residual Add and the norm behind it: there it is their projections."""
 
 RESIDUAL_INSIDE = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptMLP": "down_proj"}
 """Modules that add the residual stream themselves, and the projection inside whose output is what they add."""
@@ -53,7 +55,7 @@ RESIDUAL_INSIDE = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptM
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks: the one outermost ModuleList of the text decoder that has num_hidden_layers entries.
+    """The list of blocks: the one outermost ModuleList of the text decoder, or encoder, that has num_hidden_layers entries.
 
     Raises InputError where there is none, or several.
     """
@@ -80,8 +82,8 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
     """The module whose input (block_input) or output (every other stream) is the site's stream.
 
     attention_output and mlp_output are what that module returns, before any norm, scale or residual addition that the
-    block applies to it (Gemma 2, OLMo 2, GLM 4 and Granite do). Raises InputError for a layer or module that does not
-    exist.
+    block applies to it (BERT and its kin, Gemma 2, OLMo 2, GLM 4 and Granite do). An encoder's block_output is what the whole layer
+    returns, behind its last norm. Raises InputError for a layer or module that does not exist.
     """
     layers = decoder_layers(model)
     if site.layer >= len(layers):
@@ -90,7 +92,8 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
     if site.stream in ("block_input", "block_output"):
         return block
     for name in STREAM_MODULES[site.stream]:
-        if isinstance(child := getattr(block, name, None), nn.Module):
+        with suppress(AttributeError):
+            child = block.get_submodule(name)
             return getattr(child, RESIDUAL_INSIDE.get(type(child).__name__, ""), child)
     known = ", ".join(name for name, _ in block.named_children())
     raise InputError(f"site {site}: {type(block).__name__} has no module for {site.stream} (its modules: {known}); use block_output")
@@ -265,9 +268,9 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
 
 @contextmanager
 def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
-    """``model`` with a trained adapter's folded edits switched on.
+    """``model`` with a trained adapter's folded edits, and with its classification head where it has one, switched on.
 
-    Raises AdapterError for an adapter of another depth or width. The fingerprint is the caller's to compare: a model in
+    Raises AdapterError for an adapter of another depth, width or head. The fingerprint is the caller's to compare: a model in
     memory may rightly differ from its checkpoint, for example by dequantized weights.
     """
     config = model.config.get_text_config()
@@ -280,9 +283,10 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
             f"the adapter was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); this base has "
             f"{has[0]} layers, width {has[1]}; use the base it was trained on"
         )
+    check_head(adapter, model)
     device = model.get_input_embeddings().weight.device
     edits = {site: edit_fn(each, model.dtype, device) for site, each in adapter.edits().items()}
-    with steer(model, edits, rule=adapter.positions, tied=adapter.tied) as steering:
+    with with_head(model, adapter.head), steer(model, edits, rule=adapter.positions, tied=adapter.tied) as steering:
         yield steering
 
 

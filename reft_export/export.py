@@ -25,6 +25,7 @@ from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.fuse import LEVELS, fuse
+from graph_passes.head import expose_head, head_defaults
 from reft_export.base import DTYPES, Base, load_base
 from reft_export.bundling import (
     TORCH_DTYPES,
@@ -34,19 +35,22 @@ from reft_export.bundling import (
     copy_tokenizer,
     finish_bundle,
     gate,
+    head_tensors,
     load_adapters,
     model_record,
     union_nodes,
     write_adapter,
 )
+from reft_export.classifiers import head_parameters
 from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
 from reft_export.exporters.dynamo import cache_shapes, export_dynamo
+from reft_export.exporters.dynamo_classifier import export_classifier
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.exporters.transformers import check_transformers, export_transformers
-from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from reft_export.golden import Inputs, Steerer, fp32_logits, inputs_of, record_golden
 from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter
 from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
@@ -55,6 +59,7 @@ from runtimes.errors import InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
 from runtimes.parity import ParityReport
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 EXPORTERS = ("dynamo", "builder", "optimum", "transformers")
@@ -134,6 +139,7 @@ def export_bundle(
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
+    _check_task(base, settings)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base)
     nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
@@ -163,9 +169,10 @@ def _assemble(
     """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     quantization = settings.weight_only
-    cache_shapes(base.model)  # refused before any work, whatever the route
+    if base.task == TEXT_GENERATION:
+        cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
-    inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+    inputs = inputs_of(base)
     exact = None if settings.precision == "fp32" else fp32_logits(base.model, inputs, steerers)
     base.model.to(DTYPES[TORCH_DTYPES[settings.float_type]])
     if quantization is None:
@@ -177,6 +184,8 @@ def _assemble(
     fuse(exported.model, level=settings.fuse)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(exported.model, nodes, slots=settings.slots)
+    head = expose_head(exported.model, exported.weights, head_parameters(base.model) if base.info.labels else ())
+    weights = {name: source for name, source in exported.weights.items() if name in exported.model.graph.initializers}
     errors: tuple[WeightError, ...] = ()
     if quantization is not None:
         report(f"quantizing weights to {settings.precision}")
@@ -185,10 +194,11 @@ def _assemble(
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")
         fresh = load_base(model)  # exporting rearranged the first one's weights
-        record_quantized(work / "golden", proof, fresh.model, exported.model, exported.weights, inputs, steerers, exact)
+        record_quantized(work / "golden", proof, fresh.model, exported.model, weights, inputs, steerers, exact)
 
     for name, adapter in adapters.items():
-        write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots)
+        own_head = head_tensors(adapter, head, head_defaults(exported.model, head))
+        write_adapter(work, name, adapter, nodes, precision=settings.float_type, slots=settings.slots, head=own_head)
     copy_tokenizer(base.folder, base.tokenizer, work)
     parts = BundleParts(
         model=record,
@@ -199,7 +209,9 @@ def _assemble(
         slots=settings.slots,
         nodes=nodes,
         adapters=tuple(adapters),
-        weights=exported.weights,
+        weights=weights,
+        labels=base.info.labels,
+        head=head,
     )
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     manifest = finish_bundle(work, exported.model, parts)
@@ -219,8 +231,17 @@ def check_exporter(exporter: str) -> None:
         check_transformers()
 
 
+def _check_task(base: Base, settings: ExportSettings) -> None:
+    """Raises InputError for what a classifier has no use for."""
+    if base.task == TEXT_CLASSIFICATION and (settings.exporter, settings.logits) != ("dynamo", "all"):
+        what = "--logits last" if settings.logits != "all" else f"--exporter {settings.exporter}"
+        raise InputError(f"{base.info.name} is a classifier, which {what} is not for; leave it out (dynamo, one row of logits a text)")
+
+
 def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     last = settings.logits == "last"
+    if base.task == TEXT_CLASSIFICATION:
+        return export_classifier(base.model, opset=settings.opset)
     if settings.exporter == "builder":
         return export_builder(base, scratch, precision=settings.float_type, last_logits=last)
     if settings.exporter == "optimum":
@@ -236,7 +257,7 @@ def record_quantized(
     model: PreTrainedModel,
     graph: ir.Model,
     sources: Mapping[str, WeightSource],
-    inputs: GoldenInputs,
+    inputs: Inputs,
     steerers: Mapping[str, Steerer],
     exact: Mapping[str, np.ndarray],
 ) -> None:

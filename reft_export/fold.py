@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from calibration.selection import quantized_weights
+from calibration.selection import quantized_weights, token_embedding
 from graph_passes.cache_shapes import fix_cache_shapes
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
+from graph_passes.encoder import is_classifier
 from graph_passes.external import load_graph, write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
+from graph_passes.head import expose_head, head_defaults, locate_head
 from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.streams import stream_type
 from reft_export.bundling import (
@@ -25,10 +27,12 @@ from reft_export.bundling import (
     copy_tokenizer,
     finish_bundle,
     gate,
+    head_tensors,
     load_adapters,
     union_nodes,
     write_adapter,
 )
+from reft_export.classifiers import longest_input
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from runtimes.adapter import Adapter
@@ -105,6 +109,7 @@ def fold_bundle(
                 f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
+    labels = _labels(decoder, source, adapters)
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {
         str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(decoder, {n.site for n in nodes}).items())
@@ -113,12 +118,16 @@ def fold_bundle(
     base, weights = None, {}
     if model is not None:
         base, record, weights = _known_base(model, decoder, source, adapters, record, report)
+    head_sources = _head_sources(decoder, adapters)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(decoder, nodes, slots=slots)
+    head = expose_head(decoder, head_sources, [source.parameter for source in head_sources.values()])
+    weights = {name: source for name, source in weights.items() if name in decoder.graph.initializers}
     with atomic_folder(output, force=force) as work:
         write_graph(decoder, work)
         for name, adapter in adapters.items():
-            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots)
+            own_head = head_tensors(adapter, head, head_defaults(decoder, head))
+            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots, head=own_head)
         copy_tokenizer(source.parent, None, work)
         if genai_config:
             copy_genai_files(source.parent, work, genai_config)
@@ -137,6 +146,8 @@ def fold_bundle(
             adapters=tuple(adapters),
             weights=weights,
             genai_config=genai_config,
+            labels=labels,
+            head=head,
         )
         finish_bundle(work, decoder, parts)
         parity = None
@@ -175,6 +186,45 @@ def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], prec
     give_back()
 
 
+def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> tuple[str, ...]:
+    """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
+
+    Raises AdapterError for an adapter of other labels.
+    """
+    if not is_classifier(model.graph):
+        if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
+            raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
+        return ()
+    count = next(v for v in model.graph.outputs if v.name == "logits").shape[-1]
+    named = read_json_object(source.parent / "config.json").get("id2label") or {}
+    if not isinstance(named, dict) or not all(str(key).isdigit() for key in named):
+        raise GraphError(f"{source.parent / 'config.json'}: id2label is no object from numbers to labels; correct the file")
+    labels = tuple(str(named[key]) for key in sorted(named, key=int))
+    trained = next((adapter.base.labels for adapter in adapters.values()), ())
+    labels = labels or trained or tuple(f"LABEL_{i}" for i in range(count))
+    for name, adapter in adapters.items():
+        if adapter.base.labels != labels or len(labels) != count:
+            raise AdapterError(
+                f"adapter {name} was trained on {adapter.base.name} with labels {', '.join(adapter.base.labels) or 'none'}; {source} has "
+                f"{count}: {', '.join(labels)}; pass the graph of the base it was trained on"
+            )
+    if len(labels) != count:
+        raise GraphError(f"{source.parent / 'config.json'} names {len(labels)} labels, and the graph has {count} logits; correct the file")
+    return labels
+
+
+def _head_sources(model: ir.Model, adapters: dict[str, Adapter]) -> dict[str, WeightSource]:
+    """Where the graph holds the head that adapters bring; empty where none brings one."""
+    heads = [{name: value.shape for name, value in adapter.head.items()} for adapter in adapters.values() if adapter.head]
+    if not heads:
+        return {}
+    if any(head != heads[0] for head in heads):
+        raise AdapterError("the adapters' heads have parameters of other names or shapes; fold adapters of one base")
+    last = Site(layer=survey_sites(model).layers - 1)
+    end = locate_sites(model, [last])[last].value
+    return locate_head(model, end, heads[0])
+
+
 def _source(graph: Path) -> Path:
     """The graph that is meant: of a folder that onnxruntime-genai opens, the decoder that its config names."""
     config = read_genai_config(graph) if graph.is_dir() else {}
@@ -197,14 +247,19 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     generation = read_json_object(folder / "generation_config.json")
     width = whole_number(config, "hidden_size") or _width(survey, adapters)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    context = _context(config) or DEFAULT_CONTEXT
+    if is_classifier(model.graph):
+        context = longest_input(str(config.get("model_type")), context, config.get("pad_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
-        vocab_size=vocabulary[-1],
+        vocab_size=int(config.get("vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
+        if is_classifier(model.graph)
+        else vocabulary[-1],
         hidden_size=width,
         num_hidden_layers=survey.layers,
-        context_length=_context(config) or DEFAULT_CONTEXT,
+        context_length=context,
         num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),

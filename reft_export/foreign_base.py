@@ -18,7 +18,7 @@ from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
 from reft_export.bundling import TORCH_DTYPES, Report, model_record
 from reft_export.exporters.weight_sources import find_weight_sources
-from reft_export.golden import Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from reft_export.golden import Steerer, fp32_logits, inputs_of, record_golden
 from reft_export.memory import give_back
 from reft_export.parity import RecordedBundle, check, check_same_base
 from runtimes.bundle import Bundle, ModelRecord, WeightSource
@@ -71,7 +71,7 @@ def known_model(record: ModelRecord, base: Base, *, context: int | None) -> Mode
 
 def record_reference(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str) -> None:
     """Golden arrays of the base and every adapter into ``folder``; afterwards the base has the float type ``precision``."""
-    inputs = golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+    inputs = inputs_of(base)
     exact = None if precision == "fp32" else fp32_logits(base.model, inputs, steerers)
     base.model.to(DTYPES[TORCH_DTYPES[precision]])
     record_golden(folder, base.model, inputs, steerers, fp32=exact)

@@ -11,6 +11,8 @@ One npz per name, "base" and every adapter; all rows right-padded:
     noise [2]                                where activations are quantized: see ``reference_noise``
     fp32_logits, fp32_base_logits [K, V]     adapters, unless the bundle is fp32 itself: of the float32 model before any
                                              quantization or rounding; delta parity is measured against these
+
+A classifier's are those of reft_export/golden_classifier.py: no positions, and no greedy tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_export.base import Base
 from reft_export.eager import Steering, greedy_tokens
+from reft_export.golden_classifier import ClassifierInputs, classifier_inputs, classifier_logits
 from runtimes.bundle import BASE_GOLDEN
 from runtimes.parity import compare
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 GREEDY_TOKENS = 64
 CONTINUATION = 12
@@ -57,6 +62,16 @@ class GoldenInputs:
     attention_mask: np.ndarray
     prompt_length: np.ndarray
     logit_positions: np.ndarray
+
+
+Inputs = GoldenInputs | ClassifierInputs
+
+
+def inputs_of(base: Base) -> Inputs:
+    """What ``base`` is recorded on: prompts with its continuation, or a classifier's texts."""
+    if base.task == TEXT_CLASSIFICATION:
+        return classifier_inputs(base.model, base.tokenizer)
+    return golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
 
 
 def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -107,8 +122,11 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def eager_logits(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None) -> np.ndarray:
-    """Logits [K, V] float32 at ``logit_positions``, from one full forward."""
+def eager_logits(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None = None) -> np.ndarray:
+    """Logits [K, V] float32 at ``logit_positions``, or [B, labels] of a classifier's texts, from one full forward."""
+    if isinstance(inputs, ClassifierInputs):
+        with steering_of(model, steerer):
+            return classifier_logits(model, inputs)
     mask = torch.from_numpy(inputs.attention_mask)
     device = next(model.parameters()).device
     with torch.no_grad(), steering_of(model, steerer) as handle:
@@ -124,7 +142,7 @@ def eager_logits(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer 
     return logits[rows, columns].float().cpu().numpy()
 
 
-def reference_noise(model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None, logits: np.ndarray) -> np.ndarray:
+def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None, logits: np.ndarray) -> np.ndarray:
     """[largest relative error, lowest top-1 agreement] of the model against itself, float32 [2], over NOISE_DRAWS of noise.
 
     The embeddings are multiplied by 1 + NOISE n, n normal: no more than the fp32 row of the budgets lets two right graphs differ by.
@@ -156,7 +174,7 @@ def eager_greedy(
 def record_golden(
     folder: Path,
     model: PreTrainedModel,
-    inputs: GoldenInputs,
+    inputs: Inputs,
     steerers: Mapping[str, Steerer],
     *,
     fp32: Mapping[str, np.ndarray] | None = None,
@@ -169,12 +187,14 @@ def record_golden(
     ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too.
     """
     folder.mkdir(exist_ok=True)
-    shared = {f: getattr(inputs, f) for f in GoldenInputs.__dataclass_fields__}
+    shared = {f: getattr(inputs, f) for f in inputs.__dataclass_fields__}
     base_logits = eager_logits(model, inputs)
     for name, steerer in {BASE_GOLDEN: None, **steerers}.items():
         if on_name:
             on_name(name)
-        arrays = dict(shared, greedy_tokens=eager_greedy(model, inputs, steerer, max_tokens=max_tokens))
+        arrays = dict(shared)
+        if isinstance(inputs, GoldenInputs):
+            arrays["greedy_tokens"] = eager_greedy(model, inputs, steerer, max_tokens=max_tokens)
         arrays["logits"] = base_logits if steerer is None else eager_logits(model, inputs, steerer)
         if noisy:
             arrays["noise"] = reference_noise(model, inputs, steerer, arrays["logits"])
@@ -185,7 +205,7 @@ def record_golden(
         np.savez_compressed(folder / f"{name}.npz", **arrays)
 
 
-def fp32_logits(model: PreTrainedModel, inputs: GoldenInputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:
+def fp32_logits(model: PreTrainedModel, inputs: Inputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:
     """Logits by name of the float32 model, for ``record_golden``'s delta references."""
     return {name: eager_logits(model, inputs, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
 

@@ -24,13 +24,15 @@ from reft_export.base import DTYPES, Base, load_base
 from reft_export.bundling import TORCH_DTYPES, float_label
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
-from reft_export.golden import GoldenInputs, Steerer, fp32_logits, golden_inputs, golden_prompts, record_golden
+from reft_export.golden import GoldenInputs, Inputs, Steerer, fp32_logits, inputs_of, record_golden
+from reft_export.golden_classifier import ClassifierInputs
 from reft_export.step_by_step import step_rungs
 from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.errors import AdapterError
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 Report = Callable[[str], None]
 
@@ -62,7 +64,7 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
         report(f"edit by edit: {name}")
         rungs += edit_rungs(bundle, name, bank_edits(bundle, name), kernel=kernel)
     steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-    inputs = stored_inputs(bundle) if bundle.golden_names else golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+    inputs = stored_inputs(bundle) if bundle.golden_names else inputs_of(base)
     quantized = bundle.manifest.quantization is not None
     exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
     for name in bundle.golden_names:
@@ -110,7 +112,7 @@ def check_fingerprint(bundle: Bundle, found: str, name: str, model: str) -> None
 def quantized_rungs(
     bundle: Bundle,
     base: Base,
-    inputs: GoldenInputs,
+    inputs: Inputs,
     steerers: Mapping[str, Steerer],
     exact: Mapping[str, np.ndarray] | None,
     *,
@@ -152,11 +154,11 @@ def check(
     kernel: str | None = None,
 ) -> list[Rung]:
     """``check_golden`` against arrays recorded just now, under the rung's name."""
-    from runtimes.ort_session import OrtSession
+    from runtimes.device_session import ort_session
 
     manifest = bundle.manifest if names is None else replace(bundle.manifest, adapters=tuple(n for n in names if n != BASE_GOLDEN))
     live = RecordedBundle(folder=bundle.folder, manifest=manifest, recorded=recorded)
-    session = OrtSession(live, provider=provider, kernel=kernel)
+    session = ort_session(live, provider=provider, kernel=kernel)
     return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session).rungs]
 
 
@@ -168,7 +170,8 @@ def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
         yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization))
 
 
-def stored_inputs(bundle: Bundle) -> GoldenInputs:
+def stored_inputs(bundle: Bundle) -> Inputs:
     """The inputs of the bundle's own golden arrays."""
     arrays = bundle.golden(BASE_GOLDEN)
-    return GoldenInputs(**{name: arrays[name] for name in GoldenInputs.__dataclass_fields__})
+    kind = ClassifierInputs if bundle.manifest.task == TEXT_CLASSIFICATION else GoldenInputs
+    return kind(**{name: arrays[name] for name in kind.__dataclass_fields__})

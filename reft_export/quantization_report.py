@@ -123,9 +123,9 @@ class QuantizationReport:
 
 def measure(name: str, bundle: Bundle, yardsticks: Yardsticks, reference: Answers | None = None) -> tuple[Variant, Answers]:
     """(the bundle's figures, its steered answers by adapter); ``reference``: the float bundle's answers, for ``agreement``."""
-    from runtimes.ort_session import OrtSession
+    from runtimes.device_session import ort_session
 
-    session, task = OrtSession(bundle), yardsticks.task
+    session, task = ort_session(bundle), yardsticks.task
     tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model) if task or yardsticks.text is not None else None
     answers: dict[str, Sequence[Sequence[int]]] = {}
     steering = []

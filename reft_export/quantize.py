@@ -27,7 +27,7 @@ from reft_export.golden import Steerer, fp32_logits
 from reft_export.memory import give_back
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
-from reft_export.refit import REMEDY, RefitSettings, plan_refit
+from reft_export.refit import REMEDY, RefitSettings, check_task, plan_refit
 from reft_export.step_by_step import step_rungs
 from reft_export.swap import refit_in
 from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
@@ -73,6 +73,7 @@ def quantize_bundle(
     """
     check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     opened = open_bundle(source)
+    check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks())
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
     check_bundle(opened, settings, calibration)
@@ -240,5 +241,7 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         adapters=plan.bundle.adapter_names,
         weights=m.weights,
         genai_config=_own_config(plan.bundle),
+        labels=m.labels,
+        head=m.head,
     )
     return finish_bundle(work, graph, parts)

@@ -44,6 +44,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import AdapterError, CalibrationError, InputError
 from runtimes.folders import check_destination
 from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 OBJECTIVES = ("teacher", "data")
 REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
@@ -114,6 +115,14 @@ class RefitPlan:
         for name, adapter in changed.items():
             save_adapter(adapter, self.folders[name], force=force)
         return {name: self.folders[name] for name in changed}
+
+
+def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:
+    """Raises CalibrationError where a classifier is asked for what only decoders have."""
+    if bundle.manifest.task == TEXT_CLASSIFICATION and (refit or generates):
+        what = "--refit trains adapters on completions" if refit else "--perplexity and --checker read generated text"
+        advice = "train on its weights with `reft-export train --base`" if refit else "leave them out"
+        raise CalibrationError(f"{what}, and {bundle.folder} is a classifier; {advice}")
 
 
 def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path, *, force: bool) -> RefitPlan:

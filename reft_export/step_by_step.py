@@ -11,9 +11,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from calibration.activations import ActivationQuantization
 from calibration.products import activation_quantization, expose_quantized_inputs, quantized_inputs
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize, linears_of
-from reft_export.golden import GoldenInputs, Steerer, steering_of
+from reft_export.golden import Inputs, Steerer, steering_of
+from reft_export.golden_classifier import ClassifierInputs, model_inputs
 from reft_export.memory import give_back
 from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle
-from runtimes.ort_session import OrtSession, to_float32
+from runtimes.device_session import ort_session
+from runtimes.ort_session import to_float32
 from runtimes.parity import BUDGETS, Rung, compare, judge
 
 NUDGE = 1e-4
@@ -37,7 +40,7 @@ NUDGE = 1e-4
 def step_rungs(
     bundle: Bundle,
     model_of: Callable[[], PreTrainedModel],
-    inputs: GoldenInputs,
+    inputs: Inputs,
     steerers: Mapping[str, Steerer],
     *,
     provider: str = "cpu",
@@ -62,24 +65,51 @@ def step_rungs(
         return rungs
 
 
-def _rows(inputs: GoldenInputs) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(number, tokens [1, S], prompt length) of each row, alone and so without pads."""
-    for row, (ids, mask) in enumerate(zip(inputs.input_ids, inputs.attention_mask, strict=True)):
-        yield row, ids[mask > 0][None], int(inputs.prompt_length[row])
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Row:
+    """One row of the golden inputs, alone and so without pads; ``types``: a classifier's token types, None of a decoder."""
+
+    number: int
+    ids: np.ndarray
+    prompt_length: int
+    types: np.ndarray | None
+
+    def run(self, session: Any) -> Any:
+        ones = np.ones_like(self.ids)
+        if self.types is not None:
+            return session.classify(self.ids, ones, self.types)
+        return session.step(self.ids, ones, prompt_length=np.array([self.prompt_length]))
+
+    def eager(self, model: PreTrainedModel) -> torch.Tensor:
+        """Logits [positions, V], or [1, labels] of a classifier."""
+        ids = torch.from_numpy(self.ids)
+        if self.types is not None:
+            return model(**model_inputs(model, ids, torch.ones_like(ids), torch.from_numpy(self.types))).logits
+        return model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits[0]
+
+
+def _rows(inputs: Inputs) -> Iterator[_Row]:
+    classifies = isinstance(inputs, ClassifierInputs)
+    for number, real in enumerate(inputs.attention_mask > 0):
+        ids = inputs.input_ids[number][real][None]
+        types = inputs.token_type_ids[number][real][None] if classifies else None
+        length = ids.shape[1] if classifies else int(inputs.prompt_length[number])
+        yield _Row(number=number, ids=ids, prompt_length=length, types=types)
 
 
 def _run_graph(
-    bundle: Bundle, inputs: GoldenInputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None
+    bundle: Bundle, inputs: Inputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None
 ) -> None:
     """<folder>/<name>.<row>.npz: the graph's logits and quantized inputs, one full forward a row."""
     with variant(bundle, expose_quantized_inputs) as exposed:
-        session = OrtSession(exposed, provider=provider, kernel=kernel)
+        session = ort_session(exposed, provider=provider, kernel=kernel)
         for name in names:
             session.set_adapter(None if name == BASE_GOLDEN else name)
-            for row, ids, length in _rows(inputs):
-                output = session.step(ids, np.ones_like(ids), prompt_length=np.array([length]))
+            for row in _rows(inputs):
+                output = row.run(session)
                 inputs_read = {value: to_float32(output.outputs[value]) for value in values}
-                np.savez(folder / f"{name}.{row}.npz", logits=output.logits[0], **inputs_read)
+                logits = output.logits if row.types is not None else output.logits[0]
+                np.savez(folder / f"{name}.{row.number}.npz", logits=logits, **inputs_read)
 
 
 def _hold(
@@ -87,7 +117,7 @@ def _hold(
     model: PreTrainedModel,
     name: str,
     steerer: Steerer | None,
-    inputs: GoldenInputs,
+    inputs: Inputs,
     how: Mapping[str, ActivationQuantization],
     shown: Mapping[str, tuple[str, ...]],
     folder: Path,
@@ -95,15 +125,14 @@ def _hold(
     """The rung of one name; inputs that are not what the formula gives make its errors infinite."""
     wrong: dict[str, int] = {}
     ours, theirs = [], []
-    for row, ids, length in _rows(inputs):
-        with np.load(folder / f"{name}.{row}.npz") as seen:
+    for row in _rows(inputs):
+        with np.load(folder / f"{name}.{row.number}.npz") as seen:
             restored = {weight: how[weight].restore(*(seen[value] for value in values)) for weight, values in shown.items()}
             theirs.append(seen["logits"])
         with torch.no_grad(), steering_of(model, steerer) as steering, _following(model, bundle, how, restored, wrong):
             if steering is not None:
-                steering.prompt_length = [length]
-            positions = torch.arange(ids.shape[1])[None]
-            logits = model(input_ids=torch.from_numpy(ids), position_ids=positions, use_cache=False).logits[0]
+                steering.prompt_length = [row.prompt_length]
+            logits = row.eager(model)
         ours.append(logits[-len(theirs[-1]) :].float().numpy())
     figures, note = compare(np.concatenate(theirs), np.concatenate(ours)), ""
     if wrong:

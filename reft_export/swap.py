@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from graph_passes.external import load_graph
+from graph_passes.head import head_defaults
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, gate, load_adapters, write_adapter
+from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, gate, head_tensors, load_adapters, write_adapter
 from reft_export.eager import steered
 from reft_export.export import ExportResult, check_structure, record_quantized
 from reft_export.golden import fp32_logits
 from reft_export.parity import check_same_base, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
-from reft_export.refit import REMEDY, RefitPlan, RefitSettings, Refitted, plan_refit, refit_adapters
+from reft_export.refit import REMEDY, RefitPlan, RefitSettings, Refitted, check_task, plan_refit, refit_adapters
 from runtimes.adapter import Adapter
 from runtimes.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
 from runtimes.errors import AdapterError, CalibrationError
@@ -55,6 +56,7 @@ def swap_bundle(
         raise CalibrationError(
             f"{source} is a float bundle: adapters get into it with `reft-export export`, and are trained with `reft-export train`"
         )
+    check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks())
     plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
     given = {} if refit else load_adapters(list(adapters))
     for name, adapter in given.items():
@@ -137,15 +139,15 @@ def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], ex
     quantizes them. Raises AdapterError for an adapter that needs an edit node which the graph lacks.
     """
     bundle = open_bundle(work)
-    m = bundle.manifest
+    m, graph = bundle.manifest, load_graph(bundle.graph_path)
     for name, adapter in adapters.items():
-        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots)
+        head = head_tensors(adapter, m.head, head_defaults(graph, m.head))
+        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
     steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
     steerers |= {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     base.model.to(DTYPES[TORCH_DTYPES[m.precision]])
     with tempfile.TemporaryDirectory() as recorded:
-        graph, inputs = load_graph(bundle.graph_path), stored_inputs(bundle)
-        record_quantized(Path(recorded), proof, base.model, graph, m.weights, inputs, steerers, exact)
+        record_quantized(Path(recorded), proof, base.model, graph, m.weights, stored_inputs(bundle), steerers, exact)
         for name in adapters:
             shutil.copyfile(Path(recorded) / f"{name}.npz", work / "golden" / f"{name}.npz")
     manifest = replace(m, adapters=tuple(dict.fromkeys((*m.adapters, *adapters))))

@@ -38,6 +38,8 @@ FORMAT = "reft-export adapter"
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
+HEAD = "head."
+"""What the names of a classification head's tensors begin with."""
 
 PARAMETERS = {
     "loreft": ("R", "W", "b"),
@@ -58,12 +60,13 @@ ACTIVATED_METHODS = ("loreft", "noreft", "direft")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint."""
+    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint. ``labels``: a classifier's, else none."""
 
     name: str
     fingerprint: str
     num_hidden_layers: int
     hidden_size: int
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,6 +88,8 @@ class Adapter:
     """Digest of the bundle whose dequantized weights it was trained on, if it was."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Data and settings it was trained with; provenance only."""
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """A classifier's head that was trained with the edit, by the base's parameter names; empty: the base's own."""
 
     def __post_init__(self) -> None:
         if self.method not in PARAMETERS:
@@ -108,6 +113,14 @@ class Adapter:
         if not self.tied and not (self.positions.first and self.positions.last):
             raise AdapterError(f"an untied adapter needs a prefix and a suffix (f<n>+l<n>); its positions are {self.positions}")
         self._check_tensors()
+        self._check_head()
+
+    def _check_head(self) -> None:
+        if self.head and not self.base.labels:
+            raise AdapterError(f"the adapter holds a classification head, and its base {self.base.name} has no labels")
+        for key, value in self.head.items():
+            if value.dtype != np.float32 or not np.isfinite(value).all():
+                raise AdapterError(f"{HEAD}{key} is {value.dtype}, expected finite float32; the file is damaged or its training diverged")
 
     def _check_tensors(self) -> None:
         expected = {self._key(site, group, p) for site in self.sites for group in self.groups for p in PARAMETERS[self.method]}
@@ -139,10 +152,15 @@ class Adapter:
     def digest(self) -> str:
         """sha256 over the method and the trained parameters."""
         digest = hashlib.sha256(self.method.encode())
-        for name in sorted(self.tensors):
+        stored = self.stored()
+        for name in sorted(stored):
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.tensors[name]).tobytes())
+            digest.update(np.ascontiguousarray(stored[name]).tobytes())
         return digest.hexdigest()
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """Every tensor of the adapter's file: the edits' parameters, and the head's as ``head.<parameter name>``."""
+        return {**self.tensors, **{f"{HEAD}{name}": value for name, value in self.head.items()}}
 
     def edits(self) -> dict[Site, tuple[Edit, ...]]:
         """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""
@@ -238,6 +256,8 @@ class _Config:
     base: BaseModel
     trained_on: str | None
     training: dict[str, Any]
+    head: tuple[str, ...] = ()
+    """Parameter names of the head, in the order in which they are applied."""
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None:
@@ -257,10 +277,11 @@ def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None
         base=adapter.base,
         trained_on=adapter.trained_on,
         training=dict(adapter.training),
+        head=tuple(adapter.head),
     )
     with atomic_folder(folder, force=force) as work:
         (work / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
-        save_file({k: np.ascontiguousarray(v) for k, v in adapter.tensors.items()}, work / TENSOR_FILE)
+        save_file({k: np.ascontiguousarray(v) for k, v in adapter.stored().items()}, work / TENSOR_FILE)
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -285,6 +306,9 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(folder / TENSOR_FILE)
     except (SafetensorError, OSError) as e:
         raise AdapterError(f"{folder / TENSOR_FILE} is damaged: {e}") from None
+    if missing := [name for name in config.head if f"{HEAD}{name}" not in tensors]:
+        raise AdapterError(f"{folder / TENSOR_FILE} lacks {HEAD}{missing[0]}, which {CONFIG_FILE} names; copy the adapter again")
+    head = {name: tensors.pop(f"{HEAD}{name}") for name in config.head}
     try:
         return Adapter(
             method=config.method,
@@ -299,6 +323,7 @@ def load_adapter(folder: Path) -> Adapter:
             trained_on=config.trained_on,
             training=config.training,
             tensors=tensors,
+            head=head,
         )
     except ReftError as e:
         raise AdapterError(f"{folder}: {e}") from None

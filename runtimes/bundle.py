@@ -1,4 +1,4 @@
-"""The bundle folder: everything a device needs to run a steered decoder, and nothing else.
+"""The bundle folder: everything a device needs to run a steered decoder or classifier, and nothing else.
 
     manifest.json                 Manifest below, with the sha256 of every other hashed file
     model.onnx, model.onnx.data   the folded graph
@@ -29,6 +29,7 @@ from runtimes.hashes import sha256_of
 from runtimes.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.positions import PositionRule
 from runtimes.records import RecordError, from_json, parse_json, to_json
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -160,7 +161,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input."""
+    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of runtimes/tasks.py."""
 
     schema_version: int = SCHEMA_VERSION
     op_version: int = OP_VERSION
@@ -183,7 +184,13 @@ class Manifest:
     genai: str
     """"supported", or why stock onnxruntime-genai cannot open this folder."""
     padding: str = "left"
-    """Where pads may stand in a batch of rows of unequal length: left, or none (GroupQueryAttention takes a row's cache as full)."""
+    """Where pads may stand in a batch of rows of unequal length: left, or none (GroupQueryAttention takes a row's cache as full); a
+    classifier's stand on the right."""
+    task: str = TEXT_GENERATION
+    labels: tuple[str, ...] = ()
+    """A classifier's, in the order of its logits."""
+    head: dict[str, WeightSource] = field(default_factory=dict)
+    """A classifier's overridable initializers reft.head.* -> the parameter each came from; adapters carry every one."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
 
@@ -303,6 +310,8 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder / MANIFEST_FILE}: {e}") from None
     if manifest.op_version != OP_VERSION:
         raise BundleError(f"{folder}: op version {manifest.op_version}; this version runs {OP_VERSION}; export again")
+    if manifest.task not in (TEXT_GENERATION, TEXT_CLASSIFICATION) or (manifest.task == TEXT_CLASSIFICATION) != bool(manifest.labels):
+        raise BundleError(f"{folder / MANIFEST_FILE}: task {manifest.task!r} with {len(manifest.labels)} labels is unknown; export again")
     expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
     unlisted = sorted(expected - set(manifest.files))
     if unlisted or len(set(nodes)) != len(nodes):

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.engine import Engine, is_engine, open_engine
 from runtimes.errors import InputError
 from runtimes.generate import Session
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:
@@ -41,9 +43,18 @@ def open_session(
     if provider == "tensorrt-rtx" or kernel in ("plugin", "expanded"):
         option = "--provider tensorrt-rtx" if provider == "tensorrt-rtx" else f"--kernel {kernel}"
         raise InputError(f"{option} is an engine's; {artifact.folder} is a bundle: make one of it with `reft-export build`")
+    yield ort_session(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
+
+
+def ort_session(bundle: Bundle, **options: Any) -> Any:
+    """An OrtSession over a decoder's bundle, an OrtClassifier over a classifier's; ``options`` as theirs."""
+    if bundle.manifest.task == TEXT_CLASSIFICATION:
+        from runtimes.ort_classifier import OrtClassifier
+
+        return OrtClassifier(bundle, **options)
     from runtimes.ort_session import OrtSession
 
-    yield OrtSession(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
+    return OrtSession(bundle, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

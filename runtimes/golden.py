@@ -11,7 +11,7 @@ Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
     greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
 
 Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
-that they say what quantization left of the steering.
+that they say what quantization left of the steering. A classifier's arrays are those of runtimes/golden_classifier.py.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.engine import Engine
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
+from runtimes.golden_classifier import ClassifierGolden, check_classifier, classifier_figures
 from runtimes.parity import Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
 
     For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
-    chunked prefill, single rows, left and right padding, all against the same eager full forward. A graph that cannot share a batch
+    chunked prefill, single rows, left and right padding, all against the same eager full forward; of a classifier, single texts and
+    padded batches. A graph that cannot share a batch
     between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
     Leaves the session's adapter as it was.
     Raises BundleError where there are no golden arrays.
@@ -44,11 +47,14 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     if unchecked := [name for name in wanted if name not in bundle.golden_names]:
         raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model")
     budget, active = budget_for(bundle.manifest), session.adapter
+    read, check_one = _Golden.read, _check_one
+    if bundle.manifest.task == TEXT_CLASSIFICATION:
+        read, check_one = ClassifierGolden.read, check_classifier
     rungs: list[Rung] = []
     try:
         for name in wanted:
-            golden = _Golden.read(bundle, name)
-            rungs += _check_one(session, golden if frozen is None else replace(golden, steering=None), budget)
+            golden = read(bundle, name)
+            rungs += check_one(session, golden if frozen is None else replace(golden, steering=None), budget)
     finally:
         session.set_adapter(active)
     return ParityReport(rungs=tuple(rungs))
@@ -59,6 +65,8 @@ def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figur
 
     For an adapter that was refitted, the float32 model is steered by the one it was refitted from. Leaves the session on ``name``.
     """
+    if bundle.manifest.task == TEXT_CLASSIFICATION:
+        return classifier_figures(session, ClassifierGolden.read(bundle, name))
     golden = _Golden.read(bundle, name)
     layout = _Layout(chunk=1 if bundle.manifest.logits == "last" else None, alone=padding_of(session) == "none")
     session.set_adapter(name)

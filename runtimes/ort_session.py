@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -58,8 +59,8 @@ class Past:
     prompt_length: np.ndarray
 
 
-class OrtSession:
-    """One onnxruntime session over a bundle's graph.
+class OrtGraph:
+    """One onnxruntime session over a bundle's graph, and the adapter that is active in it.
 
     ``kernel``: "fused" (the op library; BackendUnavailable without one), "function" (the body in the graph), None: fused where
     a library is found. ``library`` names one; by default the installed package's own. ``threads``: None leaves it to onnxruntime.
@@ -86,8 +87,7 @@ class OrtSession:
         self._session = _load(bundle, provider, threads, self.library)
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._cache_inputs = [name for name in self._inputs if name.startswith("past_key_values.")]
-        _check_contract(bundle, self._inputs, self._outputs)
+        self._check_contract()
         self._taken = {*self._inputs, *(i.name for i in self._session.get_overridable_initializers())}
         # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
         # adapter without a word: there the adapter's tensors are bound as inputs.
@@ -103,10 +103,9 @@ class OrtSession:
     def kernel(self) -> str:
         return "fused" if self.library else "function"
 
-    @property
-    def takes_position_ids(self) -> bool:
-        """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
-        return "position_ids" in self._inputs
+    def _check_contract(self) -> None:
+        """Raises GraphError where the graph's inputs and outputs are not those of the task."""
+        raise NotImplementedError
 
     def set_adapter(self, name: str | None) -> None:
         """Every later step is steered by this adapter of the bundle; None is the base. Loads each adapter once.
@@ -124,6 +123,42 @@ class OrtSession:
         elif placement is not None:
             run_options.add_active_adapter(self._adapters[name])
         self.adapter, self._placement, self._run_options, self._binding = name, placement, run_options, binding
+
+    def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Every output by name; raises ReftError with onnxruntime's own reason."""
+        try:
+            return self._outputs_of(feeds)
+        except Exception as e:  # onnxruntime's own exceptions share no base
+            steering = f" with adapter {self.adapter}" if self.adapter else ""
+            raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
+
+    def _outputs_of(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        if self._binding is None:
+            values = self._session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
+        else:
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
+            self._session.run_with_iobinding(self._binding)
+            values = self._binding.get_outputs()
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OrtSession(OrtGraph):
+    """A decoder's session; arguments as OrtGraph's."""
+
+    @property
+    def takes_position_ids(self) -> bool:
+        """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
+        return "position_ids" in self._inputs
+
+    @cached_property
+    def _cache_inputs(self) -> list[str]:
+        return [name for name in self._inputs if name.startswith("past_key_values.")]
+
+    def _check_contract(self) -> None:
+        _check_contract(self.bundle, self._inputs, self._outputs)
 
     def step(
         self,
@@ -152,27 +187,11 @@ class OrtSession:
         arrays = step_inputs(self._taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         feeds |= self._empty_past(batch) if past is None else past.values
-        try:
-            outputs = self._run(feeds)
-        except Exception as e:  # onnxruntime's own exceptions share no base
-            steering = f" with adapter {self.adapter}" if self.adapter else ""
-            raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
+        outputs = self._run(feeds)
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
         new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
         logits = to_float32(outputs["logits"])
         return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past, outputs=outputs)
-
-    def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        if self._binding is None:
-            values = self._session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
-        else:
-            for name, value in feeds.items():
-                self._binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
-            self._session.run_with_iobinding(self._binding)
-            values = self._binding.get_outputs()
-        return dict(zip(self._outputs, values, strict=True))
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {name: _empty(self._inputs[name], batch) for name in self._cache_inputs}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from runtimes.encoded_text import EncodedText
 from runtimes.errors import BundleError, InputError
 from runtimes.records import parse_json
 
@@ -78,6 +79,11 @@ class Tokenizer:
         Which tokens are added is said by tokenizer.json alone: beside that file, transformers 5 ignores the config's add_bos_token.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_text(self, text: str, pair: str | None = None) -> EncodedText:
+        """A classifier's text, or pair of texts, with the special tokens that frame them."""
+        encoding = self.backend.encode(text, pair)
+        return EncodedText(ids=tuple(encoding.ids), types=tuple(encoding.type_ids))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_export.cli.console import err, guarded, out, print_json, print_table, size
-from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_session_options
+from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_session_options, refuse_given
 
 if TYPE_CHECKING:
+    from runtimes.bench import BenchResult
+    from runtimes.bench_classifier import ClassifierBench
     from runtimes.bundle import Bundle
 
 
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     adapter: Annotated[list[str] | None, typer.Option("--adapter", "-a", help="Only these adapters; default: all.")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 128,
@@ -32,14 +35,19 @@ def bench(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure time to first token, tokens per second and peak memory, and what steering costs over the base."""
+    """Measure time to first token, tokens per second and peak memory, and what steering costs over the base.
+
+    Of a classifier: the time of one forward pass over --prompt-tokens tokens.
+    """
     from contextlib import ExitStack
 
     from runtimes.bench import BASE
     from runtimes.bench import bench as measure
+    from runtimes.bench_classifier import bench_classifier
     from runtimes.device_session import open_artifact, open_session
     from runtimes.engine import Engine
     from runtimes.errors import InputError
+    from runtimes.tasks import TEXT_CLASSIFICATION
 
     check_session_options(provider, kernel)
     opened = open_artifact(bundle)
@@ -52,6 +60,18 @@ def bench(
     if op:
         _bench_op(opened, adapter, as_json)
         return
+    if opened.manifest.task == TEXT_CLASSIFICATION:
+        refuse_given(context, ("new_tokens",), f"for text generation, and {bundle} is a classifier")
+        with err.status("measuring") as status, ExitStack() as sessions:
+            result = bench_classifier(
+                lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
+                tokens=prompt_tokens,
+                repeats=repeats,
+                adapters=adapter,
+                on_run=lambda done, total: status.update(f"measuring {done}/{total}"),
+            )
+        _show(result, f"{result.model}, {result.provider}, {result.kernel}: one text of {prompt_tokens} tokens, {repeats} pairs", as_json)
+        return
     with err.status("measuring") as status, ExitStack() as sessions:
         result = measure(
             lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
@@ -62,10 +82,14 @@ def bench(
             base=frozen or BASE,  # a frozen adapter is all that its engine runs
             on_run=lambda done, total: status.update(f"measuring {done}/{total}"),
         )
+    title = f"{result.model}, {result.provider}, {result.kernel}: {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} pairs"
+    _show(result, title, as_json)
+
+
+def _show(result: BenchResult | ClassifierBench, title: str, as_json: bool) -> None:
     if as_json:
         typer.echo(result.to_json())
         return
-    title = f"{result.model}, {result.provider}, {result.kernel}: {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} pairs"
     print_table(title, result.HEADER, result.rows())
     memory = "unknown" if result.peak_memory is None else size(result.peak_memory)
     out.print(f"loaded in {result.load_seconds:.2f} s, peak memory of the process {memory}")

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def fold(
-    graph: Annotated[Path, typer.Argument(help="An ONNX decoder with a KV cache: the file or its folder, TensorRT-Edge-LLM's too.")],
+    graph: Annotated[Path, typer.Argument(help="An ONNX decoder with a KV cache, or an encoder classifier: the file or its folder.")],
     output: Output,
     adapters: Adapters = None,
     model: Annotated[
@@ -40,7 +40,10 @@ def fold(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold adapters into an ONNX decoder that you already have; the input is never written to."""
+    """Fold adapters into an ONNX decoder, or classifier, that you already have; the input is never written to.
+
+    TensorRT-Edge-LLM's exports stay what they are.
+    """
     from reft_export.fold import fold_bundle
     from reft_export.fold_edge import EdgeFoldResult
     from runtimes.errors import ParityError

@@ -70,15 +70,18 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         row = {"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
         adapters.append(row | {"trained on": (r.trained_on or "the base")[:12]})
     q = m.quantization
+    head = {"head": f"{len(m.head)} parameters that adapters bring: {', '.join(m.head)}"} if m.head else {}
     return {
         "bundle": str(path),
         "digest": bundle.digest,
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
+        "task": m.task if not m.labels else f"{m.task}: {', '.join(m.labels)}",
         "fingerprint": m.model.fingerprint or "unknown: folded from a foreign graph",
         "context": m.model.context_length,
         "precision": m.precision,
         "quantization": "none" if q is None else quantization(q),
         "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}",
+        **head,
         "genai": m.genai,
         "golden": list(bundle.golden_names),
         "parity budget": to_json(m.parity_budget),
@@ -175,9 +178,10 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
         "trained on": a.trained_on or "the base's own weights",
         "sites": [str(s) for s in a.sites],
         "parameters": sum(t.size for t in a.tensors.values()),
+        **({"labels": list(a.base.labels), "head": sum(t.size for t in a.head.values()) or "the base's"} if a.base.labels else {}),
         "training": ", ".join(f"{k} {v}" for k, v in a.training.items() if not isinstance(v, dict)),
         "tensors": [
-            {"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.tensors.items()
+            {"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.stored().items()
         ],
     }
 
@@ -214,9 +218,10 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 
 
 def inspect_banks(path: Path) -> dict[str, Any]:
+    from runtimes.op import RULE_DEFAULTS
     from runtimes.ort_adapter_file import read_onnx_adapter
 
     tensors = read_onnx_adapter(path)
-    rows = [{"tensor": k, "dtype": v.dtype.name, "shape": list(v.shape)} for k, v in sorted(tensors.items()) if v.ndim > 1]
-    rules = {k: v.tolist() for k, v in sorted(tensors.items()) if v.ndim == 1}
+    rules = {k: v.tolist() for k, v in sorted(tensors.items()) if k in RULE_DEFAULTS}
+    rows = [{"tensor": k, "dtype": v.dtype.name, "shape": list(v.shape)} for k, v in sorted(tensors.items()) if k not in rules]
     return {"adapter file": str(path), "rules": rules, "banks": rows}

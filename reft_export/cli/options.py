@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -66,3 +67,12 @@ def given(context: typer.Context, name: str) -> bool:
     """Whether the user wrote the option, by its parameter's name; a default says nothing about what was meant."""
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raises InputError for the first of the options, by parameter name, that the user wrote: "--x is <reason>"."""
+    from runtimes.errors import InputError
+
+    for name in names:
+        if given(context, name):
+            raise InputError(f"--{name.replace('_', '-')} is {reason}; leave it out")

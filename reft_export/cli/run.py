@@ -9,8 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from reft_export.cli.classify import classify, given_texts, read_texts
 from reft_export.cli.console import err, escape, guarded
-from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options
+from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
+
+GENERATION = (
+    "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
+)  # fmt: skip
+"""Parameters that mean nothing for a classifier."""
 
 
 def register(app: typer.Typer) -> None:
@@ -18,11 +24,18 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="JSONL with a `prompt` or chat `messages` a line; - is stdin. Answers are JSONL on stdout."),
+        typer.Option(
+            "--prompts",
+            help="JSONL with a `prompt` or chat `messages` a line, of a classifier `text` and `text_pair`; - is stdin. Answers are JSONL.",
+        ),
+    ] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option("--pair", help="Of a classifier: the second text of a pair; repeat with --prompt.")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter of the bundle; default: none, the base.")] = None,
     provider: Provider = None,
@@ -46,17 +59,31 @@ def run(
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answers as JSONL on stdout.")] = False,
 ) -> None:
-    """Answer prompts with a bundle in onnxruntime or an engine in TensorRT, steered by an adapter or not."""
+    """Answer prompts with a bundle in onnxruntime or an engine in TensorRT, steered by an adapter or not.
+
+    A classifier says the label of each text, and the probabilities of all labels.
+    """
     from runtimes.chat import ChatTemplate
     from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings, generate
+    from runtimes.tasks import TEXT_CLASSIFICATION
     from runtimes.tokenizer import Tokenizer
 
     check_session_options(provider, kernel)
     check_choice("--chat", chat, ("auto", "always", "never"))
     if bool(prompt) == bool(prompts):
         raise InputError("give either --prompt TEXT (-p) or --prompts FILE.jsonl")
+    opened = open_artifact(bundle, verify=verify)
+    if adapter is not None:
+        opened.adapter(adapter)
+    if opened.manifest.task == TEXT_CLASSIFICATION:
+        refuse_given(context, GENERATION, f"for text generation, and {bundle} is a classifier")
+        texts = read_texts(prompts) if prompts else given_texts(prompt, pair)
+        with open_session(opened, provider=provider, kernel=kernel, threads=threads, adapter=adapter) as session:
+            classify(session, texts, batch_size=batch_size, as_json=bool(prompts) or as_json)
+        return
+    refuse_given(context, ("pair",), f"a classifier's, and {bundle} generates text")
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -66,9 +93,6 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    opened = open_artifact(bundle, verify=verify)
-    if adapter is not None:
-        opened.adapter(adapter)
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
     template = None if chat == "never" else ChatTemplate.load(opened.folder)
     if chat == "always" and template is None:

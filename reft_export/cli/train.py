@@ -9,11 +9,15 @@ from typing import Annotated
 import typer
 
 from reft_export.cli.console import err, escape, guarded, out, print_json, progress
-from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given
+from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout"}
 """What an adapter is, by parameter of the verb and name of the setting; with --start it is the started adapter's."""
+
+
+DECODERS_ONLY = ("chat_template", "samples")
+"""Parameters that mean nothing for a classifier."""
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def train(
     context: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or chat messages, one object a line.")],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or messages; of a classifier text, [text_pair,] label.")
+    ],
     output: Output,
     method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft, lobireft; red: scale and bias.")] = "loreft",
     rank: Annotated[int, typer.Option("--rank", help="Rank of the edit; red has none.")] = 4,
@@ -59,11 +65,18 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--start", help="An adapter folder to go on from; the form of the edit is that adapter's.")
     ] = None,
+    head: Annotated[
+        bool | None,
+        typer.Option("--head/--no-head", help="Of a classifier: train its head with the edit, as the paper does. Default: --head."),
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a ReFT intervention on a frozen base in eager PyTorch; writes an adapter folder."""
+    """Train a ReFT intervention on a frozen base in eager PyTorch; writes an adapter folder.
+
+    On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
+    """
     from reft_export.training.settings import TrainSettings, settings_like
     from runtimes.adapter import FULL_RANK_METHODS, form_of
 
@@ -116,9 +129,12 @@ def train(
 
     from reft_export.base import load_base
     from reft_export.bundling import check_fit
+    from reft_export.cli.train_classifier import show_classifier
+    from reft_export.training.classifier import train_classifier
     from reft_export.training.trainer import train as run_training
     from runtimes.bundle import check_adapter_name, open_bundle
     from runtimes.folders import check_destination
+    from runtimes.tasks import TEXT_CLASSIFICATION
 
     check_adapter_name(output.resolve().name)
     check_destination(output, force=force, inputs=[Path(model), data, *filter(None, (base_bundle, start))])
@@ -134,17 +150,23 @@ def train(
             base = load_on_bundle(bundle, model, device=base_device)
         if started is not None:
             check_fit(start.resolve().name, started, base)
-        result = run_training(
-            base,
-            data,
-            settings,
-            output,
-            force=force,
-            start=started,
-            trained_on=None if bundle is None else bundle.digest,
-            on_phase=report,
-            on_step=_StepLine(report) if err.is_terminal else None,
-        )
+        options = {
+            "force": force,
+            "start": started,
+            "trained_on": None if bundle is None else bundle.digest,
+            "on_phase": report,
+            "on_step": _StepLine(report) if err.is_terminal else None,
+        }
+        classifies = base.task == TEXT_CLASSIFICATION
+        if classifies:
+            refuse_given(context, DECODERS_ONLY, f"a decoder's, and {base.info.name} is a classifier")
+            result = train_classifier(base, data, settings, output, head=head is not False, **options)
+        else:
+            refuse_given(context, ("head",), f"a classifier's, and {base.info.name} is a decoder")
+            result = run_training(base, data, settings, output, **options)
+    if classifies:
+        show_classifier(output, settings, result, as_json=as_json)
+        return
     if as_json:
         from runtimes.records import to_json
 

@@ -88,8 +88,8 @@ class TraceInputs:
     def finish(self, graph: ir.Model) -> ExportedGraph:
         """Names of dimensions and weights; what torch noted down about the exporting machine goes."""
         _name_dimensions(graph, self.past_names, last_logits=self.last_logits)
-        _strip_provenance(graph)
-        return ExportedGraph(model=graph, weights=_name_weights(graph, self.weights))
+        strip_provenance(graph)
+        return ExportedGraph(model=graph, weights=name_weights(graph, self.weights))
 
 
 def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
@@ -97,7 +97,7 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
     if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
     shapes = cache_shapes(model)
-    weights = _make_row_major(model)
+    weights = make_row_major(model)
     names = [f"past_key_values.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
     batch, sequence, past_length = 2, 3, 5
     dtype = next(model.parameters()).dtype
@@ -133,15 +133,38 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
             f"{model.config.model_type} is a mixture of experts, which torch's exporter cannot translate; use --exporter transformers"
         )
     inputs = trace_inputs(model, last_logits=last_logits)
+    graph = trace(
+        inputs.decoder,
+        inputs.arguments,
+        inputs.dynamic_shapes,
+        inputs.input_names,
+        inputs.output_names,
+        opset=opset,
+        remedy="; try --exporter transformers",
+    )
+    return inputs.finish(graph)
+
+
+def trace(
+    wrapper: torch.nn.Module,
+    arguments: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    inputs: list[str],
+    outputs: list[str],
+    *,
+    opset: int,
+    remedy: str = "",
+) -> ir.Model:
+    """The graph of ``wrapper``, which holds the model as ``model``; raises ExportError with torch's own reason and the remedy."""
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                inputs.decoder,
+                wrapper,
                 (),
-                kwargs=inputs.arguments,
-                dynamic_shapes=inputs.dynamic_shapes,
-                input_names=inputs.input_names,
-                output_names=inputs.output_names,
+                kwargs=arguments,
+                dynamic_shapes=dynamic_shapes,
+                input_names=inputs,
+                output_names=outputs,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -149,10 +172,8 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
                 external_data=True,
             )
         except torch.onnx.OnnxExporterError as e:
-            raise ExportError(
-                f"torch could not export {model.config.model_type}: {first_reason(e)}; try --exporter transformers"
-            ) from e
-    return inputs.finish(program.model)
+            raise ExportError(f"torch could not export {wrapper.model.config.model_type}: {first_reason(e)}{remedy}") from e
+    return program.model
 
 
 def first_reason(error: BaseException) -> str:
@@ -185,7 +206,7 @@ def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
 
 
-def _make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
+def make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
     """Replaces every linear module; returns, for each parameter name of the rearranged model, its checkpoint parameter."""
     sources = {name: WeightSource(parameter=name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in list(model.named_modules()):
@@ -222,7 +243,7 @@ def _name_dimensions(graph: ir.Model, past_names: list[str], *, last_logits: boo
             value.shape = ir.Shape(["batch_size", past[1], "total_sequence_length", past[3]])
 
 
-def _name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str, WeightSource]:
+def name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str, WeightSource]:
     """Initializers carry the parameter's own name; returns the map for those that are parameters."""
     found = {}
     for name in list(graph.graph.initializers):
@@ -234,7 +255,7 @@ def _name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str
     return found
 
 
-def _strip_provenance(graph: ir.Model) -> None:
+def strip_provenance(graph: ir.Model) -> None:
     """torch attaches stack traces to every node: they name the exporting machine's folders and are most of the file."""
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reft_export.base import Outline
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, not_recorded
+from reft_export.importing.heads import check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
 from reft_export.model_folder import weight_files
 from runtimes.edit import Site
@@ -56,9 +57,11 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
     edits = {
         Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers
     }
-    _check_head(folder, outline)
+    head = _head(folder, outline)
     notes = []
-    if config["suffix_positions"]:
+    if outline.info.labels and not head:
+        notes.append(f"no prediction head lies beside the adapter: it is used with {outline.info.name}'s own")
+    if config["suffix_positions"] and not outline.info.labels:
         n = config["suffix_positions"]
         notes.append(
             f"AdapterHub edits the last {n} of all tokens it is given, generated ones too; here the last {n} of the prompt are edited: "
@@ -74,6 +77,7 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
         dtype=stored_dtype(next(iter(units.values()))["learned_source.weight"]),
         record={"imported_from": FORMAT, "source": folder.resolve().name, "name": name, "version": str(top.get("version", "unknown"))},
         notes=tuple(notes),
+        head=head,
     )
 
 
@@ -197,12 +201,17 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
     return ForeignEdit(name=where, method=method, parameters=parameters)
 
 
-def _check_head(folder: Path, outline: Outline) -> None:
-    """AdapterHub saves the prediction head beside the adapter. One that was trained is a part of the base we would not have."""
+def _head(folder: Path, outline: Outline) -> dict[str, np.ndarray]:
+    """AdapterHub saves the prediction head beside the adapter: a classifier's goes into ours. A decoder's that was trained is a part of
+    the base we would not have."""
     path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
     if path is None:
-        return
+        return {}
     head = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if outline.info.labels:
+        config = read_head_config(folder)
+        check_labels(config, outline, folder)
+        return head_of(head, outline, path, config)
     base: dict[str, Tensor] = {}
     for file in weight_files(outline.folder):
         base |= _load_named(file, set(head))
@@ -214,6 +223,7 @@ def _check_head(folder: Path, outline: Outline) -> None:
                 f"{path}: {name} differs from {outline.info.name}'s; the adapter was trained together with its head: put that head into "
                 "the base, or remove the file to do without it"
             )
+    return {}
 
 
 def _load_named(file: Path, names: set[str]) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
         dropout=foreign.dropout,
         dtype=foreign.dtype,
         training=dict(foreign.record),
+        head=foreign.head,
     )
 
 

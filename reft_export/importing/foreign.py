@@ -86,6 +86,8 @@ class ForeignAdapter:
     """Where it came from, kept in the adapter."""
     notes: tuple[str, ...] = ()
     """What the user should know and could not see."""
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """A classifier's, saved with the adapter, by the base's parameter names."""
 
 
 def not_recorded(format: str, missing: Mapping[str, str]) -> InputError:

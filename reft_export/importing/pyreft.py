@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from reft_export.base import Outline
@@ -31,7 +32,8 @@ from reft_export.importing.foreign import (
     listed,
     not_recorded,
 )
-from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.heads import head_of
+from reft_export.importing.pyreft_sites import PEFT_PREFIX, ComponentSites
 from reft_export.importing.pyreft_states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
 from runtimes.adapter import ACTIVATED_METHODS
@@ -42,7 +44,7 @@ from runtimes.records import parse_json
 
 FORMAT = "pyreft"
 CONFIG_FILE = "config.json"
-TRAINED_BASE = "pytorch_model.bin"
+TRAINED_FILE = "pytorch_model.bin"
 SIDE_FILE = "reft_export.json"
 """What our own export adds to a pyreft folder: everything that pyreft does not record. pyreft ignores it."""
 
@@ -65,12 +67,14 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     reasons = {"layers": "the files say which layers are edited", "stream": "the files say which streams are edited"}
     request.refuse("pyreft", {**reasons, "scale": "an intervention has no strength to scale"})
     request = _with_side_file(folder, request)
-    _refuse_trained_base(folder)
+    if not outline.info.labels:
+        _refuse_trained_base(folder)
     sites = ComponentSites(outline.model)
     entries = _configured(folder, sites) if (folder / CONFIG_FILE).is_file() else _checkpoint(folder, sites)
     states = [read_pickle(folder / f"intkey_{entry.key}.bin") for entry in entries]
     kinds = [kind_of(entry.key, entry.kind, state, request.method) for entry, state in zip(entries, states, strict=True)]
     positions, tied, activation = _asked(request, {CLASSES[kind] for kind in kinds})
+    head = _head(folder, outline)
     edits = [read_state(entry.key, kind, state) for entry, kind, state in zip(entries, kinds, states, strict=True)]
     return ForeignAdapter(
         format=FORMAT,
@@ -85,7 +89,25 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
             "class": ", ".join(sorted(set(kinds))),
             "interventions": len(edits),
         },
-        notes=_notes(request, positions, edits),
+        notes=_notes(request, positions, edits) + _head_notes(outline, head),
+        head=head,
+    )
+
+
+def _head(folder: Path, outline: Outline) -> dict[str, np.ndarray]:
+    """A classifier's head, which pyreft saves among the base's trained parameters (save with include_model)."""
+    path = folder / TRAINED_FILE
+    if not outline.info.labels or not path.is_file():
+        return {}
+    return head_of({name.removeprefix(PEFT_PREFIX): value for name, value in read_pickle(path).items()}, outline, path)
+
+
+def _head_notes(outline: Outline, head: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    if not outline.info.labels or head:
+        return ()
+    return (
+        f"no {TRAINED_FILE} lies beside the interventions: they are used with {outline.info.name}'s own head; pyreft saves a trained one "
+        "with include_model=True",
     )
 
 
@@ -144,7 +166,7 @@ def _key_stems(fields: Mapping[str, Any]) -> tuple[str, str]:
 
 def _refuse_trained_base(folder: Path) -> None:
     """pyvene's include_model saves what was trained of the base beside the interventions: of a frozen base, nothing."""
-    path = folder / TRAINED_BASE
+    path = folder / TRAINED_FILE
     if path.is_file() and (trained := read_pickle(path)):
         raise AdapterError(
             f"{path} holds {len(trained)} trained parameters of the base, first {next(iter(trained))}; an adapter edits streams and no "

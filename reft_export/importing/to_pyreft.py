@@ -21,7 +21,7 @@ from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft import CONFIG_FILE, FORMAT, SIDE_FILE
 from reft_export.importing.pyreft_states import CLASSES
 from runtimes.adapter import PARAMETERS, Adapter, load_adapter
-from runtimes.errors import AdapterError
+from runtimes.errors import AdapterError, InputError
 from runtimes.folders import atomic_folder, check_destination
 
 ORTHONORMAL = 1e-4
@@ -46,6 +46,11 @@ def export_to_pyreft(model: str, folder: Path, output: Path, *, force: bool = Fa
         raise AdapterError(
             f"adapter {folder.resolve().name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), this base "
             f"is {base.name} ({base.fingerprint[:12]}); pass the base it was trained on"
+        )
+    if base.labels:
+        raise InputError(
+            f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only adapters "
+            "of decoders are exported to it"
         )
     kind = _class_of(adapter)
     keys = [(site, group) for group in adapter.groups for site in adapter.sites]

@@ -57,7 +57,8 @@ class TrainingData:
 
     path: Path
     sha256: str
-    examples: tuple[Example, ...]
+    examples: tuple[Any, ...]
+    """Of Example, or for a classifier of LabelledText."""
     templated: bool
     """The examples went through the tokenizer's chat template, so prompts at inference must, too."""
 
@@ -112,7 +113,7 @@ def iter_examples(
     templated = has_template and chat_template != "never"
     stop = {*stop_tokens, tokenizer.eos_token_id}
     found = False
-    for number, raw in _lines(path):
+    for number, raw in numbered_lines(path):
         if digest is not None:
             digest.update(raw)
         where = f"{path}:{number}"
@@ -127,7 +128,7 @@ def iter_examples(
         )
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """(training, held-out) examples in file order; ``fraction`` of them, at least one unless 0, are held out."""
     if not fraction:
         return list(examples), []
@@ -158,12 +159,13 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as f:
         yield from enumerate(f, start=1)
 
 
-def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
+def read_object(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
+    """The JSON object of one line; None of an empty one. Raises InputError for anything else."""
     try:
         text = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as e:
@@ -178,6 +180,13 @@ def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
         raise InputError(f"{where}: not JSON that can be read: nested too deeply") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
+    return record
+
+
+def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
+    record = read_object(raw, where, first=first)
+    if record is None:
+        return None
     if set(record) not in FORMS:
         form = FORMS[1] if "messages" in record else FORMS[0]
         missing, unknown = sorted(form - set(record)), sorted(set(record) - form)
@@ -186,7 +195,7 @@ def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
         )
         raise InputError(f"{where}: {said}; a line has either prompt and completion, or messages")
     for key in set(record) - {"messages"}:
-        _check_text(record[key], key, where)
+        check_text(record[key], key, where)
     if "messages" in record:
         _check_messages(record["messages"], where)
     return record
@@ -199,15 +208,16 @@ def _check_messages(messages: Any, where: str) -> None:
         if not isinstance(message, dict) or set(message) != MESSAGE_KEYS:
             got = sorted(message) if isinstance(message, dict) else type(message).__name__
             raise InputError(f"{where}: message {index} must have exactly the keys role and content, got {got}")
-        _check_text(message["role"], f"role of message {index}", where)
-        _check_text(message["content"], f"content of message {index}", where)
+        check_text(message["role"], f"role of message {index}", where)
+        check_text(message["content"], f"content of message {index}", where)
     if messages[-1]["role"] != "assistant":
         raise InputError(
             f"{where}: the last message is the {messages[-1]['role']}'s; the loss needs an assistant's answer there"
         )
 
 
-def _check_text(value: Any, what: str, where: str) -> None:
+def check_text(value: Any, what: str, where: str) -> None:
+    """Raises InputError for what is no string, empty, or not encodable."""
     if not isinstance(value, str):
         raise InputError(f"{where}: {what} is {type(value).__name__}, expected a string")
     if not value.strip():

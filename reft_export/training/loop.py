@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from reft_export.base import Base
 from reft_export.eager import Steering
 from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
-from reft_export.training.data import IGNORED, Example, collate
+from reft_export.training.data import IGNORED, collate
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
 from reft_export.training.teacher import Teacher
@@ -39,8 +39,8 @@ class _NotFinite(Exception):
     """What became non-finite; ``run_loop`` adds the step."""
 
 
-class EditedModel(nn.Module):
-    """Loss of the hooked base, as a module whose parameters are the interventions alone.
+class TrainedModel(nn.Module):
+    """Loss of the hooked base, as a module whose parameters are what is trained alone; subclasses give ``forward``.
 
     The base is kept out of the module tree on purpose: Trainer then optimises, moves and checkpoints the edit only, and
     ``train()`` leaves the base in eval mode.
@@ -48,14 +48,36 @@ class EditedModel(nn.Module):
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, so that accumulated batches weigh each token alike
 
+    def __init__(self, interventions: Interventions) -> None:
+        super().__init__()
+        self.interventions = interventions
+        self._step_loss = 0.0
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return self.interventions.parameter_groups(weight_decay)
+
+    def counted(self, loss: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` returns; raises _NotFinite."""
+        if not torch.isfinite(loss):
+            raise _NotFinite("the loss")
+        if self.training:
+            self._step_loss += loss.detach().item()
+        return {"loss": loss}
+
+    def take_step_loss(self) -> float:
+        loss, self._step_loss = self._step_loss, 0.0
+        return loss
+
+
+class EditedModel(TrainedModel):
+    """A decoder's; the loss is on completions."""
+
     def __init__(
         self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None
     ) -> None:
-        super().__init__()
-        self.interventions = interventions
+        super().__init__(interventions)
         self._outside = (model, steering, teacher)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._step_loss = 0.0
 
     def forward(
         self,
@@ -80,23 +102,14 @@ class EditedModel(nn.Module):
             total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
         else:
             total = teacher.divergence(logits, counted, prompt_length, **inputs)
-        loss = total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise _NotFinite("the loss")
-        if self.training:
-            self._step_loss += loss.detach().item()
-        return {"loss": loss}
-
-    def take_step_loss(self) -> float:
-        loss, self._step_loss = self._step_loss, 0.0
-        return loss
+        return self.counted(total / (counted.sum() if num_items_in_batch is None else num_items_in_batch))
 
 
 class _Recorder(TrainerCallback):
     """History, progress and checkpoints. Trainer's own log is not used: it rounds the loss to four digits."""
 
     def __init__(
-        self, model: EditedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None
+        self, model: TrainedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None
     ) -> None:
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
         self.on_step = on_step or (lambda *_: None)
@@ -129,15 +142,18 @@ class _Recorder(TrainerCallback):
 
 
 def run_loop(
-    model: EditedModel,
+    model: TrainedModel,
     base: Base,
-    training: Sequence[Example],
-    held_out: Sequence[Example],
+    training: Sequence[Any],
+    held_out: Sequence[Any],
     settings: TrainSettings,
     folder: Path,
     checkpoint: Path | None,
     on_step: OnStep | None,
+    *,
+    collator: Callable[..., dict[str, Tensor]] = collate,
 ) -> list[StepRecord]:
+    """Trains ``model`` on batches that ``collator`` makes of the examples; its loss after every step."""
     batches = math.ceil(len(training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     on_cpu = base.model.device.type == "cpu"
@@ -179,11 +195,11 @@ def run_loop(
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=partial(collate, pad_token_id=base.tokenizer.eos_token_id if pad is None else pad),
+        data_collator=partial(collator, pad_token_id=base.tokenizer.eos_token_id if pad is None else pad),
         train_dataset=list(training),  # type: ignore[arg-type]
         eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
         optimizers=(
-            torch.optim.AdamW(model.interventions.parameter_groups(settings.weight_decay), lr=settings.lr),
+            torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
         ),
         callbacks=[recorder],

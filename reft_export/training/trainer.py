@@ -86,7 +86,7 @@ def train(
         raise InputError(
             f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json"
         )
-    device = _place(base, settings)
+    device = place(base, settings)
     rule, sites = settings.rule, settings.sites(base.info.num_hidden_layers)
     set_seed(settings.seed)
     interventions = Interventions(
@@ -112,7 +112,7 @@ def train(
         chat_template=settings.chat_template,
         stop_tokens=stop,
     )
-    _check_positions(read, rule)
+    check_positions(read, rule)
     training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
     run = {
         **settings.record(),
@@ -125,7 +125,7 @@ def train(
     }
     folder, checkpoint = open_working_folder(output, run, resume=settings.resume, force=force)
 
-    with _frozen(base.model):
+    with frozen(base.model):
         asked = (held_out or training)[: settings.samples]
         phase("sampling the base")
         before = _samples(base, asked, stop)
@@ -141,7 +141,7 @@ def train(
             rule,
             dtype=base.dtype,
             trained_on=trained_on,
-            training=_provenance(read, training, held_out, settings, history)
+            training=provenance(read, training, held_out, settings, history)
             | ({} if start is None else {"start": start.digest, "objective": run["objective"]}),
         )
         save_adapter(adapter, output, force=force)
@@ -157,7 +157,8 @@ def train(
     )
 
 
-def _place(base: Base, settings: TrainSettings) -> torch.device:
+def place(base: Base, settings: TrainSettings) -> torch.device:
+    """Where the base is trained on, after moving it there; InputError for another dtype than asked for, and a second GPU."""
     if settings.dtype != "auto" and base.model.dtype != DTYPES[settings.dtype]:
         raise InputError(
             f"the base is loaded in {base.dtype}, the settings ask for {settings.dtype}; load it in that dtype"
@@ -173,7 +174,7 @@ def _place(base: Base, settings: TrainSettings) -> torch.device:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter takes a gradient and no dropout acts inside; afterwards both are as they were."""
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
@@ -188,7 +189,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _check_positions(data: TrainingData, rule: PositionRule) -> None:
+def check_positions(data: TrainingData, rule: PositionRule) -> None:
     """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
     reached: dict[int, bool] = {}
     for example in data.examples:
@@ -225,13 +226,14 @@ def _samples(
     )
 
 
-def _provenance(
+def provenance(
     data: TrainingData,
-    training: Sequence[Example],
-    held_out: Sequence[Example],
+    training: Sequence[Any],
+    held_out: Sequence[Any],
     settings: TrainSettings,
     history: Sequence[StepRecord],
 ) -> dict[str, Any]:
+    """What the adapter records of its training."""
     evaluated = [record.eval_loss for record in history if record.eval_loss is not None]
     return {
         "data": {

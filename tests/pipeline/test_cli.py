@@ -22,7 +22,7 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
-        "--resume", "--base", "--start", "--force", "--dry-run", "--json",
+        "--resume", "--base", "--start", "--head", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
@@ -44,7 +44,7 @@ SURFACE = {
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
     },
     "run": {
-        "--prompt", "--prompts", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
+        "--prompt", "--prompts", "--pair", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
         "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
         "--prefill-chunk", "--verify", "--json",
     },

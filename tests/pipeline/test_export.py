@@ -157,7 +157,7 @@ def test_interrupt_leaves_nothing_and_loses_nothing(base_folder, tmp_path, monke
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dynamo, "_make_row_major", interrupted)
+    monkeypatch.setattr(dynamo, "make_row_major", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), force=True, **QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
@@ -178,7 +178,7 @@ def test_force_replaces_nothing_but_our_own(base_folder, adapter_folders, tmp_pa
 
 def test_planted_fault_is_caught_by_the_gate(base_folder, adapter_folders, tmp_path, monkeypatch) -> None:
     """An export that is silently wrong leaves no bundle, and a report of what was measured."""
-    right = dynamo._make_row_major
+    right = dynamo.make_row_major
 
     def wrong(model):
         sources = right(model)
@@ -186,7 +186,7 @@ def test_planted_fault_is_caught_by_the_gate(base_folder, adapter_folders, tmp_p
         weight.data = weight.data * 1.01
         return sources
 
-    monkeypatch.setattr(dynamo, "_make_row_major", wrong)
+    monkeypatch.setattr(dynamo, "make_row_major", wrong)
     with pytest.raises(ParityError, match="relative logit error") as caught:
         export_bundle(str(base_folder("llama")), adapter_folders("llama", ("tied",)), tmp_path / "b", ExportSettings(), **QUIET)
     assert caught.value.exit_code == 3

@@ -1,0 +1,95 @@
+"""What ``reft-export run`` does with a classifier: texts, or pairs of texts, to labels and their probabilities."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtimes.ort_classifier import OrtClassifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """``where`` it was given, for messages."""
+
+    where: str
+    text: str
+    pair: str | None = None
+
+
+def given_texts(prompts: list[str] | None, pairs: list[str] | None) -> list[Text]:
+    """Of -p and --pair; raises InputError where they are not as many."""
+    from runtimes.errors import InputError
+
+    prompts, pairs = prompts or [], pairs or []
+    if pairs and len(pairs) != len(prompts):
+        raise InputError(f"{len(prompts)} --prompt and {len(pairs)} --pair are given; a pair of texts needs one of each")
+    seconds = pairs or [None] * len(prompts)
+    return [Text(where=f"prompt {i}", text=text, pair=pair) for i, (text, pair) in enumerate(zip(prompts, seconds, strict=True), 1)]
+
+
+def read_texts(path: Path) -> list[Text]:
+    """Of a JSONL file with ``text``, and for a pair ``text_pair``, a line (a ``label`` is not read); raises InputError with the line."""
+    from runtimes.errors import InputError
+
+    where = "stdin" if str(path) == "-" else str(path)
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{where} cannot be read: {e}") from None
+    texts = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"{where}:{number}: not JSON ({e})") from None
+        pair = value.get("text_pair") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(pair, str | None):
+            raise InputError(f'{where}:{number}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
+        texts.append(Text(where=f"{where}:{number}", text=value["text"], pair=pair))
+    if not texts:
+        raise InputError(f"{where} holds no text")
+    return texts
+
+
+def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, as_json: bool) -> None:
+    """Prints one line a text: the label and the probabilities of all labels, the likeliest first; as JSON in the labels' own order.
+
+    Raises InputError, before anything is printed, for a text that is empty or too long.
+    """
+    from runtimes.errors import InputError
+    from runtimes.tokenizer import Tokenizer
+
+    bundle = session.bundle
+    model, labels = bundle.manifest.model, bundle.manifest.labels
+    tokenizer = Tokenizer.load(bundle.folder, model)
+    encoded = []
+    for text in texts:
+        if not text.text.strip() or (text.pair is not None and not text.pair.strip()):
+            raise InputError(f"{text.where} is empty; a classifier needs a text")
+        encoded.append(tokenizer.encode_text(text.text, text.pair))
+        if len(encoded[-1]) > model.context_length:
+            raise InputError(
+                f"{text.where} has {len(encoded[-1])} tokens, and {model.name} takes {model.context_length} at most; shorten it"
+            )
+    for first in range(0, len(texts), batch_size):
+        for index, row in enumerate(session.probabilities(encoded[first : first + batch_size]), first):
+            _show(index, dict(zip(labels, map(float, row), strict=True)), session.adapter, as_json=as_json)
+
+
+def _show(index: int, probabilities: dict[str, float], adapter: str | None, *, as_json: bool) -> None:
+    label = max(probabilities, key=lambda name: probabilities[name])
+    if as_json:
+        record: dict[str, Any] = {"index": index, "adapter": adapter, "label": label, "probabilities": probabilities}
+        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    else:
+        ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+        sys.stdout.write(f"{label}\t{', '.join(f'{name} {value:.4f}' for name, value in ranked)}\n")
+    sys.stdout.flush()

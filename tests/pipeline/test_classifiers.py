@@ -1,0 +1,320 @@
+"""Encoder classifiers from base to device: every layout and stream, heads that swap with their adapters, quantization, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_encoders
+import torch
+from typer.testing import CliRunner
+
+from calibration.settings import settings_for
+from reft_export.base import load_base
+from reft_export.calibrate import CalibrationRequest
+from reft_export.cli.main import app
+from reft_export.eager import steered
+from reft_export.export import ExportSettings, export_bundle
+from reft_export.golden_classifier import classifier_logits, model_inputs
+from reft_export.parity import stored_inputs
+from reft_export.quantize import quantize_bundle
+from runtimes.adapter import load_adapter, save_adapter
+from runtimes.bundle import Bundle, open_bundle
+from runtimes.edit import ACTIVATIONS
+from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.golden import check_golden
+from runtimes.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
+from runtimes.ort_classifier import OrtClassifier
+
+ADAPTERS = {
+    "untied": {"tied": False, "positions": "f1+l3", "seed": 1},
+    "attention-gelu": {"positions": "prompt", "activation": "gelu", "stream": "attention_output", "seed": 2},
+    "mlp": {"positions": "f3+l3", "stream": "mlp_output", "seed": 3},
+    "input-direft": {"positions": "l2", "method": "direft", "stream": "block_input", "seed": 4},
+}
+"""Every stream, tied and untied, with and without activation."""
+HEADLESS = ("mlp",)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def write_adapters(base_folder: Path, root: Path, adapters: dict[str, dict]) -> list[Path]:
+    base = load_base(base_folder)
+    for seed, (name, form) in enumerate(adapters.items()):
+        adapter = tiny.random_adapter(base.info, **form)
+        head = {} if name in HEADLESS else tiny_encoders.random_head(base.model, seed)
+        save_adapter(replace(adapter, head=head), root / name)
+    return [root / name for name in adapters]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle, Path, dict[str, Path]]]:
+    """(bundle, base, adapter folders) by family; tests copy before they change anything."""
+    bundles: dict[str, tuple[Bundle, Path, dict[str, Path]]] = {}
+
+    def get(family: str = "roberta") -> tuple[Bundle, Path, dict[str, Path]]:
+        if family not in bundles:
+            root = tmp_path_factory.mktemp(family)
+            base = tiny_encoders.save_base(root / "base", family)
+            folders = write_adapters(base, root / "adapters", ADAPTERS)
+            export_bundle(str(base), folders, root / "bundle", ExportSettings(), report=quiet)
+            bundles[family] = open_bundle(root / "bundle"), base, {folder.name: folder for folder in folders}
+        return bundles[family]
+
+    return get
+
+
+def session_logits(bundle: Bundle, name: str | None) -> np.ndarray:
+    inputs = stored_inputs(bundle)
+    session = OrtClassifier(bundle, threads=1, adapter=name)
+    return session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
+
+
+def test_manifest_says_what_it_is(made) -> None:
+    bundle, base, _ = made()
+    manifest = bundle.manifest
+    assert (manifest.task, manifest.labels, manifest.padding) == ("text-classification", tiny_encoders.LABELS, "right")
+    assert [t.name for t in manifest.inputs if not t.name.startswith("reft.")] == ["input_ids", "attention_mask"]
+    assert manifest.outputs[0].shape[1] == len(tiny_encoders.LABELS)
+    assert set(manifest.head) == {f"reft.head.classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")}
+    assert not set(manifest.head) & set(manifest.weights)
+    assert manifest.model.context_length == tiny_encoders.POSITIONS - tiny_encoders.PAD - 1
+    assert "decoder" in manifest.genai and not (bundle.folder / "genai_config.json").exists()
+
+
+def test_every_way_to_feed_the_texts_is_exact(made) -> None:
+    bundle, _, _ = made()
+    report = check_golden(bundle, OrtClassifier(bundle, threads=1))
+    assert {r.name for r in report.rungs} >= {"base: one batch", "untied: single texts", "mlp: more padding"}
+    assert report.passed and all(r.figures.max_relative < 2e-5 for r in report.rungs)
+    assert {r.name.partition(":")[0] for r in report.rungs if r.delta is not None} == set(ADAPTERS)
+
+
+def test_an_adapter_swaps_its_head_too(made) -> None:
+    bundle, base_folder, folders = made()
+    base, inputs = load_base(base_folder), stored_inputs(bundle)
+    plain = classifier_logits(base.model, inputs)
+    scale = np.abs(plain).max()
+    for name, folder in folders.items():
+        adapter = load_adapter(folder)
+        with steered(base.model, adapter):
+            wanted = classifier_logits(base.model, inputs)
+        with steered(base.model, replace(adapter, head={})):
+            headless = classifier_logits(base.model, inputs)
+        assert bool(adapter.head) == (np.abs(wanted - headless).max() > 1e-2 * scale)
+        assert np.abs(session_logits(bundle, name) - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    assert np.array_equal(classifier_logits(base.model, inputs), plain), "the eager model got its own head back"
+
+
+def test_without_an_adapter_the_bundle_is_the_base_again(made) -> None:
+    bundle, _, _ = made()
+    inputs = stored_inputs(bundle)
+    session = OrtClassifier(bundle, threads=1)
+    before = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
+    session.set_adapter("untied")
+    steered_ = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
+    session.set_adapter(None)
+    after = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
+    assert np.array_equal(before, after) and np.abs(steered_ - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("fault", ["head", "bank"])
+def test_a_planted_fault_fails_the_gate(made, tmp_path: Path, fault: str) -> None:
+    bundle, _, _ = made()
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    path = folder / "adapters" / "untied.onnx_adapter"
+    tensors = {name: value.copy() for name, value in read_onnx_adapter(path).items()}
+    name = "reft.head.classifier.out_proj.bias" if fault == "head" else "reft.0.block_output.b"
+    tensors[name] = tensors[name] + np.float32(1e-3)
+    path.unlink()
+    write_onnx_adapter(path, tensors)
+    changed = Bundle(folder=folder, manifest=bundle.manifest)  # past the hashes, which would tell, too
+    report = check_golden(changed, OrtClassifier(changed, threads=1))
+    assert {r.name.partition(":")[0] for r in report.rungs if not r.passed} == {"untied"}
+    with pytest.raises(ParityError, match="untied: one batch"):
+        report.require()
+
+
+def test_eager_steering_is_a_hand_written_hook(made) -> None:
+    """y = h + R^T (W h + b - R h) on the first token by one edit and on the last three real ones by another, and the adapter's head."""
+    _, base_folder, folders = made()
+    base, adapter = load_base(base_folder), load_adapter(folders["untied"])
+    ids = torch.tensor([[0, 40, 50, 60, 70, 80, 90, 2], [0, 41, 2, 1, 1, 1, 1, 1]])
+    mask = (ids != tiny_encoders.PAD).long()
+    hidden = []
+
+    def hook(layer: int):
+        def edit(module, arguments, output):
+            h = output[0].clone() if isinstance(output, tuple) else output.clone()
+            for row, length in enumerate(mask.sum(1).tolist()):
+                last = range(length - min(3, length // 2), length)
+                for column in [0, *last]:
+                    key = f"{layer}.block_output.{'suffix' if column in last else 'prefix'}"
+                    R, W, b = (torch.from_numpy(adapter.tensors[f"{key}.{p}"]) for p in "RWb")
+                    h[row, column] += R.T @ (W @ h[row, column] + b - R @ h[row, column])
+            hidden.append(h)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        return edit
+
+    with torch.no_grad():
+        with steered(base.model, adapter):
+            ours = base.model(input_ids=ids, attention_mask=mask).logits
+        handles = [base.model.roberta.encoder.layer[i].register_forward_hook(hook(i)) for i in (0, tiny.LAYERS - 1)]
+        base.model(input_ids=ids, attention_mask=mask)
+        for handle in handles:
+            handle.remove()
+    head = {name: torch.from_numpy(value) for name, value in adapter.head.items()}
+    x = torch.tanh(head["classifier.dense.weight"] @ hidden[-1][:, 0].T + head["classifier.dense.bias"][:, None])
+    wanted = (head["classifier.out_proj.weight"] @ x).T + head["classifier.out_proj.bias"]
+    assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+def test_int4_keeps_the_head_in_float(made, tmp_path: Path) -> None:
+    bundle, base, _ = made()
+    result = quantize_bundle(
+        bundle.folder, str(base), tmp_path / "q", settings_for("weight-only", bits=4, block_size=32), report=quiet
+    )
+    assert result.parity.passed and not any("classifier" in weight.name for weight in result.weight_errors)
+    quantized = open_bundle(tmp_path / "q")
+    assert quantized.manifest.labels == tiny_encoders.LABELS and quantized.manifest.head == bundle.manifest.head
+    exact = [r for r in result.parity.rungs if r.name.startswith("int4 level 1")]
+    assert exact and all(r.figures.max_relative < 1e-4 for r in exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "dynamic", "static", "qdq-int8", "qdq-int4"])
+def test_every_scheme(made, tmp_path: Path, scheme: str) -> None:
+    bundle, base, _ = made()
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"text {i} " + "and more" * (i % 3), "label": i % 3}) + "\n" for i in range(12)))
+    settings = settings_for("weight-only", bits=8, block_size=32) if scheme == "int8" else settings_for(scheme)
+    calibration = CalibrationRequest(data=data) if scheme in ("static", "qdq-int8") else None
+    result = quantize_bundle(bundle.folder, str(base), tmp_path / "q", settings, calibration=calibration, report=quiet)
+    assert result.parity.passed
+    assert open_bundle(tmp_path / "q").manifest.quantization.scheme == ("weight-only" if scheme == "int8" else scheme)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in tiny_encoders.FAMILIES if f != "roberta"])
+def test_every_family(made, family: str) -> None:
+    bundle, _, _ = made(family)
+    assert check_golden(bundle, OrtClassifier(bundle, threads=1)).passed
+    takes_types = "token_type_ids" in [t.name for t in bundle.manifest.inputs]
+    assert takes_types == (family in ("bert", "electra"))
+    types = bundle.golden("base")["token_type_ids"]
+    assert types.any() == takes_types, "the pairs' second texts are told apart"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", ["graph", "input"])
+def test_every_activation_and_slot_mode(made, tmp_path: Path, slots: str) -> None:
+    _, base, _ = made()
+    forms = {f"a-{a}": {"activation": a, "seed": i} for i, a in enumerate(filter(None, ACTIVATIONS))} | {"all": {"positions": "all"}}
+    folders = write_adapters(base, tmp_path / "adapters", forms)
+    result = export_bundle(str(base), folders, tmp_path / "b", ExportSettings(slots=slots), report=quiet)
+    assert result.parity.passed and len(result.parity.rungs) == 3 * (1 + len(forms))
+
+
+@pytest.mark.slow
+def test_a_half_precision_graph_holds_its_heads_in_half(made, tmp_path: Path) -> None:
+    _, base, folders = made()
+    result = export_bundle(str(base), [folders["untied"]], tmp_path / "b", ExportSettings(precision="fp16"), report=quiet)
+    head = read_onnx_adapter(tmp_path / "b" / "adapters" / "untied.onnx_adapter")["reft.head.classifier.out_proj.bias"]
+    assert result.parity.passed and head.dtype == np.float16
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
+    bundle, base_folder, folders = made()
+    code, out, _ = invoke("run", bundle.folder, "-p", "a fine day", "--pair", "it rains", "-a", "untied", "--json")
+    record = json.loads(out)
+    base = load_base(base_folder)
+    ids = torch.tensor([base.tokenizer("a fine day", "it rains")["input_ids"]])
+    with torch.no_grad(), steered(base.model, load_adapter(folders["untied"])):
+        wanted = base.model(**model_inputs(base.model, ids, torch.ones_like(ids), torch.zeros_like(ids))).logits.softmax(-1)[0]
+    assert code == 0 and record["label"] == tiny_encoders.LABELS[int(wanted.argmax())] and record["adapter"] == "untied"
+    assert list(record["probabilities"]) == list(tiny_encoders.LABELS)
+    assert np.allclose(list(record["probabilities"].values()), wanted, atol=1e-5)
+
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('{"text": "a fine day", "label": "sad"}\n\n{"text": "a fine day", "text_pair": "it rains"}\n')
+    code, out, _ = invoke("run", bundle.folder, "--prompts", lines, "-a", "untied")
+    assert code == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1]
+    assert np.allclose(list(json.loads(out.splitlines()[1])["probabilities"].values()), list(record["probabilities"].values()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "{bundle}", "-p", "x", "--temperature", "1"], "--temperature is for text generation"),
+        (["run", "{bundle}", "-p", "x", "--stop", "y"], "--stop is for text generation"),
+        (["run", "{bundle}", "-p", "x", "--pair", "y", "--pair", "z"], "1 --prompt and 2 --pair"),
+        (["run", "{bundle}", "-p", "x" * 80], "82 tokens, and base takes 64 at most"),
+        (["run", "{bundle}", "-p", " "], "is empty"),
+        (["export", "-m", "{base}", "-o", "{out}", "--logits", "last"], "classifier, which --logits last is not for"),
+        (["build", "{bundle}", "-o", "{out}", "--target", "tensorrt-rtx"], "is a classifier, and engines are built of decoders"),
+        (["quantize", "{bundle}", "-m", "{base}", "-o", "{out}", "--refit", "{data}", "-a", "{adapter}"], "--refit trains adapters on"),
+        (["train", "-m", "{base}", "-d", "{data}", "-o", "{out}", "--samples", "2"], "--samples is a decoder's"),
+        (["train", "-m", "{base}", "-d", "{data}", "-o", "{out}"], "texts.jsonl:2: label 'angry' is none of the base's: sad, calm, happy"),
+    ],
+)
+def test_refusals_leave_nothing_behind(made, tmp_path: Path, arguments: list[str], said: str) -> None:
+    bundle, base, folders = made()
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": "angry"}\n')
+    before = sorted(tmp_path.iterdir())
+    places = {"bundle": bundle.folder, "base": base, "out": tmp_path / "out", "data": data, "adapter": folders["mlp"]}
+    code, out, err = invoke(*(a.format(**places) for a in arguments))
+    assert code == 2 and out == "" and said in " ".join(err.split()) and "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("exporter", ["builder", "optimum", "transformers"])
+def test_other_exporters_are_refused(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: str) -> None:
+    monkeypatch.setattr("reft_export.export.check_exporter", lambda _: None)  # installed or not
+    with pytest.raises(InputError, match=f"base is a classifier, which --exporter {exporter} is not for"):
+        export_bundle(str(made()[1]), [], tmp_path / "out", ExportSettings(exporter=exporter), report=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_belongs_to_its_labels(made, tmp_path: Path) -> None:
+    bundle, base, folders = made()
+    two = tiny_encoders.save_base(tmp_path / "two", labels=("no", "yes"))
+    with pytest.raises(AdapterError, match="adapter untied was trained on base"):
+        export_bundle(str(two), [folders["untied"]], tmp_path / "out", ExportSettings(), report=quiet)
+    adapter = load_adapter(folders["untied"])
+    with pytest.raises(AdapterError, match="labels sad, calm, happy; this base has no, yes"), steered(load_base(two).model, adapter):
+        pass
+    cut = replace(adapter, head={name: value for name, value in adapter.head.items() if "dense.bias" not in name})
+    with pytest.raises(AdapterError, match=r"classifier\.dense\.bias is missing"), steered(load_base(base).model, cut):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_bases_that_are_no_classifiers_of_ours(tmp_path: Path) -> None:
+    folder = tiny_encoders.save_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(match: str, **changes: object) -> None:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=match):
+            load_base(folder)
+
+    refused("without a classification head; give it one", architectures=["RobertaForMaskedLM"])
+    refused("is a classifier on llama", architectures=["LlamaForSequenceClassification"], model_type="llama")
+    refused("a single output is no choice", id2label={"0": "score"}, label2id={"score": 0})
+    refused("multi_label_classification is no choice", problem_type="multi_label_classification")
