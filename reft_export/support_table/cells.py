@@ -160,7 +160,7 @@ class _Family:
     def _words(self, error: Exception) -> str:
         """One line, without this run's temporary folder."""
         line = " ".join(str(error).split()).replace(f"{self.folder}/", "")
-        return re.sub(r"; no bundle was written.*", "", line)[:300]
+        return re.sub(r"; no bundle was written.*|\.[\w-]+\.\w+\.partial/", "", line)[:300]
 
 
 def quantization(dtype: str) -> QuantizationSettings:

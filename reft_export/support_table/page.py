@@ -77,7 +77,7 @@ accuracy level 1. Budgets: {budgets}.
 |---|---|
 | 5e-07 | exported at this parity |
 | structure only | bfloat16: written and accepted by ONNX's checker; no CPU runs it |
-| **wrong** 3e-01 | the exporter's graph is not the model: stopped by the parity gate, no bundle is written |
+| **wrong** 3e-01 \\[1\\] | the graph does not say what the model says: stopped by the parity gate, no bundle is written |
 | no \\[1\\] | refused in one line, quoted below the table |
 | . | not run yet |
 
@@ -114,7 +114,7 @@ def _cell(cell: Cell | None, notes: dict[str, int]) -> str:
     if cell.outcome == "structure":
         return "structure only"
     if cell.outcome == "wrong":
-        return f"**wrong** {cell.relative:.0e}"
+        return f"**wrong** {cell.relative:.0e} {_note(cell.reason, notes)}"
     return ("no " if cell.outcome == "refused" else "**crash** ") + _note(cell.reason, notes)
 
 

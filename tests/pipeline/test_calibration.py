@@ -11,6 +11,7 @@ import torch
 
 from calibration import collect as collect_module
 from calibration.activations import from_range
+from calibration.collect import expose_inputs, product_inputs
 from calibration.collected import Collected, load_collected
 from calibration.observers import Observer
 from calibration.products import activation_quantization
@@ -194,3 +195,14 @@ def test_activations_that_are_not_finite_are_refused(float_bundle, prompts_file,
     monkeypatch.setattr("calibration.collect.to_float32", lambda value: value.numpy() * np.float32(np.nan))
     with pytest.raises(CalibrationError, match=r"activation \S+ of base holds values that are not finite"):
         ranges_of(source, base, tmp_path / "n", CalibrationRequest(data=prompts_file))
+
+
+def test_what_experts_read_is_not_calibrated(float_bundle) -> None:
+    """Weights whose inputs stay in float have no range: of a mixture's experts, some get no token at all."""
+    graph = load_graph(float_bundle()[0] / "model.onnx")
+    name = "model.layers.1.mlp.down_proj.weight"
+    read = next(node.inputs[0].name for node in graph.graph if name in [v.name for v in node.inputs if v is not None])
+    assert read in product_inputs(graph)
+    assert product_inputs(graph, {name}) == tuple(value for value in product_inputs(graph) if value != read)
+    expose_inputs(graph, {name})
+    assert read not in {value.name for value in graph.graph.outputs}

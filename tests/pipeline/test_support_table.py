@@ -92,8 +92,8 @@ def test_the_page_shows_every_outcome() -> None:
         _cell(dtype="int8", outcome="refused", reason="no"),
     ]
     text = page({cell.key: cell for cell in shown})
-    assert r"| llama | b m \[1\] | 5e-07 | . | structure only | no \[2\] | **wrong** 3e-01 | . |" in text
-    assert "1. no attention" in text and "2. no" in text and "2026-01-02" in text
+    assert r"| llama | b m \[1\] | 5e-07 | . | structure only | no \[2\] | **wrong** 3e-01 \[3\] | . |" in text
+    assert "1. no attention" in text and "2. no" in text and "3. over" in text and "2026-01-02" in text
     assert text.count("Not run yet.") == len(ROUTES) - 1
 
 
