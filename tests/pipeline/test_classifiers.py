@@ -318,3 +318,17 @@ def test_bases_that_are_no_classifiers_of_ours(tmp_path: Path) -> None:
     refused("is a classifier on llama", architectures=["LlamaForSequenceClassification"], model_type="llama")
     refused("a single output is no choice", id2label={"0": "score"}, label2id={"score": 0})
     refused("multi_label_classification is no choice", problem_type="multi_label_classification")
+
+
+def test_bench_and_inspect_know_classifiers(made) -> None:
+    bundle, _, folders = made()
+    code, out, _ = invoke("bench", bundle.folder, "--prompt-tokens", 16, "--repeats", 2, "--json")
+    measured = json.loads(out)
+    assert code == 0 and measured["tokens"] == 16 and [m["name"] for m in measured["measurements"]] == ["base", *ADAPTERS]
+    assert [m["ratio"] is None for m in measured["measurements"]] == [True] + [False] * len(ADAPTERS)
+    _, out, _ = invoke("inspect", bundle.folder, "--json")
+    assert json.loads(out)["task"] == "text-classification: sad, calm, happy" and "4 parameters" in json.loads(out)["head"]
+    _, out, _ = invoke("inspect", folders["untied"], "--json")
+    assert json.loads(out)["labels"] == ["sad", "calm", "happy"] and json.loads(out)["head"] == 64 * 64 + 64 + 3 * 64 + 3
+    _, out, _ = invoke("inspect", bundle.folder / "adapters" / "untied.onnx_adapter", "--json")
+    assert "reft.head.classifier.dense.bias" in [row["tensor"] for row in json.loads(out)["banks"]]
