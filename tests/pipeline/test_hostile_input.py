@@ -510,7 +510,7 @@ def _stored(**arrays: np.ndarray) -> bytes:
 
 
 VECTORS = {
-    "wrong magic.gguf": (lambda s: b"GGML" + _gguf(s)[4:], "is not .gguf, .npz or .safetensors"),
+    "wrong magic.gguf": (lambda s: b"GGML" + _gguf(s)[4:], "is not .gguf, .npz, .safetensors or RED"),
     "magic alone.gguf": (lambda s: b"GGUF", "is damaged, or not GGUF"),
     "half.gguf": (lambda s: (d := _gguf(s))[: len(d) // 2], "is damaged, or not GGUF"),
     "less its end.gguf": (lambda s: _gguf(s)[:-100], "is damaged, or not GGUF"),
