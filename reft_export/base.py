@@ -174,7 +174,7 @@ def _check_decoder(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("model_type")
     if kind is None:
         raise InputError(f"{folder / 'config.json'} lacks model_type; it was not written by transformers")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         custom = ", and code shipped inside model folders is not run" if "auto_map" in config else ""
         raise InputError(f"{folder}: model type {kind!r} is unknown to transformers {__version__}{custom}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
@@ -201,16 +201,25 @@ def _check_rotary(config: Mapping[str, Any], folder: Path) -> None:
 
 def _load_model(folder: Path, first: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> PreTrainedModel:
     try:
-        model, report = _auto_class(config).from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=".safetensors" in first.name,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _errors_only():  # what transformers would warn of is refused below, in one line
+            model, report = _auto_class(config).from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=".safetensors" in first.name,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
+    # transformers 5 lists (name, shape in the checkpoint, shape in the model), transformers 4 the name alone.
+    if different := sorted(entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]):
+        stated = list(model.state_dict()[different[0]].shape)
+        raise InputError(
+            f"{folder}: {different[0]} is {stated} by config.json, and of another shape in the checkpoint; correct config.json, or "
+            "download the model again"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again")
@@ -284,7 +293,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Without the warning that the class in tokenizer_config.json has another name."""
+    """Without transformers' warnings: that the class in tokenizer_config.json has another name, its table of what a checkpoint lacks."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -29,7 +29,12 @@ ARCHITECTURE = "ForSequenceClassification"
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether config.json names a classifier in ``architectures``."""
-    return any(str(name).endswith(ARCHITECTURE) for name in config.get("architectures") or ())
+    return any(name.endswith(ARCHITECTURE) for name in _architectures(config))
+
+
+def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("architectures")
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
 def check_classifier(config: Mapping[str, Any], folder: Path) -> None:
@@ -39,19 +44,36 @@ def check_classifier(config: Mapping[str, Any], folder: Path) -> None:
         raise InputError(
             f"{folder} is a classifier on {kind}; classifiers are supported on {', '.join(ENCODERS)}, and decoders as language models"
         )
-    problem = config.get("problem_type")
-    if problem not in (None, "single_label_classification") or len(config.get("id2label") or (0, 1)) < 2:
+    problem, labels = config.get("problem_type"), stated_labels(config, folder / "config.json")
+    if problem not in (None, "single_label_classification") or len(labels) == 1:
         raise InputError(
             f"{folder}: {'a single output' if problem is None else problem} is no choice of one label; only single-label classification "
             "with two labels or more is supported"
         )
 
 
+def stated_labels(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The labels that config.json states, in the order of the logits; none where it has no ``id2label``.
+
+    Raises InputError for one that does not number its labels from 0 on, or has one twice: an answer could not be told from another.
+    """
+    named = config.get("id2label")
+    if named is None:
+        return ()
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or set(named) != set(numbers) or not all(type(label) in (str, int) for label in named.values()):
+        raise InputError(f'{path}: id2label is {str(named)[:80]}, expected an object like {{"0": "bad", "1": "good"}}; correct the file')
+    labels = tuple(str(named[number]) for number in numbers)
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise InputError(f"{path}: id2label has the label {twice} twice; give each label a name of its own")
+    return labels
+
+
 def check_has_head(config: Mapping[str, Any], folder: Path) -> None:
     """Raises InputError for a bare encoder: transformers would open some of them as decoders, with random weights or masks."""
     kind = config.get("model_type")
     if kind in ENCODERS and not config.get("is_decoder"):
-        kinds = ", ".join(config.get("architectures") or ()) or "no architecture"
+        kinds = ", ".join(_architectures(config)) or "no architecture"
         raise InputError(
             f"{folder} holds {kinds}, a {kind} without a classification head; give it one with transformers' "
             "AutoModelForSequenceClassification.from_pretrained(.., num_labels=N).save_pretrained(FOLDER), and train it with the edit"

@@ -139,7 +139,8 @@ def export_bundle(
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
     base = load_base(model)
-    _check_task(base, settings)
+    if base.task == TEXT_CLASSIFICATION:
+        check_classifier_settings(base.info.name, settings)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base)
     nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
@@ -231,11 +232,11 @@ def check_exporter(exporter: str) -> None:
         check_transformers()
 
 
-def _check_task(base: Base, settings: ExportSettings) -> None:
-    """Raises InputError for what a classifier has no use for."""
-    if base.task == TEXT_CLASSIFICATION and (settings.exporter, settings.logits) != ("dynamo", "all"):
+def check_classifier_settings(name: str, settings: ExportSettings) -> None:
+    """Raises InputError for what the classifier ``name`` has no use for."""
+    if (settings.exporter, settings.logits) != ("dynamo", "all"):
         what = "--logits last" if settings.logits != "all" else f"--exporter {settings.exporter}"
-        raise InputError(f"{base.info.name} is a classifier, which {what} is not for; leave it out (dynamo, one row of logits a text)")
+        raise InputError(f"{name} is a classifier, which {what} is not for; leave it out (dynamo, one row of logits a text)")
 
 
 def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:

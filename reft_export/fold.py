@@ -32,7 +32,7 @@ from reft_export.bundling import (
     union_nodes,
     write_adapter,
 )
-from reft_export.classifiers import longest_input
+from reft_export.classifiers import longest_input, stated_labels
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from runtimes.adapter import Adapter
@@ -118,6 +118,7 @@ def fold_bundle(
     base, weights = None, {}
     if model is not None:
         base, record, weights = _known_base(model, decoder, source, adapters, record, report)
+        labels = _labels_of_base(base, labels, source)
     head_sources = _head_sources(decoder, adapters)
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(decoder, nodes, slots=slots)
@@ -189,28 +190,36 @@ def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], prec
 def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> tuple[str, ...]:
     """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
 
-    Raises AdapterError for an adapter of other labels.
+    Raises AdapterError for an adapter of other labels, GraphError for a config.json that names more labels than logits, or fewer.
     """
     if not is_classifier(model.graph):
         if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
             raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
         return ()
     count = next(v for v in model.graph.outputs if v.name == "logits").shape[-1]
-    named = read_json_object(source.parent / "config.json").get("id2label") or {}
-    if not isinstance(named, dict) or not all(str(key).isdigit() for key in named):
-        raise GraphError(f"{source.parent / 'config.json'}: id2label is no object from numbers to labels; correct the file")
-    labels = tuple(str(named[key]) for key in sorted(named, key=int))
+    path = source.parent / "config.json"
+    stated = stated_labels(read_json_object(path), path)
+    if stated and len(stated) != count:
+        raise GraphError(f"{path} names {len(stated)} labels, and the graph has {count} logits; correct the file")
     trained = next((adapter.base.labels for adapter in adapters.values()), ())
-    labels = labels or trained or tuple(f"LABEL_{i}" for i in range(count))
+    labels = stated or trained or tuple(f"LABEL_{i}" for i in range(count))
     for name, adapter in adapters.items():
         if adapter.base.labels != labels or len(labels) != count:
             raise AdapterError(
                 f"adapter {name} was trained on {adapter.base.name} with labels {', '.join(adapter.base.labels) or 'none'}; {source} has "
                 f"{count}: {', '.join(labels)}; pass the graph of the base it was trained on"
             )
-    if len(labels) != count:
-        raise GraphError(f"{source.parent / 'config.json'} names {len(labels)} labels, and the graph has {count} logits; correct the file")
     return labels
+
+
+def _labels_of_base(base: Base, labels: tuple[str, ...], source: Path) -> tuple[str, ...]:
+    """The base's labels, whose order the golden arrays hold the graph to; GraphError where the graph has more logits or fewer."""
+    if len(base.info.labels) != len(labels):
+        raise GraphError(
+            f"{source} has {len(labels) or 'no'} labels, {base.info.name} {len(base.info.labels) or 'none'}; pass the base that the graph "
+            "was exported from"
+        )
+    return base.info.labels
 
 
 def _head_sources(model: ir.Model, adapters: dict[str, Adapter]) -> dict[str, WeightSource]:
@@ -246,26 +255,40 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) 
     config = _config(folder)
     generation = read_json_object(folder / "generation_config.json")
     width = whole_number(config, "hidden_size") or _width(survey, adapters)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
     context = _context(config) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
-        context = longest_input(str(config.get("model_type")), context, config.get("pad_token_id"))
+        context = longest_input(str(config.get("model_type")), context, _token_id(config, "pad_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
-        vocab_size=int(config.get("vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
+        vocab_size=int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
         if is_classifier(model.graph)
         else vocabulary[-1],
         hidden_size=width,
         num_hidden_layers=survey.layers,
         context_length=context,
         num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
-        pad_token_id=config.get("pad_token_id"),
+        bos_token_id=_token_id(config, "bos_token_id"),
+        eos_token_ids=_token_ids(ids, "eos_token_id"),
+        pad_token_id=_token_id(config, "pad_token_id"),
         sliding_window=config.get("sliding_window"),
     )
+
+
+def _token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+    """None, one or several, as configs state them; InputError for what is no number."""
+    value = config.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a token's number; correct the file")
+    return tuple(ids)
+
+
+def _token_id(config: dict[str, Any], key: str) -> int | None:
+    """The first where there are several."""
+    return next(iter(_token_ids(config, key)), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

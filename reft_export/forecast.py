@@ -7,7 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from reft_export.export import ExportSettings
+from reft_export.classifiers import check_classifier, is_classifier
+from reft_export.export import ExportSettings, check_classifier_settings
+from reft_export.model_folder import read_config
 from reft_export.training.settings import TrainSettings
 from runtimes.adapter import form_of
 from runtimes.errors import InputError
@@ -47,8 +49,17 @@ class Forecast:
 
 
 def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) -> Forecast:
-    """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
+    """A float32 base in memory, its graph on disk; float weights are copied one at a time.
+
+    A classifier is refused with settings that ``export`` refuses it with.
+    """
     linear, other = count_parameters(model)
+    config, folder = read_config(Path(model)), Path(model)
+    classifies = is_classifier(config)
+    if classifies:
+        check_classifier(config, folder)
+        check_classifier_settings(folder.resolve().name, settings)
+    recorded, logits = ("logits", "logits one row a text") if classifies else ("logits, greedy tokens", f"logits {settings.logits}")
     total = linear + other
     disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
     quantized = settings.weight_only is not None
@@ -58,8 +69,8 @@ def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) 
     copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
-            f"load {model} in float32 and record eager logits, greedy tokens, base and {len(adapters)} adapters",
-            f"export with {EXPORTERS[settings.exporter]}{opset}, logits {settings.logits}",
+            f"load {model} in float32 and record eager {recorded}, base and {len(adapters)} adapters",
+            f"export with {EXPORTERS[settings.exporter]}{opset}, {logits}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",

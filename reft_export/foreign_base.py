@@ -97,7 +97,8 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
     check_same_base(bundle, base, model)
     made_from = known_model(bundle.manifest.model, base, context=bundle.manifest.model.context_length)
     report("finding the base's weights in the graph")
-    sources = match_weights(graph, base, str(bundle.folder))
+    matched = match_weights(graph, base, str(bundle.folder))
+    sources = {name: source for name, source in matched.items() if name not in bundle.manifest.head}  # inputs, which adapters bring
     del graph
     with tempfile.TemporaryDirectory() as folder:
         report("recording what the eager model says")

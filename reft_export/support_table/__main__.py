@@ -16,16 +16,19 @@ import typer
 from reft_export.export import check_exporter
 from reft_export.support_table.bases import FAMILIES
 from reft_export.support_table.cells import DTYPES, Cell, run_family
+from reft_export.support_table.classifiers import CLASSIFIERS
+from reft_export.support_table.classifiers import ROUTE as CLASSIFIER_ROUTE
 from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from runtimes.errors import BackendUnavailable, InputError, ReftError
 
 app = typer.Typer(add_completion=False)
+ALL = (*FAMILIES, *CLASSIFIERS)
 
 
 @app.command()
 def main(
     route: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROUTES)}; all that are installed here by default.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help="A family of the list; all by default.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="A family of the list, classifiers among them; all by default.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(DTYPES)}; all by default.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also cells that were run before.")] = False,
     minutes: Annotated[float, typer.Option(help="Start no family after this time.")] = 1e9,
@@ -35,14 +38,15 @@ def main(
     """Which families go through which exporter, and at what parity."""
     try:
         _check("route", route, tuple(ROUTES))
-        _check("family", family, FAMILIES)
+        _check("family", family, ALL)
         _check("dtype", dtype, DTYPES)
+        _check_classifiers(route, family)
         for path in merge or ():
             write_results(read_results(results) | read_results(path), results)
         if merge:
             _write_page(results)
             return
-        _run(route, family or list(FAMILIES), dtype or list(DTYPES), again, time.monotonic() + 60 * minutes, results)
+        _run(route, family or list(ALL), dtype or list(DTYPES), again, time.monotonic() + 60 * minutes, results)
     except ReftError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(e.exit_code) from None
@@ -61,6 +65,8 @@ def _run(routes: list[str] | None, families: list[str], dtypes: list[str], again
             typer.echo(f"{route} is left as it is: {e}", err=True)
             continue
         for name in families:
+            if name in CLASSIFIERS and route != CLASSIFIER_ROUTE:
+                continue  # refused by what they are, as the page says
             wanted = [d for d in dtypes if again or (name, route, d) not in cells]
             if wanted:
                 work.append((name, route, wanted))
@@ -90,6 +96,12 @@ def _check(what: str, given: list[str] | None, known: tuple[str, ...]) -> None:
     for name in given or ():
         if name not in known:
             raise InputError(f"--{what} {name!r} is unknown; known: {', '.join(known)}")
+
+
+def _check_classifiers(routes: list[str] | None, families: list[str] | None) -> None:
+    for name in families or ():
+        if name in CLASSIFIERS and routes and CLASSIFIER_ROUTE not in routes:
+            raise InputError(f"--family {name} is a classifier, which goes through --route {CLASSIFIER_ROUTE} only; leave the other out")
 
 
 if __name__ == "__main__":

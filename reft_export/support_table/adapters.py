@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from reft_export.classifiers import head_parameters
 from runtimes.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
 from runtimes.edit import Site
 from runtimes.positions import PositionRule
@@ -45,3 +47,12 @@ def random_adapter(
     return Adapter(
         method=method, rank=rank, sites=tuple(sites), positions=rule, tied=tied, activation=activation, base=base, tensors=tensors
     )
+
+
+def random_head(model: PreTrainedModel, seed: int = 0) -> dict[str, np.ndarray]:
+    """Another head than the classifier's own, by parameter name, float32: a deviation of 0.2 from each parameter."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: np.asarray(parameter.detach().numpy() + 0.2 * generator.standard_normal(parameter.shape), np.float32)
+        for name, parameter in head_parameters(model).items()
+    }

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from calibration.settings import QuantizationSettings, settings_for
@@ -17,8 +17,9 @@ from reft_export.eager import site_module
 from reft_export.export import ExportResult, ExportSettings, export_bundle
 from reft_export.quantize import quantize_bundle
 from reft_export.support_table import bases
-from reft_export.support_table.adapters import random_adapter
-from runtimes.adapter import save_adapter
+from reft_export.support_table.adapters import random_adapter, random_head
+from reft_export.support_table.classifiers import CLASSIFIERS, save_classifier
+from runtimes.adapter import Adapter, save_adapter
 from runtimes.edit import Site
 from runtimes.errors import GraphError, InputError, ParityError, ReftError
 from runtimes.parity import ParityReport
@@ -71,7 +72,8 @@ class _Family:
 
     def run(self, dtypes: Sequence[str]) -> None:
         try:
-            bases.save_base(self.folder / "base", self.family, layers=LAYERS)
+            save = save_classifier if self.family in CLASSIFIERS else bases.save_base
+            save(self.folder / "base", self.family, layers=LAYERS)
             self._narrow_to_modules()
         except ReftError as e:
             for dtype in dtypes:
@@ -116,13 +118,20 @@ class _Family:
         )
 
     def _adapters(self) -> list[Path]:
-        """LoReFT at every stream, tied; and untied at the block outputs alone."""
-        info = load_base(self.folder / "base").info
+        """LoReFT at every stream, tied, and untied at the block outputs alone; for a classifier also RED there, and heads with two of them.
+
+        Decoders go without RED: their recorded figures are those of these two.
+        """
+        base = load_base(self.folder / "base")
         sites = [Site(layer=layer, stream=stream) for stream in self.streams for layer in range(LAYERS)]
-        adapters = {
-            "tied": random_adapter(info, sites),
-            "untied": random_adapter(info, sites[:LAYERS], tied=False, positions="f1+l3", seed=1),
+        adapters: dict[str, Adapter] = {
+            "tied": random_adapter(base.info, sites),
+            "untied": random_adapter(base.info, sites[:LAYERS], tied=False, positions="f1+l3", seed=1),
         }
+        if self.family in CLASSIFIERS:
+            adapters["red"] = random_adapter(base.info, sites[:LAYERS], method="red", positions="prompt", seed=2)
+            for seed, name in enumerate(("tied", "red")):
+                adapters[name] = replace(adapters[name], head=random_head(base.model, seed))
         for name, adapter in adapters.items():
             save_adapter(adapter, self.folder / name, force=True)
         return [self.folder / name for name in adapters]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reft_export.support_table import bases
+from reft_export.support_table import classifiers as encoders
 from reft_export.support_table.cells import EXPORTED, LAYERS, QUANTIZED, STREAMS, Cell
 from runtimes.errors import InputError
 from runtimes.parity import BUDGETS
@@ -40,7 +41,7 @@ def read_results(path: Path = RESULTS) -> Results:
 
 def write_results(results: Mapping[tuple[str, str, str], Cell], path: Path = RESULTS) -> None:
     """One line a cell, in the table's order; atomically, as a run may be interrupted at any time."""
-    order = {family: number for number, family in enumerate(bases.FAMILIES)}
+    order = {family: number for number, family in enumerate((*bases.FAMILIES, *encoders.CLASSIFIERS))}
     cells = sorted(results.values(), key=lambda c: (list(ROUTES).index(c.route), order.get(c.family, len(order)), COLUMNS.index(c.dtype)))
     lines = ",\n".join(json.dumps(asdict(cell)) for cell in cells)
     partial = path.with_name(f".{path.name}.partial")
@@ -52,10 +53,24 @@ def page(results: Mapping[tuple[str, str, str], Cell]) -> str:
     """The Markdown page. Every figure and reason is a result's; families that nobody ran are listed as such."""
     parts = [_introduction(results)]
     for route, title in ROUTES.items():
-        cells = {key: cell for key, cell in results.items() if key[1] == route}
+        cells = {key: cell for key, cell in results.items() if key[1] == route and key[0] not in encoders.CLASSIFIERS}
         parts.append(f"## {title}\n")
-        parts.append(_route(cells) if cells else "Not run yet.\n")
+        parts.append(_route(cells, bases.FAMILIES) if cells else "Not run yet.\n")
+    cells = {key: cell for key, cell in results.items() if key[0] in encoders.CLASSIFIERS}
+    parts.append(_about_classifiers())
+    parts.append(_route(cells, encoders.CLASSIFIERS) if cells else "Not run yet.\n")
     return "\n".join(parts)
+
+
+def _about_classifiers() -> str:
+    refused = ", ".join(route for route in ROUTES if route != encoders.ROUTE)
+    return f"""## Encoders with a classification head: `--exporter {encoders.ROUTE}`
+
+The other exporters ({refused}) are refused for classifiers, whatever the family. The bases have {LAYERS} layers of width
+{bases.WIDTH} and {len(encoders.LABELS)} labels (`reft_export/support_table/classifiers.py`). The adapters are the decoders' two,
+of which the tied one brings a head of its own, and a RED adapter with another head, which edits the block outputs of every token. A
+figure is the worst of the base and the three adapters over one padded batch, single texts and more padding.
+"""
 
 
 def _introduction(results: Mapping[tuple[str, str, str], Cell]) -> str:
@@ -69,9 +84,9 @@ Written by `python -m reft_export.support_table` ({when}); its results are [supp
 Every cell is a real run of `export`, and of `quantize` on the fp32 bundle for {", ".join(QUANTIZED)}, on a random model of
 {LAYERS} layers of width {bases.WIDTH} (`reft_export/support_table/bases.py`), with two LoReFT adapters of rank 4: one tied at f2+l2 with
 edits at every stream that the family shows, one untied at f1+l3 with edits at the block outputs. A figure is the largest logit error
-relative to the largest logit of eager PyTorch, the worst of the base and both adapters over one forward, prefill and decode, chunked
-prefill, single rows and padded batches. int8 and int4 are compared with eager PyTorch carrying the same dequantized weights, at
-accuracy level 1. Budgets: {budgets}.
+relative to the largest logit of eager PyTorch; of a decoder, the worst of the base and both adapters over one forward, prefill and
+decode, chunked prefill, single rows and padded batches. int8 and int4 are compared with eager PyTorch carrying the same dequantized
+weights, at accuracy level 1. Budgets: {budgets}.
 
 | cell | means |
 |---|---|
@@ -86,9 +101,9 @@ Where fp32 is refused or wrong, the other precisions of that row are not tried. 
 """
 
 
-def _route(cells: Mapping[tuple[str, str, str], Cell]) -> str:
+def _route(cells: Mapping[tuple[str, str, str], Cell], known: Iterable[str]) -> str:
     notes: dict[str, int] = {}
-    families = [family for family in bases.FAMILIES if any(key[0] == family for key in cells)]
+    families = [family for family in known if any(key[0] == family for key in cells)]
     lines = ["| family | edits | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for family in families:
         row = {dtype: cell for (name, _, dtype), cell in cells.items() if name == family}

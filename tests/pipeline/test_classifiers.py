@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from typer.testing import CliRunner
 
 from calibration.settings import settings_for
+from graph_passes.external import load_graph, write_graph
+from graph_passes.unfold import unfold_graph
 from reft_export.base import load_base
 from reft_export.calibrate import CalibrationRequest
 from reft_export.cli.main import app
@@ -266,6 +270,7 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
         (["run", "{bundle}", "-p", "x" * 80], "82 tokens, and base takes 64 at most"),
         (["run", "{bundle}", "-p", " "], "is empty"),
         (["export", "-m", "{base}", "-o", "{out}", "--logits", "last"], "classifier, which --logits last is not for"),
+        (["export", "-m", "{base}", "-o", "{out}", "--dry-run", "--exporter", "builder"], "which --exporter builder is not for"),
         (["build", "{bundle}", "-o", "{out}", "--target", "tensorrt-rtx"], "is a classifier, and engines are built of decoders"),
         (["quantize", "{bundle}", "-m", "{base}", "-o", "{out}", "--refit", "{data}", "-a", "{adapter}"], "--refit trains adapters on"),
         (["train", "-m", "{base}", "-d", "{data}", "-o", "{out}", "--samples", "2"], "--samples is a decoder's"),
@@ -318,6 +323,77 @@ def test_bases_that_are_no_classifiers_of_ours(tmp_path: Path) -> None:
     refused("is a classifier on llama", architectures=["LlamaForSequenceClassification"], model_type="llama")
     refused("a single output is no choice", id2label={"0": "score"}, label2id={"score": 0})
     refused("multi_label_classification is no choice", problem_type="multi_label_classification")
+
+
+def test_dry_run_promises_what_is_done(made, tmp_path: Path) -> None:
+    """No greedy tokens, and one row of logits a text."""
+    code, out, _ = invoke("export", "-m", made()[1], "-o", tmp_path / "out", "--dry-run", "--json")
+    steps = json.loads(out)["steps"]
+    assert code == 0 and "record eager logits, base and 0 adapters" in steps[0] and steps[1].endswith("logits one row a text")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "train", "fold"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id2label": list(tiny_encoders.LABELS)}, r"id2label is \['sad', 'calm', 'happy'\], expected an object like"),
+        ({"id2label": {"sad": "0", "calm": "1", "happy": "2"}}, r"id2label is \{'sad': '0'.*expected an object like"),
+        ({"id2label": {"0": "sad", "1": "calm", "5": "happy"}}, "id2label is .*'5': 'happy'.*expected an object like"),
+        ({"id2label": {"0": "sad", "1": "calm", "²": "happy"}}, "id2label is .*expected an object like"),
+        ({"id2label": {"0": "sad", "1": "calm", "2": None}}, "id2label is .*None.*expected an object like"),
+        ({"id2label": 3}, "id2label is 3, expected an object like"),
+        ({"id2label": {"0": "sad", "1": "sad", "2": "happy"}}, "id2label has the label sad twice"),
+        ({"id2label": {"0": "sad", "1": "calm"}}, r"\[2(, 64)?\] by config.json, and of another|names 2 labels, .* 3 logits"),
+        ({"architectures": 7}, "holds no architecture, a roberta without a classification head"),
+        ({"pad_token_id": "x"}, "pad_token_id"),
+    ],
+)
+def test_a_hostile_config_costs_one_line(made, tmp_path: Path, verb: str, changes: dict, said: str) -> None:
+    bundle, base, folders = made()
+    config = json.loads((base / "config.json").read_text())
+    changed = Path(shutil.copytree(base, tmp_path / "base"))
+    (changed / "config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 0}\n')
+    arguments = {"export": ["export", "-m", changed], "train": ["train", "-m", changed, "-d", tmp_path / "texts.jsonl"]}
+    if verb == "fold":  # of the graph beside the config; our own, without its edits' inputs
+        if "architectures" in changes:
+            pytest.skip("a graph says itself what it is")
+        graph = load_graph(bundle.graph_path)
+        unfold_graph(graph)
+        write_graph(graph, changed)
+        arguments["fold"] = ["fold", changed / "model.onnx", "-a", folders["mlp"]]
+    code, out, err = invoke(*arguments[verb], "-o", tmp_path / "out")
+    assert code == 2 and out == "" and len(err.strip().splitlines()) == 1 and re.search(said, err), err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_red_trained_with_its_head_beside_another_adapter(made, tmp_path: Path) -> None:
+    """From the command line: train, export, parity, and the label's probabilities by each adapter and by none."""
+    _, base_folder, folders = made()
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": "gqs"[i % 3] + "abcdef"[i % 5 :], "label": i % 3}) + "\n" for i in range(36)))
+    training = ["--method", "red", "--positions", "f2", "--lr", "1e-2", "--max-steps", 6, "--batch-size", 12]
+    assert invoke("train", "-m", base_folder, "-d", data, "-o", tmp_path / "red", *training)[0] == 0
+    trained = load_adapter(tmp_path / "red")
+    assert trained.method == "red" and set(trained.head) == set(load_adapter(folders["untied"]).head)
+    code, out, _ = invoke("export", "-m", base_folder, "-a", tmp_path / "red", "-a", folders["untied"], "-o", tmp_path / "b", "--json")
+    assert code == 0 and json.loads(out)["parity"]["passed"]
+    for more in ([], ["-m", base_folder]):
+        code, out, _ = invoke("parity", tmp_path / "b", *more, "--json")
+        assert code == 0 and json.loads(out)["passed"]
+    bundle, base = open_bundle(tmp_path / "b"), load_base(base_folder)
+    inputs = stored_inputs(bundle)
+    plain = classifier_logits(base.model, inputs)
+    session = OrtClassifier(bundle, threads=1)
+    for name, folder in (("red", tmp_path / "red"), (None, None), ("untied", folders["untied"]), ("red", tmp_path / "red")):
+        session.set_adapter(name)
+        got = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
+        with steered(base.model, load_adapter(folder)) if folder else nullcontext():
+            wanted = classifier_logits(base.model, inputs)
+        assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max(), name
+        assert (np.abs(wanted - plain).max() > 1e-2 * np.abs(plain).max()) == (name is not None)
 
 
 def test_bench_and_inspect_know_classifiers(made) -> None:

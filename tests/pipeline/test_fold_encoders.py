@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -14,20 +15,23 @@ import pytest
 import tiny
 import tiny_encoders
 import torch
+from typer.testing import CliRunner
 
 from graph_passes.external import load_graph
 from graph_passes.sites import survey_sites
 from reft_export.base import load_base
 from reft_export.classifiers import takes_token_types
+from reft_export.cli.main import app
 from reft_export.eager import steered
 from reft_export.exporters.dynamo_classifier import LogitsOnly
 from reft_export.fold import fold_bundle
 from reft_export.golden_classifier import classifier_inputs, classifier_logits
 from reft_export.parity import host_ladder
 from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import open_bundle
+from runtimes.bundle import Bundle, open_bundle
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import AdapterError, GraphError
+from runtimes.golden import check_golden
 from runtimes.ort_classifier import OrtClassifier
 
 OPSETS = (16, 17)
@@ -95,6 +99,52 @@ def test_a_renamed_graph_of_another_exporter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
 def test_every_family_and_opset(tmp_path: Path, family: str, opset: int) -> None:
     check(family, opset, tmp_path)
+
+
+def _bundle(*arguments: object) -> Bundle:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.stderr
+    return open_bundle(Path(arguments[arguments.index("-o") + 1]))
+
+
+@pytest.mark.slow
+def test_fold_and_quantize_against_the_base(tmp_path: Path) -> None:
+    """RED and LoReFT with heads of their own, in a renamed graph: folded with the base, or quantized with it after a fold without."""
+    base_folder = tiny_encoders.save_base(tmp_path / "base")
+    graph, base = foreign_graph(base_folder, tmp_path / "graph", 17), load_base(base_folder)
+    adapters = {"loreft": tiny.random_adapter(base.info), "red": tiny.random_adapter(base.info, method="red", positions="prompt", seed=1)}
+    given = []
+    for seed, (name, adapter) in enumerate(adapters.items()):
+        save_adapter(replace(adapter, head=tiny_encoders.random_head(base.model, seed)), tmp_path / name)
+        given += ["-a", tmp_path / name]
+    known = _bundle("fold", graph, *given, "-m", base_folder, "-o", tmp_path / "known")
+    _bundle("fold", graph, *given, "-o", tmp_path / "alone")
+    for source, bits in (("known", 4), ("alone", 8)):
+        target = tmp_path / f"{source}-int{bits}"
+        quantized = _bundle("quantize", tmp_path / source, "-m", base_folder, "-o", target, "-p", f"int{bits}")
+        assert (quantized.manifest.labels, quantized.manifest.head) == (tiny_encoders.LABELS, known.manifest.head)
+        assert not set(quantized.manifest.head) & set(quantized.manifest.weights), "heads stay in float"
+    for bundle in (known, quantized):
+        assert check_golden(bundle, OrtClassifier(bundle, threads=1)).passed
+        assert host_ladder(bundle, str(base_folder), report=lambda _: None).passed
+    # A fold that took another head for the base's would not have come this far.
+    other = tiny_encoders.build()
+    with torch.no_grad():
+        next(reversed(list(other.parameters()))).add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    done = CliRunner().invoke(app, ["fold", str(graph), "-m", str(tmp_path / "other"), "-o", str(tmp_path / "no")])
+    assert done.exit_code == 3 and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_labels_are_the_bases_where_it_is_known(tmp_path: Path) -> None:
+    """What stands beside a graph may name them by number, or in another order; the base's order is what parity was shown of."""
+    base_folder = tiny_encoders.save_base(tmp_path / "base")
+    graph = foreign_graph(base_folder, tmp_path / "graph", 17)
+    path = graph.parent / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {str(i): f"LABEL_{i}" for i in range(3)}}))
+    assert _bundle("fold", graph, "-o", tmp_path / "alone").manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert _bundle("fold", graph, "-m", base_folder, "-o", tmp_path / "known").manifest.labels == tiny_encoders.LABELS
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
+from reft_export.classifiers import ENCODERS
 from reft_export.support_table import bases, cells
 from reft_export.support_table.__main__ import app
-from reft_export.support_table.cells import Cell, run_family
+from reft_export.support_table.cells import STREAMS, Cell, run_family
+from reft_export.support_table.classifiers import CLASSIFIERS
 from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
+from runtimes.adapter import load_adapter
 from runtimes.errors import InputError
 from runtimes.parity import BUDGETS
 
@@ -94,7 +97,44 @@ def test_the_page_shows_every_outcome() -> None:
     text = page({cell.key: cell for cell in shown})
     assert r"| llama | b m \[1\] | 5e-07 | . | structure only | no \[2\] | **wrong** 3e-01 \[3\] | . |" in text
     assert "1. no attention" in text and "2. no" in text and "3. over" in text and "2026-01-02" in text
-    assert text.count("Not run yet.") == len(ROUTES) - 1
+    assert text.count("Not run yet.") == len(ROUTES)  # one route was, of the decoders; the classifiers were not
+
+
+def test_classifiers_have_a_section_of_their_own() -> None:
+    shown = [_cell(relative=1e-7, streams=STREAMS), _cell(family="bert", relative=2e-6, streams=STREAMS)]
+    text = page({cell.key: cell for cell in shown})
+    decoders, _, classifiers = text.partition("## Encoders with a classification head")
+    assert "| llama | b a m | 1e-07 |" in decoders and "bert" not in decoders
+    assert "| bert | b a m | 2e-06 |" in classifiers and "llama" not in classifiers
+    assert "The other exporters (builder, transformers, optimum) are refused" in classifiers
+    assert tuple(CLASSIFIERS) == ENCODERS, "the table runs every encoder that is supported"
+    assert not set(CLASSIFIERS) & set(bases.FAMILIES)
+
+
+def test_classifiers_bring_heads_and_red(monkeypatch) -> None:
+    seen = {}
+
+    def export(_, folders, *rest, **more):
+        seen.update({folder.name: load_adapter(folder) for folder in folders})
+        raise InputError("seen")
+
+    monkeypatch.setattr(cells, "export_bundle", export)
+    run_family("distilbert", "dynamo", ("fp32",), lambda _: None)
+    assert {name: (a.method, len(a.sites), bool(a.head)) for name, a in seen.items()} == {
+        "tied": ("loreft", 6, True),
+        "untied": ("loreft", 2, False),
+        "red": ("red", 2, True),
+    }
+
+
+@pytest.mark.slow
+def test_a_classifier_goes_through() -> None:
+    told: list[Cell] = []
+    run_family("electra", "dynamo", ("fp32", "qdq-int4", "bf16"), told.append)
+    assert [(cell.dtype, cell.outcome, cell.streams) for cell in told] == [
+        ("fp32", "ok", STREAMS), ("qdq-int4", "ok", STREAMS), ("bf16", "structure", STREAMS),
+    ]  # fmt: skip
+    assert told[0].relative <= BUDGETS["fp32"].logits and told[1].relative <= BUDGETS["weight-only int4"].logits
 
 
 def test_command_line(tmp_path) -> None:
@@ -109,4 +149,6 @@ def test_command_line(tmp_path) -> None:
     before = (tmp_path / "mine.json").read_bytes()
     wrong = CliRunner().invoke(app, [*mine, "--family", "llamma"])
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: --family 'llamma' is unknown; known: llama")
+    wrong = CliRunner().invoke(app, [*mine, "--family", "bert", "--route", "builder"])
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: --family bert is a classifier, which goes through --route dynamo only")
     assert (tmp_path / "mine.json").read_bytes() == before
