@@ -26,6 +26,10 @@ from runtimes.errors import ExportError
 PREFIX = "model."
 """The wrapped model's attribute; torch names initializers after it."""
 
+SMALLEST_CONSTANT = 1.001e-8
+"""onnxscript's rewriting takes constants of up to 1e-8 for zero (``add_0_rule``): Helium's epsilon of 1e-8 would go, and a row of zeros,
+which its pad token is, would become NaN."""
+
 
 class RowMajorLinear(torch.nn.Module):
     """y = x W + b with W stored [in, out], the layout of ONNX MatMul.
@@ -98,6 +102,7 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
     shapes = cache_shapes(model)
     weights = make_row_major(model)
+    keep_epsilons(model)
     names = [f"past_key_values.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
     batch, sequence, past_length = 2, 3, 5
     dtype = next(model.parameters()).dtype
@@ -204,6 +209,17 @@ def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
     if len(states) != model.config.get_text_config().num_hidden_layers or any(t is None or t.ndim != 4 for pair in states for t in pair):
         raise ExportError(f"{other}; {len(states)} layers do")
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
+
+
+def keep_epsilons(model: PreTrainedModel) -> None:
+    """Raises the epsilon of an RMSNorm to ``SMALLEST_CONSTANT``, where it lies just below, so that it stays in the graph."""
+    for module in model.modules():
+        if "RMSNorm" not in type(module).__name__:
+            continue
+        for name in ("variance_epsilon", "eps", "epsilon"):
+            value = getattr(module, name, None)
+            if isinstance(value, float) and 0.999 * SMALLEST_CONSTANT < value < SMALLEST_CONSTANT:
+                setattr(module, name, SMALLEST_CONSTANT)
 
 
 def make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:

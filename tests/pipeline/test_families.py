@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from calibration.settings import settings_for
@@ -12,6 +14,7 @@ from reft_export.base import load_base
 from reft_export.eager import site_module
 from reft_export.export import ExportSettings, export_bundle
 from reft_export.exporters import transformers as route
+from reft_export.exporters.dynamo import export_dynamo
 from reft_export.quantize import quantize_bundle
 from reft_export.support_table import bases
 from reft_export.support_table.adapters import random_adapter
@@ -22,7 +25,7 @@ from runtimes.errors import BackendUnavailable, BundleError, ExportError, InputE
 
 QUIET = {"report": lambda _: None}
 ALL = ("block_output", "attention_output", "mlp_output")
-NEW = ("phi", "olmo2", "cohere", "starcoder2", "stablelm", "smollm3", "falcon", "glm4", "bloom", "gpt_neo")
+NEW = ("phi", "olmo2", "cohere", "starcoder2", "stablelm", "smollm3", "falcon", "glm4", "bloom", "gpt_neo", "helium")
 needs_exporters = pytest.mark.skipif(
     importlib.util.find_spec("transformers.exporters") is None, reason="this transformers has no transformers.exporters"
 )
@@ -51,6 +54,19 @@ def _worst(result) -> float:
 def test_edits_at_every_stream(family, small_base, tmp_path) -> None:
     model, adapter = small_base(family)
     assert _worst(export_bundle(model, [adapter], tmp_path / "b", ExportSettings(), **QUIET)) < 2e-5
+
+
+def test_an_epsilon_that_passes_for_zero_stays_in_the_graph() -> None:
+    """Helium: 1e-8, and the embedding of its pad token is zeros."""
+    model = bases.build_base("helium", layers=1)
+    assert not model.get_input_embeddings().weight[bases.PAD].any()
+    session = ort.InferenceSession(ir.to_proto(export_dynamo(model).model).SerializeToString(), providers=["CPUExecutionProvider"])
+    past = {
+        i.name: np.zeros([1, i.shape[1], 0, i.shape[3]], np.float32) for i in session.get_inputs() if i.name.startswith("past")
+    }
+    ids = {"input_ids": [[7, bases.PAD, 9]], "attention_mask": [[1, 1, 1]], "position_ids": [[0, 1, 2]]}
+    feeds = {name: np.array(value, np.int64) for name, value in ids.items()} | past
+    assert np.isfinite(session.run(["logits"], feeds)[0]).all()
 
 
 @pytest.mark.slow
