@@ -184,7 +184,7 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
     names |= {f"{RAW}.original", f"{RAW}.0.base"} if orthonormal else {"projection.weight"}
     if set(state) != names:
         raise AdapterError(f"{where} holds {sorted(state)}, expected {sorted(names)}; the adapter is damaged")
-    W = as_float32(state["learned_source.weight"], (None, None), f"{where}: learned_source.weight")
+    W = as_float32(state["learned_source.weight"], ("r", "D"), f"{where}: learned_source.weight")
     rank, width = W.shape
     b = as_float32(state["learned_source.bias"], (rank,), f"{where}: learned_source.bias")
     if orthonormal:
