@@ -3,7 +3,8 @@
     y = h + P^T (act(W h + b) - P h)       W = learned_source.weight [r, d], b = .bias [r], P = projection.weight [r, d]
 
 P is stored raw where it is kept orthonormal (tensors.orthogonal): LoReFT; else as it is: NoReFT, and DiReFT, which leaves out
-"- P h" and saves the same config. Units: one when weights are tied, else one for the prefix and one for the suffix.
+"- P h" and saves the same config: the library does not write subtract_projection, but reads it. Units: one when weights are tied, else
+one for the prefix and one for the suffix.
 
 The first ``prefix_positions`` and last ``suffix_positions`` tokens are edited, both from the original h, and the suffix wins where
 they overlap: PositionRule with truncate off. AdapterHub counts them in whatever sequence it is given, this project in the prompt.
@@ -22,14 +23,14 @@ import numpy as np
 from torch import Tensor
 
 from reft_export.base import Outline
-from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, not_recorded
+from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded, short
+from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
 from reft_export.model_folder import weight_files
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
-from runtimes.records import parse_json
 
 FORMAT = "adapterhub"
 CONFIG_FILE = "adapter_config.json"
@@ -37,6 +38,10 @@ WEIGHT_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
 UNIT = re.compile(r"(?:.+\.)?(\d+)\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)")
+KNOWN = {"layers", "prefix_positions", "suffix_positions", "r", "orthogonality", "tied_weights", "subtract_projection", "dropout",
+         "non_linearity", "architecture", "output_reft", "dtype", "init_weights_seed", "version"}  # fmt: skip
+"""Keys of ReftConfig in adapters 1.0 to 1.3. output_reft is read by none of them, dtype and init_weights_seed where weights are made."""
+
 RAW = "projection.parametrizations.weight"
 
 
@@ -49,15 +54,16 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
     rule = _positions(config, folder)
     activation = activation_of(config["non_linearity"] or "", f"{folder / CONFIG_FILE}: non_linearity")
     _check_flags(request, rule, tied, activation)
-    method = _method(request.method, config["orthogonality"])
+    method = _method(request.method, config["orthogonality"], config.get("subtract_projection"))
     units, name = _units(folder)
+    _check_units(units, config, folder)
     # An untied adapter keeps two units even where one of them has no positions.
     wanted = (0, 1) if not tied else (0,) if config["tied_weights"] or config["prefix_positions"] else (1,)
     layers = _layers(units, config["layers"], outline)
     edits = {
         Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers
     }
-    head = _head(folder, outline)
+    head = _head(folder, outline, name)
     notes = []
     if outline.info.labels and not head:
         notes.append(f"no prediction head lies beside the adapter: it is used with {outline.info.name}'s own")
@@ -84,21 +90,22 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
 def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file, and its ReFT part with every key of the right type."""
     path = folder / CONFIG_FILE
-    try:
-        top = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise AdapterError(f"{path} is not JSON: {e}") from None
-    config = top.get("config") if isinstance(top, dict) else None
-    if isinstance(top, dict) and "peft_type" in top:
+    top = read_json_object(path)
+    config = top.get("config")
+    if "peft_type" in top:
         raise AdapterError(f"{path} is PEFT's ({top['peft_type']}); it is not a ReFT: merge it into the base with merge_and_unload()")
     if not isinstance(config, dict) or config.get("architecture") != "reft":
         kind = config.get("architecture") if isinstance(config, dict) else config
         raise AdapterError(f"{path}: architecture {kind!r} is not reft; only ReFT adapters can be imported")
+    if unknown := sorted(set(config) - KNOWN):
+        raise AdapterError(f"{path}: {listed(unknown)} is none of the keys of a ReftConfig, so what it changes is unknown")
     types = {"prefix_positions": int, "suffix_positions": int, "r": int, "orthogonality": bool, "tied_weights": bool}
     for name, kind in types.items():
         value = config.get(name)
         if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
             raise AdapterError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+    if "subtract_projection" in config and not isinstance(config["subtract_projection"], bool):
+        raise AdapterError(f"{path}: subtract_projection is {short(config['subtract_projection'])}, expected bool")
     layers, dropout, function = config.get("layers"), config.get("dropout", 0.0), config.get("non_linearity")
     if layers != "all" and not (isinstance(layers, list) and layers and all(type(n) is int for n in layers)):
         raise AdapterError(f'{path}: layers is {layers!r}, expected "all" or a list of numbers')
@@ -133,11 +140,16 @@ def _check_flags(request: Request, rule: PositionRule, tied: bool, activation: s
         raise InputError(f"--activation {request.activation} contradicts the adapter, which records {activation or 'none'}")
 
 
-def _method(asked: str | None, orthonormal: bool) -> str:
-    """LoReFT is told by its orthonormal projection; NoReFT and DiReFT save the same config."""
-    known = ("loreft", "direft") if orthonormal else ("noreft", "direft")
+def _method(asked: str | None, orthonormal: bool, subtracts: bool | None) -> str:
+    """LoReFT is told by its orthonormal projection; NoReFT and DiReFT save the same config, where it lacks subtract_projection."""
+    known = ("loreft" if orthonormal else "noreft", "direft")
+    says = f"orthogonality {orthonormal}"
+    if subtracts is not None:
+        known, says = (known[:1] if subtracts else known[1:]), f"{says} and subtract_projection {subtracts}"
     if asked is not None and asked not in known:
-        raise InputError(f"--method {asked} contradicts the adapter, which records orthogonality {orthonormal}: {' or '.join(known)}")
+        raise InputError(f"--method {asked} contradicts the adapter, which records {says}: {' or '.join(known)}")
+    if len(known) == 1:
+        return known[0]
     if asked is None and not orthonormal:
         raise not_recorded(
             "AdapterHub", {"whether the projection is subtracted": "--method noreft (it is) or --method direft (it is not)"}
@@ -162,6 +174,19 @@ def _units(folder: Path) -> tuple[dict[tuple[int, int], dict[str, Tensor]], str]
     return units, names.pop()
 
 
+def _check_units(units: Mapping[tuple[int, int], Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
+    """Raises AdapterError where the config records another rank than the tensors have, or one unit where there are two."""
+    for (layer, unit), state in units.items():
+        if unit and config["tied_weights"]:
+            raise AdapterError(f"{folder / CONFIG_FILE}: tied_weights is True, but layer {layer} has a second unit; the adapter is damaged")
+        shape = list(state["learned_source.weight"].shape) if "learned_source.weight" in state else []
+        if len(shape) == 2 and shape[0] != config["r"]:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: r is {config['r']}, expected {shape[0]}, the rank of learned_source.weight {shape} in layer "
+                f"{layer}, unit {unit}; the adapter is damaged"
+            )
+
+
 def _layers(units: Mapping[tuple[int, int], object], recorded: str | list[int], outline: Outline) -> list[int]:
     layers = sorted({layer for layer, _ in units})
     count = outline.info.num_hidden_layers
@@ -184,7 +209,7 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
     names |= {f"{RAW}.original", f"{RAW}.0.base"} if orthonormal else {"projection.weight"}
     if set(state) != names:
         raise AdapterError(f"{where} holds {sorted(state)}, expected {sorted(names)}; the adapter is damaged")
-    W = as_float32(state["learned_source.weight"], (None, None), f"{where}: learned_source.weight")
+    W = as_float32(state["learned_source.weight"], ("r", "D"), f"{where}: learned_source.weight")
     rank, width = W.shape
     b = as_float32(state["learned_source.bias"], (rank,), f"{where}: learned_source.bias")
     if orthonormal:
@@ -201,7 +226,7 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
     return ForeignEdit(name=where, method=method, parameters=parameters)
 
 
-def _head(folder: Path, outline: Outline) -> dict[str, np.ndarray]:
+def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]:
     """AdapterHub saves the prediction head beside the adapter: a classifier's goes into ours. A decoder's that was trained is a part of
     the base we would not have."""
     path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
@@ -211,7 +236,7 @@ def _head(folder: Path, outline: Outline) -> dict[str, np.ndarray]:
     if outline.info.labels:
         config = read_head_config(folder)
         check_labels(config, outline, folder)
-        return head_of(head, outline, path, config)
+        return head_of(head, outline, path, config, adapter)
     base: dict[str, Tensor] = {}
     for file in weight_files(outline.folder):
         base |= _load_named(file, set(head))

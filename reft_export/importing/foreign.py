@@ -107,6 +107,12 @@ def activation_of(name: str, where: str) -> str:
     return ACTIVATION_NAMES[name.lower()]
 
 
+def short(value: object, limit: int = 60) -> str:
+    """What a file holds where something else is expected, cut to a part of one line."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def listed(names: Iterable[object], limit: int = 4) -> str:
     """``a, b, c, d and 7 more``."""
     all_names = list(map(str, names))

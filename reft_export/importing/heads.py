@@ -10,7 +10,6 @@ Source: adapters/heads/base.py, ClassificationHead; pyvene/models/intervenable_b
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,22 +20,26 @@ from torch import Tensor
 
 from reft_export.base import Outline
 from reft_export.classifiers import head_parameters
-from reft_export.importing.foreign import listed
+from reft_export.importing.foreign import listed, short
+from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.tensors import as_float32
 from runtimes.errors import AdapterError
 
-FLEXIBLE = re.compile(r"heads\.[^.]+\.(\d+)\.(weight|bias)")
+FLEXIBLE = re.compile(r"heads\.([^.]+)\.(\d+)\.(weight|bias)")
 FLEXIBLE_ROBERTA = {"1": "classifier.dense", "4": "classifier.out_proj"}
 """Places of the linear layers in AdapterHub's default classification head, and RoBERTa's names of the same."""
 
 
-def head_of(state: Mapping[str, Tensor], outline: Outline, path: Path, config: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+def head_of(
+    state: Mapping[str, Tensor], outline: Outline, path: Path, config: Mapping[str, Any] | None = None, adapter: str = ""
+) -> dict[str, np.ndarray]:
     """The head's parameters by the base's names, float32, in their order.
 
-    ``config``: AdapterHub's head_config.json. Raises AdapterError for a head that is not the base's, and for other trained parameters.
+    ``config``: AdapterHub's head_config.json; ``adapter``: the adapter's name there, which its own head bears. Raises AdapterError for a
+    head that is not the base's, and for other trained parameters.
     """
     if any(FLEXIBLE.fullmatch(name) for name in state):
-        state = _flexible(state, outline, path, config or {})
+        state = _flexible(_one_head(state, path, adapter), outline, path, config or {})
     own = {name: tuple(parameter.shape) for name, parameter in head_parameters(outline.model).items()}
     if set(state) != set(own):
         raise AdapterError(
@@ -47,15 +50,18 @@ def head_of(state: Mapping[str, Tensor], outline: Outline, path: Path, config: M
 
 
 def read_head_config(folder: Path) -> dict[str, Any]:
-    """AdapterHub's head_config.json; empty where there is none."""
+    """AdapterHub's head_config.json, its config and label2id of the right types; empty where there is none."""
     path = folder / "head_config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise AdapterError(f"{path} is not JSON: {e}") from None
-    return config if isinstance(config, dict) else {}
+    recorded = read_json_object(path)
+    config = recorded.get("config")
+    if not isinstance(config, dict | None):
+        raise AdapterError(f"{path}: config is {short(config)}, expected an object or null")
+    for where, labels in (("label2id", recorded.get("label2id")), ("config.label2id", (config or {}).get("label2id"))):
+        if not isinstance(labels, dict | None) or not all(type(number) is int for number in (labels or {}).values()):
+            raise AdapterError(f"{path}: {where} is {short(labels)}, expected a number for each label, or null")
+    return recorded
 
 
 def check_labels(config: Mapping[str, Any], outline: Outline, path: Path) -> None:
@@ -70,16 +76,30 @@ def check_labels(config: Mapping[str, Any], outline: Outline, path: Path) -> Non
         )
 
 
+def _one_head(state: Mapping[str, Tensor], path: Path, adapter: str) -> Mapping[str, Tensor]:
+    """``state`` with one ``heads.<name>`` in it: where there are several, the one that bears the adapter's name."""
+    names = {name: match[1] for name in state if (match := FLEXIBLE.fullmatch(name))}
+    heads = sorted(set(names.values()))
+    if len(heads) == 1:
+        return state
+    if adapter not in heads:
+        raise AdapterError(
+            f"{path} holds {len(heads)} heads ({listed(heads)}), none of them named {adapter} as the adapter is; save the adapter with its "
+            "own head alone"
+        )
+    return {name: value for name, value in state.items() if names.get(name, adapter) == adapter}
+
+
 def _flexible(state: Mapping[str, Tensor], outline: Outline, path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     form = config.get("config") or {}
     plain = form.get("head_type") == "classification" and form.get("layers") == 2 and form.get("activation_function") == "tanh"
     kind = outline.model.config.model_type
     matches = {name: FLEXIBLE.fullmatch(name) for name in state}
-    fits = all(match and match[1] in FLEXIBLE_ROBERTA for match in matches.values())
+    fits = all(match and match[2] in FLEXIBLE_ROBERTA for match in matches.values())
     if kind not in ("roberta", "xlm-roberta") or not plain or form.get("use_pooler") or not fits:
         raise AdapterError(
             f"{path}: AdapterHub's head ({form.get('head_type', 'unknown')}, {form.get('layers', '?')} layers, "
             f"{form.get('activation_function', '?')}) is not the head of a {kind}; only its default classification head on RoBERTa is; "
             "remove the file to import the edit alone"
         )
-    return {f"{FLEXIBLE_ROBERTA[match[1]]}.{match[2]}": state[name] for name, match in matches.items() if match}
+    return {f"{FLEXIBLE_ROBERTA[match[2]]}.{match[3]}": state[name] for name, match in matches.items() if match}

@@ -18,6 +18,8 @@ from runtimes.positions import PositionRule
 from runtimes.records import parse_json
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
+ARRAYS = (".npz", ".safetensors")
+"""Steering vectors, or RED's scales and biases: their names tell."""
 PICKLES = (".pth", ".pt")
 """What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
@@ -57,7 +59,7 @@ def import_adapter(
     report(f"reading {model}")
     outline = outline_base(model)
     report(f"reading {source}")
-    foreign = _reader(format)(source, request, outline)
+    foreign = _reader(format, source)(source, request, outline)
     try:
         adapter = assemble(foreign, outline.info)
     except ReftError as e:
@@ -86,7 +88,7 @@ def detect(source: Path) -> str:
         magic = f.read(4)
     if magic == b"GGUF":
         return "gguf"
-    if source.suffix in (".npz", ".safetensors"):
+    if source.suffix in ARRAYS:
         return source.suffix[1:]
     if source.suffix in PICKLES:
         return "red"
@@ -106,12 +108,12 @@ def _check_kind(source: Path, format: str) -> None:
 
 def _has_interventions(config: Path) -> bool:
     try:
-        return "intervention_types" in parse_json(config.read_text(encoding="utf-8"))
+        return "intervention_types" in parse_json(config.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError):
         return False
 
 
-def _reader(format: str) -> Reader:
+def _reader(format: str, source: Path) -> Reader:
     if format == "pyreft":
         from reft_export.importing.pyreft import read_pyreft
 
@@ -120,6 +122,10 @@ def _reader(format: str) -> Reader:
         from reft_export.importing.adapterhub import read_adapterhub
 
         return read_adapterhub
+    if format == "red" and source.suffix in ARRAYS:
+        from reft_export.importing.vectors import read_red_arrays
+
+        return read_red_arrays
     if format == "red":
         from reft_export.importing.red import read_red
 

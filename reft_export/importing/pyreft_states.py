@@ -67,7 +67,7 @@ def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
         state = {f"learned_source.{n}" if n in ("weight", "bias") else n: value for n, value in state.items()}
     taken: set[str] = set()
 
-    def take(name: str, *shape: int | None) -> np.ndarray:
+    def take(name: str, *shape: int | str) -> np.ndarray:
         if name not in state:
             raise AdapterError(f"{key} ({kind}) lacks {name}; it holds {', '.join(sorted(state)) or 'nothing'}")
         taken.add(name)
@@ -76,11 +76,11 @@ def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
     def rotation() -> np.ndarray:
         """R [r, d] of the saved R^T, or of torch's raw parametrization."""
         if "rotate_layer" in state:
-            return np.ascontiguousarray(take("rotate_layer", None, None).T)
+            return np.ascontiguousarray(take("rotate_layer", "D", "r").T)
         if "rotate_layer.weight" in state:
-            return np.ascontiguousarray(take("rotate_layer.weight", None, None).T)
+            return np.ascontiguousarray(take("rotate_layer.weight", "D", "r").T)
         raw = "rotate_layer.parametrizations.weight"
-        original = take(f"{raw}.original", None, None)
+        original = take(f"{raw}.original", "D", "r")
         width, rank = original.shape
         if rank > width:
             raise AdapterError(f"{key}: {raw}.original is {[width, rank]}, a rank above the width")
@@ -92,7 +92,7 @@ def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
         R = rotation()
         parameters = {"R": R, "s": take("learned_source", len(R))}
     else:
-        source = take("learned_source.weight", None, None)
+        source = take("learned_source.weight", "r", "D")
         rank, width = source.shape
         bias = take("learned_source.bias", rank)
         projection = take("proj_layer.weight", rank, width) if kind in ("NoreftIntervention", "NodireftIntervention") else rotation()

@@ -44,7 +44,9 @@ PARAMETER = {"scale": "scale", "scaling": "scale", "activation_scaling": "scale"
 """Our name for a tensor's last word."""
 OTHER = {"scale": "bias", "bias": "scale"}
 ALONE = {prefix + name: parameter for name, parameter in PARAMETER.items() for prefix in ("", "delta_vector.")}
-AUTHORS = re.compile(r"(?:base_model\.)?(.+)\.delta_vector\.(activation_scaling|activation_bias)")
+AUTHORS = re.compile(r"(.+)\.delta_vector\.(activation_scaling|activation_bias)")
+WRAPPER = "base_model."
+"""What the authors' wrapper of the model puts before its paths."""
 NAMED = re.compile(rf"(?:(?:model\.)?layers?[._])?(\d+)(?:[._]({'|'.join(STREAMS)}))?[._](scale|scaling|bias)")
 
 Value = Tensor | np.ndarray
@@ -53,7 +55,7 @@ Pairs = dict[Site, dict[str, tuple[str, Value]]]
 
 
 def read_red(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
-    """The authors' delta_vector.pth, a state dict that ``torch.save`` wrote."""
+    """The authors' delta_vector.pth, a state dict that ``torch.save`` wrote, under any name."""
     return red_adapter(FORMAT, path, read_pickle(path), request, outline)
 
 
@@ -99,13 +101,20 @@ def _of_modules(path: Path, tensors: Mapping[str, Value], outline: Outline) -> P
         match = AUTHORS.fullmatch(name)
         if not match:
             raise AdapterError(f"{path}: {name} is none of RED's tensors, which end in delta_vector.activation_scaling or .activation_bias")
-        component = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", match[1]) + ".output"
         try:
-            site = sites.of_component(component, None)
+            site = _site(sites, re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", match[1]) + ".output")
         except AdapterError as e:
             raise AdapterError(f"{path}: {name} in {outline.info.name}: {e}") from None
         _put(path, pairs, site, PARAMETER[match[2]], name, value)
     return pairs
+
+
+def _site(sites: ComponentSites, component: str) -> Site:
+    """PEFT's prefix, base_model.model., begins with the one of the authors' wrapper: the whole path is tried first."""
+    try:
+        return sites.of_component(component, None)
+    except AdapterError:
+        return sites.of_component(component.removeprefix(WRAPPER), None)
 
 
 def _of_layers(path: Path, tensors: Mapping[str, Value], request: Request) -> Pairs:
@@ -185,7 +194,7 @@ def _edit(path: Path, pair: Mapping[str, tuple[str, Value]]) -> ForeignEdit:
     parameters = {}
     for parameter, (name, value) in pair.items():
         row = value[0] if len(value.shape) == 2 and value.shape[0] == 1 else value
-        parameters[parameter] = as_float32(row, (None,), f"{path}: {name}")
+        parameters[parameter] = as_float32(row, ("D",), f"{path}: {name}")
     if parameters["scale"].shape != parameters["bias"].shape:
         sizes = ", ".join(f"{name} {list(parameters[parameter].shape)}" for parameter, (name, _) in pair.items())
         raise AdapterError(f"{path}: {sizes}; a scale and its bias are of one length")

@@ -50,14 +50,15 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def as_float32(value: Tensor | np.ndarray, shape: tuple[int | None, ...], where: str) -> np.ndarray:
-    """``value`` in float32, C-contiguous; bfloat16 and float16 widen exactly. None in ``shape`` is any length of at least 1.
+def as_float32(value: Tensor | np.ndarray, shape: tuple[int | str, ...], where: str) -> np.ndarray:
+    """``value`` in float32, C-contiguous; bfloat16 and float16 widen exactly. A name in ``shape`` (r, D) is any length of at least 1.
 
     Raises AdapterError for another shape, integers, values that are not finite, and float64 beyond float32's range.
     """
-    fits = len(value.shape) == len(shape) and all(n >= 1 and e in (None, n) for n, e in zip(value.shape, shape, strict=True))
+    fits = len(value.shape) == len(shape)
+    fits = fits and all(n >= 1 and (n if isinstance(e, str) else e) == n for n, e in zip(value.shape, shape, strict=True))
     if not fits:
-        expected = ", ".join("r" if n is None else str(n) for n in shape)
+        expected = ", ".join(map(str, shape))
         raise AdapterError(f"{where} has shape {list(value.shape)}, expected [{expected}]")
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from reft_export.base import outline_base
 from reft_export.importing.foreign import Report
-from reft_export.importing.pyreft import CONFIG_FILE, FORMAT, SIDE_FILE
+from reft_export.importing.pyreft import FORMAT, SIDE_FILE
+from reft_export.importing.pyreft_entries import CONFIG_FILE
 from reft_export.importing.pyreft_states import CLASSES
 from runtimes.adapter import PARAMETERS, Adapter, load_adapter
 from runtimes.errors import AdapterError, InputError

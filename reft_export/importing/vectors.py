@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from reft_export.base import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
@@ -60,17 +61,14 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
             raise AdapterError(f"{path} holds direction.0; llama.cpp numbers control vectors from layer 1")
         if kind != GGMLQuantizationType.F32:
             raise AdapterError(f"{path}: {name} is {kind.name}; control vectors are F32")
-        vectors[Site(layer=int(match[1]))] = (name, as_float32(value, (None,), f"{path}: {name}"))
+        vectors[Site(layer=int(match[1]))] = (name, as_float32(value, ("D",), f"{path}: {name}"))
     positions = PositionRule.parse(request.positions or "all")
     return _adapter("gguf", path, vectors, positions, request, outline, {} if hint is None else {"model_hint": hint})
 
 
 def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """A .npz or .safetensors file; where the vectors act is the user's to say."""
-    format = "npz" if path.suffix == ".npz" else "safetensors"
-    arrays = _npz(path) if format == "npz" else read_safetensors(path)
-    if not arrays:
-        raise AdapterError(f"{path} holds no arrays")
+    format, arrays = _arrays(path)
     if request.method == "red" or (request.method is None and is_red(list(arrays))):
         return red_adapter(format, path, arrays, request, outline)
     named = {name: NAMED.fullmatch(name) for name in arrays}
@@ -82,7 +80,7 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
             site = Site(layer=int(match[1]), stream=match[2] or _stream(request))
             if site in vectors:
                 raise AdapterError(f"{path}: {name} and {vectors[site][0]} are both the vector of {site}")
-            vectors[site] = (name, as_float32(arrays[name], (None,), f"{path}: {name}"))
+            vectors[site] = (name, as_float32(arrays[name], ("D",), f"{path}: {name}"))
     elif len(arrays) == 1:
         vectors = _one_array(path, *next(iter(arrays.items())), request, outline)
     else:
@@ -91,6 +89,21 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
     if request.positions is None:
         raise not_recorded("a steering vector", {"positions": f"--positions ({POSITION_CHOICES})"})
     return _adapter(format, path, vectors, PositionRule.parse(request.positions), request, outline, {})
+
+
+def read_red_arrays(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
+    """A .npz or .safetensors file that is said to be RED's, whatever its arrays are called."""
+    format, arrays = _arrays(path)
+    return red_adapter(format, path, arrays, request, outline)
+
+
+def _arrays(path: Path) -> tuple[str, Mapping[str, np.ndarray | Tensor]]:
+    """The file's format, by its suffix, and its arrays."""
+    format = "npz" if path.suffix == ".npz" else "safetensors"
+    arrays = _npz(path) if format == "npz" else read_safetensors(path)
+    if not arrays:
+        raise AdapterError(f"{path} holds no arrays")
+    return format, arrays
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:

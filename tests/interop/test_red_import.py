@@ -141,6 +141,29 @@ def test_the_authors_bfloat16_prefix_and_layers(base, tmp_path) -> None:
     np.testing.assert_array_equal(adapter.tensors["2.mlp_output.scale"], expected)
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.base_model.model."], ids=["peft", "peft in the authors' wrapper"])
+def test_the_authors_file_under_peft(prefix, tmp_path) -> None:
+    torch.save(_theirs(f"{prefix}model.layers.2.mlp"), tmp_path / "d.pth")
+    adapter = import_adapter(tmp_path / "d.pth", str(BASE), tmp_path / "a", Request(), report=lambda _: None).adapter
+    assert adapter.sites == (Site(layer=2, stream="mlp_output"),)
+    torch.save(_theirs(f"{prefix}model.layers.9.mlp"), tmp_path / "d.pth")
+    refused(tmp_path / "d.pth", tmp_path / "out", Request(), "layer 9 does not exist in this base .4 layers")
+
+
+def test_arrays_that_are_said_to_be_red(tmp_path) -> None:
+    """--format red on a file of arrays: what they are without it, but never a steering vector."""
+    np.savez(tmp_path / "pair.npz", **PAIR)
+    save_file({name: torch.from_numpy(value.copy()) for name, value in PAIR.items()}, tmp_path / "pair.safetensors")
+    plain = import_adapter(tmp_path / "pair.npz", str(BASE), tmp_path / "plain", ALL, report=lambda _: None).adapter
+    for suffix in (".npz", ".safetensors"):
+        source, output = tmp_path / f"pair{suffix}", tmp_path / f"said-{suffix[1:]}"
+        said = import_adapter(source, str(BASE), output, ALL, format="red", report=lambda _: None).adapter
+        assert said.method == "red" and all((said.tensors[name] == value).all() for name, value in plain.tensors.items())
+    refused(tmp_path / "pair.npz", tmp_path / "out", Request(positions="all", method="lobireft"), "do not apply", format="red")
+    np.savez(tmp_path / "vector.npz", **{"1": BIASES[1]})
+    refused(tmp_path / "vector.npz", tmp_path / "out", ALL, "'1' is no scale or bias of a layer", format="red")
+
+
 @pytest.mark.parametrize("names", ["{}.mlp_output.{}", "layer_{}.mlp_output.{}", "model.layers.{}.mlp_output.{}", "layers.{}.{}", "{}_{}"])
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_named_pairs(names, suffix, base, tmp_path) -> None:
@@ -198,7 +221,7 @@ PAIR = {"1.scale": SCALES[1], "1.bias": BIASES[1]}
         (PAIR | {"happy": BIASES[1]}, ALL, "'happy' is no scale or bias of a layer"),
         (PAIR | {"1.scale": SCALES[1] * np.nan}, ALL, "1.scale holds values that are not finite"),
         (PAIR | {"1.scale": np.arange(64)}, ALL, "is int64; a float array is expected"),
-        (PAIR | {"1.scale": np.ones((2, 64), np.float32)}, ALL, "1.scale has shape .2, 64."),
+        (PAIR | {"1.scale": np.ones((2, 64), np.float32)}, ALL, r"1.scale has shape \[2, 64\], expected \[D\]$"),
         (PAIR, Request(positions="all", stream="mlp_output", scale=2.0), "--scale does not apply to RED"),
         (PAIR, Request(positions="f1+l1", stream="mlp_output", tied=False), "--untied and --activation do not apply"),
         (PAIR, Request(positions="all", stream="everywhere"), "--stream 'everywhere' is unknown"),
