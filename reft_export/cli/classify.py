@@ -36,6 +36,7 @@ def given_texts(prompts: list[str] | None, pairs: list[str] | None) -> list[Text
 def read_texts(path: Path) -> list[Text]:
     """Of a JSONL file with ``text``, and for a pair ``text_pair``, a line (a ``label`` is not read); raises InputError with the line."""
     from runtimes.errors import InputError
+    from runtimes.records import parse_json
 
     where = "stdin" if str(path) == "-" else str(path)
     try:
@@ -47,7 +48,7 @@ def read_texts(path: Path) -> list[Text]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as e:
             raise InputError(f"{where}:{number}: not JSON ({e})") from None
         pair = value.get("text_pair") if isinstance(value, dict) else None
