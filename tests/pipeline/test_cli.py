@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
+from typer.testing import CliRunner
 
 from reft_export.cli.main import app
 
@@ -78,6 +80,20 @@ def test_verbs_and_flags() -> None:
         verb: {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"} for verb, command in group.commands.items()
     }
     assert found == SURFACE
+
+
+def test_help_says_all_of_its_text() -> None:
+    """rich takes [words in brackets] for a style, and leaves them out."""
+    verbs = typer.main.get_command(app).commands
+    texts = [(f"{name} {p.name}", p.help or "") for name, verb in verbs.items() for p in verb.params if hasattr(p, "help")]
+    for where, text in [*texts, *((name, verb.help or "") for name, verb in verbs.items())]:
+        assert Text.from_markup(text).plain == text, where
+
+
+def test_bench_takes_as_many_tokens_as_fit(bundle_folder) -> None:
+    done = CliRunner().invoke(app, ["bench", str(bundle_folder("llama")), "-a", "tied", "--new-tokens", "450", "--repeats", "1", "--json"])
+    measured = json.loads(done.stdout)
+    assert (measured["prompt_tokens"], measured["new_tokens"]) == (512 - 450, 450)
 
 
 def test_help_needs_no_framework() -> None:
