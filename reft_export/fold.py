@@ -247,7 +247,7 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter], base: str | None = None) -> ModelRecord:
-    """What the graph, and the configuration files beside it, say of the model; its width, where neither does, by ``base``, its folder."""
+    """What the graph, and the configuration files beside it, say of the model; ``base`` is its folder, for a width that neither states."""
     folder, survey = source.parent, survey_sites(model)
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):

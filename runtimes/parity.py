@@ -79,7 +79,7 @@ class Rung:
     @property
     def lost_steering(self) -> bool:
         """Whether the delta alone misses its budget: the logits are right, and little of the edit is left in them."""
-        return not self.passed and self.delta is not None and self.delta.cosine < self.budget.delta and _answers(self.figures, self.budget)
+        return self.delta is not None and self.delta.cosine < self.budget.delta and _answers(self.figures, self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     adapter: Annotated[list[str] | None, typer.Option("--adapter", "-a", help="Only these adapters; default: all.")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option("--prompt-tokens", help="Tokens of the prompt; default: 128, or as many as fit.", show_default=False)
+        int | None, typer.Option("--prompt-tokens", help="Tokens of the prompt; default: 128, or as many as fit.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Decode steps.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Pairs of base and steered runs, in turn.")] = 7,
