@@ -34,7 +34,7 @@ from runtimes.bundle import (
     write_manifest,
 )
 from runtimes.edit import Site
-from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.errors import AdapterError, GraphError, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
@@ -259,6 +259,7 @@ def gate(
         except ParityError as e:
             if not remedy and bundle.manifest.quantization is not None:
                 remedy = _remedy(bundle.manifest.quantization)
+            remedy = "; ".join(filter(None, (lost_adapters(report, bundle.adapter_names), remedy)))
             raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy and '; '}{remedy}", report) from None
     kept.unlink(missing_ok=True)  # of an earlier attempt
     return report
@@ -269,6 +270,19 @@ def float_label(q: Quantization) -> str:
     return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"
 
 
+def lost_adapters(report: ParityReport, adapters: Sequence[str]) -> str:
+    """Which adapters miss nothing but the gate of their delta, and what to do about them; "" where none does.
+
+    An edit that is barely trained moves the logits by less than the rounding of the weights does.
+    """
+    missed = [(rung, rung.name.partition(": ")[0].rpartition(", ")[2]) for rung in report.rungs if not rung.passed]
+    lost = [name for name in adapters if {rung.lost_steering for rung, of in missed if of == name} == {True}]
+    if not lost:
+        return ""
+    it = "it" if len(lost) == 1 else "them"
+    return f"only the delta is missed by {', '.join(lost)}, as by a barely trained edit: train {it} further, or export without {it}"
+
+
 def _remedy(q: Quantization) -> str:
     if q.scheme in WEIGHT_ONLY_SCHEMES:
         return "try -p int8, a smaller --block-size or --accuracy-level 1"
@@ -276,5 +290,7 @@ def _remedy(q: Quantization) -> str:
 
 
 def _tensor(value: ir.Value) -> TensorRecord:
+    if value.shape is None:
+        raise GraphError(f"the graph does not declare the shape of {value.name}; run onnx.shape_inference over it first")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
     return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

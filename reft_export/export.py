@@ -41,7 +41,7 @@ from reft_export.bundling import (
     union_nodes,
     write_adapter,
 )
-from reft_export.classifiers import head_parameters
+from reft_export.classifiers import check_classifier, head_parameters, is_classifier
 from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
@@ -51,6 +51,7 @@ from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.exporters.transformers import check_transformers, export_transformers
 from reft_export.golden import Inputs, Steerer, fp32_logits, inputs_of, record_golden
+from reft_export.model_folder import read_config
 from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter
 from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
@@ -135,6 +136,8 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
+    if Path(model).is_dir():
+        _check_task(Path(model), settings)
     check_exporter(settings.exporter)
     adapters = load_adapters(adapter_folders)
     report(f"loading {model}")
@@ -230,6 +233,14 @@ def check_exporter(exporter: str) -> None:
         check_optimum()
     if exporter == "transformers":
         check_transformers()
+
+
+def _check_task(folder: Path, settings: ExportSettings) -> None:
+    """By config.json alone: who asks for an exporter that a classifier has no use for is not to install it first."""
+    config = read_config(folder)
+    if is_classifier(config):
+        check_classifier(config, folder)
+        check_classifier_settings(folder.resolve().name, settings)
 
 
 def check_classifier_settings(name: str, settings: ExportSettings) -> None:

@@ -100,7 +100,7 @@ def fold_bundle(
     genai_config = _genai_config(source.parent, source.name)
     check_domains(decoder)
     fix_cache_shapes(decoder)
-    record = foreign_record(decoder, source, adapters)
+    record = foreign_record(decoder, source, adapters, model)
     for name, adapter in adapters.items():
         check_adapter_name(name)
         has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
@@ -246,15 +246,15 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
-def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> ModelRecord:
-    """What the graph, and the configuration files beside it, say of the model."""
+def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter], base: str | None = None) -> ModelRecord:
+    """What the graph, and the configuration files beside it, say of the model; ``base`` is its folder, for a width that neither states."""
     folder, survey = source.parent, survey_sites(model)
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = _config(folder)
     generation = read_json_object(folder / "generation_config.json")
-    width = whole_number(config, "hidden_size") or _width(survey, adapters)
+    width = whole_number(config, "hidden_size") or _width(survey, adapters, base)
     ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
     context = _context(config) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
@@ -301,13 +301,19 @@ def _context(config: dict[str, Any]) -> int | None:
     return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
 
 
-def _width(survey: SiteSurvey, adapters: dict[str, Adapter]) -> int:
+def _width(survey: SiteSurvey, adapters: dict[str, Adapter], base: str | None) -> int:
     for where in survey.found.values():
         if where.value.shape is not None and isinstance(where.value.shape[-1], int):
             return where.value.shape[-1]
     if adapters:
         return next(iter(adapters.values())).base.hidden_size
-    raise GraphError("the graph does not declare the width of its streams; put config.json beside it, or pass an adapter")
+    if base is not None:  # config.json names the width differently from family to family
+        from reft_export.base import outline_base
+
+        return outline_base(base).info.hidden_size
+    raise GraphError(
+        "the graph does not declare the width of its streams; put config.json beside it, or pass an adapter or the base (--model)"
+    )
 
 
 def _precision(model: ir.Model, nodes: tuple[EditNode, ...]) -> str:

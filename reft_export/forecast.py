@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from reft_export.model_folder import read_config
 from reft_export.training.settings import TrainSettings
 from runtimes.adapter import form_of
 from runtimes.errors import InputError
+from runtimes.records import parse_json
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
@@ -109,7 +109,7 @@ def count_parameters(model: str) -> tuple[int, int]:
     for path in files:
         with path.open("rb") as f:
             try:
-                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                header = parse_json(f.read(int.from_bytes(f.read(8), "little")).decode("utf-8"))
             except (ValueError, OverflowError, MemoryError):
                 raise InputError(f"{path} is not a safetensors file; it is damaged") from None
         for name, entry in header.items():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.classifiers import context_of, takes_token_types
 from runtimes.encoded_text import EncodedText, padded
+from runtimes.errors import InputError
 
 TEXTS = (
     "Hello!",
@@ -48,17 +49,29 @@ def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         texts = [EncodedText(ids=row, types=(0,) * len(row)) for row in rows]
     else:
         pairs = [(text, pair) for text in TEXTS for pair in (None, *TEXTS) if pair != text]
-        texts = [encode(tokenizer, text, pair, room)[0] for text, pair in pairs]
+        texts = [encode(tokenizer, text, pair, room, "the base's context")[0] for text, pair in pairs]
     return ClassifierInputs(**dict(zip(ClassifierInputs.__dataclass_fields__, padded(texts, pad), strict=True)))
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str
 ) -> tuple[EncodedText, bool]:
-    """(the text or pair with its special tokens, cut to ``max_length`` from the longer one's end; whether it was cut)."""
+    """(the text or pair with its special tokens, cut to ``max_length`` from the longer one's end; whether it was cut).
+
+    Raises InputError, naming ``where``, for a length that leaves no token of a text, and for texts without any.
+    """
+    texts, special = (1 if pair is None else 2), tokenizer.num_special_tokens_to_add(pair=pair is not None)
+    if max_length < special + texts:  # the tokenizer would cut to special tokens alone, or leave the text whole and say nothing
+        raise InputError(
+            f"{where}: at most {max_length} tokens leave no room for {'the text' if pair is None else 'both texts'}: special tokens "
+            f"alone are {special}; allow {special + texts} or more (--max-length)"
+        )
     whole = tokenizer(text, pair, verbose=False)["input_ids"]
     encoded = tokenizer(text, pair, truncation=True, max_length=max_length, return_token_type_ids=True, verbose=False)
     ids = tuple(encoded["input_ids"])
+    if not special < len(ids) <= max_length:
+        wrong = f"is {len(ids)} tokens, and {max_length} at most are asked for" if len(ids) > special else "has no token of its own"
+        raise InputError(f"{where}: the text {wrong} (special tokens alone are {special}); correct the line")
     return EncodedText(ids=ids, types=tuple(encoded["token_type_ids"])), len(whole) > len(ids)
 
 

@@ -17,7 +17,7 @@ from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, load_base
-from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, finish_bundle, gate
+from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, copy_tokenizer, finish_bundle, gate
 from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
 from reft_export.dequantized import expert_matrices, load_dequantized
 from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
@@ -181,6 +181,8 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     report(f"loading {plan.model}")
     base = load_base(plan.model)
     check_same_base(bundle, base, plan.model)
+    if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
+        copy_tokenizer(base.folder, base.tokenizer, work)
     exact = fp32_logits(base.model, inputs, steerers)
     del base
     give_back()

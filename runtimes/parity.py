@@ -76,6 +76,12 @@ class Rung:
     note: str = ""
 
 
+    @property
+    def lost_steering(self) -> bool:
+        """Whether the delta alone misses its budget: the logits are right, and little of the edit is left in them."""
+        return self.delta is not None and self.delta.cosine < self.budget.delta and _answers(self.figures, self.budget)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
     rungs: tuple[Rung, ...]
@@ -170,13 +176,17 @@ def budget_for(manifest: Manifest) -> Budget:
 
 def judge(name: str, against: str, figures: Figures, budget: Budget, *, delta: Delta | None = None, note: str = "") -> Rung:
     """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom."""
-    passed = (
+    passed = _answers(figures, budget) and (delta is None or delta.cosine >= budget.delta)
+    return Rung(name=name, against=against, figures=figures, delta=delta, budget=budget, passed=passed, note=note)
+
+
+def _answers(figures: Figures, budget: Budget) -> bool:
+    """Every figure but the delta's."""
+    return (
         figures.max_relative <= budget.logits
         and (figures.top1 is None or figures.top1 >= budget.top1)
-        and (delta is None or delta.cosine >= budget.delta)
         and (figures.greedy_equal is not False or budget.top1 < 1)
     )
-    return Rung(name=name, against=against, figures=figures, delta=delta, budget=budget, passed=passed, note=note)
 
 
 def _wider(a: Budget, b: Budget) -> Budget:

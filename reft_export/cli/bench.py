@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from runtimes.bench import BenchResult
     from runtimes.bench_classifier import ClassifierBench
     from runtimes.bundle import Bundle
+    from runtimes.device_session import Limits
+
+PROMPT_TOKENS = 128
+"""Where none are asked for."""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +28,9 @@ def bench(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle or engine folder.")],
     adapter: Annotated[list[str] | None, typer.Option("--adapter", "-a", help="Only these adapters; default: all.")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 128,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Tokens of the prompt; default: 128, or as many as fit.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Decode steps.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Pairs of base and steered runs, in turn.")] = 7,
     provider: Provider = None,
@@ -44,7 +50,7 @@ def bench(
     from runtimes.bench import BASE
     from runtimes.bench import bench as measure
     from runtimes.bench_classifier import bench_classifier
-    from runtimes.device_session import open_artifact, open_session
+    from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.engine import Engine
     from runtimes.errors import InputError
     from runtimes.tasks import TEXT_CLASSIFICATION
@@ -62,6 +68,7 @@ def bench(
         return
     if opened.manifest.task == TEXT_CLASSIFICATION:
         refuse_given(context, ("new_tokens",), f"for text generation, and {bundle} is a classifier")
+        prompt_tokens = _prompt_tokens(limits_of(opened), 0) if prompt_tokens is None else prompt_tokens
         with err.status("measuring") as status, ExitStack() as sessions:
             result = bench_classifier(
                 lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
@@ -72,6 +79,7 @@ def bench(
             )
         _show(result, f"{result.model}, {result.provider}, {result.kernel}: one text of {prompt_tokens} tokens, {repeats} pairs", as_json)
         return
+    prompt_tokens = _prompt_tokens(limits_of(opened), new_tokens) if prompt_tokens is None else prompt_tokens
     with err.status("measuring") as status, ExitStack() as sessions:
         result = measure(
             lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
@@ -84,6 +92,11 @@ def bench(
         )
     title = f"{result.model}, {result.provider}, {result.kernel}: {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} pairs"
     _show(result, title, as_json)
+
+
+def _prompt_tokens(limits: Limits, new_tokens: int) -> int:
+    """PROMPT_TOKENS, or as many as fit before ``new_tokens``; at least 1, so that it is the context that is said to be exceeded."""
+    return max(1, min(PROMPT_TOKENS, limits.tokens - new_tokens, limits.columns or PROMPT_TOKENS))
 
 
 def _show(result: BenchResult | ClassifierBench, title: str, as_json: bool) -> None:

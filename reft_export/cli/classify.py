@@ -46,10 +46,7 @@ def read_texts(path: Path) -> list[Text]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except ValueError as e:
-            raise InputError(f"{where}:{number}: not JSON ({e})") from None
+        value = parse_line(line, f"{where}:{number}")
         pair = value.get("text_pair") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(pair, str | None):
             raise InputError(f'{where}:{number}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
@@ -57,6 +54,21 @@ def read_texts(path: Path) -> list[Text]:
     if not texts:
         raise InputError(f"{where} holds no text")
     return texts
+
+
+def parse_line(line: str, where: str) -> Any:
+    """The JSON value of one line; raises InputError for what is no JSON, and for half of a surrogate pair, which no tokenizer takes."""
+    from runtimes.errors import InputError
+    from runtimes.records import parse_json
+
+    try:
+        value = parse_json(line)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except ValueError as e:
+        raise InputError(f"{where}: not JSON ({e})") from None
+    return value
 
 
 def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, as_json: bool) -> None:

@@ -46,7 +46,7 @@ def inspect(
         return
     tables = {k: v for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for key, value in content.items():
-        if key not in tables and (value or key not in SENTENCES):
+        if key not in tables and value is not None and (value or key not in SENTENCES):
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             out.print(f"[bold]{key}[/]: {escape(str(text))}")
     for key, rows in tables.items():
@@ -55,7 +55,7 @@ def inspect(
             for row in rows:
                 out.print(escape(f"  {row['site']}: " + ", ".join(v for k, v in row.items() if k != "site")), soft_wrap=True)
             continue
-        print_table(key, list(rows[0]), [[str(v) for v in row.values()] for row in rows])
+        print_table(key, list(rows[0]), [["" if v is None else str(v) for v in row.values()] for row in rows])
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     adapters = []
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
-        row = {"name": name, "method": r.method, "rank": r.rank, "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
+        row = {"name": name, "method": r.method, "rank": _rank(r), "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
         adapters.append(row | {"trained on": (r.trained_on or "the base")[:12]})
     q = m.quantization
     head = {"head": f"{len(m.head)} parameters that adapters bring: {', '.join(m.head)}"} if m.head else {}
@@ -89,6 +89,13 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def _rank(adapter: Any) -> int | None:
+    """None of a full-rank method, whose adapters store 0."""
+    from runtimes.adapter import FULL_RANK_METHODS
+
+    return None if adapter.method in FULL_RANK_METHODS else adapter.rank
 
 
 def inspect_engine(path: Path) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
     return {
         "adapter": str(path),
         "method": a.method,
-        "rank": a.rank,
+        "rank": _rank(a),
         "positions": str(a.positions),
         "tied": a.tied,
         "activation": a.activation or "none",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft_export.cli.classify import classify, given_texts, read_texts
+from reft_export.cli.classify import classify, given_texts, parse_line, read_texts
 from reft_export.cli.console import err, escape, guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
 
@@ -159,7 +159,6 @@ def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | No
 def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """(file and line, conversation) of a JSONL file; raises InputError with the line's number."""
     from runtimes.errors import InputError
-    from runtimes.records import parse_json
 
     where = "stdin" if str(path) == "-" else str(path)
     try:
@@ -170,10 +169,7 @@ def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            value = parse_json(line)
-        except ValueError as e:
-            raise InputError(f"{where}:{number}: not JSON ({e})") from None
+        value = parse_line(line, f"{where}:{number}")
         if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
             conversations.append((f"{where}:{number}", [{"role": "user", "content": value["prompt"]}]))
         elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:

@@ -28,7 +28,10 @@ def train(
     context: typer.Context,
     model: Model,
     data: Annotated[
-        Path, typer.Option("--data", "-d", help="JSONL: prompt and completion, or messages; of a classifier text, [text_pair,] label.")
+        Path,
+        typer.Option(
+            "--data", "-d", help="JSONL: prompt and completion, or messages; of a classifier text, label, and for a pair text_pair."
+        ),
     ],
     output: Output,
     method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft, lobireft; red: scale and bias.")] = "loreft",

@@ -27,11 +27,13 @@ def show_classifier(output: Path, settings: TrainSettings, result: ClassifierRes
         return
     if result.truncated_lines:
         out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first on line {result.truncated_lines[0]}")
+    from runtimes.adapter import form_of
+
     first, last = result.history[0], result.history[-1]
     edits = sum(t.size for t in result.adapter.tensors.values())
     head = sum(t.size for t in result.adapter.head.values())
     out.print(
-        f"{output}: {settings.method}, rank {settings.rank}, {len(result.adapter.sites)} sites, {edits} parameters"
+        f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {edits} parameters"
         f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps; "
         f"accuracy on {result.evaluated} {'held-out' if result.held_out else 'training'} texts: base {result.accuracy_before:.1%}, "
         f"steered {result.accuracy_after:.1%}"

@@ -54,7 +54,7 @@ def load_labelled(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequen
         if record is None:
             continue
         text, pair, label = _checked(record, labels, where)
-        encoded, cut = encode(tokenizer, text, pair, max_length)
+        encoded, cut = encode(tokenizer, text, pair, max_length, where)
         examples.append(LabelledText(text=encoded, label=label, line=number, truncated=cut))
     if not examples:
         raise InputError(f"{path} has no examples; expected lines like {json.dumps({'text': '...', 'label': labels[0]})}")

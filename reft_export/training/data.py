@@ -178,6 +178,8 @@ def read_object(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None
         raise InputError(f"{where}: not JSON: {e.msg} at column {e.colno}; each line is one JSON object") from None
     except RecursionError:
         raise InputError(f"{where}: not JSON that can be read: nested too deeply") from None
+    except ValueError as e:  # a number of more digits than Python reads
+        raise InputError(f"{where}: not JSON that can be read: {e}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
     return record

@@ -31,7 +31,7 @@ from reft_export.quantize import quantize_bundle
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.edit import ACTIVATIONS
-from runtimes.errors import AdapterError, InputError, ParityError
+from runtimes.errors import AdapterError, BackendUnavailable, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
 from runtimes.ort_classifier import OrtClassifier
@@ -269,6 +269,7 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
         (["run", "{bundle}", "-p", "x", "--pair", "y", "--pair", "z"], "1 --prompt and 2 --pair"),
         (["run", "{bundle}", "-p", "x" * 80], "82 tokens, and base takes 64 at most"),
         (["run", "{bundle}", "-p", " "], "is empty"),
+        (["run", "{bundle}", "--prompts", "{deep}"], "deep.jsonl:1: not JSON (it is nested too deeply)"),
         (["export", "-m", "{base}", "-o", "{out}", "--logits", "last"], "classifier, which --logits last is not for"),
         (["export", "-m", "{base}", "-o", "{out}", "--dry-run", "--exporter", "builder"], "which --exporter builder is not for"),
         (["build", "{bundle}", "-o", "{out}", "--target", "tensorrt-rtx"], "is a classifier, and engines are built of decoders"),
@@ -281,8 +282,10 @@ def test_refusals_leave_nothing_behind(made, tmp_path: Path, arguments: list[str
     bundle, base, folders = made()
     data = tmp_path / "texts.jsonl"
     data.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": "angry"}\n')
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 200_000)
     before = sorted(tmp_path.iterdir())
-    places = {"bundle": bundle.folder, "base": base, "out": tmp_path / "out", "data": data, "adapter": folders["mlp"]}
+    places = {"deep": deep, "bundle": bundle.folder, "base": base, "out": tmp_path / "out", "data": data, "adapter": folders["mlp"]}
     code, out, err = invoke(*(a.format(**places) for a in arguments))
     assert code == 2 and out == "" and said in " ".join(err.split()) and "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
@@ -290,7 +293,10 @@ def test_refusals_leave_nothing_behind(made, tmp_path: Path, arguments: list[str
 
 @pytest.mark.parametrize("exporter", ["builder", "optimum", "transformers"])
 def test_other_exporters_are_refused(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: str) -> None:
-    monkeypatch.setattr("reft_export.export.check_exporter", lambda _: None)  # installed or not
+    def missing(_: str) -> None:
+        raise BackendUnavailable("is not installed")
+
+    monkeypatch.setattr("reft_export.export.check_exporter", missing)  # nobody is to install what would be refused afterwards
     with pytest.raises(InputError, match=f"base is a classifier, which --exporter {exporter} is not for"):
         export_bundle(str(made()[1]), [], tmp_path / "out", ExportSettings(exporter=exporter), report=quiet)
     assert not (tmp_path / "out").exists()
@@ -368,6 +374,13 @@ def test_a_hostile_config_costs_one_line(made, tmp_path: Path, verb: str, change
     assert not (tmp_path / "out").exists()
 
 
+def test_training_says_no_rank_of_red(made, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 0}\n')
+    options = ["--method", "red", "--max-steps", 1]
+    code, out, _ = invoke("train", "-m", made()[1], "-d", tmp_path / "texts.jsonl", "-o", tmp_path / "red", *options)
+    assert code == 0 and f"/red: red, {tiny.LAYERS} sites" in out
+
+
 @pytest.mark.slow
 def test_red_trained_with_its_head_beside_another_adapter(made, tmp_path: Path) -> None:
     """From the command line: train, export, parity, and the label's probabilities by each adapter and by none."""
@@ -402,6 +415,8 @@ def test_bench_and_inspect_know_classifiers(made) -> None:
     measured = json.loads(out)
     assert code == 0 and measured["tokens"] == 16 and [m["name"] for m in measured["measurements"]] == ["base", *ADAPTERS]
     assert [m["ratio"] is None for m in measured["measurements"]] == [True] + [False] * len(ADAPTERS)
+    code, out, err = invoke("bench", bundle.folder, "--repeats", 1, "-a", "mlp", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == bundle.manifest.model.context_length < 128, err
     _, out, _ = invoke("inspect", bundle.folder, "--json")
     assert json.loads(out)["task"] == "text-classification: sad, calm, happy" and "4 parameters" in json.loads(out)["head"]
     _, out, _ = invoke("inspect", folders["untied"], "--json")

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
+from typer.testing import CliRunner
 
+from reft_export.cli.classify import read_texts
 from reft_export.cli.main import app
+from reft_export.cli.run import read_prompts
+from runtimes.errors import InputError
 
 SURFACE = {
     "quickstart": {"--output", "--force"},
@@ -78,6 +83,31 @@ def test_verbs_and_flags() -> None:
         verb: {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"} for verb, command in group.commands.items()
     }
     assert found == SURFACE
+
+
+def test_help_says_all_of_its_text() -> None:
+    """rich takes [words in brackets] for a style, and leaves them out."""
+    verbs = typer.main.get_command(app).commands
+    texts = [(f"{name} {p.name}", p.help or "") for name, verb in verbs.items() for p in verb.params if hasattr(p, "help")]
+    for where, text in [*texts, *((name, verb.help or "") for name, verb in verbs.items())]:
+        assert Text.from_markup(text).plain == text, where
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_texts])
+def test_hostile_lines_cost_one_line(read, tmp_path) -> None:
+    path, key = tmp_path / "lines.jsonl", "prompt" if read is read_prompts else "text"
+    bad = {"[" * 200_000: "nested too deeply", '{"KEY": ' + "1" * 5000 + "}": "not JSON", '{"KEY": "a\\ud83d"}': "half of a surrogate"}
+    for line, said in bad.items():
+        path.write_text(f'{{"{key}": "fine"}}\n' + line.replace("KEY", key) + "\n")
+        with pytest.raises(InputError, match=f"lines.jsonl:2: .*{said}"):
+            read(path)
+
+
+def test_bench_takes_as_many_tokens_as_fit(bundle_folder) -> None:
+    options = ["-a", "tied", "--new-tokens", "450", "--repeats", "1", "--json"]
+    done = CliRunner().invoke(app, ["bench", str(bundle_folder("llama")), *options])
+    measured = json.loads(done.stdout)
+    assert (measured["prompt_tokens"], measured["new_tokens"]) == (512 - 450, 450)
 
 
 def test_help_needs_no_framework() -> None:

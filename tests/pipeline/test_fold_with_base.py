@@ -26,7 +26,9 @@ from reft_export.fold import fold_bundle
 from reft_export.quantize import quantize_bundle
 from reft_export.refit import load_on_bundle
 from runtimes.bundle import open_bundle
+from runtimes.edit import Site
 from runtimes.errors import AdapterError, CalibrationError, GraphError, InputError, ParityError
+from runtimes.tokenizer import Tokenizer
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
 SILENT = {"report": lambda _: None}
@@ -60,6 +62,31 @@ def open_own_record(base: str, bundle) -> object:
     from reft_export.bundling import model_record
 
     return replace(model_record(load_base(base)), context_length=bundle.manifest.model.context_length)
+
+
+def test_the_base_brings_its_tokenizer(joined, base_folder, adapter_folders, tmp_path) -> None:
+    base = base_folder("llama")
+    fold_bundle(joined, adapter_folders("llama", ("untied",)), tmp_path / "b", **QUIET)
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+    quantize_bundle(tmp_path / "b", str(base), tmp_path / "q", INT4, **SILENT)
+    assert (tmp_path / "q" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    bundle = open_bundle(tmp_path / "q")
+    assert Tokenizer.load(bundle.folder, bundle.manifest.model).encode("hello")
+
+
+def test_the_base_brings_the_width(bundle_folder, base_folder, tmp_path) -> None:
+    """Of a graph that declares no inner shape, folded without adapters and without config.json beside it."""
+
+    def undeclare(model: ir.Model) -> None:
+        for value in (v for node in model.graph for v in node.outputs if not v.is_graph_output()):
+            value.shape = None
+
+    graph = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=undeclare)
+    options = {**QUIET, "sites": (Site(layer=1),)}
+    with pytest.raises(GraphError, match=r"width of its streams; .*or the base \(--model\)"):
+        fold_bundle(graph, [], tmp_path / "b", **options)
+    assert not (tmp_path / "b").exists()
+    assert fold_bundle(graph, [], tmp_path / "b", model=str(base_folder("llama")), **options).parity.passed
 
 
 @pytest.mark.slow

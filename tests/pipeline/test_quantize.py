@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -16,10 +18,14 @@ from calibration.quantize import quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weight_only import dequantize
 from graph_passes.external import load_graph
+from reft_export.bundling import lost_adapters
 from reft_export.dequantized import fake_quantize
+from reft_export.export import ExportSettings, export_bundle
 from reft_export.quantize import quantize_bundle
+from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError, ParityError
+from runtimes.parity import BUDGETS, Delta, Figures, ParityReport, judge
 
 QUIET = {"report": lambda _: None}
 
@@ -74,6 +80,33 @@ def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_pat
     with pytest.raises(ParityError, match="int4 level 1"):
         quantize_bundle(bundle_folder("llama"), str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), **QUIET)
     assert not (tmp_path / "q").exists()
+
+
+def test_only_who_loses_nothing_but_the_delta_is_named() -> None:
+    budget = BUDGETS["weight-only int4"]
+    right, wrong = (Figures(max_abs=e, max_relative=e, kl=0.0, top1=1.0, greedy_equal=True) for e in (0.0, 1.0))
+    kept, lost = Delta(cosine=0.95, norm_ratio=1.0), Delta(cosine=0.5, norm_ratio=1.0)
+    found = {"kept": (right, kept), "weak": (right, lost), "wrong": (wrong, lost), "both.1": (right, lost)}
+    rungs = [judge(f"int4 level 4, {name}: full forward", "eager", f, budget, delta=d) for name, (f, d) in found.items()]
+    rungs.append(judge("int4 level 4, both.1: greedy", "eager", wrong, budget))
+    assert [rung.lost_steering for rung in rungs] == [False, True, False, True, False]
+    assert "by weak, as" in lost_adapters(ParityReport(rungs=tuple(rungs)), tuple(found))
+    assert lost_adapters(ParityReport(rungs=tuple(rungs[:1] + rungs[2:])), tuple(found)) == ""
+
+
+@pytest.mark.slow
+def test_a_barely_trained_adapter_is_named(base_folder, adapter_folders, tmp_path) -> None:
+    """Its edit is smaller than the rounding of the weights: the other adapter's bundle is possible without it."""
+    base, (strong, folder) = str(base_folder("llama")), adapter_folders("llama", ("tied", "all-direft"))
+    adapter = load_adapter(folder)
+    weak = {name: value * np.float32(1e-3) for name, value in adapter.tensors.items()}
+    save_adapter(replace(adapter, tensors=weak), tmp_path / "barely")
+    said = "delta cosine .*only the delta is missed by barely, .* train it further, or export without it; try -p int8"
+    with pytest.raises(ParityError, match=said) as caught:
+        export_bundle(base, [strong, tmp_path / "barely"], tmp_path / "b", ExportSettings(precision="int4"), **QUIET)
+    assert not (tmp_path / "b").exists()
+    missed = [rung for rung in caught.value.report.rungs if not rung.passed]
+    assert missed and all(rung.lost_steering for rung in missed)
 
 
 def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:

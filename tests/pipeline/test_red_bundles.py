@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,11 @@ def test_one_bundle_of_red_and_loreft(red_bundle) -> None:
     found = bank_edits(bundle, "red-untied")
     assert {n.op for n in found} == {RED_TYPE} and all(isinstance(e, ScaleBiasEdit) for es in found.values() for e in es)
     assert [len(edits) for edits in found.values()] == [2, 2]
-    assert "reft.0.block_output.red" in inspect_bundle(red_bundle())["edit nodes"]
+    shown = inspect_bundle(red_bundle())
+    assert "reft.0.block_output.red" in shown["edit nodes"]
+    assert {row["name"]: row["rank"] for row in shown["adapters"]} == {"red-untied": None, "red-all": None, "loreft": 4}
+    code, output = _cli("inspect", red_bundle())
+    assert code == 0 and not re.search(r"red\s+│\s+(0|None)", output) and re.search(r"red\s+│\s+│", output)
 
 
 @pytest.mark.slow
@@ -209,7 +214,7 @@ def test_train(base_folder, data, tmp_path) -> None:
     assert (adapter.method, adapter.rank, str(adapter.positions)) == ("red", 0, "all")
     assert {site.stream for site in adapter.sites} == {"mlp_output"} and len(adapter.sites) == tiny.LAYERS
     shown = inspect_adapter(tmp_path / "red")
-    assert shown["rank"] == 0 and shown["parameters"] == 2 * tiny.LAYERS * tiny.WIDTH
+    assert shown["rank"] is None and shown["parameters"] == 2 * tiny.LAYERS * tiny.WIDTH
     code, output = _cli(*common[:5], "--start", tmp_path / "red", "--max-steps", 2, "--samples", 0, "-o", tmp_path / "on")
     assert code == 0 and "red, 3 sites, 384 parameters" in output, output
     assert load_adapter(tmp_path / "on").digest != adapter.digest

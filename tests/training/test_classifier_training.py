@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_encoders
 import torch
+from tokenizers import normalizers
 
 from reft_export.base import Base, load_base, wrap_base
 from reft_export.eager import steered
@@ -137,6 +138,25 @@ def test_texts_are_framed_paired_and_cut(base: Base, tmp_path: Path) -> None:
     batch = collate_labelled([one, two], pad_token_id=tiny_encoders.PAD)
     assert batch["input_ids"][0].tolist() == [*one.text.ids, *[tiny_encoders.PAD] * 6]
     assert batch["attention_mask"].sum(1).tolist() == [4, 10] and batch["labels"].tolist() == [2, 0]
+
+
+def test_a_length_without_room_for_text_is_refused(base: Base, tmp_path: Path) -> None:
+    """The tokenizer itself would leave such a text whole, or nothing of it but the special tokens."""
+    single, pair, none = (tmp_path / name for name in ("single", "pair", "none"))
+    single.write_text('{"text": "abcdef", "label": 0}\n')
+    pair.write_text('\n{"text": "abc", "text_pair": "defg", "label": 0}\n')
+    none.write_text('{"text": "\\u0000", "label": 0}\n')
+    for path, line, special, least in ((single, 1, 2, 3), (pair, 2, 4, 6)):
+        for length in range(1, least):
+            with pytest.raises(InputError, match=f"{path.name}:{line}: .* special tokens alone are {special}; allow {least} or more"):
+                train_classifier(base, path, TrainSettings(max_length=length), tmp_path / "out")
+        (example,) = load_labelled(path, base.tokenizer, base.info.labels, max_length=least).examples
+        assert len(example.text.ids) == least and example.truncated
+    wordless = tiny_encoders.tokenizer("bert")
+    wordless.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    with pytest.raises(InputError, match=r"none:1: the text has no token of its own \(special tokens alone are 2\)"):
+        load_labelled(none, wordless, base.info.labels, max_length=8)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_needs_labels(moods: Path, base: Base, tmp_path: Path) -> None:

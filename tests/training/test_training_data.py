@@ -137,6 +137,7 @@ REFUSED = {
     "last is the user's": (chat_line(USER, ANSWER, USER), "the last message is the user's"),
     "empty answer": (chat_line(USER, {"role": "assistant", "content": ""}), "content of message 1 is empty"),
     "content in parts": (chat_line({"role": "user", "content": []}, ANSWER), "content of message 0 is list"),
+    "many digits": ('{"prompt": ' + "1" * 5000 + "}", "not JSON that can be read"),
     "too deep": ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
 }
 
