@@ -1,4 +1,4 @@
-"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing takes less than 1.5 times a model's size."""
+"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing one takes less than 1.5 times its size."""
 
 from __future__ import annotations
 
@@ -71,11 +71,10 @@ from runtimes.adapter import save_adapter
 from runtimes.errors import ParityError
 
 golden.record_golden.__kwdefaults__["max_tokens"] = 4  # 64 greedy tokens take minutes, and no memory of their own
-verb, root, width = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-quiet = {"report": lambda _: None}
-if verb == "make":
+root, quiet = Path(sys.argv[2]), {"report": lambda _: None}
+if sys.argv[1] == "make":
     config = AutoConfig.for_model(
-        "llama", vocab_size=16 * width, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=10, num_attention_heads=16,
+        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=10, num_attention_heads=16,
         num_key_value_heads=8, tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -89,10 +88,10 @@ if verb == "make":
     export_bundle(str(root / "base"), [root / "edit"], root / "fp32", ExportSettings(), **quiet)
 else:
     (root / "prompts.jsonl").write_text('{"prompt": "Number one and the sea", "completion": "yes"}')
-    scheme = settings_for(verb)
+    scheme = settings_for(sys.argv[1])
     request = CalibrationRequest(data=root / "prompts.jsonl", decode_tokens=4) if scheme.kind.activations == "static" else None
     try:
-        quantize_bundle(root / "fp32", str(root / "base"), root / verb, scheme, calibration=request, **quiet)
+        quantize_bundle(root / "fp32", str(root / "base"), root / sys.argv[1], scheme, calibration=request, **quiet)
     except ParityError as error:  # random weights leave little of a random edit; every other figure must hold
         assert all(r.passed or r.delta is not None and r.figures.max_relative <= r.budget.logits for r in error.report.rungs)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -100,32 +99,20 @@ else:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_quantizing_takes_less_than_one_and_a_half_models(tmp_path) -> None:
-    """0.35 GB of float32 weights, on top of what the same steps take for a model of almost none: torch and onnxruntime themselves.
-
-    The eager reference, mapped files and the runtime's own copy all count.
-    """
+    """2.4 GB of float32 weights; everything counts: torch and onnxruntime themselves, the eager reference, mapped files."""
 
     def run(*arguments: object) -> str:
         command = [sys.executable, "-c", QUANTIZE_SCRIPT, *map(str, arguments)]
-        # One thread: pools of several hold memory of their own, and wait for each other on a machine that is busy.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    peaks, sizes = {}, {}
-    for width, schemes in ((64, ["static"]), (768, ["weight-only", "static"])):
-        root = tmp_path / str(width)
-        root.mkdir()
-        run("make", root, width)
-        sizes[width] = (root / "fp32" / "model.onnx.data").stat().st_size
-        for scheme in schemes:
-            peaks[scheme, width] = int(run(scheme, root, width).split()[-1])
-    without, size = peaks["static", 64], sizes[768] - sizes[64]
-    assert size > 0.3e9 > 50 * sizes[64]
+    run("make", tmp_path)
+    size = (tmp_path / "fp32" / "model.onnx.data").stat().st_size
+    assert size > 2.3e9
     for scheme in ("weight-only", "static"):
-        taken = (peaks[scheme, 768] - without) / size
-        print(f"{scheme}: {taken:.2f} models of {size / 1e9:.2f} GB, on top of {without / 1e9:.2f} GB")
-        assert taken < 1.5, f"{scheme}: {taken:.2f} models of {size / 1e9:.2f} GB"
+        peak = int(run(scheme, tmp_path).split()[-1])
+        assert peak < 1.5 * size, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
