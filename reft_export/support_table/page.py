@@ -92,7 +92,7 @@ weights, at accuracy level 1. Budgets: {budgets}.
 |---|---|
 | 5e-07 | exported at this parity |
 | structure only | bfloat16: written and accepted by ONNX's checker; no CPU runs it |
-| **wrong** 3e-01 \\[1\\] | not what the model says, in its logits or the tokens it goes on with: stopped by the parity gate, no bundle |
+| **wrong** 3e-01 \\[1\\] | misses a budget, which the note names: stopped by the parity gate, no bundle is written |
 | no \\[1\\] | refused in one line, quoted below the table |
 | . | not run yet |
 
