@@ -53,13 +53,17 @@ class Base:
         return TEXT_CLASSIFICATION if self.info.labels else TEXT_GENERATION
 
 
-def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False) -> Base:
+def load_base(
+    model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False, checked: bool = False
+) -> Base:
     """Loads a decoder, or an encoder with a classification head, from a local folder or a Hugging Face hub id.
 
     Raises InputError, in one line, for a folder that is no model, missing or damaged weights, parameters that the
     checkpoint lacks (transformers would fill them with random values), a model type of neither kind, a hub that
     cannot be reached, and a missing tokenizer when ``require_tokenizer``; BackendUnavailable for a device that is not
     there.
+
+    ``checked``: its values were found finite before. They are mapped files then, which cost no memory until they are read.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
@@ -74,6 +78,8 @@ def load_base(model: str | Path, *, dtype: str = "float32", device: str = "cpu",
     digest = fingerprint(folder)
     with _quiet():
         loaded = _load_model(folder, files[0], DTYPES[dtype], config)
+    if not checked:
+        _check_finite(loaded, folder)
     loaded.requires_grad_(False)
     return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder)
 
@@ -223,11 +229,14 @@ def _load_model(folder: Path, first: Path, dtype: torch.dtype, config: Mapping[s
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again")
+    return model
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         # A sum is finite only where every value is, but for float32 sums that overflow: those are looked at again.
         if not math.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
             raise InputError(f"{folder}: parameter {name} holds values that are not finite; the checkpoint is damaged: download it again")
-    return model
 
 
 def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase | None:

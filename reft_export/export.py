@@ -197,7 +197,7 @@ def _assemble(
     write_graph(exported.model, work)
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")
-        fresh = load_base(model)  # exporting rearranged the first one's weights
+        fresh = load_base(model, checked=True)  # exporting rearranged the first one's weights
         record_quantized(work / "golden", proof, fresh.model, exported.model, weights, inputs, steerers, exact)
 
     for name, adapter in adapters.items():

@@ -192,7 +192,7 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     write_graph(graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
-    again = load_base(plan.model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    again = load_base(plan.model, checked=True).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, exact)
     return graph, quantized
 
@@ -201,7 +201,7 @@ def _stepped(bundle: Bundle, model: str) -> list[Rung]:
     """Every quantized activation against the formula, with the finished bundle and its own adapters."""
 
     def dequantized() -> PreTrainedModel:
-        loaded = load_base(model).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+        loaded = load_base(model, checked=True).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
         load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
         return loaded
 
