@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reft_export.cli.prompt_lines import read_lines
+
 if TYPE_CHECKING:
     from runtimes.ort_classifier import OrtClassifier
 
@@ -37,38 +39,13 @@ def read_texts(path: Path) -> list[Text]:
     """Of a JSONL file with ``text``, and for a pair ``text_pair``, a line (a ``label`` is not read); raises InputError with the line."""
     from runtimes.errors import InputError
 
-    where = "stdin" if str(path) == "-" else str(path)
-    try:
-        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{where} cannot be read: {e}") from None
     texts = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        value = parse_line(line, f"{where}:{number}")
+    for where, value in read_lines(path):
         pair = value.get("text_pair") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(pair, str | None):
-            raise InputError(f'{where}:{number}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
-        texts.append(Text(where=f"{where}:{number}", text=value["text"], pair=pair))
-    if not texts:
-        raise InputError(f"{where} holds no text")
+            raise InputError(f'{where}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
+        texts.append(Text(where=where, text=value["text"], pair=pair))
     return texts
-
-
-def parse_line(line: str, where: str) -> Any:
-    """The JSON value of one line; raises InputError for what is no JSON, and for half of a surrogate pair, which no tokenizer takes."""
-    from runtimes.errors import InputError
-    from runtimes.records import parse_json
-
-    try:
-        value = parse_json(line)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-    except ValueError as e:
-        raise InputError(f"{where}: not JSON ({e})") from None
-    return value
 
 
 def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, as_json: bool) -> None:

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from reft_export.cli.classify import classify, given_texts, parse_line, read_texts
+from reft_export.cli.classify import classify, given_texts, read_texts
 from reft_export.cli.console import err, escape, guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
+from reft_export.cli.prompt_lines import read_lines
 
 GENERATION = (
     "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
@@ -160,24 +161,14 @@ def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """(file and line, conversation) of a JSONL file; raises InputError with the line's number."""
     from runtimes.errors import InputError
 
-    where = "stdin" if str(path) == "-" else str(path)
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{where} cannot be read: {e}") from None
     conversations = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        value = parse_line(line, f"{where}:{number}")
+    for where, value in read_lines(path):
         if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
-            conversations.append((f"{where}:{number}", [{"role": "user", "content": value["prompt"]}]))
+            conversations.append((where, [{"role": "user", "content": value["prompt"]}]))
         elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
-            conversations.append((f"{where}:{number}", _checked_messages(value["messages"], f"{where}:{number}")))
+            conversations.append((where, _checked_messages(value["messages"], where)))
         else:
-            raise InputError(f'{where}:{number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
-    if not conversations:
-        raise InputError(f"{where} holds no prompt")
+            raise InputError(f'{where}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
     return conversations
 
 
