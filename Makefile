@@ -6,6 +6,10 @@ STAMP := $(VENV)/.installed
 # The installation holds the compiled library: it is made again when a source of it changes.
 NATIVE := $(shell find runtimes/native -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt)
 
+# How many processes run the tests.
+JOBS ?= 2
+PYTEST = -m pytest -q -n $(JOBS) --dist worksteal
+
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
 
@@ -15,14 +19,14 @@ quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(VENV)/bin/python $(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m slow
+	$(VENV)/bin/python $(PYTEST) -m slow
 
 test-transformers-4: $(OLD)/.installed
-	$(OLD)/bin/python -m pytest -q -m "not slow" tests/training
-	$(OLD)/bin/python -m pytest -q tests/pipeline/test_export.py tests/pipeline/test_optimum.py
+	$(OLD)/bin/python $(PYTEST) -m "not slow" tests/training
+	$(OLD)/bin/python $(PYTEST) tests/pipeline/test_export.py tests/pipeline/test_optimum.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; tests in parallel need no threads of their own
+
 TENSORRT_RTX = "1.7.1.116"
 GENAI = "0.18.0"
 

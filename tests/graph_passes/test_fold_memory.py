@@ -10,13 +10,14 @@ import pytest
 from small_decoders import WIDTH, small_decoder
 
 FOLD_SCRIPT = """
-import resource, sys
+import sys
 from reft_export.cli.main import app
+from runtimes.bench import peak_memory
 try:
     app(sys.argv[1:])
 except SystemExit as end:
     assert not end.code, end
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())  # not getrusage, which counts the pytest process that this one was forked from
 """
 
 
