@@ -5,43 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from native_op import DTYPES, check, draw, installed_library, load, op_model
+from native_gpu import Launch, check_captured, cuda_provider_session, on_gpu, run_guarded
+from native_op import DTYPES, ELEMENTS, check, draw, installed_library, load, op_model
 
 from runtimes.edit import ACTIVATED, ACTIVATIONS
 
-TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}
 
+def launch_on(
+    feeds: dict[str, np.ndarray], device: dict[str, torch.Tensor], dtype: str, activation: str = "", activated: str = "all"
+) -> Launch:
+    banks = [device[name].data_ptr() for name in ("slot", "U", "A", "b")]
+    names = (activation.encode(), activated.encode())
 
-def on_gpu(feeds: dict[str, np.ndarray], dtype: str) -> dict[str, torch.Tensor]:
-    def tensor(name: str, array: np.ndarray) -> torch.Tensor:
-        if name == "slot":
-            return torch.from_numpy(array).cuda()
-        return torch.from_numpy(array.astype(np.float32)).to(TORCH[dtype]).cuda()
+    def launch(h: torch.Tensor, y: torch.Tensor, stream: int) -> bytes | None:
+        pointers = (h.data_ptr(), y.data_ptr(), *banks)
+        return load(installed_library()).reft_edit_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["U"].shape, *names, stream)
 
-    return {name: tensor(name, array) for name, array in feeds.items()}
+    return launch
 
 
 def edit_cuda(
     feeds: dict[str, np.ndarray], dtype: str, activation: str = "", activated: str = "all", *, in_place: bool = False
 ) -> np.ndarray:
-    library = load(installed_library())
     device = on_gpu(feeds, dtype)
-    # Poisoned: a value that the kernel forgets to write shows. One value before and after it must survive.
-    guarded = torch.full((device["h"].numel() + 16,), float("nan"), dtype=TORCH[dtype], device="cuda")
-    y = guarded[8:-8].view(device["h"].shape)
-    if in_place:
-        y.copy_(device["h"])
-    h = y if in_place else device["h"]
-    slots, rank, width = feeds["U"].shape
-    pointers = [t.data_ptr() for t in (h, y, device["slot"], device["U"], device["A"], device["b"])]
-    stream = torch.cuda.current_stream().cuda_stream
-    names = (activation.encode(), activated.encode())
-    error = library.reft_edit_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, slots, rank, width, *names, stream)
-    assert error is None, error
-    torch.cuda.synchronize()
-    assert guarded[:8].isnan().all() and guarded[-8:].isnan().all()
-    return y.float().cpu().numpy().astype(DTYPES[dtype])
+    return run_guarded(device["h"], dtype, launch_on(feeds, device, dtype, activation, activated), in_place=in_place)
 
 
 @pytest.mark.gpu
@@ -68,42 +55,16 @@ def test_activations(activation, activated) -> None:
 
 @pytest.mark.gpu
 def test_captured_in_a_cuda_graph() -> None:
-    """Slots that change between replays take effect: nothing of them was read on the host."""
     feeds = draw(0, (64,), 128, 4, 2, "float32")
     device = on_gpu(feeds, "float32")
-    y = torch.empty_like(device["h"])
-    library = load(installed_library())
-    pointers = [t.data_ptr() for t in (device["h"], y, device["slot"], device["U"], device["A"], device["b"])]
-
-    def launch() -> None:
-        error = library.reft_edit_cuda(1, *pointers, 64, 2, 4, 128, b"", b"all", torch.cuda.current_stream().cuda_stream)
-        assert error is None, error
-
-    launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    for slot in (-1, 0, 1):
-        feeds["slot"][:] = slot
-        device["slot"].fill_(slot)
-        graph.replay()
-        torch.cuda.synchronize()
-        check(y.cpu().numpy(), feeds, "float32")
+    check_captured(feeds, device, launch_on(feeds, device, "float32"), check)
 
 
 @pytest.mark.gpu
 def test_on_the_cuda_provider() -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu")
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(installed_library()))
     for dtype in ("float32", "float16"):
-        session = onnxruntime.InferenceSession(op_model(dtype).SerializeToString(), options, providers=["CUDAExecutionProvider"])
-        assert session.get_providers()[0] == "CUDAExecutionProvider"
         feeds = draw(0, (2, 40), 64, 4, 2, dtype)
-        check(session.run(None, feeds)[0], feeds, dtype)
+        check(cuda_provider_session(op_model(dtype)).run(None, feeds)[0], feeds, dtype)
 
 
 def test_without_a_gpu_the_error_has_a_name() -> None:

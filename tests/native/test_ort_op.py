@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_op import DTYPES, as_model, bank_inputs, check, draw, installed_library, op_model, op_node, run, session, statistics
+from native_op import DTYPES, UNNAMED, as_model, bank_inputs, check, draw, installed_library, op_model, op_node, run, session, statistics
 from onnx import TensorProto, helper
 
 from runtimes.edit import ACTIVATED, ACTIVATIONS
@@ -139,9 +139,6 @@ def test_in_place_in_every_layer_and_only_where_allowed(keep) -> None:
     assert np.array_equal(feeds["x"], before)
     expected = chain_oracle(feeds, layers)
     assert np.abs(outputs[0] - expected).max() <= 2e-5 * np.abs(expected).max()
-
-
-UNNAMED = {"all": [None, None, 16], "one": ["B", None, 16], "long": ["B" * 500, "S", 16], "no_shape": None}
 
 
 @pytest.mark.parametrize("shape", UNNAMED.values(), ids=UNNAMED)

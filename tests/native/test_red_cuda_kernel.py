@@ -10,26 +10,25 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from native_op import DTYPES, installed_library, load
+from native_gpu import Launch, check_captured, cuda_provider_session, on_gpu, run_guarded
+from native_op import DTYPES, ELEMENTS, installed_library, load
 from native_red import NAMES, check, draw, red_model
 from plugin_host import HERE, NATIVE, compiler, cuda_include, run
-from test_cuda_kernel import ELEMENTS, TORCH, on_gpu
+
+
+def launch_on(feeds: dict[str, np.ndarray], device: dict[str, torch.Tensor], dtype: str) -> Launch:
+    banks = [device[name].data_ptr() for name in NAMES[1:]]
+
+    def launch(h: torch.Tensor, y: torch.Tensor, stream: int) -> bytes | None:
+        pointers = (h.data_ptr(), y.data_ptr(), *banks)
+        return load(installed_library()).reft_red_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["scale"].shape, stream)
+
+    return launch
 
 
 def red_cuda(feeds: dict[str, np.ndarray], dtype: str, *, in_place: bool = False) -> np.ndarray:
     device = on_gpu(feeds, dtype)
-    # Poisoned: a value that the kernel forgets to write shows. One value before and after it must survive.
-    guarded = torch.full((device["h"].numel() + 16,), float("nan"), dtype=TORCH[dtype], device="cuda")
-    y = guarded[8:-8].view(device["h"].shape)
-    if in_place:
-        y.copy_(device["h"])
-    pointers = [t.data_ptr() for t in (y if in_place else device["h"], y, *(device[name] for name in NAMES[1:]))]
-    stream = torch.cuda.current_stream().cuda_stream
-    error = load(installed_library()).reft_red_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["scale"].shape, stream)
-    assert error is None, error
-    torch.cuda.synchronize()
-    assert guarded[:8].isnan().all() and guarded[-8:].isnan().all()
-    return y.float().cpu().numpy().astype(DTYPES[dtype])
+    return run_guarded(device["h"], dtype, launch_on(feeds, device, dtype), in_place=in_place)
 
 
 @pytest.fixture(scope="module")
@@ -87,41 +86,16 @@ def test_against_float64(dtype, width, in_place) -> None:
 
 @pytest.mark.gpu
 def test_captured_in_a_cuda_graph() -> None:
-    """Slots that change between replays take effect: nothing of them was read on the host."""
     feeds = draw(0, (64,), 128, 2, "float32")
     device = on_gpu(feeds, "float32")
-    y = torch.empty_like(device["h"])
-    pointers = [t.data_ptr() for t in (device["h"], y, *(device[name] for name in NAMES[1:]))]
-
-    def launch() -> None:
-        error = load(installed_library()).reft_red_cuda(1, *pointers, 64, 2, 128, torch.cuda.current_stream().cuda_stream)
-        assert error is None, error
-
-    launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    for slot in (-1, 0, 1):
-        feeds["slot"][:] = slot
-        device["slot"].fill_(slot)
-        graph.replay()
-        torch.cuda.synchronize()
-        check(y.cpu().numpy(), feeds, "float32")
+    check_captured(feeds, device, launch_on(feeds, device, "float32"), check)
 
 
 @pytest.mark.gpu
 def test_on_the_cuda_provider() -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu")
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(installed_library()))
     for dtype in ("float32", "float16"):
-        session = onnxruntime.InferenceSession(red_model(dtype).SerializeToString(), options, providers=["CUDAExecutionProvider"])
-        assert session.get_providers()[0] == "CUDAExecutionProvider"
         feeds = draw(0, (2, 40), 64, 2, dtype)
-        check(session.run(None, feeds)[0], feeds, dtype)
+        check(cuda_provider_session(red_model(dtype)).run(None, feeds)[0], feeds, dtype)
 
 
 def test_without_a_gpu_the_error_has_a_name() -> None:

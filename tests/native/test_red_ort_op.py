@@ -9,12 +9,11 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_op import DTYPES, as_model, installed_library, op_node, run, session, statistics
+from native_op import DTYPES, UNNAMED, as_model, installed_library, op_node, run, session, statistics
 from native_op import bank_inputs as lo_reft_inputs
 from native_op import oracle as lo_reft_oracle
 from native_red import PLUGIN, bank_inputs, check, draw, oracle, red_model, red_node
 from onnx import TensorProto, helper
-from test_ort_op import UNNAMED
 
 
 @functools.cache

@@ -267,7 +267,7 @@ def plugin_for_this_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_enqueue_on_a_gpu(host_library, plugin_for_this_gpu, dtype, leading) -> None:
     """Not yet run on one."""
     import torch
-    from test_cuda_kernel import on_gpu
+    from native_gpu import on_gpu
 
     host = Host(host_library, plugin_for_this_gpu)
     for activation, activated, rank in EDITS:

@@ -13,6 +13,9 @@
 namespace reft {
 namespace {
 
+// Below this many tokens one row per block fills more of the device than four would.
+constexpr int64_t kManyTokens = 1024;
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -64,9 +64,6 @@ cudaError_t launch_rows(Arguments<T> arguments, cudaStream_t stream) {
   return cudaLaunchKernel(reinterpret_cast<const void*>(&red_kernel<T, kLanes, kRows>), grid, dim3(kThreads), parameters, 0, stream);
 }
 
-// Below this many tokens one row per block fills more of the device than four would.
-constexpr int64_t kManyTokens = 1024;
-
 template <class T>
 cudaError_t launch(const RedEdit& edit, cudaStream_t stream) {
   Arguments<T> a{static_cast<const T*>(edit.h),    static_cast<T*>(edit.y), edit.slot,  static_cast<const T*>(edit.scale),
