@@ -25,6 +25,7 @@ from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.engine import Engine
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
+from runtimes.golden_arrays import Golden, read_arrays
 from runtimes.golden_classifier import ClassifierGolden, check_classifier, classifier_figures
 from runtimes.parity import Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
 from runtimes.tasks import TEXT_CLASSIFICATION
@@ -77,38 +78,23 @@ def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figur
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Golden:
-    name: str
+class _Golden(Golden):
     rows: list[np.ndarray]
     """The real tokens of each row."""
     prompt_length: np.ndarray
     positions: np.ndarray
-    logits: np.ndarray
     greedy: np.ndarray
-    noise: tuple[float, float]
-    """(relative error, top-1 agreement) of the reference against itself under float noise; (0, 1) where activations are float."""
-    steering: tuple[np.ndarray, np.ndarray] | None
-    """(steered, base) logits whose difference the device's is held to; None for the base."""
 
     @classmethod
     def read(cls, bundle: Bundle, name: str) -> _Golden:
-        arrays = bundle.golden(name)
-        pairs = (("fp32_logits", "fp32_base_logits"), ("logits", "base_logits"))
-        steering = pairs[0] if pairs[0][0] in arrays else pairs[1]
-        wanted = {"input_ids", "attention_mask", "prompt_length", "logit_positions", "logits", "greedy_tokens"}
-        missing = sorted((wanted if name == BASE_GOLDEN else wanted | set(steering)) - set(arrays))
-        if missing:
-            raise BundleError(f"{bundle.folder}/golden/{name}.npz lacks {missing}; export the bundle again")
-        ids, mask = arrays["input_ids"], arrays["attention_mask"]
+        wanted = {"input_ids", "attention_mask", "prompt_length", "logit_positions", "greedy_tokens"}
+        arrays, fields = read_arrays(bundle, name, wanted)
         return cls(
-            name=name,
-            rows=[row[real > 0] for row, real in zip(ids, mask, strict=True)],
+            rows=[row[real > 0] for row, real in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)],
             prompt_length=arrays["prompt_length"],
             positions=arrays["logit_positions"],
-            logits=arrays["logits"],
             greedy=arrays["greedy_tokens"],
-            noise=tuple(map(float, arrays.get("noise", (0.0, 1.0)))),
-            steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
+            **fields,
         )
 
 
@@ -178,8 +164,8 @@ def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[
 
 def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
-    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
-    budget = replace(budget, logits=budget.logits + golden.noise[0], top1=budget.top1 + golden.noise[1] - 1)
+    session.set_adapter(golden.adapter)
+    budget = golden.widened(budget)
     alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
     layouts = {

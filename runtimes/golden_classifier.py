@@ -13,50 +13,33 @@ Top-1 agreement is that of the labels. An adapter brings its head: (steered - ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import BASE_GOLDEN, Bundle
+from runtimes.bundle import Bundle
 from runtimes.encoded_text import EncodedText, padded, rows_of
-from runtimes.errors import BundleError
+from runtimes.golden_arrays import Golden, read_arrays
 from runtimes.parity import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 
 EXTRA_PADS = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ClassifierGolden:
-    name: str
+class ClassifierGolden(Golden):
     texts: Sequence[EncodedText]
-    logits: np.ndarray
-    noise: tuple[float, float]
-    """(relative error, top-1 agreement) of the reference against itself under float noise; (0, 1) where activations are float."""
-    steering: tuple[np.ndarray, np.ndarray] | None
-    """(steered, base) logits whose difference the device's is held to; None for the base."""
 
     @classmethod
     def read(cls, bundle: Bundle, name: str) -> ClassifierGolden:
-        arrays = bundle.golden(name)
-        pairs = (("fp32_logits", "fp32_base_logits"), ("logits", "base_logits"))
-        steering = pairs[0] if pairs[0][0] in arrays else pairs[1]
-        wanted = {"input_ids", "attention_mask", "token_type_ids", "logits"} | (set() if name == BASE_GOLDEN else set(steering))
-        if missing := sorted(wanted - set(arrays)):
-            raise BundleError(f"{bundle.folder}/golden/{name}.npz lacks {missing}; export the bundle again")
-        return cls(
-            name=name,
-            texts=rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"]),
-            logits=arrays["logits"],
-            noise=tuple(map(float, arrays.get("noise", (0.0, 1.0)))),
-            steering=None if name == BASE_GOLDEN else (arrays[steering[0]], arrays[steering[1]]),
-        )
+        arrays, fields = read_arrays(bundle, name, {"input_ids", "attention_mask", "token_type_ids"})
+        return cls(texts=rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"]), **fields)
 
 
 def check_classifier(session: Any, golden: ClassifierGolden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes the steering. ``session``: an OrtClassifier."""
-    session.set_adapter(None if golden.name == BASE_GOLDEN else golden.name)
-    budget = replace(budget, logits=budget.logits + golden.noise[0], top1=budget.top1 + golden.noise[1] - 1)
+    session.set_adapter(golden.adapter)
+    budget = golden.widened(budget)
     every = list(range(len(golden.texts)))
     layouts = {
         "one batch": ([every], 0),
