@@ -14,6 +14,8 @@ from reft_export.cli.prompt_lines import read_lines
 if TYPE_CHECKING:
     from runtimes.ort_classifier import OrtClassifier
 
+KEYS = {"text", "text_pair", "label"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -44,6 +46,8 @@ def read_texts(path: Path) -> list[Text]:
         pair = value.get("text_pair") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(pair, str | None):
             raise InputError(f'{where}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
+        if unknown := sorted(set(value) - KEYS):
+            raise InputError(f"{where}: has unknown keys {unknown}; known are {sorted(KEYS)}")
         texts.append(Text(where=where, text=value["text"], pair=pair))
     return texts
 

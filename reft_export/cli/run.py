@@ -80,6 +80,8 @@ def run(
         opened.adapter(adapter)
     if opened.manifest.task == TEXT_CLASSIFICATION:
         refuse_given(context, GENERATION, f"for text generation, and {bundle} is a classifier")
+        if prompts and pair:
+            raise InputError(f"--pair goes with --prompt; of {prompts}, a line's text_pair is the second text")
         texts = read_texts(prompts) if prompts else given_texts(prompt, pair)
         with open_session(opened, provider=provider, kernel=kernel, threads=threads, adapter=adapter) as session:
             classify(session, texts, batch_size=batch_size, as_json=bool(prompts) or as_json)

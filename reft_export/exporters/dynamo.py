@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from reft_export.exporters.bfloat16 import widen_bfloat16
 from reft_export.exporters.exported_graph import ExportedGraph
 from runtimes.bundle import WeightSource
 from runtimes.errors import ExportError
@@ -93,6 +95,8 @@ class TraceInputs:
         """Names of dimensions and weights; what torch noted down about the exporting machine goes."""
         _name_dimensions(graph, self.past_names, last_logits=self.last_logits)
         strip_provenance(graph)
+        if self.arguments["past"][0].dtype != torch.bfloat16:
+            widen_bfloat16(graph)
         return ExportedGraph(model=graph, weights=name_weights(graph, self.weights))
 
 
@@ -100,6 +104,7 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
     """**Rearranges the model's linear weights in place.** Raises ExportError for a model without a KV cache, or without last logits."""
     if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
+    _check_rotary(model)
     shapes = cache_shapes(model)
     weights = make_row_major(model)
     keep_epsilons(model)
@@ -110,7 +115,7 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
     return TraceInputs(
         decoder=FlatCacheDecoder(model, last_logits=last_logits).eval(),
         arguments={
-            "input_ids": torch.randint(0, min(model.config.vocab_size, 100), (batch, sequence)),
+            "input_ids": torch.randint(0, min(model.config.get_text_config().vocab_size, 100), (batch, sequence)),
             "attention_mask": torch.ones(batch, past_length + sequence, dtype=torch.long),
             "position_ids": torch.arange(past_length, past_length + sequence)[None].expand(batch, sequence).contiguous(),
             "past": [torch.randn(batch, h, past_length, d).to(dtype) for pair in shapes for h, d in pair],
@@ -125,6 +130,18 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
         weights=weights,
         last_logits=last_logits,
     )
+
+
+def _check_rotary(model: PreTrainedModel) -> None:
+    """Raises ExportError for frequencies that follow the sequence's length; ``rope_scaling`` is transformers 4's name."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for scaling in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
+            raise ExportError(
+                f"{config.model_type} changes its rotary frequencies with the length of the sequence (rope_type dynamic), and a graph "
+                "has one set of them; take a base with another rope_type"
+            )
 
 
 def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False) -> ExportedGraph:
@@ -183,7 +200,7 @@ def trace(
 
 def first_reason(error: BaseException) -> str:
     """What an exporter was stopped by, in one line."""
-    return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+    return shorten(str(error.__cause__ or error), 300, placeholder=" ...") or type(error).__name__
 
 
 def has_experts(model: PreTrainedModel) -> bool:

@@ -258,6 +258,10 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
     lines.write_text('{"text": "a fine day", "label": "sad"}\n\n{"text": "a fine day", "text_pair": "it rains"}\n')
     code, out, _ = invoke("run", bundle.folder, "--prompts", lines, "-a", "untied")
     assert code == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1]
+    typo = tmp_path / "typo.jsonl"
+    typo.write_text('{"text": "a fine day", "txt_pair": "it rains"}\n')
+    code, _, said = invoke("run", bundle.folder, "--prompts", typo)
+    assert code == 2 and "typo.jsonl:1: has unknown keys ['txt_pair']" in said
     assert np.allclose(list(json.loads(out.splitlines()[1])["probabilities"].values()), list(record["probabilities"].values()), atol=1e-6)
 
 
@@ -270,6 +274,7 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
         (["run", "{bundle}", "-p", "x" * 80], "82 tokens, and base takes 64 at most"),
         (["run", "{bundle}", "-p", " "], "is empty"),
         (["run", "{bundle}", "--prompts", "{deep}"], "deep.jsonl:1: not JSON (it is nested too deeply)"),
+        (["run", "{bundle}", "--prompts", "{deep}", "--pair", "x"], "--pair goes with --prompt"),
         (["export", "-m", "{base}", "-o", "{out}", "--logits", "last"], "classifier, which --logits last is not for"),
         (["export", "-m", "{base}", "-o", "{out}", "--dry-run", "--exporter", "builder"], "which --exporter builder is not for"),
         (["build", "{bundle}", "-o", "{out}", "--target", "tensorrt-rtx"], "is a classifier, and engines are built of decoders"),

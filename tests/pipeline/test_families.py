@@ -8,12 +8,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.settings import settings_for
 from reft_export.base import load_base
 from reft_export.eager import site_module
 from reft_export.export import ExportSettings, export_bundle
 from reft_export.exporters import transformers as route
+from reft_export.exporters.bfloat16 import ARITHMETIC, widen_bfloat16
 from reft_export.exporters.dynamo import export_dynamo
 from reft_export.quantize import quantize_bundle
 from reft_export.support_table import bases
@@ -67,6 +70,54 @@ def test_an_epsilon_that_passes_for_zero_stays_in_the_graph() -> None:
     ids = {"input_ids": [[7, bases.PAD, 9]], "attention_mask": [[1, 1, 1]], "position_ids": [[0, 1, 2]]}
     feeds = {name: np.array(value, np.int64) for name, value in ids.items()} | past
     assert np.isfinite(session.run(["logits"], feeds)[0]).all()
+
+
+def test_a_multimodal_bases_text_model_is_exported() -> None:
+    """Gemma 3 from 4b on: the decoder's sizes stand in text_config."""
+    text = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)).eval()
+    assert "logits" in [value.name for value in export_dynamo(model).model.graph.outputs]
+
+
+def test_bfloat16_arithmetic_runs_and_is_the_same_to_the_bit() -> None:
+    """Falcon's ALiBi, a product of bfloat16 values in a graph of any type."""
+    x, y = (ir.val(name, ir.DataType.FLOAT, ["N"]) for name in "xy")
+    low = [ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16}) for value in (x, y)]
+    nodes = [*low]
+    for op in ARITHMETIC:
+        nodes.append(ir.node(op, [cast.outputs[0] for cast in low]))
+        nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT}, name=op))
+    for node in nodes:
+        node.outputs[0].dtype = ir.DataType.BFLOAT16 if node.op_type in ARITHMETIC or node in low else ir.DataType.FLOAT
+    outputs = [node.outputs[0] for node in nodes if node.name in ARITHMETIC]
+    graph = ir.Model(ir.Graph([x, y], outputs, nodes=nodes, opset_imports={"": 20}), ir_version=10)
+    widen_bfloat16(graph)
+    feeds = {name: np.random.default_rng(i).standard_normal(10000, np.float32) for i, name in enumerate("xy")}
+    a, b = (torch.from_numpy(array).bfloat16() for array in feeds.values())
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    for got, wanted in zip(session.run(None, feeds), (a + b, a - b, a * b, a / b), strict=True):
+        assert np.array_equal(got, wanted.float().numpy())
+
+
+@pytest.mark.slow
+def test_falcon_with_alibi(tmp_path) -> None:
+    layout = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "new_decoder_architecture": False}
+    folder = bases.save_base(tmp_path / "falcon", "falcon", overrides=layout)
+    save_adapter(random_adapter(load_base(folder).info, [Site(layer=1)]), tmp_path / "style")
+    assert _worst(export_bundle(str(folder), [tmp_path / "style"], tmp_path / "b", ExportSettings(), **QUIET)) < 2e-5
+
+
+def test_frequencies_that_follow_the_length_are_refused_by_name() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = bases.build_base("llama", layers=1, overrides={"rope_parameters": rope})
+    with pytest.raises(ExportError, match="llama changes its rotary frequencies .* \\(rope_type dynamic\\)"):
+        export_dynamo(model)
 
 
 @pytest.mark.slow
