@@ -13,6 +13,9 @@ import numpy as np
 from runtimes.errors import InputError
 from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
 
+LARGEST = 2**63 - 1
+"""The largest count: the graph takes the rule as int64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
@@ -31,6 +34,8 @@ class PositionRule:
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0:
             raise InputError(f"positions f{self.first}+l{self.last}: counts cannot be negative")
+        if max(self.first, self.last) > LARGEST:
+            raise InputError(f"positions: a count is beyond {LARGEST}, the largest that the graph's int64 inputs hold; use prompt or all")
         if bool(self.first or self.last) + self.prompt + self.everywhere != 1:
             raise InputError("positions are one of: f<n>, l<n>, f<n>+l<n>, prompt, all")
 
@@ -52,7 +57,11 @@ class PositionRule:
             raise InputError(f"positions {text!r} are not understood; use f<n>, l<n>, f<n>+l<n>, prompt or all")
         if "+" not in text and all(match.groups()):
             raise InputError(f"positions {text!r} are not understood; did you mean f{match[1]}+l{match[2]}?")
-        return cls(first=int(match[1] or 0), last=int(match[2] or 0))
+        try:
+            first, last = (int(digits or 0) for digits in match.groups())
+        except ValueError:  # int() refuses thousands of digits
+            first = last = LARGEST + 1
+        return cls(first=first, last=last)
 
     @property
     def has_suffix(self) -> bool:

@@ -178,3 +178,15 @@ def test_positions_grammar(text) -> None:
 def test_positions_that_are_refused(text) -> None:
     with pytest.raises(InputError, match="positions"):
         PositionRule.parse(text)
+
+
+def test_counts_beyond_the_graphs_int64() -> None:
+    """Python refuses to read thousands of digits as a number."""
+    largest = PositionRule.parse(f"f{2**63 - 1}+l1")
+    assert largest.tensors(tied=True)["reft.first"].tolist() == [2**63 - 1]
+    for text in (f"f{2**63}", f"l{10**20}", "f1+l" + "9" * 5000):
+        with pytest.raises(InputError, match=r"positions: a count is beyond 9223372036854775807") as e:
+            PositionRule.parse(text)
+        assert len(str(e.value)) < 200
+    with pytest.raises(InputError, match="a count is beyond"):
+        PositionRule(last=2**63)
