@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -106,7 +107,11 @@ def fail(message: str, code: int) -> None:
 
 
 def escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    """``text`` as rich's markup that shows it as it is.
+
+    rich halves the backslashes before a tag and drops one of those before any other bracket; its own escape leaves the latter alone.
+    """
+    return re.sub(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)", lambda m: (2 * m[1] if m[2] else m[1]) + r"\[", text)
 
 
 class Progress:

@@ -136,13 +136,14 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
         worst = max(result.weight_errors, key=lambda w: w.relative)
         out.print(
             f"{len(result.weight_errors)} weights: {size(before)} to {size(after)}; "
-            f"largest relative error {worst.relative:.3f} ({worst.name})"
+            f"largest relative error {worst.relative:.3f} ({worst.name})",
+            markup=False,
         )
     if result.note:
-        out.print(result.note)
+        out.print(result.note, markup=False)
     if not (output / "tokenizer.json").is_file():
         out.print("[yellow]the base has no fast tokenizer[/]: `reft-export run` needs tokenizer.json, in the base before it is exported")
     if manifest.genai != "supported":
-        out.print(f"no genai_config.json: {manifest.genai}")
+        out.print(f"no genai_config.json: {manifest.genai}", markup=False)
     names = ", ".join(manifest.adapters) or "none"
-    out.print(f"{output}: {size(total)}, {len(manifest.nodes)} edit nodes, adapters: {names}")
+    out.print(f"{output}: {size(total)}, {len(manifest.nodes)} edit nodes, adapters: {names}", markup=False)

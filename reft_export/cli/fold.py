@@ -69,10 +69,10 @@ def _show_bundle(result: FoldResult, output: Path, *, with_base: bool, as_json: 
         print_json({"bundle": str(output), "nodes": [n.name for n in result.nodes], "found": result.found, "parity": parity})
         return
     for name, how in result.found.items():
-        out.print(f"{name}: {how}")
+        out.print(f"{name}: {how}", markup=False)
     if result.parity is not None:
         print_parity(result.parity)
-    out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}")
+    out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}", markup=False)
     if with_base:
         return
     remedy = f"fold with -m MODEL does both, or `reft-export parity {output} -m MODEL`"
@@ -80,7 +80,8 @@ def _show_bundle(result: FoldResult, output: Path, *, with_base: bool, as_json: 
         remedy = f"its {result.quantized} quantized weights are no checkpoint's, so no eager model is its equal"
     out.print(
         "an ONNX graph does not say which checkpoint it came from, so the adapters' fingerprints are not checked, and there are no "
-        f"golden arrays: {remedy}"
+        f"golden arrays: {remedy}",
+        markup=False,
     )
 
 
@@ -99,7 +100,8 @@ def _show_edge(result: EdgeFoldResult, output: Path, as_json: bool) -> None:
         )
         return
     for name, how in result.found.items():
-        out.print(f"{name}: {how}")
-    out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters)}; the engine is built as before:")
+        out.print(f"{name}: {how}", markup=False)
+    adapters = ", ".join(result.adapters)
+    out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {adapters}; the engine is built as before:", markup=False)
     for line in (*result.build, *result.notes):
         out.print(f"  {line}", markup=False)

@@ -177,10 +177,10 @@ def show_report(result: Any, written: Sequence[Path]) -> None:
     print_table("what quantization left of the steering", *trimmed(result.report))
     for r in result.report.refits:
         done = f"{r.before:.4f} to {r.after:.4f} nats" if not r.kept else f"{r.before:.4f} nats, and {r.after:.4f} after: kept as it was"
-        out.print(f"refit of {r.adapter}: {r.steps} steps, loss ({r.objective}) {done}")
+        out.print(f"refit of {r.adapter}: {r.steps} steps, loss ({r.objective}) {done}", markup=False)
     for name, folder in result.refitted.items():
-        out.print(f"adapter {name}: {folder}")
-    out.print(f"report: {', '.join(map(str, written))}")
+        out.print(f"adapter {name}: {folder}", markup=False)
+    out.print(f"report: {', '.join(map(str, written))}", markup=False)
 
 
 def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:

@@ -183,7 +183,8 @@ def train(
     parameters = sum(t.size for t in result.adapter.tensors.values())
     out.print(
         f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {parameters} parameters; "
-        f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
+        f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps",
+        markup=False,
     )
 
 

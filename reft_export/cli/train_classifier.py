@@ -36,5 +36,6 @@ def show_classifier(output: Path, settings: TrainSettings, result: ClassifierRes
         f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {edits} parameters"
         f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps; "
         f"accuracy on {result.evaluated} {'held-out' if result.held_out else 'training'} texts: base {result.accuracy_before:.1%}, "
-        f"steered {result.accuracy_after:.1%}"
+        f"steered {result.accuracy_after:.1%}",
+        markup=False,
     )

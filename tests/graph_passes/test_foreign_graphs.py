@@ -8,8 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from small_decoders import WIDTH, small_decoder
+from typer.testing import CliRunner
 
 from reft_export.cli.inspect import inspect_graph
+from reft_export.cli.main import app
 from reft_export.fold import fold_bundle
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError, SiteAmbiguous
@@ -83,6 +85,18 @@ def test_inspect_lists_every_site_of_every_layer(tmp_path) -> None:
         "value": "layers.1.output",
         "how": "Add('layers.1.output'): nearest value upstream of present.2.key that all of logits depends on",
     }
+
+
+def test_names_that_read_as_rich_markup_are_shown(tmp_path) -> None:
+    model = small_decoder()
+    ends = [value for node in model.graph for value in node.outputs if node.op_type == "Add"]
+    for i, value in enumerate(ends):
+        value.name = rf"\[/x]{i} [b]"
+    source = _save(model, tmp_path / "source")
+    for arguments in (["inspect", str(source)], ["fold", str(source), "--sites", "0.block_output", "-o", str(tmp_path / "[/out]")]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.exception
+        assert r"\[/x]" in done.output and " [b]" in done.output
 
 
 def test_inspect_shows_the_candidates_of_what_it_cannot_tell(tmp_path) -> None:

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.markup import render
 from rich.text import Text
 from typer.testing import CliRunner
 
 from reft_export.cli.classify import read_texts
+from reft_export.cli.console import escape
 from reft_export.cli.main import app
 from reft_export.cli.run import read_prompts
 from runtimes.errors import InputError
@@ -367,3 +371,10 @@ def test_prompts_are_checked_before_the_first_answer(bundle_folder, tmp_path) ->
     prompts.write_text("\ufeff" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     refused("run", bundle_folder("llama"), "--prompts", prompts, code=2, match="prompts.jsonl:10: 600 tokens")
     refused("parity", bundle_folder("llama"), "--report", tmp_path / "no" / "x.json", code=2, match="its folder does not exist")
+
+
+@given(st.text(alphabet="\\[]/a1= "))
+@example(r"Add\[/x]62")
+@example(r"a\\[1] [1, 2] \[")
+def test_names_out_of_files_are_no_markup(text: str) -> None:
+    assert render(escape(text), emoji=False).plain == text
