@@ -4,7 +4,8 @@ A trainer's checkpoint (``intervenable_model/``) holds the state dicts alone.
 
 Positions follow pyreft's own rule: with shared weights, or where the positions have no prefix or no suffix, every intervention acts
 on all of them; else the first half of the interventions, in the file's order, on the prefix and the second half on the suffix.
-Several interventions at one site act one after the other.
+Several interventions at one site act one after the other: PyTorch runs the hooks of one module in the file's order, and those of a
+module before those of the one around it.
 
 Source: pyreft/dataset.py, get_intervention_locations; pyvene/models/intervenable_base.py, save.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +35,7 @@ from reft_export.importing.foreign import (
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import head_of
 from reft_export.importing.pyreft_entries import check_recorded, read_entries
-from reft_export.importing.pyreft_sites import PEFT_PREFIX, ComponentSites
+from reft_export.importing.pyreft_sites import PEFT_PREFIX, ComponentSites, Place
 from reft_export.importing.pyreft_states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
 from runtimes.adapter import ACTIVATED_METHODS
@@ -51,7 +53,8 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     """Raises InputError for what pyreft does not record and ``request`` does not say, AdapterError for what cannot be imported."""
     reasons = {"layers": "the files say which layers are edited", "stream": "the files say which streams are edited"}
     request.refuse("pyreft", {**reasons, "scale": "an intervention has no strength to scale"})
-    request = _with_side_file(folder, request)
+    side = _read_side_file(folder)
+    request = _with_side_file(folder, side, request)
     if not outline.info.labels:
         _refuse_trained_base(folder)
     sites = ComponentSites(outline.model)
@@ -59,15 +62,17 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     states = [read_pickle(folder / f"intkey_{entry.key}.bin") for entry in entries]
     kinds = [kind_of(entry.key, entry.kind, state, request.method) for entry, state in zip(entries, states, strict=True)]
     positions, tied, activation = _asked(request, {CLASSES[kind] for kind in kinds})
+    positions = replace(positions, truncate=side.get("truncate", True))
     head = _head(folder, outline)
     edits = [read_state(entry.key, kind, state) for entry, kind, state in zip(entries, kinds, states, strict=True)]
     check_recorded(folder, entries, edits)
     return ForeignAdapter(
         format=FORMAT,
-        edits=_placed([entry.site for entry in entries], edits, tied),
+        edits=_placed([entry.place for entry in entries], edits, tied),
         positions=positions,
         tied=tied,
         activation=activation,
+        dropout=float(side.get("dropout", 0.0)),
         dtype=_dtype(states),
         record={
             "imported_from": FORMAT,
@@ -146,31 +151,40 @@ def _asked(request: Request, methods: set[str]) -> tuple[PositionRule, bool, str
     return positions, not both or bool(request.tied), activation
 
 
-def _placed(sites: list[Site], edits: list[ForeignEdit], tied: bool) -> dict[Site, tuple[tuple[ForeignEdit, ...], ...]]:
+def _placed(places: list[Place], edits: list[ForeignEdit], tied: bool) -> dict[Site, tuple[tuple[ForeignEdit, ...], ...]]:
     """The edits of each site by slot. Untied: the first half of all interventions is the prefix's, the second half the suffix's."""
     if not tied and len(edits) % 2:
         raise InputError(f"--untied needs as many prefix as suffix interventions; the adapter has {len(edits)}; is it --tied?")
     placed: dict[Site, tuple[list[ForeignEdit], ...]] = {}
-    for i, (site, edit) in enumerate(zip(sites, edits, strict=True)):
-        slots = placed.setdefault(site, ([],) if tied else ([], []))
-        slots[0 if tied else 2 * i // len(edits)].append(edit)
+    halves = [0 if tied else 2 * i // len(edits) for i in range(len(edits))]
+    hooks = sorted(zip(places, halves, edits, strict=True), key=lambda hook: not hook[0].inner)
+    for place, half, edit in hooks:
+        placed.setdefault(place.site, ([],) if tied else ([], []))[half].append(edit)
     return {site: tuple(map(tuple, slots)) for site, slots in placed.items()}
 
 
-def _with_side_file(folder: Path, request: Request) -> Request:
-    """``request`` filled from the file that our own export adds; a flag that contradicts it is refused."""
+def _read_side_file(folder: Path) -> dict[str, Any]:
+    """What the file that our own export adds holds, each key of the right type; empty where there is none."""
     path = folder / SIDE_FILE
     if not path.is_file():
-        return request
+        return {}
     recorded = read_json_object(path)
-    names = {"positions": ("positions", str), "tied": ("share_weights", bool), "activation": ("act_fn", str)}
-    for name, (key, kind) in names.items():
+    for key, kind in {"positions": str, "truncate": bool, "share_weights": bool, "act_fn": str}.items():
+        if key in recorded and not isinstance(recorded[key], kind):
+            raise AdapterError(f"{path}: {key} is {short(recorded[key])}, expected {kind.__name__}")
+    dropout = recorded.get("dropout", 0.0)
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+        raise AdapterError(f"{path}: dropout is {short(dropout)}, expected a number from 0 to 1")
+    return recorded
+
+
+def _with_side_file(folder: Path, recorded: Mapping[str, Any], request: Request) -> Request:
+    """``request`` filled from ``recorded``, what the side file holds; a flag that contradicts it is refused."""
+    for name, key in {"positions": "positions", "tied": "share_weights", "activation": "act_fn"}.items():
         if key not in recorded:
             continue
         said, value = getattr(request, name), recorded[key]
-        if not isinstance(value, kind):
-            raise AdapterError(f"{path}: {key} is {short(value)}, expected {kind.__name__}")
         if said not in (None, value):
-            raise InputError(f"--{name} {said} contradicts {path}, which says {key} {value}")
+            raise InputError(f"--{name} {said} contradicts {folder / SIDE_FILE}, which says {key} {value}")
         request = replace(request, **{name: said if said is not None else value})
     return request

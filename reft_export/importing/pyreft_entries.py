@@ -14,9 +14,8 @@ from typing import Any
 
 from reft_export.importing.foreign import ForeignEdit, listed
 from reft_export.importing.foreign_json import read_json_object
-from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.pyreft_sites import ComponentSites, Place
 from reft_export.importing.pyreft_states import CLASSES
-from runtimes.edit import Site
 from runtimes.errors import AdapterError
 
 CONFIG_FILE = "config.json"
@@ -33,7 +32,7 @@ class Entry:
 
     key: str
     kind: str
-    site: Site
+    place: Place
     rank: object = None
     """low_rank_dimension: the rank of every class of pyreft's; null where the user gave it to the intervention alone."""
     width: object = None
@@ -41,7 +40,7 @@ class Entry:
 
 
 def read_entries(folder: Path, sites: ComponentSites) -> list[Entry]:
-    """In the order in which they act; raises AdapterError for files of interventions that the config does not list."""
+    """In the order in which pyvene hooks them; raises AdapterError for files of interventions that the config does not list."""
     if not (folder / CONFIG_FILE).is_file():
         return _checkpoint(folder, sites)
     entries = _configured(folder, sites)
@@ -84,9 +83,9 @@ def _configured(folder: Path, sites: ComponentSites) -> list[Entry]:
         stems = _key_stems(fields)
         keys = [f"{stem}#{seen[stems]}" for stem in stems]
         key = next((k for k in keys if (folder / f"intkey_{k}.bin").exists()), keys[0])
-        site = sites.of_component(fields["component"], fields["layer"])
+        place = sites.of_component(fields["component"], fields["layer"])
         rank = fields.get("low_rank_dimension")
-        entries.append(Entry(key=key, kind=_class_name(kind, folder), site=site, rank=rank, width=width))
+        entries.append(Entry(key=key, kind=_class_name(kind, folder), place=place, rank=rank, width=width))
         seen[stems] += 1
     return entries
 
@@ -134,4 +133,4 @@ def _checkpoint(folder: Path, sites: ComponentSites) -> list[Entry]:
         if not match:
             raise AdapterError(f"{path} is not named as pyreft names interventions, intkey_<place>#<number>.bin")
         found.append((int(match[2]), sites.of_key(match[1]), path.stem.removeprefix("intkey_")))
-    return [Entry(key=key, kind="", site=site) for _, site, key in sorted(found)]
+    return [Entry(key=key, kind="", place=place) for _, place, key in sorted(found)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,16 +28,23 @@ LAST_PROJECTIONS = {"attention_output": ("o_proj", "c_proj"), "mlp_output": ("do
 them so."""
 
 
+class Place(NamedTuple):
+    """A module's side: the site that it is, and whether the module lies inside another one that returns the same stream."""
+
+    site: Site
+    inner: bool = False
+
+
 class ComponentSites:
     """The places of one base that can be edited, under every name that pyvene has for them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = len(decoder_layers(model))
         self.by_path = dict(_paths(model))
-        dotted = {re.sub(r"\[(\d+)\]", r".\1", path): site for path, site in self.by_path.items()}
-        self._by_key = {path.replace(".", "_"): site for path, site in (dotted | self.by_path).items()}
+        dotted = {re.sub(r"\[(\d+)\]", r".\1", path): place for path, place in self.by_path.items()}
+        self._by_key = {path.replace(".", "_"): place for path, place in (dotted | self.by_path).items()}
 
-    def of_component(self, component: str, layer: object) -> Site:
+    def of_component(self, component: str, layer: object) -> Place:
         """Raises AdapterError for a component that is not one of the streams, and for a layer that the base does not have."""
         if "." not in component:
             return self._of_layer(component, layer)
@@ -47,7 +55,7 @@ class ComponentSites:
         self._check_index(indexed)
         raise AdapterError(f"component {component!r} is not a stream that can be edited; those are {self._known()}")
 
-    def of_key(self, key: str) -> Site:
+    def of_key(self, key: str) -> Place:
         """From a saved file's name: ``layer_3_comp_block_output_unit_pos_nunit_1``, ``comp_model_layers[3]_output_unit_pos_nunit_1``, or
         the same with a ``.`` at every joint."""
         if dotted := re.fullmatch(r"(?:layer\.(\d+)\.)?comp\.(.+)\.unit\.pos\.nunit\.1", key):
@@ -63,13 +71,13 @@ class ComponentSites:
         self._check_index(match[2])
         raise AdapterError(f"component {match[2]!r} is not a stream that can be edited; those are {self._known()}")
 
-    def _of_layer(self, component: str, layer: object) -> Site:
+    def _of_layer(self, component: str, layer: object) -> Place:
         if component not in STREAMS:
             raise AdapterError(f"component {component!r} is not a stream that can be edited; those are {self._known()}")
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
             raise AdapterError(f"layer {layer!r} of component {component} is not a number")
         self._check_layer(layer)
-        return Site(layer=layer, stream=component)
+        return Place(Site(layer=layer, stream=component))
 
     def _check_index(self, component: str) -> None:
         """A path of the right form whose layer is out of range is that, rather than an unknown component."""
@@ -84,10 +92,10 @@ class ComponentSites:
             )
 
     def _known(self) -> str:
-        return f"{', '.join(STREAMS)}, or paths such as {', '.join(path for path, site in self.by_path.items() if site.layer == 0)}"
+        return f"{', '.join(STREAMS)}, or paths such as {', '.join(path for path, place in self.by_path.items() if place.site.layer == 0)}"
 
 
-def _paths(model: PreTrainedModel) -> Iterator[tuple[str, Site]]:
+def _paths(model: PreTrainedModel) -> Iterator[tuple[str, Place]]:
     names: dict[nn.Module, str] = {module: re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name) for name, module in model.named_modules()}
     for layer in range(len(decoder_layers(model))):
         for stream in STREAMS:
@@ -96,7 +104,7 @@ def _paths(model: PreTrainedModel) -> Iterator[tuple[str, Site]]:
                 module = site_module(model, site)
             except InputError:  # a family whose blocks have no such module
                 continue
-            yield f"{names[module]}.{'input' if stream == 'block_input' else 'output'}", site
+            yield f"{names[module]}.{'input' if stream == 'block_input' else 'output'}", Place(site)
             for name in LAST_PROJECTIONS.get(stream, ()):
                 if isinstance(last := getattr(module, name, None), nn.Module):
-                    yield f"{names[last]}.output", site
+                    yield f"{names[last]}.output", Place(site, inner=True)

@@ -112,9 +112,9 @@ def _of_modules(path: Path, tensors: Mapping[str, Value], outline: Outline) -> P
 def _site(sites: ComponentSites, component: str) -> Site:
     """PEFT's prefix, base_model.model., begins with the one of the authors' wrapper: the whole path is tried first."""
     try:
-        return sites.of_component(component, None)
+        return sites.of_component(component, None).site
     except AdapterError:
-        return sites.of_component(component.removeprefix(WRAPPER), None)
+        return sites.of_component(component.removeprefix(WRAPPER), None).site
 
 
 def _of_layers(path: Path, tensors: Mapping[str, Value], request: Request) -> Pairs:

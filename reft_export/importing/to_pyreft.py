@@ -2,7 +2,8 @@
 
 The classes, names and tensors are those of the table in pyreft_states. Untied adapters become two interventions a
 site: all prefixes, then all suffixes, as pyreft's train script orders them. ``reft_export.json`` holds what pyreft's format has no
-place for (positions, share_weights, act_fn, dropout, add_bias); pyreft ignores it, and the import reads it.
+place for (positions, truncate, share_weights, act_fn, dropout, add_bias); pyreft ignores it, and the import reads it. ``truncate``:
+whether the positions of a short prompt are cut, as pyreft itself always does.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def export_to_pyreft(model: str, folder: Path, output: Path, *, force: bool = Fa
         }
         side = {
             "positions": str(adapter.positions),
+            "truncate": adapter.positions.truncate,
             "share_weights": adapter.tied,
             "act_fn": adapter.activation or "none",
             "dropout": adapter.dropout,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import CASES, TOLERANCE, Case
+from cases import BASE, CASES, TOLERANCE, Case
 
 from reft_export.base import Base
 from reft_export.eager import greedy_tokens, steered
+from reft_export.importing.foreign import Request
+from reft_export.importing.importer import import_adapter
 from runtimes.adapter import load_adapter
 from runtimes.bundle import open_bundle
 from runtimes.native_library import find_op_library
@@ -83,6 +87,47 @@ def test_adapterhub_tokens_without_a_cache(case: Case, base: Base, imported: dic
                 assert logits[:, -1].argmax(-1).tolist() == token.tolist()
                 ids = np.concatenate([ids, token[:, None]], 1)
                 mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bare", [False, True], ids=["saved", "checkpoint"])
+@pytest.mark.parametrize("outer_first", [False, True])
+@pytest.mark.parametrize(("outer", "inner"), [("mlp", "mlp.down_proj"), ("self_attn", "self_attn.o_proj")])
+def test_hooks_of_a_module_within_another(outer: str, inner: str, outer_first: bool, bare: bool, base: Base, tmp_path: Path) -> None:
+    """PyTorch runs the inner module's hook first, whichever the file lists first."""
+    states, paths = {}, [f"model.layers[1].{name}" for name in ((outer, inner) if outer_first else (inner, outer))]
+    generator = torch.Generator().manual_seed(0)
+    for path in paths:
+        weight, rotation = torch.randn(4, 64, generator=generator), torch.linalg.qr(torch.randn(64, 4, generator=generator))[0]
+        states[path] = {"weight": weight, "bias": torch.randn(4, generator=generator), "rotate_layer": rotation}
+        name = f"intkey_comp.{path}.output".replace(".", "_") + "_unit_pos_nunit_1#0.bin"
+        torch.save(states[path], tmp_path / name)
+    config = {
+        "representations": [[0, f"{path}.output", "pos", 1, 4] for path in paths],
+        "intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>"] * 2,
+    }
+    if not bare:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    request = Request(positions="all", activation="none")
+    adapter = import_adapter(tmp_path, str(BASE), tmp_path.parent / f"{tmp_path.name}-out", request, report=lambda _: None).adapter
+
+    def hook(module, args, output, state):  # noqa: ANN001
+        h = output[0] if isinstance(output, tuple) else output
+        W, b, R = state["weight"], state["bias"], state["rotate_layer"]
+        y = h + (h @ W.T + b - h @ R) @ R.T
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    ids = torch.arange(5, 17)[None]
+    handles = [
+        base.model.get_submodule(path.replace("[1]", ".1")).register_forward_hook(partial(hook, state=state))
+        for path, state in states.items()
+    ]
+    expected = base.model(ids).logits
+    for handle in handles:
+        handle.remove()
+    with steered(base.model, adapter):
+        assert float((base.model(ids).logits - expected).abs().max()) <= TOLERANCE * max(1.0, float(expected.abs().max()))
+    assert float((base.model(ids).logits - expected).abs().max()) > 0.1
 
 
 def test_one_bundle_holds_every_activation(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ UNIFORM = [c for c in CASES if c.library.startswith("pyreft") and not any(n in c
 
 def same(one: Path, other: Path) -> None:
     a, b = load_adapter(one), load_adapter(other)
-    for name in ("method", "rank", "sites", "positions", "tied", "activation", "base"):
+    for name in ("method", "rank", "sites", "positions", "tied", "activation", "dropout", "base"):
         assert getattr(a, name) == getattr(b, name)
     assert a.tensors.keys() == b.tensors.keys()
     assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
@@ -66,6 +67,22 @@ def test_our_own_round_trip(method: str, tied: bool, tmp_path: Path) -> None:
     assert any("no name for positions prompt" in note for note in result.notes) == tied
     import_adapter(tmp_path / "back", str(BASE), tmp_path / "again", Request(), report=lambda _: None)
     same(tmp_path / "mine", tmp_path / "again")
+
+
+def test_an_adapter_of_adapterhubs_comes_back(imported: dict[str, Path], tmp_path: Path) -> None:
+    """Positions that a short prompt does not cut, and a dropout: the side file holds both."""
+    source = imported["adapterhub-aa_loreft_tied_p2s2"]
+    dropped = replace(load_adapter(source), dropout=0.25)
+    assert not dropped.positions.truncate
+    save_adapter(dropped, tmp_path / "mine")
+    export_to_pyreft(str(BASE), tmp_path / "mine", tmp_path / "back", report=lambda _: None)
+    import_adapter(tmp_path / "back", str(BASE), tmp_path / "again", Request(positions="f2+l2"), report=lambda _: None)
+    same(tmp_path / "mine", tmp_path / "again")
+    side = json.loads((tmp_path / "back" / "reft_export.json").read_text())
+    for key, value in (("truncate", 0), ("dropout", "0.1"), ("dropout", 2), ("dropout", True)):
+        (tmp_path / "back" / "reft_export.json").write_text(json.dumps(side | {key: value}))
+        with pytest.raises(AdapterError, match=f"reft_export.json: {key} is .*, expected"):
+            import_adapter(tmp_path / "back", str(BASE), tmp_path / "no", Request(), report=lambda _: None)
 
 
 def test_red_is_refused(tmp_path: Path) -> None:
