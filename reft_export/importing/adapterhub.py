@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reft_export.base import Outline
@@ -237,18 +238,34 @@ def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]
         config = read_head_config(folder)
         check_labels(config, outline, folder)
         return head_of(head, outline, path, config, adapter)
+    stored = {name: _stored_names(outline, name) for name in head}
     base: dict[str, Tensor] = {}
     for file in weight_files(outline.folder):
-        base |= _load_named(file, set(head))
+        base |= _load_named(file, {known for names in stored.values() for known in names})
     for name, value in head.items():
-        if name not in base:
-            continue  # tied to the embedding, and saved under that name
-        if value.shape != base[name].shape or not bool((value.float() == base[name].float()).all()):
+        own = next((base[known] for known in stored[name] if known in base), None)
+        if own is None or not _equal(value, own):
             raise AdapterError(
-                f"{path}: {name} differs from {outline.info.name}'s; the adapter was trained together with its head: put that head into "
-                "the base, or remove the file to do without it"
+                f"{path}: {name} differs from the head of {outline.info.name}; the adapter was trained together with its own: put that "
+                "into the base, or remove the file to do without it"
             )
     return {}
+
+
+def _stored_names(outline: Outline, name: str) -> list[str]:
+    """What the base's files may call the parameter ``name`` of a decoder's head: it may be tied to the embedding, and held under that
+    name alone, without the model's prefix where the checkpoint has no head. AdapterHub's flexible head, heads.<name>, is a copy of the
+    output embedding unless it was trained."""
+    parameters = dict(outline.model.named_parameters(remove_duplicate=False))
+    output = outline.model.get_output_embeddings()
+    own = parameters.get(name, output.weight if output is not None and name.startswith("heads.") else None)
+    names = [name, *(other for other, parameter in parameters.items() if parameter is own)]
+    return names + [other.removeprefix(f"{outline.model.base_model_prefix}.") for other in names]
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    dense = value.layout == torch.strided and value.is_floating_point() and not value.is_meta
+    return dense and value.shape == other.shape and bool((value.float() == other.float()).all())
 
 
 def _load_named(file: Path, names: set[str]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from cases import BASE, FIXTURES
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
@@ -128,7 +128,7 @@ def not_loaded(folder: Path) -> None:
     torch.save({"weight": Hostile(folder.parent / "written")}, folder / BIN)
 
 
-CONFIG, HUB_CONFIG, HUB_BIN = "config.json", "adapter_config.json", "pytorch_adapter.bin"
+CONFIG, HUB_CONFIG, HUB_BIN, HUB_HEAD_BIN = "config.json", "adapter_config.json", "pytorch_adapter.bin", "pytorch_model_head.bin"
 SOURCE = "model.layers.1.reft_layer.refts.reft.units.0.learned_source"
 
 
@@ -176,6 +176,9 @@ SOURCE = "model.layers.1.reft_layer.refts.reft.units.0.learned_source"
         (HUB, edit_state(HUB_BIN, lambda s: at(s, "model.layers.1.lora_A", s[f"{SOURCE}.bias"])), "lora_A, which is no part of a ReFT"),
         (HUB, edit_state(HUB_BIN, lambda s: at(s, f"{SOURCE}.bias", s[f"{SOURCE}.bias"] / 0)), "bias holds values that are not finite"),
         (HUB_HEAD, edit_state("pytorch_model_head.bin", lambda s: {n: v + 1 for n, v in s.items()}), "lm_head.weight differs from"),
+        (HUB_HEAD, edit_state(HUB_HEAD_BIN, lambda s: {"heads.reft.0.weight": s["lm_head.weight"] + 1}), "reft.0.weight differs from"),
+        (HUB_HEAD, edit_state(HUB_HEAD_BIN, lambda s: {"heads.reft.1.bias": torch.zeros(64)}), "heads.reft.1.bias differs from"),
+        (HUB_HEAD, edit_state(HUB_HEAD_BIN, lambda s: {n: v.to_sparse() for n, v in s.items()}), "lm_head.weight differs from"),
     ],
 )
 def test_damaged_and_hostile_adapters(source, change, match, tmp_path) -> None:
@@ -224,6 +227,25 @@ def test_layers_that_no_block_has_mean_nothing_to_adapterhub(tmp_path) -> None:
         import_adapter(s, str(BASE), tmp_path / n, Request(), report=lambda _: None).adapter for s, n in ((HUB, "one"), (copy, "other"))
     )
     assert one.sites == other.sites and all((one.tensors[name] == other.tensors[name]).all() for name in one.tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_head_of_a_base_that_is_tied_to_its_embedding(family, tmp_path) -> None:
+    """The base's files hold the head under the embedding's name alone; a trained one is refused as on any base. gpt2's own checkpoints
+    lack the prefix of their parameters."""
+    width = {"hidden_size": 64, "num_hidden_layers": 4} if family == "llama" else {"n_embd": 64, "n_layer": 4}
+    model = tiny.save_base(tmp_path / "tied", family, tie_word_embeddings=True, **width)
+    weights = load_file(model / "model.safetensors")
+    (embedding,) = (name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+    assert "lm_head.weight" not in weights
+    if family == "gpt2":
+        save_file({name.removeprefix("transformer."): value for name, value in weights.items()}, model / "model.safetensors")
+    folder = damaged(tmp_path, HUB_HEAD, edit_json(HUB_CONFIG, model_type=family))
+    for i, name in enumerate(("lm_head.weight", "heads.reft.0.weight")):
+        torch.save({name: weights[embedding]}, folder / HUB_HEAD_BIN)
+        import_adapter(folder, str(model), tmp_path / f"same{i}", Request(), report=lambda _: None)
+        torch.save({name: weights[embedding] + 1}, folder / HUB_HEAD_BIN)
+        refused(folder, tmp_path / "out", Request(), f"{name} differs from the head of tied", model=model)
 
 
 def test_a_folder_of_adapters(tmp_path) -> None:
