@@ -33,7 +33,7 @@ from torch import Tensor
 from reft_export.base import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
 from reft_export.importing.pyreft_sites import ComponentSites
-from reft_export.importing.tensors import as_float32, read_pickle, stored_dtype
+from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
 from reft_export.training.settings import parse_layers
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import AdapterError, InputError
@@ -193,8 +193,7 @@ def _edit(path: Path, pair: Mapping[str, tuple[str, Value]]) -> ForeignEdit:
     """Both vectors as [D]; the authors store [1, D]."""
     parameters = {}
     for parameter, (name, value) in pair.items():
-        row = value[0] if len(value.shape) == 2 and value.shape[0] == 1 else value
-        parameters[parameter] = as_float32(row, ("D",), f"{path}: {name}")
+        parameters[parameter] = vector_float32(value, "D", f"{path}: {name}")
     if parameters["scale"].shape != parameters["bias"].shape:
         sizes = ", ".join(f"{name} {list(parameters[parameter].shape)}" for parameter, (name, _) in pair.items())
         raise AdapterError(f"{path}: {sizes}; a scale and its bias are of one length")

@@ -43,6 +43,8 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     wrong = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if wrong:
         raise AdapterError(f"{path}: {wrong[0]} is not a tensor; a state dict is expected")
+    if nested := [name for name, value in state.items() if value.is_nested]:
+        raise AdapterError(f"{path}: {nested[0]} is a nested tensor, which has no shape; a plain one is expected")
     # A pickled tensor may claim any shape over a few bytes, by strides of 0: copying it would take all memory.
     for name, value in state.items():
         if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -72,6 +74,12 @@ def as_float32(value: Tensor | np.ndarray, shape: tuple[int | str, ...], where: 
     if not np.isfinite(array).all():
         raise AdapterError(f"{where} holds values that are not finite; the file is damaged or its training diverged")
     return array
+
+
+def vector_float32(value: Tensor | np.ndarray, width: int | str, where: str) -> np.ndarray:
+    """``value``, [width] or [1, width], as ``as_float32`` gives [width]."""
+    row = value[0] if len(value.shape) == 2 and value.shape[0] == 1 else value
+    return as_float32(row, (width,), where)
 
 
 def orthogonal(original: np.ndarray, base: np.ndarray | None) -> np.ndarray:

@@ -8,8 +8,8 @@ What a plain file's arrays mean follows from their names and shapes:
     one array of any other name                                                                  [D]: for every layer of --layers
                                                                                                  [layers, D]: row n for block n
 
-The stream is the block's output, or the one that --stream names. Arrays called scale and bias are RED's (reft_export/importing/red.py);
---method lobireft takes an array of such a name for a vector all the same.
+[D] may be [1, D]. The stream is the block's output, or the one that --stream names. Arrays called scale and bias are RED's
+(reft_export/importing/red.py); --method lobireft takes an array of such a name for a vector all the same.
 
 Source: llama.cpp, common/common.cpp (common_control_vector_load) and src/llama-adapter.cpp (llama_adapter_cvec): ``direction.<n>``
 is added to the output of block n, blocks counted from 0 and never block 0, at every token, prompt or generated.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from reft_export.base import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
 from reft_export.importing.red import is_red, red_adapter
-from reft_export.importing.tensors import as_float32, read_safetensors
+from reft_export.importing.tensors import as_float32, read_safetensors, vector_float32
 from reft_export.model_folder import first_line
 from reft_export.training.settings import parse_layers
 from runtimes.edit import STREAMS, Site
@@ -36,6 +37,9 @@ from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
 
 NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d+)(?:[._]({'|'.join(STREAMS)}))?")
+
+OF_ONE_LAYER = re.compile(r"(?:^|[._])(?:layers?|h|blocks?|blk|direction)[._]?(\d+)(?=[._]|$)")
+"""Where a name that is not one of NAMED still says which layer it is of, as modules' names do: transformer.h.1, layers.1.output."""
 
 
 def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
@@ -52,16 +56,16 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
         raise AdapterError(f"{path} is damaged, or not GGUF ({first_line(e)})") from None
     if not tensors:
         raise AdapterError(f"{path} holds no direction.<layer> tensors; it is no control vector")
-    vectors = {}
+    vectors: dict[Site, tuple[str, np.ndarray]] = {}
     for name, (kind, value) in tensors.items():
         match = re.fullmatch(r"direction\.(\d+)", name)
         if not match:
             raise AdapterError(f"{path} holds {name}; a control vector holds direction.<layer> tensors and nothing else")
-        if match[1] == "0":
-            raise AdapterError(f"{path} holds direction.0; llama.cpp numbers control vectors from layer 1")
+        if int(match[1]) == 0:
+            raise AdapterError(f"{path} holds {name}; llama.cpp numbers control vectors from layer 1")
         if kind != GGMLQuantizationType.F32:
             raise AdapterError(f"{path}: {name} is {kind.name}; control vectors are F32")
-        vectors[Site(layer=int(match[1]))] = (name, as_float32(value, ("D",), f"{path}: {name}"))
+        _put(path, vectors, Site(layer=int(match[1])), name, value)
     positions = PositionRule.parse(request.positions or "all")
     return _adapter("gguf", path, vectors, positions, request, outline, {} if hint is None else {"model_hint": hint})
 
@@ -78,9 +82,7 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
             if match[2] and request.stream not in (None, match[2]):
                 raise InputError(f"--stream {request.stream} contradicts {path}, which holds {name}")
             site = Site(layer=int(match[1]), stream=match[2] or _stream(request))
-            if site in vectors:
-                raise AdapterError(f"{path}: {name} and {vectors[site][0]} are both the vector of {site}")
-            vectors[site] = (name, as_float32(arrays[name], ("D",), f"{path}: {name}"))
+            _put(path, vectors, site, name, arrays[name])
     elif len(arrays) == 1:
         vectors = _one_array(path, *next(iter(arrays.items())), request, outline)
     else:
@@ -106,21 +108,37 @@ def _arrays(path: Path) -> tuple[str, Mapping[str, np.ndarray | Tensor]]:
     return format, arrays
 
 
+def _put(path: Path, vectors: dict[Site, tuple[str, np.ndarray]], site: Site, name: str, value: np.ndarray | Tensor) -> None:
+    if site in vectors:
+        raise AdapterError(f"{path}: {name} and {vectors[site][0]} are both the vector of {site}; keep one")
+    vectors[site] = (name, vector_float32(value, "D", f"{path}: {name}"))
+
+
 def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, NotImplementedError) as e:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.ndarray):
+            with file:
+                return dict(file)
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise AdapterError(f"{path} is damaged, or holds more than numbers ({first_line(e)}); it was not loaded") from None
+    raise AdapterError(f"{path} is one array, as np.save writes it, expected an archive of named ones; write it with np.savez")
 
 
 def _one_array(path: Path, name: str, value: np.ndarray, request: Request, outline: Outline) -> dict[Site, tuple[str, np.ndarray]]:
     layers, width = outline.info.num_hidden_layers, outline.info.hidden_size
-    if len(value.shape) == 1:
+    # A row alone is a vector, but in a base of one layer it is that layer's.
+    if len(value.shape) == 1 or (len(value.shape) == 2 and value.shape[0] == 1 != layers):
         if request.layers is None:
             raise not_recorded("a single steering vector", {"its layers": f"--layers (0 to {layers - 1}; 3, 8-16 or 3;9)"})
-        vector = as_float32(value, (width,), f"{path}: {name}")
-        return {Site(layer=layer, stream=_stream(request)): (name, vector) for layer in parse_layers(request.layers, layers)}
+        chosen = parse_layers(request.layers, layers)
+        if (number := OF_ONE_LAYER.search(name)) and chosen != (int(number[1]),):
+            raise InputError(
+                f"--layers {request.layers} contradicts {path}, whose array {name!r} seems to be layer {number[1]}'s; name it vector to "
+                "use it there all the same"
+            )
+        vector = vector_float32(value, width, f"{path}: {name}")
+        return {Site(layer=layer, stream=_stream(request)): (name, vector) for layer in chosen}
     if len(value.shape) == 2 and value.shape[0] == layers + 1:
         raise AdapterError(
             f"{path}: {name} has {layers + 1} rows for {layers} layers: with the embedding's row first, as hidden_states have it? leave "

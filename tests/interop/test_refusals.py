@@ -147,6 +147,7 @@ SOURCE = "model.layers.1.reft_layer.refts.reft.units.0.learned_source"
         (LOREFT, edit_state(BIN, lambda s: at(s, "bias", torch.zeros(5))), "bias has shape .5., expected .4."),
         (LOREFT, edit_state(BIN, lambda s: at(s, "weight", torch.zeros(1).expand(10**6, 10**7))), "claims shape .1000000, 10000000."),
         (LOREFT, edit_state(BIN, lambda s: at(s, "weight", s["weight"].to_sparse())), "a float tensor is expected"),
+        (LOREFT, edit_state(BIN, lambda s: at(s, "weight", torch.nested.nested_tensor([s["weight"]]))), "weight is a nested tensor"),
         (LOREFT, edit_state(BIN, lambda s: at(s, "weight", s["weight"].int())), "is torch.int32"),
         (LOREFT, edit_state(BIN, lambda s: at(s, "more", s["weight"])), "holds more, which this class does not have"),
         (LOREFT, edit_state(BIN, lambda s: {"bias": s["bias"]}), "lacks learned_source.weight"),

@@ -30,7 +30,7 @@ IDS = torch.tensor([[5, 17, 201, 44, 9, 120]])
 VECTORS = {n: np.random.default_rng(n).standard_normal(WIDTH).astype(np.float32) for n in range(LAYERS)}
 
 
-def write_gguf(path: Path, vectors: dict[int, np.ndarray], hint: str = "llama") -> Path:
+def write_gguf(path: Path, vectors: dict[int | str, np.ndarray], hint: str = "llama") -> Path:
     """As repeng's export_gguf and llama.cpp's cvector-generator write them."""
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", hint)
@@ -117,9 +117,25 @@ def test_one_array(base, tmp_path) -> None:
     found = imported_logits(tmp_path / "rows.safetensors", tmp_path / "rows", base, Request(positions="all", layers="2-3"))
     half = {Site(layer=n): VECTORS[n].astype(np.float16).astype(np.float32) for n in (2, 3)}
     assert np.abs(found - logits_by_hand(base, half)).max() <= TOLERANCE
+    np.savez(tmp_path / "own.npz", **{"transformer.h.1": VECTORS[1]})
+    import_adapter(tmp_path / "own.npz", str(BASE), tmp_path / "own", Request(positions="all", layers="1"), report=lambda _: None)
     np.savez(tmp_path / "mlp.npz", **{"1.mlp_output": VECTORS[1]})
     found = imported_logits(tmp_path / "mlp.npz", tmp_path / "mlp", base, Request(positions="all"))
     assert np.abs(found - logits_by_hand(base, {Site(layer=1, stream="mlp_output"): VECTORS[1]})).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["layer_2", "vector"])
+def test_a_vector_may_be_a_row(name, tmp_path) -> None:
+    """[1, D] is [D], as in a file of RED's."""
+    adapters = []
+    for shape in ((WIDTH,), (1, WIDTH)):
+        source = tmp_path / f"rank{len(shape)}.npz"
+        np.savez(source, **{name: VECTORS[2].reshape(shape)})
+        request = Request(positions="all", layers="2")
+        adapters.append(import_adapter(source, str(BASE), tmp_path / f"out{len(shape)}", request, report=lambda _: None).adapter)
+    one, row = adapters
+    assert one.sites == row.sites == (Site(layer=2),)
+    assert all(np.array_equal(one.tensors[n], row.tensors[n]) for n in one.tensors)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +152,8 @@ def test_one_array(base, tmp_path) -> None:
         ({"v": np.zeros((3, 64), np.float32)}, Request(positions="all"), "has shape .3, 64., expected .4, 64."),
         ({"1": VECTORS[1], "happy": VECTORS[2]}, Request(positions="all"), "'happy' does not name a layer"),
         ({"1": VECTORS[1], "layer_1": VECTORS[2]}, Request(positions="all"), "are both the vector of 1.block_output"),
+        ({"layers.1.output": VECTORS[1]}, Request(positions="all", layers="2"), "--layers 2 contradicts .*'layers.1.output' .*layer 1's"),
+        ({"transformer.h.1": VECTORS[1]}, Request(positions="all", layers="1-2"), "--layers 1-2 contradicts .*'transformer.h.1'"),
         ({"1": VECTORS[1] * np.nan}, Request(positions="all"), "not finite"),
         ({"1": np.arange(64)}, Request(positions="all"), "is int64; a float array is expected"),
         ({"1": VECTORS[1] * 0}, Request(positions="all"), "every vector is zero"),
@@ -163,6 +181,15 @@ def test_damaged_files(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "v.npz", "w") as z:
         z.writestr("1.npy", claimed.getvalue())
     refused(tmp_path / "v.npz", tmp_path / "out", request, "v.npz is damaged")
+    np.savez_compressed(tmp_path / "v.npz", **{"1": VECTORS[1]})
+    compressed = (tmp_path / "v.npz").read_bytes()
+    entry = compressed.index(b"PK\1\2")
+    for at, content in ((70, b"\xff" * 8), (entry + 8, b"\1")):  # the stream itself; the flag of encryption
+        (tmp_path / "v.npz").write_bytes(compressed[:at] + content + compressed[at + len(content) :])
+        refused(tmp_path / "v.npz", tmp_path / "out", request, "v.npz is damaged")
+    with (tmp_path / "v.npz").open("wb") as f:
+        np.save(f, VECTORS[1])
+    refused(tmp_path / "v.npz", tmp_path / "out", request, "v.npz is one array, as np.save writes it.*np.savez")
     (tmp_path / "v.safetensors").write_bytes(b"\xff" * 30)
     refused(tmp_path / "v.safetensors", tmp_path / "out", request, "v.safetensors is damaged")
     good = write_gguf(tmp_path / "v.gguf", {1: VECTORS[1]})
@@ -178,6 +205,8 @@ def test_damaged_files(tmp_path) -> None:
     ("vectors", "match"),
     [
         ({0: VECTORS[0]}, "direction.0; llama.cpp numbers control vectors from layer 1"),
+        ({"00": VECTORS[0]}, "direction.00; llama.cpp numbers control vectors from layer 1"),
+        ({"1": VECTORS[0], "01": VECTORS[1]}, "direction.01 and direction.1 are both the vector of 1.block_output"),
         ({4: VECTORS[0]}, "layer 4 does not exist in base-llama-tiny .4 layers"),
         ({1: VECTORS[1][:32]}, "width 32, base-llama-tiny has width 64"),
         ({1: VECTORS[1].astype(np.float16)}, "direction.1 is F16; control vectors are F32"),
