@@ -13,6 +13,8 @@ from graph_passes.skip_norms import SKIP_NORM_BIAS
 _PROJECTIONS = frozenset({"MatMul", "Gemm", "MatMulNBits", "FusedMatMul"})
 _PASS_THROUGH = frozenset({"Reshape", "Identity", "Dropout"})
 _STREAM_ALIASES = frozenset({"Cast", "Identity", "Reshape"})
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+_SHAPE_KEEPERS = frozenset({"Cast", "DequantizeLinear", "Identity"})
 _VARIANCE = frozenset({"ReduceMean", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"})
 _NORM_PARTS = _VARIANCE | {"Add", "Cast", "Div", "Mul", "Pow", "Reciprocal", "Reshape", "Rsqrt", "Sqrt", "Sub", "Identity"}
 
@@ -32,7 +34,7 @@ def module_outputs(
     """attention_output and mlp_output of one block: the branch, or the reason (a clause) why the graph does not show it.
 
     ``block`` holds the nodes of ``chain`` behind the block's input, its output included; None where the output is not known.
-    The attention branch is the one that reads the keys which ``key`` (present.<layer>.key) is written from.
+    The attention branch is the one that reads ``key`` (present.<layer>.key), or else what ``key`` is a side copy of.
     """
     streams = ("attention_output", "mlp_output")
     if block is None:
@@ -40,11 +42,28 @@ def module_outputs(
     operands = [operand for node in block for operand in _operands(dominators, node, chain)]
     if not operands:
         return dict.fromkeys(streams, "its block has no residual Add")
+    upstream = [_upstream(dominators, value, chain) for value, _ in operands]
+    keys = {key.producer()}
+    if not any(keys & nodes for nodes in upstream):
+        # A second choice only: the projection of the keys may be joined with that of the MLP.
+        keys = _key_path(dominators, key, chain)
     branches: dict[str, list[tuple[ir.Value, ir.Node]]] = {stream: [] for stream in streams}
-    for value, merge in operands:
-        reads_keys = any(node is key.producer() for node in _upstream(dominators, value, chain))
-        branches["attention_output" if reads_keys else "mlp_output"].append((value, merge))
+    for operand, nodes in zip(operands, upstream, strict=True):
+        branches["attention_output" if keys & nodes else "mlp_output"].append(operand)
     return {stream: _module_output(dominators, found, chain) for stream, found in branches.items()}
+
+
+def _key_path(dominators: Dominators, key: ir.Value, chain: frozenset[ir.Node]) -> set[ir.Node]:
+    """The nodes that all of ``key`` passes from its projection on; empty where no projection is told."""
+    path: set[ir.Node] = set()
+    producer = key.producer()
+    for node in dominators.climb(producer) if producer in dominators else ():
+        if node in chain:
+            break
+        path.add(node)
+        if _is_projection(dominators, node):
+            return path
+    return set()
 
 
 def _operands(dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node]) -> Iterator[tuple[ir.Value, ir.Node]]:
@@ -113,12 +132,15 @@ def _module_output(
         # onnxruntime fuses a multiplier behind the projection (Granite) into FusedMatMul.
         return f"the last projection of its branch ({describe(projection)}) has a multiplier fused in; use a graph without fusions"
     between = _upstream(dominators, value, frozenset({projection}))
-    output = _with_bias(dominators, projection, between)
-    left = between - _upstream(dominators, output, frozenset({projection}))
-    if left and not (all(node.op_type in _NORM_PARTS for node in left) and any(node.op_type in _VARIANCE for node in left)):
-        ops = ", ".join(sorted({node.op_type for node in left}))
+    output, behind = _with_bias(dominators, projection, between)
+    left = {node for node in between - _upstream(dominators, output, frozenset({projection})) if not _is_float_cast(node)}
+    unclear = ", ".join(sorted({node.op_type for node in left}))
+    if all(node.op_type in _NORM_PARTS for node in left) and any(node.op_type in _VARIANCE for node in left):
+        # No norm begins by adding or multiplying a constant; a bias that is not known for one, or a factor, stands before it.
+        unclear = behind.op_type if behind is not None and dominators.shifts_or_scales(behind) else ""
+    if unclear:
         return (
-            f"between the last projection of its branch ({describe(projection)}) and the residual Add stand {ops}, and whether "
+            f"between the last projection of its branch ({describe(projection)}) and the residual Add stand {unclear}, and whether "
             "they belong to the module cannot be told"
         )
     end = "the residual Add" if not left else "the norm before the residual Add"
@@ -155,20 +177,50 @@ def _is_projection(dominators: Dominators, node: ir.Node) -> bool:
     return node.op_type in _PROJECTIONS and sum(map(dominators.depends, node.inputs)) == 1
 
 
-def _with_bias(dominators: Dominators, projection: ir.Node, between: set[ir.Node]) -> ir.Value:
-    """The projection's output after its bias and after the reshape that Gemm needs, where those follow at once."""
-    output = projection.outputs[0]
+def _with_bias(dominators: Dominators, projection: ir.Node, between: set[ir.Node]) -> tuple[ir.Value, ir.Node | None]:
+    """The projection's output after its bias and after the reshape that Gemm needs, where those follow at once; and what follows then.
+
+    None follows where the value has several readers, or only the residual Add. A Cast carries the same tensor, so that the output is
+    before it, but a bias may stand behind it.
+    """
+    output = value = projection.outputs[0]
     biased = False
-    while len(consumers := [node for node in output.consumers() if node in between]) == 1:
+    while len(consumers := [node for node in value.consumers() if node in between]) == 1:
         node = consumers[0]
         if node.op_type == "Add" and not biased and _is_vector_bias(dominators, node):
             biased = True
-        elif node.op_type not in _PASS_THROUGH:
-            break
-        output = node.outputs[0]
-    return output
+        elif node.op_type not in _PASS_THROUGH and not _is_float_cast(node):
+            return output, node
+        value = node.outputs[0]
+        if not _is_float_cast(node):
+            output = value
+    return output, None
+
+
+def _is_float_cast(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and node.attributes.get_int("to") in _FLOATS
 
 
 def _is_vector_bias(dominators: Dominators, node: ir.Node) -> bool:
-    others = [value for value in node.inputs if not dominators.depends(value)]
-    return len(others) == 1 and others[0] is not None and others[0].shape is not None and len(others[0].shape) == 1
+    others = [value for value in node.inputs if value is not None and not dominators.depends(value)]
+    if len(others) != 1:
+        return False
+    shape = others[0].shape
+    if shape is None or len(shape) != 1:
+        shape = _constant_shape(others[0])
+    return shape is not None and len(shape) > 0 and shape[-1] != 1 and all(dim == 1 for dim in shape[:-1])
+
+
+def _constant_shape(value: ir.Value) -> Sequence[object] | None:
+    """The shape of a weight or a constant, also behind operators that keep it; None of anything else."""
+    node = value.producer()
+    if node is None:
+        return None if value.const_value is None else value.const_value.shape
+    if node.op_type in _SHAPE_KEEPERS:
+        return None if node.inputs[0] is None else _constant_shape(node.inputs[0])
+    if node.op_type != "Constant":
+        return None
+    if (floats := node.attributes.get("value_floats")) is not None:
+        return [len(floats.as_floats())]
+    tensor = node.attributes.get("value")
+    return None if tensor is None else tensor.as_tensor().shape

@@ -11,6 +11,8 @@ from runtimes.errors import GraphError
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 """Ops whose output depends on a tensor's shape alone: batch and sequence sizes would otherwise tie every layer to the input."""
 
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+
 
 class Dominators:
     """The dominator tree of ``graph``, rooted at the value ``root``; edges into Shape and Size are cut.
@@ -53,6 +55,10 @@ class Dominators:
     def adds_branches(self, node: ir.Node) -> bool:
         """Whether ``node`` is an Add of two values that both depend on the root: a residual Add, not a bias."""
         return node.op_type == "Add" and all(map(self.depends, node.inputs))
+
+    def shifts_or_scales(self, node: ir.Node) -> bool:
+        """Whether ``node`` adds or multiplies elementwise what depends on the root with what does not: a bias, a factor."""
+        return node.op_type in _ELEMENTWISE and sum(map(self.depends, node.inputs)) == 1
 
     def climb(self, node: ir.Node) -> Iterator[ir.Node]:
         """``node``, its immediate dominator, that one's, and so on up to the root."""
