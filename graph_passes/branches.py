@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graph_passes.dominators import Dominators, describe
+from graph_passes.encoder import ATTENTIONS
 from graph_passes.skip_norms import SKIP_NORM_BIAS
 
 _PROJECTIONS = frozenset({"MatMul", "Gemm", "MatMulNBits", "FusedMatMul"})
@@ -64,6 +65,17 @@ def _key_path(dominators: Dominators, key: ir.Value, chain: frozenset[ir.Node]) 
         if _is_projection(dominators, node):
             return path
     return set()
+
+
+def adds_other_than_attention(dominators: Dominators, merge: ir.Node, key: ir.Value, chain: frozenset[ir.Node]) -> bool:
+    """Whether the residual Add ``merge`` adds a branch without attention: an MLP, or what a head computes."""
+    for value, _ in _operands(dominators, merge, chain):
+        nodes = _upstream(dominators, value, chain)
+        if all(node.op_type in _STREAM_ALIASES or dominators.shifts_or_scales(node) for node in nodes):
+            continue  # the stream itself, times a factor (Doge)
+        if key.producer() not in nodes and not any(node.op_type in ATTENTIONS for node in nodes):
+            return True
+    return False
 
 
 def _operands(dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node]) -> Iterator[tuple[ir.Value, ir.Node]]:

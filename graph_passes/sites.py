@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.block_ends import Step, check_inner_end, last_block_end
 from graph_passes.branches import Branch, module_outputs
 from graph_passes.contract import read_contract
 from graph_passes.dominators import Dominators, describe
@@ -57,16 +58,6 @@ class SiteSurvey:
     found: Mapping[Site, SiteLocation]
     refused: Mapping[Site, GraphError]
     layers: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Step:
-    """One value of the dominator chain: its node, the output that carries it, and the label by which blocks are compared."""
-
-    node: ir.Node | None
-    """None for the chain's first, a graph input."""
-    output_index: int | None
-    label: str
 
 
 def find_sites(model: ir.Model) -> dict[Site, SiteLocation]:
@@ -113,12 +104,17 @@ def survey_sites(model: ir.Model) -> SiteSurvey:
         location = _location(chain[start], f"nearest value upstream of {keys[layer].name} that all of logits depends on")
         found[site] = location
         if layer:
-            found[Site(layer=layer - 1, stream="block_output")] = location
+            before = Site(layer=layer - 1, stream="block_output")
+            try:
+                check_inner_end(dominators, chain, starts, layer - 1)
+                found[before] = location
+            except SiteAmbiguous as error:
+                refused[before] = error
 
     last = Site(layer=len(starts) - 1, stream="block_output")
     ends: list[int | None] = list(starts[1:])
     try:
-        end, how = _last_block_end(chain, starts)
+        end, how = last_block_end(dominators, chain, starts, keys)
         found[last] = _location(chain[end], how)
         ends.append(end)
     except GraphError as error:
@@ -146,25 +142,25 @@ def _anchors(graph: ir.Graph) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ...]]
     return contract.input_ids, contract.logits, contract.keys
 
 
-def _chain(dominators: Dominators, logits: ir.Value) -> list[_Step]:
+def _chain(dominators: Dominators, logits: ir.Value) -> list[Step]:
     """The values that all of logits depends on, in order of computation."""
     producer = logits.producer()
     if producer is None or producer not in dominators:
         raise GraphError("logits does not depend on the tokens; the graph is not a decoder")
-    chain = [_Step(node=None, output_index=None, label="input")]
+    chain = [Step(node=None, output_index=None, label="input")]
     for node in reversed(list(dominators.climb(producer))):
         if node.op_type in _ALIASES:
             continue
         if node.op_type in SKIP_NORMS:
             # One node, two values. Where the sum is read further down, it is the stream and the norm is a branch (pre-norm);
             # where it is not, everything downstream goes through the norm.
-            chain.append(_Step(node=node, output_index=SKIP_NORM_SUM, label="merge"))
+            chain.append(Step(node=node, output_index=SKIP_NORM_SUM, label="merge"))
             if not _is_read(node, SKIP_NORM_SUM):
-                chain.append(_Step(node=node, output_index=0, label="norm"))
+                chain.append(Step(node=node, output_index=0, label="norm"))
             continue
         read = [index for index in range(len(node.outputs)) if _is_read(node, index)]
         label = "merge" if dominators.adds_branches(node) else "norm" if node.op_type in _NORMS else node.op_type
-        chain.append(_Step(node=node, output_index=read[0] if len(read) == 1 else None, label=label))
+        chain.append(Step(node=node, output_index=read[0] if len(read) == 1 else None, label=label))
     return chain
 
 
@@ -172,7 +168,7 @@ def _is_read(node: ir.Node, index: int) -> bool:
     return index < len(node.outputs) and (bool(node.outputs[index].uses()) or node.outputs[index].is_graph_output())
 
 
-def _location(step: _Step, how: str) -> SiteLocation:
+def _location(step: Step, how: str) -> SiteLocation:
     if step.output_index is None:
         raise SiteAmbiguous(
             f"{describe(step.node)} writes several values that are read: "
@@ -182,7 +178,7 @@ def _location(step: _Step, how: str) -> SiteLocation:
 
 
 def _block_starts(
-    dominators: Dominators, chain: Sequence[_Step], keys: Sequence[ir.Value], *, starts_at_root: bool
+    dominators: Dominators, chain: Sequence[Step], keys: Sequence[ir.Value], *, starts_at_root: bool
 ) -> list[int]:
     """For every layer, the chain index of the value that its block reads; ``starts_at_root``: the input may be that of block 0."""
     index = {step.node: position for position, step in enumerate(chain)}
@@ -207,34 +203,3 @@ def _block_starts(
             )
         starts.append(start)
     return starts
-
-
-def _last_block_end(chain: Sequence[_Step], starts: Sequence[int]) -> tuple[int, str]:
-    """Chain index of the last block's output, and how it was told; raises SiteNotFound or SiteAmbiguous."""
-    labels = [step.label for step in chain]
-    blocks = {tuple(labels[start + 1 : stop + 1]) for start, stop in zip(starts, starts[1:], strict=False)}
-    tail = tuple(labels[starts[-1] + 1 :])
-    ends = sorted({starts[-1] + len(block) for block in blocks if tail[: len(block)] == block})
-    if len(ends) == 1:
-        return ends[0], "the last block then repeats the blocks before it"
-    merges = [position for position in range(starts[-1] + 1, len(chain)) if labels[position] == "merge"]
-    candidates = ", ".join(describe(chain[position].node) for position in ends or merges) or "none"
-    where = f"output of the last block (layer {len(starts) - 1})"
-    if ends:
-        raise SiteAmbiguous(f"the {where} has several candidates, as the blocks differ from each other: {candidates}")
-    if blocks or not merges:
-        raise SiteNotFound(
-            f"the {where} does not look like that of any block before it; residual Adds behind its input: {candidates}; "
-            "an export without fused norms may show it"
-        )
-    # One layer only: there is no other block to compare with. A norm between two Adds makes it a post-norm block, whose output
-    # is a norm and not an Add, and nothing tells that norm from a model's own last one.
-    end = merges[-1]
-    if any(label not in ("merge", "Reshape") for label in labels[starts[-1] + 1 : end]):
-        raise SiteAmbiguous(
-            f"the {where} is either {describe(chain[end].node)} or the norm behind it: in a single block a post-norm cannot be "
-            "told from a final norm; use a base of two layers or more"
-        )
-    if labels[end + 1 : end + 2] == ["Reshape"]:
-        end += 1
-    return end, "it is the last residual Add of the only block"

@@ -387,3 +387,101 @@ def test_keys_that_go_out_as_a_side_copy(block, copied):
         model.graph.outputs[output] = copy.outputs[0]
         copy.outputs[0].name = f"present.{layer}.key"
     assert {site: location.node.name for site, location in find_sites(model).items()} == expected
+
+
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_a_constant_between_the_blocks_is_not_guessed_to_be_theirs(op):
+    model = small_decoder()
+    for layer in range(2):
+        _put_behind(model, f"layers.{layer}.output", op, _vector(model, f"constant.{layer}", WIDTH), name=f"between.{layer}")
+    with pytest.raises(SiteAmbiguous, match=rf"output of block 1 is either Add\('layers\.1\.output'\) or {op}\('between\.1'\)"):
+        locate_sites(model, [Site(layer=1)])
+    found = find_sites(model)
+    assert not any(Site(layer=layer) in found for layer in range(3))
+    # What a block reads, and what its modules return, is the same either way.
+    assert found[Site(layer=1, stream="block_input")].node.name == "between.0"
+    assert found[Site(layer=1, stream="mlp_output")].node.name == "layers.1.mlp.output"
+    # Behind the last block too, it is part of every block.
+    _put_behind(model, "layers.2.output", op, _vector(model, "constant.2", WIDTH), name="between.2")
+    found = find_sites(model)
+    assert [found[Site(layer=layer)].node.name for layer in range(3)] == [f"between.{layer}" for layer in range(3)]
+
+
+def _with_one_more_mlp(model: ir.Model, block: str, *, factor: bool = False) -> ir.Model:
+    """Another residual branch behind the last block: its own third, or a head's."""
+    last = sum(value.name.startswith("present.") for value in model.graph.outputs) - 1
+    stream = _node(model, BLOCK_OUTPUTS[block].format(last)).outputs[0]
+    readers = stream.uses()
+    product = ir.node("MatMul", [stream, _vector(model, "more.weight", WIDTH, WIDTH)], name="more.product")
+    nodes = [product]
+    if factor:
+        nodes.append(ir.node("Mul", [stream, _vector(model, "more.factor")], name="more.scaled"))
+    nodes.append(ir.node("Add", [product.outputs[0], nodes[-1].outputs[0] if factor else stream], name="more.output"))
+    for node in nodes:
+        node.outputs[0].name = node.name
+    model.graph.insert_after(stream.producer(), nodes)
+    for reader, index in readers:
+        reader.replace_input_with(index, nodes[-1].outputs[0])
+    return model
+
+
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("block", ["pre_norm", "parallel", "after_norm", "post_norm"])
+def test_a_residual_branch_behind_the_last_blocks_likeness_is_not_skipped(block, factor):
+    model = _with_one_more_mlp(small_decoder(block=block), block, factor=factor)
+    with pytest.raises(SiteAmbiguous, match=rf"last block \(layer 2\) is either .*{BLOCK_OUTPUTS[block][10:]}.* or Add\('more\.output'\)"):
+        locate_sites(model, [Site(layer=2)])
+    assert find_sites(model)[Site(layer=1)].node.name == BLOCK_OUTPUTS[block].format(1)
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "parallel", "after_norm"])
+def test_a_single_block_and_a_residual_head_are_not_told_apart(block):
+    model = _with_one_more_mlp(small_decoder(block=block, layers=1), block)
+    with pytest.raises(SiteAmbiguous, match=r"several candidates: Add\('layers\.0\.output'\), Add\('more\.output'\).*two layers or more"):
+        locate_sites(model, [Site(layer=0)])
+
+
+def test_a_single_block_whose_stream_is_scaled_before_each_residual_add():
+    # Doge: x * w + branch
+    model = small_decoder(layers=1)
+    for name in ("layers.0.middle", "layers.0.output"):
+        add = _node(model, name)
+        index = next(i for i, value in enumerate(add.inputs) if value.producer().name in ("embedding", "layers.0.middle"))
+        scaled = ir.node("Mul", [add.inputs[index], _vector(model, f"{name}.weight", WIDTH)], name=f"{name}.scaled")
+        scaled.outputs[0].name = scaled.name
+        model.graph.insert_before(add, scaled)
+        add.replace_input_with(index, scaled.outputs[0])
+    found = find_sites(model)
+    assert found[Site(layer=0)].node.name == "layers.0.output"
+    assert found[Site(layer=0, stream="attention_output")].value.name == "layers.0.attention.output"
+
+
+def test_a_single_block_and_a_constant_behind_it_are_not_told_apart():
+    model = small_decoder(layers=1)
+    _put_behind(model, "layers.0.output", "Add", _vector(model, "constant", WIDTH), name="behind")
+    with pytest.raises(SiteAmbiguous, match=r"several candidates: Add\('layers\.0\.output'\), Add\('behind'\)"):
+        locate_sites(model, [Site(layer=0)])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_final_norm_and_a_head_that_add_branches_are_no_residual_adds(layers):
+    # x + x * w in the final norm (Gemma's 1 + w), and a LoRA beside the head.
+    model = small_decoder(layers=layers)
+    normed = _node(model, "norm").outputs[0]
+    scaled = ir.node("Mul", [normed, _vector(model, "one_plus", WIDTH)], name="scaled")
+    total = ir.node("Add", [normed, scaled.outputs[0]], name="total")
+    lora = ir.node("MatMul", [total.outputs[0], _vector(model, "lora.weight", WIDTH, 11)], name="lora")
+    for node in (scaled, total, lora):
+        node.outputs[0].name = node.name
+    model.graph.insert_after(normed.producer(), [scaled, total, lora])
+    head = _node(model, "logits")
+    head.replace_input_with(0, total.outputs[0])
+    both = ir.node("Add", [head.outputs[0], lora.outputs[0]], name="both")
+    model.graph.insert_after(head, both)
+    head.outputs[0].name, both.outputs[0].name = "head", "logits"
+    model.graph.outputs[0] = both.outputs[0]
+    if layers == 1:  # an Add behind a norm: for all that the structure tells, a post-norm block
+        with pytest.raises(SiteAmbiguous, match="or the norm behind it"):
+            locate_sites(model, [Site(layer=0)])
+    else:
+        assert find_sites(model)[Site(layer=2)].node.name == "layers.2.output"
