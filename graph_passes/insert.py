@@ -13,7 +13,7 @@ from graph_passes.sites import SiteLocation, locate_sites
 from graph_passes.skip_norms import refuse_training_norm, split_skip_norm
 from graph_passes.slot_rule import SLOT_VALUE
 from graph_passes.slots import SLOT_MODES, add_slots
-from graph_passes.streams import StreamType, stream_type
+from graph_passes.streams import StreamType, stream_types
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError
 from runtimes.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
@@ -67,7 +67,7 @@ class InsertEdits(ir.passes.InPlacePass):
         graph = model.graph
         located = locate_sites(model, [node.site for node in self.nodes])
         # All checks come before the first change, so that a refused graph is left as it was.
-        types = {site: stream_type(site, location) for site, location in located.items()}
+        types = stream_types(located)
         functions = {
             (node.op, node.overload): function_of(node, opset=model.opset_imports.get("", 0), per_token=self.per_token)
             for node in self.nodes

@@ -299,8 +299,50 @@ def test_an_unknown_width_is_refused():
         insert_edits(model, [_edit(0, "block_input")])
 
 
-def test_a_flattened_stream_reads_flattened_slots():
-    model = small_decoder()
+def _turned(model: ir.Model) -> None:
+    """The stream as [sequence, batch, width] from the embedding on."""
+    source = _node(model, "embedding").outputs[0]
+    readers = source.uses()
+    turn = ir.node("Transpose", [source], {"perm": [1, 0, 2]}, name="turned")
+    turn.outputs[0].name = turn.name
+    model.graph.insert_after(source.producer(), turn)
+    for reader, index in readers:
+        reader.replace_input_with(index, turn.outputs[0])
+
+
+def _declared_turned(model: ir.Model) -> None:
+    _node(model, "layers.0.output").outputs[0].shape = ir.Shape(["sequence", "batch", WIDTH])
+    _node(model, "embedding").op_type = "Lookup"  # nothing can be followed from here on
+
+
+def _rank_unknown(model: ir.Model) -> None:
+    """Nothing between an unknown lookup and logits of the last token tells how many axes there are."""
+    _node(model, "embedding").op_type = "Lookup"
+    _node(model, "logits").outputs[0].shape = None
+    for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+        value.dtype = ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_turned, r"stream at 0\.block_output, .* holds \[sequence, batch, width\], expected the batch first.*export .* batch-first"),
+        (_declared_turned, r"holds \[sequence, batch, width\], expected the batch first"),
+        (_rank_unknown, "has no known rank, and whether .* cannot be told; run ONNX shape inference"),
+    ],
+)
+def test_axes_that_slots_do_not_fit_are_refused(change, message):
+    model = small_decoder(typed=False)
+    change(model)
+    before = ir.to_proto(model)
+    with pytest.raises(GraphError, match=message):
+        insert_edits(model, [_edit(0)])
+    assert ir.to_proto(model) == before
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_flattened_stream_reads_flattened_slots(typed):
+    model = small_decoder(typed=typed)
     # As OPT does: from the attention's residual Add to the MLP's, tokens are flattened to [batch * sequence, D].
     for name, shape in (("layers.1.middle", [-1, WIDTH]), ("layers.1.output", [2, 5, WIDTH])):
         source = _node(model, name).outputs[0]
@@ -313,7 +355,7 @@ def test_a_flattened_stream_reads_flattened_slots():
         model.graph.insert_after(source.producer(), reshape)
         for reader, index in readers:
             reader.replace_input_with(index, reshape.outputs[0])
-    for name in ("layers.1.norm_2", "layers.1.mlp.output", "layers.1.output"):
+    for name in ("layers.1.norm_2", "layers.1.mlp.output", "layers.1.output") if typed else ():
         _node(model, name).outputs[0].shape = ir.Shape(["tokens", WIDTH])
     fold_graph(model, [_edit(1, "mlp_output"), _edit(2)])
     edit = _node(model, "reft.1.mlp_output")

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from graph_passes.fold import fold_graph
 from graph_passes.sites import SiteLocation, find_sites, locate_sites
-from graph_passes.streams import stream_type
+from graph_passes.streams import stream_type, stream_types
 from runtimes.edit import STREAMS, LowRankEdit, Site
 from runtimes.errors import SiteAmbiguous, SiteNotFound
 from runtimes.op import EditNode, bank_of
@@ -56,6 +56,9 @@ def _expose(graph: ir.Model, located: dict[Site, SiteLocation]) -> dict[Site, st
 
 def _assert_sites_match(model: torch.nn.Module, graph: ir.Model, tolerance: float = 1e-5) -> set[Site]:
     located = find_sites(graph)
+    for value in (value for node in graph.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape = None
+    types = stream_types(located)
     ids = np.random.default_rng(0).integers(0, 250, (2, 7))
     _, eager = hidden_states(model, ids)
     names = _expose(graph, located)
@@ -65,6 +68,7 @@ def _assert_sites_match(model: torch.nn.Module, graph: ir.Model, tolerance: floa
         expected = eager[site]
         error = np.abs(values[name].astype(np.float32).reshape(expected.shape) - expected).max() / np.abs(expected).max()
         assert error < tolerance, f"{site} is not {name}: {error:.1e}"
+        assert (types[site].rank, types[site].width) == (values[name].ndim, values[name].shape[-1]), site
     return set(located)
 
 

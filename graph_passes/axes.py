@@ -1,0 +1,204 @@
+"""Which axes a value has, followed from input_ids [batch, sequence] on, as optimized graphs declare no shapes of inner values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import onnx_ir as ir
+
+from graph_passes.domains import KNOWN
+from graph_passes.skip_norms import SKIP_NORMS
+from runtimes.op import DOMAIN
+
+BATCH, SEQUENCE = "batch", "sequence"
+TOKENS, TOKENS_SEQUENCE_FIRST = "batch * sequence", "sequence * batch"
+OTHER = ""
+"""Any other axis, and one that is not followed."""
+Axes = tuple[str, ...]
+"""One label per axis, so that its length is the rank."""
+
+_BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Where"})
+_LIKE_FIRST = frozenset(
+    {"Cast", "Identity", "Dropout", "Relu", "Gelu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Reciprocal", "Neg", "Exp", "Clip", "Softmax", "Elu",
+     "LeakyRelu", "Softplus", "HardSigmoid", "HardSwish", "Silu", "Swish", "FastGelu", "BiasGelu", "QuickGelu", "Slice", "Pad", "Concat",
+     "QuantizeLinear", "DequantizeLinear", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "RotaryEmbedding",
+     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Split", "ScatterND", "ScatterElements", "MoE", "QMoE",
+     "Attention", "LoReFT", "RED"}
+)  # fmt: skip
+"""Operators whose first output has the axes of their first input."""
+_PRODUCTS = frozenset(
+    {"MatMul", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+)
+_LOOKUPS = {"Gather": 1, "GatherBlockQuantized": 1, "EmbedLayerNormalization": 0}
+"""Index of the input that holds token ids where the table is a weight."""
+_REDUCTIONS = frozenset({"ReduceSum", "ReduceMean", "ReduceMax"})
+_FUSED_ATTENTION = frozenset({"GroupQueryAttention", "MultiHeadAttention", "DecoderMaskedMultiHeadAttention"})
+"""Operators of onnxruntime that give [batch, sequence, width] whatever the rank of their query is."""
+_INNER_SIZES = frozenset({"Mul", "Div", "Add", "Sub", "Max", "Min", "Where"})
+_LONGEST_SHAPE = 16
+_DOMAINS = KNOWN | {DOMAIN}
+"""Operators of others may share these names and mean something else."""
+
+
+class TracedAxes:
+    """The axes of every value of ``graph`` that can be followed, by one pass over its nodes."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._axes: dict[ir.Value, Axes] = {}
+        self._sizes: dict[ir.Value, Axes] = {}
+        """Of shape tensors, element by element: the axis whose size it is, a number, or OTHER."""
+        ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+        declared = list(ids.shape) if ids is not None and ids.shape is not None else []
+        symbols = [size.value for size in declared if isinstance(size, ir.SymbolicDim) and size.value is not None]
+        self._names = dict(zip(symbols, (BATCH, SEQUENCE), strict=True)) if len(set(symbols)) == len(declared) == 2 else {}
+        if ids is not None and len(declared) in (0, 2):
+            self._axes[ids] = (BATCH, SEQUENCE)
+        for node in graph:
+            self._follow(node)
+
+    def of(self, value: ir.Value | None) -> Axes | None:
+        """The axes of ``value``; None where not even its rank can be told."""
+        if value is None:
+            return None
+        traced = self._axes.get(value)
+        shape = value.shape
+        if shape is None and traced is None and (tensor := ir.convenience.get_const_tensor(value)) is not None:
+            shape = tensor.shape
+        if shape is None:
+            return traced
+        declared = tuple(self._names.get(getattr(size, "value", None), OTHER) for size in shape)
+        if traced is None or len(traced) != len(declared):
+            return declared
+        return tuple(a or b for a, b in zip(traced, declared, strict=True))
+
+    def rank(self, value: ir.Value) -> int | None:
+        """The rank of ``value``, by what computes it or by what reads it."""
+        pending, seen = [value], {value}
+        while pending:
+            value = pending.pop()
+            if (axes := self.of(value)) is not None:
+                return len(axes)
+            for node, index in value.uses():
+                keeps = node.op_type in _BROADCASTING or (index == 0 and node.op_type in _LIKE_FIRST | _PRODUCTS)
+                if keeps and node.outputs[0] not in seen:
+                    seen.add(node.outputs[0])
+                    pending.append(node.outputs[0])
+        return None
+
+    def _follow(self, node: ir.Node) -> None:
+        if node.domain not in _DOMAINS:
+            return
+        sizes = self._sizes_by(node)
+        if sizes is not None and len(sizes) <= _LONGEST_SHAPE:
+            self._sizes[node.outputs[0]] = sizes
+        axes = self._axes_by(node)
+        if axes is not None:
+            every = node.outputs if node.op_type == "Split" else (node.outputs[0], *node.outputs[3:4]) if node.op_type in SKIP_NORMS else ()
+            self._axes |= dict.fromkeys((node.outputs[0], *every), axes)
+
+    def _axes_by(self, node: ir.Node) -> Axes | None:
+        inputs, op = list(node.inputs), node.op_type
+        first = self.of(inputs[0]) if inputs else None
+        if op in _LIKE_FIRST:
+            return first
+        if op in _BROADCASTING:
+            return self._broadcast(inputs)
+        if op in _PRODUCTS:
+            second = self.of(inputs[1])
+            batched = first is not None and second is not None and len(second) > len(first)
+            return None if first is None else (OTHER,) * len(second) if batched else (*first[:-1], OTHER)
+        if op == "Gemm":
+            return (first[0] if first and not node.attributes.get_int("transA", 0) else OTHER, OTHER)
+        if op in _FUSED_ATTENTION:
+            return (*first[:2], OTHER) if first is not None and len(first) == 3 else (OTHER,) * 3
+        if op in _LOOKUPS:
+            indices, axis = self.of(inputs[_LOOKUPS[op]]), node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+            table = (OTHER, OTHER) if op != "Gather" else first
+            if indices is None or table is None:
+                return None
+            return (*table[: axis % len(table)], *indices, *table[axis % len(table) + 1 :]) if table else None
+        if op == "Transpose" and first is not None:
+            order = node.attributes.get_ints("perm", list(range(len(first)))[::-1])
+            return tuple(first[axis] for axis in order) if len(order) == len(first) else None
+        if op == "Reshape":
+            return self._reshaped(first, inputs[1], copies=not node.attributes.get_int("allowzero", 0))
+        if op in ("Expand", "ConstantOfShape"):
+            sizes = self._sizes_of(inputs[-1])
+            return None if sizes is None else (OTHER,) * max(len(sizes), len(first or ()) if op == "Expand" else 0)
+        if op in ("Unsqueeze", "Squeeze", *_REDUCTIONS) and first is not None:
+            return _with_axes_changed(node, first)
+        return None
+
+    def _broadcast(self, inputs: Sequence[ir.Value | None]) -> Axes | None:
+        every = [self.of(value) for value in inputs]
+        known = [axes for axes in every if axes is not None]
+        longest = max(known, key=len, default=())
+        # Beside an operand that is not followed, only what is surely the stream tells the rank: a table of positions is [S, D].
+        if None in every and len(longest) < 3 and not any(label in longest for label in (BATCH, TOKENS, TOKENS_SEQUENCE_FIRST)):
+            return None
+        labels = (next(filter(None, column), OTHER) for column in zip_longest(*(axes[::-1] for axes in known), fillvalue=OTHER))
+        return tuple(labels)[::-1]
+
+    def _reshaped(self, source: Axes | None, target: ir.Value | None, *, copies: bool) -> Axes | None:
+        sizes = self._sizes_of(target)
+        if sizes is None:
+            shape = None if target is None else target.shape
+            return (OTHER,) * shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
+        copied = [source[i] if source and size == "0" and copies and i < len(source) else size for i, size in enumerate(sizes)]
+        axes = [size if size in (BATCH, SEQUENCE) or size in (source or ()) else OTHER for size in copied]
+        if source and len(axes) == 2 and not axes[0]:
+            together = {(BATCH, SEQUENCE): TOKENS, (SEQUENCE, BATCH): TOKENS_SEQUENCE_FIRST}.get(source[:2])
+            axes[0] = together or (source[0] if source[0] in (TOKENS, TOKENS_SEQUENCE_FIRST) else OTHER)
+        if source and len(axes) > 2 and source[0] in (TOKENS, TOKENS_SEQUENCE_FIRST):
+            apart = [BATCH, SEQUENCE] if source[0] == TOKENS else [SEQUENCE, BATCH]
+            if all(size in (label, OTHER) for size, label in zip(axes, apart, strict=False)):
+                axes[:2] = apart
+        return tuple(axes)
+
+    def _sizes_of(self, value: ir.Value | None) -> Axes | None:
+        if value is None or value in self._sizes:
+            return None if value is None else self._sizes[value]
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or tensor.size > _LONGEST_SHAPE:
+            return None
+        return tuple(str(size) for size in tensor.numpy().reshape(-1).tolist())
+
+    def _sizes_by(self, node: ir.Node) -> Axes | None:
+        op, inputs = node.op_type, list(node.inputs)
+        if op == "Shape":
+            axes = self.of(inputs[0])
+            return None if axes is None else axes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(axes))]
+        if op in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"):
+            return self._sizes_of(inputs[0])
+        parts = [self._sizes_of(value) for value in inputs]
+        if not parts or any(part is None for part in parts):
+            return None
+        if op == "Concat":
+            return sum(parts, ())
+        if op in _INNER_SIZES:
+            return (OTHER,) * max(map(len, parts))
+        if op == "Gather":
+            inside = all(i.lstrip("-").isdigit() and -len(parts[0]) <= int(i) < len(parts[0]) for i in parts[1])
+            return tuple(parts[0][int(i)] for i in parts[1]) if inside else None
+        if op == "Slice" and all(len(part) == 1 and part[0].lstrip("-").isdigit() for part in parts[1:]) and parts[4:] in ([], [("1",)]):
+            return parts[0][int(parts[1][0]) : int(parts[2][0])]
+        return None
+
+
+def _with_axes_changed(node: ir.Node, source: Axes) -> Axes | None:
+    """What Unsqueeze, Squeeze or a reduction makes of ``source``; their axes are an attribute in older opsets, and an input since."""
+    given = node.attributes.get_ints("axes", None)
+    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        tensor = ir.convenience.get_const_tensor(node.inputs[1])
+        given = None if tensor is None else tensor.numpy().reshape(-1).tolist()
+    if node.op_type in _REDUCTIONS and node.attributes.get_int("keepdims", 1):
+        return source
+    if given is None:
+        return None
+    rank = len(source) + (len(given) if node.op_type == "Unsqueeze" else 0)
+    at = {axis % rank for axis in given}
+    if node.op_type != "Unsqueeze":
+        return tuple(label for axis, label in enumerate(source) if axis not in at)
+    left = iter(source)
+    return tuple(OTHER if axis in at else next(left) for axis in range(rank))
