@@ -38,14 +38,34 @@ def _unknown_operator(folder: Path, model: ir.Model) -> None:
     model.opset_imports["trained.on.mars"] = 1
 
 
+def _unknown_name(folder: Path, model: ir.Model) -> None:
+    next(node for node in model.graph if node.op_type == "Relu").op_type = "Frobnicate"
+
+
+def _unknown_operator_in_a_function(folder: Path, model: ir.Model) -> None:
+    """Called through another function, as exporters nest them; a third, which nothing calls, is of no concern."""
+    for domain, name, inner in (("own", "Outer", "own"), ("own", "Inner", "trained.on.mars"), ("own", "Unused", "venus")):
+        x = ir.Value(name="x")
+        node = ir.node("Inner", [x], domain=inner)
+        node.outputs[0].name = f"{name}.y"
+        body = ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 18, inner: 1}, name=name)
+        function = ir.Function(domain, name, graph=body, attributes=[])
+        model.functions[function.identifier()] = function
+    relu = next(node for node in model.graph if node.op_type == "Relu")
+    relu.op_type, relu.domain = "Outer", "own"
+    model.opset_imports["own"] = 1
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (_no_present_outputs, r"not a decoder with a KV cache: output 'present.1.key', output 'present.2.key' missing"),
         (_no_cache, r"not a decoder with a KV cache.*outputs 'present.<layer>.key' missing"),
         (_unknown_operator, r"Add\(.*\) is an operator of 'trained.on.mars'"),
+        (_unknown_name, r"Frobnicate\(.*\) is an operator that neither ONNX's own domain nor the graph defines"),
+        (_unknown_operator_in_a_function, r"Inner\('Inner.y'\) in the function 'Inner' is an operator of 'trained.on.mars'"),
     ],
-    ids=["present", "cache", "domain"],
+    ids=["present", "cache", "domain", "name", "function"],
 )
 def test_graphs_that_are_refused(change: Callable[[Path, ir.Model], None], match: str, tmp_path) -> None:
     model = small_decoder()
