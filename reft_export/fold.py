@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
 from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
-from graph_passes.streams import stream_type
+from graph_passes.streams import stream_types, stream_width
 from reft_export.bundling import (
     BundleParts,
     Report,
@@ -100,7 +101,7 @@ def fold_bundle(
     genai_config = _genai_config(source.parent, source.name)
     check_domains(decoder)
     fix_cache_shapes(decoder)
-    record = foreign_record(decoder, source, adapters, model)
+    record = foreign_record(decoder, source)
     for name, adapter in adapters.items():
         check_adapter_name(name)
         has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
@@ -109,12 +110,12 @@ def fold_bundle(
                 f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
-    labels = _labels(decoder, source, adapters)
+    labels = _labels(decoder, source, adapters, record.vocab_size)
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {
         str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(decoder, {n.site for n in nodes}).items())
     }
-    precision = _precision(decoder, nodes)
+    precision = _precision(decoder, nodes, record.hidden_size, source)
     base, weights = None, {}
     if model is not None:
         base, record, weights = _known_base(model, decoder, source, adapters, record, report)
@@ -187,10 +188,11 @@ def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], prec
     give_back()
 
 
-def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> tuple[str, ...]:
+def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter], vocabulary: int) -> tuple[str, ...]:
     """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
 
-    Raises AdapterError for an adapter of other labels, GraphError for a config.json that names more labels than logits, or fewer.
+    Raises AdapterError for an adapter of other labels, GraphError for a config.json that names more labels than logits, or fewer, and for
+    a decoder whose cache was left out, which looks like a classifier of as many labels as its ``vocabulary`` has tokens.
     """
     if not is_classifier(model.graph):
         if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
@@ -202,14 +204,24 @@ def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter]) -> tupl
     if stated and len(stated) != count:
         raise GraphError(f"{path} names {len(stated)} labels, and the graph has {count} logits; correct the file")
     trained = next((adapter.base.labels for adapter in adapters.values()), ())
+    if not stated and not trained and count == vocabulary:
+        raise GraphError(
+            f"{source} has no KV cache and logits [batch, {count}], one for every token of its vocabulary, so it is neither a decoder with "
+            "a cache nor a classifier; export the decoder with its cache (text-generation-with-past)"
+        )
     labels = stated or trained or tuple(f"LABEL_{i}" for i in range(count))
     for name, adapter in adapters.items():
         if adapter.base.labels != labels or len(labels) != count:
             raise AdapterError(
-                f"adapter {name} was trained on {adapter.base.name} with labels {', '.join(adapter.base.labels) or 'none'}; {source} has "
-                f"{count}: {', '.join(labels)}; pass the graph of the base it was trained on"
+                f"adapter {name} was trained on {adapter.base.name} with labels {_listed(adapter.base.labels)}; {source} has "
+                f"{count}: {_listed(labels)}; pass the graph of the base it was trained on"
             )
     return labels
+
+
+def _listed(labels: tuple[str, ...], most: int = 8) -> str:
+    more = len(labels) - most
+    return (", ".join(labels[:most]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def _labels_of_base(base: Base, labels: tuple[str, ...], source: Path) -> tuple[str, ...]:
@@ -246,15 +258,14 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
-def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter], base: str | None = None) -> ModelRecord:
-    """What the graph, and the configuration files beside it, say of the model; ``base`` is its folder, for a width that neither states."""
+def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
+    """What the graph, and the configuration files beside it, say of the model."""
     folder, survey = source.parent, survey_sites(model)
     vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = _config(folder)
     generation = read_json_object(folder / "generation_config.json")
-    width = whole_number(config, "hidden_size") or _width(survey, adapters, base)
     ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
     context = _context(config) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
@@ -266,7 +277,7 @@ def foreign_record(model: ir.Model, source: Path, adapters: dict[str, Adapter], 
         vocab_size=int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
         if is_classifier(model.graph)
         else vocabulary[-1],
-        hidden_size=width,
+        hidden_size=_width(survey),
         num_hidden_layers=survey.layers,
         context_length=context,
         num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
@@ -301,25 +312,20 @@ def _context(config: dict[str, Any]) -> int | None:
     return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
 
 
-def _width(survey: SiteSurvey, adapters: dict[str, Adapter], base: str | None) -> int:
-    for where in survey.found.values():
-        if where.value.shape is not None and isinstance(where.value.shape[-1], int):
-            return where.value.shape[-1]
-    if adapters:
-        return next(iter(adapters.values())).base.hidden_size
-    if base is not None:  # config.json names the width differently from family to family
-        from reft_export.base import outline_base
-
-        return outline_base(base).info.hidden_size
-    raise GraphError(
-        "the graph does not declare the width of its streams; put config.json beside it, or pass an adapter or the base (--model)"
-    )
+def _width(survey: SiteSurvey) -> int:
+    """That of most streams, by their shapes or the weights around them; a config.json beside the graph may be of another model."""
+    told = Counter(filter(None, map(stream_width, survey.found.values())))
+    if not told:
+        raise GraphError("neither shapes nor weights of the graph tell the width of its streams; run onnx.shape_inference over it first")
+    return told.most_common(1)[0][0]
 
 
-def _precision(model: ir.Model, nodes: tuple[EditNode, ...]) -> str:
-    """The float type of the streams that are edited: an adapter file has one."""
-    located = locate_sites(model, {node.site for node in nodes})
-    kinds = {stream_type(site, where).dtype for site, where in located.items()}
+def _precision(model: ir.Model, nodes: tuple[EditNode, ...], width: int, source: Path) -> str:
+    """The float type of the streams that are edited: an adapter file has one, and one ``width``."""
+    types = stream_types(locate_sites(model, {node.site for node in nodes}))
+    if other := [site for site, kind in sorted(types.items()) if kind.width != width]:
+        raise GraphError(f"{source}: the stream at {other[0]} is {types[other[0]].width} wide, expected {width} as elsewhere; leave it out")
+    kinds = {kind.dtype for kind in types.values()}
     if len(kinds) != 1 or not kinds <= set(PRECISION):
         raise GraphError(f"the edited streams are of types {sorted(k.name for k in kinds)}; one of float32, float16, bfloat16 is expected")
     return PRECISION[kinds.pop()]

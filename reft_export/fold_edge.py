@@ -18,7 +18,7 @@ from graph_passes.edge_lora import lora_tensors
 from graph_passes.external import load_graph
 from graph_passes.insert import refuse_folded
 from graph_passes.sites import locate_sites
-from graph_passes.streams import stream_type
+from graph_passes.streams import stream_types
 from reft_export.bundling import VERSION, Report, union_nodes
 from runtimes.adapter import FULL_RANK_METHODS, Adapter
 from runtimes.bundle import check_adapter_name
@@ -78,7 +78,9 @@ def fold_edge_folder(
         for adapter_name, adapter in adapters.items():
             _check_fit(adapter_name, adapter, layers, config, folder)
         located = locate_sites(model, {node.site for node in nodes})
-        kinds = {stream_type(site, where).dtype for site, where in located.items()}
+        types = stream_types(located)
+        _check_width(first, next(iter(adapters)), {kind.width for kind in types.values()}, folder / read_from[name])
+        kinds = {kind.dtype for kind in types.values()}
         if len(kinds) != 1:
             raise GraphError(f"{folder / name}: the edited streams are of several types, {sorted(kind.name for kind in kinds)}")
         found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
@@ -170,6 +172,16 @@ def _check_fit(name: str, adapter: Adapter, layers: int, config: Mapping[str, An
         raise AdapterError(
             f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {folder} has {has[0]} layers, "
             f"width {has[1]}; pass the export of the base it was trained on"
+        )
+
+
+def _check_width(adapter: Adapter, name: str, widths: set[int], source: Path) -> None:
+    """config.json may be of another export than the graph beside it. Every adapter of a fold has the width of its first."""
+    if widths != {adapter.base.hidden_size}:
+        raise AdapterError(
+            f"adapter {name} was trained on {adapter.base.name} (width {adapter.base.hidden_size}); the streams that it edits in {source} "
+            f"are {', '.join(map(str, sorted(widths)))} wide, whatever config.json beside it says; pass the export of the base it was "
+            "trained on"
         )
 
 

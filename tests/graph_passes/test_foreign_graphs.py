@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 from reft_export.cli.inspect import inspect_graph
 from reft_export.cli.main import app
 from reft_export.fold import fold_bundle
+from reft_export.support_table.adapters import random_adapter
+from runtimes.adapter import BaseModel, save_adapter
+from runtimes.bundle import open_bundle
 from runtimes.edit import STREAMS, Site
-from runtimes.errors import GraphError, SiteAmbiguous
+from runtimes.errors import AdapterError, GraphError, SiteAmbiguous
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
 
@@ -31,6 +35,17 @@ def _no_present_outputs(folder: Path, model: ir.Model) -> None:
 
 def _no_cache(folder: Path, model: ir.Model) -> None:
     del model.graph.outputs[1:]
+
+
+def _cache_left_out(folder: Path, model: ir.Model) -> None:
+    """Logits of the last token alone, [batch, vocabulary], and no cache: inputs and outputs of a classifier."""
+    del model.graph.outputs[1:]
+    model.graph.inputs[:] = [value for value in model.graph.inputs if not value.name.startswith("past")]
+    for node in (node for node in model.graph if node.name.startswith("present")):
+        node.replace_input_with(0, node.inputs[1])
+        node.resize_inputs(1)
+    logits = model.graph.outputs[0]
+    logits.shape = ir.Shape(["batch", logits.shape[-1]])
 
 
 def _unknown_operator(folder: Path, model: ir.Model) -> None:
@@ -64,8 +79,9 @@ def _unknown_operator_in_a_function(folder: Path, model: ir.Model) -> None:
         (_unknown_operator, r"Add\(.*\) is an operator of 'trained.on.mars'"),
         (_unknown_name, r"Frobnicate\(.*\) is an operator that neither ONNX's own domain nor the graph defines"),
         (_unknown_operator_in_a_function, r"Inner\('Inner.y'\) in the function 'Inner' is an operator of 'trained.on.mars'"),
+        (_cache_left_out, r"logits \[batch, 11\], one for every token of its vocabulary.* export the decoder with its cache"),
     ],
-    ids=["present", "cache", "domain", "name", "function"],
+    ids=["present", "cache", "domain", "name", "function", "no_cache_at_all"],
 )
 def test_graphs_that_are_refused(change: Callable[[Path, ir.Model], None], match: str, tmp_path) -> None:
     model = small_decoder()
@@ -129,8 +145,39 @@ def test_inspect_shows_the_candidates_of_what_it_cannot_tell(tmp_path) -> None:
 
 
 def test_the_width_is_the_graphs_own(tmp_path) -> None:
-    """Without a configuration beside it."""
-    fold_bundle(_save(small_decoder(), tmp_path / "source"), [], tmp_path / "out", **QUIET)
-    from runtimes.bundle import open_bundle
+    """Without a configuration beside it, or with that of another model."""
+    source = _save(small_decoder(), tmp_path / "source")
+    for name, config in (("alone", {}), ("beside", {"hidden_size": 2 * WIDTH})):
+        (source / "config.json").write_text(json.dumps(config))
+        fold_bundle(source, [], tmp_path / name, **QUIET)
+        assert open_bundle(tmp_path / name).manifest.model.hidden_size == WIDTH
 
-    assert open_bundle(tmp_path / "out").manifest.model.hidden_size == WIDTH
+
+def _adapter(folder: Path, width: int) -> Path:
+    base = BaseModel(name="toy", fingerprint="f" * 64, num_hidden_layers=3, hidden_size=width)
+    save_adapter(random_adapter(base, (Site(layer=1),), rank=2), folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", [{}, {"hidden_size": 2 * WIDTH}], ids=["no_config", "config_of_another_model"])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("block", ["pre_norm", "pre_norm_fused"])
+def test_an_adapter_of_another_width_is_refused(block, typed, config, tmp_path) -> None:
+    """Whatever order adapters come in, and whether shapes, weights or a configuration tell the width."""
+    source = _save(small_decoder(block=block, typed=typed), tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(config))
+    right, wide = _adapter(tmp_path / "right", WIDTH), _adapter(tmp_path / "wide", 2 * WIDTH)
+    for adapters in ([wide], [wide, right], [right, wide]):
+        with pytest.raises(AdapterError, match=rf"adapter wide was trained on toy \(3 layers, width {2 * WIDTH}\).* width {WIDTH}; pass"):
+            fold_bundle(source, adapters, tmp_path / "out", **QUIET)
+        assert not (tmp_path / "out").exists()
+    assert fold_bundle(source, [right], tmp_path / "out", **QUIET).adapters == ("right",)
+
+
+def test_labels_of_a_graph_that_names_none_are_not_all_listed(tmp_path) -> None:
+    model = small_decoder()
+    _cache_left_out(tmp_path, model)
+    source = _save(model, tmp_path / "source")
+    (source / "config.json").write_text('{"vocab_size": 4000}')
+    with pytest.raises(AdapterError, match="with labels none; .* has 11: LABEL_0, .*, LABEL_7 and 3 more; pass"):
+        fold_bundle(source, [_adapter(tmp_path / "right", WIDTH)], tmp_path / "out", **QUIET)

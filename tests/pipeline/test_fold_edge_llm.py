@@ -193,6 +193,8 @@ def test_adapters_that_are_refused(export, adapter, tmp_path):
     _refused(_fold(export, "-a", adapter, "-a", other, "-o", out), "2 adapters for .*; run fold once per adapter, or pass --as-lora")
     _refused(_fold(export, "-a", adapter, "-a", other, "-o", out, "--as-lora"), "tone and other have different positions")
     _refused(_fold(export, "-a", _adapter(tmp_path / "wide", width=32), "-o", out), r"tiny \(3 layers, width 32\); .* width 16; pass the")
+    twice = _export(tmp_path / "twice", hidden_size=2 * WIDTH)
+    _refused(_fold(twice, "-a", tmp_path / "wide", "-o", out), r"tiny \(width 32\); the streams that it edits in .* are 16 wide, whatever")
     _refused(_fold(export, "-a", _adapter(tmp_path / "deep", layers=4), "-o", out), r"\(4 layers, width 16\); .* has 3 layers")
     _refused(_fold(export, "-a", adapter, "-o", out, "--sites", "1"), "which TensorRT-Edge-LLM's runtime refuses; leave them out")
     _refused(_fold(export, "-a", adapter, "-o", out, "--slots", "input"), "which TensorRT-Edge-LLM's runtime refuses; leave them out")
