@@ -277,7 +277,7 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
         vocab_size=int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
         if is_classifier(model.graph)
         else vocabulary[-1],
-        hidden_size=_width(survey),
+        hidden_size=_width(survey, whole_number(config, "hidden_size")),
         num_hidden_layers=survey.layers,
         context_length=context,
         num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
@@ -312,12 +312,12 @@ def _context(config: dict[str, Any]) -> int | None:
     return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
 
 
-def _width(survey: SiteSurvey) -> int:
+def _width(survey: SiteSurvey, stated: int | None) -> int:
     """That of most streams, by their shapes or the weights around them; a config.json beside the graph may be of another model."""
     told = Counter(filter(None, map(stream_width, survey.found.values())))
-    if not told:
+    if not told and stated is None:
         raise GraphError("neither shapes nor weights of the graph tell the width of its streams; run onnx.shape_inference over it first")
-    return told.most_common(1)[0][0]
+    return told.most_common(1)[0][0] if told else stated
 
 
 def _precision(model: ir.Model, nodes: tuple[EditNode, ...], width: int, source: Path) -> str:
