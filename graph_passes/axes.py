@@ -63,7 +63,7 @@ class TracedAxes:
             return None
         traced = self._axes.get(value)
         shape = value.shape
-        if shape is None and traced is None and (tensor := ir.convenience.get_const_tensor(value)) is not None:
+        if shape is None and traced is None and (tensor := constant_tensor(value)) is not None:
             shape = tensor.shape
         if shape is None:
             return traced
@@ -98,12 +98,12 @@ class TracedAxes:
             self._axes |= dict.fromkeys((node.outputs[0], *every), axes)
 
     def _axes_by(self, node: ir.Node) -> Axes | None:
-        inputs, op = list(node.inputs), node.op_type
-        first = self.of(inputs[0]) if inputs else None
+        inputs, op = [*node.inputs, None, None], node.op_type
+        first = self.of(inputs[0])
         if op in _LIKE_FIRST:
             return first
         if op in _BROADCASTING:
-            return self._broadcast(inputs)
+            return self._broadcast(node.inputs)
         if op in _PRODUCTS:
             second = self.of(inputs[1])
             batched = first is not None and second is not None and len(second) > len(first)
@@ -120,11 +120,11 @@ class TracedAxes:
             return (*table[: axis % len(table)], *indices, *table[axis % len(table) + 1 :]) if table else None
         if op == "Transpose" and first is not None:
             order = node.attributes.get_ints("perm", list(range(len(first)))[::-1])
-            return tuple(first[axis] for axis in order) if len(order) == len(first) else None
+            return tuple(first[axis] for axis in order) if sorted(order) == list(range(len(first))) else None
         if op == "Reshape":
             return self._reshaped(first, inputs[1], copies=not node.attributes.get_int("allowzero", 0))
         if op in ("Expand", "ConstantOfShape"):
-            sizes = self._sizes_of(inputs[-1])
+            sizes = self._sizes_of(inputs[1 if op == "Expand" else 0])
             return None if sizes is None else (OTHER,) * max(len(sizes), len(first or ()) if op == "Expand" else 0)
         if op in ("Unsqueeze", "Squeeze", *_REDUCTIONS) and first is not None:
             return _with_axes_changed(node, first)
@@ -144,7 +144,8 @@ class TracedAxes:
         sizes = self._sizes_of(target)
         if sizes is None:
             shape = None if target is None else target.shape
-            return (OTHER,) * shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
+            length = shape[0] if shape is not None and len(shape) == 1 else None
+            return (OTHER,) * length if isinstance(length, int) and length <= _LONGEST_SHAPE else None
         copied = [source[i] if source and size == "0" and copies and i < len(source) else size for i, size in enumerate(sizes)]
         axes = [size if size in (BATCH, SEQUENCE) or size in (source or ()) else OTHER for size in copied]
         if source and len(axes) == 2 and not axes[0]:
@@ -159,42 +160,58 @@ class TracedAxes:
     def _sizes_of(self, value: ir.Value | None) -> Axes | None:
         if value is None or value in self._sizes:
             return None if value is None else self._sizes[value]
-        tensor = ir.convenience.get_const_tensor(value)
-        if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or tensor.size > _LONGEST_SHAPE:
-            return None
-        return tuple(str(size) for size in tensor.numpy().reshape(-1).tolist())
+        numbers = _integers(value)
+        return None if numbers is None else tuple(map(str, numbers))
 
     def _sizes_by(self, node: ir.Node) -> Axes | None:
         op, inputs = node.op_type, list(node.inputs)
+        if not inputs:
+            return None
         if op == "Shape":
             axes = self.of(inputs[0])
             return None if axes is None else axes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(axes))]
         if op in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"):
             return self._sizes_of(inputs[0])
         parts = [self._sizes_of(value) for value in inputs]
-        if not parts or any(part is None for part in parts):
+        if any(part is None for part in parts):
             return None
         if op == "Concat":
             return sum(parts, ())
         if op in _INNER_SIZES:
             return (OTHER,) * max(map(len, parts))
-        if op == "Gather":
+        if op == "Gather" and len(parts) == 2:
             inside = all(i.lstrip("-").isdigit() and -len(parts[0]) <= int(i) < len(parts[0]) for i in parts[1])
             return tuple(parts[0][int(i)] for i in parts[1]) if inside else None
-        if op == "Slice" and all(len(part) == 1 and part[0].lstrip("-").isdigit() for part in parts[1:]) and parts[4:] in ([], [("1",)]):
+        one_each = all(len(part) == 1 and part[0].lstrip("-").isdigit() for part in parts[1:])
+        if op == "Slice" and len(parts) > 2 and one_each and parts[4:] in ([], [("1",)]):
             return parts[0][int(parts[1][0]) : int(parts[2][0])]
         return None
+
+
+def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node; None of any other value, and of a Constant that is not whole."""
+    try:
+        return ir.convenience.get_const_tensor(value)
+    except ValueError:
+        return None
+
+
+def _integers(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a short constant, as shapes and lists of axes are."""
+    tensor = None if value is None else constant_tensor(value)
+    if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or tensor.size > _LONGEST_SHAPE:
+        return None
+    return tensor.numpy().reshape(-1).tolist()
 
 
 def _with_axes_changed(node: ir.Node, source: Axes) -> Axes | None:
     """What Unsqueeze, Squeeze or a reduction makes of ``source``; their axes are an attribute in older opsets, and an input since."""
     given = node.attributes.get_ints("axes", None)
-    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
-        tensor = ir.convenience.get_const_tensor(node.inputs[1])
-        given = None if tensor is None else tensor.numpy().reshape(-1).tolist()
+    if given is None and len(node.inputs) > 1:
+        given = _integers(node.inputs[1])
     if node.op_type in _REDUCTIONS and node.attributes.get_int("keepdims", 1):
         return source
-    if given is None:
+    if given is None or not source and node.op_type != "Unsqueeze":
         return None
     rank = len(source) + (len(given) if node.op_type == "Unsqueeze" else 0)
     at = {axis % rank for axis in given}

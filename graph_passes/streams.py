@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes
+from graph_passes.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes, constant_tensor
 from graph_passes.dominators import describe
 from graph_passes.sites import SiteLocation
 from runtimes.edit import Site
@@ -116,7 +116,7 @@ def _read(value: ir.Value) -> _Partial:
 
 def _declared(value: ir.Value) -> tuple[ir.DataType | None, Sequence[object]]:
     """Type and shape as declared, or of a Constant node's tensor; the shape is empty where it is not known."""
-    tensor = None if value.producer() is None else ir.convenience.get_const_tensor(value)
+    tensor = None if value.producer() is None else constant_tensor(value)
     if tensor is not None:
         return tensor.dtype, tuple(tensor.shape)
     return value.dtype, tuple(value.shape or ())

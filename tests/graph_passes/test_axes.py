@@ -76,3 +76,17 @@ def test_declared_names_tell_the_order() -> None:
     for shape, axes in ((["sequence", "batch", 8], TURNED), (["batch", "sequence", 8], PLAIN), (["s", None, 8], (OTHER,) * 3)):
         value.shape = ir.Shape(shape)
         assert traced.of(value) == axes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Reshape(x)", "y = Gather(x)", "y = Transpose<perm = [0, 7, 1]>(x)", "y = Constant()", "y = Expand(x)",
+        "s = Squeeze(last, one) y = Squeeze(s, one)", "s = Shape(x) y = Gather(s)", "s = Shape(x) y = Slice(s, one)", "y = Concat()",
+        "k = Constant() y = Reshape(x, k)", "y = Squeeze(zero, one)", "y = ConstantOfShape()", "y = Shape()",
+    ],
+)  # fmt: skip
+def test_malformed_nodes_are_not_followed(body: str) -> None:
+    """What is wrong with them is for a checker to say."""
+    traced, value = _traced(body)
+    assert traced.of(value) is None
