@@ -201,7 +201,11 @@ def _integers(value: ir.Value | None) -> list[int] | None:
     tensor = None if value is None else constant_tensor(value)
     if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or tensor.size > _LONGEST_SHAPE:
         return None
-    return tensor.numpy().reshape(-1).tolist()
+    numbers = tensor.numpy().reshape(-1).tolist()
+    if isinstance(tensor, ir.ExternalTensor):
+        # Reading it has mapped the whole file, weights and all, into memory.
+        tensor.release()
+    return numbers
 
 
 def _with_axes_changed(node: ir.Node, source: Axes) -> Axes | None:
