@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from calibration.selection import quantized_weights, token_embedding
+from calibration.selection import constant_matrix, quantized_weights, token_embedding
 from graph_passes.cache_shapes import fix_cache_shapes
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # without a base, fold runs without torch, whose import takes
 
 PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 DEFAULT_CONTEXT = 2048
+MOST_TOKEN_TYPES = 4
+"""A table of more rows, beside that of the tokens, is one of positions."""
 """Where no config.json or genai_config.json beside the graph says how long the context is."""
 
 
@@ -269,6 +271,7 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
     ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
     context = _context(config) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
+        context = min(context, _position_rows(model.graph) or context)
         context = longest_input(str(config.get("model_type")), context, _token_id(config, "pad_token_id"))
     return ModelRecord(
         name=folder.resolve().name,
@@ -310,6 +313,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _context(config: dict[str, Any]) -> int | None:
     return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
+
+
+def _position_rows(graph: ir.Graph) -> int | None:
+    """Rows of the table [P, D] that an encoder's positions are looked up in; RoBERTa leaves the first of them out."""
+    token = token_embedding(graph)
+    tables = [constant_matrix(node.inputs[0]) for node in graph if node.op_type == "Gather" and node is not token]
+    return min((table.shape[0] for table in tables if table is not None and table.shape[0] > MOST_TOKEN_TYPES), default=None)
 
 
 def _width(survey: SiteSurvey, stated: int | None) -> int:

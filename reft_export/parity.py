@@ -21,7 +21,7 @@ from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.banks import bank_edits, bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import TORCH_DTYPES, float_label
+from reft_export.bundling import TORCH_DTYPES, float_label, model_record
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Inputs, Steerer, fp32_logits, inputs_of, record_golden
@@ -59,6 +59,10 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
     """
     base = load_base(model)
     check_same_base(bundle, base, model)
+    if not bundle.manifest.model.fingerprint:  # folded without its base, and maybe without a config.json that says how many tokens fit
+        record = bundle.manifest.model
+        context = min(record.context_length, model_record(base).context_length)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, model=replace(record, context_length=context)))
     rungs: list[Rung] = []
     for name in bundle.adapter_names:
         report(f"edit by edit: {name}")

@@ -44,9 +44,9 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     frozen = bundle.engine.frozen if isinstance(bundle, Engine) else None
     wanted = (BASE_GOLDEN, *bundle.adapter_names) if frozen is None else (frozen,)
     if not bundle.golden_names:
-        raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model")
+        raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model with -m")
     if unchecked := [name for name in wanted if name not in bundle.golden_names]:
-        raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model")
+        raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model with -m")
     budget, active = budget_for(bundle.manifest), session.adapter
     read, check_one = _Golden.read, _check_one
     if bundle.manifest.task == TEXT_CLASSIFICATION:

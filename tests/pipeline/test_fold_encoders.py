@@ -147,6 +147,20 @@ def test_labels_are_the_bases_where_it_is_known(tmp_path: Path) -> None:
     assert _bundle("fold", graph, "-m", base_folder, "-o", tmp_path / "known").manifest.labels == tiny_encoders.LABELS
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_without_a_config_the_graph_says_how_long_a_text_may_be(tmp_path: Path, family: str) -> None:
+    """RoBERTa's table has two rows that no token is looked up in; with the base at hand the texts are as long as the base takes."""
+    base_folder = tiny_encoders.save_base(tmp_path / "base", family)
+    graph = foreign_graph(base_folder, tmp_path / "graph", 17)
+    (graph.parent / "config.json").unlink()
+    save_adapter(tiny.random_adapter(load_base(base_folder).info), tmp_path / "style")
+    done = CliRunner().invoke(app, ["fold", str(graph), "-a", str(tmp_path / "style"), "-o", str(tmp_path / "alone")])
+    assert done.exit_code == 0, done.stderr
+    bundle = open_bundle(tmp_path / "alone")
+    assert bundle.manifest.model.context_length == tiny_encoders.POSITIONS
+    assert host_ladder(bundle, str(base_folder), report=lambda _: None).passed
+
+
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
     base_folder = tiny_encoders.save_base(tmp_path / "base", "bert", num_hidden_layers=1)
     graph = foreign_graph(base_folder, tmp_path / "graph", 17)
