@@ -87,12 +87,14 @@ class TracedAxes:
         return None
 
     def _follow(self, node: ir.Node) -> None:
-        if node.domain not in _DOMAINS:
+        if node.domain not in _DOMAINS or not node.outputs:
             return
-        sizes = self._sizes_by(node)
+        try:
+            sizes, axes = self._sizes_by(node), self._axes_by(node)
+        except TypeError:  # an attribute of another type than the operator's
+            return
         if sizes is not None and len(sizes) <= _LONGEST_SHAPE:
             self._sizes[node.outputs[0]] = sizes
-        axes = self._axes_by(node)
         if axes is not None:
             every = node.outputs if node.op_type == "Split" else (node.outputs[0], *node.outputs[3:4]) if node.op_type in SKIP_NORMS else ()
             self._axes |= dict.fromkeys((node.outputs[0], *every), axes)

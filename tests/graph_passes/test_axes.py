@@ -90,3 +90,23 @@ def test_malformed_nodes_are_not_followed(body: str) -> None:
     """What is wrong with them is for a checker to say."""
     traced, value = _traced(body)
     assert traced.of(value) is None
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        ("Gather", {"axis": 0.5}), ("Transpose", {"perm": "10"}), ("Squeeze", {"axes": 1.5}), ("ReduceMean", {"keepdims": "no"}),
+        ("Shape", {"start": "a"}), ("Gemm", {"transA": [1]}),
+    ],
+)  # fmt: skip
+def test_attributes_of_another_type_are_not_followed(node: tuple[str, dict[str, object]]) -> None:
+    op, attributes = node
+    ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    broken = ir.node(op, [ids, ids], attributes)
+    assert TracedAxes(ir.Graph([ids], [], nodes=[broken], opset_imports={"": 20})).of(broken.outputs[0]) is None
+
+
+def test_a_node_without_outputs_is_not_followed() -> None:
+    ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    graph = ir.Graph([ids], [], nodes=[ir.Node("", "Identity", [ids], num_outputs=0)], opset_imports={"": 20})
+    assert TracedAxes(graph).of(ids) == (BATCH, SEQUENCE)
