@@ -45,7 +45,7 @@ from reft_export.classifiers import check_classifier, head_parameters, is_classi
 from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, export_builder
-from reft_export.exporters.dynamo import cache_shapes, export_dynamo
+from reft_export.exporters.dynamo import cache_shapes, export_dynamo, first_reason
 from reft_export.exporters.dynamo_classifier import export_classifier
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
@@ -56,7 +56,7 @@ from reft_export.quantization_report import QuantizationReport
 from runtimes.adapter import Adapter
 from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
 from runtimes.edit import Site
-from runtimes.errors import InputError
+from runtimes.errors import ExportError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
 from runtimes.parity import ParityReport
@@ -301,10 +301,16 @@ def quantization_record(
 
 
 def check_structure(folder: Path) -> str:
-    """What can be shown of a graph that no CPU runs: ONNX's own checker with full shape inference accepts it."""
+    """What can be shown of a graph that no CPU runs: ONNX's own checker with full shape inference accepts it.
+
+    Raises ExportError where it does not: some operators take no bfloat16 in the opsets that devices run.
+    """
     import onnx
 
-    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    try:
+        onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise ExportError(f"ONNX's checker refuses the bfloat16 graph: {first_reason(e)}; use another --precision") from e
     return (
         "onnxruntime's CPU provider cannot run bfloat16 (MatMul, Add, Softmax are missing): the graph was checked structurally "
         "only; run `reft-export parity` on a GPU"

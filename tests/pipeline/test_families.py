@@ -105,6 +105,14 @@ def test_bfloat16_arithmetic_runs_and_is_the_same_to_the_bit() -> None:
         assert np.array_equal(got, wanted.float().numpy())
 
 
+def test_an_operator_that_takes_no_bfloat16_is_named(small_base, tmp_path) -> None:
+    """Doge's Softplus: ONNX has it for bfloat16 from opset 22 on."""
+    model, adapter = small_base("doge", ("block_output",))
+    with pytest.raises(ExportError, match="checker refuses the bfloat16 graph: .*Softplus.*; use another --precision"):
+        export_bundle(model, [adapter], tmp_path / "b", ExportSettings(precision="bf16"), **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_falcon_with_alibi(tmp_path) -> None:
     layout = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "new_decoder_architecture": False}
