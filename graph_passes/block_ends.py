@@ -41,7 +41,7 @@ def check_inner_end(dominators: Dominators, chain: Sequence[Step], starts: Seque
     if not any(labels[position : position + len(own)] == own for position in tail):
         raise SiteAmbiguous(
             f"the output of block {layer} is either {describe(chain[add].node)} or {describe(chain[end].node)}: what stands between them "
-            "does not stand behind the last block, and whether it belongs to the block cannot be told"
+            "does not stand behind the last block, and whether it belongs to the block cannot be told; leave this site out"
         )
 
 
@@ -60,7 +60,8 @@ def last_block_end(
         if more := [position for position in merges if position > end and _adds_to(dominators, chain[position], chain[end])]:
             raise SiteAmbiguous(
                 f"the {where} is either {_named(chain, [end])}, where it repeats the blocks before it, or {_named(chain, more)}, "
-                "which adds another branch to that; whether that branch is the block's or a head's cannot be told"
+                "which adds another branch to that; whether that branch is the block's or a head's cannot be told; export without the "
+                "head, or leave this site out"
             )
         return end, "the last block then repeats the blocks before it"
     candidates = _named(chain, ends or merges) or "none"

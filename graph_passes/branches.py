@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.axes import constant_tensor
 from graph_passes.dominators import Dominators, describe
 from graph_passes.encoder import ATTENTIONS
 from graph_passes.skip_norms import SKIP_NORM_BIAS
@@ -226,13 +227,7 @@ def _is_vector_bias(dominators: Dominators, node: ir.Node) -> bool:
 def _constant_shape(value: ir.Value) -> Sequence[object] | None:
     """The shape of a weight or a constant, also behind operators that keep it; None of anything else."""
     node = value.producer()
-    if node is None:
-        return None if value.const_value is None else value.const_value.shape
-    if node.op_type in _SHAPE_KEEPERS:
+    if node is not None and node.op_type in _SHAPE_KEEPERS:
         return None if node.inputs[0] is None else _constant_shape(node.inputs[0])
-    if node.op_type != "Constant":
-        return None
-    if (floats := node.attributes.get("value_floats")) is not None:
-        return [len(floats.as_floats())]
-    tensor = node.attributes.get("value")
-    return None if tensor is None else tensor.as_tensor().shape
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.shape

@@ -269,9 +269,8 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
     config = _config(folder)
     generation = read_json_object(folder / "generation_config.json")
     ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
-    context = _context(config) or DEFAULT_CONTEXT
+    context = _context(config) or (_position_rows(model.graph) if is_classifier(model.graph) else None) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
-        context = min(context, _position_rows(model.graph) or context)
         context = longest_input(str(config.get("model_type")), context, _token_id(config, "pad_token_id"))
     return ModelRecord(
         name=folder.resolve().name,

@@ -305,7 +305,7 @@ def load_adapter(folder: Path) -> Adapter:
     try:
         tensors = load_file(folder / TENSOR_FILE)
     except (SafetensorError, OSError) as e:
-        raise AdapterError(f"{folder / TENSOR_FILE} is damaged: {e}") from None
+        raise AdapterError(f"{folder / TENSOR_FILE} is damaged ({e}); copy it again from where it was trained") from None
     if missing := [name for name in config.head if f"{HEAD}{name}" not in tensors]:
         raise AdapterError(f"{folder / TENSOR_FILE} lacks {HEAD}{missing[0]}, which {CONFIG_FILE} names; copy the adapter again")
     head = {name: tensors.pop(f"{HEAD}{name}") for name in config.head}

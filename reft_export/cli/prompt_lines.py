@@ -34,5 +34,5 @@ def _parse_line(line: str, where: str) -> Any:
     except UnicodeEncodeError:
         raise InputError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
     except ValueError as e:
-        raise InputError(f"{where}: not JSON ({e})") from None
+        raise InputError(f"{where}: not JSON ({e}); give it one JSON object a line") from None
     return value

@@ -44,7 +44,7 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     if wrong:
         raise AdapterError(f"{path}: {wrong[0]} is not a tensor; a state dict is expected")
     if nested := [name for name, value in state.items() if value.is_nested]:
-        raise AdapterError(f"{path}: {nested[0]} is a nested tensor, which has no shape; a plain one is expected")
+        raise AdapterError(f"{path}: {nested[0]} is a nested tensor, which has no shape; save it as a plain one")
     # A pickled tensor may claim any shape over a few bytes, by strides of 0: copying it would take all memory.
     for name, value in state.items():
         if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():

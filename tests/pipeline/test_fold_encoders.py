@@ -24,7 +24,7 @@ from reft_export.classifiers import takes_token_types
 from reft_export.cli.main import app
 from reft_export.eager import steered
 from reft_export.exporters.dynamo_classifier import LogitsOnly
-from reft_export.fold import fold_bundle
+from reft_export.fold import fold_bundle, foreign_record
 from reft_export.golden_classifier import classifier_inputs, classifier_logits
 from reft_export.parity import host_ladder
 from runtimes.adapter import load_adapter, save_adapter
@@ -159,6 +159,13 @@ def test_without_a_config_the_graph_says_how_long_a_text_may_be(tmp_path: Path, 
     bundle = open_bundle(tmp_path / "alone")
     assert bundle.manifest.model.context_length == tiny_encoders.POSITIONS
     assert host_ladder(bundle, str(base_folder), report=lambda _: None).passed
+
+
+def test_a_config_that_says_it_all_spares_the_look_for_tables(tmp_path: Path, monkeypatch) -> None:
+    """A graph whose lookups are fused into one operator has no table to look at."""
+    graph = foreign_graph(tiny_encoders.save_base(tmp_path / "base", "bert"), tmp_path / "graph", 17)
+    monkeypatch.setattr("reft_export.fold.token_embedding", lambda _: pytest.fail("the graph was asked"))
+    assert foreign_record(load_graph(graph), graph).context_length == tiny_encoders.POSITIONS
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
