@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ GENAI = "0.18.0"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, tests that need a GPU")
+    parser.addoption(
+        "--op-kernels", choices=("avx2", "portable"), help="run on an op library of these kernels only, as a lesser processor would"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -28,6 +32,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here; --require-gpu makes this a failure"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _op_library_of_a_lesser_processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With --op-kernels: every session of this process finds a library that holds no other kernels."""
+    kernels = request.config.getoption("--op-kernels")
+    if kernels is None:
+        yield
+        return
+    from native.op_library import LESSER, compile_library, compiler
+
+    from runtimes import native_library
+
+    library = compile_library(compiler(), tmp_path_factory.mktemp("op-library"), "-O3", rows=LESSER[kernels])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_library, "_find", lambda name: library if name == native_library.library_name() else None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import rounding
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -17,6 +18,9 @@ _GROUPED = {
     "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
 }  # fmt: skip
 _PLAIN = {name: value for name, value in _GROUPED.items() if name != "num_key_value_heads"}
+
+ROUNDING = 2 * rounding.logits(width=256, layers=3)
+"""How far eager PyTorch and a graph of these may be apart; gpt2's MLP is 256 wide."""
 
 # What each family's config needs on top of its layer count; heads are 16 wide everywhere.
 CONFIGS: dict[str, dict[str, object]] = {

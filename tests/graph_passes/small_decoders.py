@@ -6,11 +6,14 @@ import zlib
 
 import numpy as np
 import onnx_ir as ir
+import rounding
 
 from runtimes.op import RULE_DEFAULTS
 
 WIDTH = 8
 VOCABULARY = 11
+ROUNDING = 2 * rounding.logits(2 * WIDTH, layers=3)
+"""How far two runs of one such decoder, computed in another order, may be apart."""
 
 
 class _Builder:

@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import rounding
 from decoders import session
-from small_decoders import WIDTH, random_banks, small_decoder, small_feeds
+from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
 
 from graph_passes.fold import fold_graph
 from graph_passes.insert import InsertEdits, insert_edits, is_edit
@@ -123,7 +124,7 @@ def test_splitting_a_skip_layer_norm_keeps_its_numbers(optional):
     base = session(model).run(None, small_feeds(model))
     insert_edits(model, [_edit(layer) for layer in range(3)])
     for left, right in zip(base, session(model).run(None, small_feeds(model)), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+        rounding.check(left, right, ROUNDING)
 
 
 @pytest.mark.parametrize("slots", ["graph", "input"])
@@ -135,7 +136,7 @@ def test_as_folded_the_graph_computes_what_it_computed(block, per_token, slots):
     model = small_decoder(block=block)
     fold_graph(model, [EditNode(site=site) for site in find_sites(model)], slots=slots, per_token=per_token)
     for left, right in zip(expected, session(model).run(None, small_feeds(model)), strict=True):
-        np.testing.assert_allclose(left, right, rtol=2e-6, atol=2e-6)
+        rounding.check(left, right, ROUNDING)
 
 
 def test_a_fused_graph_and_its_unfused_twin_are_steered_alike():
@@ -145,7 +146,7 @@ def test_a_fused_graph_and_its_unfused_twin_are_steered_alike():
         fold_graph(model, [_edit(layer, stream) for layer in range(3) for stream in ("block_output", "mlp_output")], slots="input")
         results.append(session(model).run(None, {**small_feeds(model), **random_banks(model)}))
     for left, right in zip(*results, strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+        rounding.check(left, right, ROUNDING)
 
 
 def test_the_edit_acts_on_the_named_stream():
@@ -162,7 +163,7 @@ def test_the_edit_acts_on_the_named_stream():
             assert y[:, token].tobytes() == h[:, token].tobytes()
         else:
             U, A, b = (banks[f"reft.1.block_output.{name}"][slot] for name in ("U", "A", "b"))
-            np.testing.assert_allclose(y[:, token], LowRankEdit(U=U, A=A, b=b).apply(h[:, token]), rtol=1e-5, atol=1e-5)
+            rounding.check(y[:, token], LowRankEdit(U=U, A=A, b=b).apply(h[:, token]), rounding.edit(WIDTH, 3))
 
 
 def test_a_stream_that_is_a_graph_output_stays_one_under_its_name():
@@ -367,7 +368,7 @@ def test_a_flattened_stream_reads_flattened_slots(typed):
     plain = small_decoder()
     fold_graph(plain, [_edit(1, "mlp_output"), _edit(2)])
     results = [session(graph).run(None, {**small_feeds(graph), **banks, **rule})[0] for graph in (model, plain)]
-    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+    rounding.check(*results, ROUNDING)
 
 
 def test_a_consumer_left_behind_is_noticed():

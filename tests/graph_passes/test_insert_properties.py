@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+import rounding
 from decoders import session
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_decoders import random_banks, small_decoder, small_feeds
+from small_decoders import ROUNDING, random_banks, small_decoder, small_feeds
 
 from graph_passes.insert import insert_edits
 from graph_passes.sites import find_sites
@@ -200,7 +201,10 @@ def test_readers_compute_with_the_edited_streams(block, nodes, readers, seed):
         for reader, result, (left, right) in zip(readers, results, chosen, strict=True):
             a, b = (got[finals[id(value)].name] for value in (left, right))
             expected = OPERATORS[reader.op](a, b.swapaxes(1, 2) if reader.op == "MatMul" else b)
-            np.testing.assert_allclose(got[result.name], expected, rtol=1e-4, atol=1e-5)
+            if reader.op == "MatMul":  # element by element, a sum that cancels is all rounding
+                rounding.check(got[result.name], expected, ROUNDING)
+            else:
+                np.testing.assert_allclose(got[result.name], expected, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=25)
@@ -212,5 +216,5 @@ def test_the_order_of_sites_does_not_matter(block, nodes, seed):
         model = small_decoder(block=block)
         insert_edits(model, ordered, slots="input")
         results.append(session(model).run(None, {**small_feeds(model), **random_banks(model, seed=seed)})[0])
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(results[0], results[2], rtol=1e-5, atol=1e-5)
+    for other in results[1:]:
+        rounding.check(other, results[0], ROUNDING)

@@ -11,11 +11,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import rounding
 from decoders import session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
-from small_decoders import WIDTH, random_banks, small_decoder, small_feeds
+from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
 
 from graph_passes.edge_lora import use_lora_inputs
 from graph_passes.fold import fold_graph
@@ -215,7 +216,7 @@ def test_series_at_one_site_is_one_edit_after_the_other():
         edits: tuple[Edit, ...] = edits_of(node, [banks[name] for name in node.bank_names])
         for number, edit in enumerate(edits):
             want[slot == number] = edit.apply(want[slot == number])
-    np.testing.assert_allclose(after, want, atol=2e-6 * np.abs(want).max())
+    rounding.check(after, want, rounding.edit(WIDTH, 4, in_sequence=3))
     outside = (slot < 0) | (slot > 1)
     assert after[outside].tobytes() == before[outside].tobytes() and not np.allclose(after, before)
 
@@ -227,7 +228,7 @@ def test_as_folded_nothing_is_edited(block, slots):
     feeds = small_feeds(model) | ({"reft_slot": np.zeros((2, 5), np.int32)} if slots == "input" else {})
     want = _run(base, {name: value for name, value in feeds.items() if name != "reft_slot"})
     for a, b in zip(_run(model, feeds), want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1.0, float(np.abs(b).max())))
+        rounding.check(a, b, ROUNDING)
 
 
 def test_unfold_leaves_the_decoder():
@@ -255,7 +256,7 @@ def test_tensorrts_graph_says_the_same(positions, freeze):
     want = _run(model, feeds | adapter)
     assert not np.allclose(want[0], _run(model, feeds)[0]), "the adapter steers"
     for a, b in zip(_run(derived.model, feeds if freeze else feeds | adapter), want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(np.abs(b).max())))
+        rounding.check(a, b, ROUNDING)
 
 
 def test_no_edit_banks_and_rules_off_are_the_base():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+import rounding
 from decoders import session
-from small_decoders import WIDTH, small_decoder, small_feeds
+from small_decoders import ROUNDING, WIDTH, small_decoder, small_feeds
 
 from graph_passes.dominators import Dominators
 from graph_passes.sites import find_sites, locate_sites
@@ -64,7 +65,7 @@ def test_the_last_skip_norm_writes_its_sum_once_it_is_asked_for():
         value.dtype = ir.DataType.FLOAT
         graph.graph.outputs.append(value)
     left, right = (session(graph).run(None, small_feeds(graph))[-1] for graph in (model, twin))
-    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+    rounding.check(left, right, ROUNDING)
 
 
 def test_a_scalar_behind_the_projection_leaves_the_module_undecided():

@@ -8,8 +8,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import rounding
+from decoders import ROUNDING as EXPORTED_ROUNDING
 from decoders import build_decoder, export_decoder, feeds, session
-from small_decoders import WIDTH, small_decoder, small_feeds
+from small_decoders import ROUNDING, WIDTH, small_decoder, small_feeds
 
 from graph_passes.fold import fold_graph
 from graph_passes.insert import is_edit
@@ -62,7 +64,7 @@ def _run(model: ir.Model, values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 def _assert_same(model: ir.Model, derived: ir.Model, values: Mapping[str, np.ndarray], fed: Mapping[str, np.ndarray]) -> None:
     for want, got in zip(_run(model, values), _run(derived, fed), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, float(np.abs(want).max())))
+        rounding.check(got, want, ROUNDING)
 
 
 @pytest.mark.parametrize(("positions", "tied"), RULES.items(), ids=RULES)
@@ -237,8 +239,7 @@ def test_exported_families_prefill_and_decode(family: str) -> None:
         got = [dict(zip(names, run.run(None, feeds(run, ids, past=p) | adapter), strict=True)) for run, p in zip(runs, past, strict=True)]
         past = list(got)
         for name in names:
-            scale = max(1.0, float(np.abs(got[0][name]).max()))
-            np.testing.assert_allclose(got[1][name], got[0][name], rtol=0, atol=2e-5 * scale, err_msg=name)
+            rounding.check(got[1][name], got[0][name], EXPORTED_ROUNDING, name)
 
 
 def test_planted_faults_are_seen() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BASE, TOLERANCE
+from rounding import distance
 from safetensors.numpy import save_file
 from test_refusals import refused
 
@@ -78,7 +79,7 @@ def test_gguf_acts_at_every_token_after_its_block(scale, base, tmp_path) -> None
     source = write_gguf(tmp_path / "happy.gguf", {n: VECTORS[n] for n in (1, 3)})
     found = imported_logits(source, tmp_path / "happy", base, Request(scale=scale))
     expected = logits_by_hand(base, {Site(layer=n): (scale or 1.0) * VECTORS[n] for n in (1, 3)})
-    assert np.abs(found - expected).max() <= TOLERANCE * max(1.0, abs(scale or 1.0))
+    assert distance(found, expected) <= TOLERANCE
 
 
 def test_gguf_layers_positions_and_graph(base, tmp_path) -> None:
@@ -88,14 +89,14 @@ def test_gguf_layers_positions_and_graph(base, tmp_path) -> None:
     assert result.adapter.sites == (Site(layer=1),) and result.notes == ("1 vectors are zero and were left out",)
     assert result.adapter.training["model_hint"] == "llama" and str(result.adapter.positions) == "all"
     found = imported_logits(source, tmp_path / "last", base, Request(layers="1", positions="l1"))
-    assert np.abs(found - logits_by_hand(base, {Site(layer=1): VECTORS[1]}, slice(-1, None))).max() <= TOLERANCE
+    assert distance(found, logits_by_hand(base, {Site(layer=1): VECTORS[1]}, slice(-1, None))) <= TOLERANCE
     export_bundle(str(BASE), [tmp_path / "two"], tmp_path / "bundle", ExportSettings(), report=lambda _: None)
     session = OrtSession(open_bundle(tmp_path / "bundle"), threads=1)
     session.set_adapter("two")
     first = session.step(IDS[:, :4].numpy(), np.ones((1, 4)))
     later = session.step(IDS[:, 4:].numpy(), np.ones((1, 6)), past=first.past)
     expected = logits_by_hand(base, {Site(layer=1): VECTORS[1]})
-    assert np.abs(np.concatenate([first.logits, later.logits], 1) - expected).max() <= 2e-5 * np.abs(expected).max()
+    assert distance(np.concatenate([first.logits, later.logits], 1), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("names", ["{}", "layer_{}", "layers.{}", "model.layers.{}", "direction.{}", "{}.block_output"])
@@ -105,23 +106,23 @@ def test_named_vectors(names, suffix, base, tmp_path) -> None:
     write = (lambda a: np.savez(source, **a)) if suffix == ".npz" else (lambda a: save_file(a, source))
     write({names.format(n): VECTORS[n] for n in (0, 3)})
     found = imported_logits(source, tmp_path / "out", base, Request(positions="all"))
-    assert np.abs(found - logits_by_hand(base, {Site(layer=n): VECTORS[n] for n in (0, 3)})).max() <= TOLERANCE
+    assert distance(found, logits_by_hand(base, {Site(layer=n): VECTORS[n] for n in (0, 3)})) <= TOLERANCE
 
 
 def test_one_array(base, tmp_path) -> None:
     """A vector alone goes to --layers; a row a layer goes to its layer; another stream is named."""
     np.savez(tmp_path / "one.npz", refusal=VECTORS[2].astype(np.float64))
     found = imported_logits(tmp_path / "one.npz", tmp_path / "one", base, Request(positions="prompt", layers="1;2"))
-    assert np.abs(found - logits_by_hand(base, {Site(layer=n): VECTORS[2] for n in (1, 2)})).max() <= TOLERANCE
+    assert distance(found, logits_by_hand(base, {Site(layer=n): VECTORS[2] for n in (1, 2)})) <= TOLERANCE
     save_file({"all": np.stack(list(VECTORS.values())).astype(np.float16)}, tmp_path / "rows.safetensors")
     found = imported_logits(tmp_path / "rows.safetensors", tmp_path / "rows", base, Request(positions="all", layers="2-3"))
     half = {Site(layer=n): VECTORS[n].astype(np.float16).astype(np.float32) for n in (2, 3)}
-    assert np.abs(found - logits_by_hand(base, half)).max() <= TOLERANCE
+    assert distance(found, logits_by_hand(base, half)) <= TOLERANCE
     np.savez(tmp_path / "own.npz", **{"transformer.h.1": VECTORS[1]})
     import_adapter(tmp_path / "own.npz", str(BASE), tmp_path / "own", Request(positions="all", layers="1"), report=lambda _: None)
     np.savez(tmp_path / "mlp.npz", **{"1.mlp_output": VECTORS[1]})
     found = imported_logits(tmp_path / "mlp.npz", tmp_path / "mlp", base, Request(positions="all"))
-    assert np.abs(found - logits_by_hand(base, {Site(layer=1, stream="mlp_output"): VECTORS[1]})).max() <= TOLERANCE
+    assert distance(found, logits_by_hand(base, {Site(layer=1, stream="mlp_output"): VECTORS[1]})) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["layer_2", "vector"])

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from op_library import COMPILERS
 
 from runtimes.edit import activate
 from runtimes.native_library import find_op_library
@@ -27,7 +28,6 @@ ELEMENTS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloa
 TOLERANCE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 # Shapes whose dimensions onnxruntime does not know by name.
 UNNAMED = {"all": [None, None, 16], "one": ["B", None, 16], "long": ["B" * 500, "S", 16], "no_shape": None}
-COMPILERS = ("c++", "g++", "clang++")
 
 
 def installed_library() -> Path:

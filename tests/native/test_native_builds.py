@@ -12,54 +12,13 @@ from pathlib import Path
 import native_red
 import numpy as np
 import pytest
-from native_op import COMPILERS, as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
-
-from runtimes.native_library import library_name
+from native_op import as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
+from op_library import NATIVE, compile_library, compiler, rows_here, run
 
 ROOT = Path(__file__).parent.parent.parent
-NATIVE = ROOT / "runtimes" / "native"
-SOURCES = (
-    *("cpu/edit_cpu.cc", "cpu/rows_portable.cc", "c_api/reft.cc"),
-    *("ort/op.cc", "ort/lo_reft_op.cc", "ort/red_op.cc", "ort/register.cc"),
-)
-X86_SOURCES = {
-    "cpu/rows_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
-    "cpu/rows_avx512.cc": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ),
-}
 ONNXRUNTIMES = ("1.18.1", "1.20.1", "1.23.2", "1.24.4", "1.25.1", "1.28.0", "1.31.1")
 """The required ones, and those around 1.25, from which on the op reads shapes through another function of the C API."""
 IN_THE_CHILD = Path(__file__).parent / "op_in_other_onnxruntime.py"
-
-
-def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **kwargs)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done
-
-
-def compiler() -> str:
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    return found or pytest.skip("no C++ compiler here")
-
-
-def compile_library(cxx: str, output: Path, *flags: str, x86: bool) -> Path:
-    """The sources as CMakeLists.txt compiles them, one by one, since each instruction set has flags of its own."""
-    sources = {**dict.fromkeys(SOURCES, ()), **(X86_SOURCES if x86 else {"cpu/rows_neon.cc": ()})}
-    common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", f"-I{NATIVE}", f"-I{NATIVE}/include", *flags]
-    common.append("-DREFT_X86_ROWS" if x86 else "-DREFT_NEON_ROWS")
-    objects = []
-    for source, own in sources.items():
-        objects.append(output.parent / (Path(source).stem + ".o"))
-        run(cxx, "-c", *common, *own, NATIVE / source, "-o", objects[-1])
-    run(cxx, "-shared", *flags, *objects, "-o", output)
-    return output
-
-
-def is_x86() -> bool:
-    return os.uname().machine in ("x86_64", "amd64")
 
 
 @pytest.mark.slow
@@ -69,9 +28,8 @@ def test_kernels_and_op_under_the_sanitizers(tmp_path) -> None:
     runtime = Path(run(cxx, "-print-file-name=libasan.so").stdout.strip())
     if not runtime.is_absolute():
         pytest.skip(f"{cxx} has no AddressSanitizer runtime")
-    library = tmp_path / library_name()
     sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-    compile_library(cxx, library, *sanitize, x86=is_x86())
+    library = compile_library(cxx, tmp_path, *sanitize, rows=rows_here())
     names = ("test_cpu_kernels.py", "test_ort_op.py", "test_red_cpu_kernels.py", "test_red_ort_op.py")
     tests = [str(Path(__file__).parent / name) for name in names]
     program = (
@@ -104,7 +62,7 @@ def test_aarch64(tmp_path) -> None:
     cxx = shutil.which("aarch64-linux-gnu-g++")
     if cxx is None:
         pytest.skip("no aarch64-linux-gnu-g++ here (Debian: g++-aarch64-linux-gnu)")
-    compile_library(cxx, tmp_path / "libreft_ort.so", "-O3", x86=False)
+    compile_library(cxx, tmp_path, "-O3", rows=("neon",))
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("compiled for aarch64; no qemu-aarch64 here to run it (Debian: qemu-user-static)")

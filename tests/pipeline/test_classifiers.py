@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import tiny
 import tiny_encoders
 import torch
@@ -180,7 +181,7 @@ def test_eager_steering_is_a_hand_written_hook(made) -> None:
     head = {name: torch.from_numpy(value) for name, value in adapter.head.items()}
     x = torch.tanh(head["classifier.dense.weight"] @ hidden[-1][:, 0].T + head["classifier.dense.bias"][:, None])
     wanted = (head["classifier.out_proj.weight"] @ x).T + head["classifier.out_proj.bias"]
-    assert torch.allclose(ours, wanted, atol=1e-5)
+    rounding.check(ours, wanted, 2 * rounding.logits_of(base.model))
 
 
 def test_int4_keeps_the_head_in_float(made, tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
         wanted = base.model(**model_inputs(base.model, ids, torch.ones_like(ids), torch.zeros_like(ids))).logits.softmax(-1)[0]
     assert code == 0 and record["label"] == tiny_encoders.LABELS[int(wanted.argmax())] and record["adapter"] == "untied"
     assert list(record["probabilities"]) == list(tiny_encoders.LABELS)
-    assert np.allclose(list(record["probabilities"].values()), wanted, atol=1e-5)
+    rounding.check(list(record["probabilities"].values()), wanted, 2 * rounding.logits_of(base.model))
 
     lines = tmp_path / "texts.jsonl"
     lines.write_text('{"text": "a fine day", "label": "sad"}\n\n{"text": "a fine day", "text_pair": "it rains"}\n')
@@ -262,7 +263,8 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
     typo.write_text('{"text": "a fine day", "txt_pair": "it rains"}\n')
     code, _, said = invoke("run", bundle.folder, "--prompts", typo)
     assert code == 2 and "typo.jsonl:1: has unknown keys ['txt_pair']" in said
-    assert np.allclose(list(json.loads(out.splitlines()[1])["probabilities"].values()), list(record["probabilities"].values()), atol=1e-6)
+    again = json.loads(out.splitlines()[1])["probabilities"]
+    rounding.check(list(again.values()), list(record["probabilities"].values()), 2 * rounding.logits_of(base.model))
 
 
 @pytest.mark.parametrize(

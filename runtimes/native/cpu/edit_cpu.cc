@@ -75,11 +75,13 @@ void edit_in_blocks(const AnyEdit& edit, int64_t begin, int64_t end, const RowKe
   if (!in_place && passing < end) std::memcpy(y + passing * row, h + passing * row, static_cast<size_t>((end - passing) * row));
 }
 
-#ifdef REFT_X86_ROWS
+#ifdef REFT_AVX512_ROWS
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+#endif
+#ifdef REFT_AVX2_ROWS
 // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for by name.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
@@ -88,9 +90,13 @@ struct Usable {
   const RowKernels* kernels[4] = {};
   Usable() {
     int count = 0;
-#ifdef REFT_X86_ROWS
+#if defined(REFT_AVX512_ROWS) || defined(REFT_AVX2_ROWS)
     __builtin_cpu_init();
+#endif
+#ifdef REFT_AVX512_ROWS
     if (has_avx512()) kernels[count++] = &kAvx512Rows;
+#endif
+#ifdef REFT_AVX2_ROWS
     if (has_avx2()) kernels[count++] = &kAvx2Rows;
 #endif
 #ifdef REFT_NEON_ROWS

@@ -27,8 +27,10 @@ struct RowKernels {
 };
 
 extern const RowKernels kPortableRows;
-#ifdef REFT_X86_ROWS
+#ifdef REFT_AVX2_ROWS
 extern const RowKernels kAvx2Rows;
+#endif
+#ifdef REFT_AVX512_ROWS
 extern const RowKernels kAvx512Rows;
 #endif
 #ifdef REFT_NEON_ROWS

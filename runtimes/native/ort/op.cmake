@@ -16,7 +16,7 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     set_source_files_properties(cpu/rows_avx2.cc PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
     # GCC 12 warns about its own AVX-512 header.
     set_source_files_properties(cpu/rows_avx512.cc PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mfma;-Wno-uninitialized;-Wno-maybe-uninitialized")
-    target_compile_definitions(reft_ort PRIVATE REFT_X86_ROWS)
+    target_compile_definitions(reft_ort PRIVATE REFT_AVX2_ROWS REFT_AVX512_ROWS)
     message(STATUS "reft: CPU kernels avx512, avx2 and portable, chosen when the library runs")
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
     target_sources(reft_ort PRIVATE cpu/rows_neon.cc)
