@@ -135,11 +135,11 @@ class GoldenSchema:
                 continue
             dtype, shape = headers[name]
             if dtype != np.dtype(array.dtype) or len(shape) != len(array.shape):
-                raise GoldenError(f"has {name} as {dtype} {list(shape)}, expected {array.dtype} [{', '.join(map(str, array.shape))}]")
+                raise GoldenError(f"has {name} as {dtype} {list(shape)}, expected {array.dtype} {_shape(array)}")
             for axis, size in zip(array.shape, shape, strict=True):
                 expected = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
                 if size != expected:
-                    raise GoldenError(f"has {name} of shape {list(shape)}, expected {axis} = {expected}")
+                    raise GoldenError(f"has {name} of shape {list(shape)}, expected {_shape(array)} with {axis} = {expected}")
                 if not size:
                     raise GoldenError(f"has {name} of shape {list(shape)}: there is nothing to compare")
         longest = max(sizes["S"], sizes.get("G", 0))
@@ -170,6 +170,10 @@ class GoldenSchema:
         values = array[mask > 0] if name == "input_ids" else array
         if values.size and (values.min() < entry.lowest or values.max() >= below):
             raise GoldenError(f"has values in {name} from {values.min()} to {values.max()}, expected {entry.lowest:g} to below {below:g}")
+
+
+def _shape(array: GoldenArray) -> str:
+    return f"[{', '.join(map(str, array.shape))}]"
 
 
 def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
@@ -235,6 +239,8 @@ def _read_header(name: str, stream: IO[bytes], size: int) -> tuple[np.dtype, tup
     if read is None:
         raise GoldenError(f"has {name} in version {version} of the npy format")
     shape, _, dtype = read(stream)
+    if dtype.hasobject:
+        raise GoldenError(f"has {name} as Python objects, which are not read")
     if min(shape, default=0) < 0 or stream.tell() + dtype.itemsize * math.prod(shape) != size:
         raise GoldenError(f"has {name} of {size} bytes, which is not what its header declares ({dtype} {list(shape)})")
     return dtype, shape

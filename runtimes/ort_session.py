@@ -200,13 +200,14 @@ class OrtSession(OrtGraph):
 
 
 def _check_precision(bundle: Bundle, session: ort.InferenceSession) -> None:
-    """Raises BundleError where the manifest calls the edits another float type than they have: its parity budget follows from it."""
+    """Raises BundleError where the edits have another float type than the manifest says: its parity budget follows from that."""
     banks = {bank for node in bundle.nodes for bank in node.bank_names}
-    expected = FLOAT_TYPES.get(bundle.manifest.precision)
+    precision = bundle.manifest.precision
+    expected = FLOAT_TYPES.get(precision)
     for value in session.get_overridable_initializers():
         if value.name in banks and value.type != expected:
             raise BundleError(
-                f"{bundle.folder}: manifest.json says precision {bundle.manifest.precision}, and {value.name} in {bundle.graph_path.name} is "
+                f"{bundle.folder}: manifest.json says precision {precision}, and {value.name} in {bundle.graph_path.name} is "
                 f"{value.type}; export the bundle again"
             )
 
