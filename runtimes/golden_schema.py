@@ -54,7 +54,7 @@ class GoldenArray:
 
 
 _NOISE = GoldenArray(
-    name="noise", dtype="float32", shape=(2,), when=NOISE, lowest=0, below=math.nextafter(1, 2),
+    name="noise", dtype="float32", shape=(2,), when=NOISE, lowest=0, below=float(np.nextafter(np.float32(1), np.float32(2))),
     holds="largest relative error and lowest top-1 agreement of the reference against itself, see reft_export.golden.reference_noise",
 )  # fmt: skip
 
