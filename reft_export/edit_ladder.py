@@ -24,39 +24,45 @@ def edit_rungs(
 ) -> list[Rung]:
     """numpy, onnxruntime's function and, where the op library is, its fused kernel against the oracle, the worst node each.
 
-    ``kernel``: "function" or "fused" leaves the other one out.
+    ``kernel``: "function" or "fused" leaves the other one out. An adapter that edits nothing has no rung here.
 
-    h: [48, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one
-    changed bit there is an infinite error.
+    h: [48 or more, D] normal values; slots run over every edit and over values outside [0, N), whose rows must keep their bits: one
+    changed bit there is an infinite error, as is a value that is not finite.
     """
     dtype = NUMPY_DTYPES[bundle.manifest.precision]
+    if not edits:
+        return []
     if dtype.name == "bfloat16":
         return []  # onnxruntime's CPU provider cannot run the function in bfloat16
     banks = read_onnx_adapter(bundle.adapter(name).file)
     available = ("function", "fused") if find_op_library() else ("function",)
     kernels = [k for k in available if kernel in (None, k)]
     worst = {"numpy": (0.0, 0.0), **dict.fromkeys(kernels, (0.0, 0.0))}
-    generator = np.random.default_rng(0)
+    generator, compared = np.random.default_rng(0), 0
     for node, slots in edits.items():
         bank = [banks[b] for b in node.bank_names]
-        h = generator.standard_normal((ROWS, slots[0].width)).astype(dtype)
-        slot = generator.integers(-1, len(slots) + 1, ROWS).astype(np.int32)
+        every = np.arange(-1, len(slots) + 1)
+        slot = np.resize(every, max(ROWS, len(every))).astype(np.int32)
+        generator.shuffle(slot)
+        h = generator.standard_normal((len(slot), slots[0].width)).astype(dtype)
         oracle = h.astype(np.float64)
         for number, edit in enumerate(slots):
             oracle[slot == number] = edit.apply(h[slot == number])
         outside = (slot < 0) | (slot >= len(slots))
+        compared += int((~outside).sum())
         for rung in worst:
             y = numpy_edit(h, slot, bank, node) if rung == "numpy" else run_node(node, h, slot, bank, rung)
             error = float(np.abs(y.astype(np.float64) - oracle).max())
-            if y[outside].tobytes() != h[outside].tobytes():
+            if not np.isfinite(y).all() or y[outside].tobytes() != h[outside].tobytes():
                 error = float("inf")
             worst[rung] = max(worst[rung], (error / float(np.abs(oracle).max()), error))
     budget = BUDGETS[bundle.manifest.precision]
     note = f"{len(edits)} edit nodes alone, values of y, not logits"
-    return [
-        judge(f"{rung}, {name}", "oracle", Figures(max_abs=error, max_relative=relative, kl=None, top1=None), budget, note=note)
+    figures = {
+        rung: Figures(compared=compared, max_abs=error, max_relative=relative, kl=None, top1=None)
         for rung, (relative, error) in worst.items()
-    ]
+    }
+    return [judge(f"{rung}, {name}", "oracle", each, budget, note=note) for rung, each in figures.items()]
 
 
 def numpy_edit(h: np.ndarray, slot: np.ndarray, bank: list[np.ndarray], node: EditNode) -> np.ndarray:

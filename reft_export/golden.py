@@ -1,25 +1,13 @@
 """Golden arrays: what eager PyTorch said, recorded on the host so that a device can check itself without PyTorch.
 
-One npz per name, "base" and every adapter; all rows right-padded:
-
-    input_ids, attention_mask [B, S] int64   each row a prompt and the first tokens of the base's greedy continuation
-    prompt_length [B] int64
-    logit_positions [K, 2] int64             (row, column) of the recorded logits
-    logits [K, V] float32                    of this name, by eager PyTorch carrying the weights that the bundle ships
-    greedy_tokens [B, G] int64               the greedy continuation of each prompt, end tokens ignored
-    base_logits [K, V]                       adapters only: of the base, on the same inputs
-    noise [2]                                where activations are quantized: see ``reference_noise``
-    fp32_logits, fp32_base_logits [K, V]     adapters, unless the bundle is fp32 itself: of the float32 model before any
-                                             quantization or rounding; delta parity is measured against these
-
-A classifier's are those of reft_export/golden_classifier.py: no positions, and no greedy tokens.
+One npz per name, "base" and every adapter; runtimes/golden_schema.py says what it holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +19,9 @@ from reft_export.base import Base
 from reft_export.eager import Steering, greedy_tokens
 from reft_export.golden_classifier import ClassifierInputs, classifier_inputs, classifier_logits
 from runtimes.bundle import BASE_GOLDEN
+from runtimes.golden_schema import GoldenSchema, write_golden
 from runtimes.parity import compare
-from runtimes.tasks import TEXT_CLASSIFICATION
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 GREEDY_TOKENS = 64
 CONTINUATION = 12
@@ -44,7 +33,7 @@ Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
 LOGIT_BYTES = 16 * 2**20
-"""Logits are recorded at evenly spread positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
+"""Logits are recorded at positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
 
 TEXTS = (
     "Hello!",
@@ -105,10 +94,20 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     vocabulary = model.get_output_embeddings().weight.shape[0]
     keep = max(8, LOGIT_BYTES // (4 * vocabulary))
     if len(real) > keep:
-        real = real[np.unique(np.linspace(0, len(real) - 1, keep).round().astype(int))]
+        real = _spread(real, [len(p) for p in prompts], keep)
     return GoldenInputs(
         input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real
     )
+
+
+def _spread(real: np.ndarray, prompts: Sequence[int], keep: int) -> np.ndarray:
+    """About ``keep`` of the positions ``real``, [K, 2]: every prompt's first and last one and every row's last one, which show an edit of
+    the last layer there, and evenly spread others."""
+    rows, columns = real.T
+    last = np.append(rows[1:] != rows[:-1], True)
+    ends = np.flatnonzero((columns == 0) | (columns == np.asarray(prompts)[rows] - 1) | last)
+    others = np.linspace(0, len(real) - 1, max(keep - len(ends), 2)).round().astype(int)
+    return real[np.union1d(ends, others)]
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +188,14 @@ def record_golden(
     folder.mkdir(exist_ok=True)
     shared = {f: getattr(inputs, f) for f in inputs.__dataclass_fields__}
     base_logits = eager_logits(model, inputs)
+    schema = GoldenSchema(
+        task=TEXT_CLASSIFICATION if isinstance(inputs, ClassifierInputs) else TEXT_GENERATION,
+        vocabulary=(model.get_output_embeddings() or model.get_input_embeddings()).weight.shape[0],
+        labels=base_logits.shape[1],
+        adapter=False,
+        float32=fp32 is None,
+        noisy=noisy,
+    )
     for name, steerer in {BASE_GOLDEN: None, **steerers}.items():
         if on_name:
             on_name(name)
@@ -202,7 +209,7 @@ def record_golden(
             arrays["base_logits"] = base_logits
             if fp32 is not None:
                 arrays |= {"fp32_logits": fp32[name], "fp32_base_logits": fp32[BASE_GOLDEN]}
-        np.savez_compressed(folder / f"{name}.npz", **arrays)
+        write_golden(folder / f"{name}.npz", arrays, replace(schema, adapter=steerer is not None))
 
 
 def fp32_logits(model: PreTrainedModel, inputs: Inputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:

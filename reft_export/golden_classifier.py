@@ -1,6 +1,6 @@
 """Golden arrays of a classifier: texts and pairs of texts, and the logits that eager PyTorch gives them.
 
-The arrays are those of runtimes/golden_classifier.py.
+The arrays are the CLASSIFIER ones of runtimes/golden_schema.py.
 """
 
 from __future__ import annotations

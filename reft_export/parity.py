@@ -47,9 +47,8 @@ class RecordedBundle(Bundle):
     def golden_names(self) -> tuple[str, ...]:
         return tuple(n for n in (BASE_GOLDEN, *self.adapter_names) if (self.recorded / f"{n}.npz").is_file())
 
-    def golden(self, name: str) -> dict[str, np.ndarray]:
-        with np.load(self.recorded / f"{name}.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
+    def golden_file(self, name: str) -> Path:
+        return self.recorded / f"{name}.npz"
 
 
 def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: str | None = None, report: Report = print) -> ParityReport:
@@ -171,7 +170,7 @@ def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
     """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
     with variant(bundle, float_activations) as changed:
         quantization = replace(bundle.manifest.quantization, scheme="weight-only", accuracy_level=1)
-        yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization))
+        yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization, parity_budget={}))
 
 
 def stored_inputs(bundle: Bundle) -> Inputs:

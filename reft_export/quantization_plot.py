@@ -33,8 +33,8 @@ def plot(report: Any, path: Path) -> None:
 
 
 def _delta(axes: Any, report: Any) -> None:
-    _bars(axes, report, lambda s: s.delta.cosine, "{:.3f}")
-    lowest = min((s.delta.cosine for v in report.variants for s in v.steering), default=1.0)
+    _bars(axes, report, lambda s: s.shown and s.shown.cosine, "{:.3f}")
+    lowest = min((s.delta.cosine for v in report.variants for s in v.steering if s.shown), default=1.0)
     axes.set(title="delta parity: what is left of (steered - base)", ylabel="cosine", ylim=(max(0.0, min(0.9, lowest) - 0.1), 1.06))
 
 

@@ -54,6 +54,11 @@ class Steering:
     success: float | None = None
     agreement: float | None = None
 
+    @property
+    def shown(self) -> Delta | None:
+        """The delta; None where the adapter moves no logit here nor in the float32 model, so that there is none."""
+        return self.delta if self.delta.moved else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -104,8 +109,8 @@ class QuantizationReport:
                         "" if s is None else s.adapter,
                         _figure(v.perplexity, "{:.3f}"),
                         _figure(s and s.perplexity, "{:.3f}"),
-                        _figure(s and s.delta.cosine, "{:.4f}"),
-                        _figure(s and s.delta.norm_ratio, "{:.3f}"),
+                        _figure(s and s.shown and s.shown.cosine, "{:.4f}"),
+                        _figure(s and s.shown and s.shown.norm_ratio, "{:.3f}"),
                         _figure(s and s.figures.kl, "{:.4f}"),
                         _figure(s and s.agreement, "{:.1%}"),
                         _figure(v.success, "{:.0%}"),

@@ -124,17 +124,20 @@ def _hold(
 ) -> Rung:
     """The rung of one name; inputs that are not what the formula gives make its errors infinite."""
     wrong: dict[str, int] = {}
+    followed: set[str] = set()
     ours, theirs = [], []
     for row in _rows(inputs):
         with np.load(folder / f"{name}.{row.number}.npz") as seen:
             restored = {weight: how[weight].restore(*(seen[value] for value in values)) for weight, values in shown.items()}
             theirs.append(seen["logits"])
-        with torch.no_grad(), steering_of(model, steerer) as steering, _following(model, bundle, how, restored, wrong):
+        with torch.no_grad(), steering_of(model, steerer) as steering, _following(model, bundle, how, restored, wrong, followed):
             if steering is not None:
                 steering.prompt_length = [row.prompt_length]
             logits = row.eager(model)
         ours.append(logits[-len(theirs[-1]) :].float().numpy())
     figures, note = compare(np.concatenate(theirs), np.concatenate(ours)), ""
+    if not followed:  # an expert that no token is routed to may be left out, but not every product
+        figures, note = replace(figures, compared=0), "no product of the eager model read a quantized input"
     if wrong:
         worst = max(wrong, key=lambda weight: wrong[weight])
         figures = replace(figures, max_abs=np.inf, max_relative=np.inf)
@@ -151,12 +154,16 @@ def _following(
     how: Mapping[str, ActivationQuantization],
     restored: Mapping[str, np.ndarray],
     wrong: dict[str, int],
+    followed: set[str],
 ) -> Iterator[None]:
-    """Every quantized product of ``model`` reads the graph's x'; those that no rounding of its own x gives are counted in ``wrong``."""
+    """Every quantized product of ``model`` reads the graph's x'; those that no rounding of its own x gives are counted in ``wrong``.
+
+    ``followed`` takes the weights whose products did.
+    """
     handles = []
     try:
         for weight, seen in restored.items():
-            follow = partial(_follow, weight, how[weight], torch.from_numpy(seen), wrong)
+            follow = partial(_follow, weight, how[weight], torch.from_numpy(seen), wrong, followed)
             handles += [m.register_forward_pre_hook(follow) for m in linears_of(model, weight, bundle.manifest.weights)]
         yield
     finally:
@@ -169,9 +176,11 @@ def _follow(
     how: ActivationQuantization,
     seen: torch.Tensor,
     wrong: dict[str, int],
+    followed: set[str],
     module: torch.nn.Module,
     arguments: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, ...]:
+    followed.add(weight)
     x = arguments[0]
     seen = seen.reshape(x.shape).to(x.dtype)
     slack = NUDGE * x.abs().amax(-1, keepdim=True)

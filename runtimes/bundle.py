@@ -4,7 +4,7 @@
     model.onnx, model.onnx.data   the folded graph
     adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
     adapters/<name>.json          AdapterRecord below
-    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see reft_export/golden.py)
+    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/golden_schema.py)
     genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
     lib/<platform>/               the op library, where asked for
     tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
@@ -25,6 +25,7 @@ import numpy as np
 from runtimes.adapter import BaseModel
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, BundleError, ReftError
+from runtimes.golden_schema import GoldenSchema, read_golden
 from runtimes.hashes import sha256_of
 from runtimes.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.positions import PositionRule
@@ -40,7 +41,9 @@ DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
 NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
 WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
-"""Schemes that leave activations in the graph's float type; all others quantize them too."""
+"""Schemes that leave activations in the graph's float type."""
+ACTIVATION_SCHEMES = ("dynamic", "static", "qdq-int8", "fp8")
+"""Those that quantize them too."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -275,10 +278,25 @@ class Bundle:
         return tuple(name for name in names if f"golden/{name}.npz" in self.manifest.files)
 
     def golden(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of ``name``, as runtimes/golden_schema.py describes and checks them."""
         if name not in self.golden_names:
             raise BundleError(f"{self.folder} has no golden arrays for {name!r}; it has: {', '.join(self.golden_names) or 'none'}")
-        with np.load(self.folder / "golden" / f"{name}.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
+        return read_golden(self.golden_file(name), self.golden_schema(name))
+
+    def golden_file(self, name: str) -> Path:
+        return self.folder / "golden" / f"{name}.npz"
+
+    def golden_schema(self, name: str) -> GoldenSchema:
+        m = self.manifest
+        return GoldenSchema(
+            task=m.task,
+            vocabulary=m.model.vocab_size,
+            labels=len(m.labels),
+            context=m.model.context_length,
+            adapter=name != BASE_GOLDEN,
+            float32=m.precision == "fp32" and m.quantization is None,
+            noisy=m.quantization is not None and m.quantization.quantizes_activations,
+        )
 
     @property
     def digest(self) -> str:
@@ -316,6 +334,7 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     unlisted = sorted(expected - set(manifest.files))
     if unlisted or len(set(nodes)) != len(nodes):
         raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted or 'a node listed twice'}; export again")
+    check_adapters(folder / MANIFEST_FILE, manifest.files, manifest.adapters)
     check_files(folder, manifest.files, MANIFEST_FILE, verify=verify)
     return Bundle(folder=folder, manifest=manifest)
 
@@ -336,6 +355,14 @@ def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None
     path = folder / "adapters" / f"{check_adapter_name(name)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+
+
+def check_adapters(listed_in: Path, files: Collection[str], adapters: Collection[str]) -> None:
+    """Raises BundleError where files of an adapter are listed and the adapter is not: no parity would be taken of it."""
+    for path in map(PurePosixPath, sorted(files)):
+        name = path.name.rpartition(".")[0]
+        if str(path.parent) in ("adapters", "golden") and name not in adapters and str(path) != f"golden/{BASE_GOLDEN}.npz":
+            raise BundleError(f"{listed_in}: {path} is listed, and adapter {name!r} is not; export again")
 
 
 def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *, verify: bool) -> None:

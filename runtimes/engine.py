@@ -24,6 +24,7 @@ from runtimes.bundle import (
     FileRecord,
     Manifest,
     TensorRecord,
+    check_adapters,
     check_files,
     hash_files,
     read_json,
@@ -142,6 +143,7 @@ def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
     unlisted = sorted(needed - set(engine.files))
     if unlisted or len(set(nodes)) != len(nodes):
         raise BundleError(f"{folder / ENGINE_MANIFEST}: no hash for {unlisted or 'a node listed twice'}; build it again")
+    check_adapters(folder / ENGINE_MANIFEST, engine.files, manifest.adapters)
     check_files(folder, engine.files, ENGINE_MANIFEST, verify=verify)
     return Engine(folder=folder, manifest=replace(manifest, files=engine.files), engine=engine)
 

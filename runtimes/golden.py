@@ -1,17 +1,8 @@
 """Holds a bundle against its golden arrays on this device: logits, greedy tokens, steering, and the KV cache fed in every way.
 
-Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
-
-    input_ids, attention_mask  int64 [B, S]   prompts with their greedy continuations, right padded
-    prompt_length              int64 [B]
-    logit_positions            int64 [K, 2]   (row, column) of the recorded logits
-    logits, base_logits        float32 [K, V] base_logits beside an adapter's logits only: the base on the same inputs
-    fp32_logits, fp32_base_logits  [K, V]     the same two of the float32 model, where the bundle's own weights are not that
-    noise                      float32 [2]    where activations are quantized: error and top-1 of the reference against itself
-    greedy_tokens              int64 [B, G]   continuation of each prompt, -1 after its end
-
-Logits are held to the eager model with the bundle's own weights, so that export errors show alone; deltas to the float32 model, so
-that they say what quantization left of the steering. A classifier's arrays are those of runtimes/golden_classifier.py.
+The arrays are those of runtimes/golden_schema.py. Logits are held to the eager model with the bundle's own weights, so that export
+errors show alone; deltas to the float32 model, so that they say what quantization left of the steering. A classifier is held by
+runtimes/golden_classifier.py.
 """
 
 from __future__ import annotations
@@ -25,9 +16,9 @@ from runtimes.bundle import BASE_GOLDEN, Bundle
 from runtimes.engine import Engine
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
-from runtimes.golden_arrays import Golden, read_arrays
+from runtimes.golden_arrays import Golden, read_arrays, steering_shown
 from runtimes.golden_classifier import ClassifierGolden, check_classifier, classifier_figures
-from runtimes.parity import Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
+from runtimes.parity import NOTHING, Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
 from runtimes.tasks import TEXT_CLASSIFICATION
 
 
@@ -87,8 +78,7 @@ class _Golden(Golden):
 
     @classmethod
     def read(cls, bundle: Bundle, name: str) -> _Golden:
-        wanted = {"input_ids", "attention_mask", "prompt_length", "logit_positions", "greedy_tokens"}
-        arrays, fields = read_arrays(bundle, name, wanted)
+        arrays, fields = read_arrays(bundle, name)
         return cls(
             rows=[row[real > 0] for row, real in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)],
             prompt_length=arrays["prompt_length"],
@@ -136,7 +126,10 @@ class _Layout:
 
 
 def _run(session: Session, golden: _Golden, layout: _Layout) -> dict[int, np.ndarray]:
-    """Logits by golden position; a graph with the last logits only has those of one column per call."""
+    """Logits by golden position; a graph with the last logits only has those of one column per call.
+
+    Every position that the layout has to show is there: NaN, where the session gave no logits for it.
+    """
     every = range(len(golden.rows))
     logits: dict[int, np.ndarray] = {}
     for chosen in [[row] for row in every] if layout.alone else [list(every)]:
@@ -153,9 +146,17 @@ def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[
     for i, row in enumerate(chosen):
         ids[i, places[i]], mask[i, places[i]] = golden.rows[row], 1
     wanted = {k: (chosen.index(row), places[chosen.index(row)][c]) for k, (row, c) in enumerate(golden.positions) if row in chosen}
-    logits: dict[int, np.ndarray] = {}
-    for start, output in columns(session, ids, mask, prompt, layout.widths(total, prompt.tolist())):
+    widths, width = layout.widths(total, prompt.tolist()), golden.logits.shape[1]
+    if session.bundle.manifest.logits == "last":
+        ends = set((np.cumsum(widths) - 1).tolist())
+        wanted = {k: (i, column) for k, (i, column) in wanted.items() if column in ends}
+    logits = {k: np.full(width, np.nan, np.float32) for k in wanted}
+    for start, output in columns(session, ids, mask, prompt, widths):
         first = max(start, output.past.width - output.logits.shape[1])
+        if output.logits.shape[2] != width:
+            raise BundleError(
+                f"{session.bundle.folder} gives {output.logits.shape[2]} logits a token, its golden arrays hold {width}; export it again"
+            )
         for k, (i, column) in wanted.items():
             if first <= column < output.past.width:
                 logits[k] = output.logits[i, column - first].copy()
@@ -185,15 +186,14 @@ def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
     for name, layout in layouts.items():
         logits = _run(session, golden, layout)
         found = sorted(logits)
-        if not found:
-            continue
-        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found])
-        note = "" if len(found) == len(golden.logits) else f"{len(found)} of {len(golden.logits)} positions have logits"
+        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found]) if found else NOTHING
+        given = sum(not np.isnan(row).all() for row in logits.values())
+        note = "" if given == len(golden.logits) else f"{given} of {len(golden.logits)} positions have logits"
         delta = None
         if not rungs:
             differs = _greedy_difference(session, golden)
-            figures, note = replace(figures, greedy_equal=not differs), differs or note
-            delta = _delta(session, golden, logits, layout)
+            delta, unmoved = steering_shown(session, golden.adapter, _delta(session, golden, logits, layout))
+            figures, note = replace(figures, greedy_equal=not differs), differs or unmoved or note
         rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
     return rungs
 

@@ -1,13 +1,7 @@
 """Holds a classifier's bundle against its golden arrays: logits, labels and steering, text by text and in padded batches.
 
-Golden arrays (golden/<name>.npz, recorded on the host by the eager model):
-
-    input_ids, attention_mask, token_type_ids  int64 [B, S]   texts and pairs of texts, right padded
-    logits, base_logits            float32 [B, labels]        base_logits beside an adapter's logits only: the base on the same inputs
-    fp32_logits, fp32_base_logits  [B, labels]                the same two of the float32 model, where the bundle's weights are not that
-    noise                          float32 [2]                where activations are quantized: of the reference against itself
-
-Top-1 agreement is that of the labels. An adapter brings its head: (steered - base) is what edit and head change together.
+The arrays are the CLASSIFIER ones of runtimes/golden_schema.py. Top-1 agreement is that of the labels. An adapter brings its head:
+(steered - base) is what edit and head change together.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle
 from runtimes.encoded_text import EncodedText, padded, rows_of
-from runtimes.golden_arrays import Golden, read_arrays
+from runtimes.golden_arrays import Golden, read_arrays, steering_shown
 from runtimes.parity import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 
 EXTRA_PADS = 3
@@ -32,7 +26,7 @@ class ClassifierGolden(Golden):
 
     @classmethod
     def read(cls, bundle: Bundle, name: str) -> ClassifierGolden:
-        arrays, fields = read_arrays(bundle, name, {"input_ids", "attention_mask", "token_type_ids"})
+        arrays, fields = read_arrays(bundle, name)
         return cls(texts=rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"]), **fields)
 
 
@@ -49,8 +43,8 @@ def check_classifier(session: Any, golden: ClassifierGolden, budget: Budget) -> 
     rungs = []
     for name, (batches, extra) in layouts.items():
         logits = _run(session, golden, batches, extra)
-        delta = None if rungs else _delta(session, golden, logits)
-        rungs.append(judge(f"{golden.name}: {name}", "eager", compare(logits, golden.logits), budget, delta=delta))
+        delta, note = (None, "") if rungs else steering_shown(session, golden.adapter, _delta(session, golden, logits))
+        rungs.append(judge(f"{golden.name}: {name}", "eager", compare(logits, golden.logits), budget, delta=delta, note=note))
     return rungs
 
 
@@ -64,7 +58,7 @@ def classifier_figures(session: Any, golden: ClassifierGolden) -> tuple[Figures,
 def _run(session: Any, golden: ClassifierGolden, batches: Sequence[Sequence[int]], extra: int = 0) -> np.ndarray:
     """Logits [B, labels] in the golden order; pads beyond the context are left out."""
     model = session.bundle.manifest.model
-    logits = np.zeros_like(golden.logits)
+    logits = np.full_like(golden.logits, np.nan)  # what no batch brings is missed, and no zero that could be right
     for batch in batches:
         texts = [golden.texts[row] for row in batch]
         room = min(extra, model.context_length - max(map(len, texts)))

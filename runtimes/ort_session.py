@@ -39,6 +39,7 @@ DTYPES = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
 }
+FLOAT_TYPES = dict(zip(("fp32", "fp16", "bf16"), DTYPES, strict=True))
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
 FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
@@ -88,6 +89,7 @@ class OrtGraph:
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._check_contract()
+        _check_precision(bundle, self._session)
         self._taken = {*self._inputs, *(i.name for i in self._session.get_overridable_initializers())}
         # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
         # adapter without a word: there the adapter's tensors are bound as inputs.
@@ -195,6 +197,19 @@ class OrtSession(OrtGraph):
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {name: _empty(self._inputs[name], batch) for name in self._cache_inputs}
+
+
+def _check_precision(bundle: Bundle, session: ort.InferenceSession) -> None:
+    """Raises BundleError where the edits have another float type than the manifest says: its parity budget follows from that."""
+    banks = {bank for node in bundle.nodes for bank in node.bank_names}
+    precision = bundle.manifest.precision
+    expected = FLOAT_TYPES.get(precision)
+    for value in session.get_overridable_initializers():
+        if value.name in banks and value.type != expected:
+            raise BundleError(
+                f"{bundle.folder}: manifest.json says precision {precision}, and {value.name} in {bundle.graph_path.name} is "
+                f"{value.type}; export the bundle again"
+            )
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import Manifest
-from runtimes.errors import InputError, ParityError
+from runtimes.bundle import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
+from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.records import RecordError, from_json, parse_json, to_json
 
 TIE = 1e-6
@@ -20,10 +21,11 @@ TIE = 1e-6
 class Figures:
     """``max_abs``; ``max_relative`` = max_abs / max |reference|; ``kl`` mean KL(reference || candidate) in nats; ``top1`` agreement.
 
-    ``kl`` and ``top1`` are None where no logits were compared, ``greedy_equal`` where no tokens were generated. A candidate that is not
-    finite has infinite errors, and top1 0.
+    ``compared``: rows of logits, or of an edit's values, that the figures are taken over. ``kl`` and ``top1`` are None where those were
+    no logits, ``greedy_equal`` where no tokens were generated. A candidate that is not finite has infinite errors, and top1 0.
     """
 
+    compared: int
     max_abs: float
     max_relative: float
     kl: float | None
@@ -31,12 +33,19 @@ class Figures:
     greedy_equal: bool | None = None
 
 
+NOTHING = Figures(compared=0, max_abs=np.inf, max_relative=np.inf, kl=None, top1=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What became of the steering: (steered - base) on the device against the reference's, over all compared logits."""
+    """What became of the steering: (steered - base) on the device against the reference's, over all compared logits.
+
+    ``moved``: whether it changed any of them, on either side; where it did not, there is nothing to compare.
+    """
 
     cosine: float
     norm_ratio: float
+    moved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,7 @@ class Budget:
     delta: float
 
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 BUDGETS = {
     b.name: b
     for b in (
@@ -62,6 +72,12 @@ BUDGETS = {
 }
 """The design's table. It is changed there first, with a reason, and never to fit a result."""
 
+MOST_NOISE = (0.1, 0.8)
+"""The reference's recorded noise widens a row by no more than this: (relative error, top-1 agreement).
+
+Seen were 5 % of the largest logit and 2 % of the tokens. Logits of zeros are off by 100 %, those of another text by more.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
@@ -74,7 +90,6 @@ class Rung:
     budget: Budget
     passed: bool
     note: str = ""
-
 
     @property
     def lost_steering(self) -> bool:
@@ -129,12 +144,13 @@ def compare(candidate: np.ndarray, reference: np.ndarray) -> Figures:
     if not np.isfinite(y).all():
         raise InputError("the reference logits are not finite; record them again")
     if not np.isfinite(x).all():
-        return Figures(max_abs=np.inf, max_relative=np.inf, kl=np.inf, top1=0.0)
+        return Figures(compared=len(y), max_abs=np.inf, max_relative=np.inf, kl=np.inf, top1=0.0)
     scale = float(np.abs(y).max())
     max_abs = float(np.abs(x - y).max())
     log_p, log_q = _log_softmax(y), _log_softmax(x)
     chosen = y[np.arange(len(y)), x.argmax(1)]
     return Figures(
+        compared=len(y),
         max_abs=max_abs,
         max_relative=max_abs / scale if scale else (np.inf if max_abs else 0.0),
         kl=max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())),
@@ -145,15 +161,17 @@ def compare(candidate: np.ndarray, reference: np.ndarray) -> Figures:
 def compare_deltas(steered: np.ndarray, base: np.ndarray, reference_steered: np.ndarray, reference_base: np.ndarray) -> Delta:
     """cosine and norm ratio of d = steered - base against the reference's, over all [K, V] values as one vector, in float64.
 
-    Where neither moves anything, steering is preserved (1, 1); where only one does, the cosine is 0.
+    Where neither moves anything, that is what both say (1, 1, not moved); where only one does, the cosine is 0.
     """
     d = (np.asarray(steered, np.float64) - base).ravel()
     r = (np.asarray(reference_steered, np.float64) - reference_base).ravel()
+    if d.shape != r.shape or not d.size or not np.isfinite(r).all():
+        raise InputError(f"steering to compare is finite, alike and not empty; got {d.size} and {r.size} values; record it again")
     if not np.isfinite(d).all():
         return Delta(cosine=0.0, norm_ratio=np.inf)
     norm_d, norm_r = float(np.linalg.norm(d)), float(np.linalg.norm(r))
     if not norm_d and not norm_r:
-        return Delta(cosine=1.0, norm_ratio=1.0)
+        return Delta(cosine=1.0, norm_ratio=1.0, moved=False)
     if not norm_d or not norm_r:
         return Delta(cosine=0.0, norm_ratio=np.inf if norm_d else 0.0)
     return Delta(cosine=float(d @ r / (norm_d * norm_r)), norm_ratio=norm_d / norm_r)
@@ -163,20 +181,48 @@ def budget_for(manifest: Manifest) -> Budget:
     """The row of the table that a bundle is held to on a device.
 
     Accuracy level 4 quantizes activations inside MatMulNBits, so it is held to that row. Where a half-precision graph holds
-    quantized weights, both rows apply and the wider bound of each figure counts.
+    quantized weights, both rows apply and the wider bound of each figure counts. The manifest's own ``parity_budget`` may be tighter.
+
+    Raises BundleError for a manifest that no row is for, or whose own budget is no budget, or wider than the row.
     """
+    return _tightened(_row_for(manifest), manifest.parity_budget)
+
+
+def _row_for(manifest: Manifest) -> Budget:
     q = manifest.quantization
+    if manifest.precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise BundleError(f"manifest.json: precision {manifest.precision!r} is unknown; known: {known}; export the bundle again")
     if q is None:
         return BUDGETS[manifest.precision]
+    if q.scheme not in (*WEIGHT_ONLY_SCHEMES, *ACTIVATION_SCHEMES) or q.bits not in (4, 8):
+        raise BundleError(f"manifest.json: quantization {q.scheme!r} of {q.bits} bits is unknown; quantize the bundle again")
     row = BUDGETS["activation-quantized" if q.quantizes_activations else f"weight-only int{q.bits}"]
-    if manifest.precision == "fp32":
-        return row
-    return _wider(row, BUDGETS[manifest.precision])
+    return row if manifest.precision == "fp32" else _wider(row, BUDGETS[manifest.precision])
+
+
+def _tightened(row: Budget, stated: Mapping[str, float]) -> Budget:
+    for name, value in stated.items():
+        if name not in ("logits", "top1", "delta"):
+            raise BundleError(f"manifest.json: parity_budget has {name!r}; known: logits, top1, delta; export the bundle again")
+        bound = getattr(row, name)
+        lowest, highest = (0, bound) if name == "logits" else (bound, 1)
+        if not lowest <= value <= highest:
+            raise BundleError(
+                f"manifest.json: parity_budget.{name} is {value:g}, expected {lowest:g} to {highest:g}: a manifest may only tighten the "
+                f"budget of {row.name}; export the bundle again"
+            )
+    return replace(row, **stated)
 
 
 def judge(name: str, against: str, figures: Figures, budget: Budget, *, delta: Delta | None = None, note: str = "") -> Rung:
-    """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom."""
-    passed = _answers(figures, budget) and (delta is None or delta.cosine >= budget.delta)
+    """A rung and whether it passed. Greedy tokens are held equal only where the budget leaves top-1 no freedom.
+
+    What compared nothing, logits or steering, does not pass, and its note says so.
+    """
+    nothing = "nothing was compared" if not figures.compared else "its steering changes no logit" if delta and not delta.moved else ""
+    passed = not nothing and _answers(figures, budget) and (delta is None or delta.cosine >= budget.delta)
+    note = "; ".join(filter(None, (nothing, note)))
     return Rung(name=name, against=against, figures=figures, delta=delta, budget=budget, passed=passed, note=note)
 
 
@@ -200,8 +246,11 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 def _shortfall(rung: Rung) -> str:
     f, b = rung.figures, rung.budget
+    if not f.compared:
+        return rung.note
     if f.max_relative > b.logits:
-        return f"relative logit error {f.max_relative:.2g}, budget {b.logits:g} ({b.name})"
+        why = f": {rung.note}" if rung.note and f.max_relative == np.inf else ""
+        return f"relative logit error {f.max_relative:.2g}, budget {b.logits:g} ({b.name}){why}"
     if f.top1 is not None and f.top1 < b.top1:
         return f"top-1 agreement {f.top1:.4f}, budget {b.top1:g} ({b.name})"
     if rung.delta is not None and rung.delta.cosine < b.delta:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from runtimes.errors import InputError
+from runtimes.errors import InputError, ReftError
 from runtimes.generate import Session, columns
 from runtimes.tokenizer import Tokenizer
 
@@ -31,7 +31,10 @@ def perplexity(session: Session, tokenizer: Tokenizer, text: str) -> float:
     tokens = tokens[len(lead) :]
     if len(tokens) < 2:
         raise InputError(f"perplexity needs a text of two tokens or more, this one has {len(tokens)}")
-    half = min(HALF_WINDOW, (session.bundle.manifest.model.context_length - 1) // 2, len(tokens) // 2)
+    model = session.bundle.manifest.model
+    half = min(HALF_WINDOW, (model.context_length - 1) // 2, len(tokens) // 2)
+    if half < 1:
+        raise InputError(f"perplexity needs a context of three tokens or more, {model.name} has {model.context_length}")
     total, count = 0.0, 0
     for start in range(0, len(tokens) - half, half):
         window = [*lead, *tokens[start : start + 2 * half]]
@@ -60,7 +63,10 @@ def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterato
     for _, output in columns(session, ids, np.ones_like(ids), np.array([prompt], np.int64), widths):
         first = output.past.width - output.logits.shape[1]
         for column in range(max(first, prompt - 1), output.past.width):
-            yield tokens[column + 1], output.logits[0, column - first]
+            row = output.logits[0, column - first]
+            if not np.isfinite(row).all():
+                raise ReftError("the model's logits are not finite; check the bundle with `reft-export parity`")
+            yield tokens[column + 1], row
 
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:

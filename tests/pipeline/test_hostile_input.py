@@ -489,6 +489,40 @@ def test_bundles_that_are_files_or_nothing(stage) -> None:
     refused(stage, command(stage, "inspect", graph=stage.root), "is not an adapter folder")
 
 
+def _golden(**changes: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
+    """Arrays of the adapter as somebody changed them, sealed by their hash again."""
+
+    def damage(bundle: Path) -> None:
+        path = bundle / "golden" / "tied.npz"
+        with np.load(path) as arrays:
+            np.savez(path, **{name: changes.get(name, np.asarray)(arrays[name]) for name in arrays})
+        seal = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        _manifest(lambda m: m["files"].update({"golden/tied.npz": seal}))(bundle)
+
+    return damage
+
+
+PARITY = {
+    "no position": (_golden(**dict.fromkeys(("logit_positions", "logits", "base_logits"), lambda a: a[:0])), "nothing to compare"),
+    "positions that are no token's": (_golden(logit_positions=lambda a: a + 1000), "logit_positions that are no token's"),
+    "negative tokens": (_golden(input_ids=lambda a: -a), "values in input_ids from -"),
+    "no greedy token": (_golden(greedy_tokens=lambda a: 0 * a - 1), "greedy_tokens with a row that is empty"),
+    "logits of NaN": (_golden(logits=lambda a: a * np.nan), "values in logits that are not finite"),
+    "a wider budget": (_manifest(lambda m: m["parity_budget"].update(logits=1.0)), "a manifest may only tighten the budget of fp32"),
+    "a renamed budget": (_manifest(lambda m: m.update(parity_budget={"relative": 1.0})), "parity_budget has 'relative'; known: logits"),
+    "another precision": (_manifest(lambda m: m.update(precision="bf16")), "says precision bf16, and .* is tensor.float."),
+    "an adapter less": (_manifest(lambda m: m["adapters"].remove("tied")), "tied.json is listed, and adapter 'tied' is not"),
+}
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_parity_with_nothing_to_hold_against(case, stage) -> None:
+    bundle = stage.own_bundle()
+    damage, match = PARITY[case]
+    damage(bundle)
+    refused(stage, ["parity", bundle], match)
+
+
 # --- adapters of others ---------------------------------------------------------------------------
 
 

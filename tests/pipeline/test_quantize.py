@@ -84,7 +84,7 @@ def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_pat
 
 def test_only_who_loses_nothing_but_the_delta_is_named() -> None:
     budget = BUDGETS["weight-only int4"]
-    right, wrong = (Figures(max_abs=e, max_relative=e, kl=0.0, top1=1.0, greedy_equal=True) for e in (0.0, 1.0))
+    right, wrong = (Figures(compared=1, max_abs=e, max_relative=e, kl=0.0, top1=1.0, greedy_equal=True) for e in (0.0, 1.0))
     kept, lost = Delta(cosine=0.95, norm_ratio=1.0), Delta(cosine=0.5, norm_ratio=1.0)
     found = {"kept": (right, kept), "weak": (right, lost), "wrong": (wrong, lost), "both.1": (right, lost)}
     rungs = [judge(f"int4 level 4, {name}: full forward", "eager", f, budget, delta=d) for name, (f, d) in found.items()]

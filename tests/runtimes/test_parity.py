@@ -34,7 +34,7 @@ def test_figures_are_what_they_say() -> None:
     figures = compare(candidate, reference)
     assert (figures.max_abs, figures.max_relative, figures.top1) == (1.0, 0.25, 0.5)
     assert figures.kl == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-12)
-    assert compare(reference, reference) == Figures(max_abs=0.0, max_relative=0.0, kl=0.0, top1=1.0)
+    assert compare(reference, reference) == Figures(compared=2, max_abs=0.0, max_relative=0.0, kl=0.0, top1=1.0)
 
 
 def test_only_the_references_ties_excuse_another_top_token() -> None:
@@ -69,7 +69,7 @@ def test_deltas() -> None:
     assert compare_deltas(other - move, other, base + move, base).cosine == pytest.approx(-1)
     assert compare_deltas(other, other, base + move, base) == Delta(cosine=0.0, norm_ratio=0.0)
     assert compare_deltas(other + move, other, base, base) == Delta(cosine=0.0, norm_ratio=np.inf)
-    assert compare_deltas(other, other, base, base) == Delta(cosine=1.0, norm_ratio=1.0)
+    assert compare_deltas(other, other, base, base) == Delta(cosine=1.0, norm_ratio=1.0, moved=False)
     assert compare_deltas(other * np.nan, other, base + move, base).cosine == 0.0
 
 
@@ -108,11 +108,11 @@ def quantized(scheme: str, bits: int, level: int) -> Quantization:
     ids=str,
 )
 def test_which_budget_applies(precision: str, quantization: Quantization | None, expected: Budget) -> None:
-    assert budget_for(SimpleNamespace(precision=precision, quantization=quantization)) == expected
+    assert budget_for(SimpleNamespace(precision=precision, quantization=quantization, parity_budget={})) == expected
 
 
 def test_every_figure_is_judged() -> None:
-    good = Figures(max_abs=0.1, max_relative=2e-5, kl=0.0, top1=1.0, greedy_equal=True)
+    good = Figures(compared=2, max_abs=0.1, max_relative=2e-5, kl=0.0, top1=1.0, greedy_equal=True)
     steering = Delta(cosine=0.99999, norm_ratio=1.0)
     assert judge("x", "y", good, FP32, delta=steering).passed
     assert judge("x", "y", replace(good, greedy_equal=None), FP32).passed
@@ -124,8 +124,9 @@ def test_every_figure_is_judged() -> None:
 
 
 def test_reports_survive_json_and_raise_with_the_figures() -> None:
-    good = judge("a", "eager", Figures(max_abs=0.0, max_relative=0.0, kl=0.0, top1=1.0), FP32, delta=Delta(cosine=1.0, norm_ratio=1.0))
-    bad = judge("b", "eager", Figures(max_abs=np.inf, max_relative=np.inf, kl=np.inf, top1=0.0), FP32, note="a note")
+    right = Figures(compared=2, max_abs=0.0, max_relative=0.0, kl=0.0, top1=1.0)
+    good = judge("a", "eager", right, FP32, delta=Delta(cosine=1.0, norm_ratio=1.0))
+    bad = judge("b", "eager", Figures(compared=2, max_abs=np.inf, max_relative=np.inf, kl=np.inf, top1=0.0), FP32, note="a note")
     report = ParityReport(rungs=(good, bad))
     assert ParityReport.from_json(report.to_json()) == report
     assert json.loads(report.to_json())["passed"] is False
@@ -261,7 +262,7 @@ def test_deltas_are_held_to_the_float32_model_where_there_is_one(tmp_path: Path)
 
 
 def test_a_quantized_bundle_is_held_to_its_own_row(tmp_path: Path) -> None:
-    bundle = change_manifest(write_toy_bundle(tmp_path / "b"), quantization=quantized("weight-only", 4, 4))
+    bundle = change_manifest(write_toy_bundle(tmp_path / "b", float32_arrays=True), quantization=quantized("weight-only", 4, 4))
     assert {r.budget.name for r in check_golden(bundle, OrtSession(bundle, threads=1)).rungs} == {"activation-quantized"}
 
 

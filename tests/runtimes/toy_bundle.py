@@ -170,7 +170,9 @@ ADAPTERS = {
 }
 
 
-def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter]) -> dict[str, np.ndarray]:
+def golden_arrays(
+    decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], *, float32_arrays: bool = False
+) -> dict[str, np.ndarray]:
     """What the host records of the eager model: here of the numpy decoder."""
     tokenizer = toy_tokenizer()
     prompts = [tokenizer.encode(p).ids for p in PROMPTS]
@@ -194,7 +196,11 @@ def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter]) 
         "logits": recorded(adapter),
         "greedy_tokens": np.array([decoder.greedy(p, 12, adapter) for p in prompts]),
     }
-    return arrays if adapter is None else arrays | {"base_logits": recorded(None)}
+    if adapter is None:
+        return arrays
+    arrays["base_logits"] = recorded(None)
+    # The decoder is float64: what it says is what any float type is held to.
+    return arrays | ({f"fp32_{n}": arrays[n] for n in ("logits", "base_logits")} if float32_arrays else {})
 
 
 def write_toy_bundle(
@@ -206,7 +212,9 @@ def write_toy_bundle(
     position_ids: bool = True,
     adapters: dict[str, Adapter] | None = None,
     decoder: ToyDecoder | None = None,
+    float32_arrays: bool = False,
 ) -> Bundle:
+    """``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision has them anyway."""
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
@@ -231,8 +239,9 @@ def write_toy_bundle(
         tensors |= adapter.rule_tensors() if slot_mode == "graph" else {}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
     (folder / "golden").mkdir()
+    half = float32_arrays or precision != "fp32"
     for name in ("base", *adapters):
-        np.savez(folder / "golden" / f"{name}.npz", **golden_arrays(decoder, name, adapters))
+        np.savez(folder / "golden" / f"{name}.npz", **golden_arrays(decoder, name, adapters, float32_arrays=half))
     toy_tokenizer().save(str(folder / "tokenizer.json"))
     manifest = Manifest(
         created_by="tests",

@@ -1,0 +1,246 @@
+"""Golden arrays as one table: what golden/<name>.npz holds, the writer that keeps to it, and the reader that refuses anything else.
+
+One npz per name, "base" and every adapter: inputs, and what the eager model answered to them, recorded on the host so that a device can
+check itself without PyTorch. DECODER and CLASSIFIER below are the format. A letter in a shape is a size that all arrays of a file share:
+
+    B rows    S columns    K recorded positions    G greedy tokens    V the model's vocabulary    L a classifier's labels
+
+Rows are right padded. A decoder's are prompts, each followed by the first tokens of the base's greedy continuation.
+
+Logits are those of the eager model with the weights that the bundle ships, so that export errors show alone; the fp32 ones are of the
+float32 model before any quantization or rounding, and delta parity is measured against them, so that it says what quantization left of
+the steering. A refitted adapter's are of the adapter that it was refitted from.
+"""
+
+from __future__ import annotations
+
+import math
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from runtimes.errors import BundleError, InputError
+from runtimes.tasks import TEXT_CLASSIFICATION
+
+LARGEST = 2**28
+"""Bytes of one file's arrays, unpacked; the recorder stays below a quarter of that."""
+
+UNREADABLE = (
+    OSError, EOFError, MemoryError, RuntimeError, SyntaxError, ValueError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What zipfile and numpy raise over a file that is none of theirs: headers are Python literals, which numpy parses."""
+
+ALWAYS, ADAPTERS, FLOAT32, NOISE = "always", "adapters", "adapters, of a bundle that is not float32", "where activations are quantized"
+"""When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenArray:
+    """One array of the file: ``lowest`` and ``below`` bound every value, tokens' where the mask is 1; floats are finite besides."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+    holds: str
+    when: str = ALWAYS
+    lowest: float | None = None
+    below: float | str | None = None
+
+
+_NOISE = GoldenArray(
+    name="noise", dtype="float32", shape=(2,), when=NOISE, lowest=0, below=float(np.nextafter(np.float32(1), np.float32(2))),
+    holds="largest relative error and lowest top-1 agreement of the reference against itself, see reft_export.golden.reference_noise",
+)  # fmt: skip
+
+
+def _logits(rows: str, width: str) -> tuple[GoldenArray, ...]:
+    kinds = {
+        "logits": (ALWAYS, "of this name"),
+        "base_logits": (ADAPTERS, "the base's, on the same inputs"),
+        "fp32_logits": (FLOAT32, "of this name, by the float32 model"),
+        "fp32_base_logits": (FLOAT32, "the base's, by the float32 model"),
+    }
+    return tuple(
+        GoldenArray(name=name, dtype="float32", shape=(rows, width), when=when, holds=holds) for name, (when, holds) in kinds.items()
+    )
+
+
+def _integers(name: str, shape: tuple[str | int, ...], lowest: int, below: float | str, holds: str) -> GoldenArray:
+    return GoldenArray(name=name, dtype="int64", shape=shape, lowest=lowest, below=below, holds=holds)
+
+
+DECODER = (
+    _integers("input_ids", ("B", "S"), 0, "V", "a prompt and the first tokens of the base's greedy continuation"),
+    _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
+    _integers("prompt_length", ("B",), 1, "S", "tokens of each prompt; at least one of the continuation follows"),
+    _integers("logit_positions", ("K", 2), 0, math.inf, "(row, column) of the recorded logits, each once, on tokens, one behind a prompt"),
+    _integers("greedy_tokens", ("B", "G"), -1, "V", "each prompt's greedy continuation under this name, end tokens ignored; -1 behind it"),
+    *_logits("K", "V"),
+    _NOISE,
+)
+CLASSIFIER = (
+    _integers("input_ids", ("B", "S"), 0, "V", "a text or a pair of texts"),
+    _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
+    _integers("token_type_ids", ("B", "S"), 0, 2, "which text of a pair each token is of"),
+    *_logits("B", "L"),
+    _NOISE,
+)
+
+
+class GoldenError(ValueError):
+    """What is wrong with golden arrays; their reader and their writer say where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenSchema:
+    """What one file must hold. ``float32``: the bundle's own weights and activations are that; ``noisy``: its activations are quantized."""
+
+    task: str
+    vocabulary: int
+    labels: int = 0
+    context: int | None = None
+    """Columns that fit the model; None where the writer asks, whose model has just run them."""
+    adapter: bool
+    float32: bool
+    noisy: bool
+
+    @property
+    def table(self) -> dict[str, GoldenArray]:
+        """Every array that may be there, by name."""
+        absent = {*(() if self.adapter else (ADAPTERS, FLOAT32)), *(() if self.noisy else (NOISE,))}
+        return {a.name: a for a in (CLASSIFIER if self.task == TEXT_CLASSIFICATION else DECODER) if a.when not in absent}
+
+    @property
+    def required(self) -> set[str]:
+        optional = {NOISE, FLOAT32} if self.float32 else {NOISE}
+        return {name for name, array in self.table.items() if array.when not in optional}
+
+    def check_headers(self, headers: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+        """Raises GoldenError unless names, dtypes and shapes are the table's, and sizes agree; needs no values."""
+        table = self.table
+        float32 = {name for name, array in table.items() if array.when == FLOAT32}
+        if missing := sorted((self.required | (float32 if float32 & set(headers) else set())) - set(headers)):
+            raise GoldenError(f"lacks {missing}")
+        if unknown := sorted(set(headers) - set(table)):
+            raise GoldenError(f"holds {unknown}, which no golden arrays of this kind have")
+        sizes: dict[str, int] = {"V": self.vocabulary, "L": self.labels}
+        for name, array in table.items():
+            if name not in headers:
+                continue
+            dtype, shape = headers[name]
+            if dtype != np.dtype(array.dtype) or len(shape) != len(array.shape):
+                raise GoldenError(f"has {name} as {dtype} {list(shape)}, expected {array.dtype} {_shape(array)}")
+            for axis, size in zip(array.shape, shape, strict=True):
+                expected = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+                if size != expected:
+                    raise GoldenError(f"has {name} of shape {list(shape)}, expected {_shape(array)} with {axis} = {expected}")
+                if not size:
+                    raise GoldenError(f"has {name} of shape {list(shape)}: there is nothing to compare")
+        longest = max(sizes["S"], sizes.get("G", 0))
+        if self.context is not None and longest > self.context:
+            raise GoldenError(f"has rows of {longest} tokens, more than the model's context ({self.context})")
+        if (size := sum(dtype.itemsize * math.prod(shape) for dtype, shape in headers.values())) > LARGEST:
+            raise GoldenError(f"unpacks to {size} bytes, more than {LARGEST}")
+
+    def check(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises GoldenError unless ``arrays`` are the table's, value by value, and say what can be compared."""
+        self.check_headers({name: (array.dtype, array.shape) for name, array in arrays.items()})
+        for name, array in arrays.items():
+            self._check_range(name, array, arrays["attention_mask"])
+        mask = arrays["attention_mask"]
+        lengths = mask.sum(1)
+        if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any() or not lengths.all():
+            raise GoldenError("has an attention_mask of other rows than tokens followed by pads")
+        if self.task != TEXT_CLASSIFICATION:
+            _check_rows(arrays, lengths)
+
+    def _check_range(self, name: str, array: np.ndarray, mask: np.ndarray) -> None:
+        entry = self.table[name]
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise GoldenError(f"has values in {name} that are not finite")
+        if entry.lowest is None:
+            return
+        below = {"V": self.vocabulary, "S": mask.shape[1]}.get(entry.below, entry.below)
+        values = array[mask > 0] if name == "input_ids" else array
+        if values.size and (values.min() < entry.lowest or values.max() >= below):
+            raise GoldenError(f"has values in {name} from {values.min()} to {values.max()}, expected {entry.lowest:g} to below {below:g}")
+
+
+def _shape(array: GoldenArray) -> str:
+    return f"[{', '.join(map(str, array.shape))}]"
+
+
+def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
+    """A decoder's arrays against one another."""
+    prompt, positions, greedy = (arrays[name] for name in ("prompt_length", "logit_positions", "greedy_tokens"))
+    if (prompt >= lengths).any():
+        raise GoldenError("has a prompt_length that leaves no token of its row's continuation")
+    rows, columns = positions.T
+    if rows.max() >= len(lengths) or (columns >= lengths[rows]).any():
+        raise GoldenError("has logit_positions that are no token's")
+    if len(np.unique(positions, axis=0)) != len(positions):
+        raise GoldenError("has logit_positions twice")
+    if not (columns >= prompt[rows]).any():
+        raise GoldenError("has no logit_positions behind a prompt: no decode step could be compared")
+    ended = greedy < 0
+    if ended[:, 0].any() or (ended[:, :-1] & ~ended[:, 1:]).any():
+        raise GoldenError("has greedy_tokens with a row that is empty, or goes on after its end")
+
+
+def write_golden(path: Path, arrays: Mapping[str, np.ndarray], schema: GoldenSchema) -> None:
+    """``path`` from ``arrays``; raises InputError where they are not what the reader takes."""
+    try:
+        schema.check(arrays)
+    except GoldenError as e:
+        raise InputError(f"what the eager model says cannot be held against: {path.name} {e}; check the base and its adapters") from None
+    np.savez_compressed(path, **arrays)
+
+
+def read_golden(path: Path, schema: GoldenSchema) -> dict[str, np.ndarray]:
+    """Every array of ``path``. What their headers declare is checked before anything is unpacked.
+
+    Raises BundleError for a file that is no archive of arrays, and for arrays that are not the schema's.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [member.filename.removesuffix(".npy") for member in members]
+            if len(set(names)) != len(names):
+                raise GoldenError("holds an array twice")
+            if other := [member.filename for member in members if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]:
+                raise GoldenError(f"holds {other[0]} in a compression that numpy does not write")
+            headers = {}
+            for name, member in zip(names, members, strict=True):
+                with archive.open(member) as stream:
+                    headers[name] = _read_header(name, stream, member.file_size)
+            schema.check_headers(headers)
+            arrays = {}
+            for name, member in zip(names, members, strict=True):
+                with archive.open(member) as stream:
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+        schema.check(arrays)
+    except GoldenError as e:
+        raise BundleError(f"{path} {e}; export the bundle again") from None
+    except UNREADABLE as e:
+        raise BundleError(f"{path} cannot be read as golden arrays ({' '.join(str(e).split())}); export the bundle again") from None
+    return arrays
+
+
+def _read_header(name: str, stream: IO[bytes], size: int) -> tuple[np.dtype, tuple[int, ...]]:
+    """(dtype, shape) as the array's header declares them, of ``size`` bytes with its values."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise GoldenError(f"has {name} in version {version} of the npy format")
+    shape, _, dtype = read(stream)
+    if dtype.hasobject:
+        raise GoldenError(f"has {name} as Python objects, which are not read")
+    if min(shape, default=0) < 0 or stream.tell() + dtype.itemsize * math.prod(shape) != size:
+        raise GoldenError(f"has {name} of {size} bytes, which is not what its header declares ({dtype} {list(shape)})")
+    return dtype, shape
