@@ -29,7 +29,7 @@ def _parse_line(line: str, where: str) -> Any:
     from runtimes.records import parse_json
 
     try:
-        value = parse_json(line)
+        value = parse_json(line, keys_once=True)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
