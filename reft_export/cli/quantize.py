@@ -97,7 +97,7 @@ def quantize(
             "--checker", help="module:function or file.py:function, (prompt, answer) -> bool or 0..1: the report has the success rate."
         ),
     ] = None,
-    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for run or train.")] = None,
+    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for train.")] = None,
     checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
     force: Force = False,
     as_json: AsJson = False,

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from reft_export.cli.classify import read_texts
 from reft_export.cli.console import escape
 from reft_export.cli.main import app
-from reft_export.cli.run import read_prompts
+from reft_export.cli.prompt_lines import read_prompts, read_requests
 from runtimes.errors import InputError
 
 SURFACE = {
@@ -97,9 +97,9 @@ def test_help_says_all_of_its_text() -> None:
         assert Text.from_markup(text).plain == text, where
 
 
-@pytest.mark.parametrize("read", [read_prompts, read_texts])
+@pytest.mark.parametrize("read", [read_requests, read_prompts, read_texts])
 def test_hostile_lines_cost_one_line(read, tmp_path) -> None:
-    path, key = tmp_path / "lines.jsonl", "prompt" if read is read_prompts else "text"
+    path, key = tmp_path / "lines.jsonl", "text" if read is read_texts else "prompt"
     bad = {"[" * 200_000: "nested too deeply", '{"KEY": ' + "1" * 5000 + "}": "not JSON", '{"KEY": "a\\ud83d"}': "half of a surrogate"}
     for line, said in bad.items():
         path.write_text(f'{{"{key}": "fine"}}\n' + line.replace("KEY", key) + "\n")
