@@ -24,7 +24,7 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float)
+    return isinstance(value, float) or (_whole(value) and abs(value) <= sys.float_info.max)
 
 
 def _texts(value: Any) -> bool:
