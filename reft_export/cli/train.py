@@ -127,6 +127,8 @@ def train(
         from runtimes.errors import InputError
 
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
+    if max_steps is not None:
+        refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if dry_run:
         from reft_export.forecast import forecast_training
 

@@ -148,6 +148,8 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
     refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'")
     refused("run", bundle, "-p", "x" * 600, code=2, match="do not fit the context of llama (512)")
     refused("run", bundle, "-p", "x", "--provider", "cuda", code=4, match="pip")
+    for verb in (["run", bundle, "-p", "x"], ["parity", bundle], ["bench", bundle]):
+        refused(*verb, "--provider", "tensorrt", code=4, match="use --provider cuda, or build an engine: reft-export build")
     refused("run", bundle, "-p", "x", "--kernel", ":x:", code=2, match="--kernel ':x:' is unknown")  # no emoji
     refused("run", bundle, "-p", "x", "--kernel", "magic", code=2, match="--kernel 'magic' is unknown")
     refused("run", bundle, "-p", "x", "--system", "be kind", code=2, match="chat template")
@@ -330,6 +332,8 @@ def test_doctor_and_bench(bundle_folder) -> None:
     assert [m["name"] for m in result["measurements"]] == ["base", *adapters]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
     alone = json.loads(cli("bench", bundle_folder("llama"), "--op", "-a", "tied", "--json").stdout)
+    refused("bench", bundle_folder("llama"), "--op", "--repeats", 2, code=2, match="--repeats is a whole model's")
+    refused("bench", bundle_folder("llama"), "--op", "-a", "tied", "-a", "untied", code=2, match="2 are given; give one -a")
     assert len(alone["nodes"]) == 5 and all(n["function"] is not None for n in alone["nodes"])
 
 

@@ -38,7 +38,8 @@ def test_every_single_option_is_refused_twice(verb: str, option, capsys) -> None
         if option.is_flag:
             pairs = [([name, "x", other], f"({name}, {other})"), ([other, name], f"({other}, {name})")]
         else:
-            pairs = [([name, "1", "x", other, "-2"], "(1, -2)"), ([f"{name}=1", other, "1"], "(1, 1)"), ([other, "-1", f"{name}="], "(-1, )")]
+            pairs = [([name, "1", "x", other, "-2"], "(1, -2)"), ([f"{name}=1", other, "1"], "(1, 1)")]
+            pairs.append(([other, "-1", f"{name}="], "(-1, )"))
         for arguments, values in pairs:
             with pytest.raises(SystemExit) as left:
                 COMMAND([verb, *arguments])
@@ -74,6 +75,22 @@ def test_remedies() -> None:
 )
 def test_values_are_no_options(arguments: list[str]) -> None:
     assert "is given" not in CliRunner().invoke(app, arguments).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "b", "--refit-lr", "1"], "--refit-lr is of a --refit, which is not asked for"),
+        (["quantize", "b", "--checker-tokens", "9"], "--checker-tokens is of a --checker, which is not given"),
+        (["quantize", "b", "--observer", "mse"], "--observer is of --calibrate or --ranges, and neither is given"),
+        (["quantize", "b", "--decode-tokens", "1", "--ranges", "x"], "--decode-tokens is of --calibrate, which is not given"),
+        (["quantize", "b", "--percentile", "99", "--calibrate", "x"], "--percentile is of --observer percentile, which is not asked for"),
+        (["export", "--format", "pyreft", "-p", "int4"], "--precision is a graph's, and --format pyreft writes an adapter alone"),
+        (["train", "-d", "x", "--epochs", "2", "--max-steps", "3"], "--epochs is what --max-steps is in place of"),
+    ],
+)
+def test_an_option_that_nothing_asks_for_is_refused(arguments: list[str], said: str) -> None:
+    refused([*arguments, "-m", "m", "-o", "o"], f"{said}; leave it out")
 
 
 def test_help_is_given_whatever_stands_beside_it() -> None:

@@ -123,7 +123,8 @@ def test_the_same_lines_on_an_engine(bundle: Bundle, tmp_path: Path, monkeypatch
 
 
 def test_samples_do_not_depend_on_the_batch(bundle: Bundle, tmp_path: Path) -> None:
-    """The same prompt again is another sample of the command's seed, in whichever batch it runs; a line's own seed is that line's answer."""
+    """The same prompt again is another sample of the command's seed, in whichever batch it runs; a line's own seed
+    is that of the line alone."""
     lines = write(tmp_path / "x.jsonl", [{"prompt": "The fox"}, {"prompt": "Hi", "adapter": "ends"}, *[{"prompt": "The fox"}] * 3])
     sampled = ["-n", 8, "--temperature", 2, "--seed", 5]
     got = [[r["text"] for r in records("run", bundle.folder, "--prompts", lines, "--batch-size", size, *sampled)] for size in (1, 2, 16)]
@@ -188,10 +189,10 @@ REFUSED = {
     "system type": ({"prompt": "x", "system": 1}, "system is 1, expected a text, or null for none"),
     "system": ({"prompt": "x", "system": "be kind"}, "a system message needs a chat template"),
     "does not fit": ({"prompt": "x", "max_new_tokens": 64}, "64 new ones do not fit .* lower its max_new_tokens"),
-    "tool calls": ({"messages": [{**MESSAGE, "tool_calls": []}]}, "message 0 must have exactly the keys role and content, got .*tool_calls"),
+    "tool calls": ({"messages": [{**MESSAGE, "tool_calls": []}]}, "message 0 must have exactly the keys .*, got .*'tool_calls'"),
     "name": ({"messages": [{**MESSAGE, "name": "Eve"}]}, "message 0 must have exactly the keys"),
-    "no content": ({"messages": [MESSAGE, {"role": "assistant"}]}, r"message 1 must have exactly the keys role and content, got \['role'\]"),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content of message 0 is list, expected a string"),
+    "no content": ({"messages": [MESSAGE, {"role": "assistant"}]}, r"message 1 must have exactly the keys .*, got \['role'\]"),
+    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content of message 0 is list, expected a str"),
     "no user": ({"messages": [{"role": "system", "content": "x"}]}, "a message of the system needs a chat template"),
     "turns": ({"messages": [MESSAGE, MESSAGE]}, "a conversation of several messages needs a chat template"),
     "no object": ([1], "expected .*prompt"),
@@ -210,7 +211,8 @@ def test_messages_that_no_template_would_show(chat: Bundle, tmp_path: Path) -> N
     two = write(tmp_path / "two.jsonl", [{"prompt": "fine"}, own])
     assert cli("run", chat.folder, "--prompts", two, "-n", 4).exit_code == 0
     refused(cli("run", chat.folder, "--prompts", two, "-n", 4, "--system", "b"), "two.jsonl:2: there are two system messages")
-    refused(cli("run", chat.folder, "--prompts", write(two, [{**own, "system": "b"}]), "-n", 4), "two.jsonl:1: there are two system messages")
+    both = write(two, [{**own, "system": "b"}])
+    refused(cli("run", chat.folder, "--prompts", both, "-n", 4), "two.jsonl:1: there are two system messages")
     silent = with_template(write_toy_bundle(tmp_path / "silent"), USERS_ONLY)
     refused(cli("run", silent.folder, "-p", "Hi", "--system", "b", "-n", 4), "leaves out message 0 .of the system., 'b'")
     turns = {"messages": [MESSAGE, {"role": "assistant", "content": "yes"}, MESSAGE]}
@@ -221,10 +223,11 @@ def test_messages_that_no_template_would_show(chat: Bundle, tmp_path: Path) -> N
 def test_a_checkers_prompts_are_training_lines(tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text("def judge(prompt, answer):\n    return True\n")
-    data = write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}, {"messages": [MESSAGE, {"role": "assistant", "content": "b"}]}])
+    turns = {"messages": [MESSAGE, {"role": "assistant", "content": "b"}]}
+    data = write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}, turns])
     assert [m for _, m in load_task(f"{judge}:judge", data).prompts] == [({"role": "user", "content": "a"},), (MESSAGE,)]
     for line in ({"prompt": "a", "temperature": 1}, {"prompt": "a", "adapter": "x"}):
-        with pytest.raises(Exception, match=r"x.jsonl:1: has unknown keys \['(temperature|adapter)'\]; known are \['completion', 'messages'"):
+        with pytest.raises(Exception, match=r"x.jsonl:1: has unknown keys \['(temperature|adapter)'\]; known are \['completion'"):
             load_task(f"{judge}:judge", write(data, [line]))
 
 
