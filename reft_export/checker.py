@@ -5,7 +5,7 @@ A checker is a function of the user's, given as ``module:function`` or ``path/to
     def talks_like_a_pirate(prompt: str, answer: str) -> bool        or a float from 0 (failed) to 1 (done)
 
 The success rate is its mean over the prompts of a JSONL file, each answered greedily by the bundle in onnxruntime. A line is a training
-line or one of ``reft-export run --prompts``: a ``prompt``, or ``messages``, of which an assistant's last one is left out.
+line or its prompt alone: a ``prompt``, or ``messages``, of which an assistant's last one is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_export.cli.run import encode, read_prompts
+from reft_export.cli.prompt_lines import read_prompts
+from reft_export.cli.run import encode
 from runtimes.bundle import Bundle
 from runtimes.chat import ChatTemplate
 from runtimes.errors import InputError

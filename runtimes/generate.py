@@ -7,8 +7,9 @@ it would compute alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +59,8 @@ class GenerationSettings:
     repetition_penalty: float = 1.0
     seed: int | None = None
     """With a seed, a prompt's sample does not depend on the other prompts of its batch; None samples afresh."""
+    sample: int = 0
+    """Which of the seed's samples of a prompt, from 0: the same prompt again can have another one."""
     stop: tuple[str, ...] = ()
     """A text that ends the row; it is cut off."""
     stop_token_ids: tuple[int, ...] = ()
@@ -69,8 +72,9 @@ class GenerationSettings:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "sample": (self.sample >= 0, "0 or more"),
             "stop": (all(self.stop), "texts that are not empty"),
         }
         for name, (good, expected) in checks.items():
@@ -93,30 +97,50 @@ def generate(
     session: Session,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    settings: GenerationSettings,
+    settings: GenerationSettings | Sequence[GenerationSettings],
     *,
     on_text: Callable[[int, str], None] | None = None,
     prefill_chunk: int | None = None,
 ) -> list[Generation]:
     """Continues every prompt; ``on_text(row, piece)`` streams, and a row's pieces join to its ``text``.
 
+    ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
     Raises InputError for an empty prompt, and where prompt and new tokens exceed the context.
     """
     encoded = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     model = session.bundle.manifest.model
+    encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
     rows: list[_Row] = []
-    for i, prompt in enumerate(encoded):
-        prompt = check_token_ids(prompt, model.vocab_size, f"prompt {i}")
-        if len(prompt) + settings.max_new_tokens > model.context_length:
+    for i, (prompt, own) in enumerate(zip(encoded, _settings_of_each(settings, encoded), strict=True)):
+        if len(prompt) + own.max_new_tokens > model.context_length:
             raise InputError(
-                f"prompt {i} has {len(prompt)} tokens, which with {settings.max_new_tokens} new ones exceed the context of "
+                f"prompt {i} has {len(prompt)} tokens, which with {own.max_new_tokens} new ones exceed the context of "
                 f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
             )
-        rows.append(_Row(i, prompt, sum(r.prompt == prompt for r in rows), tokenizer, settings, on_text))
-    for group in batches([row.prompt for row in rows], padding_of(session), chunked=prefill_chunk is not None):
-        _generate_batch(session, [rows[i] for i in group], settings.max_new_tokens, prefill_chunk)
+        rows.append(_Row(i, prompt, tokenizer, own, on_text))
+    # A batch is as many columns as its longest prompt and most new tokens: rows that want other counts could not fit together, though
+    # each alone does.
+    for count in dict.fromkeys(row.settings.max_new_tokens for row in rows):
+        alike = [row for row in rows if row.settings.max_new_tokens == count]
+        for group in batches([row.prompt for row in alike], padding_of(session), chunked=prefill_chunk is not None):
+            _generate_batch(session, [alike[i] for i in group], count, prefill_chunk)
     return [row.result() for row in rows]
+
+
+def _settings_of_each(
+    settings: GenerationSettings | Sequence[GenerationSettings], prompts: Sequence[Sequence[int]]
+) -> list[GenerationSettings]:
+    if not isinstance(settings, GenerationSettings):
+        if len(settings) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(settings)} settings are given; give one for all, or one for each")
+        return list(settings)
+    seen: Counter[tuple[int, ...]] = Counter()
+    each = []
+    for prompt in map(tuple, prompts):
+        each.append(replace(settings, sample=settings.sample + seen[prompt]))
+        seen[prompt] += 1
+    return each
 
 
 def _generate_batch(session: Session, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
@@ -279,13 +303,12 @@ class StopFilter:
 
 
 class _Row:
-    """One prompt while it is continued. ``repeat`` counts the same prompt's earlier rows, so that each gets its own sample."""
+    """One prompt while it is continued."""
 
     def __init__(
         self,
         number: int,
         prompt: list[int],
-        repeat: int,
         tokenizer: Tokenizer,
         settings: GenerationSettings,
         on_text: Callable[[int, str], None] | None,
@@ -294,13 +317,13 @@ class _Row:
         self.tokens: list[int] = []
         self.finished = ""
         self._number = number
-        self._settings = settings
+        self.settings = settings
         self._stop_ids = tokenizer.stop_token_ids | set(settings.stop_token_ids)
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._filter = StopFilter(settings.stop)
         self._on_text = on_text
         self._pieces: list[str] = []
-        self._random = np.random.default_rng(None if settings.seed is None else [settings.seed, repeat, *prompt])
+        self._random = np.random.default_rng(None if settings.seed is None else [settings.seed, settings.sample, *prompt])
 
     def push(self, logits: np.ndarray) -> None:
         """Chooses the next token and gives out the text it completes."""
@@ -330,9 +353,9 @@ class _Row:
 
     def _choose(self, logits: np.ndarray) -> int:
         seen = [*self.prompt, *self.tokens]
-        if self._settings.temperature == 0:
-            return int(penalized(logits, self._settings, seen).argmax())
-        cumulative = np.cumsum(probabilities(logits, self._settings, seen))
+        if self.settings.temperature == 0:
+            return int(penalized(logits, self.settings, seen).argmax())
+        cumulative = np.cumsum(probabilities(logits, self.settings, seen))
         return int(np.searchsorted(cumulative / cumulative[-1], self._random.random(), side="right"))
 
     def _give(self, text: str) -> None:

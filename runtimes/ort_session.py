@@ -17,6 +17,7 @@ from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputEr
 from runtimes.native_library import find_op_library, library_name
 from runtimes.op import SLOT_INPUT
 from runtimes.step import StepOutput, check_step, step_inputs
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 try:
     import onnxruntime as ort
@@ -66,8 +67,8 @@ class OrtGraph:
     ``kernel``: "fused" (the op library; BackendUnavailable without one), "function" (the body in the graph), None: fused where
     a library is found. ``library`` names one; by default the installed package's own. ``threads``: None leaves it to onnxruntime.
 
-    Raises BackendUnavailable for a provider, library or onnxruntime version that is not here, GraphError for a graph that does
-    not load.
+    Raises BackendUnavailable for a provider, library or onnxruntime version that is not here and for edits in TensorRT's provider,
+    GraphError for a graph that does not load.
     """
 
     def __init__(
@@ -233,6 +234,7 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
 def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None) -> ort.InferenceSession:
     if provider not in PROVIDERS:
         raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
+    _check_edits_run(bundle, provider)
     wanted = PROVIDERS[provider][0]
     if wanted not in ort.get_available_providers():
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
@@ -271,6 +273,21 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
             f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
         )
     return session
+
+
+def _check_edits_run(bundle: Bundle, provider: str) -> None:
+    """Raises BackendUnavailable where TensorRT's provider would run edits.
+
+    TensorRT's parser takes an initializer that is also a graph input for a constant: banks, rules and heads of an adapter would be bound
+    and never read, and the answer would be the base's. Until a GPU has shown parity, nothing with an edit runs there.
+    """
+    if provider != "tensorrt" or not (bundle.nodes or bundle.manifest.head):
+        return
+    engine = f", or build an engine: reft-export build {bundle.folder} --target tensorrt"
+    raise BackendUnavailable(
+        f"onnxruntime's TensorRT provider may freeze the edits of {bundle.folder} to those of the base, and answer unsteered; use "
+        f"--provider cuda{'' if bundle.manifest.task == TEXT_CLASSIFICATION else engine}"
+    )
 
 
 def _read_adapter(file: Path, *, as_tensors: bool) -> ort.LoraAdapter | ort.AdapterFormat:

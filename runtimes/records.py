@@ -16,10 +16,20 @@ class RecordError(ValueError):
     """What is wrong with a record and where in the file; the reader of the file turns it into its own error class."""
 
 
-def parse_json(text: str) -> Any:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``'s ``object_pairs_hook``: ValueError for a key that stands twice, of which it would keep the last."""
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            raise ValueError(f"key {key!r} is given twice")
+        record[key] = value
+    return record
+
+
+def parse_json(text: str, *, keys_once: bool = False) -> Any:
     """``json.loads`` whose every refusal is a ValueError: a file of a hundred thousand brackets exhausts its stack."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys if keys_once else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 128
 """Where none are asked for."""
+WHOLE_MODEL = ("prompt_tokens", "new_tokens", "repeats", "provider", "kernel", "threads")
+"""Parameters that mean nothing for the op alone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +66,9 @@ def bench(
     if op and isinstance(opened, Engine):
         raise InputError(f"--op measures the op in onnxruntime; {bundle} is an engine: pass the bundle that it was built from")
     if op:
+        refuse_given(context, WHOLE_MODEL, "a whole model's, and --op measures the op alone")
+        if len(adapter or ()) > 1:
+            raise InputError(f"--op measures at one adapter's width and rank, and {len(adapter)} are given; give one -a")
         _bench_op(opened, adapter, as_json)
         return
     if opened.manifest.task == TEXT_CLASSIFICATION:

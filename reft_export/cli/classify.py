@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_export.cli.prompt_lines import read_lines
+from reft_export.cli.prompt_lines import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
 
 if TYPE_CHECKING:
+    from runtimes.encoded_text import EncodedText
     from runtimes.ort_classifier import OrtClassifier
 
-KEYS = {"text", "text_pair", "label"}
+KEYS = {"text", "text_pair", "label", *ADAPTER}
+HINTS = dict.fromkeys({*OPTIONS, "prompt", "messages"} - {*ADAPTER}, "for text generation, which a classifier does not do")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """``where`` it was given, for messages."""
+    """``where`` it was given, for messages; ``options`` of its own: the ``adapter``, or nothing."""
 
     where: str
     text: str
     pair: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def given_texts(prompts: list[str] | None, pairs: list[str] | None) -> list[Text]:
@@ -38,17 +41,20 @@ def given_texts(prompts: list[str] | None, pairs: list[str] | None) -> list[Text
 
 
 def read_texts(path: Path) -> list[Text]:
-    """Of a JSONL file with ``text``, and for a pair ``text_pair``, a line (a ``label`` is not read); raises InputError with the line."""
+    """Of a JSONL file with ``text``, for a pair ``text_pair``, and an ``adapter`` of its own a line (a ``label`` is not read).
+
+    Raises InputError with the line.
+    """
     from runtimes.errors import InputError
 
     texts = []
     for where, value in read_lines(path):
+        if isinstance(value, dict):
+            refuse_unknown(value, KEYS, where, HINTS)
         pair = value.get("text_pair") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(pair, str | None):
             raise InputError(f'{where}: expected {{"text": "..."}} or {{"text": "...", "text_pair": "..."}}')
-        if unknown := sorted(set(value) - KEYS):
-            raise InputError(f"{where}: has unknown keys {unknown}; known are {sorted(KEYS)}")
-        texts.append(Text(where=where, text=value["text"], pair=pair))
+        texts.append(Text(where=where, text=value["text"], pair=pair, options=own_options(value, ADAPTER, where)))
     return texts
 
 
@@ -72,9 +78,18 @@ def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, 
             raise InputError(
                 f"{text.where} has {len(encoded[-1])} tokens, and {model.name} takes {model.context_length} at most; shorten it"
             )
-    for first in range(0, len(texts), batch_size):
-        for index, row in enumerate(session.probabilities(encoded[first : first + batch_size]), first):
-            _show(index, dict(zip(labels, map(float, row), strict=True)), session.adapter, as_json=as_json)
+    adapters = [text.options.get("adapter", session.adapter) for text in texts]
+    for index, row in in_order(_probabilities(session, encoded, adapters, batch_size)):
+        _show(index, dict(zip(labels, map(float, row), strict=True)), adapters[index], as_json=as_json)
+
+
+def _probabilities(
+    session: OrtClassifier, encoded: Sequence[EncodedText], adapters: Sequence[str | None], batch_size: int
+) -> Iterator[tuple[int, Any]]:
+    """(number, probabilities of the labels) of every text, in batches of one adapter."""
+    for batch in batches_of_alike(adapters, batch_size):
+        session.set_adapter(adapters[batch[0]])
+        yield from zip(batch, session.probabilities([encoded[i] for i in batch]), strict=True)
 
 
 def _show(index: int, probabilities: dict[str, float], adapter: str | None, *, as_json: bool) -> None:

@@ -70,7 +70,8 @@ def _providers() -> tuple[str, str, str]:
     import onnxruntime
 
     names = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
-    return ("providers", ", ".join(names), "what --provider can choose from")
+    note = "; tensorrt for bundles without edits" if "Tensorrt" in names else ""
+    return ("providers", ", ".join(names), f"what --provider can choose from{note}")
 
 
 def _kernel() -> tuple[str, str, str]:

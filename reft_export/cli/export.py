@@ -21,7 +21,11 @@ from reft_export.cli.options import (
     Slots,
     check_choice,
     parse_sites,
+    refuse_given,
 )
+
+GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "fuse", "opset", "block_size", "accuracy_level")
+"""Parameters that mean nothing for an adapter alone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
+    context: typer.Context,
     model: Model,
     output: Output,
     adapters: Adapters = None,
@@ -63,6 +68,7 @@ def export(
 
     check_choice("--format", format, ("bundle", "pyreft"))
     if format == "pyreft":
+        refuse_given(context, GRAPHS, "a graph's, and --format pyreft writes an adapter alone")
         export_adapter(model, list(adapters or []), output, force=force, dry_run=dry_run, as_json=as_json)
         return
     settings = ExportSettings(

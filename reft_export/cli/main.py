@@ -5,9 +5,10 @@ from __future__ import annotations
 import typer
 
 from reft_export.cli import bench, build, doctor, export, fold, import_, inspect, parity, quantize, quickstart, run, train
+from reft_export.cli.once import OnceTyper
 from runtimes.version import VERSION
 
-app = typer.Typer(
+app = OnceTyper(
     name="reft-export",
     help="Train a ReFT intervention, fold it into an ONNX decoder, quantize it, run it on a device, and prove it is the same.",
     no_args_is_help=True,

@@ -24,7 +24,9 @@ Sites = Annotated[
 Provider = Annotated[
     str | None,
     typer.Option(
-        "--provider", help="onnxruntime's for a bundle: cpu (default), cuda or tensorrt. An engine runs in the one it was built for."
+        "--provider",
+        help="onnxruntime's for a bundle: cpu (default), cuda, or tensorrt for one without edits. An engine runs in the one it was "
+        "built for.",
     ),
 ]
 Kernel = Annotated[

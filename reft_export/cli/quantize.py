@@ -11,7 +11,7 @@ import typer
 
 from reft_export.cli.console import guarded, out, parity_failed, print_table, progress
 from reft_export.cli.export import show_result
-from reft_export.cli.options import AsJson, Force, Model, Output, check_choice, given
+from reft_export.cli.options import AsJson, Force, Model, Output, check_choice, given, refuse_given
 
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 QUANTIZES = (
@@ -97,7 +97,7 @@ def quantize(
             "--checker", help="module:function or file.py:function, (prompt, answer) -> bool or 0..1: the report has the success rate."
         ),
     ] = None,
-    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for run or train.")] = None,
+    checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for train.")] = None,
     checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
     force: Force = False,
     as_json: AsJson = False,
@@ -111,6 +111,7 @@ def quantize(
     from runtimes.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
+    refuse_idle(context, refit=refit, checker=checker, calibrate=calibrate, ranges=ranges, observer=observer)
     yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
     refitting = None
     if refit is not None:
@@ -166,6 +167,22 @@ def quantize(
     show_result(output, result, as_json=as_json)
     if not as_json:
         show_report(result, written)
+
+
+def refuse_idle(
+    context: typer.Context, *, refit: Path | None, checker: str | None, calibrate: Path | None, ranges: Path | None, observer: str
+) -> None:
+    """Raises InputError for an option that says how to do what was not asked for."""
+    if refit is None:
+        refuse_given(context, ("refit_steps", "refit_lr", "refit_objective", "refit_output"), "of a --refit, which is not asked for")
+    if checker is None:
+        refuse_given(context, ("checker_tokens",), "of a --checker, which is not given")
+    if calibrate is None:
+        refuse_given(context, ("decode_tokens",), "of --calibrate, which is not given")
+    if calibrate is None and ranges is None:
+        refuse_given(context, ("observer", "percentile"), "of --calibrate or --ranges, and neither is given")
+    if observer != "percentile":
+        refuse_given(context, ("percentile",), "of --observer percentile, which is not asked for")
 
 
 def show_report(result: Any, written: Sequence[Path]) -> None:

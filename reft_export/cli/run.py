@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_export.cli.classify import classify, given_texts, read_texts
+from reft_export.cli.classify import Text, classify, given_texts, read_texts
 from reft_export.cli.console import err, escape, guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
-from reft_export.cli.prompt_lines import read_lines
+from reft_export.cli.prompt_lines import SAMPLING, Request, batches_of_alike, in_order, read_requests
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Bundle
+    from runtimes.chat import ChatTemplate
+    from runtimes.device_session import Limits
+    from runtimes.generate import Generation, GenerationSettings, Session
+    from runtimes.tokenizer import Tokenizer
 
 GENERATION = (
     "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
@@ -32,7 +42,9 @@ def run(
         Path | None,
         typer.Option(
             "--prompts",
-            help="JSONL with a `prompt` or chat `messages` a line, of a classifier `text` and `text_pair`; - is stdin. Answers are JSONL.",
+            help="JSONL with a `prompt` or chat `messages` a line, of a classifier `text` and `text_pair`; - is stdin. Answers are JSONL. "
+            "In place of the options a line can have its own `adapter` (a name, or null) and, where text is generated, `system`, "
+            "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed` and `stop`.",
         ),
     ] = None,
     pair: Annotated[
@@ -50,7 +62,14 @@ def run(
     top_k: Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0: no limit.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Only the likeliest tokens that together reach this probability.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1 is none.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Makes sampling repeatable: an answer depends on its prompt, settings and seed, not on what runs beside it. The same "
+            "prompt again is another sample, unless its line has a `seed` of its own.",
+        ),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; repeat for several.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts of a JSONL file that run together.")] = 8,
     prefill_chunk: Annotated[
@@ -67,7 +86,7 @@ def run(
     from runtimes.chat import ChatTemplate
     from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.errors import InputError
-    from runtimes.generate import GenerationSettings, generate
+    from runtimes.generate import GenerationSettings
     from runtimes.tasks import TEXT_CLASSIFICATION
     from runtimes.tokenizer import Tokenizer
 
@@ -83,6 +102,7 @@ def run(
         if prompts and pair:
             raise InputError(f"--pair goes with --prompt; of {prompts}, a line's text_pair is the second text")
         texts = read_texts(prompts) if prompts else given_texts(prompt, pair)
+        check_adapters(opened, texts)
         with open_session(opened, provider=provider, kernel=kernel, threads=threads, adapter=adapter) as session:
             classify(session, texts, batch_size=batch_size, as_json=bool(prompts) or as_json)
         return
@@ -102,82 +122,182 @@ def run(
         raise InputError(f"{bundle} has no chat template; drop --chat always")
     if system and template is None:
         raise InputError(f"--system needs a chat template, which {bundle} {'does not have' if chat != 'never' else 'was told not to use'}")
-    given = [(f"prompt {i}", [{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
-    conversations = read_prompts(prompts) if prompts else given
-    encoded = [encode(c, tokenizer, template, system) for _, c in conversations]
+    given = [Request(where=f"prompt {i}", messages=[{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
+    requests = read_requests(prompts) if prompts else given
+    check_adapters(opened, requests)
+    asks = another_sample_each([_ask(r, settings, adapter, system, tokenizer, template) for r in requests])
     limits = limits_of(opened)
-    for (where, _), tokens in zip(conversations, encoded, strict=True):
-        if not tokens or len(tokens) + max_new_tokens > limits.tokens:
-            raise InputError(
-                f"{where}: {len(tokens)} tokens and {max_new_tokens} new ones do not fit {limits.reason}; shorten it, or lower "
-                "--max-new-tokens"
-                if tokens
-                else f"{where} is empty; a prompt needs at least one token"
-            )
+    for ask in asks:
+        ask.check(limits)
     # An engine takes so many rows and columns in one call, whatever was asked for.
     batch_size = min(batch_size, limits.rows or batch_size)
-    if limits.columns is not None and max(map(len, encoded)) > limits.columns:
+    if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
         prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
-    alone = len(encoded) == 1 and not prompts and not as_json
+    alone = len(asks) == 1 and not prompts and not as_json
 
     def show(_: int, piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     with open_session(opened, provider=provider, kernel=kernel, threads=threads, adapter=adapter) as session:
-        session.set_adapter(adapter)  # an engine with a frozen adapter starts with that one
-        for first in range(0, len(encoded), batch_size):
-            part = encoded[first : first + batch_size]
-            on_text = show if alone and stream else None
-            answers = generate(session, tokenizer, part, settings, on_text=on_text, prefill_chunk=prefill_chunk)
-            for index, answer in enumerate(answers, first):
-                if prompts or as_json:
-                    record = {"index": index, "adapter": adapter, "text": answer.text, "finish_reason": answer.finish_reason}
-                    record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
-                    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    sys.stdout.flush()
-                elif alone:
-                    sys.stdout.write("\n" if stream else answer.text + "\n")
-                else:
-                    err.print(f"[dim]--- {escape((prompt or [''])[index])}[/]")
-                    sys.stdout.write(answer.text + "\n")
-                    sys.stdout.flush()
+        try_adapters(session, asks)
+        on_text = show if alone and stream else None
+        for index, answer in in_order(answers(session, tokenizer, asks, batch_size, on_text=on_text, prefill_chunk=prefill_chunk)):
+            if prompts or as_json:
+                record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
+                record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+                sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+            elif alone:
+                sys.stdout.write("\n" if stream else answer.text + "\n")
+            else:
+                err.print(f"[dim]--- {escape((prompt or [''])[index])}[/]")
+                sys.stdout.write(answer.text + "\n")
+                sys.stdout.flush()
 
 
-def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | None) -> list[int]:
-    """A conversation through the chat template, or without one its only message as plain text."""
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One prompt as it is run; ``own`` names what its line says itself, in place of the options."""
+
+    where: str
+    tokens: list[int]
+    adapter: str | None
+    settings: GenerationSettings
+    own: frozenset[str]
+
+    def check(self, limits: Limits) -> None:
+        """Raises InputError for no tokens, and for more than fit."""
+        from runtimes.errors import InputError
+
+        count = self.settings.max_new_tokens
+        if not self.tokens:
+            raise InputError(f"{self.where} is empty; a prompt needs at least one token")
+        if len(self.tokens) + count > limits.tokens:
+            option = "its max_new_tokens" if "max_new_tokens" in self.own else "--max-new-tokens"
+            raise InputError(
+                f"{self.where}: {len(self.tokens)} tokens and {count} new ones do not fit {limits.reason}; shorten it, or lower {option}"
+            )
+
+
+def _ask(
+    request: Request,
+    settings: GenerationSettings,
+    adapter: str | None,
+    system: str | None,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> Ask:
+    """What a line says goes before what the options say. Raises InputError with the line."""
+    from runtimes.errors import InputError
+
+    own = request.options
+    try:
+        return Ask(
+            where=request.where,
+            tokens=encode(request.messages, tokenizer, template, own.get("system", system)),
+            adapter=own.get("adapter", adapter),
+            settings=replace(settings, **_sampling(own)),
+            own=frozenset(own),
+        )
+    except InputError as e:
+        raise InputError(f"{request.where}: {e}") from None
+
+
+def _sampling(own: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's own settings of generation as GenerationSettings has them."""
+    changes = {key: own[key] for key in SAMPLING if key in own}
+    if "stop" in changes:
+        changes["stop"] = (changes["stop"],) if isinstance(changes["stop"], str) else tuple(changes["stop"])
+    return changes
+
+
+def another_sample_each(asks: Sequence[Ask]) -> list[Ask]:
+    """The same prompt with the same settings again is another sample of the seed, in whichever batch it runs; a line's own seed means
+    the answer that the line has alone."""
+    seen: Counter[Any] = Counter()
+    numbered = []
+    for ask in asks:
+        if "seed" not in ask.own:
+            same = (ask.adapter, ask.settings, tuple(ask.tokens))
+            ask = replace(ask, settings=replace(ask.settings, sample=seen[same]))
+            seen[same] += 1
+        numbered.append(ask)
+    return numbered
+
+
+def check_adapters(opened: Bundle, lines: Sequence[Request | Text]) -> None:
+    """Raises BundleError with the line for an adapter of its own that is not in the bundle."""
+    from runtimes.errors import BundleError
+
+    for line in lines:
+        if (name := line.options.get("adapter")) is not None:
+            try:
+                opened.adapter(name)
+            except BundleError as e:
+                raise BundleError(f"{line.where}: {e}") from None
+
+
+def try_adapters(session: Session, asks: Sequence[Ask]) -> None:
+    """Every adapter once, before the first answer: an engine may not take one. Raises InputError, with the line that names it."""
+    from runtimes.errors import InputError
+
+    for ask in {ask.adapter: ask for ask in reversed(asks)}.values():
+        try:
+            session.set_adapter(ask.adapter)
+        except InputError as e:
+            raise InputError(f"{ask.where}: {e}" if "adapter" in ask.own else str(e)) from None
+
+
+def answers(
+    session: Session,
+    tokenizer: Tokenizer,
+    asks: Sequence[Ask],
+    batch_size: int,
+    *,
+    on_text: Callable[[int, str], None] | None,
+    prefill_chunk: int | None,
+) -> Iterator[tuple[int, Generation]]:
+    """(number, answer) of every prompt, in batches of one adapter and one count of new tokens."""
+    from runtimes.generate import generate
+
+    for batch in batches_of_alike([(ask.adapter, ask.settings.max_new_tokens) for ask in asks], batch_size):
+        part = [asks[i] for i in batch]
+        session.set_adapter(part[0].adapter)
+        each = [ask.settings for ask in part]
+        yield from zip(
+            batch,
+            generate(session, tokenizer, [ask.tokens for ask in part], each, on_text=on_text, prefill_chunk=prefill_chunk),
+            strict=True,
+        )
+
+
+def encode(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None) -> list[int]:
+    """A conversation through the chat template, or without one its only message, the user's, as plain text.
+
+    Raises InputError for what would not be part of the prompt: roles or a system message without a template, a second system message,
+    and a message that the template leaves out.
+    """
     from runtimes.errors import InputError
 
     if template is None:
+        if system:
+            raise InputError("a system message needs a chat template, which this bundle does not have, or was told not to use")
         if len(messages) != 1:
             raise InputError("a conversation of several messages needs a chat template, which this bundle does not have")
-        if not isinstance(messages[0]["content"], str):
-            raise InputError("a message's content is not text, and this bundle has no chat template that could render it")
+        if messages[0]["role"] != "user":
+            raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle does not have")
         return tokenizer.encode(messages[0]["content"])
     if system:
+        if messages[0]["role"] == "system":
+            raise InputError(
+                "there are two system messages, the conversation's own and the given one; leave one out (a line with "
+                '"system": null goes without --system)'
+            )
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.encode(template.render(messages), add_special_tokens=False)
-
-
-def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(file and line, conversation) of a JSONL file; raises InputError with the line's number."""
-    from runtimes.errors import InputError
-
-    conversations = []
-    for where, value in read_lines(path):
-        if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
-            conversations.append((where, [{"role": "user", "content": value["prompt"]}]))
-        elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
-            conversations.append((where, _checked_messages(value["messages"], where)))
-        else:
-            raise InputError(f'{where}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
-    return conversations
-
-
-def _checked_messages(messages: list[Any], where: str) -> list[dict[str, Any]]:
-    from runtimes.errors import InputError
-
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-            raise InputError(f'{where}: a message is {{"role": "...", "content": "..."}}, got {str(message)[:60]}')
-    return messages
+    prompt = template.render(messages)
+    for number, message in enumerate(messages):
+        changed = [*messages[:number], {**message, "content": f"{message['content']}."}, *messages[number + 1 :]]
+        if template.render(changed) == prompt:
+            raise InputError(f"the chat template leaves out message {number} (of the {message['role']}), {message['content'][:40]!r}")
+    return tokenizer.encode(prompt, add_special_tokens=False)

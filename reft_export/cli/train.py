@@ -28,9 +28,12 @@ def train(
     context: typer.Context,
     model: Model,
     data: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--data", "-d", help="JSONL: prompt and completion, or messages; of a classifier text, label, and for a pair text_pair."
+            "--data",
+            "-d",
+            help="JSONL: prompt and completion, or messages; of a classifier text, label, and for a pair text_pair. Repeat for several "
+            "files, which are joined in their order.",
         ),
     ],
     output: Output,
@@ -124,6 +127,8 @@ def train(
         from runtimes.errors import InputError
 
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
+    if max_steps is not None:
+        refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if dry_run:
         from reft_export.forecast import forecast_training
 
@@ -140,7 +145,7 @@ def train(
     from runtimes.tasks import TEXT_CLASSIFICATION
 
     check_adapter_name(output.resolve().name)
-    check_destination(output, force=force, inputs=[Path(model), data, *filter(None, (base_bundle, start))])
+    check_destination(output, force=force, inputs=[Path(model), *data, *filter(None, (base_bundle, start))])
     bundle = None if base_bundle is None else open_bundle(base_bundle)
     with progress() as report:
         report(f"loading {model}")
@@ -176,7 +181,7 @@ def train(
         print_json({"adapter": str(output), "history": to_json(result.history), "samples": to_json(result.samples_after)})
         return
     if result.truncated_lines:
-        out.print(f"{len(result.truncated_lines)} completions were cut to --max-length, first on line {result.truncated_lines[0]}")
+        out.print(f"{len(result.truncated_lines)} completions were cut to --max-length, first at {escape(result.truncated_lines[0])}")
     for before, after in zip(result.samples_before, result.samples_after, strict=True):
         out.print(f"[bold]{escape(before.prompt)}[/]\n  [dim]before:[/] {escape(before.text)}\n  [dim]after: [/] {escape(after.text)}")
     first, last = result.history[0], result.history[-1]

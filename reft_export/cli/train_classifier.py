@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reft_export.cli.console import out, print_json
+from reft_export.cli.console import escape, out, print_json
 
 if TYPE_CHECKING:
     from reft_export.training.classifier import ClassifierResult
@@ -26,7 +26,7 @@ def show_classifier(output: Path, settings: TrainSettings, result: ClassifierRes
         print_json({"adapter": str(output), "history": to_json(result.history), "accuracy": accuracy})
         return
     if result.truncated_lines:
-        out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first on line {result.truncated_lines[0]}")
+        out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first at {escape(result.truncated_lines[0])}")
     from runtimes.adapter import form_of
 
     first, last = result.history[0], result.history[-1]

@@ -46,7 +46,7 @@ class ClassifierResult:
     accuracy_after: float
     evaluated: int
     held_out: bool
-    truncated_lines: tuple[int, ...]
+    truncated_lines: tuple[str, ...]
 
 
 class EditedClassifier(TrainedModel):
@@ -90,7 +90,7 @@ class EditedClassifier(TrainedModel):
 
 def train_classifier(
     base: Base,
-    data: Path,
+    data: Path | Sequence[Path],
     settings: TrainSettings,
     output: Path,
     *,
@@ -101,7 +101,7 @@ def train_classifier(
     on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> ClassifierResult:
-    """Trains interventions, and with ``head`` the classification head, on a JSONL file; saves the adapter to ``output``.
+    """Trains interventions, and with ``head`` the classification head, on JSONL files; saves the adapter to ``output``.
 
     The base stays as it is, in eval mode: its own dropout is off, in its head too. The head starts from the base's, or from ``start``'s;
     without ``head`` the adapter has none unless ``start`` had. Same seed, same adapter; raises as ``training.trainer.train``.
@@ -135,7 +135,7 @@ def train_classifier(
     run = {
         **settings.record(),
         "head": head,
-        "data": read.sha256,
+        "data": read.digest,
         "base": base.info.fingerprint,
         "base_dtype": base.dtype,
         "start": None if start is None else start.digest,

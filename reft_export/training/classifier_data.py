@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from reft_export.golden_classifier import encode
-from reft_export.training.data import TrainingData, check_text, numbered_lines, read_object
+from reft_export.training.data import DataFile, TrainingData, check_text, joined, numbered_lines, read_object
 from runtimes.encoded_text import EncodedText, padded
 from runtimes.errors import InputError
 
@@ -32,7 +32,8 @@ class LabelledText:
 
     text: EncodedText
     label: int
-    line: int
+    where: str
+    """File and line, for messages."""
     truncated: bool = False
 
     @property
@@ -41,9 +42,15 @@ class LabelledText:
         return len(self.text)
 
 
-def load_labelled(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData:
-    """Reads and tokenizes a JSONL file. Raises InputError naming file and line for anything that is not of the form above."""
-    path, digest = Path(path), hashlib.sha256()
+def load_labelled(
+    data: Path | Sequence[Path], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int
+) -> TrainingData:
+    """Reads and tokenizes a JSONL file, or several. Raises InputError naming file and line for anything not of the form above."""
+    return joined(data, lambda path: _load_file(path, tokenizer, labels, max_length))
+
+
+def _load_file(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> TrainingData:
+    digest = hashlib.sha256()
     if not path.is_file():
         raise InputError(f"{path} is not a file; training data is a JSONL file")
     examples = []
@@ -55,10 +62,11 @@ def load_labelled(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequen
             continue
         text, pair, label = _checked(record, labels, where)
         encoded, cut = encode(tokenizer, text, pair, max_length, where)
-        examples.append(LabelledText(text=encoded, label=label, line=number, truncated=cut))
+        examples.append(LabelledText(text=encoded, label=label, where=where, truncated=cut))
     if not examples:
         raise InputError(f"{path} has no examples; expected lines like {json.dumps({'text': '...', 'label': labels[0]})}")
-    return TrainingData(path=path, sha256=digest.hexdigest(), examples=tuple(examples), templated=False)
+    files = (DataFile(file=path.name, sha256=digest.hexdigest()),)
+    return TrainingData(files=files, examples=tuple(examples), templated=False)
 
 
 def collate_labelled(examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, torch.Tensor]:

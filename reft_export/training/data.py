@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runtimes.errors import InputError
+from runtimes.records import unique_keys
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -43,6 +44,8 @@ class Example:
     input_ids: tuple[int, ...]
     prompt_length: int
     line: int
+    where: str
+    """File and line, for messages."""
     truncated: bool = False
     """The completion was cut to max_length, and so has no end token."""
 
@@ -52,42 +55,70 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """A whole file, tokenized."""
+class DataFile:
+    """A file of training data, by its name and its bytes."""
 
-    path: Path
+    file: str
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Whole files, tokenized, one behind the other."""
+
+    files: tuple[DataFile, ...]
     examples: tuple[Any, ...]
     """Of Example, or for a classifier of LabelledText."""
     templated: bool
     """The examples went through the tokenizer's chat template, so prompts at inference must, too."""
 
     @property
-    def truncated_lines(self) -> tuple[int, ...]:
-        return tuple(example.line for example in self.examples if example.truncated)
+    def digest(self) -> str:
+        """Two runs with one digest saw the same examples in the same order: a file's sha256, or that of several files' sha256."""
+        digests = [each.sha256 for each in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    @property
+    def truncated_lines(self) -> tuple[str, ...]:
+        return tuple(example.where for example in self.examples if example.truncated)
+
+
+def joined(data: Path | Sequence[Path], load: Callable[[Path], TrainingData]) -> TrainingData:
+    """One file, or several in their order, as one."""
+    parts = [load(Path(path)) for path in ([data] if isinstance(data, (str, Path)) else data)]
+    if not parts:
+        raise InputError("there is no training data; give at least one JSONL file")
+    return TrainingData(
+        files=tuple(each for part in parts for each in part.files),
+        examples=tuple(example for part in parts for example in part.examples),
+        templated=parts[0].templated,
+    )
 
 
 def load_data(
-    path: Path,
+    data: Path | Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     chat_template: str = "auto",
     stop_tokens: Collection[int] = (),
 ) -> TrainingData:
-    """Reads and tokenizes a JSONL file. ``stop_tokens``: what ends generation beside the tokenizer's eos.
+    """Reads and tokenizes a JSONL file, or several. ``stop_tokens``: what ends generation beside the tokenizer's eos.
 
     Raises InputError naming file and line for anything that is not one of the two forms, for a prompt that leaves no
     room in ``max_length`` and for chat messages without a template; naming the file where it has no usable line.
     """
-    path, digest = Path(path), hashlib.sha256()
-    examples = tuple(
-        iter_examples(
-            path, tokenizer, max_length=max_length, chat_template=chat_template, stop_tokens=stop_tokens, digest=digest
-        )
-    )
     templated = bool(getattr(tokenizer, "chat_template", None)) and chat_template != "never"
-    return TrainingData(path=path, sha256=digest.hexdigest(), examples=examples, templated=templated)
+    options = {"max_length": max_length, "chat_template": chat_template, "stop_tokens": stop_tokens}
+
+    def load(path: Path) -> TrainingData:
+        digest = hashlib.sha256()
+        examples = tuple(iter_examples(path, tokenizer, digest=digest, **options))
+        return TrainingData(
+            files=(DataFile(file=path.name, sha256=digest.hexdigest()),), examples=examples, templated=templated
+        )
+
+    return joined(data, load)
 
 
 def iter_examples(
@@ -173,12 +204,12 @@ def read_object(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None
     if not text.strip():
         return None
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as e:
         raise InputError(f"{where}: not JSON: {e.msg} at column {e.colno}; each line is one JSON object") from None
     except RecursionError:
         raise InputError(f"{where}: not JSON that can be read: nested too deeply") from None
-    except ValueError as e:  # a number of more digits than Python reads
+    except ValueError as e:  # a key that stands twice, or a number of more digits than Python reads
         raise InputError(f"{where}: not JSON that can be read: {e}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
@@ -295,7 +326,9 @@ def _tokenized(
     tail = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else ids(completion)
     tail = _ended(tail, tokenizer, stop)
     room = max_length - len(head)
-    return Example(input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, truncated=len(tail) > room)
+    return Example(
+        input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, where=where, truncated=len(tail) > room
+    )
 
 
 def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: Collection[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,13 @@ class TrainResult:
     history: tuple[StepRecord, ...]
     samples_before: tuple[Sample, ...]
     samples_after: tuple[Sample, ...]
-    truncated_lines: tuple[int, ...]
-    """Lines of the data whose completion was cut to max_length."""
+    truncated_lines: tuple[str, ...]
+    """File and line of every example whose completion was cut to max_length."""
 
 
 def train(
     base: Base,
-    data: Path,
+    data: Path | Sequence[Path],
     settings: TrainSettings,
     output: Path,
     *,
@@ -67,7 +67,7 @@ def train(
     on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Trains interventions on a JSONL file, and saves the adapter to ``output`` when it is done.
+    """Trains interventions on a JSONL file, or on several as if they were one, and saves the adapter to ``output`` when it is done.
 
     The base stays as it is, in eval mode: its own dropout, where a config has one, is off, so the edit is trained on
     the model that is shipped. Load the base with ``settings.placement()``; ``device`` moves it, another ``dtype`` is
@@ -116,7 +116,7 @@ def train(
     training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
     run = {
         **settings.record(),
-        "data": read.sha256,
+        "data": read.digest,
         "base": base.info.fingerprint,
         "base_dtype": base.dtype,
         "start": None if start is None else start.digest,
@@ -198,7 +198,7 @@ def check_positions(data: TrainingData, rule: PositionRule) -> None:
             reached[n] = bool((slots(rule, np.ones((1, n)), n, prompt_length=np.array([n])) >= 0).any())
         if not reached[n]:
             raise InputError(
-                f"{data.path}:{example.line}: the prompt has {n} token, and positions {rule} edit none of it (each end "
+                f"{example.where}: the prompt has {n} token, and positions {rule} edit none of it (each end "
                 "gets at most half of the prompt); lengthen the prompt, or use positions prompt"
             )
 
@@ -237,8 +237,7 @@ def provenance(
     evaluated = [record.eval_loss for record in history if record.eval_loss is not None]
     return {
         "data": {
-            "file": data.path.name,
-            "sha256": data.sha256,
+            "files": [asdict(each) for each in data.files],
             "examples": len(training),
             "held_out": len(held_out),
             "truncated": len(data.truncated_lines),

@@ -265,6 +265,47 @@ def test_run_prints_labels_and_probabilities(made, tmp_path: Path) -> None:
     assert code == 2 and "typo.jsonl:1: has unknown keys ['txt_pair']" in said
     again = json.loads(out.splitlines()[1])["probabilities"]
     rounding.check(list(again.values()), list(record["probabilities"].values()), 2 * rounding.logits_of(base.model))
+    bad = {
+        '"max_new_tokens": 3': "max_new_tokens is for text generation",
+        '"prompt": "x"': "prompt is for text generation",
+        '"adapter": 3': "adapter is 3, expected an adapter's name",
+        '"adapter": "nope"': "has no adapter 'nope'",
+    }
+    for key, why in bad.items():
+        typo.write_text('{"text": "a fine day"}\n{"text": "a fine day", ' + key + "}\n")
+        code, printed, said = invoke("run", bundle.folder, "--prompts", typo)
+        assert code == 2 and printed == "" and "typo.jsonl:2: " in said and why in " ".join(said.split())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_every_line_of_a_classifier_has_its_own_adapter(made, tmp_path: Path, batch_size: int) -> None:
+    """As a run of its own; the command's adapter where a line names none."""
+    bundle, _, folders = made()
+    first, second = list(folders)[:2]
+    given = [{"adapter": second}, {}, {"adapter": None}, {"adapter": second}, {}]
+    lines = [{"text": text} | own for text, own in zip(("a fine day", "no", "a fine day", "it rains", "a fine day"), given, strict=True)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = invoke("run", bundle.folder, "--prompts", path, "-a", first, "--batch-size", batch_size)
+    got = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["index"] for r in got] == [0, 1, 2, 3, 4]
+    assert [r["adapter"] for r in got] == [second, first, None, second, first]
+    for line, record in zip(lines, got, strict=True):
+        asked = line.get("adapter", first)
+        options = [] if asked is None else ["-a", asked]
+        alone = json.loads(invoke("run", bundle.folder, "-p", line["text"], "--json", *options)[1])
+        values = [list(r["probabilities"].values()) for r in (record, alone)]
+        assert np.allclose(*values, rtol=1e-4) and record["label"] == alone["label"]
+    assert len({tuple(r["probabilities"].values()) for r in (got[0], got[2], got[4])}) == 3
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_tensorrts_provider_is_refused_for_edits_and_heads(made, head: bool) -> None:
+    bundle, _, _ = made()
+    manifest = bundle.manifest
+    changed = replace(manifest, nodes=(), adapters=()) if head else replace(manifest, head={})
+    with pytest.raises(BackendUnavailable, match="answer unsteered; use --provider cuda$"):
+        OrtClassifier(replace(bundle, manifest=changed), provider="tensorrt")
 
 
 @pytest.mark.parametrize(

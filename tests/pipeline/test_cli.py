@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from reft_export.cli.classify import read_texts
 from reft_export.cli.console import escape
 from reft_export.cli.main import app
-from reft_export.cli.run import read_prompts
+from reft_export.cli.prompt_lines import read_prompts, read_requests
 from runtimes.errors import InputError
 
 SURFACE = {
@@ -97,9 +97,9 @@ def test_help_says_all_of_its_text() -> None:
         assert Text.from_markup(text).plain == text, where
 
 
-@pytest.mark.parametrize("read", [read_prompts, read_texts])
+@pytest.mark.parametrize("read", [read_requests, read_prompts, read_texts])
 def test_hostile_lines_cost_one_line(read, tmp_path) -> None:
-    path, key = tmp_path / "lines.jsonl", "prompt" if read is read_prompts else "text"
+    path, key = tmp_path / "lines.jsonl", "text" if read is read_texts else "prompt"
     bad = {"[" * 200_000: "nested too deeply", '{"KEY": ' + "1" * 5000 + "}": "not JSON", '{"KEY": "a\\ud83d"}': "half of a surrogate"}
     for line, said in bad.items():
         path.write_text(f'{{"{key}": "fine"}}\n' + line.replace("KEY", key) + "\n")
@@ -148,6 +148,8 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
     refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'")
     refused("run", bundle, "-p", "x" * 600, code=2, match="do not fit the context of llama (512)")
     refused("run", bundle, "-p", "x", "--provider", "cuda", code=4, match="pip")
+    for verb in (["run", bundle, "-p", "x"], ["parity", bundle], ["bench", bundle]):
+        refused(*verb, "--provider", "tensorrt", code=4, match="use --provider cuda, or build an engine: reft-export build")
     refused("run", bundle, "-p", "x", "--kernel", ":x:", code=2, match="--kernel ':x:' is unknown")  # no emoji
     refused("run", bundle, "-p", "x", "--kernel", "magic", code=2, match="--kernel 'magic' is unknown")
     refused("run", bundle, "-p", "x", "--system", "be kind", code=2, match="chat template")
@@ -330,6 +332,8 @@ def test_doctor_and_bench(bundle_folder) -> None:
     assert [m["name"] for m in result["measurements"]] == ["base", *adapters]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
     alone = json.loads(cli("bench", bundle_folder("llama"), "--op", "-a", "tied", "--json").stdout)
+    refused("bench", bundle_folder("llama"), "--op", "--repeats", 2, code=2, match="--repeats is a whole model's")
+    refused("bench", bundle_folder("llama"), "--op", "-a", "tied", "-a", "untied", code=2, match="2 are given; give one -a")
     assert len(alone["nodes"]) == 5 and all(n["function"] is not None for n in alone["nodes"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,25 @@ def test_a_provider_that_is_not_here_names_its_install(bundle: Bundle, provider:
     if ort_session.PROVIDERS[provider][0] in ort.get_available_providers():
         pytest.skip(f"this onnxruntime has {provider}")
     with pytest.raises(BackendUnavailable, match="pip install 'onnxruntime-gpu"):
-        OrtSession(bundle, provider=provider)
+        OrtSession(without_edits(bundle), provider=provider)
+
+
+def without_edits(bundle: Bundle) -> Bundle:
+    """The manifest of a plain decoder."""
+    return replace(bundle, manifest=replace(bundle.manifest, nodes=(), adapters=()))
+
+
+@pytest.mark.parametrize("slot_mode", ["graph", "input"])
+@pytest.mark.parametrize("adapters", [{}, {"ends": ADAPTERS["ends"]}], ids=["sites-only", "adapter"])
+def test_edits_are_refused_in_tensorrts_provider(adapters: dict, slot_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before onnxruntime is asked for anything, so that a machine that has the provider refuses too; cuda and cpu are named or left."""
+    opened = write_toy_bundle(tmp_path / "toy", adapters=adapters, slot_mode=slot_mode)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: pytest.fail("the graph must not be loaded"))
+    with pytest.raises(BackendUnavailable, match="answer unsteered; use --provider cuda, or .* reft-export build .*toy --target tensorrt$"):
+        OrtSession(opened, provider="tensorrt")
+    monkeypatch.undo()
+    assert OrtSession(opened, threads=1).provider == "cpu"
 
 
 def test_a_silent_fallback_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +191,7 @@ def test_a_provider_that_does_not_start_says_so_in_one_line(bundle: Bundle, monk
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", session)
     with pytest.raises(BackendUnavailable, match="TensorrtExecutionProvider did not start: Please install TensorRT libraries; check"):
-        OrtSession(bundle, provider="tensorrt")
+        OrtSession(without_edits(bundle), provider="tensorrt")
     assert capfd.readouterr().out == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_end_tokens_beside_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerFas
 def test_truncation_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path / "d.jsonl", PAIR, {"prompt": "ab", "completion": "cdefgh"})
     data = load(path, tokenizer, max_length=5)
-    assert data.truncated_lines == (2,) and data.examples[1].input_ids == ids("abcde", tokenizer)
+    assert data.truncated_lines == (f"{path}:2",) and data.examples[1].input_ids == ids("abcde", tokenizer)
     assert not data.examples[0].truncated
 
 
@@ -123,6 +124,8 @@ REFUSED = {
     "unknown key": ({**PAIR, "id": 3}, "has unknown keys ['id']"),
     "missing key": ({"prompt": "a"}, "lacks ['completion']"),
     "both": ({"promt": "a", "completion": "b"}, "lacks ['prompt'] and has unknown keys ['promt']"),
+    "key twice": ('{"prompt": "a", "completion": "b", "completion": "c"}', "key 'completion' is given twice"),
+    "role twice": ('{"messages": [{"role": "user", "role": "system", "content": "u"}]}', "key 'role' is given twice"),
     "both forms": ({**PAIR, "messages": []}, "has unknown keys ['completion', 'prompt']"),
     "not text": ({"prompt": 3, "completion": "b"}, "prompt is int, expected a string"),
     "empty prompt": ({"prompt": " ", "completion": "b"}, "prompt is empty"),
@@ -150,6 +153,26 @@ def test_every_bad_line_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerF
         load(path, tokenizer)
     assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_several_files_are_one_behind_the_other(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    one = write(tmp_path / "one.jsonl", PAIR)
+    two = write(tmp_path / "two.jsonl", "", {"prompt": "x", "completion": "yz"})
+    both = write(tmp_path / "both.jsonl", PAIR, "", {"prompt": "x", "completion": "yz"})
+    data, whole = load_data([one, two], tokenizer, max_length=64), load(both, tokenizer)
+    assert [e.input_ids for e in data.examples] == [e.input_ids for e in whole.examples]
+    assert [e.where for e in data.examples] == [f"{one}:1", f"{two}:2"]
+    assert [f.file for f in data.files] == ["one.jsonl", "two.jsonl"]
+    assert [f.sha256 for f in data.files] == [hashlib.sha256(p.read_bytes()).hexdigest() for p in (one, two)]
+    turned = load_data([two, one], tokenizer, max_length=64)
+    digests = [d.digest for d in (data, turned, load(one, tokenizer), load(two, tokenizer))]
+    assert len(set(digests)) == 4 and digests[2] == data.files[0].sha256
+    for bad, said in (("{", "two.jsonl:1: not JSON"), ("", "two.jsonl has no examples")):
+        write(two, bad)
+        with pytest.raises(InputError, match=said):
+            load_data([one, two], tokenizer, max_length=64)
+    with pytest.raises(InputError, match="there is no training data"):
+        load_data([], tokenizer, max_length=64)
 
 
 def test_other_refusals(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_training_learns_and_leaves_the_base_alone(base: Base, data: Path, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "data.jsonl"], "no other file is left"
 
     adapter = load_adapter(tmp_path / "adapter")
-    assert adapter.training["final_loss"] == history[-1].loss and adapter.training["data"]["file"] == "data.jsonl"
+    assert adapter.training["final_loss"] == history[-1].loss and adapter.training["data"]["files"][0]["file"] == "data.jsonl"
     assert adapter.training["settings"]["positions"] == "all" and adapter.training["steps"] == 30
     prompt = torch.tensor([base.tokenizer("what is 1?")["input_ids"]])
     plain = greedy_tokens(base.model, prompt, None, 8)
@@ -117,6 +118,33 @@ def test_resumed_run_equals_the_uninterrupted_one(base: Base, data: Path, tmp_pa
     assert losses(resumed) == losses(whole) and resumed.history == whole.history
     assert files(output) == files(tmp_path / "whole")
     assert not (tmp_path / "resumed.checkpoints").exists()
+
+
+def test_training_on_several_files_is_training_on_their_lines(base: Base, data: Path, tmp_path: Path) -> None:
+    """The adapter of the joined file, both files in its record; a run is resumed with the same files in the same order only."""
+    lines = data.read_text().splitlines(keepends=True)
+    parts = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for part, text in zip(parts, (lines[:5], lines[5:]), strict=True):
+        part.write_text("".join(text))
+    whole, several = train(base, data, SETTINGS, tmp_path / "whole"), train(base, parts, SETTINGS, tmp_path / "several")
+    assert several.history == whole.history
+    assert all((several.adapter.tensors[name] == value).all() for name, value in whole.adapter.tensors.items())
+    recorded = load_adapter(tmp_path / "several").training["data"]["files"]
+    digests = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+    assert recorded == [{"file": part.name, "sha256": digest} for part, digest in zip(parts, digests, strict=True)]
+
+    output, going_on = tmp_path / "resumed", replace(SETTINGS, resume=True)
+    with pytest.raises(TrainingInterrupted):
+        train(base, parts, SETTINGS, output, on_step=stop_at(5))
+    last = parts[1].read_text()
+    for others in (parts[:1], parts[::-1], data):
+        with pytest.raises(InputError, match="was run otherwise .*data"):
+            train(base, others, going_on, output)
+    parts[1].write_text(last + "\n" + json.dumps({"prompt": "one more", "completion": "ok"}))
+    with pytest.raises(InputError, match="was run otherwise .*data"):
+        train(base, parts, going_on, output)
+    parts[1].write_text(last)
+    assert train(base, parts, going_on, output).history == whole.history
 
 
 def test_checkpoints_hold_the_edit_only_and_nothing_pickled(base: Base, data: Path, tmp_path: Path) -> None:
