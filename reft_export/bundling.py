@@ -115,10 +115,10 @@ def _window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
 
 
-def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool | None = None) -> None:
+def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:
     """Raises AdapterError, naming both models and in what they differ, for an adapter that was trained on another base.
 
-    ``accept_base``: one of equal weights will do; None where the verb cannot be told so.
+    ``accept_base``: one of equal weights will do.
     """
     check_adapter_name(name)
     require_same(

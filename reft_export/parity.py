@@ -92,11 +92,11 @@ def host_ladder(
     return ParityReport(rungs=tuple(rungs))
 
 
-def check_same_base(bundle: Bundle, base: Base | Outline, model: str, *, accept_base: bool | None = None) -> None:
+def check_same_base(bundle: Bundle, base: Base | Outline, model: str, *, accept_base: bool = False) -> None:
     """Raises AdapterError, naming both models and in what they differ, for a base that the bundle was not made from.
 
     A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count. ``accept_base``: a base of equal weights
-    will do; None where the verb cannot be told so.
+    will do.
     """
     recorded: dict[str, Named] = {f"{bundle.folder} was made from": bundle.manifest.model}
     if not bundle.manifest.model.fingerprint:

@@ -70,18 +70,18 @@ def require_same(
     remedy: str,
     *,
     former: Callable[[], str] | None = None,
-    accept: bool | None = None,
+    accept: bool = False,
 ) -> None:
     """Raises AdapterError where ``found`` is not the base that was ``recorded``, saying in what they differ.
 
     ``claim`` and ``here`` introduce their names: "adapter x was trained on", "this base is". ``accept``: a base that differs in its config
-    alone will do; None where the verb cannot be told so.
+    alone will do; where it is false, such a base is refused with an offer of --accept-base, which every verb that compares bases has.
     """
     differs = difference(recorded, found, former)
     if differs is None or (accept and differs.weights_equal):
         return
     what = f": {differs.what}" if differs.what else ""
-    offer = ", or take this one, whose weights are equal, with --accept-base" if differs.weights_equal and accept is not None else ""
+    offer = ", or take this one, whose weights are equal, with --accept-base" if differs.weights_equal else ""
     raise AdapterError(
         f"{claim} {recorded.name} (fingerprint {recorded.fingerprint[:12]}), {here} {found.name} ({found.fingerprint[:12]}){what}; "
         f"{remedy}{offer}"
