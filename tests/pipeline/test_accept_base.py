@@ -1,4 +1,4 @@
-"""Another base of equal weights, verb by verb: refused with the key that differs, and taken with --accept-base; and files of older releases."""
+"""Another base of equal weights, verb by verb: refused by the key that differs, taken with --accept-base; and files of older releases."""
 
 from __future__ import annotations
 

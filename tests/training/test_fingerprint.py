@@ -191,6 +191,9 @@ def test_the_pad_counts_where_positions_are_numbered_from_it(tmp_path: Path) -> 
     assert fingerprint(encoder) == before
     edit_config(encoder, pad_token_id=7)
     assert fingerprint(encoder) != before
+    for kind, counts in (("xglm", True), ("llama", False)):  # decoders
+        pads = [canonical_config({"model_type": kind, "pad_token_id": pad}, "config.json") for pad in (5, 7)]
+        assert (pads[0] != pads[1]) == counts, kind
 
 
 RELEASES = {
