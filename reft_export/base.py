@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.classifiers import check_classifier, check_has_head, is_classifier, labels_of
-from reft_export.model_folder import fingerprint, first_line, memory_fingerprint, read_config, weight_files
+from reft_export.fingerprint import Identity, identify, identify_model
+from reft_export.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, read_config, weight_files
 from runtimes.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
 from runtimes.records import parse_json
@@ -52,6 +53,10 @@ class Base:
     def task(self) -> str:
         return TEXT_CLASSIFICATION if self.info.labels else TEXT_GENERATION
 
+    def former_fingerprint(self) -> str:
+        """Version 1 of its fingerprint, which older adapters and bundles record."""
+        return memory_fingerprint_v1(self.model) if self.folder is None else fingerprint_v1(self.folder)
+
 
 def load_base(
     model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False, checked: bool = False
@@ -75,13 +80,13 @@ def load_base(
     files = weight_files(folder)
     tokenizer = _load_tokenizer(folder, required=require_tokenizer)
     # The fingerprint comes first: it reads every header, and so finds a damaged file before the long load does.
-    digest = fingerprint(folder)
+    identity = _identified(folder)
     with _quiet():
         loaded = _load_model(folder, files[0], DTYPES[dtype], config)
     if not checked:
         _check_finite(loaded, folder)
     loaded.requires_grad_(False)
-    return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name=name, digest=digest), folder=folder)
+    return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name, identity), folder=folder)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +97,10 @@ class Outline:
     info: BaseModel
     folder: Path
 
+    def former_fingerprint(self) -> str:
+        """As of a Base."""
+        return fingerprint_v1(self.folder)
+
 
 def outline_base(model: str | Path) -> Outline:
     """What ``load_base`` would load, in a fraction of its time and memory; raises InputError as it does."""
@@ -100,14 +109,14 @@ def outline_base(model: str | Path) -> Outline:
     folder, name = _locate(model)
     written = read_config(folder)
     _check_kind(written, folder)
-    digest = fingerprint(folder)
+    identity = _identified(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             skeleton = _auto_class(written).from_config(config, trust_remote_code=False)
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
-    return Outline(model=skeleton, info=_info(skeleton, name=name, digest=digest), folder=folder)
+    return Outline(model=skeleton, info=_info(skeleton, name, identity), folder=folder)
 
 
 def _locate(model: str | Path) -> tuple[Path, str]:
@@ -130,19 +139,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str) -> Base:
-    """A Base around a model that is already in memory; its fingerprint is ``memory_fingerprint``'s."""
-    info = _info(model, name=name, digest=memory_fingerprint(model))
-    return Base(model=model.eval(), tokenizer=tokenizer, info=info, folder=None)
+    """A Base around a model that is already in memory; its fingerprint is ``identify_model``'s."""
+    return Base(model=model.eval(), tokenizer=tokenizer, info=_info(model, name, identify_model(model)), folder=None)
 
 
-def _info(model: PreTrainedModel, *, name: str, digest: str) -> BaseModel:
+def _info(model: PreTrainedModel, name: str, identity: Identity) -> BaseModel:
     config = model.config.get_text_config()
     return BaseModel(
         name=name,
-        fingerprint=digest,
+        fingerprint=identity.fingerprint,
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         labels=labels_of(model),
+        parts=identity.parts,
     )
 
 
@@ -157,6 +166,19 @@ def check_device(device: str) -> None:
 
 
 # --- what is in the folder ------------------------------------------------------------------------
+
+
+def _identified(folder: Path) -> Identity:
+    """Raises InputError, too, for weights that are two models in one: with a LoRA beside them, or a head that is and is not tied."""
+    identity = identify(folder)
+    if lora := [name for name in identity.parts.tensors if ".lora_" in name]:
+        raise InputError(f"{folder}: the checkpoint stores a LoRA that is not merged ({lora[0]}), which transformers would drop; {MERGE}")
+    if identity.tied:
+        raise InputError(
+            f"{folder}: config.json ties {identity.tied} to the embedding, and the checkpoint stores another one: transformers 4 drops it, "
+            "transformers 5 uses it; set tie_word_embeddings to false, or save the model again"
+        )
+    return identity
 
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -246,6 +268,7 @@ def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase 
         if required:
             raise InputError(f"{folder} has no tokenizer; expected tokenizer.json beside config.json")
         return None
+    _check_tokenizer_file(folder)
     try:
         # transformers 5 writes tokenizer_class TokenizersBackend, its new name for PreTrainedTokenizerFast, which
         # transformers 4 does not know.
@@ -255,6 +278,17 @@ def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase 
             return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the tokenizers library raises bare Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be loaded: {first_line(e)}") from e
+
+
+def _check_tokenizer_file(folder: Path) -> None:
+    """transformers reads another file than tokenizer.json where tokenizer_config.json lists one for its release; a device does not."""
+    path = folder / "tokenizer_config.json"
+    listed = parse_json(path.read_text(encoding="utf-8")).get("fast_tokenizer_files") if path.is_file() else None
+    if others := [name for name in listed or () if name != "tokenizer.json"]:
+        raise InputError(
+            f"{path} lists {others[0]}, which some releases of transformers read in place of tokenizer.json; remove fast_tokenizer_files, "
+            "and keep the tokenizer that is meant as tokenizer.json"
+        )
 
 
 def _tokenizer_class(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graph_passes.cache_shapes import ATTENTION
 from reft_export.classifiers import check_head, context_of
 from reft_export.genai import keep_genai_config, write_genai_config
+from reft_export.same_base import require_same
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
@@ -34,7 +35,7 @@ from runtimes.bundle import (
     write_manifest,
 )
 from runtimes.edit import Site
-from runtimes.errors import AdapterError, GraphError, InputError, ParityError
+from runtimes.errors import GraphError, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
@@ -105,6 +106,7 @@ def model_record(base: Base) -> ModelRecord:
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         pad_token_id=pad,
         sliding_window=_window(config),
+        parts=base.info.parts,
     )
 
 
@@ -113,14 +115,21 @@ def _window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
 
 
-def check_fit(name: str, adapter: Adapter, base: Base) -> None:
-    """Raises AdapterError, naming both models and fingerprints, for an adapter that was trained on another base."""
+def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:
+    """Raises AdapterError, naming both models and in what they differ, for an adapter that was trained on another base.
+
+    ``accept_base``: one of equal weights will do.
+    """
     check_adapter_name(name)
-    if adapter.base.fingerprint != base.info.fingerprint:
-        raise AdapterError(
-            f"adapter {name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), this base is "
-            f"{base.info.name} ({base.info.fingerprint[:12]}); pass the base it was trained on"
-        )
+    require_same(
+        f"adapter {name} was trained on",
+        adapter.base,
+        "this base is",
+        base.info,
+        "pass the base it was trained on",
+        former=base.former_fingerprint,
+        accept=accept_base,
+    )
     check_head(adapter, base.model)
 
 

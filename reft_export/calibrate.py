@@ -20,12 +20,11 @@ from calibration.observers import Observer
 from calibration.quantize import Ranges
 from calibration.settings import SCHEMES, QuantizationSettings
 from graph_passes.external import load_graph
-from reft_export.base import base_folder, load_tokenizer
+from reft_export.base import load_tokenizer, outline_base
 from reft_export.bundling import Report
 from reft_export.calibration_report import write_report
 from reft_export.dequantized import expert_matrices
-from reft_export.model_folder import fingerprint
-from reft_export.parity import check_fingerprint
+from reft_export.parity import check_same_base
 from reft_export.training.classifier_data import load_labelled
 from reft_export.training.data import iter_examples
 from reft_export.variants import variant
@@ -143,9 +142,9 @@ def banks_digest(bundle: Bundle, name: str) -> str | None:
 
 def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequest, report: Report) -> Collected:
     report(f"reading {request.data}")
-    folder = base_folder(model)
-    check_fingerprint(bundle, fingerprint(folder), folder.resolve().name, model)
-    tokenizer = load_tokenizer(folder)
+    base = outline_base(model)
+    check_same_base(bundle, base, model)
+    tokenizer = load_tokenizer(base.folder)
     classifies = bundle.manifest.task == TEXT_CLASSIFICATION
     decode_tokens = 0 if classifies else request.decode_tokens
     room = bundle.manifest.model.context_length - decode_tokens

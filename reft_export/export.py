@@ -132,9 +132,19 @@ class ExportResult:
 
 
 def export_bundle(
-    model: str, adapter_folders: list[Path], output: Path, settings: ExportSettings, *, force: bool = False, report: Report = print
+    model: str,
+    adapter_folders: list[Path],
+    output: Path,
+    settings: ExportSettings,
+    *,
+    accept_base: bool = False,
+    force: bool = False,
+    report: Report = print,
 ) -> ExportResult:
-    """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle."""
+    """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle.
+
+    ``accept_base``: adapters of a base that differs from ``model`` in its config alone will do.
+    """
     check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
     if Path(model).is_dir():
         _check_task(Path(model), settings)
@@ -145,7 +155,7 @@ def export_bundle(
     if base.task == TEXT_CLASSIFICATION:
         check_classifier_settings(base.info.name, settings)
     for name, adapter in adapters.items():
-        check_fit(name, adapter, base)
+        check_fit(name, adapter, base, accept_base=accept_base)
     nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
     _check_layers(nodes, base)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:

@@ -76,6 +76,7 @@ def fold_bundle(
     sites: tuple[Site, ...],
     as_lora: bool = False,
     model: str | None = None,
+    accept_base: bool = False,
     force: bool,
     report: Report,
 ) -> FoldResult | EdgeFoldResult:
@@ -120,7 +121,7 @@ def fold_bundle(
     precision = _precision(decoder, nodes, record.hidden_size, source)
     base, weights = None, {}
     if model is not None:
-        base, record, weights = _known_base(model, decoder, source, adapters, record, report)
+        base, record, weights = _known_base(model, decoder, source, adapters, record, report, accept_base=accept_base)
         labels = _labels_of_base(base, labels, source)
     head_sources = _head_sources(decoder, adapters)
     report(f"folding {len(nodes)} edit nodes")
@@ -163,7 +164,14 @@ def fold_bundle(
 
 
 def _known_base(
-    model: str, decoder: ir.Model, source: Path, adapters: dict[str, Adapter], record: ModelRecord, report: Report
+    model: str,
+    decoder: ir.Model,
+    source: Path,
+    adapters: dict[str, Adapter],
+    record: ModelRecord,
+    report: Report,
+    *,
+    accept_base: bool,
 ) -> tuple[Base, ModelRecord, dict[str, WeightSource]]:
     """The base that the graph is said to be of, its record, and which of its parameters every weight is."""
     from reft_export.base import load_base
@@ -173,7 +181,7 @@ def _known_base(
     report(f"loading {model}")
     base = load_base(model)
     for name, adapter in adapters.items():
-        check_fit(name, adapter, base)
+        check_fit(name, adapter, base, accept_base=accept_base)
     full = known_model(record, base, context=_context(_config(source.parent)))
     report("finding the base's weights in the graph")
     return base, full, match_weights(decoder, base, str(source))

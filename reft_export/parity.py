@@ -20,16 +20,16 @@ from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.banks import bank_edits, bank_steerer
-from reft_export.base import DTYPES, Base, load_base
+from reft_export.base import DTYPES, Base, Outline, load_base, outline_base
 from reft_export.bundling import TORCH_DTYPES, float_label, model_record
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.edit_ladder import edit_rungs
 from reft_export.golden import GoldenInputs, Inputs, Steerer, fp32_logits, inputs_of, record_golden
 from reft_export.golden_classifier import ClassifierInputs
+from reft_export.same_base import Named, require_same
 from reft_export.step_by_step import step_rungs
 from reft_export.variants import variant
 from runtimes.bundle import BASE_GOLDEN, Bundle
-from runtimes.errors import AdapterError
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung
 from runtimes.tasks import TEXT_CLASSIFICATION
@@ -51,13 +51,15 @@ class RecordedBundle(Bundle):
         return self.recorded / f"{name}.npz"
 
 
-def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: str | None = None, report: Report = print) -> ParityReport:
+def host_ladder(
+    bundle: Bundle, model: str, *, provider: str = "cpu", kernel: str | None = None, accept_base: bool = False, report: Report = print
+) -> ParityReport:
     """Every rung that exists for ``bundle``, with eager PyTorch run again now on the base ``model``.
 
-    Raises AdapterError when ``model`` is not the base that the bundle was made from.
+    Raises AdapterError when ``model`` is not the base that the bundle was made from; with ``accept_base`` one of equal weights will do.
     """
     base = load_base(model)
-    check_same_base(bundle, base, model)
+    check_same_base(bundle, base, model, accept_base=accept_base)
     if not bundle.manifest.model.fingerprint:  # folded without its base, and maybe without a config.json that says how many tokens fit
         record = bundle.manifest.model
         context = min(record.context_length, model_record(base).context_length)
@@ -89,27 +91,29 @@ def host_ladder(bundle: Bundle, model: str, *, provider: str = "cpu", kernel: st
     return ParityReport(rungs=tuple(rungs))
 
 
-def check_same_base(bundle: Bundle, base: Base, model: str) -> None:
-    """Raises AdapterError, naming both models and fingerprints.
+def check_same_base(bundle: Bundle, base: Base | Outline, model: str, *, accept_base: bool = False) -> None:
+    """Raises AdapterError, naming both models and in what they differ, for a base that the bundle was not made from.
 
-    A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count.
+    A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count. ``accept_base``: a base of equal weights
+    will do.
     """
-    check_fingerprint(bundle, base.info.fingerprint, base.info.name, model)
+    recorded: dict[str, Named] = {f"{bundle.folder} was made from": bundle.manifest.model}
+    if not bundle.manifest.model.fingerprint:
+        recorded = {f"adapter {name} was trained on": bundle.adapter_record(name).base for name in bundle.adapter_names}
+    for claim, one in recorded.items():
+        remedy = "pass the base it was made from"
+        require_same(claim, one, f"{model} is", base.info, remedy, former=base.former_fingerprint, accept=accept_base)
 
 
-def check_fingerprint(bundle: Bundle, found: str, name: str, model: str) -> None:
-    """``check_same_base`` for a base that is not loaded; ``found`` and ``name`` are its own."""
-    made_from = bundle.manifest.model
-    wanted = {f"{bundle.folder} was made from {made_from.name}": made_from.fingerprint}
-    if not made_from.fingerprint:
-        trained_on = {name: bundle.adapter_record(name).base for name in bundle.adapter_names}
-        wanted = {f"adapter {name} was trained on {on.name}": on.fingerprint for name, on in trained_on.items()}
-    for statement, fingerprint in wanted.items():
-        if fingerprint != found:
-            raise AdapterError(
-                f"{statement} (fingerprint {fingerprint[:12]}), {model} is {name} ({found[:12]}); "
-                "pass the base it was made from"
-            )
+def made_from(bundle: Bundle, model: str) -> Bundle:
+    """The bundle as one that was made from ``model``, whose weights are its base's, whatever else of their configs differs.
+
+    Raises AdapterError as ``check_same_base`` does.
+    """
+    base = outline_base(model)
+    check_same_base(bundle, base, model, accept_base=True)
+    record = replace(bundle.manifest.model, fingerprint=base.info.fingerprint, parts=base.info.parts)
+    return replace(bundle, manifest=replace(bundle.manifest, model=record))
 
 
 def quantized_rungs(

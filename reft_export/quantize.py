@@ -25,7 +25,7 @@ from reft_export.foreign_base import check_weights_known, completed
 from reft_export.genai import copy_genai_files, read_genai_config
 from reft_export.golden import Steerer, fp32_logits
 from reft_export.memory import give_back
-from reft_export.parity import check_same_base, stored_inputs
+from reft_export.parity import check_same_base, made_from, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.refit import REMEDY, RefitSettings, check_task, plan_refit
 from reft_export.step_by_step import step_rungs
@@ -59,6 +59,7 @@ def quantize_bundle(
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
     compare: bool = False,
+    accept_base: bool = False,
     force: bool = False,
     report: Report = print,
 ) -> ExportResult:
@@ -67,6 +68,7 @@ def quantize_bundle(
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
     quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+    ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
     for adapters that are not the bundle's, ParityError for a missed budget.
@@ -77,6 +79,8 @@ def quantize_bundle(
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
     check_bundle(opened, settings, calibration)
+    if accept_base:
+        opened = made_from(opened, model)
     with completed(opened, model, report) as bundle:
         return _quantized(bundle, model, output, settings, calibration, refit, yardsticks, compare=compare, force=force, report=report)
 

@@ -20,13 +20,14 @@ from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, gate, head_tensors, load_adapters, write_adapter
+from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, check_fit, gate, head_tensors, load_adapters, write_adapter
 from reft_export.eager import steered
 from reft_export.export import ExportResult, check_structure, record_quantized
 from reft_export.golden import fp32_logits
-from reft_export.parity import check_same_base, stored_inputs
+from reft_export.parity import check_same_base, made_from, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.refit import REMEDY, RefitPlan, RefitSettings, Refitted, check_task, plan_refit, refit_adapters
+from reft_export.same_base import comparable, require_same
 from runtimes.adapter import Adapter
 from runtimes.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
 from runtimes.errors import AdapterError, CalibrationError
@@ -41,6 +42,7 @@ def swap_bundle(
     adapters: Sequence[Path] = (),
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
+    accept_base: bool = False,
     force: bool = False,
     report: Report = print,
 ) -> ExportResult:
@@ -57,13 +59,16 @@ def swap_bundle(
             f"{source} is a float bundle: adapters get into it with `reft-export export`, and are trained with `reft-export train`"
         )
     check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks())
+    if accept_base:
+        bundle = made_from(bundle, model)
     plan = plan_refit(bundle, model, refit, output, force=force) if refit else None
     given = {} if refit else load_adapters(list(adapters))
     for name, adapter in given.items():
-        check_swap(bundle, name, adapter)
+        check_swap(bundle, name, adapter, accept_base=accept_base)
     figures = Measurements(yardsticks)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
         copy_bundle(bundle, work)
+        write_manifest(work, bundle.manifest)
         runs = bundle.manifest.precision != "bf16"
         if runs:
             report("measuring the bundle as it is")
@@ -71,7 +76,7 @@ def swap_bundle(
         if plan:
             refitted, manifest = refit_in(work, model, plan, Path(proof), report)
         else:
-            refitted, manifest = {}, put_in(work, model, given, Path(proof), report)
+            refitted, manifest = {}, put_in(work, model, given, Path(proof), report, accept_base=accept_base)
         parity, note = None, "" if runs else check_structure(work)
         if runs:
             report("holding the bundle against the eager model")
@@ -93,12 +98,16 @@ def refit_in(work: Path, model: str, plan: RefitPlan, proof: Path, report: Repor
     return refitted, manifest
 
 
-def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path, report: Report) -> Manifest:
+def put_in(
+    work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path, report: Report, *, accept_base: bool = False
+) -> Manifest:
     """Puts adapters that were trained elsewhere into the bundle that is being made in ``work``."""
     bundle = open_bundle(work)
     report("recording what the eager model says with the new adapters")
     base = load_base(model)
     check_same_base(bundle, base, model)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base, accept_base=accept_base)
     steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     exact = stored_exact(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers)
     manifest = replace_adapters(work, base, adapters, exact, proof)
@@ -106,14 +115,18 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
     return manifest
 
 
-def check_swap(bundle: Bundle, name: str, adapter: Adapter) -> None:
+def check_swap(bundle: Bundle, name: str, adapter: Adapter, *, accept_base: bool = False) -> None:
     """Raises AdapterError for an adapter of another base, for other sites, or trained on the weights of another bundle."""
     check_adapter_name(name)
-    made_from = bundle.manifest.model
-    if made_from.fingerprint and adapter.base.fingerprint != made_from.fingerprint:
-        raise AdapterError(
-            f"adapter {name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), {bundle.folder} was made "
-            f"from {made_from.name} ({made_from.fingerprint[:12]}); use the base it was trained on"
+    of = bundle.manifest.model
+    if of.fingerprint and comparable(adapter.base, of):  # else the base tells, which ``put_in`` loads
+        require_same(
+            f"adapter {name} was trained on",
+            adapter.base,
+            f"{bundle.folder} was made from",
+            of,
+            "use the base it was trained on",
+            accept=accept_base,
         )
     if adapter.trained_on not in (None, bundle.digest):
         raise AdapterError(

@@ -59,14 +59,27 @@ ACTIVATED_METHODS = ("loreft", "noreft", "direft")
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseParts:
+    """What a fingerprint was made of, to say in what two bases differ. Files written before fingerprints had a version lack it."""
+
+    config: dict[str, Any]
+    """The keys of config.json that decide what the base computes, as reft_export.base_config spells them."""
+    weights: str
+    """sha256 over all tensors."""
+    tensors: dict[str, str]
+    """The first digits of every tensor's digest by its name; run together where names differ in numbers alone (reft_export.same_base)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint. ``labels``: a classifier's, else none."""
+    """The base an adapter was trained on. ``fingerprint``, ``parts``: see reft_export.fingerprint. ``labels``: a classifier's."""
 
     name: str
     fingerprint: str
     num_hidden_layers: int
     hidden_size: int
     labels: tuple[str, ...] = ()
+    parts: BaseParts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.adapter import BaseModel
+from runtimes.adapter import BaseModel, BaseParts
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.golden_schema import GoldenSchema, read_golden
@@ -69,6 +69,8 @@ class ModelRecord:
     pad_token_id: int | None = None
     sliding_window: int | None = None
     """Columns that the narrowest attention layer sees. Right-padded rows are exact only until it is full: it counts pads too."""
+    parts: BaseParts | None = None
+    """What the fingerprint was made of; older bundles lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import typer
 
 from reft_export.cli.console import escape, guarded, out, parity_failed, print_json, print_parity, progress
 from reft_export.cli.options import (
+    AcceptBase,
     AccuracyLevel,
     Adapters,
     AsJson,
@@ -58,6 +59,7 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
     ] = "bundle",
+    accept_base: AcceptBase = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -69,7 +71,7 @@ def export(
     check_choice("--format", format, ("bundle", "pyreft"))
     if format == "pyreft":
         refuse_given(context, GRAPHS, "a graph's, and --format pyreft writes an adapter alone")
-        export_adapter(model, list(adapters or []), output, force=force, dry_run=dry_run, as_json=as_json)
+        export_adapter(model, list(adapters or []), output, accept_base=accept_base, force=force, dry_run=dry_run, as_json=as_json)
         return
     settings = ExportSettings(
         precision=precision,
@@ -89,14 +91,18 @@ def export(
         return
     try:
         with progress() as report:
-            result = export_bundle(model, list(adapters or []), output, settings, force=force, report=report)
+            result = export_bundle(
+                model, list(adapters or []), output, settings, accept_base=accept_base, force=force, report=report
+            )
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
 
 
-def export_adapter(model: str, adapters: list[Path], output: Path, *, force: bool, dry_run: bool, as_json: bool) -> None:
+def export_adapter(
+    model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool
+) -> None:
     """``--format pyreft``: one adapter, converted; there is no graph, so the options of graphs mean nothing."""
     from reft_export.importing.to_pyreft import export_to_pyreft
     from runtimes.errors import InputError
@@ -104,7 +110,7 @@ def export_adapter(model: str, adapters: list[Path], output: Path, *, force: boo
     if len(adapters) != 1 or dry_run:
         raise InputError(f"--format pyreft converts one adapter (-a), without --dry-run; {len(adapters)} are given")
     with progress() as report:
-        result = export_to_pyreft(model, adapters[0], output, force=force, report=report)
+        result = export_to_pyreft(model, adapters[0], output, accept_base=accept_base, force=force, report=report)
     if as_json:
         print_json({"adapter": str(output), "class": result.kind, "interventions": result.interventions, "notes": list(result.notes)})
         return

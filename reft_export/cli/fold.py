@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_export.cli.console import guarded, out, parity_failed, print_json, print_parity, progress
-from reft_export.cli.options import Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
+from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
 
 if TYPE_CHECKING:
     from reft_export.fold import FoldResult
@@ -37,6 +37,7 @@ def fold(
     as_lora: Annotated[
         bool, typer.Option("--as-lora", help="TensorRT-Edge-LLM: weight files that its runtime switches, in place of constants.")
     ] = False,
+    accept_base: AcceptBase = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +53,16 @@ def fold(
     try:
         with progress() as report:
             result = fold_bundle(
-                graph, folders, output, slots=slots, sites=chosen, as_lora=as_lora, model=model, force=force, report=report
+                graph,
+                folders,
+                output,
+                slots=slots,
+                sites=chosen,
+                as_lora=as_lora,
+                model=model,
+                accept_base=accept_base,
+                force=force,
+                report=report,
             )
     except ParityError as e:
         parity_failed(e, as_json=as_json)

@@ -15,6 +15,9 @@ Adapters = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; the old one is kept until the new one is complete.")]
+AcceptBase = Annotated[
+    bool, typer.Option("--accept-base", help="Take a base that differs from the recorded one in its config.json alone, not in weights.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; logs stay on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with a memory and disk forecast, and do nothing.")]
 Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]

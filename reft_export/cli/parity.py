@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from reft_export.cli.console import guarded, print_parity, progress
-from reft_export.cli.options import AsJson, Kernel, Provider, check_session_options
+from reft_export.cli.options import AcceptBase, AsJson, Kernel, Provider, check_session_options
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +27,7 @@ def parity(
     kernel: Kernel = None,
     full: Annotated[bool, typer.Option("--full", help="Show every rung, not the worst of each kind.")] = False,
     report_file: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON to this file.")] = None,
+    accept_base: AcceptBase = False,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +49,7 @@ def parity(
         if model is not None:
             from reft_export.parity import host_ladder
 
-            report = host_ladder(opened, model, provider=provider or "cpu", kernel=kernel, report=say)
+            report = host_ladder(opened, model, provider=provider or "cpu", kernel=kernel, accept_base=accept_base, report=say)
         else:
             say("running the golden inputs")
             with open_session(opened, provider=provider, kernel=kernel) as session:

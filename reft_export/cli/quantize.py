@@ -11,7 +11,7 @@ import typer
 
 from reft_export.cli.console import guarded, out, parity_failed, print_table, progress
 from reft_export.cli.export import show_result
-from reft_export.cli.options import AsJson, Force, Model, Output, check_choice, given, refuse_given
+from reft_export.cli.options import AcceptBase, AsJson, Force, Model, Output, check_choice, given, refuse_given
 
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 QUANTIZES = (
@@ -99,6 +99,7 @@ def quantize(
     ] = None,
     checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for train.")] = None,
     checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
+    accept_base: AcceptBase = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -159,7 +160,9 @@ def quantize(
         make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
     try:
         with progress() as report:
-            result = make(bundle, model, output, refit=refitting, yardsticks=yardsticks, force=force, report=report)
+            result = make(
+                bundle, model, output, refit=refitting, yardsticks=yardsticks, accept_base=accept_base, force=force, report=report
+            )
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise

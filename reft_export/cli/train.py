@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from reft_export.cli.console import err, escape, guarded, out, print_json, progress
-from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
+from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, given, refuse_given
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout"}
@@ -75,6 +75,7 @@ def train(
         bool | None,
         typer.Option("--head/--no-head", help="Of a classifier: train its head with the edit, as the paper does. Default: --head."),
     ] = None,
+    accept_base: AcceptBase = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -153,11 +154,13 @@ def train(
         if bundle is None:
             base = load_base(model, dtype=base_dtype, device=base_device, require_tokenizer=True)
         else:
+            from reft_export.parity import made_from
             from reft_export.refit import load_on_bundle
 
+            bundle = made_from(bundle, model) if accept_base else bundle
             base = load_on_bundle(bundle, model, device=base_device)
         if started is not None:
-            check_fit(start.resolve().name, started, base)
+            check_fit(start.resolve().name, started, base, accept_base=accept_base)
         options = {
             "force": force,
             "start": started,

@@ -22,6 +22,7 @@ from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft_entries import CONFIG_FILE
 from reft_export.importing.pyreft_states import CLASSES
+from reft_export.same_base import require_same
 from runtimes.adapter import PARAMETERS, Adapter, load_adapter
 from runtimes.errors import AdapterError, InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -38,17 +39,24 @@ class PyreftExport:
     """What pyreft must be told, or cannot do."""
 
 
-def export_to_pyreft(model: str, folder: Path, output: Path, *, force: bool = False, report: Report = print) -> PyreftExport:
+def export_to_pyreft(
+    model: str, folder: Path, output: Path, *, accept_base: bool = False, force: bool = False, report: Report = print
+) -> PyreftExport:
     """Writes ``output``, atomically; the adapter's base is checked against ``model``, as every export does."""
     check_destination(output, force=force, inputs=[Path(model), folder])
     adapter = load_adapter(folder)
     report(f"reading {model}")
-    base = outline_base(model).info
-    if base.fingerprint != adapter.base.fingerprint:
-        raise AdapterError(
-            f"adapter {folder.resolve().name} was trained on {adapter.base.name} (fingerprint {adapter.base.fingerprint[:12]}), this base "
-            f"is {base.name} ({base.fingerprint[:12]}); pass the base it was trained on"
-        )
+    outline = outline_base(model)
+    require_same(
+        f"adapter {folder.resolve().name} was trained on",
+        adapter.base,
+        "this base is",
+        outline.info,
+        "pass the base it was trained on",
+        former=outline.former_fingerprint,
+        accept=accept_base,
+    )
+    base = outline.info
     if base.labels:
         raise InputError(
             f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only adapters "

@@ -31,7 +31,7 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
-        "--resume", "--base", "--start", "--head", "--force", "--dry-run", "--json",
+        "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
@@ -39,13 +39,13 @@ SURFACE = {
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
-        "--block-size", "--accuracy-level", "--format", "--force", "--dry-run", "--json",
+        "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
-    "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--force", "--json"},
+    "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
-        "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
+        "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },
     "build": {
@@ -57,7 +57,7 @@ SURFACE = {
         "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
         "--prefill-chunk", "--verify", "--json",
     },
-    "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--verify", "--json"},
+    "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
     "doctor": {"--json"},

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base import fingerprint, load_base, memory_fingerprint, wrap_base
+from reft_export.base import load_base, outline_base, wrap_base
+from reft_export.fingerprint import fingerprint, memory_fingerprint
 from runtimes.errors import BackendUnavailable, InputError
 
 
@@ -69,7 +70,7 @@ def test_fingerprint_sees_architecture_names_shapes_dtypes_and_values(folder: Pa
 
     changes = [
         lambda: edit_config(folder, rms_norm_eps=1e-3),
-        lambda: edit_config(folder, bos_token_id=7),
+        lambda: edit_config(folder, num_key_value_heads=4),
         lambda: edit_weights(folder, name, lambda w: w * (1 + 1e-6)),
         lambda: edit_weights(folder, name, lambda w: w.bfloat16()),
         lambda: edit_weights(folder, name, lambda w: w.reshape(32, 64).contiguous()),
@@ -81,6 +82,42 @@ def test_fingerprint_sees_architecture_names_shapes_dtypes_and_values(folder: Pa
         assert digest not in seen
         seen.add(digest)
     assert after(lambda: None) in seen
+
+
+PEFT = {"peft_type": "LORA", "base_model_name_or_path": "someone/else", "r": 4, "target_modules": ["q_proj"]}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def with_lora(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_other_head(folder: Path) -> None:
+    """config.json ties the head to the embedding; the checkpoint has one of its own."""
+    edit_config(folder, tie_word_embeddings=True)
+    edit_weights(folder, "lm_head.weight", lambda w: w + 1)
+
+
+def in_two_configs(folder: Path) -> None:
+    shutil.copy(folder / "config.json", folder / "config.4.0.0.json")
+    edit_config(folder, configuration_files=["config.json", "config.4.0.0.json"])
+
+
+def other_weights(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit_config(folder, transformers_weights="other.safetensors")
+
+
+def bare_adapter(folder: Path) -> None:
+    """As peft saves one: transformers would load the base that it names."""
+    write_json(folder / "adapter_config.json", PEFT)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
 
 
 def rename(folder: Path, old: str, new: str) -> None:
@@ -153,6 +190,27 @@ REFUSALS = {
         "the checkpoint lacks 1 parameters, first model.layers.2.mlp.up_proj.weight",
     ),
     "other shapes": (lambda f: edit_config(f, vocab_size=100), "cannot be loaded"),
+    "a LoRA beside it": (lambda f: write_json(f / "adapter_config.json", PEFT), "merge_and_unload()"),
+    "a LoRA alone": (bare_adapter, "merge_and_unload()"),
+    "a LoRA in it": (with_lora, "merge_and_unload()"),
+    "a head of its own that is tied": (with_other_head, "ties lm_head.weight to the embedding, and the checkpoint stores another"),
+    "another config by release": (in_two_configs, "lists config.4.0.0.json, which some releases of transformers read in its place"),
+    "other weights by name": (other_weights, "transformers_weights names other.safetensors in place of model.safetensors"),
+    "a distributed checkpoint": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "shard-00000-model-00001-of-00001.safetensors"),
+        "holds a distributed checkpoint",
+    ),
+    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized (gptq)"),
+    "quantized by nothing known": (lambda f: edit_config(f, quantization_config={"bits": 4}), "is quantized (by a method that"),
+    "fused by one release": (lambda f: edit_config(f, fusion_config={"patch_embeddings": True}), "fusion_config changes the model"),
+    "code on the hub": (
+        lambda f: edit_config(f, _attn_implementation="kernels-community/flash-attn"),
+        "_attn_implementation names kernels-community/flash-attn, code on the Hugging Face hub",
+    ),
+    "another tokenizer by release": (
+        lambda f: write_json(f / "tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "tokenizer.json"]}),
+        "lists tokenizer.4.0.0.json, which some releases of transformers read in place of tokenizer.json",
+    ),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer cannot be loaded"),
 }
 
@@ -165,6 +223,15 @@ def test_refused_folders_say_why_in_one_line(folder: Path, case: str) -> None:
         load_base(folder)
     assert message in str(error.value) and str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["a LoRA beside it", "a LoRA in it", "quantized", "a head of its own that is tied"])
+def test_outlines_are_refused_alike(folder: Path, case: str) -> None:
+    damage, message = REFUSALS[case]
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        outline_base(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_transformers_5_writes_loads_here_or_is_refused(folder: Path) -> None:
