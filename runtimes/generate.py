@@ -103,7 +103,7 @@ def generate(
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
     Raises InputError for an empty prompt, and where prompt and new tokens exceed the context.
     """
-    encoded = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     model = session.bundle.manifest.model
     rows: list[_Row] = []
     for i, prompt in enumerate(encoded):

@@ -42,7 +42,9 @@ def run(
     provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
-    chat: Annotated[str, typer.Option("--chat", help="Render prompts through the chat template: auto, always, never.")] = "auto",
+    chat: Annotated[
+        str, typer.Option("--chat", help="Render prompts through the chat template: auto (as the adapter was trained), always, never.")
+    ] = "auto",
     system: Annotated[str | None, typer.Option("--system", help="A system message for the chat template.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes (one prompt only).")] = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 128,
@@ -64,7 +66,7 @@ def run(
 
     A classifier says the label of each text, and the probabilities of all labels.
     """
-    from runtimes.chat import ChatTemplate
+    from runtimes.chat import template_for
     from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings, generate
@@ -97,11 +99,11 @@ def run(
         stop=tuple(stop or ()),
     )
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
-    template = None if chat == "never" else ChatTemplate.load(opened.folder)
+    template = template_for(opened, adapter, chat)
     if chat == "always" and template is None:
         raise InputError(f"{bundle} has no chat template; drop --chat always")
     if system and template is None:
-        raise InputError(f"--system needs a chat template, which {bundle} {'does not have' if chat != 'never' else 'was told not to use'}")
+        raise InputError(f"--system needs a chat template, which {bundle} {no_template(chat)}")
     given = [(f"prompt {i}", [{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
     conversations = read_prompts(prompts) if prompts else given
     encoded = [encode(c, tokenizer, template, system) for _, c in conversations]
@@ -144,16 +146,21 @@ def run(
                     sys.stdout.flush()
 
 
+def no_template(chat: str) -> str:
+    """Why prompts go through no chat template."""
+    return "was told not to use" if chat == "never" else "does not have, or its adapter was trained without (--chat always renders it)"
+
+
 def encode(messages: list[dict[str, Any]], tokenizer, template, system: str | None) -> list[int]:
     """A conversation through the chat template, or without one its only message as plain text."""
     from runtimes.errors import InputError
 
     if template is None:
         if len(messages) != 1:
-            raise InputError("a conversation of several messages needs a chat template, which this bundle does not have")
+            raise InputError(f"a conversation of several messages needs a chat template, which this bundle {no_template('auto')}")
         if not isinstance(messages[0]["content"], str):
             raise InputError("a message's content is not text, and this bundle has no chat template that could render it")
-        return tokenizer.encode(messages[0]["content"])
+        return tokenizer.encode_prompt(messages[0]["content"])
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.encode(template.render(messages), add_special_tokens=False)
