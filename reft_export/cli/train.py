@@ -13,7 +13,7 @@ from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given,
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout", "chat_template": "chat_template"}
-"""What an adapter is and how its prompts are read, by parameter of the verb and name of the setting; with --start it is the started adapter's."""
+"""What an adapter is and how prompts reach it, by parameter of the verb and name of the setting; with --start it is the started one's."""
 
 
 DECODERS_ONLY = ("chat_template", "samples")
