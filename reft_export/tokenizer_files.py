@@ -21,13 +21,9 @@ def write_as_read(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Files that say the same stay as they are, byte for byte.
     """
-    ours = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    theirs = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    for backend in (ours, theirs):
-        backend.no_truncation()
-        backend.no_padding()
-    if _content(ours) != _content(theirs):
-        theirs.save(str(folder / TOKENIZER_FILE))
+    theirs = tokenizer.backend_tokenizer.to_str()
+    if not _same(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).to_str(), theirs):
+        (folder / TOKENIZER_FILE).write_text(theirs, encoding="utf-8")
     config, named = read_tokenizer_config(folder), _named(tokenizer)
     changes: dict[str, Any] = {}
     if (known := special_tokens(config)) != named:
@@ -38,12 +34,17 @@ def write_as_read(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _content(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    content = json.loads(backend.to_str())
+def _same(ours: str, theirs: str) -> bool:
+    """Whether two serialized tokenizers read texts alike; padding and truncation are set anew by whoever asks."""
+    return ours == theirs or _content(ours) == _content(theirs)
+
+
+def _content(serialized: str) -> dict[str, Any]:
+    content = json.loads(serialized)
     processor = content["post_processor"]
     if processor and processor.get("single") == NOTHING_ADDED:  # what transformers writes for none
         content["post_processor"] = None
-    return content
+    return {**content, "padding": None, "truncation": None}
 
 
 def _named(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
