@@ -57,7 +57,7 @@ TEMPLATES = {
     "json and date": "{{ strftime_now('%Y') }}{% for m in messages %}{{ m | tojson }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
     "named": [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "tools"}],
 }
-TEXTS = ("Hello there.", "a <|im_end|> b", " two  spaces ", "é世🙂\n", "ends</s>", "n't do , that .")
+TEXTS = ("Hello there.", "a<word>b", "a <|im_end|> b", " two  spaces ", "é世🙂\n", "ends</s>", "n't do , that .")
 USER = {"role": "user", "content": "Hi </s> you"}
 CHATS = ([USER], [{"role": "system", "content": "Be brief."}, USER], [USER, {"role": "assistant", "content": "Yes"}, USER])
 
@@ -300,6 +300,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "class with special tokens of its own": {"tokenizer_class": "GemmaTokenizerFast", "eos_token": None},
     "added in the config": {"added_tokens_decoder": {"262": {"content": "Hello", "special": True}}},
     "word made special": {"eos_token": "<word>"},
+    "words made special": {"additional_special_tokens": ["<word>"]},
+    "a special token with a name": {"extra_special_tokens": {"image_token": "<word>"}},
     "truncates": {"model_max_length": 4, "padding_side": "right", "truncation_side": "left"},
 }
 
@@ -317,7 +319,7 @@ def test_a_tokenizers_configuration_is_read_the_same(make, tmp_path: Path, case:
     if kind == "truncating":
         backend.enable_truncation(3)
         backend.enable_padding(length=9)
-    template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}{{ unk_token }}"
+    template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}{{ unk_token }}{{ image_token }}"
     base, device = make(backend=backend, tokenizer={**NAMED, **CONFIGS[case]}, template=template)
     for text in TEXTS:
         for special in (True, False):
@@ -336,7 +338,8 @@ def test_a_tokenizers_configuration_is_read_the_same(make, tmp_path: Path, case:
 
 
 def test_files_that_are_read_the_same_are_copied_byte_for_byte(make) -> None:
-    base, device = make(template=CHATML, backend=byte_level(post=added("<s> $A")), generation={"eos_token_id": END})
+    written = json.dumps(json.loads(byte_level(post=added("<s> $A")).to_str()), indent=7)  # as nobody's serializer would
+    base, device = make(template=CHATML, generation={"eos_token_id": END}, files={"tokenizer.json": written})
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (device.folder / name).read_bytes() == (base.folder / name).read_bytes()
 
@@ -481,6 +484,7 @@ def both(make, tmp_path: Path):
     return tmp_path / "out", chats, plain
 
 
+@pytest.mark.slow
 def test_what_training_teaches_is_what_the_bundle_does(both, tmp_path: Path) -> None:
     """The answer's end stops the device, though only the chat template knows it; and prompts reach each adapter as in its training."""
     folder, chats, plain = both
