@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.cache_shapes import ATTENTION
-from reft_export.classifiers import check_head, context_of
+from reft_export.classifiers import check_head
 from reft_export.genai import keep_genai_config, write_genai_config
 from reft_export.same_base import require_same
+from reft_export.token_rules import bos_token, context_of, pad_token, stop_tokens, vocabulary_of
+from reft_export.tokenizer_files import write_as_read
 from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
@@ -89,22 +91,18 @@ def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
 
 def model_record(base: Base) -> ModelRecord:
     config = base.model.config.get_text_config()
-    generation = getattr(base.model, "generation_config", None)  # a classifier has none
-    eos = getattr(generation, "eos_token_id", None)
-    eos = getattr(config, "eos_token_id", None) if eos is None else eos
-    pad = config.pad_token_id if config.pad_token_id is not None else getattr(base.tokenizer, "pad_token_id", None)
     return ModelRecord(
         name=base.info.name,
         model_type=config.model_type,
         fingerprint=base.info.fingerprint,
-        vocab_size=(base.model.get_output_embeddings() or base.model.get_input_embeddings()).weight.shape[0],
+        vocab_size=vocabulary_of(base),
         hidden_size=base.info.hidden_size,
         num_hidden_layers=base.info.num_hidden_layers,
-        context_length=context_of(base.model) if base.info.labels else getattr(config, "max_position_embeddings", None) or 2048,
+        context_length=context_of(base),
         num_attention_heads=config.num_attention_heads,
-        bos_token_id=getattr(config, "bos_token_id", None),
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        pad_token_id=pad,
+        bos_token_id=bos_token(base),
+        eos_token_ids=stop_tokens(base),
+        pad_token_id=pad_token(base),
         sliding_window=_window(config),
         parts=base.info.parts,
     )
@@ -185,7 +183,11 @@ def head_tensors(adapter: Adapter, sources: Mapping[str, WeightSource], defaults
 
 
 def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to."""
+    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to.
+
+    Where transformers reads the files otherwise than a device does, which takes them at their word, what transformers made of them is
+    written: adapters were trained on its tokens.
+    """
     if source is not None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -198,6 +200,8 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
             for name in TOKENIZER_FILES:
                 if (Path(converted) / name).is_file():
                     shutil.copyfile(Path(converted) / name, folder / name)
+    if tokenizer is not None and tokenizer.is_fast:
+        write_as_read(folder, tokenizer)
 
 
 def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest:
@@ -234,7 +238,7 @@ def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
     if parts.labels:
         return "onnxruntime-genai generates text, and a classifier is no decoder"
     if parts.genai_config:
-        return keep_genai_config(folder, parts.genai_config, slots=parts.slots)
+        return keep_genai_config(folder, parts.genai_config, parts.model, slots=parts.slots)
     return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
 
 

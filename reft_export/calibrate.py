@@ -154,7 +154,8 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
             labelled = load_labelled(request.data, tokenizer, bundle.manifest.labels, max_length=room)
             yield from (example.text for example in labelled.examples)
             return
-        for example in iter_examples(request.data, tokenizer, max_length=room):
+        stop = bundle.manifest.model.eos_token_ids
+        for example in iter_examples(request.data, tokenizer, max_length=room, stop_tokens=stop):
             yield example.input_ids[: example.prompt_length]
 
     try:

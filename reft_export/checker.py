@@ -22,7 +22,7 @@ from typing import Any
 from reft_export.cli.prompt_lines import read_prompts
 from reft_export.cli.run import encode
 from runtimes.bundle import Bundle
-from runtimes.chat import ChatTemplate
+from runtimes.chat import template_for
 from runtimes.errors import InputError
 from runtimes.generate import Generation, GenerationSettings, Session, generate
 from runtimes.tokenizer import Tokenizer
@@ -46,14 +46,14 @@ class Task:
     def answer(self, bundle: Bundle, session: Session) -> list[Generation]:
         """The greedy answers of the session's active adapter, or the base. Raises InputError for a prompt that does not fit."""
         tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
-        encoded = self.encoded(bundle, tokenizer)
+        encoded = self.encoded(bundle, tokenizer, session.adapter)
         settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
         parts = [encoded[i : i + ANSWERS_AT_ONCE] for i in range(0, len(encoded), ANSWERS_AT_ONCE)]
         return [answer for part in parts for answer in generate(session, tokenizer, part, settings)]
 
-    def encoded(self, bundle: Bundle, tokenizer: Tokenizer) -> list[list[int]]:
-        """Every prompt's tokens, as ``run`` makes them; raises InputError for one that leaves no room for an answer."""
-        template, context = ChatTemplate.load(bundle.folder), bundle.manifest.model.context_length
+    def encoded(self, bundle: Bundle, tokenizer: Tokenizer, adapter: str | None) -> list[list[int]]:
+        """Every prompt's tokens, as ``run`` makes them for ``adapter``; raises InputError for one that leaves no room for an answer."""
+        template, context = template_for(bundle, adapter), bundle.manifest.model.context_length
         rows = []
         for where, messages in self.prompts:
             tokens = encode(list(messages), tokenizer, template, None)

@@ -26,6 +26,9 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 
 ARCHITECTURE = "ForSequenceClassification"
 
+DEFAULT_POSITIONS = 512
+"""Of an encoder whose configuration does not say how many it has, as of BERT."""
+
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether config.json names a classifier in ``architectures``."""
@@ -95,7 +98,7 @@ def takes_token_types(model: PreTrainedModel) -> bool:
 def context_of(model: PreTrainedModel) -> int:
     """Tokens of the longest input."""
     config = model.config
-    return longest_input(config.model_type, getattr(config, "max_position_embeddings", None) or 512, config.pad_token_id)
+    return longest_input(config.model_type, getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS, config.pad_token_id)
 
 
 def longest_input(kind: str, positions: int, pad_token_id: int | None) -> int:

@@ -33,25 +33,27 @@ from reft_export.bundling import (
     union_nodes,
     write_adapter,
 )
-from reft_export.classifiers import longest_input, stated_labels
+from reft_export.classifiers import DEFAULT_POSITIONS, longest_input, stated_labels
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
+from reft_export.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
 from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
+from runtimes.chat import ChatTemplate
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
 from runtimes.parity import ParityReport
+from runtimes.stop_tokens import stop_token_ids
+from runtimes.tokenizer import GENERATION_FILE, TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:  # without a base, fold runs without torch, whose import takes longer than the fold
     from reft_export.base import Base
 
 PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-DEFAULT_CONTEXT = 2048
 MOST_TOKEN_TYPES = 4
 """A table of more rows, beside that of the tokens, is one of positions."""
-"""Where no config.json or genai_config.json beside the graph says how long the context is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,26 +277,45 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
     if vocabulary is None or not isinstance(vocabulary[-1], int):
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = _config(folder)
-    generation = read_json_object(folder / "generation_config.json")
-    ids = config | {key: value for key, value in generation.items() if key == "eos_token_id"}
-    context = _context(config) or (_position_rows(model.graph) if is_classifier(model.graph) else None) or DEFAULT_CONTEXT
     if is_classifier(model.graph):
-        context = longest_input(str(config.get("model_type")), context, _token_id(config, "pad_token_id"))
+        positions = _context(config) or _position_rows(model.graph) or DEFAULT_POSITIONS
+        context = longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
+    else:
+        context = _context(config) or DEFAULT_CONTEXT
+    vocab_size = vocabulary[-1]
+    if is_classifier(model.graph):
+        vocab_size = int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
+    stop = () if is_classifier(model.graph) else _stop_tokens(folder, config, vocab_size)
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
-        vocab_size=int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
-        if is_classifier(model.graph)
-        else vocabulary[-1],
+        vocab_size=vocab_size,
         hidden_size=_width(survey, whole_number(config, "hidden_size")),
         num_hidden_layers=survey.layers,
         context_length=context,
         num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
         bos_token_id=_token_id(config, "bos_token_id"),
-        eos_token_ids=_token_ids(ids, "eos_token_id"),
+        eos_token_ids=stop,
         pad_token_id=_token_id(config, "pad_token_id"),
         sliding_window=config.get("sliding_window"),
+    )
+
+
+def _stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """By the rule of runtimes/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
+    generation = _token_ids(read_json_object(folder / GENERATION_FILE), "eos_token_id")
+    configured = _token_ids(config, "eos_token_id")
+    if not (folder / TOKENIZER_FILE).is_file():
+        return stop_token_ids(generation=generation, config=configured, tokenizer=None, vocab_size=vocab_size)
+    tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+    return stop_token_ids(
+        generation=generation,
+        config=configured,
+        tokenizer=tokenizer.eos_token_id,
+        end_of_turn=None if template is None else template.end_of_turn(tokenizer),
+        special=tokenizer.special_token_ids,
+        vocab_size=vocab_size,
     )
 
 
@@ -313,13 +334,14 @@ def _token_id(config: dict[str, Any], key: str) -> int | None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What config.json and genai_config.json say of the model; the latter wins, as it is about the graph."""
-    model = read_genai_config(folder).get("model")
-    return read_json_object(folder / "config.json") | (model if isinstance(model, dict) else {})
+    """What config.json and genai_config.json say of the decoder; the latter wins, as it is about the graph."""
+    model, config = read_genai_config(folder).get("model"), read_json_object(folder / "config.json")
+    text = config.get("text_config")  # a multimodal model's decoder
+    return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
 
 
 def _context(config: dict[str, Any]) -> int | None:
-    return whole_number(config, "context_length", "max_position_embeddings", "n_positions")
+    return whole_number(config, "context_length", *CONTEXT_KEYS)
 
 
 def _position_rows(graph: ir.Graph) -> int | None:

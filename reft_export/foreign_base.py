@@ -54,7 +54,8 @@ def refuse_quantized(graph: ir.Model, where: str, consequence: str) -> None:
 
 
 def known_model(record: ModelRecord, base: Base, *, context: int | None) -> ModelRecord:
-    """The base's record with the ``context`` that the graph's files state, if any; AdapterError where graph and base differ in size."""
+    """The base's record with the ``context`` that the graph's files state, if any, and the stop tokens of both; AdapterError where graph
+    and base differ in size."""
     full = model_record(base)
     for what, has, needs in (
         ("layers", record.num_hidden_layers, full.num_hidden_layers),
@@ -66,7 +67,8 @@ def known_model(record: ModelRecord, base: Base, *, context: int | None) -> Mode
                 f"the graph {record.name} has {has} {what}, {full.name} (fingerprint {full.fingerprint[:12]}) {needs}; pass the base that "
                 "the graph was exported from"
             )
-    return replace(full, context_length=min(context or full.context_length, full.context_length))
+    stop = tuple(dict.fromkeys((*record.eos_token_ids, *full.eos_token_ids)))
+    return replace(full, context_length=min(context or full.context_length, full.context_length), eos_token_ids=stop)
 
 
 def record_reference(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str) -> None:

@@ -14,6 +14,7 @@ from graph_passes.cache_shapes import ATTENTION
 from runtimes.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
 from runtimes.records import parse_json
+from runtimes.stop_tokens import listed
 
 CONFIG_FILE = "genai_config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -37,11 +38,11 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
     if not (folder / "tokenizer.json").is_file():
         return "the bundle has no tokenizer"
     names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
-    eos = list(model.eos_token_ids)
+    eos = model.eos_token_ids
     config = {
         "model": {
             "bos_token_id": model.bos_token_id if model.bos_token_id is not None else (eos[:1] or [0])[0],
-            "eos_token_id": eos if len(eos) != 1 else eos[0],
+            **_eos(model),
             "pad_token_id": model.pad_token_id if model.pad_token_id is not None else (eos[:1] or [0])[0],
             "context_length": model.context_length,
             "type": model.model_type,
@@ -78,15 +79,21 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
     return "supported"
 
 
-def keep_genai_config(folder: Path, config: Mapping[str, Any], *, slots: str) -> str:
+def _eos(model: ModelRecord) -> dict[str, Any]:
+    ids = list(model.eos_token_ids)
+    return {"eos_token_id": ids if len(ids) != 1 else ids[0]}
+
+
+def keep_genai_config(folder: Path, config: Mapping[str, Any], model: ModelRecord, *, slots: str) -> str:
     """Writes the config of a folder that onnxruntime-genai opens already, its decoder now the folded graph; returns as above.
 
-    Everything that its owner set is kept.
+    Everything that its owner set is kept; the stop tokens become those of the manifest, which the owner's are among.
     """
     if slots != "graph":
         return NO_SLOTS
     decoder = config["model"]["decoder"]
-    _write(folder, {**config, "model": {**config["model"], "decoder": {**decoder, "filename": GRAPH_FILE}}})
+    stop = {} if set(listed(config["model"].get("eos_token_id"))) == set(model.eos_token_ids) else _eos(model)
+    _write(folder, {**config, "model": {**config["model"], **stop, "decoder": {**decoder, "filename": GRAPH_FILE}}})
     return "supported"
 
 

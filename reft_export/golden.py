@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_export.base import Base
 from reft_export.eager import Steering, greedy_tokens
 from reft_export.golden_classifier import ClassifierInputs, classifier_inputs, classifier_logits
+from reft_export.token_rules import decoder_context
 from runtimes.bundle import BASE_GOLDEN
 from runtimes.golden_schema import GoldenSchema, write_golden
 from runtimes.parity import compare
@@ -66,7 +67,7 @@ def inputs_of(base: Base) -> Inputs:
 def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     """A few prompts of different lengths, one of them very short; random tokens for a base without tokenizer."""
     config = model.config.get_text_config()
-    room = (getattr(config, "max_position_embeddings", None) or 1024) - GREEDY_TOKENS - 1
+    room = decoder_context(model) - GREEDY_TOKENS - 1
     if tokenizer is None:
         generator = np.random.default_rng(0)
         prompts = [generator.integers(0, config.vocab_size, n).tolist() for n in (3, 8, 13, 21)]

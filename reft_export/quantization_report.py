@@ -224,7 +224,7 @@ def _perplexity(session: Session, tokenizer: Tokenizer | None, yardsticks: Yards
 
 
 def _agreement(bundle: Bundle, session: Session, tokenizer: Tokenizer, task: Task, answers: Sequence[Sequence[int]]) -> float:
-    pairs = zip(task.encoded(bundle, tokenizer), answers, strict=True)
+    pairs = zip(task.encoded(bundle, tokenizer, session.adapter), answers, strict=True)
     counted = [agreement(session, [*prompt, *answer], len(prompt)) for prompt, answer in pairs]
     return sum(hits for hits, _ in counted) / sum(count for _, count in counted)
 

@@ -33,12 +33,13 @@ from reft_export.eager import steer
 from reft_export.foreign_base import refuse_quantized
 from reft_export.parity import check_same_base
 from reft_export.quantization_report import RefitFigures
+from reft_export.token_rules import context_of, stop_tokens
 from reft_export.training.data import Example, collate, iter_examples, load_data
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import EditedModel, TrainingInterrupted
-from reft_export.training.settings import settings_like
+from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
-from reft_export.training.trainer import context_of, stop_tokens, train
+from reft_export.training.trainer import train
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.bundle import Bundle
 from runtimes.errors import AdapterError, CalibrationError, InputError
@@ -132,7 +133,9 @@ def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path
     folders = {name: beside / name for name in sources}
     for folder in folders.values():
         check_destination(folder, force=force, inputs=[*settings.sources, settings.data, bundle.folder])
-    for _ in iter_examples(settings.data, load_tokenizer(base_folder(model)), max_length=bundle.manifest.model.context_length):
+    known = bundle.manifest.model
+    tokenizer = load_tokenizer(base_folder(model))
+    for _ in iter_examples(settings.data, tokenizer, max_length=known.context_length, stop_tokens=known.eos_token_ids):
         pass
     return RefitPlan(settings=settings, sources=sources, folders=folders)
 
@@ -166,10 +169,9 @@ def refit_adapters(bundle: Bundle, model: str, plan: RefitPlan, report: Report) 
     report(f"loading {model} with the bundle's weights")
     base = load_on_bundle(bundle, model)
     teacher = load_base(model).model if settings.objective == "teacher" else None
-    examples = read_examples(base, settings.data)
     with activations_quantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights, straight_through=True):
         return {
-            name: _refit(bundle, base, teacher, name, adapter, examples, settings, report) for name, adapter in plan.sources.items()
+            name: _refit(bundle, base, teacher, name, adapter, settings, report) for name, adapter in plan.sources.items()
         }
 
 
@@ -179,7 +181,6 @@ def _refit(
     teacher: PreTrainedModel | None,
     name: str,
     adapter: Adapter,
-    examples: Sequence[Example],
     settings: RefitSettings,
     report: Report,
 ) -> Refitted:
@@ -193,7 +194,9 @@ def _refit(
         samples=0,
         dtype="float32",
         device="cpu",
+        max_length=min(context_of(base), bundle.manifest.model.context_length),
     )
+    examples = read_examples(base, settings.data, run)
     with tempfile.TemporaryDirectory() as folder:
         try:
             trained = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher)
@@ -207,9 +210,10 @@ def _refit(
     return Refitted(adapter=adapter if figures.kept else new, figures=figures)
 
 
-def read_examples(base: Base, data: Path) -> Sequence[Example]:
-    """The data as training reads it; InputError for a file without a usable line."""
-    return load_data(data, base.tokenizer, max_length=context_of(base), stop_tokens=stop_tokens(base)).examples
+def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
+    """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
+    length = run.max_length or context_of(base)
+    return load_data(data, base.tokenizer, max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from runtimes.bundle import TEMPLATE_FOLDER
+from runtimes.bundle import TEMPLATE_FOLDER, Bundle
 from runtimes.errors import BundleError, InputError
-from runtimes.tokenizer import CONFIG_FILE, read_tokenizer_config, special_tokens
+from runtimes.stop_tokens import end_of_turn
+from runtimes.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -39,9 +40,9 @@ class ChatTemplate:
         folder = Path(folder)
         config = read_tokenizer_config(folder)
         templates = _templates_of(config.get("chat_template"), folder / CONFIG_FILE)
-        if (folder / TEMPLATE_FILE).is_file():
-            # As in transformers: template files replace the config's template, whatever their names.
-            files = {"default": folder / TEMPLATE_FILE, **{p.stem: p for p in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}}
+        files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
+        files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+        if files:  # as in transformers: template files replace the config's template, whatever their names
             templates = {name: _read(path) for name, path in files.items()}
         return cls(templates=templates, special_tokens=special_tokens(config)) if templates else None
 
@@ -80,6 +81,32 @@ class ChatTemplate:
             raise BundleError(f"chat template {name!r} cannot be read: {e.message} (line {e.lineno})") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             raise InputError(f"chat template {name!r} refuses these messages: {e}") from None
+
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+        """The special token that the template ends an assistant's message with, if any."""
+
+        def render(messages: Sequence[Mapping[str, str]]) -> str:
+            try:
+                return self.render(messages, add_generation_prompt=False)
+            except (InputError, BundleError):  # a template that refuses a question and its answer tells no end of them
+                return ""
+
+        return end_of_turn(render, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.special_token_ids)
+
+
+def template_for(bundle: Bundle, adapter: str | None, chat: str = "auto") -> ChatTemplate | None:
+    """The template that prompts go through; None where they are read as they are.
+
+    ``chat``: always, never, or auto: as the adapter's training data did, which its record says; the base, and an adapter that does not
+    say, through the template where there is one.
+    """
+    if chat == "never":
+        return None
+    data = {} if adapter is None else bundle.adapter_record(adapter).training.get("data")
+    if chat == "auto" and isinstance(data, Mapping) and data.get("chat_template") is False:
+        return None
+    return ChatTemplate.load(bundle.folder)
 
 
 class _GenerationTag(jinja2.ext.Extension):

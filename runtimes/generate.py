@@ -108,7 +108,7 @@ def generate(
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
     Raises InputError for an empty prompt, and where prompt and new tokens exceed the context.
     """
-    encoded = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     model = session.bundle.manifest.model
     encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
     rows: list[_Row] = []

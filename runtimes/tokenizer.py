@@ -12,6 +12,7 @@ import tokenizers
 from runtimes.encoded_text import EncodedText
 from runtimes.errors import BundleError, InputError
 from runtimes.records import parse_json
+from runtimes.stop_tokens import listed, stop_token_ids, without_added_end
 
 if TYPE_CHECKING:
     from runtimes.bundle import ModelRecord
@@ -31,7 +32,7 @@ character, since byte tokens decode as one run."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """``stop_token_ids`` end a generation: those of generation_config.json and of the manifest, else the tokenizer's own eos."""
+    """``stop_token_ids`` end an answer: those that the manifest records, by the rule of runtimes/stop_tokens.py."""
 
     backend: tokenizers.Tokenizer
     bos_token_id: int | None
@@ -57,19 +58,23 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = read_tokenizer_config(folder)
+        # Not a part of tokenizer.json: special tokens inside a text are read as any other text.
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
         named = {name: backend.token_to_id(token) for name, token in special_tokens(config).items()}
         bos, eos, pad = (named.get(f"{kind}_token") for kind in ("bos", "eos", "pad"))
-        stop = _eos_ids(read_json_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
+        # What the manifest records is all of it, except in bundles that were written when it held the generation config's only.
+        stated = _eos_ids(read_json_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
+        recorded = () if model is None else model.eos_token_ids
+        stop = {*recorded, *stop_token_ids(generation=stated, config=None, tokenizer=eos)}
         if model is not None:
-            stop |= set(model.eos_token_ids)
             bos = model.bos_token_id if bos is None else bos
-            pad = model.pad_token_id if pad is None else pad
+            pad = pad if model.pad_token_id is None else model.pad_token_id
         return cls(
             backend=backend,
             bos_token_id=bos,
             eos_token_id=min(stop, default=None) if eos is None else eos,
             pad_token_id=pad,
-            stop_token_ids=frozenset(stop or ({eos} - {None})),
+            stop_token_ids=frozenset(stop),
             special_token_ids=frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special),
         )
 
@@ -79,6 +84,10 @@ class Tokenizer:
         Which tokens are added is said by tokenizer.json alone: beside that file, transformers 5 ignores the config's add_bos_token.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A prompt outside a chat template: the tokenizer's special tokens in front, and no end behind it."""
+        return without_added_end(self.encode(text), self.encode(text, add_special_tokens=False), self.stop_token_ids)
 
     def encode_text(self, text: str, pair: str | None = None) -> EncodedText:
         """A classifier's text, or pair of texts, with the special tokens that frame them."""
@@ -159,12 +168,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_ids(config: dict[str, Any], path: Path) -> set[int]:
+def _eos_ids(config: dict[str, Any], path: Path) -> tuple[int, ...]:
     value = config.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids = listed(value)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise BundleError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
-    return set(ids)
+    return ids
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, what: str) -> list[int]:

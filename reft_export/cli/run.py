@@ -54,7 +54,9 @@ def run(
     provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
-    chat: Annotated[str, typer.Option("--chat", help="Render prompts through the chat template: auto, always, never.")] = "auto",
+    chat: Annotated[
+        str, typer.Option("--chat", help="Render prompts through the chat template: auto (as the adapter was trained), always, never.")
+    ] = "auto",
     system: Annotated[str | None, typer.Option("--system", help="A system message for the chat template.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the text as it comes (one prompt only).")] = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 128,
@@ -83,7 +85,7 @@ def run(
 
     A classifier says the label of each text, and the probabilities of all labels.
     """
-    from runtimes.chat import ChatTemplate
+    from runtimes.chat import template_for
     from runtimes.device_session import limits_of, open_artifact, open_session
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings
@@ -117,15 +119,16 @@ def run(
         stop=tuple(stop or ()),
     )
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
-    template = None if chat == "never" else ChatTemplate.load(opened.folder)
-    if chat == "always" and template is None:
-        raise InputError(f"{bundle} has no chat template; drop --chat always")
-    if system and template is None:
-        raise InputError(f"--system needs a chat template, which {bundle} {'does not have' if chat != 'never' else 'was told not to use'}")
     given = [Request(where=f"prompt {i}", messages=[{"role": "user", "content": text}]) for i, text in enumerate(prompt or [], 1)]
     requests = read_requests(prompts) if prompts else given
     check_adapters(opened, requests)
-    asks = another_sample_each([_ask(r, settings, adapter, system, tokenizer, template) for r in requests])
+    names = {adapter, *(r.options["adapter"] for r in requests if "adapter" in r.options)}
+    templates = {name: template_for(opened, name, chat) for name in names}
+    if chat == "always" and None in templates.values():
+        raise InputError(f"{bundle} has no chat template; drop --chat always")
+    if system and not any(templates.values()):
+        raise InputError(f"--system needs a chat template, which {bundle} {no_template(chat)}")
+    asks = another_sample_each([_ask(r, settings, adapter, system, tokenizer, templates, chat) for r in requests])
     limits = limits_of(opened)
     for ask in asks:
         ask.check(limits)
@@ -186,17 +189,19 @@ def _ask(
     adapter: str | None,
     system: str | None,
     tokenizer: Tokenizer,
-    template: ChatTemplate | None,
+    templates: Mapping[str | None, ChatTemplate | None],
+    chat: str,
 ) -> Ask:
     """What a line says goes before what the options say. Raises InputError with the line."""
     from runtimes.errors import InputError
 
     own = request.options
+    chosen = own.get("adapter", adapter)
     try:
         return Ask(
             where=request.where,
-            tokens=encode(request.messages, tokenizer, template, own.get("system", system)),
-            adapter=own.get("adapter", adapter),
+            tokens=encode(request.messages, tokenizer, templates[chosen], own.get("system", system), chat),
+            adapter=chosen,
             settings=replace(settings, **_sampling(own)),
             own=frozenset(own),
         )
@@ -272,7 +277,14 @@ def answers(
         )
 
 
-def encode(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None) -> list[int]:
+def no_template(chat: str) -> str:
+    """Why prompts go through no chat template."""
+    return "was told not to use" if chat == "never" else "does not have, or its adapter was trained without (--chat always renders it)"
+
+
+def encode(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None, chat: str = "auto"
+) -> list[int]:
     """A conversation through the chat template, or without one its only message, the user's, as plain text.
 
     Raises InputError for what would not be part of the prompt: roles or a system message without a template, a second system message,
@@ -282,12 +294,12 @@ def encode(messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatT
 
     if template is None:
         if system:
-            raise InputError("a system message needs a chat template, which this bundle does not have, or was told not to use")
+            raise InputError(f"a system message needs a chat template, which this bundle {no_template(chat)}")
         if len(messages) != 1:
-            raise InputError("a conversation of several messages needs a chat template, which this bundle does not have")
+            raise InputError(f"a conversation of several messages needs a chat template, which this bundle {no_template(chat)}")
         if messages[0]["role"] != "user":
-            raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle does not have")
-        return tokenizer.encode(messages[0]["content"])
+            raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle {no_template(chat)}")
+        return tokenizer.encode_prompt(messages[0]["content"])
     if system:
         if messages[0]["role"] == "system":
             raise InputError(

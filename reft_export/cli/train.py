@@ -12,8 +12,8 @@ from reft_export.cli.console import err, escape, guarded, out, print_json, progr
 from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, given, refuse_given
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
-FORM |= {"activation": "activation", "dropout": "dropout"}
-"""What an adapter is, by parameter of the verb and name of the setting; with --start it is the started adapter's."""
+FORM |= {"activation": "activation", "dropout": "dropout", "chat_template": "chat_template"}
+"""What an adapter is and how prompts reach it, by parameter of the verb and name of the setting; with --start it is the started one's."""
 
 
 DECODERS_ONLY = ("chat_template", "samples")

@@ -10,8 +10,9 @@ whose last message is the assistant's; the loss is on that answer. Empty lines a
     completion What the template renders behind the prompt, or the text as written. Prompt and completion are tokenized
                together where that leaves the prompt's tokens as they are, else apart.
     end        The completion ends with the first of the stop tokens that nothing but white space and stop tokens
-               follows (what a template writes behind it is cut); where it has none, the tokenizer's eos is added. A
-               completion that was cut to max_length has no end.
+               follows (what a template writes behind it is cut); where it has none, the tokenizer's eos is added, or the
+               first stop token for a tokenizer without. A completion that was cut to max_length has no end. The stop
+               tokens are those at which a device stops (runtimes/stop_tokens.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from reft_export.token_rules import end_token, prompt_tokens
 from runtimes.errors import InputError
 from runtimes.records import unique_keys
 
@@ -103,7 +105,7 @@ def load_data(
     chat_template: str = "auto",
     stop_tokens: Collection[int] = (),
 ) -> TrainingData:
-    """Reads and tokenizes a JSONL file, or several. ``stop_tokens``: what ends generation beside the tokenizer's eos.
+    """Reads and tokenizes a JSONL file, or several. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos.
 
     Raises InputError naming file and line for anything that is not one of the two forms, for a prompt that leaves no
     room in ``max_length`` and for chat messages without a template; naming the file where it has no usable line.
@@ -134,15 +136,12 @@ def iter_examples(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; training data is a JSONL file")
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no eos token to end completions with; set eos_token in tokenizer_config.json"
-        )
+    end = end_token(tokenizer, tuple(stop_tokens))
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat_template == "always" and not has_template:
         raise InputError("chat_template is 'always', and the tokenizer has no chat template; use auto or never")
     templated = has_template and chat_template != "never"
-    stop = {*stop_tokens, tokenizer.eos_token_id}
+    stop = frozenset({*stop_tokens, end})
     found = False
     for number, raw in numbered_lines(path):
         if digest is not None:
@@ -152,7 +151,7 @@ def iter_examples(
         if record is not None:
             found = True
             prompt, completion, special = _texts(record, tokenizer, templated, where)
-            yield _tokenized(prompt, completion, tokenizer, stop, max_length, where, number, special=special)
+            yield _tokenized(prompt, completion, tokenizer, stop, end, max_length, where, number, special=special)
     if not found:
         raise InputError(
             f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}"
@@ -301,7 +300,8 @@ def _tokenized(
     prompt: str,
     completion: str,
     tokenizer: PreTrainedTokenizerBase,
-    stop: Collection[int],
+    stop: frozenset[int],
+    end: int,
     max_length: int,
     where: str,
     line: int,
@@ -311,10 +311,7 @@ def _tokenized(
     def ids(text: str, *, special: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    head = ids(prompt, special=special)
-    # A tokenizer that adds eos behind every text adds it to the prompt, too, where it would end the conversation.
-    if special and head and head[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
-        head.pop()
+    head = prompt_tokens(tokenizer, prompt, stop) if special else ids(prompt)
     if not head:
         raise InputError(f"{where}: the prompt has no tokens")
     if len(head) >= max_length:
@@ -324,19 +321,19 @@ def _tokenized(
         )
     whole = ids(prompt + completion, special=special)
     tail = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else ids(completion)
-    tail = _ended(tail, tokenizer, stop)
+    tail = _ended(tail, tokenizer, stop, end)
     room = max_length - len(head)
     return Example(
         input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, where=where, truncated=len(tail) > room
     )
 
 
-def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: Collection[int]) -> list[int]:
+def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: frozenset[int], end: int) -> list[int]:
     """``tail`` up to its end token, by the rule of the module's docstring."""
-    end = None
+    length = None
     for index in reversed(range(len(tail))):
         if tail[index] in stop:
-            end = index + 1
+            length = index + 1
         elif tokenizer.decode(tail[index : index + 1]).strip():
             break
-    return tail[:end] if end else [*tail, tokenizer.eos_token_id]
+    return tail[:length] if length else [*tail, end]

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from reft_export.base import Base
 from reft_export.eager import Steering
+from reft_export.token_rules import pad_token
 from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
 from reft_export.training.data import IGNORED, collate
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
 from reft_export.training.teacher import Teacher
 from runtimes.errors import InputError, ReftError
+from runtimes.generate import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
@@ -191,11 +193,11 @@ def run_loop(
     args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
     history = read_history(checkpoint)
     recorder = _Recorder(model, history, total, bool(held_out), on_step)
-    pad = base.tokenizer.pad_token_id
+    pad = pad_token(base)
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=partial(collator, pad_token_id=base.tokenizer.eos_token_id if pad is None else pad),
+        data_collator=partial(collator, pad_token_id=PAD if pad is None else pad),
         train_dataset=list(training),  # type: ignore[arg-type]
         eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
         optimizers=(

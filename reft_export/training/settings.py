@@ -129,6 +129,8 @@ def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:
             f"cannot go on with an adapter that edits other streams in other layers ({', '.join(map(str, adapter.sites))}); "
             "training edits the same streams in every layer"
         )
+    data = adapter.training.get("data")
+    plain = isinstance(data, Mapping) and data.get("chat_template") is False
     form = {
         "method": adapter.method,
         "rank": adapter.rank,
@@ -138,6 +140,7 @@ def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:
         "tied": adapter.tied,
         "activation": adapter.activation,
         "dropout": adapter.dropout,
+        "chat_template": "never" if plain else "auto",
     }
     return TrainSettings(**{**form, **changes})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from reft_export.base import DTYPES, Base, check_device
 from reft_export.eager import greedy_tokens, steer, steered
+from reft_export.token_rules import context_of, stop_tokens, vocabulary_of
 from reft_export.training.checkpoints import (
     StepRecord,
     discard,
@@ -29,6 +30,7 @@ from reft_export.training.teacher import teaching
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.errors import InputError
 from runtimes.folders import check_destination
+from runtimes.generate import PAD
 from runtimes.positions import PositionRule, slots
 
 SAMPLE_TOKENS = 48
@@ -112,6 +114,7 @@ def train(
         chat_template=settings.chat_template,
         stop_tokens=stop,
     )
+    check_vocabulary(read, vocabulary_of(base))
     check_positions(read, rule)
     training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
     run = {
@@ -189,6 +192,16 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+def check_vocabulary(data: TrainingData, vocab_size: int) -> None:
+    """A tokenizer with more tokens than the model: a device refuses such a prompt, too."""
+    for example in data.examples:
+        if max(example.input_ids) >= vocab_size:
+            raise InputError(
+                f"{data.path}:{example.line}: token id {max(example.input_ids)} is outside the model's vocabulary of "
+                f"{vocab_size}; use the tokenizer that the base was made with"
+            )
+
+
 def check_positions(data: TrainingData, rule: PositionRule) -> None:
     """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
     reached: dict[int, bool] = {}
@@ -204,25 +217,29 @@ def check_positions(data: TrainingData, rule: PositionRule) -> None:
 
 
 def _samples(
-    base: Base, examples: Sequence[Example], stop: frozenset[int], adapter: Adapter | None = None
+    base: Base, examples: Sequence[Example], stop: Collection[int], adapter: Adapter | None = None
 ) -> tuple[Sample, ...]:
-    """Greedy answers to the examples' prompts, in one left-padded batch."""
+    """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
     if not examples:
         return ()
     tokenizer, device = base.tokenizer, base.model.device
     assert tokenizer is not None
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     width = max(map(len, prompts))
-    ids = torch.tensor([[*[tokenizer.eos_token_id] * (width - len(p)), *p] for p in prompts], device=device)
+    ids = torch.tensor([[*[PAD] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
     with steered(base.model, adapter) if adapter else nullcontext():
         answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, context_of(base) - width), eos=stop)
+
+    def text(tokens: Sequence[int]) -> str:
+        # Without the clean-up that some tokenizers ask for, which takes spaces out of answers: a stream cannot do it.
+        return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # A stop token need not be a special one, which decoding would leave out.
+    ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
     return tuple(
-        Sample(
-            prompt=tokenizer.decode(list(prompt), skip_special_tokens=True),
-            text=tokenizer.decode(answer, skip_special_tokens=True),
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
+        Sample(prompt=text(prompt), text=text([*prompt, *answer])[len(text(prompt)) :])
+        for prompt, answer in zip(prompts, ended, strict=True)
     )
 
 
@@ -260,14 +277,3 @@ def _own_version() -> str:
         return metadata.version("reft-export")
     except metadata.PackageNotFoundError:
         return "from source"
-
-
-def stop_tokens(base: Base) -> frozenset[int]:
-    """All that ends generation for this base: the tokenizer's eos and the generation config's, which may be several."""
-    configured = getattr(base.model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, (list, tuple)) else [configured]
-    return frozenset(t for t in (*several, getattr(base.tokenizer, "eos_token_id", None)) if t is not None)
-
-
-def context_of(base: Base) -> int:
-    return int(getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)

@@ -151,7 +151,7 @@ def test_a_saved_tokenizer_that_pads_and_truncates_does_neither_here(tmp_path: P
         ({"generation_config": {"eos_token_id": 7}}, (), {7}),
         ({"generation_config": {"eos_token_id": [7, 8]}}, (9,), {7, 8, 9}),
         ({"tokenizer_config": {"eos_token": "</s>"}}, (), {1}),
-        ({"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": 7}}, (), {7}),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": 7}}, (), {1, 7}),
         ({"special_tokens_map": {"eos_token": "</s>"}}, (), {1}),
         ({}, (), set()),
     ],
