@@ -70,14 +70,15 @@ def check_recorded(folder: Path, entries: Sequence[Entry], edits: Sequence[Forei
 
 def check_model(folder: Path, outline: Outline) -> None:
     """Raises AdapterError where the config records the class of another model, or another base's type or size."""
+    from transformers import CONFIG_MAPPING
+
     path = folder / CONFIG_FILE
     config = read_json_object(path) if path.is_file() else {}
-    # Of a class only its package in transformers says which family it is of: GPT2Model and GPT2LMHeadModel lie in one.
-    for key in ("intervenable_model_type", "model_type"):
-        text = config.get(key)
-        family = re.match(r"<class 'transformers\.models\.(\w+)\.", str(text))
-        if text and (family or key == "model_type"):
-            check_kind(f"{path}: {key}", family[1] if family else text, outline)
+    # Of a class, its package in transformers says which family it is of: GPT2Model and GPT2LMHeadModel lie in one.
+    package = re.match(r"<class 'transformers\.models\.(\w+)\.", str(config.get("intervenable_model_type")))
+    for key, family in (("intervenable_model_type", package and package[1]), ("model_type", config.get("model_type"))):
+        if isinstance(family, str) and family in CONFIG_MAPPING:
+            check_kind(f"{path}: {key}", family, outline)
     for key, own in (("hidden_size", outline.info.hidden_size), ("num_hidden_layers", outline.info.num_hidden_layers)):
         if config.get(key, own) != own:
             raise AdapterError(
@@ -90,8 +91,8 @@ def _check_sorted_keys(folder: Path, entries: Sequence[Entry]) -> None:
     keys = read_json_object(folder / CONFIG_FILE).get("sorted_keys")
     if isinstance(keys, list) and (odd := {str(key).replace(".", "_") for key in keys} ^ {e.key.replace(".", "_") for e in entries}):
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: sorted_keys and representations do not list the same interventions: {listed(sorted(odd))}; the adapter "
-            "is damaged"
+            f"{folder / CONFIG_FILE}: sorted_keys and representations do not list the same interventions: {listed(sorted(odd))}; the "
+            "adapter is damaged"
         )
 
 

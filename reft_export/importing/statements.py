@@ -243,8 +243,8 @@ def _check_places(where: str, value: object, meaning: Meaning, outline: Outline,
     if streams and (wrong := sorted({site.stream for site in meaning.sites} - streams)):
         right = sorted(streams)[0]
         raise AdapterError(
-            f"{where} is {short(value)}, and the import edits {wrong[0]}; pass --stream {right}, or of a GGUF store the vectors in an .npz as "
-            f"<n>.{right}"
+            f"{where} is {short(value)}, and the import edits {wrong[0]}; pass --stream {right}, or of a GGUF store the vectors in an .npz "
+            f"as <n>.{right}"
         )
 
 
