@@ -244,9 +244,9 @@ def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]
     if path is None:
         return {}
     head = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    config = read_head_config(folder)
-    _check_base(config, folder / HEAD_CONFIG_FILE, outline)
     if outline.info.labels:
+        config = read_head_config(folder)
+        _check_base(config, folder / HEAD_CONFIG_FILE, outline)
         check_labels(config, outline, folder)
         return head_of(head, outline, path, config, adapter)
     stored = {name: _stored_names(outline, name) for name in head}
