@@ -95,10 +95,10 @@ def forecast_training(model: str, base: Base, examples: int, settings: TrainSett
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(values in matrices that become MatMul weights, all others) of a model that may lie on torch's meta device."""
+    """(values in matrices that become MatMul weights, stacked ones of experts too, all others) of a model that may have no weights."""
     linear = other = 0
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+        if parameter.ndim in (2, 3) and "embed" not in name and "wte" not in name and "wpe" not in name:
             linear += parameter.numel()
         else:
             other += parameter.numel()

@@ -86,7 +86,8 @@ class Refitted:
 def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu", weights: bool = True) -> Base:
     """The base in float32, carrying exactly the dequantized weights of ``bundle``; its fingerprint stays the base's.
 
-    Without ``weights`` it is checked alone, and its model lies on torch's meta device. Raises CalibrationError for a float bundle, AdapterError for another base, GraphError for weights that another tool quantized.
+    Without ``weights`` it is checked alone, and its model lies on torch's meta device. Raises CalibrationError for a float bundle,
+    AdapterError for another base, GraphError for weights that another tool quantized.
     """
     if bundle.manifest.quantization is None:
         if bundle.manifest.exporter == "foreign":

@@ -113,7 +113,7 @@ def prepare(
     taught: bool = False,
     phase: Callable[[str], None] = lambda _: None,
 ) -> Preparation:
-    """Every check of ``train``, every line of the data included. The base's weights are not needed: its model may lie on the meta device."""
+    """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
     if base.tokenizer is None:
         raise InputError(
