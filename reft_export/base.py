@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.classifiers import check_classifier, check_has_head, is_classifier, labels_of
 from reft_export.fingerprint import Identity, identify, identify_model
@@ -70,6 +70,42 @@ def load_base(
 
     ``checked``: its values were found finite before. They are mapped files then, which cost no memory until they are read.
     """
+    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer)
+    with _quiet():
+        loaded = _load_model(found.folder, found.files[0], DTYPES[dtype], found.config)
+    if not checked:
+        _check_finite(loaded, found.folder)
+    loaded.requires_grad_(False)
+    info = _info(loaded, found.name, found.identity)
+    return Base(model=loaded.to(device).eval(), tokenizer=found.tokenizer, info=info, folder=found.folder)
+
+
+def load_without_weights(model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False) -> Base:
+    """What ``load_base`` loads, its model on torch's meta device: for the checks before any work, and for a dry run.
+
+    Raises what ``load_base`` raises, but for what only the weights' values and the parameters' names show: weights that are not finite,
+    parameters that the checkpoint lacks or has in another shape.
+    """
+    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer)
+    skeleton = _skeleton(found.folder, found.config).to(DTYPES[dtype]).eval()
+    if (found.folder / "generation_config.json").is_file():
+        skeleton.generation_config = _generation_config(found.folder)
+    info = _info(skeleton, found.name, found.identity)
+    return Base(model=skeleton.requires_grad_(False), tokenizer=found.tokenizer, info=info, folder=found.folder)
+
+
+class _Found(NamedTuple):
+    """A base's files, examined."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    files: list[Path]
+    tokenizer: PreTrainedTokenizerBase | None
+    identity: Identity
+
+
+def _examine(model: str | Path, *, dtype: str, device: str, require_tokenizer: bool) -> _Found:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     check_device(device)
@@ -79,14 +115,8 @@ def load_base(
     _check_rotary(config, folder)
     files = weight_files(folder)
     tokenizer = _load_tokenizer(folder, required=require_tokenizer)
-    # The fingerprint comes first: it reads every header, and so finds a damaged file before the long load does.
-    identity = _identified(folder)
-    with _quiet():
-        loaded = _load_model(folder, files[0], DTYPES[dtype], config)
-    if not checked:
-        _check_finite(loaded, folder)
-    loaded.requires_grad_(False)
-    return Base(model=loaded.to(device).eval(), tokenizer=tokenizer, info=_info(loaded, name, identity), folder=folder)
+    # The fingerprint comes before the weights: it reads every header, and so finds a damaged file before the long load does.
+    return _Found(folder, name, config, files, tokenizer, _identified(folder))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,19 +134,31 @@ class Outline:
 
 def outline_base(model: str | Path) -> Outline:
     """What ``load_base`` would load, in a fraction of its time and memory; raises InputError as it does."""
-    from transformers import AutoConfig
-
     folder, name = _locate(model)
     written = read_config(folder)
     _check_kind(written, folder)
     identity = _identified(folder)
+    skeleton = _skeleton(folder, written)
+    return Outline(model=skeleton, info=_info(skeleton, name, identity), folder=folder)
+
+
+def _skeleton(folder: Path, written: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that config.json describes, on torch's meta device."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = _auto_class(written).from_config(config, trust_remote_code=False)
+        with torch.device("meta"), _errors_only():
+            return _auto_class(written).from_config(config, trust_remote_code=False)
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
-    return Outline(model=skeleton, info=_info(skeleton, name, identity), folder=folder)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # a file that contradicts itself fails with any error
+        raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
 
 
 def _locate(model: str | Path) -> tuple[Path, str]:

@@ -26,7 +26,7 @@ from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.engine_profiles import EngineLimits, engine_profiles
 from runtimes.builder_process import run_builder, run_trtexec
 from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, MANIFEST_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, open_bundle
-from runtimes.engine import PLAN_FILE, EngineManifest, PluginRecord, is_engine, open_engine, write_engine_manifest
+from runtimes.engine import PLAN_FILE, EngineManifest, PluginRecord, Profile, is_engine, open_engine, write_engine_manifest
 from runtimes.engine_adapter import write_engine_adapter
 from runtimes.errors import BackendUnavailable, EngineError, InputError
 from runtimes.folders import atomic_folder, check_destination
@@ -128,6 +128,7 @@ class BuildPlan:
     compute_capabilities: tuple[str, ...]
     plugin: Path | None
     limits: EngineLimits
+    profiles: tuple[Profile, Profile]
     steps: tuple[str, ...]
     notes: tuple[str, ...]
     memory: float
@@ -166,6 +167,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         _check_kernels(plugin, capabilities)
         _check_ops(plugin, graph)
     limits = _limits(bundle, settings, tensors, graph, plugin=plugin is not None)
+    profiles = engine_profiles(graph.inputs, {name for node in bundle.nodes for name in node.bank_names}, limits)
     if settings.freeze is not None:
         tensors = {name: {} for name in tensors if name == settings.freeze}
     weights = sum(path.stat().st_size for path in (bundle.graph_path, bundle.folder / DATA_FILE) if path.is_file())
@@ -178,6 +180,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         compute_capabilities=capabilities,
         plugin=plugin,
         limits=limits,
+        profiles=profiles,
         steps=(
             f"derive TensorRT's graph: {graph.edit_nodes} edit nodes as {how}, "
             + ("banks and rules as inputs" if settings.freeze is None else f"{settings.freeze} frozen into it"),
@@ -376,7 +379,6 @@ def _specification(plan: BuildPlan, settings: BuildSettings, work: Path, scratch
         # External data must lie beside the graph: a link, as weights are not copied for the builder's sake.
         os.symlink(data.resolve(), scratch / DATA_FILE)
         lines.append(f"{DATA_FILE} {plan.bundle.manifest.files[DATA_FILE].sha256}")
-    banks = {name for node in plan.bundle.nodes for name in node.bank_names}
     spec = BuildSpec(
         target=settings.target,
         graph=str(scratch / GRAPH_FILE),
@@ -385,7 +387,7 @@ def _specification(plan: BuildPlan, settings: BuildSettings, work: Path, scratch
         plugin_layers=0 if plan.plugin is None else plan.graph.edit_nodes,
         inputs=plan.graph.inputs,
         outputs=plan.graph.outputs,
-        profiles=engine_profiles(plan.graph.inputs, banks, plan.limits),
+        profiles=plan.profiles,
         compute_capabilities=plan.compute_capabilities if settings.target == "tensorrt-rtx" else (),
         weight_streaming=settings.weight_streaming,
         timing_cache=None if settings.timing_cache is None else str(settings.timing_cache.absolute()),

@@ -26,7 +26,7 @@ from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.fuse import LEVELS, fuse
 from graph_passes.head import expose_head, head_defaults
-from reft_export.base import DTYPES, Base, load_base
+from reft_export.base import DTYPES, Base, load_base, load_without_weights
 from reft_export.bundling import (
     TORCH_DTYPES,
     BundleParts,
@@ -44,7 +44,7 @@ from reft_export.bundling import (
 from reft_export.classifiers import check_classifier, head_parameters, is_classifier
 from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
 from reft_export.eager import steered
-from reft_export.exporters.builder import check_builder, export_builder
+from reft_export.exporters.builder import check_builder, check_builder_base, export_builder
 from reft_export.exporters.dynamo import cache_shapes, export_dynamo, first_reason
 from reft_export.exporters.dynamo_classifier import export_classifier
 from reft_export.exporters.exported_graph import ExportedGraph
@@ -131,6 +131,61 @@ class ExportResult:
     """Folders of the adapters that a refit wrote, by name."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExportPlan:
+    """An export that was checked before any work."""
+
+    base: Base
+    """Without weights: its model lies on torch's meta device."""
+    adapters: Mapping[str, Adapter]
+    nodes: tuple[EditNode, ...]
+
+
+def plan_export(
+    model: str,
+    adapter_folders: list[Path],
+    output: Path,
+    settings: ExportSettings,
+    *,
+    accept_base: bool = False,
+    force: bool = False,
+) -> ExportPlan:
+    """Every refusal that needs no weights; writes nothing. ``export_bundle`` and its dry run both begin here.
+
+    ``accept_base``: adapters of a base that differs from ``model`` in its config alone will do.
+    """
+    check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
+    if Path(model).is_dir():
+        _check_task(Path(model), settings)
+    check_exporter(settings.exporter)
+    _ = settings.weight_only  # refuses a block size or an accuracy level that is none
+    adapters = load_adapters(adapter_folders)
+    base = load_without_weights(model)
+    if base.task == TEXT_CLASSIFICATION:
+        check_classifier_settings(base.info.name, settings)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base, accept_base=accept_base)
+    nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
+    _check_layers(nodes, base)
+    if base.task == TEXT_GENERATION:
+        _check_cache(base)
+    if settings.exporter == "builder":
+        check_builder_base(base.folder)
+    return ExportPlan(base=base, adapters=adapters, nodes=nodes)
+
+
+def _check_cache(base: Base) -> None:
+    """``cache_shapes`` without weights. Of layers that no meta device runs (grouped products of experts, operations that ask for a value)
+    only the loaded model shows the cache."""
+    try:
+        cache_shapes(base.model)
+    except ExportError as e:
+        if not isinstance(e.__cause__, NotImplementedError):
+            raise
+    except RuntimeError:
+        return
+
+
 def export_bundle(
     model: str,
     adapter_folders: list[Path],
@@ -143,23 +198,13 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle.
 
-    ``accept_base``: adapters of a base that differs from ``model`` in its config alone will do.
+    ``accept_base``: as for ``plan_export``.
     """
-    check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
-    if Path(model).is_dir():
-        _check_task(Path(model), settings)
-    check_exporter(settings.exporter)
-    adapters = load_adapters(adapter_folders)
+    plan = plan_export(model, adapter_folders, output, settings, accept_base=accept_base, force=force)
     report(f"loading {model}")
     base = load_base(model)
-    if base.task == TEXT_CLASSIFICATION:
-        check_classifier_settings(base.info.name, settings)
-    for name, adapter in adapters.items():
-        check_fit(name, adapter, base, accept_base=accept_base)
-    nodes = union_nodes(list(adapters.values()), settings.sites, base.info.num_hidden_layers)
-    _check_layers(nodes, base)
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        manifest, errors = _assemble(work, Path(proof), model, base, adapters, nodes, settings, report)
+        manifest, errors = _assemble(work, Path(proof), model, base, plan.adapters, plan.nodes, settings, report)
         if settings.float_type == "bf16":
             return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
         # The runtime is about to load the weights: the eager model's must not stay in memory beside them.

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: read from file headers, never by loading the model."""
+"""What a run will need, before it starts: counted on a model without weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from reft_export.classifiers import check_classifier, is_classifier
-from reft_export.export import ExportSettings, check_classifier_settings
-from reft_export.model_folder import read_config
+from transformers import PreTrainedModel
+
+from reft_export.base import HUB_ID, Base
+from reft_export.export import ExportPlan, ExportSettings
 from reft_export.training.settings import TrainSettings
 from runtimes.adapter import form_of
 from runtimes.errors import InputError
-from runtimes.records import parse_json
+from runtimes.tasks import TEXT_CLASSIFICATION
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
@@ -48,17 +49,10 @@ class Forecast:
         out.print(f"{self.parameters / 1e6:.1f} M parameters; about {size(self.memory)} memory, {size(self.disk)} disk ({size(free)} free)")
 
 
-def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) -> Forecast:
-    """A float32 base in memory, its graph on disk; float weights are copied one at a time.
-
-    A classifier is refused with settings that ``export`` refuses it with.
-    """
-    linear, other = count_parameters(model)
-    config, folder = read_config(Path(model)), Path(model)
-    classifies = is_classifier(config)
-    if classifies:
-        check_classifier(config, folder)
-        check_classifier_settings(folder.resolve().name, settings)
+def forecast_export(model: str, plan: ExportPlan, settings: ExportSettings) -> Forecast:
+    """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
+    linear, other = count_parameters(plan.base.model)
+    classifies = plan.base.task == TEXT_CLASSIFICATION
     recorded, logits = ("logits", "logits one row a text") if classifies else ("logits, greedy tokens", f"logits {settings.logits}")
     total = linear + other
     disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
@@ -69,7 +63,7 @@ def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) 
     copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
-            f"load {model} in float32 and record eager {recorded}, base and {len(adapters)} adapters",
+            f"load {model} in float32 and record eager {recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {logits}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
@@ -81,16 +75,17 @@ def forecast_export(model: str, adapters: list[Path], settings: ExportSettings) 
     )
 
 
-def forecast_training(model: str, settings: TrainSettings) -> Forecast:
+def forecast_training(model: str, base: Base, examples: int, settings: TrainSettings) -> Forecast:
     """A frozen base and its activations; the edit's own parameters and optimizer state are small beside them."""
-    linear, other = count_parameters(model)
+    linear, other = count_parameters(base.model)
     total = linear + other
-    dtype, device = settings.placement()
-    weights = total * (4.0 if dtype == "float32" else 2.0)
+    _, device = settings.placement()
+    weights = total * (4.0 if base.dtype == "float32" else 2.0)
     return Forecast(
         steps=(
-            f"load {model} in {dtype} on {device}, frozen",
-            f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}",
+            f"load {model} in {base.dtype} on {device}, frozen",
+            f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}, "
+            f"{examples} examples",
             "write the adapter",
         ),
         parameters=total,
@@ -99,27 +94,18 @@ def forecast_training(model: str, settings: TrainSettings) -> Forecast:
     )
 
 
-def count_parameters(model: str) -> tuple[int, int]:
-    """(values in matrices that become MatMul weights, all others), from the safetensors headers of a local folder."""
-    folder = Path(model)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        raise InputError(f"--dry-run reads safetensors headers, and {model} is not a local folder that has any")
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(values in matrices that become MatMul weights, stacked ones of experts too, all others) of a model that may have no weights."""
     linear = other = 0
-    for path in files:
-        with path.open("rb") as f:
-            try:
-                header = parse_json(f.read(int.from_bytes(f.read(8), "little")).decode("utf-8"))
-            except (ValueError, OverflowError, MemoryError):
-                raise InputError(f"{path} is not a safetensors file; it is damaged") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            count = 1
-            for n in entry["shape"]:
-                count *= n
-            if len(entry["shape"]) == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
-                linear += count
-            else:
-                other += count
+    for name, parameter in model.named_parameters():
+        if parameter.ndim in (2, 3) and "embed" not in name and "wte" not in name and "wpe" not in name:
+            linear += parameter.numel()
+        else:
+            other += parameter.numel()
     return linear, other
+
+
+def refuse_download(model: str) -> None:
+    """Raises InputError for a base that a run would download first: a dry run does nothing."""
+    if not Path(model).exists() and HUB_ID.fullmatch(model):
+        raise InputError(f"--dry-run reads a local folder, and {model} is none; download the model first, or run without --dry-run")

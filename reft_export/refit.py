@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
-from reft_export.base import Base, base_folder, load_base, load_tokenizer
+from reft_export.base import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
 from reft_export.bundling import NUMPY_DTYPES, Report, load_adapters
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steer
@@ -84,10 +84,11 @@ class Refitted:
     figures: RefitFigures
 
 
-def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu") -> Base:
+def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu", weights: bool = True) -> Base:
     """The base in float32, carrying exactly the dequantized weights of ``bundle``; its fingerprint stays the base's.
 
-    Raises CalibrationError for a float bundle, AdapterError for another base, GraphError for weights that another tool quantized.
+    Without ``weights`` it is checked alone, and its model lies on torch's meta device. Raises CalibrationError for a float bundle,
+    AdapterError for another base, GraphError for weights that another tool quantized.
     """
     if bundle.manifest.quantization is None:
         if bundle.manifest.exporter == "foreign":
@@ -95,8 +96,11 @@ def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu") -> Base:
         raise CalibrationError(
             f"{bundle.folder} is a float bundle, whose weights are the base's own: train without --base, or quantize the bundle first"
         )
-    base = load_base(model, require_tokenizer=True)
+    check_device(device)
+    base = (load_base if weights else load_without_weights)(model, require_tokenizer=True)
     check_same_base(bundle, base, model)
+    if not weights:
+        return base
     load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
     base.model.requires_grad_(False).to(device)
     return base

@@ -65,7 +65,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Turn a base and its adapters into a bundle: exported, folded, quantized where asked, and held against eager PyTorch."""
-    from reft_export.export import ExportSettings, export_bundle
+    from reft_export.export import ExportSettings, export_bundle, plan_export
     from runtimes.errors import ParityError
 
     check_choice("--format", format, ("bundle", "pyreft"))
@@ -85,9 +85,11 @@ def export(
         accuracy_level=accuracy_level,
     )
     if dry_run:
-        from reft_export.forecast import forecast_export
+        from reft_export.forecast import forecast_export, refuse_download
 
-        forecast_export(model, list(adapters or []), settings).show(as_json=as_json)
+        refuse_download(model)
+        plan = plan_export(model, list(adapters or []), output, settings, accept_base=accept_base, force=force)
+        forecast_export(model, plan, settings).show(as_json=as_json)
         return
     try:
         with progress() as report:

@@ -19,7 +19,13 @@ AcceptBase = Annotated[
     bool, typer.Option("--accept-base", help="Take a base that differs from the recorded one in its config.json alone, not in weights.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; logs stay on stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with a memory and disk forecast, and do nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Make every check that needs no weights, print the plan with a memory and disk forecast, and do nothing.",
+    ),
+]
 Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]
 Sites = Annotated[
     str, typer.Option("--sites", help="Further places for edits, for example 3;5.mlp_output: adapters trained later can use them.")

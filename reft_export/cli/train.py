@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reft_export.cli.console import err, escape, guarded, out, print_json, progress
 from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, given, refuse_given
+
+if TYPE_CHECKING:
+    from reft_export.base import Base
+    from reft_export.training.settings import TrainSettings
+    from runtimes.bundle import Bundle
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout", "chat_template": "chat_template"}
@@ -130,51 +135,46 @@ def train(
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
     if max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
-    if dry_run:
-        from reft_export.forecast import forecast_training
-
-        forecast_training(model, settings).show(as_json=as_json)
-        return
-
-    from reft_export.base import load_base
     from reft_export.bundling import check_fit
     from reft_export.cli.train_classifier import show_classifier
-    from reft_export.training.classifier import train_classifier
+    from reft_export.training.classifier import prepare_classifier, train_classifier
+    from reft_export.training.trainer import prepare
     from reft_export.training.trainer import train as run_training
     from runtimes.bundle import check_adapter_name, open_bundle
     from runtimes.folders import check_destination
     from runtimes.tasks import TEXT_CLASSIFICATION
 
+    if dry_run:
+        from reft_export.forecast import refuse_download
+
+        refuse_download(model)
     check_adapter_name(output.resolve().name)
     check_destination(output, force=force, inputs=[Path(model), *data, *filter(None, (base_bundle, start))])
     bundle = None if base_bundle is None else open_bundle(base_bundle)
     with progress() as report:
         report(f"loading {model}")
-        base_dtype, base_device = settings.placement()
-        if bundle is None:
-            base = load_base(model, dtype=base_dtype, device=base_device, require_tokenizer=True)
-        else:
+        if bundle is not None and accept_base:
             from reft_export.parity import made_from
-            from reft_export.refit import load_on_bundle
 
-            bundle = made_from(bundle, model) if accept_base else bundle
-            base = load_on_bundle(bundle, model, device=base_device)
+            bundle = made_from(bundle, model)
+        base = _load(model, bundle, settings, weights=not dry_run)
         if started is not None:
             check_fit(start.resolve().name, started, base, accept_base=accept_base)
-        options = {
-            "force": force,
-            "start": started,
-            "trained_on": None if bundle is None else bundle.digest,
-            "on_phase": report,
-            "on_step": _StepLine(report) if err.is_terminal else None,
-        }
+        options = {"force": force, "start": started, "trained_on": None if bundle is None else bundle.digest}
         classifies = base.task == TEXT_CLASSIFICATION
         if classifies:
             refuse_given(context, DECODERS_ONLY, f"a decoder's, and {base.info.name} is a classifier")
-            result = train_classifier(base, data, settings, output, head=head is not False, **options)
+            options["head"] = head is not False
         else:
             refuse_given(context, ("head",), f"a classifier's, and {base.info.name} is a decoder")
-            result = run_training(base, data, settings, output, **options)
+        if dry_run:
+            from reft_export.forecast import forecast_training
+
+            ready = (prepare_classifier if classifies else prepare)(base, data, settings, output, **options)
+            forecast_training(model, base, len(ready.training), settings).show(as_json=as_json)
+            return
+        watched = {"on_phase": report, "on_step": _StepLine(report) if err.is_terminal else None}
+        result = (train_classifier if classifies else run_training)(base, data, settings, output, **options, **watched)
     if classifies:
         show_classifier(output, settings, result, as_json=as_json)
         return
@@ -194,6 +194,18 @@ def train(
         f"loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps",
         markup=False,
     )
+
+
+def _load(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights: bool) -> Base:
+    """The base to train, on the bundle's weights where there is one; without ``weights`` only everything that they are not needed for."""
+    from reft_export.base import load_base, load_without_weights
+
+    dtype, device = settings.placement()
+    if bundle is None:
+        return (load_base if weights else load_without_weights)(model, dtype=dtype, device=device, require_tokenizer=True)
+    from reft_export.refit import load_on_bundle
+
+    return load_on_bundle(bundle, model, device=device, weights=weights)
 
 
 class _StepLine:

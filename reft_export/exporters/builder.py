@@ -37,6 +37,12 @@ def check_builder() -> None:
         raise BackendUnavailable("--exporter builder needs onnxruntime-genai, which is not installed; pip install 'reft-export[genai]'")
 
 
+def check_builder_base(folder: Path) -> None:
+    """Raises InputError for a base without a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
+
+
 def export_builder(base: Base, scratch: Path, *, precision: str = "fp32", last_logits: bool = False) -> ExportedGraph:
     """The graph of ``base``'s folder at ``precision`` (fp32, fp16). Its weights stay in files under ``scratch`` until it is written.
 
@@ -45,8 +51,7 @@ def export_builder(base: Base, scratch: Path, *, precision: str = "fp32", last_l
     parity has to show it.
     """
     check_builder()
-    if not any((base.folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"{base.folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
+    check_builder_base(base.folder)
     options = [*OPTIONS, f"prune_lm_head={str(last_logits).lower()}"]
     arguments = ["-m", base.folder.resolve(), "-o", "graph", "-c", "cache", "-p", precision, "-e", PROVIDER[precision]]
     family = base.model.config.model_type

@@ -26,7 +26,7 @@ from torch import Tensor
 from reft_export.base import Outline
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded, short
 from reft_export.importing.foreign_json import read_json_object
-from reft_export.importing.heads import check_labels, head_of, read_head_config
+from reft_export.importing.heads import HEAD_CONFIG_FILE, check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
 from reft_export.model_folder import weight_files
 from runtimes.edit import Site
@@ -57,6 +57,11 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
     _check_flags(request, rule, tied, activation)
     method = _method(request.method, config["orthogonality"], config.get("subtract_projection"))
     units, name = _units(folder)
+    if top.get("name") not in (None, name):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: name is {short(top['name'])}, expected {name!r}, which the tensors bear; AdapterHub would load none "
+            "of them: save the adapter again, or correct the name"
+        )
     _check_units(units, config, folder)
     # An untied adapter keeps two units even where one of them has no positions.
     wanted = (0, 1) if not tied else (0,) if config["tied_weights"] or config["prefix_positions"] else (1,)
@@ -112,17 +117,22 @@ def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[s
         raise AdapterError(f'{path}: layers is {layers!r}, expected "all" or a list of numbers')
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not (function is None or isinstance(function, str)):
         raise AdapterError(f"{path}: dropout is {dropout!r} and non_linearity {function!r}; a number and a name or null are expected")
-    if top.get("hidden_size", outline.info.hidden_size) != outline.info.hidden_size:
+    _check_base(top, path, outline)
+    return top, config | {"dropout": float(dropout), "non_linearity": function}
+
+
+def _check_base(recorded: Mapping[str, Any], path: Path, outline: Outline) -> None:
+    """Raises AdapterError where the file records a base of another width or model type."""
+    if recorded.get("hidden_size", outline.info.hidden_size) != outline.info.hidden_size:
         raise AdapterError(
-            f"{path}: the adapter was trained on {top.get('model_name')} of width {top['hidden_size']}, {outline.info.name} has width "
-            f"{outline.info.hidden_size}; pass the base it was trained on"
+            f"{path}: the adapter was trained on {recorded.get('model_name')} of width {recorded['hidden_size']}, {outline.info.name} has "
+            f"width {outline.info.hidden_size}; pass the base it was trained on"
         )
-    if top.get("model_type", outline.model.config.model_type) != outline.model.config.model_type:
+    if recorded.get("model_type", outline.model.config.model_type) != outline.model.config.model_type:
         raise AdapterError(
-            f"{path}: the adapter was trained on {top.get('model_name')}, a {top['model_type']}; {outline.info.name} is a "
+            f"{path}: the adapter was trained on {recorded.get('model_name')}, a {recorded['model_type']}; {outline.info.name} is a "
             f"{outline.model.config.model_type}; pass the base it was trained on"
         )
-    return top, config | {"dropout": float(dropout), "non_linearity": function}
 
 
 def _positions(config: Mapping[str, Any], folder: Path) -> PositionRule:
@@ -236,6 +246,7 @@ def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]
     head = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if outline.info.labels:
         config = read_head_config(folder)
+        _check_base(config, folder / HEAD_CONFIG_FILE, outline)
         check_labels(config, outline, folder)
         return head_of(head, outline, path, config, adapter)
     stored = {name: _stored_names(outline, name) for name in head}

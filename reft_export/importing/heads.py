@@ -25,6 +25,8 @@ from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.tensors import as_float32
 from runtimes.errors import AdapterError
 
+HEAD_CONFIG_FILE = "head_config.json"
+
 FLEXIBLE = re.compile(r"heads\.([^.]+)\.(\d+)\.(weight|bias)")
 FLEXIBLE_ROBERTA = {"1": "classifier.dense", "4": "classifier.out_proj"}
 """Places of the linear layers in AdapterHub's default classification head, and RoBERTa's names of the same."""
@@ -51,7 +53,7 @@ def head_of(
 
 def read_head_config(folder: Path) -> dict[str, Any]:
     """AdapterHub's head_config.json, its config and label2id of the right types; empty where there is none."""
-    path = folder / "head_config.json"
+    path = folder / HEAD_CONFIG_FILE
     if not path.is_file():
         return {}
     recorded = read_json_object(path)

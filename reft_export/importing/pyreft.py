@@ -34,7 +34,7 @@ from reft_export.importing.foreign import (
 )
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import head_of
-from reft_export.importing.pyreft_entries import check_recorded, read_entries
+from reft_export.importing.pyreft_entries import check_model, check_recorded, read_entries
 from reft_export.importing.pyreft_sites import PEFT_PREFIX, ComponentSites, Place
 from reft_export.importing.pyreft_states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
@@ -57,6 +57,7 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     request = _with_side_file(folder, side, request)
     if not outline.info.labels:
         _refuse_trained_base(folder)
+    check_model(folder, outline)
     sites = ComponentSites(outline.model)
     entries = read_entries(folder, sites)
     states = [read_pickle(folder / f"intkey_{entry.key}.bin") for entry in entries]

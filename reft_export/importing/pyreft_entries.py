@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reft_export.base import Outline
 from reft_export.importing.foreign import ForeignEdit, listed
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.pyreft_sites import ComponentSites, Place
 from reft_export.importing.pyreft_states import CLASSES
+from reft_export.importing.statements import check_kind
 from runtimes.errors import AdapterError
 
 CONFIG_FILE = "config.json"
@@ -44,6 +46,7 @@ def read_entries(folder: Path, sites: ComponentSites) -> list[Entry]:
     if not (folder / CONFIG_FILE).is_file():
         return _checkpoint(folder, sites)
     entries = _configured(folder, sites)
+    _check_sorted_keys(folder, entries)
     listed_files = {f"intkey_{entry.key}.bin" for entry in entries}
     if more := sorted({path.name for path in folder.glob("intkey_*.bin")} - listed_files):
         raise AdapterError(
@@ -63,6 +66,34 @@ def check_recorded(folder: Path, entries: Sequence[Entry], edits: Sequence[Forei
                     f"{folder / CONFIG_FILE}: {name} of {entry.key} is {recorded}, expected {found}, which its tensors have; the "
                     "adapter is damaged"
                 )
+
+
+def check_model(folder: Path, outline: Outline) -> None:
+    """Raises AdapterError where the config records the class of another model, or another base's type or size."""
+    from transformers import CONFIG_MAPPING
+
+    path = folder / CONFIG_FILE
+    config = read_json_object(path) if path.is_file() else {}
+    # Of a class, its package in transformers says which family it is of: GPT2Model and GPT2LMHeadModel lie in one.
+    package = re.match(r"<class 'transformers\.models\.(\w+)\.", str(config.get("intervenable_model_type")))
+    for key, family in (("intervenable_model_type", package and package[1]), ("model_type", config.get("model_type"))):
+        if isinstance(family, str) and family in CONFIG_MAPPING:
+            check_kind(f"{path}: {key}", family, outline)
+    for key, own in (("hidden_size", outline.info.hidden_size), ("num_hidden_layers", outline.info.num_hidden_layers)):
+        if config.get(key, own) != own:
+            raise AdapterError(
+                f"{path}: {key} is {config[key]!r}, expected {own}, as {outline.info.name} has it; pass the base the adapter was trained on"
+            )
+
+
+def _check_sorted_keys(folder: Path, entries: Sequence[Entry]) -> None:
+    """pyvene hooks what sorted_keys lists: it is the same interventions, in whatever order."""
+    keys = read_json_object(folder / CONFIG_FILE).get("sorted_keys")
+    if isinstance(keys, list) and (odd := {str(key).replace(".", "_") for key in keys} ^ {e.key.replace(".", "_") for e in entries}):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: sorted_keys and representations do not list the same interventions: {listed(sorted(odd))}; the "
+            "adapter is damaged"
+        )
 
 
 def _configured(folder: Path, sites: ComponentSites) -> list[Entry]:

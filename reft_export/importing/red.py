@@ -33,6 +33,7 @@ from torch import Tensor
 from reft_export.base import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
 from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.statements import SCALES_AND_SHIFTS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
 from reft_export.training.settings import parse_layers
 from runtimes.edit import STREAMS, Site
@@ -56,7 +57,7 @@ Pairs = dict[Site, dict[str, tuple[str, Value]]]
 
 def read_red(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """The authors' delta_vector.pth, a state dict that ``torch.save`` wrote, under any name."""
-    return red_adapter(FORMAT, path, read_pickle(path), request, outline)
+    return red_adapter(FORMAT, path, read_pickle(path), request, outline, {})
 
 
 def is_red(names: list[str]) -> bool:
@@ -64,8 +65,13 @@ def is_red(names: list[str]) -> bool:
     return any(name in ALONE or AUTHORS.fullmatch(name) or re.split(r"[._]", name)[-1] in ("scale", "scaling", "bias") for name in names)
 
 
-def red_adapter(format: str, path: Path, tensors: Mapping[str, Value], request: Request, outline: Outline) -> ForeignAdapter:
-    """Raises InputError for what the file does not record and no flag says, AdapterError for what cannot be imported."""
+def red_adapter(
+    format: str, path: Path, tensors: Mapping[str, Value], request: Request, outline: Outline, statements: Statements
+) -> ForeignAdapter:
+    """``statements``: what the file says beside its tensors.
+
+    Raises InputError for what it does not record and no flag says, AdapterError for what cannot be imported.
+    """
     request.refuse("RED", {"scale": "an edit has no strength to scale"})
     if request.method not in (None, "red") or request.tied is False or activation_of(request.activation or "", "--activation"):
         raise InputError("RED is one scale and bias a site: --method, --untied and --activation do not apply to it")
@@ -81,15 +87,28 @@ def red_adapter(format: str, path: Path, tensors: Mapping[str, Value], request: 
     else:
         pairs = _of_layers(path, tensors, request)
     _check_pairs(path, pairs)
+    stored = len(pairs)
     pairs = _chosen(path, pairs, request, outline)
+    positions = PositionRule.parse(request.positions or "all")
+    meaning = Meaning(
+        does="scales and shifts with a scale and a bias",
+        operations=SCALES_AND_SHIFTS,
+        sites=frozenset(pairs),
+        stored=stored,
+        positions=positions,
+        scale=None,
+        scalable=False,
+    )
+    notes = check_statements(path, statements, meaning, outline)
     first = next(iter(next(iter(pairs.values())).values()))[1]
     return ForeignAdapter(
         format=format,
         edits={site: ((_edit(path, pair),),) for site, pair in pairs.items()},
-        positions=PositionRule.parse(request.positions or "all"),
+        positions=positions,
         tied=True,
         dtype=stored_dtype(first) if isinstance(first, Tensor) else "float32",
         record={"imported_from": format, "source": path.resolve().name, "form": "red"},
+        notes=notes,
     )
 
 

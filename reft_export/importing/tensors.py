@@ -37,6 +37,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path} is damaged ({first_line(e)}); copy it again") from None
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the file says beside its tensors (``__metadata__``); ``read_safetensors`` has found it whole."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        return dict(f.metadata() or {})
+
+
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise AdapterError(f"{path} holds a {type(state).__name__}, expected a state dict")

@@ -9,7 +9,8 @@ What a plain file's arrays mean follows from their names and shapes:
                                                                                                  [layers, D]: row n for block n
 
 [D] may be [1, D]. The stream is the block's output, or the one that --stream names. Arrays called scale and bias are RED's
-(reft_export/importing/red.py); --method lobireft takes an array of such a name for a vector all the same.
+(reft_export/importing/red.py); --method lobireft takes an array of such a name for a vector all the same. GGUF's keys, the metadata of
+a .safetensors file, and numbers and texts among the arrays say what the vectors are for (reft_export/importing/statements.py).
 
 Source: llama.cpp, common/common.cpp (common_control_vector_load) and src/llama-adapter.cpp (llama_adapter_cvec): ``direction.<n>``
 is added to the output of block n, blocks counted from 0 and never block 0, at every token, prompt or generated.
@@ -22,21 +23,44 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from reft_export.base import Outline
-from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
+from reft_export.importing.foreign import (
+    POSITION_CHOICES,
+    ForeignAdapter,
+    ForeignEdit,
+    Request,
+    activation_of,
+    listed,
+    not_recorded,
+    short,
+)
 from reft_export.importing.red import is_red, red_adapter
-from reft_export.importing.tensors import as_float32, read_safetensors, vector_float32
+from reft_export.importing.statements import ADDS, Meaning, Statements, check_statements
+from reft_export.importing.tensors import as_float32, read_safetensors, safetensors_metadata, vector_float32
 from reft_export.model_folder import first_line
 from reft_export.training.settings import parse_layers
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule
 
+if TYPE_CHECKING:
+    from gguf import ReaderField
+
+CONTROL_VECTOR = "controlvector"
+"""general.architecture of llama.cpp's control vectors, and the first word of their own keys."""
+
 NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d+)(?:[._]({'|'.join(STREAMS)}))?")
+
+OF_WEIGHTS = re.compile(
+    r"(^|[._])(lora|dora|ia3|oft|loha|lokr)(_\w+)?([._]|$)"
+    r"|(^|[._])(rotate_layer|learned_source|projection|lm_head|embed_tokens|wte|wpe)([._]|$)"
+)
+"""Parts of the names of an adapter's or a model's matrices, which are no vectors to add even where their shape is one's."""
 
 OF_ONE_LAYER = re.compile(r"(?:^|[._])(?:layers?|h|blocks?|blk|direction)[._]?(\d+)(?=[._]|$)")
 """Where a name that is not one of NAMED still says which layer it is of, as modules' names do: transformer.h.1, layers.1.output."""
@@ -49,15 +73,13 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
 
     try:
         reader = GGUFReader(path)
-        tensors = {tensor.name: (tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors}
-        hint = reader.get_field("controlvector.model_hint")
-        hint = None if hint is None else bytes(hint.parts[-1]).decode(errors="replace")
+        kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
     except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
-        raise AdapterError(f"{path} is damaged, or not GGUF ({first_line(e)})") from None
-    if not tensors:
+        raise _no_gguf(path, e) from None
+    if not kinds:
         raise AdapterError(f"{path} holds no direction.<layer> tensors; it is no control vector")
-    vectors: dict[Site, tuple[str, np.ndarray]] = {}
-    for name, (kind, value) in tensors.items():
+    layers: dict[str, int] = {}
+    for name, kind in kinds.items():
         match = re.fullmatch(r"direction\.(\d+)", name)
         if not match:
             raise AdapterError(f"{path} holds {name}; a control vector holds direction.<layer> tensors and nothing else")
@@ -65,16 +87,45 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
             raise AdapterError(f"{path} holds {name}; llama.cpp numbers control vectors from layer 1")
         if kind != GGMLQuantizationType.F32:
             raise AdapterError(f"{path}: {name} is {kind.name}; control vectors are F32")
-        _put(path, vectors, Site(layer=int(match[1])), name, value)
+        layers[name] = int(match[1])
+    try:
+        statements = {name: _gguf_value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        values = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    except Exception as e:  # as above
+        raise _no_gguf(path, e) from None
+    if statements.get("general.architecture") != CONTROL_VECTOR:
+        raise AdapterError(
+            f"{path}: general.architecture is {short(statements.get('general.architecture', 'missing'))}, expected {CONTROL_VECTOR!r}; "
+            "only control vectors are imported from GGUF"
+        )
+    vectors: dict[Site, tuple[str, np.ndarray]] = {}
+    for name, value in values.items():
+        _put(path, vectors, Site(layer=layers[name]), name, value)
     positions = PositionRule.parse(request.positions or "all")
-    return _adapter("gguf", path, vectors, positions, request, outline, {} if hint is None else {"model_hint": hint})
+    hint = statements.get(f"{CONTROL_VECTOR}.model_hint")
+    return _adapter(
+        "gguf", path, vectors, positions, request, outline, {} if hint is None else {"model_hint": str(hint)}, statements=statements
+    )
+
+
+def _no_gguf(path: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"{path} is damaged, or not GGUF ({first_line(error)})")
+
+
+def _gguf_value(field: ReaderField) -> object:
+    """A string, a number, or a list of either; gguf's own ``contents`` came later than the versions that are supported."""
+    from gguf import GGUFValueType
+
+    parts = [field.parts[i] for i in field.data]
+    values = [bytes(part).decode(errors="replace") if field.types[-1] == GGUFValueType.STRING else part.tolist()[0] for part in parts]
+    return values if field.types[0] == GGUFValueType.ARRAY else values[0]
 
 
 def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """A .npz or .safetensors file; where the vectors act is the user's to say."""
-    format, arrays = _arrays(path)
+    format, arrays, statements = _arrays(path)
     if request.method == "red" or (request.method is None and is_red(list(arrays))):
-        return red_adapter(format, path, arrays, request, outline)
+        return red_adapter(format, path, arrays, request, outline, statements)
     named = {name: NAMED.fullmatch(name) for name in arrays}
     if all(named.values()):
         vectors: dict[Site, tuple[str, np.ndarray]] = {}
@@ -90,22 +141,37 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
         raise AdapterError(f"{path}: {name!r} does not name a layer; name arrays <n>, layer_<n> or <n>.<stream>, or store one alone")
     if request.positions is None:
         raise not_recorded("a steering vector", {"positions": f"--positions ({POSITION_CHOICES})"})
-    return _adapter(format, path, vectors, PositionRule.parse(request.positions), request, outline, {})
+    alone = next(iter(arrays)) if len(arrays) == 1 and not all(named.values()) else None
+    rule = PositionRule.parse(request.positions)
+    return _adapter(format, path, vectors, rule, request, outline, {}, statements=statements, array=alone)
 
 
 def read_red_arrays(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """A .npz or .safetensors file that is said to be RED's, whatever its arrays are called."""
-    format, arrays = _arrays(path)
-    return red_adapter(format, path, arrays, request, outline)
+    format, arrays, statements = _arrays(path)
+    return red_adapter(format, path, arrays, request, outline, statements)
 
 
-def _arrays(path: Path) -> tuple[str, Mapping[str, np.ndarray | Tensor]]:
-    """The file's format, by its suffix, and its arrays."""
+def _arrays(path: Path) -> tuple[str, Mapping[str, np.ndarray | Tensor], Statements]:
+    """The file's format, by its suffix, its arrays, and what it says beside them."""
     format = "npz" if path.suffix == ".npz" else "safetensors"
-    arrays = _npz(path) if format == "npz" else read_safetensors(path)
+    stored = _npz(path) if format == "npz" else read_safetensors(path)
+    said = {name: value.tolist() for name, value in stored.items() if _is_statement(name, value)}
+    arrays = {name: value for name, value in stored.items() if name not in said}
     if not arrays:
         raise AdapterError(f"{path} holds no arrays")
-    return format, arrays
+    return format, arrays, said | (safetensors_metadata(path) if format == "safetensors" else {})
+
+
+def _is_statement(name: str, value: np.ndarray | Tensor) -> bool:
+    """Single values, whole numbers and texts are no vectors; under a vector's name they are a mistake, which is refused as one.
+
+    A file of vectors may say its strength as ``scale``, where RED has an array.
+    """
+    if NAMED.fullmatch(name) or (is_red([name]) and (name != "scale" or len(value.shape))):
+        return False
+    floats = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind not in "biuUS"
+    return len(value.shape) == 0 or (len(value.shape) == 1 and not floats)
 
 
 def _put(path: Path, vectors: dict[Site, tuple[str, np.ndarray]], site: Site, name: str, value: np.ndarray | Tensor) -> None:
@@ -127,6 +193,10 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 def _one_array(path: Path, name: str, value: np.ndarray, request: Request, outline: Outline) -> dict[Site, tuple[str, np.ndarray]]:
     layers, width = outline.info.num_hidden_layers, outline.info.hidden_size
+    if OF_WEIGHTS.search(name):
+        raise AdapterError(
+            f"{path}: {name!r} names a matrix of an adapter or a model, which is not added; name it vector to add it all the same"
+        )
     # A row alone is a vector, but in a base of one layer it is that layer's.
     if len(value.shape) == 1 or (len(value.shape) == 2 and value.shape[0] == 1 != layers):
         if request.layers is None:
@@ -161,6 +231,9 @@ def _adapter(
     request: Request,
     outline: Outline,
     record: Mapping[str, str],
+    *,
+    statements: Statements,
+    array: str | None = None,
 ) -> ForeignAdapter:
     scale = 1.0 if request.scale is None else request.scale
     if not np.isfinite(scale) or scale == 0:
@@ -173,11 +246,22 @@ def _adapter(
             f"{path}: layer {max(outside)} does not exist in {outline.info.name} ({count} layers, 0 to {count - 1}); pass the base that "
             "the vectors were made for"
         )
+    stored = len(vectors)
     if request.layers is not None:
         chosen = set(parse_layers(request.layers, count))
         if absent := chosen - {site.layer for site in vectors}:
             raise InputError(f"--layers {request.layers}: the file has no vector for layer {listed(sorted(absent))}")
         vectors = {site: value for site, value in vectors.items() if site.layer in chosen}
+    meaning = Meaning(
+        does="adds vectors",
+        operations=ADDS,
+        sites=frozenset(vectors),
+        stored=stored,
+        positions=positions,
+        scale=request.scale,
+        array=array,
+    )
+    notes = check_statements(path, statements, meaning, outline)
     edits = {site: ((_edit(name, vector, scale),),) for site, (name, vector) in vectors.items() if vector.any()}
     if not edits:
         raise AdapterError(f"{path}: every vector is zero; this adapter edits nothing")
@@ -188,7 +272,7 @@ def _adapter(
         positions=positions,
         tied=True,
         record={"imported_from": format, "source": path.resolve().name, "scale": scale, **record},
-        notes=(f"{idle} vectors are zero and were left out",) if idle else (),
+        notes=(*notes, *([f"{idle} vectors are zero and were left out"] if idle else ())),
     )
 
 

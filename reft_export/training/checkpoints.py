@@ -41,7 +41,19 @@ def working_folder(output: Path) -> Path:
 
 
 def open_working_folder(output: Path, run: Mapping[str, Any], *, resume: bool, force: bool) -> tuple[Path, Path | None]:
-    """(the folder, the checkpoint to go on from or None); a fresh run makes the folder, ``resume`` checks it.
+    """(the folder, the checkpoint to go on from or None), after ``check_working_folder``; a fresh run makes the folder."""
+    last = check_working_folder(output, run, resume=resume, force=force)
+    folder = working_folder(output)
+    if resume:
+        return folder, last
+    discard(folder)
+    folder.mkdir(parents=True)
+    _write(folder / RUN_FILE, dict(run))
+    return folder, None
+
+
+def check_working_folder(output: Path, run: Mapping[str, Any], *, resume: bool, force: bool) -> Path | None:
+    """The last checkpoint that lies there, if any.
 
     Raises InputError where ``resume`` has nothing to go on from, or something that was run otherwise, and where a fresh
     run would discard checkpoints without ``force``.
@@ -60,13 +72,9 @@ def open_working_folder(output: Path, run: Mapping[str, Any], *, resume: bool, f
             raise InputError(
                 f"{folder} was run otherwise ({'; '.join(changes)}); resume it as it was, or start over with --force"
             )
-        return folder, last
-    if last is not None and not force:
+    elif last is not None and not force:
         raise InputError(f"an interrupted run left {last}; pass --resume to go on, or --force to start over")
-    discard(folder)
-    folder.mkdir(parents=True)
-    _write(folder / RUN_FILE, dict(run))
-    return folder, None
+    return last
 
 
 def last_checkpoint(folder: Path) -> Path | None:

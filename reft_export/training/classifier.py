@@ -24,13 +24,13 @@ from reft_export.base import Base
 from reft_export.classifiers import check_head, context_of, head_parameters, with_head
 from reft_export.eager import steer
 from reft_export.golden_classifier import model_inputs
-from reft_export.training.checkpoints import StepRecord, discard, open_working_folder
+from reft_export.training.checkpoints import StepRecord, check_working_folder, discard, open_working_folder
 from reft_export.training.classifier_data import LabelledText, collate_labelled, load_labelled
 from reft_export.training.data import split
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import OnStep, TrainedModel, run_loop
 from reft_export.training.settings import TrainSettings
-from reft_export.training.trainer import check_positions, frozen, place, provenance
+from reft_export.training.trainer import Preparation, check_positions, frozen, place, provenance
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.errors import InputError
 from runtimes.folders import check_destination
@@ -107,13 +107,32 @@ def train_classifier(
     without ``head`` the adapter has none unless ``start`` had. Same seed, same adapter; raises as ``training.trainer.train``.
     """
     phase = on_phase or (lambda _: None)
+    ready = prepare_classifier(base, data, settings, output, head=head, force=force, start=start, trained_on=trained_on, phase=phase)
+    folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
+    return _train(base, settings, output, ready, folder, checkpoint, force=force, on_step=on_step, phase=phase)
+
+
+def prepare_classifier(
+    base: Base,
+    data: Path,
+    settings: TrainSettings,
+    output: Path,
+    *,
+    head: bool = True,
+    force: bool = False,
+    start: Adapter | None = None,
+    trained_on: str | None = None,
+    phase: Callable[[str], None] = lambda _: None,
+) -> Preparation:
+    """Every check of ``train_classifier``, every line of the data included; as ``training.trainer.prepare``."""
     check_destination(output, force=force)
     if base.tokenizer is None:
         raise InputError(f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json")
     context = context_of(base.model)
     if (settings.max_length or 0) > context:
         raise InputError(f"max_length is {settings.max_length}; {base.info.name} takes {context} tokens")
-    device, rule = place(base, settings), settings.rule
+    place(base, settings)
+    rule = settings.rule
     set_seed(settings.seed)
     interventions = Interventions(
         method=settings.method,
@@ -141,7 +160,24 @@ def train_classifier(
         "start": None if start is None else start.digest,
         "trained_on": trained_on,
     }
-    folder, checkpoint = open_working_folder(output, run, resume=settings.resume, force=force)
+    check_working_folder(output, run, resume=settings.resume, force=force)
+    return Preparation(interventions=interventions, rule=rule, read=read, training=training, held_out=held_out, run=run, start=start)
+
+
+def _train(
+    base: Base,
+    settings: TrainSettings,
+    output: Path,
+    ready: Preparation,
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    force: bool,
+    on_step: OnStep | None,
+    phase: Callable[[str], None],
+) -> ClassifierResult:
+    interventions, rule, read, run, start = ready.interventions, ready.rule, ready.read, ready.run, ready.start
+    training, held_out, head, device = ready.training, ready.held_out, run["head"], base.model.device
     asked = held_out or training
     with frozen(base.model):
         phase("taking the base's accuracy")
@@ -158,7 +194,7 @@ def train_classifier(
         base.info,
         rule,
         dtype=base.dtype,
-        trained_on=trained_on,
+        trained_on=run["trained_on"],
         training=provenance(read, training, held_out, settings, history)
         | {"head": head, "accuracy": after, "accuracy_on": "held-out texts" if held_out else "training texts"}
         | ({} if start is None else {"start": start.digest}),

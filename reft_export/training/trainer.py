@@ -19,6 +19,7 @@ from reft_export.eager import greedy_tokens, steer, steered
 from reft_export.token_rules import context_of, stop_tokens, vocabulary_of
 from reft_export.training.checkpoints import (
     StepRecord,
+    check_working_folder,
     discard,
     open_working_folder,
 )
@@ -83,12 +84,44 @@ def train(
     loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
     """
     phase = on_phase or (lambda _: None)
+    ready = prepare(base, data, settings, output, force=force, start=start, trained_on=trained_on, taught=teacher is not None, phase=phase)
+    folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
+    return _train(base, settings, output, ready, folder, checkpoint, force=force, teacher=teacher, on_step=on_step, phase=phase)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Preparation:
+    """A run that was checked before anything is trained or written."""
+
+    interventions: Interventions
+    rule: PositionRule
+    read: TrainingData
+    training: list[Any]
+    held_out: list[Any]
+    run: dict[str, Any]
+    """What the run's checkpoints belong to."""
+    start: Adapter | None
+
+
+def prepare(
+    base: Base,
+    data: Path,
+    settings: TrainSettings,
+    output: Path,
+    *,
+    force: bool = False,
+    start: Adapter | None = None,
+    trained_on: str | None = None,
+    taught: bool = False,
+    phase: Callable[[str], None] = lambda _: None,
+) -> Preparation:
+    """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
     if base.tokenizer is None:
         raise InputError(
             f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json"
         )
-    device = place(base, settings)
+    place(base, settings)
     rule, sites = settings.rule, settings.sites(base.info.num_hidden_layers)
     set_seed(settings.seed)
     interventions = Interventions(
@@ -124,10 +157,27 @@ def train(
         "base_dtype": base.dtype,
         "start": None if start is None else start.digest,
         "trained_on": trained_on,
-        "objective": "data" if teacher is None else "teacher",
+        "objective": "teacher" if taught else "data",
     }
-    folder, checkpoint = open_working_folder(output, run, resume=settings.resume, force=force)
+    check_working_folder(output, run, resume=settings.resume, force=force)
+    return Preparation(interventions=interventions, rule=rule, read=read, training=training, held_out=held_out, run=run, start=start)
 
+
+def _train(
+    base: Base,
+    settings: TrainSettings,
+    output: Path,
+    ready: Preparation,
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    force: bool,
+    teacher: PreTrainedModel | None,
+    on_step: OnStep | None,
+    phase: Callable[[str], None],
+) -> TrainResult:
+    interventions, rule, read, run, start = ready.interventions, ready.rule, ready.read, ready.run, ready.start
+    training, held_out, stop, device = ready.training, ready.held_out, stop_tokens(base), base.model.device
     with frozen(base.model):
         asked = (held_out or training)[: settings.samples]
         phase("sampling the base")
@@ -143,7 +193,7 @@ def train(
             base.info,
             rule,
             dtype=base.dtype,
-            trained_on=trained_on,
+            trained_on=run["trained_on"],
             training=provenance(read, training, held_out, settings, history)
             | ({} if start is None else {"start": start.digest, "objective": run["objective"]}),
         )
@@ -168,7 +218,8 @@ def place(base: Base, settings: TrainSettings) -> torch.device:
         )
     if settings.device != "auto":
         check_device(settings.device)
-        base.model.to(settings.device)
+        if base.model.device.type != "meta":  # of a dry run
+            base.model.to(settings.device)
     if base.model.device.type == "cuda" and base.model.device.index:
         raise InputError(
             f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES"
