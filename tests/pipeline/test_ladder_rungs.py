@@ -47,7 +47,11 @@ def test_every_slot_has_a_row(banked, monkeypatch) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_kernel_that_gives_no_numbers_fails(banked, monkeypatch, value) -> None:
     bundle, edits = banked
-    monkeypatch.setattr(edit_ladder, "run_node", lambda node, h, *_: np.full_like(h, value))
+
+    def broken(node: EditNode, h: np.ndarray, slot: np.ndarray, *_: object) -> np.ndarray:
+        return np.where(((slot >= 0) & (slot < len(edits)))[:, None], np.float32(value), h)
+
+    monkeypatch.setattr(edit_ladder, "run_node", broken)
     by_name = {r.name: r for r in edit_rungs(bundle, "a", {NODE: edits}, kernel="function")}
     assert by_name["numpy, a"].passed and not by_name["function, a"].passed
 
