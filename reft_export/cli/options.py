@@ -16,7 +16,10 @@ Adapters = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; the old one is kept until the new one is complete.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; logs stay on stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Make every check that needs no weights, print the plan with a memory and disk forecast, and do nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Make every check that needs no weights, print the plan with a memory and disk forecast, and do nothing."),
+]
 Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]
 Sites = Annotated[
     str, typer.Option("--sites", help="Further places for edits, for example 3;5.mlp_output: adapters trained later can use them.")
