@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from calibration.selection import constant_matrix, quantized_weights, token_embedding
 from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.contract import name_cache
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
 from graph_passes.encoder import is_classifier
@@ -40,6 +41,7 @@ from runtimes.adapter import Adapter
 from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, GraphError, InputError
+from runtimes.first_steps import first_steps
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
 from runtimes.parity import ParityReport
@@ -65,6 +67,8 @@ class FoldResult:
     """Against the base; None without one, and for bfloat16, which no CPU runs."""
     quantized: int = 0
     """Weights that the tool that made the graph had quantized."""
+    not_run: str = ""
+    """Why onnxruntime took no step of the bundle here; empty where it did."""
 
 
 def fold_bundle(
@@ -81,9 +85,10 @@ def fold_bundle(
 ) -> FoldResult | EdgeFoldResult:
     """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
-    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, its fingerprint
-    cannot be, and there are no golden arrays. With the base's folder or hub id, the bundle is what an export makes: fingerprints are
-    checked, every weight's parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
+    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, and its family
+    where a config.json beside the graph names one; its fingerprint cannot be, and there are no golden arrays; the bundle takes its first
+    steps in onnxruntime. With the base's folder or hub id, the bundle is what an export makes: fingerprints are checked, every weight's
+    parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
     """
     if slots not in ("graph", "input"):
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
@@ -103,6 +108,7 @@ def fold_bundle(
     genai_config = _genai_config(source.parent, source.name)
     check_domains(decoder)
     fix_cache_shapes(decoder)
+    genai_config = _with_our_cache(decoder, genai_config)
     record = foreign_record(decoder, source)
     for name, adapter in adapters.items():
         check_adapter_name(name)
@@ -154,12 +160,15 @@ def fold_bundle(
             head=head,
         )
         finish_bundle(work, decoder, parts)
-        parity = None
+        parity, not_run = None, ""
         if model is not None and precision != "bf16":
             report("holding the bundle against the eager model")
             parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
+        else:
+            report("taking its first steps in onnxruntime")
+            not_run = first_steps(work, output)
     quantized = len(quantized_weights(decoder.graph))
-    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized)
+    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
 
 
 def _known_base(
@@ -258,6 +267,18 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     """The genai config beside the graph, where it is about this graph."""
     config = read_genai_config(folder)
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
+
+
+def _with_our_cache(model: ir.Model, config: dict[str, Any]) -> dict[str, Any]:
+    """Names the graph's cache as a bundle's is; returns the genai config, where there is one, with these names."""
+    if is_classifier(model.graph) or not name_cache(model.graph) or not config:
+        return config
+    decoder = config["model"]["decoder"]
+    ours = {
+        way: {**decoder.get(way, {}), **{f"{kind}_{part}_names": f"{name}.%d.{part}" for part in ("key", "value")}}
+        for way, kind, name in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))
+    }
+    return {**config, "model": {**config["model"], "decoder": {**decoder, **ours}}}
 
 
 def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
