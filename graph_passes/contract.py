@@ -23,6 +23,8 @@ from runtimes.errors import GraphError
 # and of the past alike.
 _CACHE = re.compile(r"(?:past|present)(?:_key_values)?(?:[._]([0-9]+)[._](?:decoder[._])?(key|value)s?|_(key|value)s?[._]([0-9]+))")
 
+_BEGINNING = re.compile(r"(?:past|present)(?:_key_values)?")
+
 _FLOATS = frozenset({None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 """Types of another state than keys and values; integers are lengths. None is a type that the graph does not declare."""
 
@@ -67,9 +69,9 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     if any(part == "key" for _, part in presents):
         # Either half alone is missing: a cache that does not come out never grows, one that does not go in is never read.
         slots = {*pasts, *presents, *_of_every_layer({*pasts, *presents})}
-        missing += [f"output {_counterpart(slot, pasts, 'present')!r}" for slot in sorted(slots - set(presents))]
+        missing += [f"output {_missing(slot, presents, pasts, 'present')!r}" for slot in sorted(slots - set(presents))]
         if pasts:
-            missing += [f"input {_counterpart(slot, presents, 'past_key_values')!r}" for slot in sorted(slots - set(pasts))]
+            missing += [f"input {_missing(slot, pasts, presents, 'past_key_values')!r}" for slot in sorted(slots - set(pasts))]
         else:
             missing.append("inputs 'past_key_values.<layer>.key|value'")
     else:
@@ -120,7 +122,7 @@ def name_cache(graph: ir.Graph) -> bool:
     """Names a decoder's cache as a bundle's is, ``past_key_values.<i>.key`` and ``present.<i>.key``; returns whether any name changed."""
     changed = False
     for past, present in read_contract(graph).cache:
-        layer, part = _slot(past.name, "past")
+        layer, part = _slot(past.name)
         if layer >= 0:
             names = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
             changed = changed or names != (past.name, present.name)
@@ -135,7 +137,7 @@ def _states(values: Iterable[ir.Value], prefix: str) -> dict[Slot, ir.Value]:
         name = value.name or ""
         if not name.startswith(prefix) or (value.dtype not in _FLOATS and not _CACHE.fullmatch(name)):
             continue
-        slot = _slot(name, prefix)
+        slot = _slot(name)
         if slot in states:
             raise GraphError(
                 f"{states[slot].name} and {value.name} are both the {slot[1]} of layer {slot[0]}, and which of them is its cache cannot be "
@@ -145,10 +147,10 @@ def _states(values: Iterable[ir.Value], prefix: str) -> dict[Slot, ir.Value]:
     return states
 
 
-def _slot(name: str, prefix: str) -> Slot:
+def _slot(name: str) -> Slot:
     if match := _CACHE.fullmatch(name):
         return int(match[1] or match[4]), match[2] or match[3]
-    return -1, name.removeprefix(prefix).removeprefix("_key_values").lstrip("._")
+    return -1, _BEGINNING.sub("", name, count=1).lstrip("._")
 
 
 def _of_every_layer(slots: Iterable[Slot]) -> set[Slot]:
@@ -157,14 +159,13 @@ def _of_every_layer(slots: Iterable[Slot]) -> set[Slot]:
     return {(layer, part) for layer in range(max(layer for layer, _ in known) + 1) for _, part in known}
 
 
-def _counterpart(slot: Slot, others: Mapping[Slot, ir.Value], prefix: str) -> str:
-    """What a missing input or output would be called: after its other half where that is there."""
+def _missing(slot: Slot, halves: Mapping[Slot, ir.Value], others: Mapping[Slot, ir.Value], usual: str) -> str:
+    """What the missing one of ``halves`` would be called: as they begin, and as its other half ends; else by the ``usual`` name."""
     if slot not in others:
-        return f"{prefix}.{slot[0]}.{slot[1]}"
-    name = others[slot].name
-    if prefix == "present":
-        return name.replace("past_key_values", "present", 1) if name.startswith("past_key_values") else name.replace("past", "present", 1)
-    return re.sub(r"present(_key_values)?\.", "past_key_values.", name) if "." in name[:-1] else name.replace("present", "past", 1)
+        return f"{usual}.{slot[0]}.{slot[1]}"
+    begins = {_BEGINNING.match(value.name)[0] for (layer, _), value in halves.items() if layer >= 0}
+    begin = begins.pop() if slot[0] >= 0 and begins else usual if slot[0] >= 0 else usual.removesuffix("_key_values")
+    return _BEGINNING.sub(begin, others[slot].name, count=1)
 
 
 def _check_alike(past: ir.Value, present: ir.Value) -> None:

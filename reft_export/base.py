@@ -143,6 +143,7 @@ def _info(model: PreTrainedModel, *, name: str, digest: str) -> BaseModel:
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         labels=labels_of(model),
+        model_type=config.model_type,
     )
 
 

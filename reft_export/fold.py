@@ -35,6 +35,7 @@ from reft_export.bundling import (
     write_adapter,
 )
 from reft_export.classifiers import longest_input, stated_labels
+from reft_export.family import check_family, check_same_family
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from runtimes.adapter import Adapter
@@ -118,6 +119,9 @@ def fold_bundle(
                 f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
+    check_same_family(adapters)
+    if model is None:
+        check_family(adapters, source)
     labels = _labels(decoder, source, adapters, record.vocab_size)
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {

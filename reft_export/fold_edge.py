@@ -20,6 +20,7 @@ from graph_passes.insert import refuse_folded
 from graph_passes.sites import locate_sites
 from graph_passes.streams import stream_types
 from reft_export.bundling import VERSION, Report, union_nodes
+from reft_export.family import check_family, check_same_family
 from runtimes.adapter import FULL_RANK_METHODS, Adapter
 from runtimes.bundle import check_adapter_name
 from runtimes.errors import AdapterError, GraphError, InputError
@@ -62,6 +63,8 @@ def fold_edge_folder(
     folder = source.parent
     _check_call(source, adapters, output, as_lora=as_lora, force=force)
     config = _config(folder)
+    check_same_family(adapters)
+    check_family(adapters, source)
     present = [name for name in (GRAPH, LORA_GRAPH) if (folder / name).is_file()]
     # An edited LoRA graph starts from the one that has LoRA inputs already, where there is one.
     read_from = {LORA_GRAPH: present[-1]} if as_lora else {name: name for name in present}

@@ -60,13 +60,16 @@ ACTIVATED_METHODS = ("loreft", "noreft", "direft")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint. ``labels``: a classifier's, else none."""
+    """The base an adapter was trained on. ``fingerprint``: see reft_export.base.fingerprint. ``labels``: a classifier's, else none.
+
+    ``model_type``: its family as config.json says; empty in adapters that were saved before it was recorded."""
 
     name: str
     fingerprint: str
     num_hidden_layers: int
     hidden_size: int
     labels: tuple[str, ...] = ()
+    model_type: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
