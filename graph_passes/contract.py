@@ -21,7 +21,7 @@ from runtimes.errors import GraphError
 
 # present.0.key, present.0.decoder.key, present_key_values.0.key, present_0_key, present_key_0, present_key.0, present_keys.0; of values
 # and of the past alike.
-_CACHE = re.compile(r"(?:past|present)(?:_key_values)?(?:[._]([0-9]+)[._](?:decoder[._])?(key|value)s?|_(key|value)s?[._]([0-9]+))")
+_CACHE = re.compile(r"(?:past|present)(?:_key_values)?(?:[._]([0-9]{1,9})[._](?:decoder[._])?(key|value)s?|_(key|value)s?[._]([0-9]{1,9}))")
 
 _BEGINNING = re.compile(r"(?:past|present)(?:_key_values)?")
 
@@ -154,9 +154,10 @@ def _slot(name: str) -> Slot:
 
 
 def _of_every_layer(slots: Iterable[Slot]) -> set[Slot]:
-    """Keys, or keys and values, of every layer up to the last."""
+    """Keys, or keys and values, of every layer up to the last, or to the first gaps where a layer's number is absurd."""
     known = [(layer, part) for layer, part in slots if layer >= 0]
-    return {(layer, part) for layer in range(max(layer for layer, _ in known) + 1) for _, part in known}
+    layers, parts = {layer for layer, _ in known}, {part for _, part in known}
+    return {(layer, part) for layer in range(min(max(layers), len(layers)) + 1) for part in parts}
 
 
 def _missing(slot: Slot, halves: Mapping[Slot, ir.Value], others: Mapping[Slot, ir.Value], usual: str) -> str:

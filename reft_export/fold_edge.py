@@ -13,7 +13,7 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 
 from graph_passes.edge_fold import fold_edge_graph
-from graph_passes.edge_llm import read_edge_contract
+from graph_passes.edge_llm import ATTENTION, read_edge_contract
 from graph_passes.edge_lora import lora_tensors
 from graph_passes.external import load_graph
 from graph_passes.insert import refuse_folded
@@ -100,6 +100,7 @@ def fold_edge_folder(
         for name, model in models.items():
             # Weights stay references into the data files that were just copied.
             ir.save(model, work / name)
+            load_graph(work / name)  # reads back whole: no runtime here takes a step of it
         if as_lora:
             (work / ADAPTER_FOLDER).mkdir()
             for name, arrays in banks.items():
@@ -243,4 +244,5 @@ def _notes(adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool) -> t
             f"positions {positions} name a prompt's last tokens: leave KV reuse (save_system_prompt_kv_cache, context cache) and chunked "
             "prefill off, since a cached prefix carries the edits at the end of the prompt that it was cached from"
         )
+    notes.append(f"no step of the graph was run here: its {ATTENTION} runs in TensorRT-Edge-LLM's own runtime only")
     return tuple(notes)
