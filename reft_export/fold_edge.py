@@ -238,11 +238,11 @@ def _notes(adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool) -> t
     if as_lora:
         files = ", ".join(f'"{name}": "{output / ADAPTER_FOLDER / name}.safetensors"' for name in adapters)
         notes.append(f'requests: "available_lora_weights": {{{files}}}, and "lora_name" in each; without one the base answers')
+    notes.append(f"no step of the graph was run here: its {ATTENTION} runs in TensorRT-Edge-LLM's own runtime only")
     positions = next(iter(adapters.values())).positions
     if positions.has_suffix:
         notes.append(
             f"positions {positions} name a prompt's last tokens: leave KV reuse (save_system_prompt_kv_cache, context cache) and chunked "
             "prefill off, since a cached prefix carries the edits at the end of the prompt that it was cached from"
         )
-    notes.append(f"no step of the graph was run here: its {ATTENTION} runs in TensorRT-Edge-LLM's own runtime only")
     return tuple(notes)
