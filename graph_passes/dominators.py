@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from runtimes.errors import GraphError
 
-_SHAPE_READERS = frozenset({"Shape", "Size"})
+SHAPE_READERS = frozenset({"Shape", "Size"})
 """Ops whose output depends on a tensor's shape alone: batch and sequence sizes would otherwise tie every layer to the input."""
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
@@ -33,7 +33,7 @@ class Dominators:
         for node in graph:
             self._check_order(node, graph, seen)
             seen.add(node)
-            if node.op_type in _SHAPE_READERS:
+            if node.op_type in SHAPE_READERS:
                 continue
             sources = [value.producer() for value in read_values(node) if value is root or value.producer() in self._depth]
             if not sources:

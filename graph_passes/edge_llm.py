@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,6 +26,7 @@ from runtimes.errors import GraphError
 
 ATTENTION = "AttentionPlugin"
 _PRESENT = re.compile(r"present_key_values[._](\d+)")
+_PAST = re.compile(r"past_key_values[._](\d+)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(\.|$)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -87,7 +88,11 @@ def read_edge_contract(graph: ir.Graph) -> EdgeContract:
     missing = [f"input {name!r}" for name in LENGTHS[layout] if name not in inputs]
     missing += ["input 'inputs_embeds'"] if stream is None else []
     missing += ["output 'logits'"] if "logits" not in outputs else []
-    missing += [f"output 'present_key_values_{layer}'" for layer in range(max(presents, default=0) + 1) if layer not in presents]
+    layers = range(min(max(presents, default=0), len(presents)) + 1)
+    missing += [f"output 'present_key_values_{layer}'" for layer in layers if layer not in presents]
+    # A layer without its past would decode without history.
+    missing += [f"input {presents[i].name.replace('present', 'past')!r}" for i in sorted(set(presents) - _layers(inputs))]
+    missing += [f"output 'present_key_values_{i}'" for i in sorted(_layers(inputs) - set(presents)) if i not in layers]
     if missing:
         raise GraphError(
             f"this graph with {ATTENTION} nodes is not one that TensorRT-Edge-LLM exports: {', '.join(missing)} missing; export it "
@@ -101,6 +106,11 @@ def read_edge_contract(graph: ir.Graph) -> EdgeContract:
         layout=layout,
         lengths={name: inputs[name] for name in LENGTHS[layout]},
     )
+
+
+def _layers(inputs: Iterable[str]) -> set[int]:
+    """Whose cache comes in."""
+    return {int(match[1]) for name in inputs if (match := _PAST.fullmatch(name))}
 
 
 def block_of(node: ir.Node) -> int | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from graph_passes.contract import check_history
+from graph_passes.edge_llm import is_edge_llm
 from graph_passes.external import load_graph, write_graph
 from graph_passes.insert import insert_edits
 from runtimes.op import EditNode
@@ -18,8 +20,11 @@ def fold_graph(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "grap
     ``slots``: "graph" computes them from attention_mask, so that any runtime steers; "input" adds the input reft_slot [B, S] int32.
     ``per_token``: function bodies that TensorRT parses instead of the ones that gather the edited rows.
 
-    Raises what ``insert_edits`` raises; a refused model is left as it was.
+    Raises what ``insert_edits`` raises, and GraphError where a decode step would not know its history (``check_history``); a refused
+    model is left as it was.
     """
+    if not is_edge_llm(model.graph):  # whose attention updates the cache inside its plugin
+        check_history(model.graph)
     insert_edits(model, nodes, slots=slots, per_token=per_token)
 
 

@@ -194,6 +194,7 @@ def _info(model: PreTrainedModel, name: str, identity: Identity) -> BaseModel:
         hidden_size=config.hidden_size,
         labels=labels_of(model),
         parts=identity.parts,
+        model_type=config.model_type,
     )
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from calibration.selection import constant_matrix, quantized_weights, token_embedding
 from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.contract import name_cache
 from graph_passes.domains import check_domains
 from graph_passes.edge_llm import is_edge_llm
 from graph_passes.encoder import is_classifier
@@ -34,6 +35,7 @@ from reft_export.bundling import (
     write_adapter,
 )
 from reft_export.classifiers import DEFAULT_POSITIONS, longest_input, stated_labels
+from reft_export.family import check_family, check_same_family
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from reft_export.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
@@ -42,6 +44,7 @@ from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
 from runtimes.chat import ChatTemplate
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, GraphError, InputError
+from runtimes.first_steps import first_steps
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
 from runtimes.parity import ParityReport
@@ -67,6 +70,8 @@ class FoldResult:
     """Against the base; None without one, and for bfloat16, which no CPU runs."""
     quantized: int = 0
     """Weights that the tool that made the graph had quantized."""
+    not_run: str = ""
+    """Why onnxruntime took no step of the bundle here; empty where it did."""
 
 
 def fold_bundle(
@@ -84,9 +89,10 @@ def fold_bundle(
 ) -> FoldResult | EdgeFoldResult:
     """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
-    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, its fingerprint
-    cannot be, and there are no golden arrays. With the base's folder or hub id, the bundle is what an export makes: fingerprints are
-    checked, every weight's parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
+    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, and its family
+    where a config.json beside the graph names one; its fingerprint cannot be, and there are no golden arrays; the bundle takes its first
+    steps in onnxruntime. With the base's folder or hub id, the bundle is what an export makes: fingerprints are checked, every weight's
+    parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
     """
     if slots not in ("graph", "input"):
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")
@@ -106,6 +112,7 @@ def fold_bundle(
     genai_config = _genai_config(source.parent, source.name)
     check_domains(decoder)
     fix_cache_shapes(decoder)
+    genai_config = _with_our_cache(decoder, genai_config)
     record = foreign_record(decoder, source)
     for name, adapter in adapters.items():
         check_adapter_name(name)
@@ -115,6 +122,9 @@ def fold_bundle(
                 f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
                 f"layers, width {has[1]}; pass the graph of the base it was trained on"
             )
+    check_same_family(adapters)
+    if model is None:
+        check_family(adapters, source)
     labels = _labels(decoder, source, adapters, record.vocab_size)
     nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
     found = {
@@ -157,12 +167,15 @@ def fold_bundle(
             head=head,
         )
         finish_bundle(work, decoder, parts)
-        parity = None
+        parity, not_run = None, ""
         if model is not None and precision != "bf16":
             report("holding the bundle against the eager model")
             parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
+        else:
+            report("taking its first steps in onnxruntime")
+            not_run = first_steps(work, output)
     quantized = len(quantized_weights(decoder.graph))
-    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized)
+    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
 
 
 def _known_base(
@@ -268,6 +281,18 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     """The genai config beside the graph, where it is about this graph."""
     config = read_genai_config(folder)
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
+
+
+def _with_our_cache(model: ir.Model, config: dict[str, Any]) -> dict[str, Any]:
+    """Names the graph's cache as a bundle's is; returns the genai config, where there is one, with these names."""
+    if is_classifier(model.graph) or not name_cache(model.graph) or not config:
+        return config
+    decoder = config["model"]["decoder"]
+    ours = {
+        way: {**decoder.get(way, {}), **{f"{kind}_{part}_names": f"{name}.%d.{part}" for part in ("key", "value")}}
+        for way, kind, name in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))
+    }
+    return {**config, "model": {**config["model"], "decoder": {**decoder, **ours}}}
 
 
 def foreign_record(model: ir.Model, source: Path) -> ModelRecord:

@@ -13,13 +13,14 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 
 from graph_passes.edge_fold import fold_edge_graph
-from graph_passes.edge_llm import read_edge_contract
+from graph_passes.edge_llm import ATTENTION, read_edge_contract
 from graph_passes.edge_lora import lora_tensors
 from graph_passes.external import load_graph
 from graph_passes.insert import refuse_folded
 from graph_passes.sites import locate_sites
 from graph_passes.streams import stream_types
 from reft_export.bundling import VERSION, Report, union_nodes
+from reft_export.family import check_family, check_same_family
 from runtimes.adapter import FULL_RANK_METHODS, Adapter
 from runtimes.bundle import check_adapter_name
 from runtimes.errors import AdapterError, GraphError, InputError
@@ -62,6 +63,8 @@ def fold_edge_folder(
     folder = source.parent
     _check_call(source, adapters, output, as_lora=as_lora, force=force)
     config = _config(folder)
+    check_same_family(adapters)
+    check_family(adapters, source)
     present = [name for name in (GRAPH, LORA_GRAPH) if (folder / name).is_file()]
     # An edited LoRA graph starts from the one that has LoRA inputs already, where there is one.
     read_from = {LORA_GRAPH: present[-1]} if as_lora else {name: name for name in present}
@@ -97,6 +100,7 @@ def fold_edge_folder(
         for name, model in models.items():
             # Weights stay references into the data files that were just copied.
             ir.save(model, work / name)
+            load_graph(work / name)  # reads back whole: no runtime here takes a step of it
         if as_lora:
             (work / ADAPTER_FOLDER).mkdir()
             for name, arrays in banks.items():
@@ -234,6 +238,7 @@ def _notes(adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool) -> t
     if as_lora:
         files = ", ".join(f'"{name}": "{output / ADAPTER_FOLDER / name}.safetensors"' for name in adapters)
         notes.append(f'requests: "available_lora_weights": {{{files}}}, and "lora_name" in each; without one the base answers')
+    notes.append(f"no step of the graph was run here: its {ATTENTION} runs in TensorRT-Edge-LLM's own runtime only")
     positions = next(iter(adapters.values())).positions
     if positions.has_suffix:
         notes.append(

@@ -24,6 +24,13 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi
 """model_type values that onnxruntime-genai 0.18 loads as a decoder and whose I/O our graphs share."""
 
 
+FAMILIES = (
+    "chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "gptoss", "granite", "internlm2", "llama", "mistral", "nemotron",
+    "olmo", "phi", "phimoe", "phi3", "phi3small", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
+"""model_type values of decoders that onnxruntime-genai knows by a name of their own (its src/models/model_type.h)."""
+
+
 def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slots: str, logits: str) -> str:
     """Writes genai_config.json and returns "supported", or returns why the folder cannot be opened by onnxruntime-genai."""
     if model.model_type not in SUPPORTED:

@@ -72,7 +72,9 @@ class BaseParts:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base an adapter was trained on. ``fingerprint``, ``parts``: see reft_export.fingerprint. ``labels``: a classifier's."""
+    """The base an adapter was trained on. ``fingerprint``, ``parts``: see reft_export.fingerprint. ``labels``: a classifier's, else none.
+
+    ``model_type``: its family as config.json says; empty in adapters that were saved before it was recorded."""
 
     name: str
     fingerprint: str
@@ -80,6 +82,7 @@ class BaseModel:
     hidden_size: int
     labels: tuple[str, ...] = ()
     parts: BaseParts | None = None
+    model_type: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -48,6 +48,7 @@ FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 not say."""
 NO_PAIRS = ("session.disable_quant_qdq", "1")
 """onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load."""
+NO_PACKING = ("session.disable_prepacking", "1")
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -66,9 +67,10 @@ class OrtGraph:
 
     ``kernel``: "fused" (the op library; BackendUnavailable without one), "function" (the body in the graph), None: fused where
     a library is found. ``library`` names one; by default the installed package's own. ``threads``: None leaves it to onnxruntime.
+    ``mapped``: weights stay in their file, and the graph as it is; slower, and in memory that the system can take back.
 
-    Raises BackendUnavailable for a provider, library or onnxruntime version that is not here and for edits in TensorRT's provider,
-    GraphError for a graph that does not load.
+    Raises BackendUnavailable for a provider, library or onnxruntime version that is not here, for edits in TensorRT's provider and for a
+    graph with operators that the CPU provider has no kernel of, GraphError for a graph that does not load.
     """
 
     def __init__(
@@ -80,13 +82,14 @@ class OrtGraph:
         adapter: str | None = None,
         library: Path | None = None,
         kernel: Literal["fused", "function"] | None = None,
+        mapped: bool = False,
     ) -> None:
         self.bundle = bundle
         self.provider = provider
         self.threads = threads
         self.library = _library(kernel, library)
         self.adapter: str | None = None
-        self._session = _load(bundle, provider, threads, self.library)
+        self._session = _load(bundle, provider, threads, self.library, mapped=mapped)
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._check_contract()
@@ -146,6 +149,13 @@ class OrtGraph:
             self._session.run_with_iobinding(self._binding)
             values = self._binding.get_outputs()
         return dict(zip(self._outputs, values, strict=True))
+
+
+class OpenGraph(OrtGraph):
+    """A graph that onnxruntime opened, whatever its inputs and outputs are; arguments as OrtGraph's."""
+
+    def _check_contract(self) -> None:
+        pass
 
 
 class OrtSession(OrtGraph):
@@ -231,7 +241,7 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
     return found
 
 
-def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None) -> ort.InferenceSession:
+def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None, *, mapped: bool) -> ort.InferenceSession:
     if provider not in PROVIDERS:
         raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
     _check_edits_run(bundle, provider)
@@ -243,6 +253,11 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
     options.add_session_config_entry(*FLOAT_INPUTS)
     if bundle.manifest.quantization is not None and bundle.manifest.quantization.scheme == "fp8":
         options.add_session_config_entry(*NO_PAIRS)
+    if mapped:
+        # Optimizers fold, transpose and widen weights into copies, kernels pack them, and the arena keeps what a step needed.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(*NO_PACKING)
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
         if threads < 1:
             raise InputError(f"{threads} threads; at least one is needed")
@@ -264,6 +279,10 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
         if type(e).__name__ == "NotImplemented" and provider == "cpu" and bundle.manifest.precision == "bf16":
             raise BackendUnavailable(
                 f"onnxruntime's CPU provider has no bfloat16 MatMul, which {bundle.graph_path} needs; run it on cuda, or export fp32"
+            ) from None
+        if type(e).__name__ == "NotImplemented" and provider == "cpu":
+            raise BackendUnavailable(
+                f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(e)}); run it on cuda"
             ) from None
         raise GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(e)}") from None
     session.disable_fallback()

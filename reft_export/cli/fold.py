@@ -76,13 +76,16 @@ def fold(
 def _show_bundle(result: FoldResult, output: Path, *, with_base: bool, as_json: bool) -> None:
     if as_json:
         parity = None if result.parity is None else json.loads(result.parity.to_json())
-        print_json({"bundle": str(output), "nodes": [n.name for n in result.nodes], "found": result.found, "parity": parity})
+        nodes = [n.name for n in result.nodes]
+        print_json({"bundle": str(output), "nodes": nodes, "found": result.found, "parity": parity, "not_run": result.not_run})
         return
     for name, how in result.found.items():
         out.print(f"{name}: {how}", markup=False)
     if result.parity is not None:
         print_parity(result.parity)
     out.print(f"{output}: {len(result.nodes)} edit nodes, adapters: {', '.join(result.adapters) or 'none'}", markup=False)
+    if result.not_run:
+        out.print(f"no step of it was run here: {result.not_run}", markup=False)
     if with_base:
         return
     remedy = f"fold with -m MODEL does both, or `reft-export parity {output} -m MODEL`"

@@ -248,6 +248,9 @@ def _without(model: ir.Model, name: str) -> ir.Model:
         ("tokens", "context_sequence_count_carrier", "input 'context_sequence_count_carrier' missing"),
         ("padded", "logits", "output 'logits' missing"),
         ("padded", "present_key_values_1", "output 'present_key_values_1' missing"),
+        ("padded", "present_key_values_2", "exports: output 'present_key_values_2' missing"),
+        ("padded", "past_key_values_1", "exports: input 'past_key_values_1' missing"),
+        ("tokens", "past_key_values_2", "exports: input 'past_key_values_2' missing"),
     ],
 )
 def test_a_graph_without_part_of_the_contract(layout, name, message):

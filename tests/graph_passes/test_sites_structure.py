@@ -241,7 +241,8 @@ def test_a_merged_decoder_is_refused_with_its_remedy():
     outer = ir.node("If", [embedded.outputs[0]], {"then_branch": ir.Graph([], [], nodes=[], name="empty")}, num_outputs=3)
     for value, name in zip(outer.outputs, ("logits", "present.0.key", "present.1.key"), strict=True):
         value.name = name
-    model = ir.Model(ir.Graph([ids], list(outer.outputs), nodes=[embedded, outer], opset_imports={"": 18}), ir_version=8)
+    pasts = [ir.Value(name=f"past_key_values.{layer}.key", type=ir.TensorType(ir.DataType.FLOAT)) for layer in range(2)]
+    model = ir.Model(ir.Graph([ids, *pasts], list(outer.outputs), nodes=[embedded, outer], opset_imports={"": 18}), ir_version=8)
     with pytest.raises(SiteAmbiguous, match="merged export"):
         find_sites(model)
 

@@ -35,7 +35,7 @@ def _adapter(folder: Path, *, positions: str = "f2+l1", tied: bool = True, width
         ".".join(filter(None, (str(site), group, name))): (random.standard_normal(shape) * 0.1).astype(np.float32)
         for site in sites for group in groups for name, shape in shapes.items()
     }  # fmt: skip
-    base = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=layers, hidden_size=width)
+    base = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=layers, hidden_size=width, model_type="llama")
     adapter = Adapter(
         method="loreft", rank=rank, sites=sites, positions=PositionRule.parse(positions), tied=tied, base=base, tensors=tensors
     )
@@ -90,6 +90,7 @@ def test_only_the_graph_changes(layout, adapter, tmp_path):
         "export EDGELLM_PLUGIN_PATH=/path/to/libreft_trt_edgellm.so", f"llm_build --onnxDir {output} --engineDir ENGINE"
     ]  # fmt: skip
     assert "-DREFT_EDGELLM_PLUGIN=" in printed["notes"][0]
+    assert any("no step of the graph was run here: its AttentionPlugin" in note for note in printed["notes"])
     assert "add_1" in printed["found"]["0.block_output"] and "last tokens: leave KV reuse" in printed["notes"][-1]
     record = json.loads((output / "reft.json").read_text())
     assert record["adapters"]["tone"]["positions"] == "f2+l1" and record["folded_from"] == {"model.onnx": before["model.onnx"]}
@@ -167,6 +168,7 @@ def _config(export: Path, **changed: object) -> None:
         (lambda export: (export / "model.onnx.data").write_bytes(b""), "the file is cut short"),
         (lambda export: (export / "model.onnx").rename(export / "model_tp2_rank0.onnx"), "builds model.onnx or lora_model.onnx"),
         (lambda export: _config(export, engine_role="draft"), "engine_role is 'draft'; only plain decoders"),
+        (lambda export: _config(export, model_type="qwen2"), "on tiny, a llama; .*config.json says that the graph is a qwen2"),
         (lambda export: _config(export, num_hidden_layers=4), "3 present_key_values outputs, its config.json 4 layers"),
         (lambda export: _config(export, hidden_size=99), r"layers, width 16\); .* has 3 layers, width 99"),
     ],

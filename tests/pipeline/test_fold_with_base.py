@@ -23,6 +23,7 @@ from graph_passes.external import load_graph
 from reft_export.base import load_base
 from reft_export.calibrate import CalibrationRequest
 from reft_export.fold import fold_bundle
+from reft_export.parity import host_ladder
 from reft_export.quantize import quantize_bundle
 from reft_export.refit import load_on_bundle
 from runtimes.bundle import open_bundle
@@ -55,6 +56,65 @@ def test_folded_with_its_base_and_quantized(joined, base_folder, adapter_folders
     done = quantize_bundle(tmp_path / "b", base, tmp_path / "q", INT4, **SILENT)
     assert done.parity.passed and done.manifest.weights == weights
     assert sum(node.op_type == "MatMulNBits" for node in load_graph(tmp_path / "q" / "model.onnx").graph) == 13  # 4 a layer, and the head
+
+
+def _without_past(model: ir.Model, *layers: int, declared: bool) -> None:
+    """The cache of these layers comes out and does not go in: what optimum's decoder_model.onnx is in all of them.
+
+    ``declared``: its inputs are there, and are asked for their length alone.
+    """
+    for value in [v for v in model.graph.inputs if v.name.startswith("past") and int(v.name.split(".")[1]) in layers]:
+        own = next(use.node.inputs[1] for use in value.uses() if use.node.op_type == "Concat")
+        for use in value.uses():
+            if use.node.op_type == "Concat":
+                use.node.resize_inputs(1)
+            if use.node.op_type == "Concat" or not declared:
+                use.node.replace_input_with(0, own)
+        if not declared:
+            model.graph.inputs.remove(value)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "declared", "match"),
+    [
+        ((0, 1, 2), False, r"cache: inputs 'past_key_values.<layer>.key\|value' missing"),
+        ((1,), False, "cache: input 'past_key_values.1.key', input 'past_key_values.1.value' missing"),
+        ((1,), True, "present.1.key does not hold what came in as past_key_values.1.key"),
+    ],
+    ids=["all", "a layer", "its length"],
+)
+def test_a_cache_that_only_comes_out_is_refused(
+    layers, declared, match, with_base, bundle_folder, base_folder, adapter_folders, tmp_path
+) -> None:
+    def change(model: ir.Model) -> None:
+        _without_past(model, *layers, declared=declared)
+
+    source = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=change)
+    base = str(base_folder("llama")) if with_base else None
+    with pytest.raises(GraphError, match=match) as caught:
+        fold_bundle(source, adapter_folders("llama", ("untied",)), tmp_path / "b", model=base, **QUIET)
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "b").exists()
+
+
+def _renamed_cache(model: ir.Model) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name.startswith(("past", "present")):
+            way, layer, part = value.name.split(".")
+            value.name = f"{way.split('_')[0]}_{part}_{layer}"
+
+
+def test_a_cache_of_other_names_answers_as_eager_does(bundle_folder, base_folder, adapter_folders, tmp_path) -> None:
+    """And says of which family it is: with the config.json of its base beside it the fold goes through, with another's not."""
+    source = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=_renamed_cache)
+    assert "past_key_0" in {value.name for value in load_graph(source).graph.inputs}
+    folders, config = adapter_folders("llama", ("untied",)), source.parent / "config.json"
+    config.write_text('{"model_type": "mistral"}')
+    with pytest.raises(AdapterError, match=r"trained on llama, a llama; .*config.json says that the graph is a mistral"):
+        fold_bundle(source, folders, tmp_path / "b", **QUIET)
+    config.write_text((base_folder("llama") / "config.json").read_text())
+    assert fold_bundle(source, folders, tmp_path / "b", **QUIET).not_run == ""
+    assert host_ladder(open_bundle(tmp_path / "b"), str(base_folder("llama")), **SILENT).passed
 
 
 def open_own_record(base: str, bundle) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_config_is_strict(change, message, tmp_path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((AdapterError, InputError), match=message):
         load_adapter(tmp_path / "a")
+
+
+def test_the_family_of_the_base_may_be_absent(tmp_path) -> None:
+    """Adapters that were saved before it was recorded load, and say none."""
+    save_adapter(tiny.random_adapter(replace(BASE, model_type="llama")), tmp_path / "a")
+    assert load_adapter(tmp_path / "a").base.model_type == "llama"
+    path = tmp_path / "a" / "adapter.json"
+    content = json.loads(path.read_text())
+    assert content["base"].pop("model_type") == "llama"
+    path.write_text(json.dumps(content))
+    assert load_adapter(tmp_path / "a").base == BASE
 
 
 def test_missing_key_and_broken_json(tmp_path) -> None:
