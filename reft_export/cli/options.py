@@ -21,7 +21,7 @@ AcceptBase = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; logs stay on stderr.")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Make every check that needs no weights, print the plan with a memory and disk forecast; write nothing."),
+    typer.Option("--dry-run", help="Make every check that needs no weights, print the plan and a memory and disk forecast; write nothing."),
 ]
 Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]
 Sites = Annotated[
