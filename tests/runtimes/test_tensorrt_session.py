@@ -13,8 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import rounding
 from tensorrt_double import ContextDouble, CudaDouble, DeviceFault, TensorRTDouble
-from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, VOCABULARY, ToyDecoder, toy_adapter, toy_tokenizer, write_toy_bundle
+from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, ROUNDING, VOCABULARY, ToyDecoder, toy_adapter, toy_tokenizer, write_toy_bundle
 from toy_engine import REBUILD, install_doubles, write_toy_engine
 
 from runtimes import device_cache, tensorrt_session
@@ -33,7 +34,6 @@ from runtimes.tokenizer import Tokenizer
 DECODER = ToyDecoder.random()
 IDS = [toy_tokenizer().encode(p).ids for p in PROMPTS]
 TOKENS = [5, 17, 40, 9, 77, 120, 3, 61]
-CLOSE = {"rtol": 0, "atol": 1e-4}
 VARIANTS = [("all", "graph", True), ("all", "input", True), ("last", "graph", True), ("all", "graph", False)]
 """logits, slots, position_ids"""
 TARGETS = ["tensorrt", "tensorrt-rtx"]
@@ -114,7 +114,7 @@ def test_steps_equal_the_numpy_decoder(
             stop = start + width
             ids = np.array([(TOKENS * 3)[start:stop]])
             out = session.step(ids, np.ones((1, stop)), past=past, prompt_length=length)
-            np.testing.assert_allclose(out.logits[0], expected[start:stop], **CLOSE)
+            rounding.check(out.logits[0], expected[start:stop], ROUNDING)
             past, start, length = out.past, stop, None
         assert past.width == stop == 24
     assert cuda.is_empty
@@ -125,12 +125,12 @@ def test_rows_that_end_become_pads(engine: Engine, cuda: CudaDouble, bucket: int
     with TensorRTSession(engine, cuda_graphs=graphs) as session:
         batch = DecodeBatch(session, IDS)
         for logits, prompt in zip(batch.prefill(4), IDS, strict=True):
-            np.testing.assert_allclose(logits, DECODER.logits(prompt)[-1], **CLOSE)
+            rounding.check(logits, DECODER.logits(prompt)[-1], ROUNDING)
         added = [4, 6, 9, 3, 8, 7, 5, 2, 11, 13]
         for token in added:
             logits = batch.append([token, None, token])
         for row in (0, 2):
-            np.testing.assert_allclose(logits[row], DECODER.logits(IDS[row] + added)[-1], **CLOSE)
+            rounding.check(logits[row], DECODER.logits(IDS[row] + added)[-1], ROUNDING)
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "growing"])
@@ -162,7 +162,7 @@ def test_activations_and_nodes_that_an_adapter_lacks(tmp_path: Path, cuda: CudaD
             expected.set_adapter(name)
             session.set_adapter(name)
             np.testing.assert_array_equal(greedy_tokens(session, IDS, 20), greedy_tokens(expected, IDS, 20))
-            np.testing.assert_allclose(forward(session), forward(expected), **CLOSE)
+            rounding.check(forward(session), forward(expected), ROUNDING)
         assert session.kernel == "plugin"
 
 
@@ -322,7 +322,7 @@ def test_frozen_engines_run_what_is_frozen(tmp_path: Path, cuda: CudaDouble, fre
                 session.set_adapter(None)
         else:
             session.set_adapter(None)
-            np.testing.assert_allclose(forward(session), DECODER.logits(TOKENS), **CLOSE)
+            rounding.check(forward(session), DECODER.logits(TOKENS), ROUNDING)
 
 
 def test_bench_runs(engine: Engine, tmp_path: Path, bundles: dict, cuda: CudaDouble) -> None:
@@ -457,7 +457,7 @@ def test_adapter_files_that_do_not_fit_the_engine(bundles: dict, tmp_path: Path,
             assert session.adapter is None
         with pytest.raises(BundleError, match="no adapter 'other'"):
             session.set_adapter("other")
-        np.testing.assert_allclose(forward(session), DECODER.logits(TOKENS), **CLOSE)
+        rounding.check(forward(session), DECODER.logits(TOKENS), ROUNDING)
 
 
 def test_memory_that_does_not_suffice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+import rounding
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -35,6 +36,8 @@ from runtimes.positions import PositionRule, slots
 
 WIDTH = 16
 LAYERS = 2
+ROUNDING = 10 * rounding.logits(WIDTH, LAYERS)
+"""Of a session on this decoder. It has no norms: scores of up to ten make a softmax ten times as sensitive as its inputs are exact."""
 CONTEXT = 64
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Größe, naïve café — 你好世界 🙂", "a b c d e f g, a stop here"]
 PROMPTS = ("The fox", "Hi", "a lazy dog jumps over the quick brown fox")

@@ -98,11 +98,11 @@ def test_r_is_gram_schmidt_of_v_with_positive_diagonal() -> None:
     """R = chol(V V^T)^-1 V, the continuous choice of signs: R is V itself where V's rows are orthonormal."""
     torch.manual_seed(9)
     rows = OrthonormalRows(4, 32).double()
-    assert torch.allclose(rows(), rows.V, atol=1e-12)
+    assert torch.allclose(rows(), rows.V, atol=1e-11)
     with torch.no_grad():
         rows.V.copy_(torch.randn(4, 32))
     want = torch.linalg.solve_triangular(torch.linalg.cholesky(rows.V @ rows.V.T), rows.V, upper=False)
-    assert torch.allclose(rows(), want, atol=1e-12)
+    assert torch.allclose(rows(), want, atol=1e-11)
 
 
 def test_torchs_parametrization_is_what_weight_decay_breaks() -> None:
