@@ -360,7 +360,9 @@ def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None
 
 
 def check_adapters(listed_in: Path, files: Collection[str], adapters: Collection[str]) -> None:
-    """Raises BundleError where files of an adapter are listed and the adapter is not: no parity would be taken of it."""
+    """Raises BundleError where files of an adapter are listed and the adapter is not, as no parity would be taken of it, or is twice."""
+    if len(set(adapters)) != len(adapters):
+        raise BundleError(f"{listed_in}: an adapter is listed twice ({', '.join(adapters)}); export again")
     for path in map(PurePosixPath, sorted(files)):
         name = path.name.rpartition(".")[0]
         if str(path.parent) in ("adapters", "golden") and name not in adapters and str(path) != f"golden/{BASE_GOLDEN}.npz":

@@ -275,6 +275,8 @@ def test_arrays_of_an_adapter_that_is_not_listed(tmp_path: Path) -> None:
     bundle = own(tmp_path)
     with pytest.raises(BundleError, match="adapters/ends.json is listed, and adapter 'ends' is not"):
         resealed(bundle, lambda m: m.update(adapters=[]))
+    with pytest.raises(BundleError, match="an adapter is listed twice"):
+        resealed(bundle, lambda m: m.update(adapters=["ends", "ends"]))
     for path in (bundle.folder / "adapters").iterdir():
         path.unlink()
     with pytest.raises(BundleError, match="golden/ends.npz is listed, and adapter 'ends' is not"):
