@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from reft_export.classifiers import check_classifier, check_has_head, is_classifier, labels_of
 from reft_export.fingerprint import Identity, identify, identify_model
-from reft_export.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, read_config, weight_files
+from reft_export.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, not_finite, read_config, weight_files
 from runtimes.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
 from runtimes.records import parse_json
@@ -301,7 +301,7 @@ def _check_finite(model: PreTrainedModel, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         # A sum is finite only where every value is, but for float32 sums that overflow: those are looked at again.
         if not math.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise InputError(f"{folder}: parameter {name} holds values that are not finite; the checkpoint is damaged: download it again")
+            raise InputError(not_finite(folder, name))
 
 
 def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase | None:

@@ -8,15 +8,17 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reft_export.classifiers import is_classifier
 from reft_export.model_folder import VOLATILE_KEYS, first_line
 from runtimes.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GENERATION_KEYS = frozenset(
     {
@@ -68,6 +70,19 @@ NEVER_BY_DEFAULT = ("head_dim", "rope_parameters")
 """Keys that are kept whatever the family's default is: without one, head_dim follows from the width."""
 
 
+def family_config(written: Mapping[str, Any]) -> PretrainedConfig:
+    """config.json as its family's class reads it; floats that JSON has no words for are ``{"__float__": "Infinity"}`` in it."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[written["model_type"]].from_dict(_floats(written))
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _floats(v) for k, v in value.items()}
+    return [_floats(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def canonical_config(written: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     """What of config.json, ``written``, decides what the base computes; InputError for a model type that transformers does not know."""
     from transformers import CONFIG_MAPPING, __version__
@@ -76,7 +91,7 @@ def canonical_config(written: Mapping[str, Any], where: Path | str) -> dict[str,
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise InputError(f"{where}: model type {kind!r} is unknown to transformers {__version__}")
     try:
-        read = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(written))).to_dict()
+        read = family_config(written).to_dict()
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{where} cannot be loaded: {first_line(e)}") from e
     try:

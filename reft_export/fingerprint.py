@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from reft_export.base_config import canonical_config
+from reft_export.base_config import canonical_config, family_config
 from reft_export.classifiers import is_classifier
-from reft_export.model_folder import read_config, safetensors_parts, unpickled, weight_files
+from reft_export.model_folder import not_finite, read_config, safetensors_parts, unpickled, weight_files
 from reft_export.same_base import VERSION, grouped
 from runtimes.adapter import BaseParts
+from runtimes.errors import InputError
 
 SAMPLES, SAMPLE_VALUES = 32, 16
 """Of every tensor this many evenly spaced blocks of this many values are compared, with both ends."""
@@ -76,8 +77,11 @@ def identify(folder: Path) -> Identity:
     tensors: dict[str, _Tensor] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
-            stored = safetensors_parts(path, _values)
-            tensors |= {name: _Tensor(shape, _digest(shape, sample)) for name, (_, shape, sample) in stored.items()}
+            for name, (dtype, shape, sample) in safetensors_parts(path, _values).items():
+                if dtype in FLOATS and np.isnan(np.frombuffer(sample, "<f8")).any():
+                    # Said before the base is compared with an adapter's: it is damaged, not another one.
+                    raise InputError(not_finite(folder, name))
+                tensors[name] = _Tensor(shape, _digest(shape, sample))
         else:
             tensors |= {name: _of_torch(tensor) for name, tensor in unpickled(path).items()}
     return _identity(read_config(folder), tensors, folder / "config.json")
@@ -128,7 +132,7 @@ def _tied_head(written: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> tu
 
     Both are [vocabulary, width]; the head stands outside the model, so its name has fewer parts.
     """
-    config = CONFIG_MAPPING[written["model_type"]].from_dict(dict(written))
+    config = family_config(written)
     text = config.get_text_config()
     ties = getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
     if is_classifier(written) or not ties:

@@ -137,6 +137,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in shards]
 
 
+def not_finite(folder: Path, name: str) -> str:
+    return f"{folder}: parameter {name} holds values that are not finite; the checkpoint is damaged: download it again"
+
+
 def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -112,7 +112,9 @@ def quantize(
     from runtimes.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
-    refuse_idle(context, refit=refit, checker=checker, calibrate=calibrate, ranges=ranges, observer=observer)
+    refuse_idle(
+        context, refit=refit, checker=checker, checker_data=checker_data, calibrate=calibrate, ranges=ranges, observer=observer
+    )
     yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
     refitting = None
     if refit is not None:
@@ -173,12 +175,19 @@ def quantize(
 
 
 def refuse_idle(
-    context: typer.Context, *, refit: Path | None, checker: str | None, calibrate: Path | None, ranges: Path | None, observer: str
+    context: typer.Context,
+    *,
+    refit: Path | None,
+    checker: str | None,
+    checker_data: Path | None,
+    calibrate: Path | None,
+    ranges: Path | None,
+    observer: str,
 ) -> None:
     """Raises InputError for an option that says how to do what was not asked for."""
     if refit is None:
         refuse_given(context, ("refit_steps", "refit_lr", "refit_objective", "refit_output"), "of a --refit, which is not asked for")
-    if checker is None:
+    if checker is None and checker_data is None:
         refuse_given(context, ("checker_tokens",), "of a --checker, which is not given")
     if calibrate is None:
         refuse_given(context, ("decode_tokens",), "of --calibrate, which is not given")

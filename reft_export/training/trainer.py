@@ -248,7 +248,7 @@ def check_vocabulary(data: TrainingData, vocab_size: int) -> None:
     for example in data.examples:
         if max(example.input_ids) >= vocab_size:
             raise InputError(
-                f"{data.path}:{example.line}: token id {max(example.input_ids)} is outside the model's vocabulary of "
+                f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of "
                 f"{vocab_size}; use the tokenizer that the base was made with"
             )
 

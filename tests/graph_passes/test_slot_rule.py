@@ -22,20 +22,22 @@ STATIC_WIDTH = 40
 
 
 def _graph(opset: int = 20, *, mask: ir.DataType | None = ir.DataType.INT64, mask_rank: int = 2) -> ir.Model:
-    """Nothing but the contract: the logits and keys are stand-ins."""
+    """Nothing but the contract: the logits and keys are stand-ins, and no call feeds a past."""
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
     inputs = [ids]
     if mask is not None:
         shape = ir.Shape(["batch", 1, "total", "total"][-mask_rank:] if mask_rank > 2 else ["batch", "total"])
         inputs.append(ir.Value(name="attention_mask", type=ir.TensorType(mask), shape=shape))
+    nothing = ir.tensor(np.zeros((0, 0), np.int64), name="past_key_values.0.key")
+    past = ir.Value(name=nothing.name, type=ids.type, shape=ir.Shape([0, 0]), const_value=nothing)
+    inputs.append(past)
     logits, key = ir.node("Identity", [ids]), ir.node("Identity", [ids])
     for node, name in ((logits, "logits"), (key, "present.0.key")):
         node.outputs[0].name = name
         node.outputs[0].type, node.outputs[0].shape = ids.type, ids.shape
-    return ir.Model(
-        ir.Graph(inputs, [logits.outputs[0], key.outputs[0]], nodes=[logits, key], opset_imports={"": opset}, name="slots"),
-        ir_version=10,
-    )
+    graph = ir.Graph(inputs, [logits.outputs[0], key.outputs[0]], nodes=[logits, key], opset_imports={"": opset}, name="slots")
+    graph.register_initializer(past)
+    return ir.Model(graph, ir_version=10)
 
 
 @functools.cache

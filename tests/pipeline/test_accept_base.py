@@ -20,7 +20,7 @@ from reft_export.model_folder import fingerprint_v1
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle, write_manifest
 
-DIFFERS = "config.json's max_position_embeddings is 64, expected 512"
+DIFFERS = "config.json's max_position_embeddings is 128, expected 512"
 OFFER = "or take this one, whose weights are equal, with --accept-base"
 
 
@@ -44,7 +44,7 @@ def made(tmp_path_factory, base_folder, bundle_folder) -> Made:
     base = base_folder("llama")
     longer, other = (Path(shutil.copytree(base, root / name)) for name in ("longer", "other"))
     config = json.loads((longer / "config.json").read_text())
-    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     weights = load_file(other / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(weights | {name: -weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
