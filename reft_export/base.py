@@ -23,13 +23,14 @@ from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
     "vocab.json",
     "vocab.txt",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -311,11 +312,12 @@ def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase 
         if required:
             raise InputError(f"{folder} has no tokenizer; expected tokenizer.json beside config.json")
         return None
-    _check_tokenizer_file(folder)
+    config = _tokenizer_config(folder)
+    _check_tokenizer_file(config, folder)
     try:
         # transformers 5 writes tokenizer_class TokenizersBackend, its new name for PreTrainedTokenizerFast, which
         # transformers 4 does not know.
-        backend = _tokenizer_class(folder) == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
+        backend = config.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
         loader = PreTrainedTokenizerFast if backend else AutoTokenizer
         with _errors_only():
             return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -323,20 +325,26 @@ def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase 
         raise InputError(f"{folder}: the tokenizer cannot be loaded: {first_line(e)}") from e
 
 
-def _check_tokenizer_file(folder: Path) -> None:
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none; InputError for what is no JSON object."""
+    path = folder / TOKENIZER_CONFIG
+    try:
+        config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON: {first_line(e)}; download it again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a JSON {type(config).__name__}, expected an object; download it again")
+    return config
+
+
+def _check_tokenizer_file(config: Mapping[str, Any], folder: Path) -> None:
     """transformers reads another file than tokenizer.json where tokenizer_config.json lists one for its release; a device does not."""
-    path = folder / "tokenizer_config.json"
-    listed = parse_json(path.read_text(encoding="utf-8")).get("fast_tokenizer_files") if path.is_file() else None
-    if others := [name for name in listed or () if name != "tokenizer.json"]:
+    listed = config.get("fast_tokenizer_files")
+    if others := [name for name in (listed if isinstance(listed, list) else ()) if name != "tokenizer.json"]:
         raise InputError(
-            f"{path} lists {others[0]}, which some releases of transformers read in place of tokenizer.json; remove fast_tokenizer_files, "
-            "and keep the tokenizer that is meant as tokenizer.json"
+            f"{folder / TOKENIZER_CONFIG} lists {others[0]}, which some releases of transformers read in place of tokenizer.json; remove "
+            "fast_tokenizer_files, and keep the tokenizer that is meant as tokenizer.json"
         )
-
-
-def _tokenizer_class(folder: Path) -> str | None:
-    path = folder / "tokenizer_config.json"
-    return parse_json(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
 
 
 def _download(model: str) -> Path:

@@ -35,8 +35,8 @@ HARMLESS_KEYS = VOLATILE_KEYS | GENERATION_KEYS | frozenset(
         "_experts_implementation", "_model_name_or_path", "auto_map", "aux_loss_alpha", "bos_token_id", "cls_token_id",
         "decoder_start_token_id", "eos_token_id", "finetuning_task", "gradient_checkpointing", "initializer_factor", "initializer_range",
         "mask_token_id", "model_max_length", "output_router_logits", "prefix", "pretraining_tp", "router_aux_loss_coef", "sep_token_id",
-        "seq_aux", "task_specific_params", "tokenizer_class", "torchscript", "transformers_weights", "unk_token_id", "unsloth_fixed",
-        "unsloth_version",
+        "seq_aux", "task_specific_params", "tokenizer_class", "torchscript", "transformers.js_config", "transformers_weights",
+        "unk_token_id", "unsloth_fixed", "unsloth_version",
     }
 )  # fmt: skip
 """Keys that say how a base is run, stopped, trained from nothing or was written, not what it computes from token ids."""

@@ -134,7 +134,7 @@ def _tied_head(written: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> tu
     """
     config = family_config(written)
     text = config.get_text_config()
-    ties = getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
+    ties = getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
     if is_classifier(written) or not ties:
         return None
     rows = getattr(text, "vocab_size", None)

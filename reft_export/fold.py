@@ -329,7 +329,10 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
 
 def _stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """By the rule of runtimes/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
-    generation = _token_ids(read_json_object(folder / GENERATION_FILE), "eos_token_id")
+    genai = read_genai_config(folder).get("model")
+    # What genai_config.json states its owner's runtime stops at: no model class's default, of which words count for nothing.
+    stated = (read_json_object(folder / GENERATION_FILE), genai if isinstance(genai, dict) else {})
+    generation = tuple(token for each in stated for token in _token_ids(each, "eos_token_id"))
     configured = _token_ids(config, "eos_token_id")
     if not (folder / TOKENIZER_FILE).is_file():
         return stop_token_ids(generation=generation, config=configured, tokenizer=None, vocab_size=vocab_size)

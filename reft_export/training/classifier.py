@@ -114,7 +114,7 @@ def train_classifier(
 
 def prepare_classifier(
     base: Base,
-    data: Path,
+    data: Path | Sequence[Path],
     settings: TrainSettings,
     output: Path,
     *,

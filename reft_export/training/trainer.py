@@ -105,7 +105,7 @@ class Preparation:
 
 def prepare(
     base: Base,
-    data: Path,
+    data: Path | Sequence[Path],
     settings: TrainSettings,
     output: Path,
     *,
@@ -248,8 +248,8 @@ def check_vocabulary(data: TrainingData, vocab_size: int) -> None:
     for example in data.examples:
         if max(example.input_ids) >= vocab_size:
             raise InputError(
-                f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of "
-                f"{vocab_size}; use the tokenizer that the base was made with"
+                f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of {vocab_size}; "
+                "use the tokenizer that the base was made with"
             )
 
 

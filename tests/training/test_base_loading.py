@@ -258,6 +258,13 @@ def test_missing_tokenizer_only_where_it_is_needed(folder: Path) -> None:
         load_base(folder, require_tokenizer=True)
 
 
+@pytest.mark.parametrize("written", [b'{"a": ', b"[1]", b"\xff{}"])
+def test_a_damaged_tokenizer_config_is_refused(folder: Path, written: bytes) -> None:
+    (folder / "tokenizer_config.json").write_bytes(written)
+    with pytest.raises(InputError, match="tokenizer_config.json (is not JSON|holds a JSON list)"):
+        load_base(folder)
+
+
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
