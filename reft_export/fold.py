@@ -310,7 +310,7 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
     vocab_size = vocabulary[-1]
     if is_classifier(model.graph):
         vocab_size = int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
-    stop = () if is_classifier(model.graph) else _stop_tokens(folder, config, vocab_size)
+    stop = () if is_classifier(model.graph) else stated_stop_tokens(folder, config, vocab_size)
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
@@ -327,7 +327,7 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
     )
 
 
-def _stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+def stated_stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """By the rule of runtimes/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
     genai = read_genai_config(folder).get("model")
     # What genai_config.json states its owner's runtime stops at: no model class's default, of which words count for nothing.
