@@ -38,7 +38,7 @@ class Forecast:
     disk: float
 
     def show(self, *, as_json: bool) -> None:
-        from reft_export.cli.console import out, print_json, size
+        from reft_export.console import out, print_json, size
 
         free = shutil.disk_usage(Path.cwd()).free
         if as_json:

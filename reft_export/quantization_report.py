@@ -97,7 +97,7 @@ class QuantizationReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row per variant and adapter under HEADER; a figure that was not asked for is empty."""
-        from reft_export.cli.console import size
+        from reft_export.console import size
 
         rows = []
         for v in self.variants:

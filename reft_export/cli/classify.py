@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_export.cli.prompt_lines import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
+from runtimes.prompts import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
 
 if TYPE_CHECKING:
     from runtimes.encoded_text import EncodedText

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from reft_export.cli.console import escape, guarded, out, parity_failed, print_json, print_parity, progress
 from reft_export.cli.options import (
     AcceptBase,
     AccuracyLevel,
@@ -24,6 +23,7 @@ from reft_export.cli.options import (
     parse_sites,
     refuse_given,
 )
+from reft_export.console import escape, guarded, out, parity_failed, print_json, print_parity, progress
 
 GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "fuse", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
@@ -125,7 +125,7 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
     """The bundle's size, its weight errors and its parity table; or all of it as JSON."""
     import json
 
-    from reft_export.cli.console import size
+    from reft_export.console import size
     from runtimes.records import to_json
 
     manifest = result.manifest

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reft_export.cli.classify import Text, classify, given_texts, read_texts
-from reft_export.cli.console import err, escape, guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
-from reft_export.cli.prompt_lines import SAMPLING, Request, batches_of_alike, in_order, read_requests
+from reft_export.console import err, escape, guarded
+from runtimes.prompts import SAMPLING, Request, batches_of_alike, in_order, read_requests
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reft_export.cli.console import escape, out, print_json
+from reft_export.console import escape, out, print_json
 
 if TYPE_CHECKING:
     from reft_export.training.classifier import ClassifierResult

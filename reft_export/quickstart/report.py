@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reft_export.cli.console import size, worst_rows
+from reft_export.console import size, worst_rows
 from reft_export.quantization_report import trimmed
 from runtimes.version import VERSION
 

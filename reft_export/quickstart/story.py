@@ -11,7 +11,7 @@ from calibration.settings import QuantizationSettings, settings_for
 from reft_export.base import load_base
 from reft_export.calibrate import CalibrationRequest
 from reft_export.checker import load_task
-from reft_export.cli.console import Progress, escape, out, print_parity, print_table, progress, size
+from reft_export.console import Progress, escape, out, print_parity, print_table, progress, size
 from reft_export.export import ExportResult, ExportSettings, export_bundle
 from reft_export.parity import host_ladder
 from reft_export.quantization_report import QuantizationReport, Yardsticks, trimmed, write_reports

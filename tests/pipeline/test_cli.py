@@ -20,10 +20,10 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from reft_export.cli.classify import read_texts
-from reft_export.cli.console import escape
 from reft_export.cli.main import app
-from reft_export.cli.prompt_lines import read_prompts, read_requests
+from reft_export.console import escape
 from runtimes.errors import InputError
+from runtimes.prompts import read_prompts, read_requests
 
 SURFACE = {
     "quickstart": {"--output", "--force"},

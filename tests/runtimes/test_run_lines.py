@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from reft_export.checker import load_task
 from reft_export.cli.main import app
-from reft_export.cli.prompt_lines import batches_of_alike, in_order
 from runtimes.bundle import Bundle
 from runtimes.generate import GenerationSettings, generate
 from runtimes.ort_session import OrtSession
+from runtimes.prompts import batches_of_alike, in_order
 from runtimes.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
