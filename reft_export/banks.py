@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_export.classifiers import with_head
-from reft_export.eager import EditFn, Steering, edit_fn, steer
-from reft_export.golden import Steerer
+from reft_export.eager import EditFn, Steerer, Steering, edit_fn, steer
 from runtimes.bundle import Bundle
 from runtimes.edit import Edit, Site
 from runtimes.op import EditNode, edits_of, is_no_edit

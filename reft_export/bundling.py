@@ -1,4 +1,4 @@
-"""From a folded graph to a bundle folder: files, adapters, golden arrays, manifest, and the gate that nothing wrong passes."""
+"""From a folded graph to a bundle folder: files, adapters and the manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -23,7 +22,6 @@ from runtimes.adapter import Adapter, load_adapter
 from runtimes.bundle import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
-    WEIGHT_ONLY_SCHEMES,
     AdapterRecord,
     Manifest,
     ModelRecord,
@@ -32,16 +30,15 @@ from runtimes.bundle import (
     TensorRecord,
     WeightSource,
     check_adapter_name,
-    open_bundle,
     write_adapter_record,
     write_manifest,
 )
 from runtimes.edit import Site
-from runtimes.errors import GraphError, InputError, ParityError
-from runtimes.golden import check_golden
+from runtimes.errors import GraphError, InputError
 from runtimes.op import EditNode
 from runtimes.ort_adapter_file import write_onnx_adapter
-from runtimes.parity import ParityReport, Rung, budget_for
+from runtimes.parity import budget_for
+from runtimes.precision import NUMPY_DTYPES
 from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.version import VERSION
 
@@ -49,9 +46,6 @@ if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from reft_export.base import Base
-
-NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Report = Callable[[str], None]
 """Told what is being done; the CLI shows it."""
@@ -240,66 +234,6 @@ def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
     if parts.genai_config:
         return keep_genai_config(folder, parts.genai_config, parts.model, slots=parts.slots)
     return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
-
-
-def gate(
-    folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = ""
-) -> ParityReport:
-    """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
-
-    ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the
-    quantization's own advice.
-    """
-    from reft_export.parity import check, with_float_activations
-    from runtimes.device_session import ort_session
-
-    bundle = open_bundle(folder)
-    rungs: list[Rung] = list(stepped)
-    if exact is not None:
-        with with_float_activations(bundle) as changed:
-            rungs += check(changed, exact, float_label(bundle.manifest.quantization))
-    shipped = check_golden(bundle, ort_session(bundle)).rungs
-    if bundle.manifest.quantization is not None:
-        shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
-    rungs += shipped
-    report = ParityReport(rungs=tuple(rungs))
-    kept = output.with_name(f"{output.name}.parity.json")
-    if not report.passed:
-        kept.write_text(report.to_json() + "\n", encoding="utf-8")
-        try:
-            report.require()
-        except ParityError as e:
-            if not remedy and bundle.manifest.quantization is not None:
-                remedy = _remedy(bundle.manifest.quantization)
-            remedy = "; ".join(filter(None, (lost_adapters(report, bundle.adapter_names), remedy)))
-            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy and '; '}{remedy}", report) from None
-    kept.unlink(missing_ok=True)  # of an earlier attempt
-    return report
-
-
-def float_label(q: Quantization) -> str:
-    """What a parity rung calls the bundle without the quantization of its activations."""
-    return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"
-
-
-def lost_adapters(report: ParityReport, adapters: Sequence[str]) -> str:
-    """Which adapters miss nothing but the gate of their delta, and what to do about them; "" where none does.
-
-    An edit that is barely trained moves the logits by less than the rounding of the weights does.
-    """
-    missed = [(rung, rung.name.partition(": ")[0].rpartition(", ")[2]) for rung in report.rungs if not rung.passed]
-    lost = [name for name in adapters if {rung.lost_steering for rung, of in missed if of == name} == {True}]
-    if not lost:
-        return ""
-    it = "it" if len(lost) == 1 else "them"
-    return f"only the delta is missed by {', '.join(lost)}, as by a barely trained edit: train {it} further, or export without {it}"
-
-
-def _remedy(q: Quantization) -> str:
-    if q.scheme in WEIGHT_ONLY_SCHEMES:
-        return "try -p int8, a smaller --block-size or --accuracy-level 1"
-    return "keep the worst layers in float (--keep-high), try --observer minmax, or --scheme weight-only"
 
 
 def _tensor(value: ir.Value) -> TensorRecord:

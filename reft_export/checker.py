@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_export.cli.run import encode
 from runtimes.bundle import Bundle
 from runtimes.chat import template_for
 from runtimes.errors import InputError
 from runtimes.generate import Generation, GenerationSettings, Session, generate
-from runtimes.prompts import read_prompts
+from runtimes.prompts import encode, read_prompts
 from runtimes.tokenizer import Tokenizer
 
 ANSWERS_AT_ONCE = 16

@@ -1,8 +1,7 @@
-"""What every verb shares: one line for an error, the exit codes, progress on stderr, JSON and tables on stdout."""
+"""What is said and how: progress on stderr, JSON and tables on stdout; a Ctrl-C that was lost is noticed at the next step."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -10,21 +9,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
-
-from runtimes.errors import ParityError, ReftError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-INTERRUPTED = 130
-"""128 + SIGINT, what a shell expects after Ctrl-C."""
 
 # Without emoji: module:x:function is a name, not a picture.
 err = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
@@ -33,7 +23,7 @@ if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 160  # a log file has no width; 80 columns would cut the tables
 
 
-class _Interrupt:
+class Interrupt:
     """Remembers Ctrl-C. Python drops a KeyboardInterrupt that is raised inside a callback of native code or a finalizer (torch's exporter
     has many), and the command would go on as if nobody had pressed anything: the next step asks here."""
 
@@ -53,57 +43,7 @@ class _Interrupt:
         raise KeyboardInterrupt
 
 
-_interrupt = _Interrupt()
-
-
-def guarded(verb: F) -> F:
-    """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
-
-    @wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        _interrupt.listen()
-        try:
-            return verb(*args, **kwargs)
-        except ReftError as e:
-            fail(str(e), e.exit_code)
-        except KeyboardInterrupt as e:
-            fail(str(e) or "interrupted", INTERRUPTED)
-        except MemoryError:
-            fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
-        except ModuleNotFoundError as e:
-            extra = HOST_EXTRAS.get((e.name or "").partition(".")[0])
-            if extra is None:
-                raise
-            fail(f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4)
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader of a pipe went away: there is nobody to tell
-            raise typer.Exit(1) from None
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                fail("no space left on the disk; nothing was written", 1)
-            if e.filename is None:
-                raise
-            fail(f"{e.filename} cannot be read or written: {e.strerror}", 2)
-
-    return run  # type: ignore[return-value]
-
-
-HOST_EXTRAS = {
-    "torch": "host",
-    "transformers": "host",
-    "onnx": "host",
-    "onnx_ir": "host",
-    "onnxscript": "host",
-    "accelerate": "host",
-    "gguf": "host",
-    "onnxruntime": "cpu",
-    "onnxruntime_genai": "genai",
-}
-
-
-def fail(message: str, code: int) -> None:
-    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
-    raise typer.Exit(code) from None
+interrupt = Interrupt()
 
 
 def escape(text: str) -> str:
@@ -122,7 +62,7 @@ class Progress:
         self._step: tuple[str, float] | None = None
 
     def __call__(self, step: str) -> None:
-        _interrupt.check()
+        interrupt.check()
         self._finish()
         self._step = (step, time.monotonic())
         if self._status:
@@ -131,7 +71,7 @@ class Progress:
 
     def update(self, text: str) -> None:
         """Another text for the step under way."""
-        _interrupt.check()
+        interrupt.check()
         if self._status:
             self._status.update(escape(text))
 
@@ -221,14 +161,6 @@ def worst_rows(report: Any) -> list[tuple[str, ...]]:
             note = f"{len(failed)} of {len(rungs)} missed: {', '.join(r.name.partition(': ')[2] or r.name for r in failed)}"
         merged.append(replace(rungs[0], name=name, figures=figures, passed=not failed, note=note))
     return ParityReport(rungs=tuple(merged)).rows()
-
-
-def parity_failed(e: ParityError, *, as_json: bool) -> None:
-    """Shows the figures of a failed gate before the error line."""
-    if e.report is not None and as_json:
-        sys.stdout.write(e.report.to_json() + "\n")
-    elif e.report is not None:
-        print_parity(e.report, title="parity (failed)")
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -343,3 +343,11 @@ def greedy_tokens(
     finally:
         if steering:
             steering.prompt_length = before
+
+Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
+"""Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
+
+
+def steering_of(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager[Steering | None]:
+    """The steerer's own context, or one that does nothing."""
+    return nullcontext() if steerer is None else steerer(model)

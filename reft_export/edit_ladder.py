@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.function_body import function_of
-from reft_export.bundling import NUMPY_DTYPES
 from runtimes.bundle import Bundle
 from runtimes.edit import Edit, activate
 from runtimes.native_library import find_op_library
 from runtimes.op import DOMAIN, OP_VERSION, RED_TYPE, EditNode
 from runtimes.ort_adapter_file import read_onnx_adapter
 from runtimes.parity import BUDGETS, Figures, Rung, judge
+from runtimes.precision import NUMPY_DTYPES
 
 ROWS = 48
 

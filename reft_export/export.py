@@ -10,15 +10,10 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import onnx_ir as ir
-from transformers import PreTrainedModel
-
-from calibration.products import activation_quantization
 from calibration.quantize import quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weights import WeightError
@@ -28,13 +23,11 @@ from graph_passes.fuse import LEVELS, fuse
 from graph_passes.head import expose_head, head_defaults
 from reft_export.base import DTYPES, Base, load_base, load_without_weights
 from reft_export.bundling import (
-    TORCH_DTYPES,
     BundleParts,
     Report,
     check_fit,
     copy_tokenizer,
     finish_bundle,
-    gate,
     head_tensors,
     load_adapters,
     model_record,
@@ -42,24 +35,25 @@ from reft_export.bundling import (
     write_adapter,
 )
 from reft_export.classifiers import check_classifier, head_parameters, is_classifier
-from reft_export.dequantized import activations_quantized, expert_matrices, load_dequantized
+from reft_export.dequantized import expert_matrices
 from reft_export.eager import steered
 from reft_export.exporters.builder import check_builder, check_builder_base, export_builder
-from reft_export.exporters.dynamo import cache_shapes, export_dynamo, first_reason
+from reft_export.exporters.dynamo import cache_shapes, export_dynamo
 from reft_export.exporters.dynamo_classifier import export_classifier
 from reft_export.exporters.exported_graph import ExportedGraph
 from reft_export.exporters.optimum import check_optimum, export_optimum
 from reft_export.exporters.transformers import check_transformers, export_transformers
-from reft_export.golden import Inputs, Steerer, fp32_logits, inputs_of, record_golden
+from reft_export.gate import check_structure, gate
+from reft_export.golden import fp32_logits, inputs_of, record_golden, record_quantized
 from reft_export.model_folder import read_config
-from reft_export.quantization_report import QuantizationReport
+from reft_export.result import ExportResult, quantization_record
 from runtimes.adapter import Adapter
-from runtimes.bundle import CalibrationRecord, Manifest, Quantization, WeightSource
+from runtimes.bundle import Manifest
 from runtimes.edit import Site
 from runtimes.errors import ExportError, InputError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.op import EditNode
-from runtimes.parity import ParityReport
+from runtimes.precision import TORCH_DTYPES
 from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -116,19 +110,6 @@ class ExportSettings:
     @property
     def float_type(self) -> str:
         return self.precision if self.precision in TORCH_DTYPES else "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportResult:
-    manifest: Manifest
-    parity: ParityReport | None
-    """None where this machine cannot run the graph (bfloat16 on onnxruntime's CPU provider); see ``note``."""
-    weight_errors: tuple[WeightError, ...]
-    note: str = ""
-    report: QuantizationReport | None = None
-    """What quantization did, variant by variant; None for an export."""
-    refitted: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of the adapters that a refit wrote, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -316,60 +297,6 @@ def _export_graph(base: Base, scratch: Path, settings: ExportSettings) -> Export
     if settings.exporter == "transformers":
         return export_transformers(base.model, opset=settings.opset, last_logits=last)
     return export_dynamo(base.model, opset=settings.opset, last_logits=last)
-
-
-def record_quantized(
-    golden: Path,
-    proof: Path,
-    model: PreTrainedModel,
-    graph: ir.Model,
-    sources: Mapping[str, WeightSource],
-    inputs: Inputs,
-    steerers: Mapping[str, Steerer],
-    exact: Mapping[str, np.ndarray],
-) -> None:
-    """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
-
-    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty.
-    """
-    load_dequantized(model, graph, sources)
-    if activation_quantization(graph):
-        record_golden(proof, model, inputs, steerers, fp32=exact)
-    with activations_quantized(model, graph, sources):
-        record_golden(golden, model, inputs, steerers, fp32=exact, noisy=bool(activation_quantization(graph)))
-
-
-def quantization_record(
-    settings: QuantizationSettings, *, kept: tuple[str, ...] = (), calibration: CalibrationRecord | None = None
-) -> Quantization:
-    return Quantization(
-        scheme=settings.scheme,
-        bits=settings.bits,
-        block_size=settings.block_size,
-        symmetric=settings.symmetric,
-        accuracy_level=settings.accuracy_level,
-        method=settings.method,
-        embeddings=settings.embeddings,
-        kept=kept,
-        calibration=calibration,
-    )
-
-
-def check_structure(folder: Path) -> str:
-    """What can be shown of a graph that no CPU runs: ONNX's own checker with full shape inference accepts it.
-
-    Raises ExportError where it does not: some operators take no bfloat16 in the opsets that devices run.
-    """
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ExportError(f"ONNX's checker refuses the bfloat16 graph: {first_reason(e)}; use another --precision") from e
-    return (
-        "onnxruntime's CPU provider cannot run bfloat16 (MatMul, Add, Softmax are missing): the graph was checked structurally "
-        "only; run `reft-export parity` on a GPU"
-    )
 
 
 def _check_layers(nodes: tuple[EditNode, ...], base: Base) -> None:

@@ -28,7 +28,6 @@ from reft_export.bundling import (
     check_fit,
     copy_tokenizer,
     finish_bundle,
-    gate,
     head_tensors,
     load_adapters,
     union_nodes,
@@ -37,6 +36,7 @@ from reft_export.bundling import (
 from reft_export.classifiers import DEFAULT_POSITIONS, longest_input, stated_labels
 from reft_export.family import check_family, check_same_family
 from reft_export.fold_edge import EdgeFoldResult, fold_edge_folder
+from reft_export.gate import gate
 from reft_export.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
 from reft_export.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
 from runtimes.adapter import Adapter

@@ -16,14 +16,16 @@ from graph_passes.dominators import describe
 from graph_passes.external import load_graph
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import TORCH_DTYPES, Report, model_record
+from reft_export.bundling import Report, model_record
+from reft_export.eager import Steerer
 from reft_export.exporters.weight_sources import find_weight_sources
-from reft_export.golden import Steerer, fp32_logits, inputs_of, record_golden
+from reft_export.golden import fp32_logits, inputs_of, record_golden
 from reft_export.memory import give_back
 from reft_export.parity import RecordedBundle, check, check_same_base
 from runtimes.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
 from runtimes.parity import ParityReport
+from runtimes.precision import TORCH_DTYPES
 
 
 def match_weights(graph: ir.Model, base: Base, where: str) -> dict[str, WeightSource]:

@@ -6,20 +6,22 @@ One npz per name, "base" and every adapter; runtimes/golden_schema.py says what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calibration.products import activation_quantization
 from reft_export.base import Base
-from reft_export.eager import Steering, greedy_tokens
+from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.eager import Steerer, Steering, greedy_tokens, steering_of
 from reft_export.golden_classifier import ClassifierInputs, classifier_inputs, classifier_logits
 from reft_export.token_rules import decoder_context
-from runtimes.bundle import BASE_GOLDEN
+from runtimes.bundle import BASE_GOLDEN, WeightSource
 from runtimes.golden_schema import GoldenSchema, write_golden
 from runtimes.parity import compare
 from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
@@ -27,9 +29,6 @@ from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 GREEDY_TOKENS = 64
 CONTINUATION = 12
 """How many tokens of the continuation stand in input_ids, so that the decode steps are compared too."""
-
-Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
-"""Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
 
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
@@ -218,13 +217,29 @@ def fp32_logits(model: PreTrainedModel, inputs: Inputs, steerers: Mapping[str, S
     return {name: eager_logits(model, inputs, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
 
 
-def steering_of(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager[Steering | None]:
-    """The steerer's own context, or one that does nothing."""
-    return nullcontext() if steerer is None else steerer(model)
-
-
 def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
     # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
     ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
     tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)
     return np.asarray(tokens, np.int64)
+
+
+def record_quantized(
+    golden: Path,
+    proof: Path,
+    model: PreTrainedModel,
+    graph: ir.Model,
+    sources: Mapping[str, WeightSource],
+    inputs: Inputs,
+    steerers: Mapping[str, Steerer],
+    exact: Mapping[str, np.ndarray],
+) -> None:
+    """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
+
+    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty.
+    """
+    load_dequantized(model, graph, sources)
+    if activation_quantization(graph):
+        record_golden(proof, model, inputs, steerers, fp32=exact)
+    with activations_quantized(model, graph, sources):
+        record_golden(golden, model, inputs, steerers, fp32=exact, noisy=bool(activation_quantization(graph)))

@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -239,3 +240,8 @@ def unpickled(path: Path) -> dict[str, torch.Tensor]:
 def _stored(tensor: torch.Tensor) -> _Stored:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _sample(data, 0, data.size))
+
+
+def first_reason(error: BaseException) -> str:
+    """What an exporter was stopped by, in one line."""
+    return shorten(str(error.__cause__ or error), 300, placeholder=" ...") or type(error).__name__

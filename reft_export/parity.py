@@ -21,17 +21,19 @@ from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.banks import bank_edits, bank_steerer
 from reft_export.base import DTYPES, Base, Outline, load_base, outline_base
-from reft_export.bundling import TORCH_DTYPES, float_label, model_record
+from reft_export.bundling import model_record
 from reft_export.dequantized import activations_quantized, load_dequantized
+from reft_export.eager import Steerer
 from reft_export.edit_ladder import edit_rungs
-from reft_export.golden import GoldenInputs, Inputs, Steerer, fp32_logits, inputs_of, record_golden
+from reft_export.golden import GoldenInputs, Inputs, fp32_logits, inputs_of, record_golden
 from reft_export.golden_classifier import ClassifierInputs
 from reft_export.same_base import Named, require_same
 from reft_export.step_by_step import step_rungs
 from reft_export.variants import variant
-from runtimes.bundle import BASE_GOLDEN, Bundle
+from runtimes.bundle import BASE_GOLDEN, Bundle, Quantization
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung
+from runtimes.precision import TORCH_DTYPES
 from runtimes.tasks import TEXT_CLASSIFICATION
 
 Report = Callable[[str], None]
@@ -182,3 +184,8 @@ def stored_inputs(bundle: Bundle) -> Inputs:
     arrays = bundle.golden(BASE_GOLDEN)
     kind = ClassifierInputs if bundle.manifest.task == TEXT_CLASSIFICATION else GoldenInputs
     return kind(**{name: arrays[name] for name in kind.__dataclass_fields__})
+
+
+def float_label(q: Quantization) -> str:
+    """What a parity rung calls the bundle without the quantization of its activations."""
+    return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"

@@ -17,23 +17,26 @@ from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, load_base
-from reft_export.bundling import TORCH_DTYPES, BundleParts, Report, copy_tokenizer, finish_bundle, gate
+from reft_export.bundling import BundleParts, Report, copy_tokenizer, finish_bundle
 from reft_export.calibrate import CalibrationRequest, check_request, steered_ranges
 from reft_export.dequantized import expert_matrices, load_dequantized
-from reft_export.export import ExportResult, check_structure, quantization_record, record_quantized
+from reft_export.eager import Steerer
 from reft_export.foreign_base import check_weights_known, completed
+from reft_export.gate import check_structure, gate
 from reft_export.genai import copy_genai_files, read_genai_config
-from reft_export.golden import Steerer, fp32_logits
+from reft_export.golden import fp32_logits, record_quantized
 from reft_export.memory import give_back
 from reft_export.parity import check_same_base, made_from, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.refit import REMEDY, RefitSettings, check_task, plan_refit
+from reft_export.result import ExportResult, quantization_record
 from reft_export.step_by_step import step_rungs
 from reft_export.swap import refit_in
 from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.errors import CalibrationError
 from runtimes.folders import atomic_folder, check_destination
 from runtimes.parity import Rung
+from runtimes.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
 from reft_export.base import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
-from reft_export.bundling import NUMPY_DTYPES, Report, load_adapters
+from reft_export.bundling import Report, load_adapters
 from reft_export.dequantized import activations_quantized, load_dequantized
 from reft_export.eager import steer
 from reft_export.foreign_base import refuse_quantized
@@ -45,6 +45,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import AdapterError, CalibrationError, InputError
 from runtimes.folders import check_destination
 from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.precision import NUMPY_DTYPES
 from runtimes.tasks import TEXT_CLASSIFICATION
 
 OBJECTIVES = ("teacher", "data")

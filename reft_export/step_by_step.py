@@ -24,7 +24,8 @@ from calibration.activations import ActivationQuantization
 from calibration.products import activation_quantization, expose_quantized_inputs, quantized_inputs
 from graph_passes.external import load_graph
 from reft_export.dequantized import fake_quantize, linears_of
-from reft_export.golden import Inputs, Steerer, steering_of
+from reft_export.eager import Steerer, steering_of
+from reft_export.golden import Inputs
 from reft_export.golden_classifier import ClassifierInputs, model_inputs
 from reft_export.memory import give_back
 from reft_export.variants import variant

@@ -20,18 +20,20 @@ from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
 from reft_export.banks import bank_steerer
 from reft_export.base import DTYPES, Base, load_base
-from reft_export.bundling import NUMPY_DTYPES, TORCH_DTYPES, Report, check_fit, gate, head_tensors, load_adapters, write_adapter
+from reft_export.bundling import Report, check_fit, head_tensors, load_adapters, write_adapter
 from reft_export.eager import steered
-from reft_export.export import ExportResult, check_structure, record_quantized
-from reft_export.golden import fp32_logits
+from reft_export.gate import check_structure, gate
+from reft_export.golden import fp32_logits, record_quantized
 from reft_export.parity import check_same_base, made_from, stored_inputs
 from reft_export.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.refit import REMEDY, RefitPlan, RefitSettings, Refitted, check_task, plan_refit, refit_adapters
+from reft_export.result import ExportResult
 from reft_export.same_base import comparable, require_same
 from runtimes.adapter import Adapter
 from runtimes.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
 from runtimes.errors import AdapterError, CalibrationError
 from runtimes.folders import atomic_folder, check_destination
+from runtimes.precision import NUMPY_DTYPES, TORCH_DTYPES
 
 
 def swap_bundle(

@@ -1,4 +1,5 @@
-"""JSONL that a user hands to ``run``: every line with the place it stands at, and what it says of its own answer."""
+"""Prompts that a user hands over in JSONL, each with the place it stands at and what it says of its answer, and a conversation as
+tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +8,14 @@ import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from runtimes.errors import InputError
+from runtimes.records import parse_json
+
+if TYPE_CHECKING:
+    from runtimes.chat import ChatTemplate
+    from runtimes.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -72,8 +80,6 @@ def read_prompts(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
 
 def own_options(record: Mapping[str, Any], known: Mapping[str, Key], where: str) -> dict[str, Any]:
     """What the line says of ``known``; raises InputError for a value of another type."""
-    from runtimes.errors import InputError
-
     options = {key: record[key] for key in known if key in record}
     for key, value in options.items():
         good, expected = known[key]
@@ -84,16 +90,12 @@ def own_options(record: Mapping[str, Any], known: Mapping[str, Key], where: str)
 
 def refuse_unknown(record: Mapping[str, Any], known: Collection[str], where: str, hints: Mapping[str, str]) -> None:
     """Raises InputError for keys that are not ``known``; ``hints`` says of some what they are."""
-    from runtimes.errors import InputError
-
     if unknown := sorted(set(record) - set(known)):
         said = "".join(f"; {key} is {hints[key]}" for key in unknown if key in hints)
         raise InputError(f"{where}: has unknown keys {unknown}; known are {sorted(known)}{said}")
 
 
 def _conversation(value: Any, where: str, *, known: Collection[str]) -> list[dict[str, Any]]:
-    from runtimes.errors import InputError
-
     if isinstance(value, dict):
         refuse_unknown(value, known, where, {"completion": "a training line's, which answers it already", "text": "a classifier's"})
     if isinstance(value, dict) and "messages" in value and {"prompt", "completion"} & set(value):
@@ -107,8 +109,6 @@ def _conversation(value: Any, where: str, *, known: Collection[str]) -> list[dic
 
 
 def _checked_message(message: Any, index: int, where: str) -> dict[str, Any]:
-    from runtimes.errors import InputError
-
     if not isinstance(message, dict) or set(message) != MESSAGE_KEYS:
         got = sorted(message) if isinstance(message, dict) else type(message).__name__
         raise InputError(f"{where}: message {index} must have exactly the keys role and content, got {got}")
@@ -120,8 +120,6 @@ def _checked_message(message: Any, index: int, where: str) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[tuple[str, Any]]:
     """(file and line, JSON value) of every line that is not blank; "-" is stdin. Raises InputError with the line's number."""
-    from runtimes.errors import InputError
-
     where = "stdin" if str(path) == "-" else str(path)
     try:
         content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
@@ -135,9 +133,6 @@ def read_lines(path: Path) -> list[tuple[str, Any]]:
 
 def _parse_line(line: str, where: str) -> Any:
     """The JSON value of one line; raises InputError for what is no JSON, and for half of a surrogate pair, which no tokenizer takes."""
-    from runtimes.errors import InputError
-    from runtimes.records import parse_json
-
     try:
         value = parse_json(line, keys_once=True)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -165,3 +160,39 @@ def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
         while due in held:
             yield due, held.pop(due)
             due += 1
+
+
+def no_template(chat: str) -> str:
+    """Why prompts go through no chat template."""
+    return "was told not to use" if chat == "never" else "does not have, or its adapter was trained without (--chat always renders it)"
+
+
+def encode(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None, chat: str = "auto"
+) -> list[int]:
+    """A conversation through the chat template, or without one its only message, the user's, as plain text.
+
+    Raises InputError for what would not be part of the prompt: roles or a system message without a template, a second system message,
+    and a message that the template leaves out.
+    """
+    if template is None:
+        if system:
+            raise InputError(f"a system message needs a chat template, which this bundle {no_template(chat)}")
+        if len(messages) != 1:
+            raise InputError(f"a conversation of several messages needs a chat template, which this bundle {no_template(chat)}")
+        if messages[0]["role"] != "user":
+            raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle {no_template(chat)}")
+        return tokenizer.encode_prompt(messages[0]["content"])
+    if system:
+        if messages[0]["role"] == "system":
+            raise InputError(
+                "there are two system messages, the conversation's own and the given one; leave one out (a line with "
+                '"system": null goes without --system)'
+            )
+        messages = [{"role": "system", "content": system}, *messages]
+    prompt = template.render(messages)
+    for number, message in enumerate(messages):
+        changed = [*messages[:number], {**message, "content": f"{message['content']}."}, *messages[number + 1 :]]
+        if template.render(changed) == prompt:
+            raise InputError(f"the chat template leaves out message {number} (of the {message['role']}), {message['content'][:40]!r}")
+    return tokenizer.encode(prompt, add_special_tokens=False)

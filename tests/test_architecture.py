@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,35 @@ def test_imports_point_left(path: Path) -> None:
     if room in OUTSIDE:
         backends = {name for name, prefix in BACKEND_MODULES.items() if room == "runtimes" and path.name.startswith(prefix)}
         assert imports - set(ROOMS) <= OUTSIDE[room] | backends
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _graph() -> dict[str, set[str]]:
+    """Who imports whom among all modules: at their heads, inside functions, and for types alone."""
+    known = {_name(path): path for path in _modules()}
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= (full & set(known)) | ({node.module} & set(known) if full - set(known) else set())
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & set(known)
+    return graph
+
+
+def test_only_the_command_line_imports_the_command_line() -> None:
+    cli = "reft_export.cli"
+    above = {name: found for name, targets in _graph().items() if (found := {t for t in targets if t.startswith(cli)})}
+    assert not {name: found for name, found in above.items() if not name.startswith(cli)}
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    tuple(TopologicalSorter(_graph()).static_order())  # raises CycleError, which names the circle
 
 
 def test_no_catch_all_modules() -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_session_options, refuse_given
-from reft_export.console import err, guarded, out, print_json, print_table, size
+from reft_export.console import err, out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from runtimes.bench import BenchResult

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson
-from reft_export.console import guarded, print_json, print_table
+from reft_export.console import print_json, print_table
 from runtimes.version import VERSION
 
 PACKAGES = (

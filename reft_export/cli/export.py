@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import (
     AcceptBase,
     AccuracyLevel,
@@ -23,7 +24,7 @@ from reft_export.cli.options import (
     parse_sites,
     refuse_given,
 )
-from reft_export.console import escape, guarded, out, parity_failed, print_json, print_parity, progress
+from reft_export.console import escape, out, print_json, print_parity, progress
 
 GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "fuse", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""

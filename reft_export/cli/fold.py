@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
-from reft_export.console import guarded, out, parity_failed, print_json, print_parity, progress
+from reft_export.console import out, print_json, print_parity, progress
 
 if TYPE_CHECKING:
     from reft_export.fold import FoldResult

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, Force, Model, Output
-from reft_export.console import escape, guarded, out, print_json, progress
+from reft_export.console import escape, out, print_json, progress
 
 
 def register(app: typer.Typer) -> None:

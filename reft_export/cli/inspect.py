@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson
-from reft_export.console import escape, guarded, out, print_json, print_table, size
+from reft_export.console import escape, out, print_json, print_table, size
 
 SENTENCES = ("sites", "not found")
 """Shown line by line: a tensor's name must not be cut."""

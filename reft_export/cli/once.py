@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from reft_export.console import fail
+from reft_export.cli.guard import fail
 
 SEPARATORS = {
     ("train", "layers"): ("layers", ";"),

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AcceptBase, AsJson, Kernel, Provider, check_session_options
-from reft_export.console import guarded, print_parity, progress
+from reft_export.console import print_parity, progress
 
 
 def register(app: typer.Typer) -> None:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from reft_export.cli.export import show_result
+from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import AcceptBase, AsJson, Force, Model, Output, check_choice, given, refuse_given
-from reft_export.console import guarded, out, parity_failed, print_table, progress
+from reft_export.console import out, print_table, progress
 
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 QUANTIZES = (

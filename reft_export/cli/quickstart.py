@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import Force
-from reft_export.console import guarded
 
 
 def register(app: typer.Typer) -> None:

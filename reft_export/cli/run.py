@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reft_export.cli.classify import Text, classify, given_texts, read_texts
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
-from reft_export.console import err, escape, guarded
-from runtimes.prompts import SAMPLING, Request, batches_of_alike, in_order, read_requests
+from reft_export.console import err, escape
+from runtimes.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
@@ -275,41 +276,3 @@ def answers(
             generate(session, tokenizer, [ask.tokens for ask in part], each, on_text=on_text, prefill_chunk=prefill_chunk),
             strict=True,
         )
-
-
-def no_template(chat: str) -> str:
-    """Why prompts go through no chat template."""
-    return "was told not to use" if chat == "never" else "does not have, or its adapter was trained without (--chat always renders it)"
-
-
-def encode(
-    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None, chat: str = "auto"
-) -> list[int]:
-    """A conversation through the chat template, or without one its only message, the user's, as plain text.
-
-    Raises InputError for what would not be part of the prompt: roles or a system message without a template, a second system message,
-    and a message that the template leaves out.
-    """
-    from runtimes.errors import InputError
-
-    if template is None:
-        if system:
-            raise InputError(f"a system message needs a chat template, which this bundle {no_template(chat)}")
-        if len(messages) != 1:
-            raise InputError(f"a conversation of several messages needs a chat template, which this bundle {no_template(chat)}")
-        if messages[0]["role"] != "user":
-            raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle {no_template(chat)}")
-        return tokenizer.encode_prompt(messages[0]["content"])
-    if system:
-        if messages[0]["role"] == "system":
-            raise InputError(
-                "there are two system messages, the conversation's own and the given one; leave one out (a line with "
-                '"system": null goes without --system)'
-            )
-        messages = [{"role": "system", "content": system}, *messages]
-    prompt = template.render(messages)
-    for number, message in enumerate(messages):
-        changed = [*messages[:number], {**message, "content": f"{message['content']}."}, *messages[number + 1 :]]
-        if template.render(changed) == prompt:
-            raise InputError(f"the chat template leaves out message {number} (of the {message['role']}), {message['content'][:40]!r}")
-    return tokenizer.encode(prompt, add_special_tokens=False)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reft_export.cli.guard import guarded
 from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, given, refuse_given
-from reft_export.console import err, escape, guarded, out, print_json, progress
+from reft_export.console import err, escape, out, print_json, progress
 
 if TYPE_CHECKING:
     from reft_export.base import Base

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import Any
 
 import onnx_ir as ir
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reft_export.exporters.bfloat16 import widen_bfloat16
 from reft_export.exporters.exported_graph import ExportedGraph
+from reft_export.model_folder import first_reason
 from runtimes.bundle import WeightSource
 from runtimes.errors import ExportError
 
@@ -196,11 +196,6 @@ def trace(
         except torch.onnx.OnnxExporterError as e:
             raise ExportError(f"torch could not export {wrapper.model.config.model_type}: {first_reason(e)}{remedy}") from e
     return program.model
-
-
-def first_reason(error: BaseException) -> str:
-    """What an exporter was stopped by, in one line."""
-    return shorten(str(error.__cause__ or error), 300, placeholder=" ...") or type(error).__name__
 
 
 def has_experts(model: PreTrainedModel) -> bool:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
-from reft_export.exporters.dynamo import PREFIX, first_reason, quiet, trace_inputs
+from reft_export.exporters.dynamo import PREFIX, quiet, trace_inputs
 from reft_export.exporters.exported_graph import ExportedGraph
+from reft_export.model_folder import first_reason
 from runtimes.bundle import WeightSource
 from runtimes.errors import BackendUnavailable, ExportError
 

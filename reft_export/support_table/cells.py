@@ -14,8 +14,9 @@ from pathlib import Path
 from calibration.settings import QuantizationSettings, settings_for
 from reft_export.base import load_base
 from reft_export.eager import site_module
-from reft_export.export import ExportResult, ExportSettings, export_bundle
+from reft_export.export import ExportSettings, export_bundle
 from reft_export.quantize import quantize_bundle
+from reft_export.result import ExportResult
 from reft_export.support_table import bases
 from reft_export.support_table.adapters import random_adapter, random_head
 from reft_export.support_table.classifiers import CLASSIFIERS, save_classifier

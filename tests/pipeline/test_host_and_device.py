@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 from reft_export.base import Base, load_base
 from reft_export.bundling import copy_tokenizer, model_record
 from reft_export.cli.main import app
-from reft_export.cli.run import encode
 from reft_export.eager import greedy_tokens
 from reft_export.export import ExportSettings, export_bundle
 from reft_export.genai import write_genai_config
@@ -35,6 +34,7 @@ from runtimes.chat import ChatTemplate, template_for
 from runtimes.errors import InputError
 from runtimes.generate import GenerationSettings, generate
 from runtimes.ort_session import OrtSession
+from runtimes.prompts import encode
 from runtimes.tokenizer import Detokenizer, Tokenizer
 
 BOS, EOS, PAD, TURN, END, WORD = range(256, 262)

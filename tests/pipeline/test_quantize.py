@@ -18,9 +18,9 @@ from calibration.quantize import quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weight_only import dequantize
 from graph_passes.external import load_graph
-from reft_export.bundling import lost_adapters
 from reft_export.dequantized import fake_quantize
 from reft_export.export import ExportSettings, export_bundle
+from reft_export.gate import lost_adapters
 from reft_export.quantize import quantize_bundle
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle

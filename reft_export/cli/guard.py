@@ -1,0 +1,76 @@
+"""What every verb is wrapped in: a user's mistake becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import typer
+
+from reft_export.console import err, escape, interrupt, print_parity
+from runtimes.errors import ParityError, ReftError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""128 + SIGINT, what a shell expects after Ctrl-C."""
+
+HOST_EXTRAS = {
+    "torch": "host",
+    "transformers": "host",
+    "onnx": "host",
+    "onnx_ir": "host",
+    "onnxscript": "host",
+    "accelerate": "host",
+    "gguf": "host",
+    "onnxruntime": "cpu",
+    "onnxruntime_genai": "genai",
+}
+
+
+def guarded(verb: F) -> F:
+    """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        interrupt.listen()
+        try:
+            return verb(*args, **kwargs)
+        except ReftError as e:
+            fail(str(e), e.exit_code)
+        except KeyboardInterrupt as e:
+            fail(str(e) or "interrupted", INTERRUPTED)
+        except MemoryError:
+            fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
+        except ModuleNotFoundError as e:
+            extra = HOST_EXTRAS.get((e.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            fail(f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of a pipe went away: there is nobody to tell
+            raise typer.Exit(1) from None
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                fail("no space left on the disk; nothing was written", 1)
+            if e.filename is None:
+                raise
+            fail(f"{e.filename} cannot be read or written: {e.strerror}", 2)
+
+    return run  # type: ignore[return-value]
+
+
+def fail(message: str, code: int) -> None:
+    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    raise typer.Exit(code) from None
+
+
+def parity_failed(e: ParityError, *, as_json: bool) -> None:
+    """Shows the figures of a failed gate before the error line."""
+    if e.report is not None and as_json:
+        sys.stdout.write(e.report.to_json() + "\n")
+    elif e.report is not None:
+        print_parity(e.report, title="parity (failed)")
