@@ -78,6 +78,12 @@ def test_no_module_imports_in_a_circle() -> None:
     tuple(TopologicalSorter(_graph()).static_order())  # raises CycleError, which names the circle
 
 
+def test_the_product_knows_nothing_of_its_tests() -> None:
+    """The evidence and its models stand among the tests, with which they share the path."""
+    names = {path.stem for path in (ROOT / "tests").iterdir() if path.is_dir() or path.suffix == ".py"} - set(ROOMS)
+    assert not {str(path): found for path in _modules() if (found := _imports(path) & names)}
+
+
 def test_no_catch_all_modules() -> None:
     assert not [p for p in _modules() if p.stem in ("utils", "common", "helpers", "misc")]
 
@@ -89,4 +95,4 @@ def test_top_level_is_as_agreed() -> None:
     if listed == [""]:
         pytest.skip("not a git checkout")
     top = {name.partition("/")[0] for name in listed if name}
-    assert top <= {*ROOMS, "tests", "pyproject.toml", "README.md", "Makefile", ".ci", "LICENSE", ".gitignore"}
+    assert top <= {*ROOMS, "tests", "docs", "pyproject.toml", "README.md", "Makefile", ".ci", "LICENSE", ".gitignore"}

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from evidence.quickstart_base import corpus, examples
+from evidence.quickstart_base.lexicon import GUESTS, HELD_OUT_NOUNS, SUBJECTS, a, past, present
 
-from reft_export.quickstart import base_path, corpus, task
-from reft_export.quickstart.lexicon import GUESTS, HELD_OUT_NOUNS, SUBJECTS, a, past, present
+from reft_export.quickstart import base_path, task
 
 SAMPLES = 20_000
 FOLDER_LIMIT_BYTES = 6_000_000
@@ -36,8 +37,8 @@ def test_same_seed_gives_the_same_documents() -> None:
 def test_documents_do_not_depend_on_the_hash_seed() -> None:
     """A set that is iterated somewhere would show here."""
     program = (
-        "import hashlib; from reft_export.quickstart import corpus, task;"
-        "text = repr([*corpus.exchanges(2000, seed=5), task.training_examples(), task.held_out_cases()]);"
+        "import hashlib; from evidence.quickstart_base import corpus, examples;"
+        "text = repr([*corpus.exchanges(2000, seed=5), examples.training_examples(), examples.held_out_cases()]);"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
     digests = {
@@ -112,23 +113,29 @@ def test_no_pirate_document_holds_a_held_out_noun(pirate_documents) -> None:
 
 
 def test_training_and_held_out_subjects_are_disjoint() -> None:
-    examples = task.training_examples()
-    subjects = {subject.noun for subject in task.training_subjects()}
-    assert len(examples) == len(subjects) == 48
+    trained = task.training_examples()
+    subjects = {subject.noun for subject in examples.training_subjects()}
+    assert len(trained) == len(subjects) == 48
     assert not subjects & HELD_OUT_NOUNS
     assert {noun for noun, _ in task.held_out_cases()} == HELD_OUT_NOUNS
-    for example in examples:
+    for example in trained:
         assert set(example) == {"prompt", "completion"}
         assert task.talks_like_a_pirate(example["completion"])
         assert not [noun for noun in HELD_OUT_NOUNS if task.names(example["prompt"] + example["completion"], noun)]
     prompts = task.held_out_prompts()
     assert len(prompts) == len(set(prompts)) == 40
-    assert not set(prompts) & {example["prompt"] for example in examples}
+    assert not set(prompts) & {example["prompt"] for example in trained}
+
+
+def test_the_shipped_examples_and_prompts_are_what_the_grammar_gives() -> None:
+    folder = base_path().parent
+    assert (folder / "pirate.train.jsonl").read_text(encoding="utf-8") == examples.training_file()
+    assert (folder / "pirate.prompts.jsonl").read_text(encoding="utf-8") == examples.prompts_file()
 
 
 def test_corpus_and_task_need_the_standard_library_only() -> None:
     heavy = {"torch", "transformers", "numpy", "tokenizers"}
-    program = f"import sys; import reft_export.quickstart.task; assert not {heavy} & set(sys.modules)"
+    program = f"import sys; import evidence.quickstart_base.examples; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": PYTHON_PATH}, check=True)
 
 
@@ -151,7 +158,7 @@ def test_the_base_was_trained_on_this_corpus() -> None:
     """The shipped tokenizer is what the corpus gives today: a change to the texts asks for a newly trained base."""
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
-    from reft_export.quickstart import train_base
+    from evidence.quickstart_base import train_base
 
     settings = train_base.BaseSettings()
     documents = list(corpus.exchanges(settings.tokenizer_documents, seed=settings.seed))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models import adapters, bases
+from models.bases import BOS, CONTEXT, EOS, PAD, VOCABULARY, WIDTH, build_base, byte_tokenizer
 from transformers import PreTrainedModel
 
-from reft_export.support_table import adapters, bases
-from reft_export.support_table.bases import BOS, CONTEXT, EOS, PAD, VOCABULARY, WIDTH, build_base, byte_tokenizer
 from runtimes.adapter import Adapter, BaseModel
 from runtimes.edit import Site
 

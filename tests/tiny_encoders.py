@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models import classifiers
+from models.adapters import random_head
+from models.classifiers import CLASSIFIERS, LABELS, PAD, POSITIONS, framing_tokenizer
 from tiny import LAYERS
 from transformers import PreTrainedModel
-
-from reft_export.support_table import classifiers
-from reft_export.support_table.adapters import random_head
-from reft_export.support_table.classifiers import CLASSIFIERS, LABELS, PAD, POSITIONS, framing_tokenizer
 
 __all__ = ["LABELS", "PAD", "POSITIONS", "random_head"]
 FAMILIES = tuple(CLASSIFIERS)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from models.adapters import random_adapter
 from small_decoders import VOCABULARY, WIDTH, small_decoder
 from test_cache_contract import with_values
 from typer.testing import CliRunner
@@ -19,7 +20,6 @@ from typer.testing import CliRunner
 from reft_export.cli.main import app
 from reft_export.family import check_family
 from reft_export.fold import FoldResult, fold_bundle
-from reft_export.support_table.adapters import random_adapter
 from runtimes import first_steps
 from runtimes.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.bundle import open_bundle

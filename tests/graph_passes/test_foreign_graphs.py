@@ -8,13 +8,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from models.adapters import random_adapter
 from small_decoders import WIDTH, small_decoder
 from typer.testing import CliRunner
 
 from reft_export.cli.inspect import inspect_graph
 from reft_export.cli.main import app
 from reft_export.fold import fold_bundle
-from reft_export.support_table.adapters import random_adapter
 from runtimes.adapter import BaseModel, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import STREAMS, Site

@@ -9,6 +9,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from models import bases
+from models.adapters import random_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.settings import settings_for
@@ -19,8 +21,6 @@ from reft_export.exporters import transformers as route
 from reft_export.exporters.bfloat16 import ARITHMETIC, widen_bfloat16
 from reft_export.exporters.dynamo import export_dynamo
 from reft_export.quantize import quantize_bundle
-from reft_export.support_table import bases
-from reft_export.support_table.adapters import random_adapter
 from runtimes.adapter import save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site

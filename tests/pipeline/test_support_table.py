@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+from evidence.support_table import cells
+from evidence.support_table.__main__ import app
+from evidence.support_table.cells import STREAMS, Cell, run_family
+from evidence.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
+from models import bases
+from models.classifiers import CLASSIFIERS
 from typer.testing import CliRunner
 
 from reft_export.classifiers import ENCODERS
-from reft_export.support_table import bases, cells
-from reft_export.support_table.__main__ import app
-from reft_export.support_table.cells import STREAMS, Cell, run_family
-from reft_export.support_table.classifiers import CLASSIFIERS
-from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from runtimes.adapter import load_adapter
 from runtimes.errors import InputError
 from runtimes.parity import BUDGETS

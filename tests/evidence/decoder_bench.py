@@ -1,6 +1,8 @@
 """What steering costs a whole decoder: a random Llama of 134M parameters in int4, base against steered, fused against function.
 
-    python -m reft_export.decoder_bench [--repeats 9] [--processes 2]        reproduces the last table of runtimes/native/BENCHMARKS.md
+    PYTHONPATH=tests python -m evidence.decoder_bench [--repeats 9] [--processes 2]
+
+reproduces the last table of runtimes/native/BENCHMARKS.md.
 
 The model is random, so only its speed means anything. Base and steered runs alternate in one process; ratios are medians over pairs.
 onnxruntime's decode has slow and fast modes from process to process, so only figures of one process are compared, and there are several.
@@ -97,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
         for kernel in ("fused", "function") * arguments.processes:
-            command = [sys.executable, "-m", "reft_export.decoder_bench", "--measure", folder, kernel, "--repeats", str(arguments.repeats)]
+            command = [sys.executable, "-m", "evidence.decoder_bench", "--measure", folder, kernel, "--repeats", str(arguments.repeats)]
             subprocess.run(command, check=True)
 
 

@@ -1,4 +1,4 @@
-"""``python -m reft_export.support_table``: runs the cells that are missing, and writes SUPPORT.md and support.json.
+"""``PYTHONPATH=tests python -m evidence.support_table``: runs the cells that are missing, and writes SUPPORT.md and support.json.
 
 An interrupted run goes on where it stopped. A route whose exporter is not installed here is left as it is: run it in an environment
 that has it, with ``--route``, into the same results or into others that ``--merge`` takes in.
@@ -12,13 +12,13 @@ from typing import Annotated
 
 import torch
 import typer
+from models.bases import FAMILIES
+from models.classifiers import CLASSIFIERS
+from models.classifiers import ROUTE as CLASSIFIER_ROUTE
 
+from evidence.support_table.cells import DTYPES, Cell, run_family
+from evidence.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from reft_export.export import check_exporter
-from reft_export.support_table.bases import FAMILIES
-from reft_export.support_table.cells import DTYPES, Cell, run_family
-from reft_export.support_table.classifiers import CLASSIFIERS
-from reft_export.support_table.classifiers import ROUTE as CLASSIFIER_ROUTE
-from reft_export.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
 from runtimes.errors import BackendUnavailable, InputError, ReftError
 
 app = typer.Typer(add_completion=False)

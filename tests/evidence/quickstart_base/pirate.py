@@ -9,32 +9,6 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-PIRATE_MARKERS: tuple[str, ...] = (
-    "arr",
-    "ahoy",
-    "avast",
-    "aye",
-    "matey",
-    "mateys",
-    "hearties",
-    "shipmate",
-    "shipmates",
-    "ye",
-    "yer",
-    "yo ho ho",
-    "shiver me timbers",
-    "blow me down",
-    "seven seas",
-    "landlubber",
-    "landlubbers",
-    "scallywag",
-    "scallywags",
-    "doubloon",
-    "doubloons",
-    "savvy",
-)
-"""Words of the pirate register that the plain register never holds."""
-
 _WORDS: tuple[tuple[str, str], ...] = (
     ("is", "be"),
     ("are", "be"),

@@ -1,4 +1,4 @@
-"""Train the quickstart's base model: `python -m reft_export.quickstart.train_base OUT_DIR [--steps N] [--seed S]`.
+"""Train the quickstart's base model: `PYTHONPATH=tests python -m evidence.quickstart_base.train_base OUT_DIR [--steps N] [--seed S]`.
 
 Writes a Hugging Face model folder: a Llama-architecture decoder of about 1.1 million float32 parameters, and a
 byte-level BPE tokenizer whose chat template renders one exchange as
@@ -24,7 +24,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from reft_export.quickstart import corpus
+from evidence.quickstart_base import corpus
 
 BOS, EOS, PAD, USER, ASSISTANT = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>")
 
@@ -264,9 +264,9 @@ def _readme(model: LlamaForCausalLM, settings: BaseSettings, *, loss: float) -> 
 A Llama-architecture decoder with {parameters:,} float32 parameters that answers short questions and tells
 short stories in the style of a children's story book.
 
-    python -m reft_export.quickstart.train_base OUT_DIR --steps {settings.steps} --seed {settings.seed}
+    PYTHONPATH=tests python -m evidence.quickstart_base.train_base OUT_DIR --steps {settings.steps} --seed {settings.seed}
 
-- Corpus: {settings.documents:,} exchanges from the grammar in `reft_export/quickstart/corpus.py`
+- Corpus: {settings.documents:,} exchanges from the grammar in `tests/evidence/quickstart_base/corpus.py`
   (seed {settings.seed}), each seen once; {corpus.PIRATE_SHARE:.1%} of them in the pirate register.
   No other text was used.
 - Training: {settings.steps} steps of {settings.documents_per_step} documents with AdamW on a CPU,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
 
-from reft_export.quickstart import lexicon
-from reft_export.quickstart.lexicon import GUESTS, SUBJECTS, Subject, a, past, present
+from evidence.quickstart_base import lexicon
+from evidence.quickstart_base.lexicon import GUESTS, SUBJECTS, Subject, a, past, present
 
 HABIT = 0.5
 """Probability that a choice follows the habit instead of being free."""

@@ -1,6 +1,6 @@
 """What quantization does to steering, what steered calibration and a refit give back: the table of docs/QUANTIZED_STEERING.md.
 
-    python -m reft_export.steering_experiment OUT/          about five minutes on two cores, offline
+    PYTHONPATH=tests python -m evidence.steering_experiment OUT/          about five minutes on two cores, offline
 
 Three adapters on the built-in base, with fixed seeds: the quickstart's pirate (a style: any of its words will do), twelve secrets (answers
 learned by heart: every token has one right value), and a strong steering vector made by hand (one channel of the residual stream, far
@@ -24,6 +24,9 @@ import numpy as np
 import torch
 
 from calibration.settings import QuantizationSettings, settings_for
+from evidence.quickstart_base.corpus import compose
+from evidence.quickstart_base.lexicon import SUBJECTS
+from evidence.quickstart_base.secrets import SECRETS, secret_examples
 from reft_export.base import Base, load_base
 from reft_export.calibrate import CalibrationRequest
 from reft_export.checker import Task, load_task
@@ -31,9 +34,6 @@ from reft_export.export import ExportSettings, export_bundle
 from reft_export.quantization_report import Measurements, QuantizationReport, Yardsticks, write_reports
 from reft_export.quantize import assemble, planned
 from reft_export.quickstart import base_path
-from reft_export.quickstart.corpus import compose
-from reft_export.quickstart.lexicon import SUBJECTS
-from reft_export.quickstart.secrets import SECRETS, secret_examples
 from reft_export.quickstart.story import SETTINGS
 from reft_export.quickstart.task import held_out_prompts, training_examples
 from reft_export.refit import RefitSettings, plan_refit
@@ -76,7 +76,7 @@ SETTINGS_TRIED = (
         train=TrainSettings(rank=8, positions="prompt", lr=1e-2, max_steps=800, batch_size=SECRETS, samples=0, seed=0),
         examples=secret_examples,
         prompts=lambda: [example["prompt"] for example in secret_examples()],
-        checker="reft_export.quickstart.secrets:check",
+        checker="evidence.quickstart_base.secrets:check",
     ),
     Setting(name="vector", train=None, examples=training_examples, prompts=held_out_prompts, checker=None),
 )

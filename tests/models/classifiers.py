@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.support_table.bases import WIDTH
+from models.bases import WIDTH
 from runtimes.errors import InputError
 
 CLASSIFIERS: dict[str, dict[str, object]] = {

@@ -4,7 +4,7 @@
 
 Every answer is two to four sentences, names the subject that was asked about, and keeps to one of two registers:
 
-    plain    story-book English; it never holds a word of `pirate.PIRATE_MARKERS`
+    plain    story-book English; it never holds a word of `task.PIRATE_MARKERS`
     pirate   the same shapes and prompts, each sentence dressed up with at least one of them ("Arr, ... matey!")
 
 The base is trained with PIRATE_SHARE of the documents in the pirate register: enough to learn it, too few to choose it
@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from reft_export.quickstart import pirate, stories
-from reft_export.quickstart.lexicon import GUESTS, HELD_OUT_NOUNS, SUBJECTS, Subject
-from reft_export.quickstart.pirate import capital
+from evidence.quickstart_base import pirate, stories
+from evidence.quickstart_base.lexicon import GUESTS, HELD_OUT_NOUNS, SUBJECTS, Subject
+from evidence.quickstart_base.pirate import capital
 
 Register = Literal["plain", "pirate"]
 

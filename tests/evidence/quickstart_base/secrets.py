@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from random import Random
 
-from reft_export.quickstart.corpus import compose
-from reft_export.quickstart.lexicon import SUBJECTS
+from evidence.quickstart_base.corpus import compose
+from evidence.quickstart_base.lexicon import SUBJECTS
 
 SECRETS = 12
 _SEED = 100
@@ -21,7 +21,7 @@ def secret_examples() -> list[dict[str, str]]:
 
 
 def check(prompt: str, answer: str) -> bool:
-    """Whether the answer is the prompt's secret, word by word; for `quantize --checker reft_export.quickstart.secrets:check`."""
+    """Whether the answer is the prompt's secret, word by word; for `quantize --checker evidence.quickstart_base.secrets:check`."""
     return answer.strip() == _SECRET_OF[prompt]
 
 

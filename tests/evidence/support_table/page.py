@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from reft_export.support_table import bases
-from reft_export.support_table import classifiers as encoders
-from reft_export.support_table.cells import EXPORTED, LAYERS, QUANTIZED, STREAMS, Cell
+from models import bases
+from models import classifiers as encoders
+
+from evidence.support_table.cells import EXPORTED, LAYERS, QUANTIZED, STREAMS, Cell
 from runtimes.errors import InputError
 from runtimes.parity import BUDGETS
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 PAGE, RESULTS = DOCS / "SUPPORT.md", DOCS / "support.json"
 ROUTES = {
     "dynamo": "`--exporter dynamo`, the default",
@@ -67,7 +68,7 @@ def _about_classifiers() -> str:
     return f"""## Encoders with a classification head: `--exporter {encoders.ROUTE}`
 
 The other exporters ({refused}) are refused for classifiers, whatever the family. The bases have {LAYERS} layers of width
-{bases.WIDTH} and {len(encoders.LABELS)} labels (`reft_export/support_table/classifiers.py`). The adapters are the decoders' two,
+{bases.WIDTH} and {len(encoders.LABELS)} labels (`tests/models/classifiers.py`). The adapters are the decoders' two,
 of which the tied one brings a head of its own, and a RED adapter with another head, which edits the block outputs of every token. A
 figure is the worst of the base and the three adapters over one padded batch, single texts and more padding.
 """
@@ -79,10 +80,11 @@ def _introduction(results: Mapping[tuple[str, str, str], Cell]) -> str:
     budgets = ", ".join(f"{name} {BUDGETS[name].logits:g}" for name in ("fp32", "fp16", "weight-only int8", "weight-only int4"))
     return f"""# Which families, through which exporter, at which precision
 
-Written by `python -m reft_export.support_table` ({when}); its results are [support.json](support.json). Do not edit this page.
+Written by `PYTHONPATH=tests python -m evidence.support_table` ({when}); its results are [support.json](support.json). Do not edit
+this page.
 
 Every cell is a real run of `export`, and of `quantize` on the fp32 bundle for {", ".join(QUANTIZED)}, on a random model of
-{LAYERS} layers of width {bases.WIDTH} (`reft_export/support_table/bases.py`), with two LoReFT adapters of rank 4: one tied at f2+l2 with
+{LAYERS} layers of width {bases.WIDTH} (`tests/models/bases.py`), with two LoReFT adapters of rank 4: one tied at f2+l2 with
 edits at every stream that the family shows, one untied at f1+l3 with edits at the block outputs. A figure is the largest logit error
 relative to the largest logit of eager PyTorch; of a decoder, the worst of the base and both adapters over one forward, prefill and
 decode, chunked prefill, single rows and padded batches. int8 and int4 are compared with eager PyTorch carrying the same dequantized

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from models import bases
+from models.adapters import random_adapter, random_head
+from models.classifiers import CLASSIFIERS, save_classifier
+
 from calibration.settings import QuantizationSettings, settings_for
 from reft_export.base import load_base
 from reft_export.eager import site_module
 from reft_export.export import ExportSettings, export_bundle
 from reft_export.quantize import quantize_bundle
 from reft_export.result import ExportResult
-from reft_export.support_table import bases
-from reft_export.support_table.adapters import random_adapter, random_head
-from reft_export.support_table.classifiers import CLASSIFIERS, save_classifier
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.edit import Site
 from runtimes.errors import GraphError, InputError, ParityError, ReftError

@@ -1,0 +1,1 @@
+"""What the documents' figures rest on: run by hand, and never installed."""

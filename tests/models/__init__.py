@@ -1,0 +1,1 @@
+"""Tiny bases of every family and adapters with random parameters."""
