@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from reft_export.base import HUB_ID, Base
-from reft_export.export import ExportPlan, ExportSettings
+from reft_export.base.load import HUB_ID, Base
+from reft_export.exporting.export import ExportPlan, ExportSettings
 from reft_export.training.settings import TrainSettings
 from runtimes.adapter import form_of
 from runtimes.errors import InputError

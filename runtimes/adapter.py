@@ -63,16 +63,18 @@ class BaseParts:
     """What a fingerprint was made of, to say in what two bases differ. Files written before fingerprints had a version lack it."""
 
     config: dict[str, Any]
-    """The keys of config.json that decide what the base computes, as reft_export.base_config spells them."""
+    """The keys of config.json that decide what the base computes, as reft_export.base.config spells them."""
     weights: str
     """sha256 over all tensors."""
     tensors: dict[str, str]
-    """The first digits of every tensor's digest by its name; run together where names differ in numbers alone (reft_export.same_base)."""
+    """The first digits of every tensor's digest by its name; run together where names differ in numbers alone
+    (reft_export.base.same_base)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base an adapter was trained on. ``fingerprint``, ``parts``: see reft_export.fingerprint. ``labels``: a classifier's, else none.
+    """The base an adapter was trained on. ``fingerprint``, ``parts``: see reft_export.base.fingerprint. ``labels``: a classifier's, else
+    none.
 
     ``model_type``: its family as config.json says; empty in adapters that were saved before it was recorded."""
 

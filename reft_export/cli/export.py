@@ -66,7 +66,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Turn a base and its adapters into a bundle: exported, folded, quantized where asked, and held against eager PyTorch."""
-    from reft_export.export import ExportSettings, export_bundle, plan_export
+    from reft_export.exporting.export import ExportSettings, export_bundle, plan_export
     from runtimes.errors import ParityError
 
     check_choice("--format", format, ("bundle", "pyreft"))
@@ -107,7 +107,7 @@ def export_adapter(
     model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool
 ) -> None:
     """``--format pyreft``: one adapter, converted; there is no graph, so the options of graphs mean nothing."""
-    from reft_export.importing.to_pyreft import export_to_pyreft
+    from reft_export.importing.pyreft.write import export_to_pyreft
     from runtimes.errors import InputError
 
     if len(adapters) != 1 or dry_run:

@@ -13,8 +13,8 @@ from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output,
 from reft_export.console import out, print_json, print_parity, progress
 
 if TYPE_CHECKING:
-    from reft_export.fold import FoldResult
-    from reft_export.fold_edge import EdgeFoldResult
+    from reft_export.folding.edge_llm import EdgeFoldResult
+    from reft_export.folding.fold import FoldResult
 
 
 def register(app: typer.Typer) -> None:
@@ -46,8 +46,8 @@ def fold(
 
     TensorRT-Edge-LLM's exports stay what they are.
     """
-    from reft_export.fold import fold_bundle
-    from reft_export.fold_edge import EdgeFoldResult
+    from reft_export.folding.edge_llm import EdgeFoldResult
+    from reft_export.folding.fold import fold_bundle
     from runtimes.errors import ParityError
 
     folders, chosen = list(adapters or []), parse_sites(sites)

@@ -48,7 +48,7 @@ def parity(
         )
     with progress() as say:
         if model is not None:
-            from reft_export.parity import host_ladder
+            from reft_export.parity.ladder import host_ladder
 
             report = host_ladder(opened, model, provider=provider or "cpu", kernel=kernel, accept_base=accept_base, report=say)
         else:

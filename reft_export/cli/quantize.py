@@ -108,8 +108,8 @@ def quantize(
 
     Writes OUTPUT.quantization.json and .png beside it: size, error per tensor, delta parity, perplexity, success.
     """
-    from reft_export.quantization_report import write_reports
-    from reft_export.refit import RefitSettings
+    from reft_export.evaluation.quantization_report import write_reports
+    from reft_export.quantizing.refit import RefitSettings
     from runtimes.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
@@ -123,7 +123,7 @@ def quantize(
             data=refit, sources=tuple(adapters or ()), steps=refit_steps, lr=refit_lr, objective=refit_objective, output=refit_output
         )
     if (refit or adapters) and open_bundle(bundle).manifest.quantization is not None:
-        from reft_export.swap import swap_bundle
+        from reft_export.quantizing.swap import swap_bundle
 
         if ignored := [f"--{name.replace('_', '-')}" for name in QUANTIZES if given(context, name)]:
             raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
@@ -135,8 +135,8 @@ def quantize(
     else:
         from calibration.observers import Observer
         from calibration.settings import settings_for
-        from reft_export.calibrate import CalibrationRequest
-        from reft_export.quantize import quantize_bundle
+        from reft_export.quantizing.calibrate import CalibrationRequest
+        from reft_export.quantizing.quantize import quantize_bundle
 
         check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
         settings = settings_for(
@@ -200,7 +200,7 @@ def refuse_idle(
 
 def show_report(result: Any, written: Sequence[Path]) -> None:
     """The table of variants, what the refit did, and where the files are."""
-    from reft_export.quantization_report import trimmed
+    from reft_export.evaluation.quantization_report import trimmed
 
     if result.report is None:
         return
@@ -215,8 +215,8 @@ def show_report(result: Any, written: Sequence[Path]) -> None:
 
 def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:
     """What the report measures; raises InputError for a text, a checker or prompts that cannot be used."""
-    from reft_export.checker import load_task
-    from reft_export.quantization_report import Yardsticks, read_text
+    from reft_export.evaluation.checker import load_task
+    from reft_export.evaluation.quantization_report import Yardsticks, read_text
     from runtimes.errors import InputError
 
     if (checker is None) != (prompts is None):

@@ -13,7 +13,7 @@ from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Ou
 from reft_export.console import err, escape, out, print_json, progress
 
 if TYPE_CHECKING:
-    from reft_export.base import Base
+    from reft_export.base.load import Base
     from reft_export.training.settings import TrainSettings
     from runtimes.bundle import Bundle
 
@@ -136,9 +136,9 @@ def train(
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
     if max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
-    from reft_export.bundling import check_fit
+    from reft_export.bundling.files import check_fit
     from reft_export.cli.train_classifier import show_classifier
-    from reft_export.training.classifier import prepare_classifier, train_classifier
+    from reft_export.training.classification import prepare_classifier, train_classifier
     from reft_export.training.trainer import prepare
     from reft_export.training.trainer import train as run_training
     from runtimes.bundle import check_adapter_name, open_bundle
@@ -155,7 +155,7 @@ def train(
     with progress() as report:
         report(f"loading {model}")
         if bundle is not None and accept_base:
-            from reft_export.parity import made_from
+            from reft_export.parity.ladder import made_from
 
             bundle = made_from(bundle, model)
         base = _load(model, bundle, settings, weights=not dry_run)
@@ -199,12 +199,12 @@ def train(
 
 def _load(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights: bool) -> Base:
     """The base to train, on the bundle's weights where there is one; without ``weights`` only everything that they are not needed for."""
-    from reft_export.base import load_base, load_without_weights
+    from reft_export.base.load import load_base, load_without_weights
 
     dtype, device = settings.placement()
     if bundle is None:
         return (load_base if weights else load_without_weights)(model, dtype=dtype, device=device, require_tokenizer=True)
-    from reft_export.refit import load_on_bundle
+    from reft_export.quantizing.refit import load_on_bundle
 
     return load_on_bundle(bundle, model, device=device, weights=weights)
 

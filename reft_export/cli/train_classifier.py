@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from reft_export.console import escape, out, print_json
 
 if TYPE_CHECKING:
-    from reft_export.training.classifier import ClassifierResult
+    from reft_export.training.classification import ClassifierResult
     from reft_export.training.settings import TrainSettings
 
 

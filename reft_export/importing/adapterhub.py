@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reft_export.base import Outline
+from reft_export.base.load import Outline
+from reft_export.base.model_folder import weight_files
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded, short
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import HEAD_CONFIG_FILE, check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
-from reft_export.model_folder import weight_files
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule

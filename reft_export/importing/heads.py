@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from reft_export.base import Outline
-from reft_export.classifiers import head_parameters
+from reft_export.base.classifiers import head_parameters
+from reft_export.base.load import Outline
 from reft_export.importing.foreign import listed, short
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.tensors import as_float32

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reft_export.base import Outline, outline_base
+from reft_export.base.load import Outline, outline_base
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
@@ -115,7 +115,7 @@ def _has_interventions(config: Path) -> bool:
 
 def _reader(format: str, source: Path) -> Reader:
     if format == "pyreft":
-        from reft_export.importing.pyreft import read_pyreft
+        from reft_export.importing.pyreft.read import read_pyreft
 
         return read_pyreft
     if format == "adapterhub":

@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from reft_export.base import Outline
+from reft_export.base.load import Outline
 from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
-from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.pyreft.sites import ComponentSites
 from reft_export.importing.statements import SCALES_AND_SHIFTS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
 from reft_export.training.settings import parse_layers

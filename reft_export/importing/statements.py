@@ -25,9 +25,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from reft_export.base import Outline
+from reft_export.base.load import Outline
 from reft_export.importing.foreign import listed, short
-from reft_export.importing.pyreft_sites import ComponentSites
+from reft_export.importing.pyreft.sites import ComponentSites
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.positions import PositionRule

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reft_export.model_folder import first_line
+from reft_export.base.model_folder import first_line
 from runtimes.errors import AdapterError
 
 

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from reft_export.base import Outline
+from reft_export.base.load import Outline
+from reft_export.base.model_folder import first_line
 from reft_export.importing.foreign import (
     POSITION_CHOICES,
     ForeignAdapter,
@@ -42,7 +43,6 @@ from reft_export.importing.foreign import (
 from reft_export.importing.red import is_red, red_adapter
 from reft_export.importing.statements import ADDS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import as_float32, read_safetensors, safetensors_metadata, vector_float32
-from reft_export.model_folder import first_line
 from reft_export.training.settings import parse_layers
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import AdapterError, InputError

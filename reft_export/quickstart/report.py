@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_export.console import size, worst_rows
-from reft_export.quantization_report import trimmed
+from reft_export.evaluation.quantization_report import trimmed
 from runtimes.version import VERSION
 
 BASE, STEERED, LIMIT, GRID = "#8a93a3", "#0b7285", "#d9480f", "#e5e8ec"

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.settings import QuantizationSettings, settings_for
-from reft_export.base import load_base
-from reft_export.calibrate import CalibrationRequest
-from reft_export.checker import load_task
+from reft_export.base.load import load_base
+from reft_export.bundling.result import ExportResult
 from reft_export.console import Progress, escape, out, print_parity, print_table, progress, size
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.parity import host_ladder
-from reft_export.quantization_report import QuantizationReport, Yardsticks, trimmed, write_reports
-from reft_export.quantize import quantize_bundle
+from reft_export.evaluation.checker import load_task
+from reft_export.evaluation.quantization_report import QuantizationReport, Yardsticks, trimmed, write_reports
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.ladder import host_ladder
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.refit import RefitSettings
+from reft_export.quantizing.swap import swap_bundle
 from reft_export.quickstart import base_path
 from reft_export.quickstart.task import held_out_prompts, talks_like_a_pirate, training_examples
-from reft_export.refit import RefitSettings
-from reft_export.result import ExportResult
-from reft_export.swap import swap_bundle
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import StepRecord, train
 from runtimes.bench import bench

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reft_export.token_rules import end_token, prompt_tokens
+from reft_export.base.token_rules import end_token, prompt_tokens
 from runtimes.errors import InputError
 from runtimes.records import unique_keys
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reft_export.eager import ACTIVATION_FUNCTIONS, EditFn, edit_rows
+from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
 from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, InputError
@@ -212,7 +212,7 @@ class Interventions(nn.Module):
         return self.each[key.replace(".", "-")]  # type: ignore[return-value]
 
     def edits(self) -> dict[Site, EditFn]:
-        """The edit functions that ``reft_export.eager.steer`` takes; gradients flow through them."""
+        """The edit functions that ``reft_export.eager.steering.steer`` takes; gradients flow through them."""
         return {
             site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()
         }

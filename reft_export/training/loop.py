@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from reft_export.base import Base
-from reft_export.eager import Steering
-from reft_export.token_rules import pad_token
+from reft_export.base.load import Base
+from reft_export.base.token_rules import pad_token
+from reft_export.eager.steering import Steering
 from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
 from reft_export.training.data import IGNORED, collate
 from reft_export.training.interventions import Interventions

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from reft_export.eager import Steering, steered
+from reft_export.eager.steering import Steering, steered
 from runtimes.adapter import Adapter
 
 

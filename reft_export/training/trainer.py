@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, set_seed
 
-from reft_export.base import DTYPES, Base, check_device
-from reft_export.eager import greedy_tokens, steer, steered
-from reft_export.token_rules import context_of, stop_tokens, vocabulary_of
+from reft_export.base.load import DTYPES, Base, check_device
+from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
+from reft_export.eager.steering import greedy_tokens, steer, steered
 from reft_export.training.checkpoints import (
     StepRecord,
     check_working_folder,

@@ -27,8 +27,8 @@ def make(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from reft_export.base import load_base
-    from reft_export.export import ExportSettings, export_bundle
+    from reft_export.base.load import load_base
+    from reft_export.exporting.export import ExportSettings, export_bundle
     from runtimes.adapter import Adapter, save_adapter
     from runtimes.edit import Site
     from runtimes.positions import PositionRule
@@ -70,7 +70,7 @@ def measure(folder: Path, kernel: str, repeats: int) -> None:
     """One process: quantizes the bundle's graph to int4 and prints a row per adapter."""
     from calibration.quantize import quantize_graph
     from calibration.settings import QuantizationSettings
-    from reft_export.parity import variant
+    from reft_export.parity.ladder import variant
     from runtimes.bench import bench
     from runtimes.bundle import open_bundle
     from runtimes.ort_session import OrtSession

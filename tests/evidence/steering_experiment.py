@@ -27,17 +27,17 @@ from calibration.settings import QuantizationSettings, settings_for
 from evidence.quickstart_base.corpus import compose
 from evidence.quickstart_base.lexicon import SUBJECTS
 from evidence.quickstart_base.secrets import SECRETS, secret_examples
-from reft_export.base import Base, load_base
-from reft_export.calibrate import CalibrationRequest
-from reft_export.checker import Task, load_task
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.quantization_report import Measurements, QuantizationReport, Yardsticks, write_reports
-from reft_export.quantize import assemble, planned
+from reft_export.base.load import Base, load_base
+from reft_export.evaluation.checker import Task, load_task
+from reft_export.evaluation.quantization_report import Measurements, QuantizationReport, Yardsticks, write_reports
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.quantize import assemble, planned
+from reft_export.quantizing.refit import RefitSettings, plan_refit
+from reft_export.quantizing.swap import refit_in
 from reft_export.quickstart import base_path
 from reft_export.quickstart.story import SETTINGS
 from reft_export.quickstart.task import held_out_prompts, training_examples
-from reft_export.refit import RefitSettings, plan_refit
-from reft_export.swap import refit_in
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
 from runtimes.adapter import Adapter, save_adapter

@@ -18,8 +18,8 @@ from test_cache_contract import with_values
 from typer.testing import CliRunner
 
 from reft_export.cli.main import app
-from reft_export.family import check_family
-from reft_export.fold import FoldResult, fold_bundle
+from reft_export.folding.family import check_family
+from reft_export.folding.fold import FoldResult, fold_bundle
 from runtimes import first_steps
 from runtimes.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.bundle import open_bundle

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from reft_export.cli.inspect import inspect_graph
 from reft_export.cli.main import app
-from reft_export.fold import fold_bundle
+from reft_export.folding.fold import fold_bundle
 from runtimes.adapter import BaseModel, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import STREAMS, Site

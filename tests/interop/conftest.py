@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import BASE, CASES
 
-from reft_export.base import Base, load_base
-from reft_export.export import ExportSettings, export_bundle
+from reft_export.base.load import Base, load_base
+from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.importer import import_adapter
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit
-from reft_export.importing.pyreft_states import CLASSES, read_state
+from reft_export.importing.pyreft.states import CLASSES, read_state
 from reft_export.importing.tensors import orthogonal
 from runtimes.adapter import BaseModel
 from runtimes.edit import Site, activate

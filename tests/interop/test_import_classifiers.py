@@ -11,11 +11,11 @@ import pytest
 import rounding
 import torch
 
-from reft_export.base import load_base
-from reft_export.eager import steered
+from reft_export.base.load import load_base
+from reft_export.eager.steering import steered
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from reft_export.importing.to_pyreft import export_to_pyreft
+from reft_export.importing.pyreft.write import export_to_pyreft
 from runtimes.adapter import load_adapter
 from runtimes.errors import AdapterError, InputError
 

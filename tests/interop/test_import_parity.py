@@ -12,8 +12,8 @@ import pytest
 import torch
 from cases import BASE, CASES, TOLERANCE, Case
 
-from reft_export.base import Base
-from reft_export.eager import greedy_tokens, steered
+from reft_export.base.load import Base
+from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from runtimes.adapter import load_adapter

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from test_refusals import Hostile, refused
 from torch import Tensor, nn
 
-from reft_export.base import Base
-from reft_export.eager import site_module, steered
-from reft_export.export import ExportSettings, export_bundle
+from reft_export.base.load import Base
+from reft_export.eager.steering import site_module, steered
+from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from runtimes.bundle import open_bundle

@@ -12,10 +12,10 @@ import tiny
 import torch
 from cases import BASE, CASES, Case
 
-from reft_export.base import Base, outline_base
+from reft_export.base.load import Base, outline_base
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from reft_export.importing.to_pyreft import export_to_pyreft
+from reft_export.importing.pyreft.write import export_to_pyreft
 from runtimes.adapter import PARAMETERS, load_adapter, save_adapter
 from runtimes.errors import AdapterError, InputError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from reft_export.classifiers import head_parameters
+from reft_export.base.classifiers import head_parameters
 from runtimes.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
 from runtimes.edit import Site
 from runtimes.positions import PositionRule

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
-from reft_export.base import load_base
-from reft_export.export import ExportSettings, export_bundle
+from reft_export.base.load import load_base
+from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.adapter import save_adapter
 
 ADAPTERS = {

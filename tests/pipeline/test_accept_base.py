@@ -14,9 +14,9 @@ from foreign_graphs import save_foreign
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from reft_export.base import outline_base
+from reft_export.base.load import outline_base
+from reft_export.base.model_folder import fingerprint_v1
 from reft_export.cli.main import app
-from reft_export.model_folder import fingerprint_v1
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle, write_manifest
 

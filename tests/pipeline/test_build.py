@@ -21,10 +21,10 @@ import pytest
 
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
-from reft_export import build as build_module
-from reft_export.build import BuildSettings, build_engine, plan_build
-from reft_export.engine_profiles import EngineLimits, engine_profiles
-from reft_export.export import ExportSettings, export_bundle
+from reft_export.building import build as build_module
+from reft_export.building.build import BuildSettings, build_engine, plan_build
+from reft_export.building.engine_profiles import EngineLimits, engine_profiles
+from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quickstart import base_path
 from runtimes.builder_process import run_builder
 from runtimes.bundle import open_bundle

@@ -12,9 +12,9 @@ import torch
 from test_genai import check_stock_genai
 from test_genai import python as python
 
-from reft_export.base import load_base
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.exporters import builder
+from reft_export.base.load import load_base
+from reft_export.exporting import builder
+from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, ExportError, InputError, ParityError
 from runtimes.generate import GenerationSettings, generate, greedy_tokens, padding_of

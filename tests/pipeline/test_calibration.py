@@ -17,12 +17,12 @@ from calibration.observers import Observer
 from calibration.products import activation_quantization
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
-from reft_export import calibrate as module
-from reft_export.banks import bank_steerer
-from reft_export.base import load_base, load_tokenizer
-from reft_export.calibrate import CalibrationRequest, steered_ranges
-from reft_export.eager import greedy_tokens
-from reft_export.quantize import quantize_bundle
+from reft_export.base.load import load_base, load_tokenizer
+from reft_export.eager.banks import bank_steerer
+from reft_export.eager.steering import greedy_tokens
+from reft_export.quantizing import calibrate as module
+from reft_export.quantizing.calibrate import CalibrationRequest, steered_ranges
+from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.training.data import iter_examples
 from runtimes.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError

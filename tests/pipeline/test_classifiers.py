@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 from calibration.settings import settings_for
 from graph_passes.external import load_graph, write_graph
 from graph_passes.unfold import unfold_graph
-from reft_export.base import load_base
-from reft_export.calibrate import CalibrationRequest
+from reft_export.base.load import load_base
 from reft_export.cli.main import app
-from reft_export.eager import steered
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.golden_classifier import classifier_logits, model_inputs
-from reft_export.parity import stored_inputs
-from reft_export.quantize import quantize_bundle
+from reft_export.eager.steering import steered
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.ladder import stored_inputs
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.tasks.classification import classifier_logits, model_inputs
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.edit import ACTIVATIONS
@@ -344,7 +344,7 @@ def test_other_exporters_are_refused(made, tmp_path: Path, monkeypatch: pytest.M
     def missing(_: str) -> None:
         raise BackendUnavailable("is not installed")
 
-    monkeypatch.setattr("reft_export.export.check_exporter", missing)  # nobody is to install what would be refused afterwards
+    monkeypatch.setattr("reft_export.exporting.export.check_exporter", missing)  # nobody is to install what would be refused afterwards
     with pytest.raises(InputError, match=f"base is a classifier, which --exporter {exporter} is not for"):
         export_bundle(str(made()[1]), [], tmp_path / "out", ExportSettings(exporter=exporter), report=quiet)
     assert not (tmp_path / "out").exists()

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
-from reft_export.base import load_base, load_without_weights
+from reft_export.base.load import load_base, load_without_weights
 from reft_export.cli.main import app
 from reft_export.training.checkpoints import HISTORY_FILE, open_working_folder
-from reft_export.training.classifier import prepare_classifier
+from reft_export.training.classification import prepare_classifier
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import prepare, stop_tokens
 from runtimes.adapter import save_adapter
@@ -134,8 +134,8 @@ def test_export_without_the_exporter(files, tmp_path, exporter, monkeypatch) -> 
 
 
 def test_the_builder_reads_a_tokenizer(files, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("reft_export.exporters.builder.check_builder", lambda: None)
-    monkeypatch.setattr("reft_export.export.check_builder", lambda: None)
+    monkeypatch.setattr("reft_export.exporting.builder.check_builder", lambda: None)
+    monkeypatch.setattr("reft_export.exporting.export.check_builder", lambda: None)
     arguments = ["export", "-m", "{files}/no-tokenizer", "-o", "{work}/out", "--exporter", "builder"]
     refused_alike(arguments, files, tmp_path, 2, "has no tokenizer, which the builder reads")
 
@@ -224,8 +224,8 @@ def test_build_plans_the_shapes(bundle_folder, files, tmp_path, monkeypatch) -> 
     def refuse(*_: object) -> None:
         raise EngineError("graph input x varies")
 
-    monkeypatch.setattr("reft_export.build._builder", lambda settings, notes: ("python", ("8.6",)))
-    monkeypatch.setattr("reft_export.build.engine_profiles", refuse)
+    monkeypatch.setattr("reft_export.building.build._builder", lambda settings, notes: ("python", ("8.6",)))
+    monkeypatch.setattr("reft_export.building.build.engine_profiles", refuse)
     arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", "--no-plugin", "-o", "{work}/out"]
     refused_alike(arguments, files, tmp_path, 4, "graph input x varies")
 
@@ -245,14 +245,14 @@ def forbidden(*_: object, **__: object) -> None:
     ],
 )
 def test_good_input_gets_its_plan(files, tmp_path, arguments, says, monkeypatch) -> None:
-    monkeypatch.setattr("reft_export.base._load_model", forbidden)
+    monkeypatch.setattr("reft_export.base.load._load_model", forbidden)
     code, out, err = invoke(*(word.format(files=files, work=tmp_path) for word in arguments), "--dry-run")
     assert code == 0 and says in out and "M parameters" in out, err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_from_a_hub_is_not_downloaded(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("reft_export.base._download", forbidden)
+    monkeypatch.setattr("reft_export.base.load._download", forbidden)
     write_lines(tmp_path / "d.jsonl", DATA)
     for verb in (["export"], ["train", "-d", tmp_path / "d.jsonl"]):
         code, _, err = invoke(*verb, "-m", "someone/a-model", "-o", tmp_path / "out", "--dry-run")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from reft_export.base import load_base
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.exporters import dynamo
-from reft_export.parity import host_ladder
+from reft_export.base.load import load_base
+from reft_export.exporting import dynamo
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.ladder import host_ladder
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site

@@ -14,13 +14,13 @@ from models.adapters import random_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.settings import settings_for
-from reft_export.base import load_base
-from reft_export.eager import site_module
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.exporters import transformers as route
-from reft_export.exporters.bfloat16 import ARITHMETIC, widen_bfloat16
-from reft_export.exporters.dynamo import export_dynamo
-from reft_export.quantize import quantize_bundle
+from reft_export.base.load import load_base
+from reft_export.eager.steering import site_module
+from reft_export.exporting import transformers as route
+from reft_export.exporting.bfloat16 import ARITHMETIC, widen_bfloat16
+from reft_export.exporting.dynamo import export_dynamo
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.adapter import save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site
@@ -223,7 +223,7 @@ def test_decoders_with_another_state_than_keys_and_values(family, small_base, tm
 def test_an_experts_matrix_of_another_base(tmp_path) -> None:
     import torch
 
-    from reft_export.dequantized import _expert
+    from reft_export.base.dequantized import _expert
     from runtimes.bundle import WeightSource
 
     stacked, source = torch.zeros(4, 6, 8), WeightSource(parameter="mlp.experts.down_proj", axis=0, start=2, stop=3)

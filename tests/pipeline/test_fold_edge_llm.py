@@ -148,7 +148,7 @@ def test_a_failure_leaves_nothing(export, adapter, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr("reft_export.fold_edge.ir.save", full)
+    monkeypatch.setattr("reft_export.folding.edge_llm.ir.save", full)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert _fold(export, "-a", adapter, "-o", tmp_path / "out").exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before

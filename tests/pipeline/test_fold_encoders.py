@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 
 from graph_passes.external import load_graph
 from graph_passes.sites import survey_sites
-from reft_export.base import load_base
-from reft_export.classifiers import takes_token_types
+from reft_export.base.classifiers import takes_token_types
+from reft_export.base.load import load_base
 from reft_export.cli.main import app
-from reft_export.eager import steered
-from reft_export.exporters.dynamo_classifier import LogitsOnly
-from reft_export.fold import fold_bundle, foreign_record
-from reft_export.golden_classifier import classifier_inputs, classifier_logits
-from reft_export.parity import host_ladder
+from reft_export.eager.steering import steered
+from reft_export.exporting.dynamo_classifier import LogitsOnly
+from reft_export.folding.fold import fold_bundle, foreign_record
+from reft_export.parity.ladder import host_ladder
+from reft_export.tasks.classification import classifier_inputs, classifier_logits
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import Bundle, open_bundle
 from runtimes.edit import STREAMS, Site
@@ -164,7 +164,7 @@ def test_without_a_config_the_graph_says_how_long_a_text_may_be(tmp_path: Path, 
 def test_a_config_that_says_it_all_spares_the_look_for_tables(tmp_path: Path, monkeypatch) -> None:
     """A graph whose lookups are fused into one operator has no table to look at."""
     graph = foreign_graph(tiny_encoders.save_base(tmp_path / "base", "bert"), tmp_path / "graph", 17)
-    monkeypatch.setattr("reft_export.fold.token_embedding", lambda _: pytest.fail("the graph was asked"))
+    monkeypatch.setattr("reft_export.folding.fold.token_embedding", lambda _: pytest.fail("the graph was asked"))
     assert foreign_record(load_graph(graph), graph).context_length == tiny_encoders.POSITIONS
 
 

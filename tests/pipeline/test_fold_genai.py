@@ -15,8 +15,8 @@ from test_genai import python as python
 
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
-from reft_export.fold import fold_bundle
-from reft_export.parity import host_ladder
+from reft_export.folding.fold import fold_bundle
+from reft_export.parity.ladder import host_ladder
 from runtimes.bundle import open_bundle
 from runtimes.errors import GraphError, InputError
 from runtimes.ort_session import OrtSession
@@ -136,7 +136,7 @@ def test_unknown_operators_are_refused(bundle_folder, tmp_path) -> None:
 
 def test_every_stop_token_of_the_owner_is_kept(tmp_path) -> None:
     """Also one that the generation config lacks and no tokenizer marks as special."""
-    from reft_export.fold import _config, stated_stop_tokens
+    from reft_export.folding.fold import _config, stated_stop_tokens
 
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"eos_token_id": [5, 9]}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))

@@ -20,12 +20,12 @@ from test_genai import python as python
 from calibration.settings import settings_for
 from calibration.weights import constant
 from graph_passes.external import load_graph
-from reft_export.base import load_base
-from reft_export.calibrate import CalibrationRequest
-from reft_export.fold import fold_bundle
-from reft_export.parity import host_ladder
-from reft_export.quantize import quantize_bundle
-from reft_export.refit import load_on_bundle
+from reft_export.base.load import load_base
+from reft_export.folding.fold import fold_bundle
+from reft_export.parity.ladder import host_ladder
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.refit import load_on_bundle
 from runtimes.bundle import open_bundle
 from runtimes.edit import Site
 from runtimes.errors import AdapterError, CalibrationError, GraphError, InputError, ParityError
@@ -119,7 +119,7 @@ def test_a_cache_of_other_names_answers_as_eager_does(bundle_folder, base_folder
 
 def open_own_record(base: str, bundle) -> object:
     """The base's own record, but for the context, which a graph without a config does not state."""
-    from reft_export.bundling import model_record
+    from reft_export.bundling.files import model_record
 
     return replace(model_record(load_base(base)), context_length=bundle.manifest.model.context_length)
 
@@ -285,7 +285,7 @@ def test_join_is_what_it_says(bundle_folder) -> None:
 
 def test_fold_needs_no_torch_without_a_base(joined, adapter_folders, tmp_path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom reft_export.fold import fold_bundle\n"
+        "import sys\nfrom pathlib import Path\nfrom reft_export.folding.fold import fold_bundle\n"
         "fold_bundle(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), slots='graph', sites=(), force=False, report=print)\n"
         "bad = {'torch', 'transformers', 'onnxruntime.quantization'} & set(sys.modules)\nassert not bad, bad"
     )

@@ -19,13 +19,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from reft_export.base import Base, load_base
-from reft_export.bundling import copy_tokenizer, model_record
+from reft_export.base.load import Base, load_base
+from reft_export.base.token_rules import context_of, pad_token, stop_tokens
+from reft_export.bundling.files import copy_tokenizer, model_record
+from reft_export.bundling.genai import write_genai_config
 from reft_export.cli.main import app
-from reft_export.eager import greedy_tokens
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.genai import write_genai_config
-from reft_export.token_rules import context_of, pad_token, stop_tokens
+from reft_export.eager.steering import greedy_tokens
+from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.training.data import collate, load_data
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import _samples, train
@@ -404,7 +404,7 @@ def test_an_end_token_inside_a_prompt_ends_nothing(make, tmp_path: Path) -> None
     ],
 )
 def test_the_context_is_the_same(tmp_path: Path, family: str, overrides: dict, expected: int) -> None:
-    from reft_export.fold import DEFAULT_CONTEXT, _config, _context
+    from reft_export.folding.fold import DEFAULT_CONTEXT, _config, _context
 
     base = load_base(tiny.save_base(tmp_path / family, family, **overrides))
     stated = _context(_config(base.folder))
@@ -451,7 +451,7 @@ def test_generation_config_of_transformers_itself(make) -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_classifiers_texts_are_the_same_tokens(tmp_path: Path, family: str) -> None:
     """Framed alike; what training would cut, and says so, a device refuses."""
-    from reft_export.training.classifier_data import load_labelled
+    from reft_export.training.labelled_data import load_labelled
     base = load_base(tiny_encoders.save_base(tmp_path / family, family))
     device = Device(base, tmp_path / "bundle")
     pairs = [(a, b) for a in ("Hello there.", "é世 <s> x") for b in (None, "and more", "a" * 20)]

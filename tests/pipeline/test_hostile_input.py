@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from graph_passes.external import load_graph
-from reft_export.base import load_base
+from reft_export.base.load import load_base
 from reft_export.cli.main import app
 from runtimes.adapter import save_adapter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reft_export.parity import host_ladder
+from reft_export.parity.ladder import host_ladder
 from runtimes.bundle import open_bundle
 from runtimes.native_library import find_op_library
 from runtimes.ort_session import OrtSession

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from reft_export import edit_ladder, step_by_step
-from reft_export.edit_ladder import edit_rungs
-from reft_export.golden import GoldenInputs, golden_inputs
-from reft_export.quantization_report import QuantizationReport, Steering, Variant
+from reft_export.evaluation.quantization_report import QuantizationReport, Steering, Variant
+from reft_export.parity import activation_ladder as step_by_step
+from reft_export.parity import edit_ladder
+from reft_export.parity.edit_ladder import edit_rungs
+from reft_export.parity.golden import GoldenInputs, golden_inputs
 from runtimes.edit import LowRankEdit, Site
 from runtimes.op import EditNode, bank_of
 from runtimes.parity import Delta, Figures
@@ -91,7 +92,7 @@ class Vocabulary:
 
 
 def test_the_positions_that_are_kept_show_every_edit_of_a_prompts_ends(monkeypatch) -> None:
-    from reft_export import golden
+    from reft_export.parity import golden
 
     monkeypatch.setattr(golden, "_greedy", lambda model, prompts, count: np.ones((len(prompts), count), np.int64))
     prompts = [[1] * n for n in (3, 8, 13, 21)]

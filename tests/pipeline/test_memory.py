@@ -20,8 +20,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
-from reft_export.base import load_base
-from reft_export.exporters.dynamo import export_dynamo
+from reft_export.base.load import load_base
+from reft_export.exporting.dynamo import export_dynamo
 from runtimes.bench import peak_memory
 from runtimes.edit import Site
 from runtimes.op import EditNode
@@ -66,11 +66,11 @@ from pathlib import Path
 import tiny, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from calibration.settings import settings_for
-from reft_export import golden
-from reft_export.base import load_base
-from reft_export.calibrate import CalibrationRequest
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.quantize import quantize_bundle
+from reft_export.parity import golden
+from reft_export.base.load import load_base
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.adapter import save_adapter
 from runtimes.bench import peak_memory
 from runtimes.errors import ParityError

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from reft_export.base import load_base
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.fold import fold_bundle
-from reft_export.parity import host_ladder
+from reft_export.base.load import load_base
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.folding.fold import fold_bundle
+from reft_export.parity.ladder import host_ladder
 from runtimes.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, InputError
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from calibration.weights import WeightError
-from reft_export.banks import bank_steerer
-from reft_export.base import load_base
-from reft_export.checker import Task, load_task
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.quantization_report import Measurements, Yardsticks, read_text, write_reports
+from reft_export.base.load import load_base
+from reft_export.eager.banks import bank_steerer
+from reft_export.evaluation.checker import Task, load_task
+from reft_export.evaluation.quantization_report import Measurements, Yardsticks, read_text, write_reports
+from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.bundle import open_bundle
 from runtimes.errors import InputError
 from runtimes.ort_session import OrtSession

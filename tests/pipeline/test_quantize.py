@@ -18,10 +18,10 @@ from calibration.quantize import quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weight_only import dequantize
 from graph_passes.external import load_graph
-from reft_export.dequantized import fake_quantize
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.gate import lost_adapters
-from reft_export.quantize import quantize_bundle
+from reft_export.base.dequantized import fake_quantize
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.gate import lost_adapters
+from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError, ParityError
@@ -65,7 +65,7 @@ def _check_delta_reference(folder, report, bits: int) -> None:
 
 def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_path, monkeypatch) -> None:
     """A scale that is off by 1 % after the eager reference was dequantized: the gate at level 1 sees it."""
-    from reft_export import quantize as module
+    from reft_export.quantizing import quantize as module
 
     right = module.write_graph
 
@@ -111,7 +111,7 @@ def test_a_barely_trained_adapter_is_named(base_folder, adapter_folders, tmp_pat
 
 def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
     """The head's product is quantized; the embedding's rows are looked up in float, in the graph and in eager alike."""
-    from reft_export.export import ExportSettings, export_bundle
+    from reft_export.exporting.export import ExportSettings, export_bundle
 
     base = tiny.save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
     result = export_bundle(str(base), [], tmp_path / "b", ExportSettings(precision="int4"), **QUIET)

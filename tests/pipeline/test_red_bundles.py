@@ -26,21 +26,21 @@ from graph_passes.external import load_graph
 from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
-from reft_export import build as build_module
-from reft_export import bundling
-from reft_export.banks import bank_edits
-from reft_export.base import load_base
-from reft_export.build import BuildSettings
+from reft_export.base.load import load_base
+from reft_export.building import build as build_module
+from reft_export.building.build import BuildSettings
+from reft_export.building.engine_profiles import engine_profiles
+from reft_export.bundling import files as bundling
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
-from reft_export.eager import site_module, steered
-from reft_export.engine_profiles import engine_profiles
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.fold import fold_bundle
-from reft_export.parity import host_ladder
-from reft_export.quantize import quantize_bundle
-from reft_export.refit import RefitSettings
-from reft_export.swap import swap_bundle
+from reft_export.eager.banks import bank_edits
+from reft_export.eager.steering import site_module, steered
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.folding.fold import fold_bundle
+from reft_export.parity.ladder import host_ladder
+from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.refit import RefitSettings
+from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
 from runtimes.adapter import load_adapter, save_adapter

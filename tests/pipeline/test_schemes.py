@@ -16,12 +16,12 @@ from calibration.selection import weight_products
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
 from graph_passes.insert import is_edit
-from reft_export.base import load_base
-from reft_export.calibrate import CalibrationRequest
-from reft_export.dequantized import load_dequantized
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.parity import host_ladder
-from reft_export.quantize import quantize_bundle
+from reft_export.base.dequantized import load_dequantized
+from reft_export.base.load import load_base
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.ladder import host_ladder
+from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.bundle import open_bundle
 from runtimes.errors import CalibrationError, ParityError
 from runtimes.ort_session import OrtSession
@@ -145,7 +145,7 @@ def test_dequantized_weights_go_into_eager(scheme, float_bundle) -> None:
 @pytest.mark.parametrize("scheme", ["static", "dynamic", "fp8"])
 def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
     """A scale that is off by a tenth after eager was dequantized: the rung with float activations sees it."""
-    from reft_export import quantize as module
+    from reft_export.quantizing import quantize as module
 
     right = module.write_graph
 
@@ -165,7 +165,7 @@ def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path,
 
 def test_planted_fault_in_an_activation(float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
     """The scale of one activation is off by a tenth while the graph runs: the weights are right, the roundings are not the formula's."""
-    from reft_export import step_by_step as module
+    from reft_export.parity import activation_ladder as module
 
     right = module.expose_quantized_inputs
 

@@ -15,7 +15,7 @@ from models import bases
 from models.classifiers import CLASSIFIERS
 from typer.testing import CliRunner
 
-from reft_export.classifiers import ENCODERS
+from reft_export.base.classifiers import ENCODERS
 from runtimes.adapter import load_adapter
 from runtimes.errors import InputError
 from runtimes.parity import BUDGETS

@@ -12,8 +12,8 @@ import torch
 
 from calibration.quantize import quantize_graph
 from calibration.settings import settings_for
-from reft_export.dequantized import load_dequantized
-from reft_export.exporters.weight_sources import find_weight_sources
+from reft_export.base.dequantized import load_dequantized
+from reft_export.exporting.weight_sources import find_weight_sources
 from runtimes.bundle import WeightSource
 from runtimes.errors import BundleError
 

@@ -13,8 +13,8 @@ from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, toy_tokenizer, wri
 from toy_engine import install_doubles, write_toy_engine
 from typer.testing import CliRunner, Result
 
-from reft_export.checker import load_task
 from reft_export.cli.main import app
+from reft_export.evaluation.checker import load_task
 from runtimes.bundle import Bundle
 from runtimes.generate import GenerationSettings, generate
 from runtimes.ort_session import OrtSession

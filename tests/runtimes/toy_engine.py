@@ -16,7 +16,7 @@ from tensorrt_double import CudaDouble, TensorRTDouble, write_plan
 
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
-from reft_export.engine_profiles import EngineLimits, engine_profiles
+from reft_export.building.engine_profiles import EngineLimits, engine_profiles
 from runtimes import cuda_device, tensorrt_session
 from runtimes.bundle import MANIFEST_FILE, Bundle, TensorRecord
 from runtimes.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base import load_base, outline_base, wrap_base
-from reft_export.fingerprint import fingerprint, memory_fingerprint
+from reft_export.base.fingerprint import fingerprint, memory_fingerprint
+from reft_export.base.load import load_base, outline_base, wrap_base
 from runtimes.errors import BackendUnavailable, InputError
 
 

@@ -13,10 +13,10 @@ import tiny_encoders
 import torch
 from tokenizers import normalizers
 
-from reft_export.base import Base, load_base, wrap_base
-from reft_export.eager import steered
-from reft_export.training.classifier import train_classifier
-from reft_export.training.classifier_data import collate_labelled, load_labelled
+from reft_export.base.load import Base, load_base, wrap_base
+from reft_export.eager.steering import steered
+from reft_export.training.classification import train_classifier
+from reft_export.training.labelled_data import collate_labelled, load_labelled
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
 from runtimes.adapter import load_adapter

@@ -10,7 +10,7 @@ import rounding
 import torch
 from transformers import PreTrainedModel
 
-from reft_export.eager import decoder_layers, greedy_tokens, low_rank_edit_fn, site_module, steer, steered
+from reft_export.eager.steering import decoder_layers, greedy_tokens, low_rank_edit_fn, site_module, steer, steered
 from reft_export.training.interventions import Interventions
 from runtimes.adapter import Adapter, BaseModel
 from runtimes.edit import STREAMS, LowRankEdit, Site

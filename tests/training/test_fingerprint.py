@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from reft_export.base import Base, load_base, outline_base, wrap_base
-from reft_export.base_config import canonical_config
-from reft_export.bundling import check_fit
-from reft_export.fingerprint import SAMPLE_VALUES, SAMPLES, fingerprint, identify
-from reft_export.model_folder import fingerprint_v1, memory_fingerprint_v1
-from reft_export.same_base import grouped, separate, tensor_differences
+from reft_export.base.config import canonical_config
+from reft_export.base.fingerprint import SAMPLE_VALUES, SAMPLES, fingerprint, identify
+from reft_export.base.load import Base, load_base, outline_base, wrap_base
+from reft_export.base.model_folder import fingerprint_v1, memory_fingerprint_v1
+from reft_export.base.same_base import grouped, separate, tensor_differences
+from reft_export.bundling.files import check_fit
 from runtimes.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError
 

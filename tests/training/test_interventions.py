@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from reft_export.eager import edit_fn, low_rank_edit_fn
+from reft_export.eager.steering import edit_fn, low_rank_edit_fn
 from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
 from runtimes.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
 from runtimes.edit import ACTIVATIONS, LowRankEdit, Site

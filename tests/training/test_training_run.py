@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base import Base, wrap_base
-from reft_export.eager import greedy_tokens, steered
+from reft_export.base.load import Base, wrap_base
+from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, parse_layers
 from reft_export.training.trainer import TrainResult, train

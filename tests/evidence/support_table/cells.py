@@ -16,11 +16,11 @@ from models.adapters import random_adapter, random_head
 from models.classifiers import CLASSIFIERS, save_classifier
 
 from calibration.settings import QuantizationSettings, settings_for
-from reft_export.base import load_base
-from reft_export.eager import site_module
-from reft_export.export import ExportSettings, export_bundle
-from reft_export.quantize import quantize_bundle
-from reft_export.result import ExportResult
+from reft_export.base.load import load_base
+from reft_export.bundling.result import ExportResult
+from reft_export.eager.steering import site_module
+from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.adapter import Adapter, save_adapter
 from runtimes.edit import Site
 from runtimes.errors import GraphError, InputError, ParityError, ReftError

@@ -1,0 +1,1 @@
+"""The base: a checkpoint as it is found, loaded and identified."""

@@ -1,0 +1,1 @@
+"""A bundle to a TensorRT engine."""

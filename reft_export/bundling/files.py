@@ -1,0 +1,243 @@
+"""From a folded graph to a bundle folder: files, adapters and the manifest."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.cache_shapes import ATTENTION
+from reft_export.base.classifiers import check_head
+from reft_export.base.same_base import require_same
+from reft_export.base.token_rules import bos_token, context_of, pad_token, stop_tokens, vocabulary_of
+from reft_export.bundling.genai import keep_genai_config, write_genai_config
+from reft_export.bundling.tokenizer_files import write_as_read
+from runtimes.adapter import Adapter, load_adapter
+from runtimes.bundle import (
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    AdapterRecord,
+    Manifest,
+    ModelRecord,
+    NodeRecord,
+    Quantization,
+    TensorRecord,
+    WeightSource,
+    check_adapter_name,
+    write_adapter_record,
+    write_manifest,
+)
+from runtimes.edit import Site
+from runtimes.errors import GraphError, InputError
+from runtimes.op import EditNode
+from runtimes.ort_adapter_file import write_onnx_adapter
+from runtimes.parity import budget_for
+from runtimes.precision import NUMPY_DTYPES
+from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.version import VERSION
+
+if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from reft_export.base.load import Base
+
+Report = Callable[[str], None]
+"""Told what is being done; the CLI shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleParts:
+    """What ``write_bundle_files`` needs besides the graph."""
+
+    model: ModelRecord
+    precision: str
+    quantization: Quantization | None
+    exporter: str
+    logits: str
+    slots: str
+    nodes: tuple[EditNode, ...]
+    adapters: tuple[str, ...]
+    weights: Mapping[str, WeightSource]
+    genai_config: Mapping[str, Any] = field(default_factory=dict)
+    """The graph's own genai_config.json, which is kept; empty where it has none."""
+    labels: tuple[str, ...] = ()
+    """A classifier's; a decoder has none."""
+    head: Mapping[str, WeightSource] = field(default_factory=dict)
+    """A classifier's overridable initializers and the parameters that they hold."""
+
+
+def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
+    """Adapters by name, the name being the folder's."""
+    adapters: dict[str, Adapter] = {}
+    for folder in folders:
+        name = Path(folder).resolve().name
+        if name in adapters:
+            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
+        adapters[name] = load_adapter(folder)
+    return adapters
+
+
+def model_record(base: Base) -> ModelRecord:
+    config = base.model.config.get_text_config()
+    return ModelRecord(
+        name=base.info.name,
+        model_type=config.model_type,
+        fingerprint=base.info.fingerprint,
+        vocab_size=vocabulary_of(base),
+        hidden_size=base.info.hidden_size,
+        num_hidden_layers=base.info.num_hidden_layers,
+        context_length=context_of(base),
+        num_attention_heads=config.num_attention_heads,
+        bos_token_id=bos_token(base),
+        eos_token_ids=stop_tokens(base),
+        pad_token_id=pad_token(base),
+        sliding_window=_window(config),
+        parts=base.info.parts,
+    )
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    # GPT-Neo's local layers.
+    return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
+
+
+def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:
+    """Raises AdapterError, naming both models and in what they differ, for an adapter that was trained on another base.
+
+    ``accept_base``: one of equal weights will do.
+    """
+    check_adapter_name(name)
+    require_same(
+        f"adapter {name} was trained on",
+        adapter.base,
+        "this base is",
+        base.info,
+        "pass the base it was trained on",
+        former=base.former_fingerprint,
+        accept=accept_base,
+    )
+    check_head(adapter, base.model)
+
+
+def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int) -> tuple[EditNode, ...]:
+    """The nodes of all adapters and sites; every block output where neither is given, so that adapters can come later."""
+    nodes = {node for adapter in adapters for node in adapter.nodes()} | {EditNode(site=site) for site in sites}
+    return tuple(sorted(nodes or {EditNode(site=Site(layer=layer)) for layer in range(layers)}))
+
+
+def write_adapter(
+    folder: Path,
+    name: str,
+    adapter: Adapter,
+    nodes: tuple[EditNode, ...],
+    *,
+    precision: str,
+    slots: str,
+    head: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """adapters/<name>.onnx_adapter with every bank and, where the graph computes slots, every rule; and its record.
+
+    ``head``: of a classifier, what ``head_tensors`` gives for the adapter.
+    """
+    record = AdapterRecord(
+        method=adapter.method,
+        rank=adapter.rank,
+        sites=tuple(map(str, adapter.sites)),
+        positions=str(adapter.positions),
+        truncate=adapter.positions.truncate,
+        tied=adapter.tied,
+        activation=adapter.activation,
+        base=adapter.base,
+        trained_on=adapter.trained_on,
+        training=dict(adapter.training),
+    )
+    write_adapter_record(folder, name, record)
+    tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
+    if slots == "graph":
+        tensors |= adapter.rule_tensors()
+    tensors |= head or {}
+    write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+
+
+def head_tensors(adapter: Adapter, sources: Mapping[str, WeightSource], defaults: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The head's initializers with an adapter's values, as the graph multiplies by them; the ``defaults`` where it has no head."""
+    if not adapter.head:
+        return dict(defaults)
+    tensors = {}
+    for name, source in sources.items():
+        value = adapter.head[source.parameter]
+        tensors[name] = np.ascontiguousarray((value.T if source.transpose else value).astype(defaults[name].dtype))
+    return tensors
+
+
+def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to.
+
+    Where transformers reads the files otherwise than a device does, which takes them at their word, what transformers made of them is
+    written: adapters were trained on its tokens.
+    """
+    if source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if (source / TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
+    if tokenizer is not None and not (folder / "tokenizer.json").is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as converted:
+            tokenizer.save_pretrained(converted)
+            for name in TOKENIZER_FILES:
+                if (Path(converted) / name).is_file():
+                    shutil.copyfile(Path(converted) / name, folder / name)
+    if tokenizer is not None and tokenizer.is_fast:
+        write_as_read(folder, tokenizer)
+
+
+def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest:
+    """Writes genai_config.json and manifest.json over the files that already lie in ``folder``."""
+    manifest = Manifest(
+        created_by=f"reft-export {VERSION}",
+        model=parts.model,
+        precision=parts.precision,
+        quantization=parts.quantization,
+        exporter=parts.exporter,
+        opset=graph.opset_imports[""],
+        ir_version=graph.ir_version,
+        logits=parts.logits,
+        slots=parts.slots,
+        inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
+        outputs=tuple(_tensor(v) for v in graph.graph.outputs),
+        nodes=tuple(map(NodeRecord.of, parts.nodes)),
+        adapters=parts.adapters,
+        parity_budget={},
+        weights=dict(parts.weights),
+        genai=_genai(folder, graph, parts),
+        padding="right" if parts.labels else "none" if any(node.op_type == ATTENTION for node in graph.graph) else "left",
+        task=TEXT_CLASSIFICATION if parts.labels else TEXT_GENERATION,
+        labels=parts.labels,
+        head=dict(parts.head),
+    )
+    budget = budget_for(manifest)
+    manifest = replace(manifest, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
+    if parts.labels:
+        return "onnxruntime-genai generates text, and a classifier is no decoder"
+    if parts.genai_config:
+        return keep_genai_config(folder, parts.genai_config, parts.model, slots=parts.slots)
+    return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
+
+
+def _tensor(value: ir.Value) -> TensorRecord:
+    if value.shape is None:
+        raise GraphError(f"the graph does not declare the shape of {value.name}; run onnx.shape_inference over it first")
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

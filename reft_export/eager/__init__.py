@@ -1,0 +1,1 @@
+"""The reference: an adapter's edits in eager PyTorch."""

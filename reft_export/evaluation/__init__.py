@@ -1,0 +1,1 @@
+"""What is left of the steering: checkers, perplexity, and the report of both."""

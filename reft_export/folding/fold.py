@@ -1,0 +1,398 @@
+"""``reft-export fold``: adapters into an ONNX decoder that another tool exported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from calibration.selection import constant_matrix, quantized_weights, token_embedding
+from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.contract import name_cache
+from graph_passes.domains import check_domains
+from graph_passes.edge_llm import is_edge_llm
+from graph_passes.encoder import is_classifier
+from graph_passes.external import load_graph, write_graph
+from graph_passes.fold import fold_graph
+from graph_passes.graph_file import graph_file
+from graph_passes.head import expose_head, head_defaults, locate_head
+from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
+from graph_passes.streams import stream_types, stream_width
+from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input, stated_labels
+from reft_export.base.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
+from reft_export.bundling.files import (
+    BundleParts,
+    Report,
+    check_fit,
+    copy_tokenizer,
+    finish_bundle,
+    head_tensors,
+    load_adapters,
+    union_nodes,
+    write_adapter,
+)
+from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object, whole_number
+from reft_export.folding.edge_llm import EdgeFoldResult, fold_edge_folder
+from reft_export.folding.family import check_family, check_same_family
+from reft_export.parity.gate import gate
+from runtimes.adapter import Adapter
+from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
+from runtimes.chat import ChatTemplate
+from runtimes.edit import Site
+from runtimes.errors import AdapterError, GraphError, InputError
+from runtimes.first_steps import first_steps
+from runtimes.folders import atomic_folder, check_destination
+from runtimes.op import EditNode
+from runtimes.parity import ParityReport
+from runtimes.stop_tokens import stop_token_ids
+from runtimes.tokenizer import GENERATION_FILE, TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:  # without a base, fold runs without torch, whose import takes longer than the fold
+    from reft_export.base.load import Base
+
+PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+MOST_TOKEN_TYPES = 4
+"""A table of more rows, beside that of the tokens, is one of positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldResult:
+    """``found``: for every site, the tensor that carries its stream and how it was found."""
+
+    nodes: tuple[EditNode, ...]
+    adapters: tuple[str, ...]
+    found: dict[str, str]
+    parity: ParityReport | None = None
+    """Against the base; None without one, and for bfloat16, which no CPU runs."""
+    quantized: int = 0
+    """Weights that the tool that made the graph had quantized."""
+    not_run: str = ""
+    """Why onnxruntime took no step of the bundle here; empty where it did."""
+
+
+def fold_bundle(
+    graph: Path,
+    adapter_folders: list[Path],
+    output: Path,
+    *,
+    slots: str,
+    sites: tuple[Site, ...],
+    as_lora: bool = False,
+    model: str | None = None,
+    accept_base: bool = False,
+    force: bool,
+    report: Report,
+) -> FoldResult | EdgeFoldResult:
+    """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
+
+    An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, and its family
+    where a config.json beside the graph names one; its fingerprint cannot be, and there are no golden arrays; the bundle takes its first
+    steps in onnxruntime. With the base's folder or hub id, the bundle is what an export makes: fingerprints are checked, every weight's
+    parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
+    """
+    if slots not in ("graph", "input"):
+        raise InputError(f"slots {slots!r} is unknown; known: graph, input")
+    check_destination(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])])
+    adapters = load_adapters(adapter_folders)
+    source = _source(graph)
+    report(f"reading {source}")
+    decoder = load_graph(source)
+    if is_edge_llm(decoder.graph):
+        if model is not None:
+            raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
+        if sites or slots != "graph":
+            raise InputError("--sites and --slots input add graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave them out")
+        return fold_edge_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
+    if as_lora:
+        raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
+    genai_config = _genai_config(source.parent, source.name)
+    check_domains(decoder)
+    fix_cache_shapes(decoder)
+    genai_config = _with_our_cache(decoder, genai_config)
+    record = foreign_record(decoder, source)
+    for name, adapter in adapters.items():
+        check_adapter_name(name)
+        has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
+        if has != needs:
+            raise AdapterError(
+                f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
+                f"layers, width {has[1]}; pass the graph of the base it was trained on"
+            )
+    check_same_family(adapters)
+    if model is None:
+        check_family(adapters, source)
+    labels = _labels(decoder, source, adapters, record.vocab_size)
+    nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
+    found = {
+        str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(decoder, {n.site for n in nodes}).items())
+    }
+    precision = _precision(decoder, nodes, record.hidden_size, source)
+    base, weights = None, {}
+    if model is not None:
+        base, record, weights = _known_base(model, decoder, source, adapters, record, report, accept_base=accept_base)
+        labels = _labels_of_base(base, labels, source)
+    head_sources = _head_sources(decoder, adapters)
+    report(f"folding {len(nodes)} edit nodes")
+    fold_graph(decoder, nodes, slots=slots)
+    head = expose_head(decoder, head_sources, [source.parameter for source in head_sources.values()])
+    weights = {name: source for name, source in weights.items() if name in decoder.graph.initializers}
+    with atomic_folder(output, force=force) as work:
+        write_graph(decoder, work)
+        for name, adapter in adapters.items():
+            own_head = head_tensors(adapter, head, head_defaults(decoder, head))
+            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots, head=own_head)
+        copy_tokenizer(source.parent, None, work)
+        if genai_config:
+            copy_genai_files(source.parent, work, genai_config)
+        if base is not None:
+            _record_reference(work, base, adapters, precision, report)
+            base = None  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+        logits = next(v for v in decoder.graph.outputs if v.name == "logits")
+        parts = BundleParts(
+            model=record,
+            precision=precision,
+            quantization=None,
+            exporter="foreign",
+            logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
+            slots=slots,
+            nodes=nodes,
+            adapters=tuple(adapters),
+            weights=weights,
+            genai_config=genai_config,
+            labels=labels,
+            head=head,
+        )
+        finish_bundle(work, decoder, parts)
+        parity, not_run = None, ""
+        if model is not None and precision != "bf16":
+            report("holding the bundle against the eager model")
+            parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
+        else:
+            report("taking its first steps in onnxruntime")
+            not_run = first_steps(work, output)
+    quantized = len(quantized_weights(decoder.graph))
+    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
+
+
+def _known_base(
+    model: str,
+    decoder: ir.Model,
+    source: Path,
+    adapters: dict[str, Adapter],
+    record: ModelRecord,
+    report: Report,
+    *,
+    accept_base: bool,
+) -> tuple[Base, ModelRecord, dict[str, WeightSource]]:
+    """The base that the graph is said to be of, its record, and which of its parameters every weight is."""
+    from reft_export.base.load import load_base
+    from reft_export.folding.foreign_base import known_model, match_weights, refuse_quantized
+
+    refuse_quantized(decoder, str(source), "there is nothing to hold against the base: leave --model out")
+    report(f"loading {model}")
+    base = load_base(model)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base, accept_base=accept_base)
+    full = known_model(record, base, context=_context(_config(source.parent)))
+    report("finding the base's weights in the graph")
+    return base, full, match_weights(decoder, base, str(source))
+
+
+def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], precision: str, report: Report) -> None:
+    from reft_export.base.memory import give_back
+    from reft_export.eager.steering import steered
+    from reft_export.folding.foreign_base import record_reference
+
+    report("recording what the eager model says")
+    copy_tokenizer(None if (work / "tokenizer.json").is_file() else base.folder, base.tokenizer, work)
+    record_reference(work / "golden", base, {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}, precision)
+    give_back()
+
+
+def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter], vocabulary: int) -> tuple[str, ...]:
+    """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
+
+    Raises AdapterError for an adapter of other labels, GraphError for a config.json that names more labels than logits, or fewer, and for
+    a decoder whose cache was left out, which looks like a classifier of as many labels as its ``vocabulary`` has tokens.
+    """
+    if not is_classifier(model.graph):
+        if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
+            raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
+        return ()
+    count = next(v for v in model.graph.outputs if v.name == "logits").shape[-1]
+    path = source.parent / "config.json"
+    stated = stated_labels(read_json_object(path), path)
+    if stated and len(stated) != count:
+        raise GraphError(f"{path} names {len(stated)} labels, and the graph has {count} logits; correct the file")
+    trained = next((adapter.base.labels for adapter in adapters.values()), ())
+    if not stated and not trained and count == vocabulary:
+        raise GraphError(
+            f"{source} has no KV cache and logits [batch, {count}], one for every token of its vocabulary, so it is neither a decoder with "
+            "a cache nor a classifier; export the decoder with its cache (text-generation-with-past)"
+        )
+    labels = stated or trained or tuple(f"LABEL_{i}" for i in range(count))
+    for name, adapter in adapters.items():
+        if adapter.base.labels != labels or len(labels) != count:
+            raise AdapterError(
+                f"adapter {name} was trained on {adapter.base.name} with labels {_listed(adapter.base.labels)}; {source} has "
+                f"{count}: {_listed(labels)}; pass the graph of the base it was trained on"
+            )
+    return labels
+
+
+def _listed(labels: tuple[str, ...], most: int = 8) -> str:
+    more = len(labels) - most
+    return (", ".join(labels[:most]) or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def _labels_of_base(base: Base, labels: tuple[str, ...], source: Path) -> tuple[str, ...]:
+    """The base's labels, whose order the golden arrays hold the graph to; GraphError where the graph has more logits or fewer."""
+    if len(base.info.labels) != len(labels):
+        raise GraphError(
+            f"{source} has {len(labels) or 'no'} labels, {base.info.name} {len(base.info.labels) or 'none'}; pass the base that the graph "
+            "was exported from"
+        )
+    return base.info.labels
+
+
+def _head_sources(model: ir.Model, adapters: dict[str, Adapter]) -> dict[str, WeightSource]:
+    """Where the graph holds the head that adapters bring; empty where none brings one."""
+    heads = [{name: value.shape for name, value in adapter.head.items()} for adapter in adapters.values() if adapter.head]
+    if not heads:
+        return {}
+    if any(head != heads[0] for head in heads):
+        raise AdapterError("the adapters' heads have parameters of other names or shapes; fold adapters of one base")
+    last = Site(layer=survey_sites(model).layers - 1)
+    end = locate_sites(model, [last])[last].value
+    return locate_head(model, end, heads[0])
+
+
+def _source(graph: Path) -> Path:
+    """The graph that is meant: of a folder that onnxruntime-genai opens, the decoder that its config names."""
+    config = read_genai_config(graph) if graph.is_dir() else {}
+    return graph / genai_decoder(config, graph / CONFIG_FILE) if config else graph_file(graph)
+
+
+def _genai_config(folder: Path, name: str) -> dict[str, Any]:
+    """The genai config beside the graph, where it is about this graph."""
+    config = read_genai_config(folder)
+    return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
+
+
+def _with_our_cache(model: ir.Model, config: dict[str, Any]) -> dict[str, Any]:
+    """Names the graph's cache as a bundle's is; returns the genai config, where there is one, with these names."""
+    if is_classifier(model.graph) or not name_cache(model.graph) or not config:
+        return config
+    decoder = config["model"]["decoder"]
+    ours = {
+        way: {**decoder.get(way, {}), **{f"{kind}_{part}_names": f"{name}.%d.{part}" for part in ("key", "value")}}
+        for way, kind, name in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))
+    }
+    return {**config, "model": {**config["model"], "decoder": {**decoder, **ours}}}
+
+
+def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
+    """What the graph, and the configuration files beside it, say of the model."""
+    folder, survey = source.parent, survey_sites(model)
+    vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
+    if vocabulary is None or not isinstance(vocabulary[-1], int):
+        raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
+    config = _config(folder)
+    if is_classifier(model.graph):
+        positions = _context(config) or _position_rows(model.graph) or DEFAULT_POSITIONS
+        context = longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
+    else:
+        context = _context(config) or DEFAULT_CONTEXT
+    vocab_size = vocabulary[-1]
+    if is_classifier(model.graph):
+        vocab_size = int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
+    stop = () if is_classifier(model.graph) else stated_stop_tokens(folder, config, vocab_size)
+    return ModelRecord(
+        name=folder.resolve().name,
+        model_type=str(config.get("model_type") or config.get("type") or "unknown"),
+        fingerprint="",
+        vocab_size=vocab_size,
+        hidden_size=_width(survey, whole_number(config, "hidden_size")),
+        num_hidden_layers=survey.layers,
+        context_length=context,
+        num_attention_heads=whole_number(config, "num_attention_heads", "n_head"),
+        bos_token_id=_token_id(config, "bos_token_id"),
+        eos_token_ids=stop,
+        pad_token_id=_token_id(config, "pad_token_id"),
+        sliding_window=config.get("sliding_window"),
+    )
+
+
+def stated_stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """By the rule of runtimes/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
+    genai = read_genai_config(folder).get("model")
+    # What genai_config.json states its owner's runtime stops at: no model class's default, of which words count for nothing.
+    stated = (read_json_object(folder / GENERATION_FILE), genai if isinstance(genai, dict) else {})
+    generation = tuple(token for each in stated for token in _token_ids(each, "eos_token_id"))
+    configured = _token_ids(config, "eos_token_id")
+    if not (folder / TOKENIZER_FILE).is_file():
+        return stop_token_ids(generation=generation, config=configured, tokenizer=None, vocab_size=vocab_size)
+    tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+    return stop_token_ids(
+        generation=generation,
+        config=configured,
+        tokenizer=tokenizer.eos_token_id,
+        end_of_turn=None if template is None else template.end_of_turn(tokenizer),
+        special=tokenizer.special_token_ids,
+        vocab_size=vocab_size,
+    )
+
+
+def _token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+    """None, one or several, as configs state them; InputError for what is no number."""
+    value = config.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a token's number; correct the file")
+    return tuple(ids)
+
+
+def _token_id(config: dict[str, Any], key: str) -> int | None:
+    """The first where there are several."""
+    return next(iter(_token_ids(config, key)), None)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What config.json and genai_config.json say of the decoder; the latter wins, as it is about the graph."""
+    model, config = read_genai_config(folder).get("model"), read_json_object(folder / "config.json")
+    text = config.get("text_config")  # a multimodal model's decoder
+    return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    return whole_number(config, "context_length", *CONTEXT_KEYS)
+
+
+def _position_rows(graph: ir.Graph) -> int | None:
+    """Rows of the table [P, D] that an encoder's positions are looked up in; RoBERTa leaves the first of them out."""
+    token = token_embedding(graph)
+    tables = [constant_matrix(node.inputs[0]) for node in graph if node.op_type == "Gather" and node is not token]
+    return min((table.shape[0] for table in tables if table is not None and table.shape[0] > MOST_TOKEN_TYPES), default=None)
+
+
+def _width(survey: SiteSurvey, stated: int | None) -> int:
+    """That of most streams, by their shapes or the weights around them; a config.json beside the graph may be of another model."""
+    told = Counter(filter(None, map(stream_width, survey.found.values())))
+    if not told and stated is None:
+        raise GraphError("neither shapes nor weights of the graph tell the width of its streams; run onnx.shape_inference over it first")
+    return told.most_common(1)[0][0] if told else stated
+
+
+def _precision(model: ir.Model, nodes: tuple[EditNode, ...], width: int, source: Path) -> str:
+    """The float type of the streams that are edited: an adapter file has one, and one ``width``."""
+    types = stream_types(locate_sites(model, {node.site for node in nodes}))
+    if other := [site for site, kind in sorted(types.items()) if kind.width != width]:
+        raise GraphError(f"{source}: the stream at {other[0]} is {types[other[0]].width} wide, expected {width} as elsewhere; leave it out")
+    kinds = {kind.dtype for kind in types.values()}
+    if len(kinds) != 1 or not kinds <= set(PRECISION):
+        raise GraphError(f"the edited streams are of types {sorted(k.name for k in kinds)}; one of float32, float16, bfloat16 is expected")
+    return PRECISION[kinds.pop()]

@@ -1,0 +1,1 @@
+"""pyreft's adapters, read and written."""

@@ -1,0 +1,170 @@
+"""``reft-export export --format pyreft``: an adapter as the folder that pyreft's ``ReftModel.save`` writes.
+
+The classes, names and tensors are those of the table in pyreft_states. Untied adapters become two interventions a
+site: all prefixes, then all suffixes, as pyreft's train script orders them. ``reft_export.json`` holds what pyreft's format has no
+place for (positions, truncate, share_weights, act_fn, dropout, add_bias); pyreft ignores it, and the import reads it. ``truncate``:
+whether the positions of a short prompt are cut, as pyreft itself always does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reft_export.base.load import outline_base
+from reft_export.base.same_base import require_same
+from reft_export.importing.foreign import Report
+from reft_export.importing.pyreft.entries import CONFIG_FILE
+from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
+from reft_export.importing.pyreft.states import CLASSES
+from runtimes.adapter import PARAMETERS, Adapter, load_adapter
+from runtimes.errors import AdapterError, InputError
+from runtimes.folders import atomic_folder, check_destination
+
+ORTHONORMAL = 1e-4
+"""How far rows kept orthonormal in float32 may be from it: |R R^T - I|, largest entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyreftExport:
+    interventions: int
+    kind: str
+    notes: tuple[str, ...]
+    """What pyreft must be told, or cannot do."""
+
+
+def export_to_pyreft(
+    model: str, folder: Path, output: Path, *, accept_base: bool = False, force: bool = False, report: Report = print
+) -> PyreftExport:
+    """Writes ``output``, atomically; the adapter's base is checked against ``model``, as every export does."""
+    check_destination(output, force=force, inputs=[Path(model), folder])
+    adapter = load_adapter(folder)
+    report(f"reading {model}")
+    outline = outline_base(model)
+    require_same(
+        f"adapter {folder.resolve().name} was trained on",
+        adapter.base,
+        "this base is",
+        outline.info,
+        "pass the base it was trained on",
+        former=outline.former_fingerprint,
+        accept=accept_base,
+    )
+    base = outline.info
+    if base.labels:
+        raise InputError(
+            f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only adapters "
+            "of decoders are exported to it"
+        )
+    kind = _class_of(adapter)
+    keys = [(site, group) for group in adapter.groups for site in adapter.sites]
+    places = [f"layer_{site.layer}_comp_{site.stream}_unit_pos_nunit_1#{adapter.groups.index(group)}" for site, group in keys]
+    with atomic_folder(output, force=force) as work:
+        for (site, group), place in zip(keys, places, strict=True):
+            names = {p: ".".join(filter(None, (str(site), group, p))) for p in PARAMETERS[adapter.method]}
+            state = _state(kind, {p: adapter.tensors[name] for p, name in names.items()}, add_bias=_add_bias(adapter))
+            torch.save(state, work / f"intkey_{place}.bin")
+        config = {
+            "intervention_constant_sources": [True] * len(keys),
+            "intervention_dimensions": [adapter.base.hidden_size] * len(keys),
+            "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys),
+            "mode": "parallel",
+            "representations": [[site.layer, site.stream, "pos", 1, adapter.rank, *[None] * 9] for site, _ in keys],
+            "sorted_keys": places,
+        }
+        side = {
+            "positions": str(adapter.positions),
+            "truncate": adapter.positions.truncate,
+            "share_weights": adapter.tied,
+            "act_fn": adapter.activation or "none",
+            "dropout": adapter.dropout,
+            "add_bias": _add_bias(adapter),
+        }
+        for name, content in ((CONFIG_FILE, config), (SIDE_FILE, side)):
+            (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return PyreftExport(interventions=len(keys), kind=kind, notes=_notes(adapter))
+
+
+def _class_of(adapter: Adapter) -> str:
+    """The class an import came from; for DiReFT of our own, Nodireft: its W2 is free, as ours is. pyreft has none for RED."""
+    if adapter.method not in CLASSES.values():
+        raise AdapterError(f"pyreft has no intervention for {adapter.method} (scale and bias); it cannot be exported to pyreft")
+    recorded = adapter.training.get("class") if adapter.training.get("imported_from") == FORMAT else None
+    kinds = [kind for kind, method in CLASSES.items() if method == adapter.method]
+    kind = recorded if recorded in kinds else kinds[-1]
+    if kind == "DireftIntervention" and not all(map(_orthonormal, _matrices(adapter, "W2"))):
+        return "NodireftIntervention"  # refitted since: its class would keep W2 orthonormal
+    if adapter.method in ("consreft", "lobireft", "loreft") and not all(map(_orthonormal, _matrices(adapter, "R"))):
+        raise AdapterError(f"R of this {adapter.method} is not orthonormal, as pyreft's {kind} keeps it; it cannot be exported to pyreft")
+    return kind
+
+
+def _matrices(adapter: Adapter, parameter: str) -> list[np.ndarray]:
+    return [value for name, value in adapter.tensors.items() if name.endswith(f".{parameter}")]
+
+
+def _orthonormal(R: np.ndarray) -> bool:
+    exact = R.astype(np.float64)
+    return bool(np.abs(exact @ exact.T - np.eye(len(R))).max() <= ORTHONORMAL)
+
+
+def _add_bias(adapter: Adapter) -> bool | None:
+    """Whether NoReFT's projection has a bias; None for classes that have no such choice."""
+    if adapter.method == "noreft":
+        return any(bias.any() for bias in _matrices(adapter, "p"))
+    return False if adapter.method == "direft" else None
+
+
+def _state(kind: str, p: Mapping[str, np.ndarray], *, add_bias: bool | None) -> dict[str, Tensor]:
+    """One intervention's state dict, under the names and in the layouts that its class saves."""
+    x = {name: torch.from_numpy(value.copy()) for name, value in p.items()}
+    if kind == "LoreftIntervention":
+        return {"weight": x["W"], "bias": x["b"], "rotate_layer": x["R"].T.contiguous()}
+    width = torch.tensor(next(v for v in p.values() if v.ndim == 2).shape[1])
+    state = {"embed_dim": width, "interchange_dim": width.clone()}
+    if kind in ("NoreftIntervention", "NodireftIntervention"):
+        state["proj_layer.weight"] = x["P"] if "P" in x else x["W2"]
+        if add_bias:
+            state["proj_layer.bias"] = x["p"]
+    if "s" in x:
+        state["learned_source"] = x["s"]
+    else:
+        state |= {"learned_source.weight": x["W"] if "W" in x else x["W1"], "learned_source.bias": x["b"]}
+    if kind in ("DireftIntervention", "ConsreftIntervention", "LobireftIntervention"):
+        original, base = _raw(x["R"] if "R" in x else x["W2"])
+        state |= {"rotate_layer.parametrizations.weight.original": original, "rotate_layer.parametrizations.weight.0.base": base}
+    return state
+
+
+def _raw(R: Tensor) -> tuple[Tensor, Tensor]:
+    """original [d, r] and base [d, d] of torch's orthogonal parametrization, with base @ H(original) = R^T to the bit.
+
+    As torch makes them: original is -I, so that H(original) is the first r columns of I, and base is R^T completed to an orthonormal
+    basis of all d dimensions. A square weight is base @ expm(0).
+    """
+    rank, width = R.shape
+    basis = torch.linalg.qr(R.T.double(), mode="complete")[0].float()
+    base = torch.cat([R.T, basis[:, rank:]], dim=1).contiguous()
+    original = torch.zeros(width, rank)
+    original.fill_diagonal_(-1.0)
+    return original, base
+
+
+def _notes(adapter: Adapter) -> tuple[str, ...]:
+    say = [
+        f"tell pyreft what its format does not record: get_intervention_locations(positions={str(adapter.positions)!r}, "
+        f"share_weights={adapter.tied}, num_interventions={len(adapter.sites) * len(adapter.groups)}, ...)"
+        + (f", act_fn={adapter.activation!r}" if adapter.activation else "")
+        + (f", add_bias={_add_bias(adapter)}" if _add_bias(adapter) is not None else "")
+    ]
+    if adapter.positions.prompt or adapter.positions.everywhere:
+        say.append(f"pyreft has no name for positions {adapter.positions}: pass the locations yourself")
+    elif not adapter.positions.truncate:
+        say.append("pyreft cuts first and last positions to half of a short prompt; this adapter was not trained so")
+    return tuple(say)

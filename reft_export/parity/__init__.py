@@ -1,0 +1,1 @@
+"""Golden arrays, the ladders that are held against them, and the gate."""

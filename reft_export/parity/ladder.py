@@ -1,0 +1,191 @@
+"""The host's parity ladder: every rung from the formula to the shipped graph, each against eager PyTorch or the float64 oracle.
+
+oracle -> numpy -> function          one edit at a time, on random rows: is the arithmetic of the op the formula?
+eager -> exported -> folded          the float graph without and with its edits
+eager, dequantized -> quantized      the same weights on both sides, activations in float (MatMulNBits at accuracy level 1)
+eager, fake-quantized -> shipped     where the bundle quantizes activations too: free-running, and step by step
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from calibration.products import activation_quantization, float_activations
+from graph_passes.external import load_graph
+from graph_passes.unfold import unfold_graph
+from reft_export.base.dequantized import activations_quantized, load_dequantized
+from reft_export.base.load import DTYPES, Base, Outline, load_base, outline_base
+from reft_export.base.same_base import Named, require_same
+from reft_export.bundling.files import model_record
+from reft_export.eager.banks import bank_edits, bank_steerer
+from reft_export.eager.steering import Steerer
+from reft_export.parity.activation_ladder import step_rungs
+from reft_export.parity.changed_bundle import variant
+from reft_export.parity.edit_ladder import edit_rungs
+from reft_export.parity.golden import GoldenInputs, Inputs, fp32_logits, inputs_of, record_golden
+from reft_export.tasks.classification import ClassifierInputs
+from runtimes.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.golden import check_golden
+from runtimes.parity import ParityReport, Rung
+from runtimes.precision import TORCH_DTYPES
+from runtimes.tasks import TEXT_CLASSIFICATION
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedBundle(Bundle):
+    """A bundle with golden arrays from another folder: recorded just now rather than when it was made."""
+
+    recorded: Path
+
+    @property
+    def golden_names(self) -> tuple[str, ...]:
+        return tuple(n for n in (BASE_GOLDEN, *self.adapter_names) if (self.recorded / f"{n}.npz").is_file())
+
+    def golden_file(self, name: str) -> Path:
+        return self.recorded / f"{name}.npz"
+
+
+def host_ladder(
+    bundle: Bundle, model: str, *, provider: str = "cpu", kernel: str | None = None, accept_base: bool = False, report: Report = print
+) -> ParityReport:
+    """Every rung that exists for ``bundle``, with eager PyTorch run again now on the base ``model``.
+
+    Raises AdapterError when ``model`` is not the base that the bundle was made from; with ``accept_base`` one of equal weights will do.
+    """
+    base = load_base(model)
+    check_same_base(bundle, base, model, accept_base=accept_base)
+    if not bundle.manifest.model.fingerprint:  # folded without its base, and maybe without a config.json that says how many tokens fit
+        record = bundle.manifest.model
+        context = min(record.context_length, model_record(base).context_length)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, model=replace(record, context_length=context)))
+    rungs: list[Rung] = []
+    for name in bundle.adapter_names:
+        report(f"edit by edit: {name}")
+        rungs += edit_rungs(bundle, name, bank_edits(bundle, name), kernel=kernel)
+    steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
+    inputs = stored_inputs(bundle) if bundle.golden_names else inputs_of(base)
+    quantized = bundle.manifest.quantization is not None
+    exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
+    for name in bundle.golden_names:
+        if name != BASE_GOLDEN and quantized and bundle.adapter_record(name).trained_on is not None:
+            # Trained on quantized weights: what it does to the float model is not what it is for. The bundle knows what was aimed at.
+            exact[name] = bundle.golden(name)["fp32_logits"]
+    if quantized:
+        rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, kernel=kernel, report=report)
+        return ParityReport(rungs=tuple(rungs))
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    with tempfile.TemporaryDirectory() as folder:
+        report("recording what the eager model says")
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        report("running the exported graph, without edits")
+        with variant(bundle, unfold_graph) as exported:
+            rungs += check(exported, Path(folder), "exported", names=(BASE_GOLDEN,), provider=provider)
+        report("running the folded graph")
+        rungs += check(bundle, Path(folder), "folded", provider=provider, kernel=kernel)
+    return ParityReport(rungs=tuple(rungs))
+
+
+def check_same_base(bundle: Bundle, base: Base | Outline, model: str, *, accept_base: bool = False) -> None:
+    """Raises AdapterError, naming both models and in what they differ, for a base that the bundle was not made from.
+
+    A bundle folded from a foreign graph has no fingerprint of its own: there the adapters' count. ``accept_base``: a base of equal weights
+    will do.
+    """
+    recorded: dict[str, Named] = {f"{bundle.folder} was made from": bundle.manifest.model}
+    if not bundle.manifest.model.fingerprint:
+        recorded = {f"adapter {name} was trained on": bundle.adapter_record(name).base for name in bundle.adapter_names}
+    for claim, one in recorded.items():
+        remedy = "pass the base it was made from"
+        require_same(claim, one, f"{model} is", base.info, remedy, former=base.former_fingerprint, accept=accept_base)
+
+
+def made_from(bundle: Bundle, model: str) -> Bundle:
+    """The bundle as one that was made from ``model``, whose weights are its base's, whatever else of their configs differs.
+
+    Raises AdapterError as ``check_same_base`` does.
+    """
+    base = outline_base(model)
+    check_same_base(bundle, base, model, accept_base=True)
+    record = replace(bundle.manifest.model, fingerprint=base.info.fingerprint, parts=base.info.parts)
+    return replace(bundle, manifest=replace(bundle.manifest, model=record))
+
+
+def quantized_rungs(
+    bundle: Bundle,
+    base: Base,
+    inputs: Inputs,
+    steerers: Mapping[str, Steerer],
+    exact: Mapping[str, np.ndarray] | None,
+    *,
+    provider: str = "cpu",
+    kernel: str | None = None,
+    report: Report = print,
+) -> list[Rung]:
+    """Float activations against the dequantized weights, then the graph as it ships against its fake quantization.
+
+    ``base`` must be fresh from disk, in float32; its weights are replaced by the dequantized ones, in the bundle's float type.
+    """
+    quantization, sources = bundle.manifest.quantization, bundle.manifest.weights
+    graph = load_graph(bundle.graph_path)
+    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    load_dequantized(base.model, graph, sources)
+    rungs: list[Rung] = []
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the quantized weights against the eager model")
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        with with_float_activations(bundle) as changed:
+            rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
+    if not activation_quantization(graph):
+        return rungs
+    with tempfile.TemporaryDirectory() as folder:
+        report("holding the bundle against the eager model's fake quantization")
+        with activations_quantized(base.model, graph, sources):
+            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact, noisy=True)
+        rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+    return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)
+
+
+def check(
+    bundle: Bundle,
+    recorded: Path,
+    rung: str,
+    *,
+    names: tuple[str, ...] | None = None,
+    provider: str = "cpu",
+    kernel: str | None = None,
+) -> list[Rung]:
+    """``check_golden`` against arrays recorded just now, under the rung's name."""
+    from runtimes.device_session import ort_session
+
+    manifest = bundle.manifest if names is None else replace(bundle.manifest, adapters=tuple(n for n in names if n != BASE_GOLDEN))
+    live = RecordedBundle(folder=bundle.folder, manifest=manifest, recorded=recorded)
+    session = ort_session(live, provider=provider, kernel=kernel)
+    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session).rungs]
+
+
+@contextmanager
+def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
+    """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
+    with variant(bundle, float_activations) as changed:
+        quantization = replace(bundle.manifest.quantization, scheme="weight-only", accuracy_level=1)
+        yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization, parity_budget={}))
+
+
+def stored_inputs(bundle: Bundle) -> Inputs:
+    """The inputs of the bundle's own golden arrays."""
+    arrays = bundle.golden(BASE_GOLDEN)
+    kind = ClassifierInputs if bundle.manifest.task == TEXT_CLASSIFICATION else GoldenInputs
+    return kind(**{name: arrays[name] for name in kind.__dataclass_fields__})
+
+
+def float_label(q: Quantization) -> str:
+    """What a parity rung calls the bundle without the quantization of its activations."""
+    return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"

@@ -1,0 +1,1 @@
+"""A bundle's weights and activations to fewer bits; calibration, refits and swaps."""

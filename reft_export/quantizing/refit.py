@@ -1,0 +1,262 @@
+"""Refit: an adapter is re-trained for a few steps on the exact weights that a quantized bundle ships, and takes its old place there.
+
+The bundle holds folded banks only, which cannot be trained (R and W are folded into one), so the adapter's folder is needed. It is
+the bundle's adapter by name, and by content: its fold is the bank that the bundle holds, or the bundle's was refitted from it.
+
+The loss is one of
+
+    teacher   KL(float32 model steered by the adapter as it was || quantized model steered by the new one) at the data's completions:
+              nothing but what quantization took away is learned. Holds the base twice in memory.
+    data      cross entropy of the completions, as in training; for data that the adapter was trained on, or better.
+
+Weights are the shipped ones to the bit, and where the bundle quantizes activations, so does the model that is trained; their rounding
+passes gradients straight through. A refit whose loss over the data did not fall is thrown away, and the adapter stays as it was.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from graph_passes.external import load_graph
+from reft_export.base.dequantized import activations_quantized, load_dequantized
+from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
+from reft_export.base.token_rules import context_of, stop_tokens
+from reft_export.bundling.files import Report, load_adapters
+from reft_export.eager.steering import steer
+from reft_export.evaluation.quantization_report import RefitFigures
+from reft_export.folding.foreign_base import refuse_quantized
+from reft_export.parity.ladder import check_same_base
+from reft_export.training.data import Example, collate, iter_examples, load_data
+from reft_export.training.interventions import Interventions
+from reft_export.training.loop import EditedModel, TrainingInterrupted
+from reft_export.training.settings import TrainSettings, settings_like
+from reft_export.training.teacher import teaching
+from reft_export.training.trainer import train
+from runtimes.adapter import Adapter, save_adapter
+from runtimes.bundle import Bundle
+from runtimes.errors import AdapterError, CalibrationError, InputError
+from runtimes.folders import check_destination
+from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.precision import NUMPY_DTYPES
+from runtimes.tasks import TEXT_CLASSIFICATION
+
+OBJECTIVES = ("teacher", "data")
+REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
+"""Where a refitted bundle misses its budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitSettings:
+    """``sources``: folders of the adapters to refit; ``data``: JSONL as for training."""
+
+    data: Path
+    sources: tuple[Path, ...]
+    steps: int = 40
+    lr: float = 1e-3
+    """High rates forget more than quantization took: AdamW's first steps are as long as the rate, however small the gradient."""
+    batch_size: int = 8
+    objective: str = "teacher"
+    output: Path | None = None
+    """Where the refitted adapters' folders go; None: <the bundle's output>.adapters."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"--refit-objective {self.objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
+        if self.steps < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf"):
+            raise InputError(f"a refit takes at least one step and a positive rate, not {self.steps} steps at {self.lr:g}")
+        if not self.sources:
+            raise InputError(
+                "a bundle holds folded adapters, which cannot be trained; name the folders of those to refit with --adapter (-a)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refitted:
+    adapter: Adapter
+    figures: RefitFigures
+
+
+def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu", weights: bool = True) -> Base:
+    """The base in float32, carrying exactly the dequantized weights of ``bundle``; its fingerprint stays the base's.
+
+    Without ``weights`` it is checked alone, and its model lies on torch's meta device. Raises CalibrationError for a float bundle,
+    AdapterError for another base, GraphError for weights that another tool quantized.
+    """
+    if bundle.manifest.quantization is None:
+        if bundle.manifest.exporter == "foreign":
+            refuse_quantized(load_graph(bundle.graph_path), str(bundle.folder), "they cannot be told from the checkpoint's")
+        raise CalibrationError(
+            f"{bundle.folder} is a float bundle, whose weights are the base's own: train without --base, or quantize the bundle first"
+        )
+    check_device(device)
+    base = (load_base if weights else load_without_weights)(model, require_tokenizer=True)
+    check_same_base(bundle, base, model)
+    if not weights:
+        return base
+    load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
+    base.model.requires_grad_(False).to(device)
+    return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitPlan:
+    """A refit that was checked before any work: what it starts from, and where the results go."""
+
+    settings: RefitSettings
+    sources: Mapping[str, Adapter]
+    folders: Mapping[str, Path]
+
+    def save(self, refitted: Mapping[str, Refitted], *, force: bool) -> dict[str, Path]:
+        """Writes the adapters that changed; returns their folders by name."""
+        changed = {name: each.adapter for name, each in refitted.items() if not each.figures.kept}
+        for name, adapter in changed.items():
+            save_adapter(adapter, self.folders[name], force=force)
+        return {name: self.folders[name] for name in changed}
+
+
+def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:
+    """Raises CalibrationError where a classifier is asked for what only decoders have."""
+    if bundle.manifest.task == TEXT_CLASSIFICATION and (refit or generates):
+        what = "--refit trains adapters on completions" if refit else "--perplexity and --checker read generated text"
+        advice = "train on its weights with `reft-export train --base`" if refit else "leave them out"
+        raise CalibrationError(f"{what}, and {bundle.folder} is a classifier; {advice}")
+
+
+def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path, *, force: bool) -> RefitPlan:
+    """Everything that can be refused before anything is loaded or quantized: adapters, data, and folders that are in the way."""
+    sources = load_sources(bundle, settings)
+    beside = output.with_name(f"{output.name}.adapters") if settings.output is None else settings.output
+    folders = {name: beside / name for name in sources}
+    for folder in folders.values():
+        check_destination(folder, force=force, inputs=[*settings.sources, settings.data, bundle.folder])
+    known = bundle.manifest.model
+    tokenizer = load_tokenizer(base_folder(model))
+    for _ in iter_examples(settings.data, tokenizer, max_length=known.context_length, stop_tokens=known.eos_token_ids):
+        pass
+    return RefitPlan(settings=settings, sources=sources, folders=folders)
+
+
+def load_sources(bundle: Bundle, settings: RefitSettings) -> dict[str, Adapter]:
+    """The adapters to refit, by name, each the one that the bundle holds.
+
+    Raises BundleError or AdapterError for one that the bundle lacks or holds otherwise, and, with a teacher, for one that knows no float
+    weights.
+    """
+    sources = load_adapters(list(settings.sources))
+    for name, adapter in sources.items():
+        record = bundle.adapter_record(name)
+        if adapter.digest != record.training.get("start") and not _same_banks(bundle, name, adapter):
+            raise AdapterError(
+                f"adapter {name}: its folder does not fold to the banks that {bundle.folder} holds under that name; pass the folder "
+                "that the bundle was exported with"
+            )
+        if settings.objective == "teacher" and adapter.trained_on is not None:
+            raise AdapterError(
+                f"adapter {name} was trained on the weights of a quantized bundle ({adapter.trained_on[:12]}), so the float model steered "
+                "by it is no teacher; pass the adapter it was refitted from, or --refit-objective data"
+            )
+        settings_like(adapter)
+    return sources
+
+
+def refit_adapters(bundle: Bundle, model: str, plan: RefitPlan, report: Report) -> dict[str, Refitted]:
+    """Every source re-trained on the bundle's weights. The base is loaded, twice for a teacher, and gone afterwards."""
+    settings = plan.settings
+    report(f"loading {model} with the bundle's weights")
+    base = load_on_bundle(bundle, model)
+    teacher = load_base(model).model if settings.objective == "teacher" else None
+    with activations_quantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights, straight_through=True):
+        return {
+            name: _refit(bundle, base, teacher, name, adapter, settings, report) for name, adapter in plan.sources.items()
+        }
+
+
+def _refit(
+    bundle: Bundle,
+    base: Base,
+    teacher: PreTrainedModel | None,
+    name: str,
+    adapter: Adapter,
+    settings: RefitSettings,
+    report: Report,
+) -> Refitted:
+    report(f"refitting {name}, {settings.steps} steps")
+    run = settings_like(
+        adapter,
+        lr=settings.lr,
+        max_steps=settings.steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        samples=0,
+        dtype="float32",
+        device="cpu",
+        max_length=min(context_of(base), bundle.manifest.model.context_length),
+    )
+    examples = read_examples(base, settings.data, run)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trained = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher)
+        except TrainingInterrupted:
+            raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
+    new = trained.adapter
+    before, after = (adapter_loss(base, a, examples, teacher=teacher, original=adapter) for a in (adapter, new))
+    figures = RefitFigures(
+        adapter=name, objective=settings.objective, before=before, after=after, steps=settings.steps, kept=after >= before
+    )
+    return Refitted(adapter=adapter if figures.kept else new, figures=figures)
+
+
+def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
+    """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
+    length = run.max_length or context_of(base)
+    return load_data(data, base.tokenizer, max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
+
+
+@torch.no_grad()
+def adapter_loss(
+    base: Base,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    *,
+    teacher: PreTrainedModel | None = None,
+    original: Adapter | None = None,
+    batch_size: int = 8,
+) -> float:
+    """Mean over the completions' tokens of -log p(token), or with a teacher of KL(teacher steered by ``original`` || base steered by
+    ``adapter``), in nats."""
+    interventions = Interventions(
+        method=adapter.method,
+        rank=adapter.rank,
+        sites=adapter.sites,
+        width=base.info.hidden_size,
+        tied=adapter.tied,
+        activation=adapter.activation,
+    )
+    interventions.start_from(adapter)
+    total, count = 0.0, 0
+    with (
+        steer(base.model, interventions.edits(), rule=adapter.positions, tied=adapter.tied) as steering,
+        nullcontext() if teacher is None else teaching(teacher, original) as lesson,
+    ):
+        model = EditedModel(base.model, interventions, steering, lesson).eval()
+        for start in range(0, len(examples), batch_size):
+            chosen = examples[start : start + batch_size]
+            total += float(model(**collate(chosen, pad_token_id=0), num_items_in_batch=1)["loss"])
+            count += sum(len(e.input_ids) - e.prompt_length for e in chosen)
+    return total / count
+
+
+def _same_banks(bundle: Bundle, name: str, adapter: Adapter) -> bool:
+    """Bit for bit: both were rounded once from the same float64 fold."""
+    held = read_onnx_adapter(bundle.adapter(name).file)
+    mine = adapter.banks(bundle.nodes, NUMPY_DTYPES[bundle.manifest.precision])
+    return all(n in held and held[n].shape == bank.shape and np.array_equal(held[n], bank) for n, bank in mine.items())

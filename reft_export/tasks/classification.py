@@ -1,0 +1,90 @@
+"""Golden arrays of a classifier: texts and pairs of texts, and the logits that eager PyTorch gives them.
+
+The arrays are the CLASSIFIER ones of runtimes/golden_schema.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_export.base.classifiers import context_of, takes_token_types
+from runtimes.encoded_text import EncodedText, padded
+from runtimes.errors import InputError
+
+TEXTS = (
+    "Hello!",
+    "The film was a delight.",
+    "I would not watch it again, not even for money.",
+    "The old house at the end of the road had been empty for years.",
+    "A man is playing a guitar.",
+    "What is the capital of France?",
+    "The council met on Monday; nobody was there.",
+    "It rains.",
+)
+"""Each alone and in a pair with every other: so many that one text between two labels does not decide a top-1 agreement of 0.98."""
+RANDOM_LENGTHS = range(3, 35)
+"""Of the texts of a base without a tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierInputs:
+    """Right-padded texts, int64 [B, S]; the same for the base and every adapter."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    token_type_ids: np.ndarray
+
+
+def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ClassifierInputs:
+    """TEXTS as the tokenizer frames them, cut to the context; random tokens for a base without tokenizer."""
+    room, pad = context_of(model), model.config.pad_token_id or 0
+    if tokenizer is None:
+        generator = np.random.default_rng(0)
+        allowed = np.setdiff1d(np.arange(model.config.vocab_size), [pad])  # a pad token is no token to RoBERTa's positions
+        rows = [tuple(generator.choice(allowed, min(n, room)).tolist()) for n in RANDOM_LENGTHS]
+        texts = [EncodedText(ids=row, types=(0,) * len(row)) for row in rows]
+    else:
+        pairs = [(text, pair) for text in TEXTS for pair in (None, *TEXTS) if pair != text]
+        texts = [encode(tokenizer, text, pair, room, "the base's context")[0] for text, pair in pairs]
+    return ClassifierInputs(**dict(zip(ClassifierInputs.__dataclass_fields__, padded(texts, pad), strict=True)))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str
+) -> tuple[EncodedText, bool]:
+    """(the text or pair with its special tokens, cut to ``max_length`` from the longer one's end; whether it was cut).
+
+    Raises InputError, naming ``where``, for a length that leaves no token of a text, and for texts without any.
+    """
+    texts, special = (1 if pair is None else 2), tokenizer.num_special_tokens_to_add(pair=pair is not None)
+    if max_length < special + texts:  # the tokenizer would cut to special tokens alone, or leave the text whole and say nothing
+        raise InputError(
+            f"{where}: at most {max_length} tokens leave no room for {'the text' if pair is None else 'both texts'}: special tokens "
+            f"alone are {special}; allow {special + texts} or more (--max-length)"
+        )
+    whole = tokenizer(text, pair, verbose=False)["input_ids"]
+    encoded = tokenizer(text, pair, truncation=True, max_length=max_length, return_token_type_ids=True, verbose=False)
+    ids = tuple(encoded["input_ids"])
+    if not special < len(ids) <= max_length:
+        wrong = f"is {len(ids)} tokens, and {max_length} at most are asked for" if len(ids) > special else "has no token of its own"
+        raise InputError(f"{where}: the text {wrong} (special tokens alone are {special}); correct the line")
+    return EncodedText(ids=ids, types=tuple(encoded["token_type_ids"])), len(whole) > len(ids)
+
+
+def model_inputs(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> dict:
+    """The keywords of a classifier's forward, on its device."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if takes_token_types(model):
+        given["token_type_ids"] = token_type_ids
+    return {name: tensor.to(model.device) for name, tensor in given.items()}
+
+
+@torch.no_grad()
+def classifier_logits(model: PreTrainedModel, inputs: ClassifierInputs) -> np.ndarray:
+    """Logits [B, labels] float32, in one padded batch."""
+    tensors = (torch.from_numpy(x) for x in (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids))
+    return model(**model_inputs(model, *tensors)).logits.float().cpu().numpy()

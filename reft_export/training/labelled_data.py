@@ -1,0 +1,96 @@
+"""JSONL training data of a classifier: one text, or one pair of texts, and its label a line.
+
+``{"text": "...", "label": ...}`` or ``{"text": "...", "text_pair": "...", "label": ...}``; a label is a name of the base's labels or its
+number from 0. Empty lines are skipped. Texts are framed by the tokenizer's own special tokens, which count as tokens for positions; what
+exceeds max_length is cut from the longer text's end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from reft_export.tasks.classification import encode
+from reft_export.training.data import DataFile, TrainingData, check_text, joined, numbered_lines, read_object
+from runtimes.encoded_text import EncodedText, padded
+from runtimes.errors import InputError
+
+KEYS = {"text", "label"}
+PAIR = "text_pair"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledText:
+    """One tokenized line; ``label`` counts from 0."""
+
+    text: EncodedText
+    label: int
+    where: str
+    """File and line, for messages."""
+    truncated: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        """All of a text is prompt."""
+        return len(self.text)
+
+
+def load_labelled(
+    data: Path | Sequence[Path], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int
+) -> TrainingData:
+    """Reads and tokenizes a JSONL file, or several. Raises InputError naming file and line for anything not of the form above."""
+    return joined(data, lambda path: _load_file(path, tokenizer, labels, max_length))
+
+
+def _load_file(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> TrainingData:
+    digest = hashlib.sha256()
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; training data is a JSONL file")
+    examples = []
+    for number, raw in numbered_lines(path):
+        digest.update(raw)
+        where = f"{path}:{number}"
+        record = read_object(raw, where, first=number == 1)
+        if record is None:
+            continue
+        text, pair, label = _checked(record, labels, where)
+        encoded, cut = encode(tokenizer, text, pair, max_length, where)
+        examples.append(LabelledText(text=encoded, label=label, where=where, truncated=cut))
+    if not examples:
+        raise InputError(f"{path} has no examples; expected lines like {json.dumps({'text': '...', 'label': labels[0]})}")
+    files = (DataFile(file=path.name, sha256=digest.hexdigest()),)
+    return TrainingData(files=files, examples=tuple(examples), templated=False)
+
+
+def collate_labelled(examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, token_type_ids [B, S] (right-padded to the longest) and labels [B], all int64."""
+    ids, mask, types = map(torch.from_numpy, padded([example.text for example in examples], pad_token_id))
+    labels = torch.tensor([example.label for example in examples])
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+
+
+def _checked(record: dict[str, Any], labels: Sequence[str], where: str) -> tuple[str, str | None, int]:
+    missing, unknown = sorted(KEYS - set(record)), sorted(set(record) - KEYS - {PAIR})
+    if missing or unknown:
+        said = f"lacks {missing}" if missing else f"has unknown keys {unknown}"
+        raise InputError(f"{where}: {said}; a classifier's line has text, label and for a pair text_pair")
+    for key in ("text", PAIR):
+        if key in record:
+            check_text(record[key], key, where)
+    return record["text"], record.get(PAIR), label_number(record["label"], labels, where)
+
+
+def label_number(label: Any, labels: Sequence[str], where: str) -> int:
+    """``label``'s place among the base's labels, given by name or number; raises InputError for another."""
+    if isinstance(label, str) and label in labels:
+        return list(labels).index(label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
+        return label
+    raise InputError(f"{where}: label {label!r} is none of the base's: {', '.join(labels)}, or 0 to {len(labels) - 1}")
