@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +35,6 @@ class Forecast:
     parameters: int
     memory: float
     disk: float
-
-    def show(self, *, as_json: bool) -> None:
-        from reft_export.console import out, print_json, size
-
-        free = shutil.disk_usage(Path.cwd()).free
-        if as_json:
-            print_json({"steps": list(self.steps), "parameters": self.parameters, "memory": self.memory, "disk": self.disk})
-            return
-        for number, step in enumerate(self.steps, 1):
-            out.print(f"{number}. {step}")
-        out.print(f"{self.parameters / 1e6:.1f} M parameters; about {size(self.memory)} memory, {size(self.disk)} disk ({size(free)} free)")
 
 
 def forecast_export(model: str, plan: ExportPlan, settings: ExportSettings) -> Forecast:

@@ -15,7 +15,6 @@ import onnx_ir as ir
 from graph_passes.cache_shapes import ATTENTION
 from reft_export.base.classifiers import check_head
 from reft_export.base.same_base import require_same
-from reft_export.base.token_rules import bos_token, context_of, pad_token, stop_tokens, vocabulary_of
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
 from runtimes.adapter import Adapter, load_adapter
@@ -43,7 +42,7 @@ from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.version import VERSION
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from reft_export.base.load import Base
 
@@ -81,30 +80,6 @@ def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
             raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
         adapters[name] = load_adapter(folder)
     return adapters
-
-
-def model_record(base: Base) -> ModelRecord:
-    config = base.model.config.get_text_config()
-    return ModelRecord(
-        name=base.info.name,
-        model_type=config.model_type,
-        fingerprint=base.info.fingerprint,
-        vocab_size=vocabulary_of(base),
-        hidden_size=base.info.hidden_size,
-        num_hidden_layers=base.info.num_hidden_layers,
-        context_length=context_of(base),
-        num_attention_heads=config.num_attention_heads,
-        bos_token_id=bos_token(base),
-        eos_token_ids=stop_tokens(base),
-        pad_token_id=pad_token(base),
-        sliding_window=_window(config),
-        parts=base.info.parts,
-    )
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    # GPT-Neo's local layers.
-    return getattr(config, "sliding_window", None) or (config.window_size if config.model_type == "gpt_neo" else None)
 
 
 def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +29,9 @@ from reft_export.console import escape, out, print_json, print_parity, progress
 
 GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "fuse", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
+
+if TYPE_CHECKING:
+    from reft_export.forecast import Forecast
 
 
 def register(app: typer.Typer) -> None:
@@ -90,7 +94,7 @@ def export(
 
         refuse_download(model)
         plan = plan_export(model, list(adapters or []), output, settings, accept_base=accept_base, force=force)
-        forecast_export(model, plan, settings).show(as_json=as_json)
+        show_forecast(forecast_export(model, plan, settings), as_json=as_json)
         return
     try:
         with progress() as report:
@@ -162,3 +166,18 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
         out.print(f"no genai_config.json: {manifest.genai}", markup=False)
     names = ", ".join(manifest.adapters) or "none"
     out.print(f"{output}: {size(total)}, {len(manifest.nodes)} edit nodes, adapters: {names}", markup=False)
+
+
+def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
+    from reft_export.console import size
+
+    free = shutil.disk_usage(Path.cwd()).free
+    if as_json:
+        print_json({"steps": list(forecast.steps), "parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk})
+        return
+    for number, step in enumerate(forecast.steps, 1):
+        out.print(f"{number}. {step}")
+    out.print(
+        f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
+        f"{size(forecast.disk)} disk ({size(free)} free)"
+    )

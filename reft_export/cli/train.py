@@ -14,6 +14,7 @@ from reft_export.console import err, escape, out, print_json, progress
 
 if TYPE_CHECKING:
     from reft_export.base.load import Base
+    from reft_export.training.classification import ClassifierResult
     from reft_export.training.settings import TrainSettings
     from runtimes.bundle import Bundle
 
@@ -137,7 +138,6 @@ def train(
     if max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
     from reft_export.bundling.files import check_fit
-    from reft_export.cli.train_classifier import show_classifier
     from reft_export.training.classification import prepare_classifier, train_classifier
     from reft_export.training.trainer import prepare
     from reft_export.training.trainer import train as run_training
@@ -169,10 +169,11 @@ def train(
         else:
             refuse_given(context, ("head",), f"a classifier's, and {base.info.name} is a decoder")
         if dry_run:
+            from reft_export.cli.export import show_forecast
             from reft_export.forecast import forecast_training
 
             ready = (prepare_classifier if classifies else prepare)(base, data, settings, output, **options)
-            forecast_training(model, base, len(ready.training), settings).show(as_json=as_json)
+            show_forecast(forecast_training(model, base, len(ready.training), settings), as_json=as_json)
             return
         watched = {"on_phase": report, "on_step": _StepLine(report) if err.is_terminal else None}
         result = (train_classifier if classifies else run_training)(base, data, settings, output, **options, **watched)
@@ -218,3 +219,32 @@ class _StepLine:
     def __call__(self, step: int, total: int, loss: float, eval_loss: float | None) -> None:
         held_out = "" if eval_loss is None else f", held out {eval_loss:.3f}"
         self._report.update(f"training, step {step}/{total}, loss {loss:.3f}{held_out}")
+
+
+def show_classifier(output: Path, settings: TrainSettings, result: ClassifierResult, *, as_json: bool) -> None:
+    """The loss and the accuracies, or all of it as JSON."""
+    accuracy = {
+        "before": result.accuracy_before,
+        "after": result.accuracy_after,
+        "texts": result.evaluated,
+        "held_out": result.held_out,
+    }
+    if as_json:
+        from runtimes.records import to_json
+
+        print_json({"adapter": str(output), "history": to_json(result.history), "accuracy": accuracy})
+        return
+    if result.truncated_lines:
+        out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first at {escape(result.truncated_lines[0])}")
+    from runtimes.adapter import form_of
+
+    first, last = result.history[0], result.history[-1]
+    edits = sum(t.size for t in result.adapter.tensors.values())
+    head = sum(t.size for t in result.adapter.head.values())
+    out.print(
+        f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {edits} parameters"
+        f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps; "
+        f"accuracy on {result.evaluated} {'held-out' if result.held_out else 'training'} texts: base {result.accuracy_before:.1%}, "
+        f"steered {result.accuracy_after:.1%}",
+        markup=False,
+    )

@@ -33,10 +33,10 @@ from reft_export.bundling.files import (
     finish_bundle,
     head_tensors,
     load_adapters,
-    model_record,
     union_nodes,
     write_adapter,
 )
+from reft_export.bundling.model_record import model_record
 from reft_export.bundling.result import ExportResult, quantization_record
 from reft_export.eager.steering import steered
 from reft_export.exporting.builder import check_builder, check_builder_base, export_builder

@@ -5,53 +5,28 @@ One npz per name, "base" and every adapter; runtimes/golden_schema.py says what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from jinja2.exceptions import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from calibration.products import activation_quantization
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base
-from reft_export.base.token_rules import decoder_context
-from reft_export.eager.steering import Steerer, Steering, greedy_tokens, steering_of
+from reft_export.eager.steering import Steerer, steering_of
 from reft_export.tasks.classification import ClassifierInputs, classifier_inputs, classifier_logits
+from reft_export.tasks.generation import GREEDY_TOKENS, GoldenInputs, eager_greedy, golden_inputs, golden_prompts
 from runtimes.bundle import BASE_GOLDEN, WeightSource
 from runtimes.golden_schema import GoldenSchema, write_golden
 from runtimes.parity import compare
 from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
-GREEDY_TOKENS = 64
-CONTINUATION = 12
-"""How many tokens of the continuation stand in input_ids, so that the decode steps are compared too."""
-
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
-LOGIT_BYTES = 16 * 2**20
-"""Logits are recorded at positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
-
-TEXTS = (
-    "Hello!",
-    "Tell me a story about a small boat and the sea.",
-    "What is the best way to learn how to cook a simple meal at home?",
-    "The old house at the end of the road had been empty for years, and yet a light was on.",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GoldenInputs:
-    """Right-padded prompts with the base's continuation; the same for the base and every adapter."""
-
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    prompt_length: np.ndarray
-    logit_positions: np.ndarray
-
 
 Inputs = GoldenInputs | ClassifierInputs
 
@@ -61,64 +36,6 @@ def inputs_of(base: Base) -> Inputs:
     if base.task == TEXT_CLASSIFICATION:
         return classifier_inputs(base.model, base.tokenizer)
     return golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
-
-
-def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
-    """A few prompts of different lengths, one of them very short; random tokens for a base without tokenizer."""
-    config = model.config.get_text_config()
-    room = decoder_context(model) - GREEDY_TOKENS - 1
-    if tokenizer is None:
-        generator = np.random.default_rng(0)
-        prompts = [generator.integers(0, config.vocab_size, n).tolist() for n in (3, 8, 13, 21)]
-    elif tokenizer.chat_template:
-        prompts = [_chat(tokenizer, text) for text in TEXTS]
-    else:
-        prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    return [prompt[: max(room, 1)] for prompt in prompts]
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # a template that wants more than a user's message; any tokens will do here
-        return tokenizer(text)["input_ids"]
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
-def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int = GREEDY_TOKENS) -> GoldenInputs:
-    """Pads the prompts and appends the base's own greedy continuation."""
-    continuation = _greedy(model, prompts, min(CONTINUATION, max_tokens))
-    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
-    ids, mask = pad_right(rows)
-    real = np.argwhere(mask == 1)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    keep = max(8, LOGIT_BYTES // (4 * vocabulary))
-    if len(real) > keep:
-        real = _spread(real, [len(p) for p in prompts], keep)
-    return GoldenInputs(
-        input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real
-    )
-
-
-def _spread(real: np.ndarray, prompts: Sequence[int], keep: int) -> np.ndarray:
-    """About ``keep`` of the positions ``real``, [K, 2]: every prompt's first and last one and every row's last one, which show an edit of
-    the last layer there, and evenly spread others."""
-    rows, columns = real.T
-    last = np.append(rows[1:] != rows[:-1], True)
-    ends = np.flatnonzero((columns == 0) | (columns == np.asarray(prompts)[rows] - 1) | last)
-    others = np.linspace(0, len(real) - 1, max(keep - len(ends), 2)).round().astype(int)
-    return real[np.union1d(ends, others)]
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask), int64 [B, longest row]; pads are token 0 with mask 0."""
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros((len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return ids, mask
 
 
 def eager_logits(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None = None) -> np.ndarray:
@@ -159,15 +76,6 @@ def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | N
     finally:
         handle.remove()
     return np.array([max(f.max_relative for f in found), min(f.top1 for f in found)], np.float32)
-
-
-def eager_greedy(
-    model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
-) -> np.ndarray:
-    """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
-    prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
-    with steering_of(model, steerer) as handle:
-        return _greedy(model, prompts, max_tokens, handle)
 
 
 def record_golden(
@@ -215,13 +123,6 @@ def record_golden(
 def fp32_logits(model: PreTrainedModel, inputs: Inputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:
     """Logits by name of the float32 model, for ``record_golden``'s delta references."""
     return {name: eager_logits(model, inputs, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
-
-
-def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
-    # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
-    ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
-    tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)
-    return np.asarray(tokens, np.int64)
 
 
 def record_quantized(

@@ -22,14 +22,15 @@ from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import DTYPES, Base, Outline, load_base, outline_base
 from reft_export.base.same_base import Named, require_same
-from reft_export.bundling.files import model_record
+from reft_export.bundling.model_record import model_record
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.edit_ladder import edit_rungs
-from reft_export.parity.golden import GoldenInputs, Inputs, fp32_logits, inputs_of, record_golden
+from reft_export.parity.golden import Inputs, fp32_logits, inputs_of, record_golden
 from reft_export.tasks.classification import ClassifierInputs
+from reft_export.tasks.generation import GoldenInputs
 from runtimes.bundle import BASE_GOLDEN, Bundle, Quantization
 from runtimes.golden import check_golden
 from runtimes.parity import ParityReport, Rung

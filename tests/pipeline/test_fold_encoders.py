@@ -24,7 +24,8 @@ from reft_export.base.load import load_base
 from reft_export.cli.main import app
 from reft_export.eager.steering import steered
 from reft_export.exporting.dynamo_classifier import LogitsOnly
-from reft_export.folding.fold import fold_bundle, foreign_record
+from reft_export.folding.fold import fold_bundle
+from reft_export.folding.graph_record import foreign_record
 from reft_export.parity.ladder import host_ladder
 from reft_export.tasks.classification import classifier_inputs, classifier_logits
 from runtimes.adapter import load_adapter, save_adapter
@@ -164,7 +165,7 @@ def test_without_a_config_the_graph_says_how_long_a_text_may_be(tmp_path: Path, 
 def test_a_config_that_says_it_all_spares_the_look_for_tables(tmp_path: Path, monkeypatch) -> None:
     """A graph whose lookups are fused into one operator has no table to look at."""
     graph = foreign_graph(tiny_encoders.save_base(tmp_path / "base", "bert"), tmp_path / "graph", 17)
-    monkeypatch.setattr("reft_export.folding.fold.token_embedding", lambda _: pytest.fail("the graph was asked"))
+    monkeypatch.setattr("reft_export.folding.graph_record.token_embedding", lambda _: pytest.fail("the graph was asked"))
     assert foreign_record(load_graph(graph), graph).context_length == tiny_encoders.POSITIONS
 
 

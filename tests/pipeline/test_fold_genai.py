@@ -136,7 +136,8 @@ def test_unknown_operators_are_refused(bundle_folder, tmp_path) -> None:
 
 def test_every_stop_token_of_the_owner_is_kept(tmp_path) -> None:
     """Also one that the generation config lacks and no tokenizer marks as special."""
-    from reft_export.folding.fold import _config, stated_stop_tokens
+    from reft_export.folding.graph_record import stated_config as _config
+    from reft_export.folding.graph_record import stated_stop_tokens
 
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"eos_token_id": [5, 9]}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))

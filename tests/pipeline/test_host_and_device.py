@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from reft_export.base.load import Base, load_base
 from reft_export.base.token_rules import context_of, pad_token, stop_tokens
-from reft_export.bundling.files import copy_tokenizer, model_record
+from reft_export.bundling.files import copy_tokenizer
 from reft_export.bundling.genai import write_genai_config
+from reft_export.bundling.model_record import model_record
 from reft_export.cli.main import app
 from reft_export.eager.steering import greedy_tokens
 from reft_export.exporting.export import ExportSettings, export_bundle
@@ -404,7 +405,9 @@ def test_an_end_token_inside_a_prompt_ends_nothing(make, tmp_path: Path) -> None
     ],
 )
 def test_the_context_is_the_same(tmp_path: Path, family: str, overrides: dict, expected: int) -> None:
-    from reft_export.folding.fold import DEFAULT_CONTEXT, _config, _context
+    from reft_export.base.token_rules import DEFAULT_CONTEXT
+    from reft_export.folding.graph_record import stated_config as _config
+    from reft_export.folding.graph_record import stated_context as _context
 
     base = load_base(tiny.save_base(tmp_path / family, family, **overrides))
     stated = _context(_config(base.folder))

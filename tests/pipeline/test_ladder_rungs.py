@@ -13,7 +13,7 @@ from reft_export.evaluation.quantization_report import QuantizationReport, Steer
 from reft_export.parity import activation_ladder as step_by_step
 from reft_export.parity import edit_ladder
 from reft_export.parity.edit_ladder import edit_rungs
-from reft_export.parity.golden import GoldenInputs, golden_inputs
+from reft_export.tasks.generation import GoldenInputs, golden_inputs
 from runtimes.edit import LowRankEdit, Site
 from runtimes.op import EditNode, bank_of
 from runtimes.parity import Delta, Figures
@@ -92,9 +92,9 @@ class Vocabulary:
 
 
 def test_the_positions_that_are_kept_show_every_edit_of_a_prompts_ends(monkeypatch) -> None:
-    from reft_export.parity import golden
+    from reft_export.tasks import generation as generation_module
 
-    monkeypatch.setattr(golden, "_greedy", lambda model, prompts, count: np.ones((len(prompts), count), np.int64))
+    monkeypatch.setattr(generation_module, "_greedy", lambda model, prompts, count: np.ones((len(prompts), count), np.int64))
     prompts = [[1] * n for n in (3, 8, 13, 21)]
     inputs = golden_inputs(Vocabulary(), prompts)
     kept = set(map(tuple, inputs.logit_positions.tolist()))

@@ -1,0 +1,111 @@
+"""What a decoder is recorded on: prompts, the base's greedy continuation of them, and that of every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_export.base.token_rules import decoder_context
+from reft_export.eager.steering import Steerer, Steering, greedy_tokens, steering_of
+
+GREEDY_TOKENS = 64
+CONTINUATION = 12
+"""How many tokens of the continuation stand in input_ids, so that the decode steps are compared too."""
+LOGIT_BYTES = 16 * 2**20
+"""Logits are recorded at positions up to this size a name: a 150k vocabulary makes 600 KB a position."""
+
+TEXTS = (
+    "Hello!",
+    "Tell me a story about a small boat and the sea.",
+    "What is the best way to learn how to cook a simple meal at home?",
+    "The old house at the end of the road had been empty for years, and yet a light was on.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenInputs:
+    """Right-padded prompts with the base's continuation; the same for the base and every adapter."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    prompt_length: np.ndarray
+    logit_positions: np.ndarray
+
+
+def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """A few prompts of different lengths, one of them very short; random tokens for a base without tokenizer."""
+    config = model.config.get_text_config()
+    room = decoder_context(model) - GREEDY_TOKENS - 1
+    if tokenizer is None:
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(0, config.vocab_size, n).tolist() for n in (3, 8, 13, 21)]
+    elif tokenizer.chat_template:
+        prompts = [_chat(tokenizer, text) for text in TEXTS]
+    else:
+        prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    return [prompt[: max(room, 1)] for prompt in prompts]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # a template that wants more than a user's message; any tokens will do here
+        return tokenizer(text)["input_ids"]
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int = GREEDY_TOKENS) -> GoldenInputs:
+    """Pads the prompts and appends the base's own greedy continuation."""
+    continuation = _greedy(model, prompts, min(CONTINUATION, max_tokens))
+    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
+    ids, mask = pad_right(rows)
+    real = np.argwhere(mask == 1)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    keep = max(8, LOGIT_BYTES // (4 * vocabulary))
+    if len(real) > keep:
+        real = _spread(real, [len(p) for p in prompts], keep)
+    return GoldenInputs(
+        input_ids=ids, attention_mask=mask, prompt_length=np.array([len(p) for p in prompts], np.int64), logit_positions=real
+    )
+
+
+def _spread(real: np.ndarray, prompts: Sequence[int], keep: int) -> np.ndarray:
+    """About ``keep`` of the positions ``real``, [K, 2]: every prompt's first and last one and every row's last one, which show an edit of
+    the last layer there, and evenly spread others."""
+    rows, columns = real.T
+    last = np.append(rows[1:] != rows[:-1], True)
+    ends = np.flatnonzero((columns == 0) | (columns == np.asarray(prompts)[rows] - 1) | last)
+    others = np.linspace(0, len(real) - 1, max(keep - len(ends), 2)).round().astype(int)
+    return real[np.union1d(ends, others)]
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask), int64 [B, longest row]; pads are token 0 with mask 0."""
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def eager_greedy(
+    model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
+) -> np.ndarray:
+    """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
+    prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
+    with steering_of(model, steerer) as handle:
+        return _greedy(model, prompts, max_tokens, handle)
+
+
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
+    # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
+    ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
+    tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)
+    return np.asarray(tokens, np.int64)
