@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.dominators import describe
-from graph_passes.streams import value_width
+from graph_passes.find.dominators import describe
+from graph_passes.find.streams import value_width
 from runtimes.errors import GraphError
 
 ATTENTION = "GroupQueryAttention"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graph_passes.dominators import describe
+from graph_passes.find.dominators import describe
 from runtimes.errors import GraphError
 
 MODEL_FILE = "model.onnx"

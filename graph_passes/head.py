@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.dominators import read_values
+from graph_passes.find.dominators import read_values
 from runtimes.bundle import WeightSource
 from runtimes.errors import GraphError
 from runtimes.tasks import HEAD_PREFIX

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.dominators import Dominators, describe
+from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.sites import SiteLocation, locate_sites
+from graph_passes.find.skip_norms import refuse_training_norm, split_skip_norm
+from graph_passes.find.streams import StreamType, stream_types
 from graph_passes.function_body import function_of
-from graph_passes.sites import SiteLocation, locate_sites
-from graph_passes.skip_norms import refuse_training_norm, split_skip_norm
-from graph_passes.slot_rule import SLOT_VALUE
-from graph_passes.slots import SLOT_MODES, add_slots
-from graph_passes.streams import StreamType, stream_types
+from graph_passes.slots.add import SLOT_MODES, add_slots
+from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.edit import STREAMS, Site
 from runtimes.errors import GraphError
 from runtimes.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank

@@ -100,7 +100,7 @@ def slots(
         slot = suffix slot if L - l <= p < L; else 0 if p < f or (prompt and p < L) or everywhere; else -1; -1 at pads
 
     The suffix slot is 0 when ``tied``, else 1. ``prompt_length`` [B] is needed where a prompt does not come in one call.
-    Source: the design's slot rule; the same arithmetic stands in the graph (graph_passes/slots.py).
+    Source: the design's slot rule; the same arithmetic stands in the graph (graph_passes/slots/add.py).
     """
     mask = np.asarray(attention_mask, np.int64)
     batch, columns = mask.shape

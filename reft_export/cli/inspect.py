@@ -195,12 +195,12 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
 
 
 def inspect_graph(path: Path) -> dict[str, Any]:
-    from graph_passes.domains import check_domains
-    from graph_passes.edge_llm import is_edge_llm
     from graph_passes.external import load_graph
+    from graph_passes.find.domains import check_domains
+    from graph_passes.find.edge_llm import is_edge_llm
+    from graph_passes.find.sites import survey_sites
     from graph_passes.graph_file import graph_file
     from graph_passes.insert import is_edit
-    from graph_passes.sites import survey_sites
 
     path = graph_file(path)
     model = load_graph(path)

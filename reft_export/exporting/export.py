@@ -18,8 +18,7 @@ from calibration.quantize import quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weights import WeightError
 from graph_passes.external import write_graph
-from graph_passes.fold import fold_graph
-from graph_passes.fuse import LEVELS, fuse
+from graph_passes.fold import LEVELS, fold_graph, fuse
 from graph_passes.head import expose_head, head_defaults
 from reft_export.base.classifiers import check_classifier, head_parameters, is_classifier
 from reft_export.base.dequantized import expert_matrices

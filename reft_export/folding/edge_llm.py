@@ -12,13 +12,13 @@ from typing import Any
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
-from graph_passes.edge_fold import fold_edge_graph
-from graph_passes.edge_llm import ATTENTION, read_edge_contract
-from graph_passes.edge_lora import lora_tensors
+from graph_passes.edge_llm.fold import fold_edge_graph
+from graph_passes.edge_llm.lora import lora_tensors
 from graph_passes.external import load_graph
+from graph_passes.find.edge_llm import ATTENTION, read_edge_contract
+from graph_passes.find.sites import locate_sites
+from graph_passes.find.streams import stream_types
 from graph_passes.insert import refuse_folded
-from graph_passes.sites import locate_sites
-from graph_passes.streams import stream_types
 from reft_export.bundling.files import VERSION, Report, union_nodes
 from reft_export.folding.family import check_family, check_same_family
 from runtimes.adapter import FULL_RANK_METHODS, Adapter

@@ -11,15 +11,15 @@ import onnx_ir as ir
 
 from calibration.selection import quantized_weights
 from graph_passes.cache_shapes import fix_cache_shapes
-from graph_passes.contract import name_cache
-from graph_passes.domains import check_domains
-from graph_passes.edge_llm import is_edge_llm
-from graph_passes.encoder import is_classifier
 from graph_passes.external import load_graph, write_graph
+from graph_passes.find.contract import name_cache
+from graph_passes.find.domains import check_domains
+from graph_passes.find.edge_llm import is_edge_llm
+from graph_passes.find.encoder import is_classifier
+from graph_passes.find.sites import locate_sites, survey_sites
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
-from graph_passes.sites import locate_sites, survey_sites
 from reft_export.base.classifiers import stated_labels
 from reft_export.bundling.files import (
     BundleParts,

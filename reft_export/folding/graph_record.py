@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 
 from calibration.selection import constant_matrix, token_embedding
-from graph_passes.encoder import is_classifier
-from graph_passes.sites import SiteSurvey, locate_sites, survey_sites
-from graph_passes.streams import stream_types, stream_width
+from graph_passes.find.encoder import is_classifier
+from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
+from graph_passes.find.streams import stream_types, stream_width
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
 from reft_export.bundling.genai import read_genai_config, read_json_object, whole_number

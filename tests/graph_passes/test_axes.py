@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from graph_passes.axes import BATCH, OTHER, SEQUENCE, TOKENS, TOKENS_SEQUENCE_FIRST, TracedAxes
+from graph_passes.find.axes import BATCH, OTHER, SEQUENCE, TOKENS, TOKENS_SEQUENCE_FIRST, TracedAxes
 
 HEADER = """<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1, "own": 1]>
 decoder (int64[batch, sequence] input_ids, float[batch, 1, past, 8] past) => (float[batch, sequence, 8] logits)

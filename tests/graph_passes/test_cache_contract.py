@@ -10,7 +10,7 @@ import pytest
 from decoders import session
 from small_decoders import WIDTH, small_decoder, small_feeds
 
-from graph_passes.contract import check_history, name_cache, read_contract
+from graph_passes.find.contract import check_history, name_cache, read_contract
 from graph_passes.fold import fold_graph
 from runtimes.edit import Site
 from runtimes.errors import GraphError

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.cache_shapes import fix_cache_shapes
-from graph_passes.domains import check_domains
+from graph_passes.find.domains import check_domains
 from runtimes.errors import GraphError
 
 HEADS, CACHE_HEADS, HEAD_WIDTH = 4, 2, 16

@@ -12,11 +12,11 @@ import onnx_ir as ir
 import pytest
 from edge_decoders import LAYOUTS, WIDTH, Row, attention_stand_in, checked, edge_decoder, edge_feeds, session
 
-from graph_passes.edge_fold import check_scopes, fold_edge_graph
-from graph_passes.edge_llm import is_edge_llm, read_edge_contract
-from graph_passes.edge_lora import lora_tensors
+from graph_passes.edge_llm.fold import check_scopes, fold_edge_graph
+from graph_passes.edge_llm.lora import lora_tensors
+from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
+from graph_passes.find.sites import find_sites, locate_sites
 from graph_passes.insert import is_edit
-from graph_passes.sites import find_sites, locate_sites
 from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 from runtimes.op import DOMAIN, EditNode, bank_of, node_of

@@ -12,8 +12,8 @@ from edge_decoders import Row, edge_decoder, edge_feeds, lengths_of, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph_passes.edge_slots import EDGE_RULE, add_edge_rule
-from graph_passes.slots import add_slots
+from graph_passes.slots.add import add_slots
+from graph_passes.slots.edge_llm import EDGE_RULE, add_edge_rule
 from runtimes.errors import GraphError
 from runtimes.positions import PositionRule, slots
 

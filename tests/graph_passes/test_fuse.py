@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from small_decoders import small_decoder
 
-from graph_passes.fuse import fuse
+from graph_passes.fold import fuse
 from runtimes.errors import GraphError
 
 

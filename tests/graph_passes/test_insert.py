@@ -10,9 +10,9 @@ import rounding
 from decoders import session
 from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
 
+from graph_passes.find.sites import find_sites
 from graph_passes.fold import fold_graph
 from graph_passes.insert import InsertEdits, insert_edits, is_edit
-from graph_passes.sites import find_sites
 from runtimes.edit import LowRankEdit, Site
 from runtimes.errors import GraphError, SiteNotFound
 from runtimes.op import DOMAIN, RULE_DEFAULTS, EditNode

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_decoders import ROUNDING, random_banks, small_decoder, small_feeds
 
+from graph_passes.find.sites import find_sites
 from graph_passes.insert import insert_edits
-from graph_passes.sites import find_sites
 from runtimes.edit import STREAMS, Site
 from runtimes.op import EditNode
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
 
-from graph_passes.edge_lora import use_lora_inputs
+from graph_passes.edge_llm.lora import use_lora_inputs
 from graph_passes.fold import fold_graph
 from graph_passes.function_body import scale_bias_function, use_bodies
 from graph_passes.insert import insert_edits, is_edit

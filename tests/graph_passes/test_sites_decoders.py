@@ -16,9 +16,9 @@ import torch
 from decoders import CONFIGS, ROUNDING, build_decoder, export_decoder, feeds, hidden_states, session, site_modules
 from transformers import DynamicCache
 
+from graph_passes.find.sites import SiteLocation, find_sites, locate_sites
+from graph_passes.find.streams import stream_type, stream_types
 from graph_passes.fold import fold_graph
-from graph_passes.sites import SiteLocation, find_sites, locate_sites
-from graph_passes.streams import stream_type, stream_types
 from runtimes.edit import STREAMS, LowRankEdit, Site
 from runtimes.errors import SiteAmbiguous, SiteNotFound
 from runtimes.op import EditNode, bank_of

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph_passes.slots import add_slots
+from graph_passes.slots.add import add_slots
 from runtimes.errors import GraphError
 from runtimes.op import RULE_DEFAULTS
 from runtimes.positions import PositionRule, slots

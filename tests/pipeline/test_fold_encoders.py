@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from graph_passes.external import load_graph
-from graph_passes.sites import survey_sites
+from graph_passes.find.sites import survey_sites
 from reft_export.base.classifiers import takes_token_types
 from reft_export.base.load import load_base
 from reft_export.cli.main import app

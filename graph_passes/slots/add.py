@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.contract import read_contract
-from graph_passes.edge_llm import is_edge_llm
-from graph_passes.edge_slots import add_edge_rule
-from graph_passes.slot_rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
+from graph_passes.find.contract import read_contract
+from graph_passes.find.edge_llm import is_edge_llm
+from graph_passes.slots.edge_llm import add_edge_rule
+from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
 from runtimes.errors import GraphError
 from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 
@@ -29,7 +29,7 @@ SLOT_MODES = ("graph", "input")
 def add_slots(graph: ir.Graph, mode: str) -> ir.Value:
     """Adds the slots to the graph and returns them, int32 [B, S]: the rule ("graph"), or the graph input reft_slot ("input").
 
-    A TensorRT-Edge-LLM export has a rule of its own (graph_passes/edge_slots.py), and no room for further inputs.
+    A TensorRT-Edge-LLM export has a rule of its own (graph_passes/slots/edge_llm.py), and no room for further inputs.
 
     Raises GraphError where the mode is unknown, or where the graph lacks the attention_mask [B, T] that the rule reads.
     """

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.axes import constant_tensor
-from graph_passes.dominators import Dominators, describe
-from graph_passes.encoder import ATTENTIONS
-from graph_passes.skip_norms import SKIP_NORM_BIAS
+from graph_passes.find.axes import constant_tensor
+from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.encoder import ATTENTIONS
+from graph_passes.find.skip_norms import SKIP_NORM_BIAS
 
 _PROJECTIONS = frozenset({"MatMul", "Gemm", "MatMulNBits", "FusedMatMul"})
 _PASS_THROUGH = frozenset({"Reshape", "Identity", "Dropout"})

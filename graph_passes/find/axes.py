@@ -7,8 +7,8 @@ from itertools import zip_longest
 
 import onnx_ir as ir
 
-from graph_passes.domains import KNOWN
-from graph_passes.skip_norms import SKIP_NORMS
+from graph_passes.find.domains import KNOWN
+from graph_passes.find.skip_norms import SKIP_NORMS
 from runtimes.op import DOMAIN
 
 BATCH, SEQUENCE = "batch", "sequence"

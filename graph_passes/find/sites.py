@@ -4,7 +4,7 @@ The rule: the values that all of ``logits`` depends on, from ``input_ids`` on, a
 ``present.<i>.key``, the nearest of them upstream is what block i reads, so it is also what block i-1 wrote. The last block's output
 follows from the shape of the blocks before it. Checked against hooks in eager models of 19 families. A TensorRT-Edge-LLM graph starts
 at inputs_embeds, which is what block 0 reads, and its keys are present_key_values_<i>. In an encoder the attention's Softmax stands for
-the key (graph_passes/encoder.py).
+the key (graph_passes/find/encoder.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.block_ends import Step, check_inner_end, last_block_end
-from graph_passes.branches import Branch, module_outputs
-from graph_passes.contract import read_contract
-from graph_passes.dominators import Dominators, describe
-from graph_passes.edge_llm import is_edge_llm, read_edge_contract
-from graph_passes.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
+from graph_passes.find.block_ends import Step, check_inner_end, last_block_end
+from graph_passes.find.branches import Branch, module_outputs
+from graph_passes.find.contract import read_contract
+from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
+from graph_passes.find.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
 from runtimes.edit import Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.dominators import describe
-from graph_passes.edge_llm import block_of, layers_of
-from graph_passes.edge_lora import use_lora_inputs
+from graph_passes.edge_llm.lora import use_lora_inputs
+from graph_passes.find.dominators import describe
+from graph_passes.find.edge_llm import block_of, layers_of
+from graph_passes.find.sites import SiteLocation, survey_sites
 from graph_passes.insert import insert_edits, refuse_folded
-from graph_passes.sites import SiteLocation, survey_sites
 from runtimes.edit import Site
 from runtimes.errors import SiteAmbiguous
 from runtimes.op import EditNode
@@ -22,7 +22,7 @@ def fold_edge_graph(
 ) -> None:
     """Inserts ``nodes`` with the rule and the banks in ``constants`` by name, in place; inputs and outputs stay what they were.
 
-    ``lora_slots`` N > 0: the banks are LoRA inputs of N slots each instead (graph_passes/edge_lora.py), behind the graph's own inputs.
+    ``lora_slots`` N > 0: the banks are LoRA inputs of N slots each instead (graph_passes/edge_llm/lora.py), behind the graph's own inputs.
 
     Function bodies take the per-token form, which TensorRT parses where our plugin is not loaded.
 

@@ -15,8 +15,8 @@ from operator import or_
 
 import onnx_ir as ir
 
-from graph_passes.dominators import SHAPE_READERS, read_values
-from graph_passes.encoder import attention_anchors, is_classifier
+from graph_passes.find.dominators import SHAPE_READERS, read_values
+from graph_passes.find.encoder import attention_anchors, is_classifier
 from runtimes.errors import GraphError
 
 # present.0.key, present.0.decoder.key, present_key_values.0.key, present_0_key, present_key_0, present_key.0, present_keys.0; of values

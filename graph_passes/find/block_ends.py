@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.branches import adds_other_than_attention
-from graph_passes.dominators import Dominators, describe
+from graph_passes.find.branches import adds_other_than_attention
+from graph_passes.find.dominators import Dominators, describe
 from runtimes.errors import SiteAmbiguous, SiteNotFound
 
 _SAME_TENSOR = frozenset({"Cast", "Identity", "Reshape"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.dominators import Dominators
+from graph_passes.find.dominators import Dominators
 from runtimes.errors import SiteNotFound
 
 ATTENTIONS = frozenset({"Softmax", "Attention", "MultiHeadAttention"})

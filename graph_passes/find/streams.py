@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes, constant_tensor
-from graph_passes.dominators import describe
-from graph_passes.sites import SiteLocation
+from graph_passes.find.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes, constant_tensor
+from graph_passes.find.dominators import describe
+from graph_passes.find.sites import SiteLocation
 from runtimes.edit import Site
 from runtimes.errors import GraphError
 from runtimes.op import OPS

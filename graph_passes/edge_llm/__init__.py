@@ -1,0 +1,1 @@
+"""Edits into what TensorRT-Edge-LLM exports."""

@@ -1,0 +1,1 @@
+"""Which token is edited, computed in the graph."""
