@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from calibration.collected import Collected
 from calibration.selection import weight_products
-from runtimes.bundle import BASE_GOLDEN
-from runtimes.encoded_text import EncodedText, padded
-from runtimes.ort_session import to_float32
+from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.ort.session import to_float32
+from runtimes.text.encoded_text import EncodedText, padded
 
 CHUNK = 128
 """Prompt tokens per call."""

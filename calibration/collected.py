@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.histogram import BINS, Histogram
 from runtimes.errors import CalibrationError
-from runtimes.records import RecordError, from_json, parse_json, to_json
+from runtimes.files.records import RecordError, from_json, parse_json, to_json
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ import numpy as np
 from calibration.collected import Collected
 from calibration.histogram import Histogram
 from calibration.observers import Observer
-from runtimes.bundle import BASE_GOLDEN
+from runtimes.artifacts.bundle import BASE_GOLDEN
 
 
 @dataclass(frozen=True, kw_only=True)

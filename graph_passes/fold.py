@@ -28,8 +28,8 @@ from graph_passes.external import load_graph, write_graph
 from graph_passes.find.contract import check_history
 from graph_passes.find.edge_llm import is_edge_llm
 from graph_passes.insert import insert_edits
+from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
-from runtimes.op import EditNode
 
 LEVELS = ("none",)
 

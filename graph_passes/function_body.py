@@ -19,9 +19,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS, Site
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS, Site
+from runtimes.edits.op import DOMAIN, OP_TYPE, OPS, RED_TYPE, EditNode
 from runtimes.errors import GraphError
-from runtimes.op import DOMAIN, OP_TYPE, OPS, RED_TYPE, EditNode
 
 MINIMUM_OPSET = 15
 """The first opset whose Shape takes a range and that has CastLike."""

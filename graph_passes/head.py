@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.find.dominators import read_values
-from runtimes.bundle import WeightSource
+from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.task_names import HEAD_PREFIX
 from runtimes.errors import GraphError
-from runtimes.tasks import HEAD_PREFIX
 
 
 def expose_head(model: ir.Model, sources: Mapping[str, WeightSource], parameters: Collection[str]) -> dict[str, WeightSource]:

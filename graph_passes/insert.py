@@ -14,9 +14,9 @@ from graph_passes.find.streams import StreamType, stream_types
 from graph_passes.function_body import function_of
 from graph_passes.slots.add import SLOT_MODES, add_slots
 from graph_passes.slots.rule import SLOT_VALUE
-from runtimes.edit import STREAMS, Site
+from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
 from runtimes.errors import GraphError
-from runtimes.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
 
 FUNCTION_IR_VERSION = 8
 """The first IR version with model-local functions; overloads of them came with 10."""
@@ -29,8 +29,8 @@ def insert_edits(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "gr
         stream -> consumers    becomes    stream -> LoReFT [-> LoReFT .. -> RED] -> the same consumers, at the same input index
 
     Nodes of one site stand in series in the order given; where an edit of block i's output and one of block i+1's input share a
-    value, the output's comes first. Banks hold no edit (``runtimes.op.no_edit_bank``), and a runtime may override them with any N and r;
-    slots come from the graph's attention_mask (``slots="graph"``) or from the input reft_slot ("input"). As inserted, nothing is
+    value, the output's comes first. Banks hold no edit (``runtimes.edits.op.no_edit_bank``), and a runtime may override them with any N
+    and r; slots come from the graph's attention_mask (``slots="graph"``) or from the input reft_slot ("input"). As inserted, nothing is
     edited. Where a stream is hidden inside a fused skip norm, that node is split.
 
     Raises SiteNotFound or SiteAmbiguous for a site the graph does not show, GraphError for a graph that carries edits already, that

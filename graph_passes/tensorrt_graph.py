@@ -24,9 +24,9 @@ import onnx_ir as ir
 from graph_passes.function_body import use_bodies
 from graph_passes.insert import is_edit
 from graph_passes.unfold import unfold_graph
-from runtimes.bundle import TensorRecord
+from runtimes.artifacts.bundle import TensorRecord
+from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import EngineError, GraphError
-from runtimes.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 
 ONNX_DOMAINS = ("", "ai.onnx")
 QUANTIZED_FOR_ONNXRUNTIME = ("MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul", "MatMulInteger", "DynamicQuantizeLinear")

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graph_passes.insert import is_edit
-from runtimes.op import DOMAIN, RULE_DEFAULTS
+from runtimes.edits.op import DOMAIN, RULE_DEFAULTS
 
 
 def unfold_graph(model: ir.Model) -> int:

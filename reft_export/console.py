@@ -141,7 +141,7 @@ def worst_rows(report: Any) -> list[tuple[str, ...]]:
     """One row per name before the colon: the first rung's deltas and greedy tokens with the worst figures of its kin."""
     from dataclasses import replace
 
-    from runtimes.parity import ParityReport
+    from runtimes.parity.figures import ParityReport
 
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for rung in report.rungs:

@@ -23,9 +23,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.function_body import edit_function
+from runtimes.edits.op import DOMAIN, OP_TYPE, OP_VERSION
 from runtimes.errors import BackendUnavailable
 from runtimes.native_library import find_op_library
-from runtimes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 CHAIN = 32
 CASES = ((1, 0), (1, 1), (256, 0), (256, 8), (256, 256))

@@ -16,10 +16,10 @@ from statistics import median
 
 import numpy as np
 
-from runtimes.bundle import BASE_GOLDEN
+from runtimes.artifacts.bundle import BASE_GOLDEN
 from runtimes.errors import InputError
+from runtimes.files.records import to_json
 from runtimes.generate import DecodeBatch, Session
-from runtimes.records import to_json
 
 BASE = BASE_GOLDEN
 WARM_UP_TOKENS = 2

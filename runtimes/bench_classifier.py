@@ -13,7 +13,7 @@ import numpy as np
 
 from runtimes.bench import BASE, peak_memory
 from runtimes.errors import InputError
-from runtimes.records import to_json
+from runtimes.files.records import to_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import MANIFEST_FILE, Bundle, Manifest, read_json
-from runtimes.device_session import ort_session
+from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, Manifest, read_json
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.op import SLOT_INPUT
 from runtimes.errors import BackendUnavailable, GraphError, ReftError
-from runtimes.op import SLOT_INPUT
-from runtimes.records import from_json
-from runtimes.tasks import TEXT_CLASSIFICATION
+from runtimes.files.records import from_json
+from runtimes.open import ort_session
 
 _FED = ("input_ids", "attention_mask", SLOT_INPUT)
 
@@ -74,7 +74,7 @@ def take_first_steps(bundle: Bundle) -> None:
 
 def _check_fed(bundle: Bundle) -> None:
     """Raises BackendUnavailable where the graph, which is loaded all the same, has inputs of which its own runtime alone knows."""
-    from runtimes.ort_session import OpenGraph
+    from runtimes.ort.session import OpenGraph
 
     names = [record.name for record in bundle.manifest.inputs]
     known = {*_FED, "token_type_ids" if bundle.manifest.task == TEXT_CLASSIFICATION else "position_ids"}

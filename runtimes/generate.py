@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtimes.errors import InputError, ReftError
-from runtimes.tokenizer import Detokenizer, Tokenizer, check_token_ids
+from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 PAD = 0
 """Token id under a mask of 0. Any id of the vocabulary will do; a tokenizer's own pad token may lie outside the model's."""

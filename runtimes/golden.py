@@ -1,8 +1,8 @@
 """Holds a bundle against its golden arrays on this device: logits, greedy tokens, steering, and the KV cache fed in every way.
 
-The arrays are those of runtimes/golden_schema.py. Logits are held to the eager model with the bundle's own weights, so that export
-errors show alone; deltas to the float32 model, so that they say what quantization left of the steering. A classifier is held by
-runtimes/golden_classifier.py.
+The arrays are those of runtimes/artifacts/golden_schema.py. Logits are held to the eager model with the bundle's own weights, so that
+export errors show alone; deltas to the float32 model, so that they say what quantization left of the steering. A classifier is held by
+runtimes/tasks/classification.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtimes.bundle import BASE_GOLDEN, Bundle
-from runtimes.engine import Engine
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import BundleError
 from runtimes.generate import Session, columns, greedy_tokens, padding_of
-from runtimes.golden_arrays import Golden, read_arrays, steering_shown
-from runtimes.golden_classifier import ClassifierGolden, check_classifier, classifier_figures
-from runtimes.parity import NOTHING, Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
-from runtimes.tasks import TEXT_CLASSIFICATION
+from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
+from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
+from runtimes.tasks.classification import ClassifierGolden, check_classifier, classifier_figures
 
 
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:

@@ -8,8 +8,8 @@ from models import adapters, bases
 from models.bases import BOS, CONTEXT, EOS, PAD, VOCABULARY, WIDTH, build_base, byte_tokenizer
 from transformers import PreTrainedModel
 
-from runtimes.adapter import Adapter, BaseModel
-from runtimes.edit import Site
+from runtimes.edits.adapter import Adapter, BaseModel
+from runtimes.edits.edit import Site
 
 __all__ = ["BOS", "CONTEXT", "EOS", "PAD", "VOCABULARY", "WIDTH"]
 LAYERS = 3

@@ -12,9 +12,9 @@ from graph_passes.find.dominators import describe
 from graph_passes.find.edge_llm import block_of, layers_of
 from graph_passes.find.sites import SiteLocation, survey_sites
 from graph_passes.insert import insert_edits, refuse_folded
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import SiteAmbiguous
-from runtimes.op import EditNode
 
 
 def fold_edge_graph(

@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.insert import is_edit
+from runtimes.edits.op import OP_TYPE, EditNode
 from runtimes.errors import GraphError
-from runtimes.op import OP_TYPE, EditNode
 
 
 def use_lora_inputs(graph: ir.Graph, *, slots: int) -> None:

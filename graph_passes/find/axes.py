@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graph_passes.find.domains import KNOWN
 from graph_passes.find.skip_norms import SKIP_NORMS
-from runtimes.op import DOMAIN
+from runtimes.edits.op import DOMAIN
 
 BATCH, SEQUENCE = "batch", "sequence"
 TOKENS, TOKENS_SEQUENCE_FIRST = "batch * sequence", "sequence * batch"

@@ -20,7 +20,7 @@ from graph_passes.find.contract import read_contract
 from graph_passes.find.dominators import Dominators, describe
 from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
 from graph_passes.find.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 
 # Half precision and TorchScript exports put Casts on the stream; they carry the same tensor, so the value before them is the site.

@@ -10,9 +10,9 @@ import onnx_ir as ir
 from graph_passes.find.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes, constant_tensor
 from graph_passes.find.dominators import describe
 from graph_passes.find.sites import SiteLocation
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.op import OPS
 from runtimes.errors import GraphError
-from runtimes.op import OPS
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Element types that the op takes."""

@@ -9,7 +9,7 @@ With S = width of input_ids and mask = attention_mask [B, T], T >= S (growing wi
     slot = reft.suffix_slot if L - l <= p < L; else 0 if p < f or (reft.prompt and p < L) or reft.everywhere; else -1; -1 where win == 0
 
 Without ``reft.prompt_length`` a prompt must come in one call: nothing in the shapes tells a chunk of a prompt from its completion.
-The same arithmetic in numpy is ``runtimes.positions.slots``.
+The same arithmetic in numpy is ``runtimes.edits.positions.slots``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from graph_passes.find.contract import read_contract
 from graph_passes.find.edge_llm import is_edge_llm
 from graph_passes.slots.edge_llm import add_edge_rule
 from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import GraphError
-from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 
 SLOT_MODES = ("graph", "input")
 

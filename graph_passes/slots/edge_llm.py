@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from graph_passes.find.edge_llm import EdgeContract, read_edge_contract
 from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
-from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS
 
 EDGE_RULE = {name: default for name, default in RULE_DEFAULTS.items() if name != PROMPT_LENGTH}
 """The rule's numbers: the prompt's length is computed."""

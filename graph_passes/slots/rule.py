@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from runtimes.op import PROMPT_LENGTH
+from runtimes.edits.op import PROMPT_LENGTH
 
 SLOT_VALUE = "reft.slot"
 """The int32 value that every edit reads when the slots are computed in the graph."""

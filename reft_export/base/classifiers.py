@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.adapter import Adapter
+from runtimes.edits.adapter import Adapter
 from runtimes.errors import AdapterError, InputError
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold

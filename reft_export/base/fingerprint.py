@@ -30,7 +30,7 @@ from reft_export.base.classifiers import is_classifier
 from reft_export.base.config import canonical_config, family_config
 from reft_export.base.model_folder import not_finite, read_config, safetensors_parts, unpickled, weight_files
 from reft_export.base.same_base import VERSION, grouped
-from runtimes.adapter import BaseParts
+from runtimes.edits.adapter import BaseParts
 from runtimes.errors import InputError
 
 SAMPLES, SAMPLE_VALUES = 32, 16

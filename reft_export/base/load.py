@@ -16,10 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from reft_export.base.classifiers import check_classifier, check_has_head, is_classifier, labels_of
 from reft_export.base.fingerprint import Identity, identify, identify_model
 from reft_export.base.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, not_finite, read_config, weight_files
-from runtimes.adapter import BaseModel
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.edits.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
-from runtimes.records import parse_json
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.files.records import parse_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

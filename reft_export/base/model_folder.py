@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runtimes.errors import InputError
-from runtimes.records import parse_json
+from runtimes.files.records import parse_json
 
 VOLATILE_KEYS = frozenset(
     {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runtimes.adapter import BaseParts
+from runtimes.edits.adapter import BaseParts
 from runtimes.errors import AdapterError
 
 VERSION = "v2_"

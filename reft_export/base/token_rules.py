@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_export.base.classifiers import context_of as classifier_context
 from runtimes.errors import InputError
-from runtimes.stop_tokens import end_of_turn, stop_token_ids, without_added_end
+from runtimes.text.stop_tokens import end_of_turn, stop_token_ids, without_added_end
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def stop_tokens(base: Base) -> tuple[int, ...]:
-    """The tokens that end an answer of this base, by the rule of runtimes/stop_tokens.py."""
+    """The tokens that end an answer of this base, by the rule of runtimes/text/stop_tokens.py."""
     tokenizer, generation = base.tokenizer, getattr(base.model, "generation_config", None)  # a classifier has none
     special = () if tokenizer is None else special_token_ids(tokenizer)
     return stop_token_ids(

@@ -24,19 +24,28 @@ from graph_passes.external import load_graph
 from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
-from runtimes.builder_process import run_builder, run_trtexec
-from runtimes.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, MANIFEST_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, open_bundle
-from runtimes.engine import PLAN_FILE, EngineManifest, PluginRecord, Profile, is_engine, open_engine, write_engine_manifest
-from runtimes.engine_adapter import write_engine_adapter
+from runtimes.artifacts.bundle import (
+    BASE_GOLDEN,
+    DATA_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    Bundle,
+    open_bundle,
+)
+from runtimes.artifacts.engine import PLAN_FILE, EngineManifest, PluginRecord, Profile, is_engine, open_engine, write_engine_manifest
+from runtimes.artifacts.engine_adapter import write_engine_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import BackendUnavailable, EngineError, InputError
-from runtimes.folders import atomic_folder, check_destination
-from runtimes.hashes import sha256_of
+from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.hashes import sha256_of
+from runtimes.files.records import to_json
 from runtimes.native_library import find_plugin_library, plugin_details
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.records import to_json
-from runtimes.tasks import TEXT_CLASSIFICATION
-from runtimes.tensorrt_builder import BuildResult, BuildSpec, compute_capability_names
-from runtimes.tensorrt_library import is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
+from runtimes.tensorrt.builder import BuildResult, BuildSpec, compute_capability_names
+from runtimes.tensorrt.builder_process import run_builder, run_trtexec
+from runtimes.tensorrt.library import is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
 from runtimes.version import VERSION
 
 Report = Callable[[str], None]

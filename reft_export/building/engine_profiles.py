@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from runtimes.bundle import TensorRecord
-from runtimes.engine import Profile, ShapeRange
+from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.engine import Profile, ShapeRange
+from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
 from runtimes.errors import EngineError, InputError
-from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
 
 PLUGIN_MAX_RANK = 256
 TUNED_PROMPT = 128

@@ -17,8 +17,7 @@ from reft_export.base.classifiers import check_head
 from reft_export.base.same_base import require_same
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
-from runtimes.adapter import Adapter, load_adapter
-from runtimes.bundle import (
+from runtimes.artifacts.bundle import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
     AdapterRecord,
@@ -32,13 +31,14 @@ from runtimes.bundle import (
     write_adapter_record,
     write_manifest,
 )
-from runtimes.edit import Site
+from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.edits.adapter import Adapter, load_adapter
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError
-from runtimes.op import EditNode
-from runtimes.ort_adapter_file import write_onnx_adapter
-from runtimes.parity import budget_for
+from runtimes.parity.figures import budget_for
 from runtimes.precision import NUMPY_DTYPES
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.version import VERSION
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold

@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.cache_shapes import ATTENTION
-from runtimes.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
+from runtimes.artifacts.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
-from runtimes.records import parse_json
-from runtimes.stop_tokens import listed
+from runtimes.files.records import parse_json
+from runtimes.text.stop_tokens import listed
 
 CONFIG_FILE = "genai_config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")

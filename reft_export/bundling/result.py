@@ -9,8 +9,8 @@ from pathlib import Path
 from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from reft_export.evaluation.quantization_report import QuantizationReport
-from runtimes.bundle import CalibrationRecord, Manifest, Quantization
-from runtimes.parity import ParityReport
+from runtimes.artifacts.bundle import CalibrationRecord, Manifest, Quantization
+from runtimes.parity.figures import ParityReport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from runtimes.tokenizer import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer_config, special_tokens
+from runtimes.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer_config, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

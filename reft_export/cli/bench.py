@@ -12,10 +12,10 @@ from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_ses
 from reft_export.console import err, out, print_json, print_table, size
 
 if TYPE_CHECKING:
+    from runtimes.artifacts.bundle import Bundle
     from runtimes.bench import BenchResult
     from runtimes.bench_classifier import ClassifierBench
-    from runtimes.bundle import Bundle
-    from runtimes.device_session import Limits
+    from runtimes.open import Limits
 
 PROMPT_TOKENS = 128
 """Where none are asked for."""
@@ -50,13 +50,13 @@ def bench(
     """
     from contextlib import ExitStack
 
+    from runtimes.artifacts.engine import Engine
+    from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
     from runtimes.bench import BASE
     from runtimes.bench import bench as measure
     from runtimes.bench_classifier import bench_classifier
-    from runtimes.device_session import limits_of, open_artifact, open_session
-    from runtimes.engine import Engine
     from runtimes.errors import InputError
-    from runtimes.tasks import TEXT_CLASSIFICATION
+    from runtimes.open import limits_of, open_artifact, open_session
 
     check_session_options(provider, kernel)
     opened = open_artifact(bundle)
@@ -118,9 +118,9 @@ def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None
     from dataclasses import asdict
 
     from reft_export.op_bench import KERNEL_HEADER, NODE_HEADER, kernel_rows, kernel_times, node_rows, node_times
+    from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
     from runtimes.errors import InputError
     from runtimes.native_library import find_op_library
-    from runtimes.ort_adapter_file import read_onnx_adapter
 
     names = adapters or bundle.adapter_names
     if not names:

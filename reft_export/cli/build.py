@@ -53,7 +53,7 @@ def build(
 ) -> None:
     """Build a TensorRT engine of a bundle; its adapters still swap, by binding other banks."""
     from reft_export.building.build import BuildSettings, build_engine, parse_compute_capability, plan_build
-    from runtimes.folders import check_destination
+    from runtimes.files.folders import check_destination
 
     settings = BuildSettings(
         target=target,

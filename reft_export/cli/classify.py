@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.prompts import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
+from runtimes.text.prompts import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
 
 if TYPE_CHECKING:
-    from runtimes.encoded_text import EncodedText
-    from runtimes.ort_classifier import OrtClassifier
+    from runtimes.ort.classifier import OrtClassifier
+    from runtimes.text.encoded_text import EncodedText
 
 KEYS = {"text", "text_pair", "label", *ADAPTER}
 HINTS = dict.fromkeys({*OPTIONS, "prompt", "messages"} - {*ADAPTER}, "for text generation, which a classifier does not do")
@@ -64,7 +64,7 @@ def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, 
     Raises InputError, before anything is printed, for a text that is empty or too long.
     """
     from runtimes.errors import InputError
-    from runtimes.tokenizer import Tokenizer
+    from runtimes.text.tokenizer import Tokenizer
 
     bundle = session.bundle
     model, labels = bundle.manifest.model, bundle.manifest.labels

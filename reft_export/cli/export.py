@@ -131,7 +131,7 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
     import json
 
     from reft_export.console import size
-    from runtimes.records import to_json
+    from runtimes.files.records import to_json
 
     manifest = result.manifest
     total = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())

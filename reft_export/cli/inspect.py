@@ -25,7 +25,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an adapter, a graph, a bundle or an engine."""
-    from runtimes.engine import is_engine
+    from runtimes.artifacts.engine import is_engine
     from runtimes.errors import InputError
 
     if not path.exists():
@@ -60,8 +60,8 @@ def inspect(
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
-    from runtimes.bundle import open_bundle
-    from runtimes.records import to_json
+    from runtimes.artifacts.bundle import open_bundle
+    from runtimes.files.records import to_json
 
     bundle = open_bundle(path)
     m = bundle.manifest
@@ -94,14 +94,14 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 def _rank(adapter: Any) -> int | None:
     """None of a full-rank method, whose adapters store 0."""
-    from runtimes.adapter import FULL_RANK_METHODS
+    from runtimes.edits.adapter import FULL_RANK_METHODS
 
     return None if adapter.method in FULL_RANK_METHODS else adapter.rank
 
 
 def inspect_engine(path: Path) -> dict[str, Any]:
-    from runtimes.engine import open_engine
-    from runtimes.engine_adapter import read_engine_adapter
+    from runtimes.artifacts.engine import open_engine
+    from runtimes.artifacts.engine_adapter import read_engine_adapter
 
     engine = open_engine(path)
     e, m = engine.engine, engine.manifest
@@ -172,7 +172,7 @@ def quantization(q: Any) -> str:
 
 
 def inspect_adapter(path: Path) -> dict[str, Any]:
-    from runtimes.adapter import load_adapter
+    from runtimes.edits.adapter import load_adapter
 
     a = load_adapter(path)
     return {
@@ -226,8 +226,8 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 
 
 def inspect_banks(path: Path) -> dict[str, Any]:
-    from runtimes.op import RULE_DEFAULTS
-    from runtimes.ort_adapter_file import read_onnx_adapter
+    from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+    from runtimes.edits.op import RULE_DEFAULTS
 
     tensors = read_onnx_adapter(path)
     rules = {k: v.tolist() for k, v in sorted(tensors.items()) if k in RULE_DEFAULTS}

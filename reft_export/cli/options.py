@@ -50,7 +50,7 @@ AccuracyLevel = Annotated[int, typer.Option("--accuracy-level", help="4: int8 pr
 
 def parse_sites(text: str) -> tuple:
     """``3;5.mlp_output`` as sites; raises InputError."""
-    from runtimes.edit import Site
+    from runtimes.edits.edit import Site
     from runtimes.errors import AdapterError, InputError
 
     try:

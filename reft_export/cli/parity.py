@@ -33,10 +33,10 @@ def parity(
     as_json: AsJson = False,
 ) -> None:
     """Hold a bundle or an engine against eager PyTorch; exits 3 when a budget is missed."""
-    from runtimes.device_session import open_artifact, open_session
-    from runtimes.engine import Engine
+    from runtimes.artifacts.engine import Engine
     from runtimes.errors import InputError
     from runtimes.golden import check_golden
+    from runtimes.open import open_artifact, open_session
 
     check_session_options(provider, kernel)
     if report_file is not None and not report_file.absolute().parent.is_dir():

@@ -110,7 +110,7 @@ def quantize(
     """
     from reft_export.evaluation.quantization_report import write_reports
     from reft_export.quantizing.refit import RefitSettings
-    from runtimes.bundle import open_bundle
+    from runtimes.artifacts.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
     refuse_idle(

@@ -16,14 +16,14 @@ from reft_export.cli.classify import Text, classify, given_texts, read_texts
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
 from reft_export.console import err, escape
-from runtimes.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
+from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
 
 if TYPE_CHECKING:
-    from runtimes.bundle import Bundle
-    from runtimes.chat import ChatTemplate
-    from runtimes.device_session import Limits
+    from runtimes.artifacts.bundle import Bundle
     from runtimes.generate import Generation, GenerationSettings, Session
-    from runtimes.tokenizer import Tokenizer
+    from runtimes.open import Limits
+    from runtimes.text.chat import ChatTemplate
+    from runtimes.text.tokenizer import Tokenizer
 
 GENERATION = (
     "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
@@ -86,12 +86,12 @@ def run(
 
     A classifier says the label of each text, and the probabilities of all labels.
     """
-    from runtimes.chat import template_for
-    from runtimes.device_session import limits_of, open_artifact, open_session
+    from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
     from runtimes.errors import InputError
     from runtimes.generate import GenerationSettings
-    from runtimes.tasks import TEXT_CLASSIFICATION
-    from runtimes.tokenizer import Tokenizer
+    from runtimes.open import limits_of, open_artifact, open_session
+    from runtimes.text.chat import template_for
+    from runtimes.text.tokenizer import Tokenizer
 
     check_session_options(provider, kernel)
     check_choice("--chat", chat, ("auto", "always", "never"))

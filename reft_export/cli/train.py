@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reft_export.base.load import Base
     from reft_export.training.classification import ClassifierResult
     from reft_export.training.settings import TrainSettings
-    from runtimes.bundle import Bundle
+    from runtimes.artifacts.bundle import Bundle
 
 FORM = {"method": "method", "rank": "rank", "layers": "layers", "stream": "streams", "positions": "positions", "tied": "tied"}
 FORM |= {"activation": "activation", "dropout": "dropout", "chat_template": "chat_template"}
@@ -92,7 +92,7 @@ def train(
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
     from reft_export.training.settings import TrainSettings, settings_like
-    from runtimes.adapter import FULL_RANK_METHODS, form_of
+    from runtimes.edits.adapter import FULL_RANK_METHODS, form_of
 
     settings = TrainSettings(
         method=method,
@@ -122,7 +122,7 @@ def train(
     )
     started = None
     if start is not None:
-        from runtimes.adapter import load_adapter
+        from runtimes.edits.adapter import load_adapter
 
         started = load_adapter(start)
         like = settings_like(started)
@@ -141,9 +141,9 @@ def train(
     from reft_export.training.classification import prepare_classifier, train_classifier
     from reft_export.training.trainer import prepare
     from reft_export.training.trainer import train as run_training
-    from runtimes.bundle import check_adapter_name, open_bundle
-    from runtimes.folders import check_destination
-    from runtimes.tasks import TEXT_CLASSIFICATION
+    from runtimes.artifacts.bundle import check_adapter_name, open_bundle
+    from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+    from runtimes.files.folders import check_destination
 
     if dry_run:
         from reft_export.forecast import refuse_download
@@ -181,7 +181,7 @@ def train(
         show_classifier(output, settings, result, as_json=as_json)
         return
     if as_json:
-        from runtimes.records import to_json
+        from runtimes.files.records import to_json
 
         print_json({"adapter": str(output), "history": to_json(result.history), "samples": to_json(result.samples_after)})
         return
@@ -230,13 +230,13 @@ def show_classifier(output: Path, settings: TrainSettings, result: ClassifierRes
         "held_out": result.held_out,
     }
     if as_json:
-        from runtimes.records import to_json
+        from runtimes.files.records import to_json
 
         print_json({"adapter": str(output), "history": to_json(result.history), "accuracy": accuracy})
         return
     if result.truncated_lines:
         out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first at {escape(result.truncated_lines[0])}")
-    from runtimes.adapter import form_of
+    from runtimes.edits.adapter import form_of
 
     first, last = result.history[0], result.history[-1]
     edits = sum(t.size for t in result.adapter.tensors.values())

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import with_head
 from reft_export.eager.steering import EditFn, Steerer, Steering, edit_fn, steer
-from runtimes.bundle import Bundle
-from runtimes.edit import Edit, Site
-from runtimes.op import EditNode, edits_of, is_no_edit
-from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.edit import Edit, Site
+from runtimes.edits.op import EditNode, edits_of, is_no_edit
 
 
 def bank_edits(bundle: Bundle, name: str) -> dict[EditNode, tuple[Edit, ...]]:

@@ -1,7 +1,7 @@
 """Steering in eager PyTorch: edits hooked onto the decoder of any Hugging Face family.
 
 The rest of the project is held against this module, so it follows the op's contract to the letter: slots come from
-``runtimes.positions.slots``, an edit is computed in float32 and rounded once to the stream's dtype, and a token without
+``runtimes.edits.positions.slots``, an edit is computed in float32 and rounded once to the stream's dtype, and a token without
 a slot keeps its bits.
 """
 
@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import check_head, with_head
-from runtimes.adapter import Adapter
-from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.op import bank_of
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import AdapterError, InputError
-from runtimes.op import bank_of
-from runtimes.positions import PositionRule, slots
 
 EditFn = Callable[[Tensor, Tensor], Tensor]
 """(h [.., D], slot [..]) -> y [.., D]; it must leave h itself alone, since other modules hold the same tensor."""
@@ -38,7 +38,7 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-"""runtimes.edit.ACTIVATIONS in torch."""
+"""runtimes.edits.edit.ACTIVATIONS in torch."""
 
 STREAM_MODULES = {
     "attention_output": ("attention.output.dense", "self_attn", "attn", "attention", "self_attention"),

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import Bundle
-from runtimes.chat import template_for
+from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError
 from runtimes.generate import Generation, GenerationSettings, Session, generate
-from runtimes.prompts import encode, read_prompts
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.chat import template_for
+from runtimes.text.prompts import encode, read_prompts
+from runtimes.text.tokenizer import Tokenizer
 
 ANSWERS_AT_ONCE = 16
 """Rows of one batch: all prompts at once would need a KV cache for all."""

@@ -2,7 +2,7 @@
 
 Every figure is taken on the exported graph in onnxruntime, by the session that ``run`` uses:
 
-    perplexity   runtimes/perplexity.py's, of a given text, for the base and under each adapter
+    perplexity   runtimes/parity/perplexity.py's, of a given text, for the base and under each adapter
     delta        cosine and norm ratio of (steered - base) logits against the float32 eager model's, on the golden inputs
     KL           mean KL(float32 eager, steered || steered here) over the golden positions, in nats
     success      the checker's mean score of greedy answers (reft_export/evaluation/checker.py)
@@ -21,14 +21,14 @@ from typing import Any
 
 from calibration.weights import WeightError
 from reft_export.evaluation.checker import Task
-from runtimes.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import InputError
+from runtimes.files.records import to_json
 from runtimes.generate import Session
 from runtimes.golden import steering_figures
-from runtimes.parity import Delta, Figures, ParityReport
-from runtimes.perplexity import agreement, perplexity
-from runtimes.records import to_json
-from runtimes.tokenizer import Tokenizer
+from runtimes.parity.figures import Delta, Figures, ParityReport
+from runtimes.parity.perplexity import agreement, perplexity
+from runtimes.text.tokenizer import Tokenizer
 
 Answers = Mapping[str, Sequence[Sequence[int]]]
 """The float bundle's steered answers, as tokens, by adapter."""
@@ -128,7 +128,7 @@ class QuantizationReport:
 
 def measure(name: str, bundle: Bundle, yardsticks: Yardsticks, reference: Answers | None = None) -> tuple[Variant, Answers]:
     """(the bundle's figures, its steered answers by adapter); ``reference``: the float bundle's answers, for ``agreement``."""
-    from runtimes.device_session import ort_session
+    from runtimes.open import ort_session
 
     session, task = ort_session(bundle), yardsticks.task
     tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model) if task or yardsticks.text is not None else None

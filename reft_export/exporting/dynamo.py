@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.bfloat16 import widen_bfloat16
 from reft_export.exporting.exported_graph import ExportedGraph
-from runtimes.bundle import WeightSource
+from runtimes.artifacts.bundle import WeightSource
 from runtimes.errors import ExportError
 
 PREFIX = "model."

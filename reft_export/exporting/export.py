@@ -46,14 +46,14 @@ from reft_export.exporting.optimum import check_optimum, export_optimum
 from reft_export.exporting.transformers import check_transformers, export_transformers
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits, inputs_of, record_golden, record_quantized
-from runtimes.adapter import Adapter
-from runtimes.bundle import Manifest
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import Manifest
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import ExportError, InputError
-from runtimes.folders import atomic_folder, check_destination
-from runtimes.op import EditNode
+from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.precision import TORCH_DTYPES
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 EXPORTERS = ("dynamo", "builder", "optimum", "transformers")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from runtimes.bundle import WeightSource
+from runtimes.artifacts.bundle import WeightSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, __version__
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.dynamo import PREFIX, quiet, trace_inputs
 from reft_export.exporting.exported_graph import ExportedGraph
-from runtimes.bundle import WeightSource
+from runtimes.artifacts.bundle import WeightSource
 from runtimes.errors import BackendUnavailable, ExportError
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calibration.weights import unmap
-from runtimes.bundle import WeightSource
+from runtimes.artifacts.bundle import WeightSource
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _Named = tuple[str, torch.nn.Module]

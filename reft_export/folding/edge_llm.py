@@ -21,13 +21,13 @@ from graph_passes.find.streams import stream_types
 from graph_passes.insert import refuse_folded
 from reft_export.bundling.files import VERSION, Report, union_nodes
 from reft_export.folding.family import check_family, check_same_family
-from runtimes.adapter import FULL_RANK_METHODS, Adapter
-from runtimes.bundle import check_adapter_name
+from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.edits.adapter import FULL_RANK_METHODS, Adapter
+from runtimes.edits.op import OP_VERSION, EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
-from runtimes.folders import atomic_folder, check_destination
-from runtimes.hashes import sha256_of
-from runtimes.op import OP_VERSION, EditNode
-from runtimes.records import parse_json
+from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.hashes import sha256_of
+from runtimes.files.records import parse_json
 
 RECORD_FILE = "reft.json"
 """What was folded. The engine builder copies the files that it knows by name, and leaves this one where it is."""

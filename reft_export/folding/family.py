@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_export.bundling.genai import CONFIG_FILE, FAMILIES, read_genai_config, read_json_object
-from runtimes.adapter import Adapter
+from runtimes.edits.adapter import Adapter
 from runtimes.errors import AdapterError
 
 _HEADS = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")

@@ -37,14 +37,14 @@ from reft_export.folding.edge_llm import EdgeFoldResult, fold_edge_folder
 from reft_export.folding.family import check_family, check_same_family
 from reft_export.folding.graph_record import edited_precision, foreign_record, stated_config, stated_context
 from reft_export.parity.gate import gate
-from runtimes.adapter import Adapter
-from runtimes.bundle import ModelRecord, WeightSource, check_adapter_name
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import ModelRecord, WeightSource, check_adapter_name
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
+from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.first_steps import first_steps
-from runtimes.folders import atomic_folder, check_destination
-from runtimes.op import EditNode
-from runtimes.parity import ParityReport
+from runtimes.parity.figures import ParityReport
 
 if TYPE_CHECKING:  # without a base, fold runs without torch, whose import takes longer than the fold
     from reft_export.base.load import Base

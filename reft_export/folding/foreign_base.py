@@ -23,9 +23,9 @@ from reft_export.eager.steering import Steerer
 from reft_export.exporting.weight_sources import find_weight_sources
 from reft_export.parity.golden import fp32_logits, inputs_of, record_golden
 from reft_export.parity.ladder import RecordedBundle, check, check_same_base
-from runtimes.bundle import Bundle, ModelRecord, WeightSource
+from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
-from runtimes.parity import ParityReport
+from runtimes.parity.figures import ParityReport
 from runtimes.precision import TORCH_DTYPES
 
 

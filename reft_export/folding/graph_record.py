@@ -15,12 +15,12 @@ from graph_passes.find.streams import stream_types, stream_width
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
 from reft_export.bundling.genai import read_genai_config, read_json_object, whole_number
-from runtimes.bundle import ModelRecord
-from runtimes.chat import ChatTemplate
+from runtimes.artifacts.bundle import ModelRecord
+from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError
-from runtimes.op import EditNode
-from runtimes.stop_tokens import stop_token_ids
-from runtimes.tokenizer import GENERATION_FILE, TOKENIZER_FILE, Tokenizer
+from runtimes.text.chat import ChatTemplate
+from runtimes.text.stop_tokens import stop_token_ids
+from runtimes.text.tokenizer import GENERATION_FILE, TOKENIZER_FILE, Tokenizer
 
 PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 MOST_TOKEN_TYPES = 4
@@ -60,7 +60,7 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
 
 
 def stated_stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """By the rule of runtimes/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
+    """By the rule of runtimes/text/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
     genai = read_genai_config(folder).get("model")
     # What genai_config.json states its owner's runtime stops at: no model class's default, of which words count for nothing.
     stated = (read_json_object(folder / GENERATION_FILE), genai if isinstance(genai, dict) else {})

@@ -29,9 +29,9 @@ from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, 
 from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import HEAD_CONFIG_FILE, check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 FORMAT = "adapterhub"
 CONFIG_FILE = "adapter_config.json"

@@ -1,7 +1,7 @@
 """A ForeignAdapter to ours: the same method where all sites share one, else the smallest form that holds them all.
 
 An adapter has one method, rank and activation; pyreft lets every intervention have its own, several of them at one site, and
-positions at which only some sites are edited. The forms that hold more, y as in runtimes.adapter:
+positions at which only some sites are edited. The forms that hold more, y as in runtimes.edits.adapter:
 
     noreft    holds loreft (P = R, p = 0) exactly, and without an activation consreft (P = R, W = 0, b = s, p = 0)
     direft    holds every linear edit: W2 = U, W1 = A, b of its folded form, folded in float64 and rounded once to float32
@@ -19,8 +19,8 @@ from functools import reduce
 import numpy as np
 
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, listed
-from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel, fold_parameters, parameter_shape
-from runtimes.edit import in_sequence
+from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel, fold_parameters, parameter_shape
+from runtimes.edits.edit import in_sequence
 from runtimes.errors import AdapterError
 
 Slot = tuple[ForeignEdit, ...]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
-from runtimes.positions import PositionRule
 
 Report = Callable[[str], None]
 """Told what is being done; the CLI shows it."""
@@ -60,9 +60,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForeignEdit:
-    """One intervention as its library applies it: a method of runtimes.adapter with its parameters in float32.
+    """One intervention as its library applies it: a method of runtimes.edits.adapter with its parameters in float32.
 
-    Their shapes are ``runtimes.adapter.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
+    Their shapes are ``runtimes.edits.adapter.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
     """
 
     name: str

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import AdapterError
-from runtimes.records import parse_json
+from runtimes.files.records import parse_json
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

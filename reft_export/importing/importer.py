@@ -9,13 +9,13 @@ from pathlib import Path
 from reft_export.base.load import Outline, outline_base
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
-from runtimes.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
-from runtimes.bundle import check_adapter_name
-from runtimes.edit import STREAMS
+from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.edits.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
+from runtimes.edits.edit import STREAMS
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError, ReftError
-from runtimes.folders import check_destination
-from runtimes.positions import PositionRule
-from runtimes.records import parse_json
+from runtimes.files.folders import check_destination
+from runtimes.files.records import parse_json
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
 ARRAYS = (".npz", ".safetensors")

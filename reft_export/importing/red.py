@@ -36,9 +36,9 @@ from reft_export.importing.pyreft.sites import ComponentSites
 from reft_export.importing.statements import SCALES_AND_SHIFTS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
 from reft_export.training.settings import parse_layers
-from runtimes.edit import STREAMS, Site
+from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 FORMAT = "red"
 PARAMETER = {"scale": "scale", "scaling": "scale", "activation_scaling": "scale", "bias": "bias", "activation_bias": "bias"}

@@ -28,10 +28,10 @@ from pathlib import Path
 from reft_export.base.load import Outline
 from reft_export.importing.foreign import listed, short
 from reft_export.importing.pyreft.sites import ComponentSites
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
-from runtimes.records import parse_json
+from runtimes.files.records import parse_json
 
 Statements = Mapping[str, object]
 """By key: strings, numbers, and lists of either."""

@@ -44,9 +44,9 @@ from reft_export.importing.red import is_red, red_adapter
 from reft_export.importing.statements import ADDS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import as_float32, read_safetensors, safetensors_metadata, vector_float32
 from reft_export.training.settings import parse_layers
-from runtimes.edit import STREAMS, Site
+from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 if TYPE_CHECKING:
     from gguf import ReaderField

@@ -29,10 +29,10 @@ from reft_export.eager.steering import Steerer, steering_of
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.golden import Inputs
 from reft_export.tasks.classification import ClassifierInputs, model_inputs
-from runtimes.bundle import BASE_GOLDEN, Bundle
-from runtimes.device_session import ort_session
-from runtimes.ort_session import to_float32
-from runtimes.parity import BUDGETS, Rung, compare, judge
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.open import ort_session
+from runtimes.ort.session import to_float32
+from runtimes.parity.figures import BUDGETS, Rung, compare, judge
 
 NUDGE = 1e-4
 """Of a token's largest |x|: how near a border a value is rounded either way. A level of int8 is 80 times that."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graph_passes.external import load_graph
-from runtimes.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.function_body import function_of
-from runtimes.bundle import Bundle
-from runtimes.edit import Edit, activate
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.edit import Edit, activate
+from runtimes.edits.op import DOMAIN, OP_VERSION, RED_TYPE, EditNode
 from runtimes.native_library import find_op_library
-from runtimes.op import DOMAIN, OP_VERSION, RED_TYPE, EditNode
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.parity import BUDGETS, Figures, Rung, judge
+from runtimes.parity.figures import BUDGETS, Figures, Rung, judge
 from runtimes.precision import NUMPY_DTYPES
 
 ROWS = 48

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runtimes.bundle import WEIGHT_ONLY_SCHEMES, Quantization, open_bundle
+from runtimes.artifacts.bundle import WEIGHT_ONLY_SCHEMES, Quantization, open_bundle
 from runtimes.errors import ExportError, ParityError
 from runtimes.golden import check_golden
-from runtimes.parity import ParityReport, Rung
+from runtimes.parity.figures import ParityReport, Rung
 
 
 def gate(
@@ -22,7 +22,7 @@ def gate(
     quantization's own advice.
     """
     from reft_export.parity.ladder import check, float_label, with_float_activations
-    from runtimes.device_session import ort_session
+    from runtimes.open import ort_session
 
     bundle = open_bundle(folder)
     rungs: list[Rung] = list(stepped)

@@ -1,6 +1,6 @@
 """Golden arrays: what eager PyTorch said, recorded on the host so that a device can check itself without PyTorch.
 
-One npz per name, "base" and every adapter; runtimes/golden_schema.py says what it holds.
+One npz per name, "base" and every adapter; runtimes/artifacts/golden_schema.py says what it holds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from reft_export.base.load import Base
 from reft_export.eager.steering import Steerer, steering_of
 from reft_export.tasks.classification import ClassifierInputs, classifier_inputs, classifier_logits
 from reft_export.tasks.generation import GREEDY_TOKENS, GoldenInputs, eager_greedy, golden_inputs, golden_prompts
-from runtimes.bundle import BASE_GOLDEN, WeightSource
-from runtimes.golden_schema import GoldenSchema, write_golden
-from runtimes.parity import compare
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
+from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.parity.figures import compare
 
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""

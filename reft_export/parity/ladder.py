@@ -31,11 +31,11 @@ from reft_export.parity.edit_ladder import edit_rungs
 from reft_export.parity.golden import Inputs, fp32_logits, inputs_of, record_golden
 from reft_export.tasks.classification import ClassifierInputs
 from reft_export.tasks.generation import GoldenInputs
-from runtimes.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.golden import check_golden
-from runtimes.parity import ParityReport, Rung
+from runtimes.parity.figures import ParityReport, Rung
 from runtimes.precision import TORCH_DTYPES
-from runtimes.tasks import TEXT_CLASSIFICATION
 
 Report = Callable[[str], None]
 
@@ -164,7 +164,7 @@ def check(
     kernel: str | None = None,
 ) -> list[Rung]:
     """``check_golden`` against arrays recorded just now, under the rung's name."""
-    from runtimes.device_session import ort_session
+    from runtimes.open import ort_session
 
     manifest = bundle.manifest if names is None else replace(bundle.manifest, adapters=tuple(n for n in names if n != BASE_GOLDEN))
     live = RecordedBundle(folder=bundle.folder, manifest=manifest, recorded=recorded)

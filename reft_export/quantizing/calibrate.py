@@ -28,11 +28,11 @@ from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.calibration_report import write_report
 from reft_export.training.data import iter_examples
 from reft_export.training.labelled_data import load_labelled
-from runtimes.bundle import BASE_GOLDEN, Bundle, CalibrationRecord
-from runtimes.device_session import ort_session
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import CalibrationError, InputError
-from runtimes.hashes import sha256_of
-from runtimes.tasks import TEXT_CLASSIFICATION
+from runtimes.files.hashes import sha256_of
+from runtimes.open import ort_session
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from calibration.comparison import RangeRow
 from calibration.selection import layer_of, weight_products
-from runtimes.records import to_json
+from runtimes.files.records import to_json
 
 
 def write_report(output: Path, rows: Sequence[RangeRow], graph: ir.Model, mixture: Mapping[str, float], observer: str) -> None:

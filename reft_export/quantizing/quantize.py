@@ -32,10 +32,10 @@ from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
 from reft_export.quantizing.calibrate import CalibrationRequest, check_request, steered_ranges
 from reft_export.quantizing.refit import REMEDY, RefitSettings, check_task, plan_refit
 from reft_export.quantizing.swap import refit_in
-from runtimes.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.artifacts.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.errors import CalibrationError
-from runtimes.folders import atomic_folder, check_destination
-from runtimes.parity import Rung
+from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.parity.figures import Rung
 from runtimes.precision import TORCH_DTYPES
 
 

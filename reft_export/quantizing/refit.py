@@ -40,13 +40,13 @@ from reft_export.training.loop import EditedModel, TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
-from runtimes.adapter import Adapter, save_adapter
-from runtimes.bundle import Bundle
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.errors import AdapterError, CalibrationError, InputError
-from runtimes.folders import check_destination
-from runtimes.ort_adapter_file import read_onnx_adapter
+from runtimes.files.folders import check_destination
 from runtimes.precision import NUMPY_DTYPES
-from runtimes.tasks import TEXT_CLASSIFICATION
 
 OBJECTIVES = ("teacher", "data")
 REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"

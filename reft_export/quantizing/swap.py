@@ -29,10 +29,10 @@ from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits, record_quantized
 from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
 from reft_export.quantizing.refit import REMEDY, RefitPlan, RefitSettings, Refitted, check_task, plan_refit, refit_adapters
-from runtimes.adapter import Adapter
-from runtimes.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
+from runtimes.artifacts.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, check_adapter_name, open_bundle, write_manifest
+from runtimes.edits.adapter import Adapter
 from runtimes.errors import AdapterError, CalibrationError
-from runtimes.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.precision import NUMPY_DTYPES, TORCH_DTYPES
 
 

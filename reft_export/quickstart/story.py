@@ -23,15 +23,15 @@ from reft_export.quickstart import base_path
 from reft_export.quickstart.task import held_out_prompts, talks_like_a_pirate, training_examples
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import StepRecord, train
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
-from runtimes.bundle import open_bundle
-from runtimes.chat import ChatTemplate
 from runtimes.errors import ReftError
-from runtimes.folders import check_destination
+from runtimes.files.folders import check_destination
 from runtimes.generate import GenerationSettings, generate
-from runtimes.ort_session import OrtSession
-from runtimes.parity import ParityReport
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.parity.figures import ParityReport
+from runtimes.text.chat import ChatTemplate
+from runtimes.text.tokenizer import Tokenizer
 
 ADAPTER = "pirate"
 SETTINGS = TrainSettings(method="loreft", rank=4, layers="all", positions="f2+l2", lr=4e-3, max_steps=120, batch_size=16, samples=0, seed=0)

@@ -1,6 +1,6 @@
 """Golden arrays of a classifier: texts and pairs of texts, and the logits that eager PyTorch gives them.
 
-The arrays are the CLASSIFIER ones of runtimes/golden_schema.py.
+The arrays are the CLASSIFIER ones of runtimes/artifacts/golden_schema.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.classifiers import context_of, takes_token_types
-from runtimes.encoded_text import EncodedText, padded
 from runtimes.errors import InputError
+from runtimes.text.encoded_text import EncodedText, padded
 
 TEXTS = (
     "Hello!",

@@ -31,9 +31,9 @@ from reft_export.training.labelled_data import LabelledText, collate_labelled, l
 from reft_export.training.loop import OnStep, TrainedModel, run_loop
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import Preparation, check_positions, frozen, place, provenance
-from runtimes.adapter import Adapter, save_adapter
+from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.errors import InputError
-from runtimes.folders import check_destination
+from runtimes.files.folders import check_destination
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

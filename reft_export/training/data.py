@@ -12,7 +12,7 @@ whose last message is the assistant's; the loss is on that answer. Empty lines a
     end        The completion ends with the first of the stop tokens that nothing but white space and stop tokens
                follows (what a template writes behind it is cut); where it has none, the tokenizer's eos is added, or the
                first stop token for a tokenizer without. A completion that was cut to max_length has no end. The stop
-               tokens are those at which a device stops (runtimes/stop_tokens.py).
+               tokens are those at which a device stops (runtimes/text/stop_tokens.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_export.base.token_rules import end_token, prompt_tokens
 from runtimes.errors import InputError
-from runtimes.records import unique_keys
+from runtimes.files.records import unique_keys
 
 IGNORED = -100
 """The label of a token without a loss."""

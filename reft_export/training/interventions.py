@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
-from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
-from runtimes.edit import Site
+from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 
 class OrthonormalRows(nn.Module):

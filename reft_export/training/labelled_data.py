@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_export.tasks.classification import encode
 from reft_export.training.data import DataFile, TrainingData, check_text, joined, numbered_lines, read_object
-from runtimes.encoded_text import EncodedText, padded
 from runtimes.errors import InputError
+from runtimes.text.encoded_text import EncodedText, padded
 
 KEYS = {"text", "label"}
 PAIR = "text_pair"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtimes.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter
-from runtimes.edit import ACTIVATIONS, STREAMS, Site
+from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter
+from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules after the warm-up, as transformers calls them."""
@@ -28,7 +28,7 @@ class TrainSettings:
     layers: str = "all"
     """``all``, or layers and inclusive ranges separated by ``;`` or ``,``: ``8-16``, ``3;9;18``, ``0-3;8``."""
     streams: str = "block_output"
-    """One or several of runtimes.edit.STREAMS, separated by ``;`` or ``,``; every layer is edited at each of them."""
+    """One or several of runtimes.edits.edit.STREAMS, separated by ``;`` or ``,``; every layer is edited at each of them."""
     positions: str = "f7+l7"
     tied: bool = True
     """One intervention for prefix and suffix positions, or one for each."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from reft_export.eager.steering import Steering, steered
-from runtimes.adapter import Adapter
+from runtimes.edits.adapter import Adapter
 
 
 class Teacher:

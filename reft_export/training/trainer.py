@@ -28,11 +28,11 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.loop import EditedModel, OnStep, run_loop
 from reft_export.training.settings import TrainSettings
 from reft_export.training.teacher import teaching
-from runtimes.adapter import Adapter, save_adapter
+from runtimes.edits.adapter import Adapter, save_adapter
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import InputError
-from runtimes.folders import check_destination
+from runtimes.files.folders import check_destination
 from runtimes.generate import PAD
-from runtimes.positions import PositionRule, slots
 
 SAMPLE_TOKENS = 48
 

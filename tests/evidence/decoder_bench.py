@@ -29,9 +29,9 @@ def make(folder: Path) -> None:
 
     from reft_export.base.load import load_base
     from reft_export.exporting.export import ExportSettings, export_bundle
-    from runtimes.adapter import Adapter, save_adapter
-    from runtimes.edit import Site
-    from runtimes.positions import PositionRule
+    from runtimes.edits.adapter import Adapter, save_adapter
+    from runtimes.edits.edit import Site
+    from runtimes.edits.positions import PositionRule
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -71,9 +71,9 @@ def measure(folder: Path, kernel: str, repeats: int) -> None:
     from calibration.quantize import quantize_graph
     from calibration.settings import QuantizationSettings
     from reft_export.parity.ladder import variant
+    from runtimes.artifacts.bundle import open_bundle
     from runtimes.bench import bench
-    from runtimes.bundle import open_bundle
-    from runtimes.ort_session import OrtSession
+    from runtimes.ort.session import OrtSession
 
     with variant(open_bundle(folder / "bundle"), lambda graph: quantize_graph(graph, QuantizationSettings())) as bundle:
         result = bench(

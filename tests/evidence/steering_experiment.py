@@ -40,11 +40,11 @@ from reft_export.quickstart.story import SETTINGS
 from reft_export.quickstart.task import held_out_prompts, training_examples
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
-from runtimes.adapter import Adapter, save_adapter
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.edit import Site
-from runtimes.ort_session import OrtSession
-from runtimes.positions import PositionRule
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.edits.adapter import Adapter, save_adapter
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
+from runtimes.ort.session import OrtSession
 
 Say = Callable[[str], None]
 TEXT_SEED, TEXT_DOCUMENTS = 5, 60

@@ -11,7 +11,7 @@ import rounding
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
 
 _GROUPED = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import rounding
 
-from runtimes.op import RULE_DEFAULTS
+from runtimes.edits.op import RULE_DEFAULTS
 
 WIDTH = 8
 VOCABULARY = 11

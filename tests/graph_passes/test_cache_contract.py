@@ -12,9 +12,9 @@ from small_decoders import WIDTH, small_decoder, small_feeds
 
 from graph_passes.find.contract import check_history, name_cache, read_contract
 from graph_passes.fold import fold_graph
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
-from runtimes.op import EditNode
 
 EDIT = [EditNode(site=Site(layer=1))]
 

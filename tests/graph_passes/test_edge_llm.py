@@ -17,10 +17,10 @@ from graph_passes.edge_llm.lora import lora_tensors
 from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
 from graph_passes.find.sites import find_sites, locate_sites
 from graph_passes.insert import is_edit
-from runtimes.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.op import DOMAIN, EditNode, bank_of, node_of
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
-from runtimes.op import DOMAIN, EditNode, bank_of, node_of
-from runtimes.positions import PositionRule, slots
 
 PREFILL = [Row(past=0, new=6), Row(past=0, new=3)]
 DECODE = [Row(past=6, new=1), Row(past=3, new=1)]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from graph_passes.slots.add import add_slots
 from graph_passes.slots.edge_llm import EDGE_RULE, add_edge_rule
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import GraphError
-from runtimes.positions import PositionRule, slots
 
 RULES = st.one_of(
     st.builds(

@@ -21,11 +21,11 @@ from reft_export.cli.main import app
 from reft_export.folding.family import check_family
 from reft_export.folding.fold import FoldResult, fold_bundle
 from runtimes import first_steps
-from runtimes.adapter import BaseModel, load_adapter, save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, GraphError, ReftError
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
 

@@ -17,9 +17,9 @@ from small_decoders import random_banks, small_decoder, small_feeds
 from graph_passes.external import DATA_FILE, MODEL_FILE, load_graph, write_graph
 from graph_passes.fold import fold_file
 from graph_passes.insert import insert_edits
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
-from runtimes.op import EditNode
 
 NODES = [EditNode(site=Site(layer=1)), EditNode(site=Site(layer=2, stream="mlp_output"), activation="silu")]
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from reft_export.cli.inspect import inspect_graph
 from reft_export.cli.main import app
 from reft_export.folding.fold import fold_bundle
-from runtimes.adapter import BaseModel, save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import STREAMS, Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import BaseModel, save_adapter
+from runtimes.edits.edit import STREAMS, Site
 from runtimes.errors import AdapterError, GraphError, SiteAmbiguous
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from graph_passes.function_body import edit_function, use_bodies
-from runtimes.edit import ACTIVATIONS, Site, activate
+from runtimes.edits.edit import ACTIVATIONS, Site, activate
+from runtimes.edits.op import DOMAIN, OP_TYPE, EditNode
 from runtimes.errors import GraphError
-from runtimes.op import DOMAIN, OP_TYPE, EditNode
 
 WIDTH = 16
 NODES = [EditNode(site=Site(layer=0))] + [

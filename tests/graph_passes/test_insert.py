@@ -13,9 +13,9 @@ from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_f
 from graph_passes.find.sites import find_sites
 from graph_passes.fold import fold_graph
 from graph_passes.insert import InsertEdits, insert_edits, is_edit
-from runtimes.edit import LowRankEdit, Site
+from runtimes.edits.edit import LowRankEdit, Site
+from runtimes.edits.op import DOMAIN, RULE_DEFAULTS, EditNode
 from runtimes.errors import GraphError, SiteNotFound
-from runtimes.op import DOMAIN, RULE_DEFAULTS, EditNode
 
 BLOCKS = ["pre_norm", "pre_norm_fused", "post_norm", "parallel", "parallel_late", "after_norm"]
 

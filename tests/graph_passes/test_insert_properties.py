@@ -14,8 +14,8 @@ from small_decoders import ROUNDING, random_banks, small_decoder, small_feeds
 
 from graph_passes.find.sites import find_sites
 from graph_passes.insert import insert_edits
-from runtimes.edit import STREAMS, Site
-from runtimes.op import EditNode
+from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.op import EditNode
 
 BLOCKS = ["pre_norm", "pre_norm_fused", "post_norm", "parallel", "parallel_late", "after_norm"]
 EDITS = st.lists(

@@ -24,11 +24,11 @@ from graph_passes.function_body import scale_bias_function, use_bodies
 from graph_passes.insert import insert_edits, is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
-from runtimes.edit import Edit, ScaleBiasEdit, Site
+from runtimes.edits.edit import Edit, ScaleBiasEdit, Site
+from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RED_TYPE, RULE_DEFAULTS, EditNode, edits_of, no_edit_bank
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import GraphError
 from runtimes.native_library import find_op_library
-from runtimes.op import DOMAIN, PROMPT_LENGTH, RED_TYPE, RULE_DEFAULTS, EditNode, edits_of, no_edit_bank
-from runtimes.positions import PositionRule
 
 SITE = Site(layer=1)
 LOREFT, GELU, RED = EditNode(site=SITE), EditNode(site=SITE, activation="gelu"), EditNode(site=SITE, op=RED_TYPE)

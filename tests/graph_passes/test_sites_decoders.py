@@ -19,10 +19,10 @@ from transformers import DynamicCache
 from graph_passes.find.sites import SiteLocation, find_sites, locate_sites
 from graph_passes.find.streams import stream_type, stream_types
 from graph_passes.fold import fold_graph
-from runtimes.edit import STREAMS, LowRankEdit, Site
+from runtimes.edits.edit import STREAMS, LowRankEdit, Site
+from runtimes.edits.op import EditNode, bank_of
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import SiteAmbiguous, SiteNotFound
-from runtimes.op import EditNode, bank_of
-from runtimes.positions import PositionRule
 
 FAST = ("llama", "gemma2", "gpt2", "opt")
 FAMILIES = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow, id=family) for family in CONFIGS]

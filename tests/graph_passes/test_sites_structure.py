@@ -12,7 +12,7 @@ from small_decoders import ROUNDING, WIDTH, small_decoder, small_feeds
 from graph_passes.find.dominators import Dominators
 from graph_passes.find.sites import find_sites, locate_sites
 from graph_passes.find.streams import StreamType, stream_type
-from runtimes.edit import STREAMS, Site
+from runtimes.edits.edit import STREAMS, Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
 
 BLOCK_OUTPUTS = {

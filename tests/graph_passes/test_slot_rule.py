@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph_passes.slots.add import add_slots
+from runtimes.edits.op import RULE_DEFAULTS
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import GraphError
-from runtimes.op import RULE_DEFAULTS
-from runtimes.positions import PositionRule, slots
 
 STATIC_WIDTH = 40
 

@@ -17,10 +17,10 @@ from graph_passes.fold import fold_graph
 from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
+from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, EditNode
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import EngineError, GraphError
-from runtimes.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, EditNode
-from runtimes.positions import PositionRule
 
 NODES = (
     EditNode(site=Site(layer=0)),

@@ -12,9 +12,9 @@ from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit
 from reft_export.importing.pyreft.states import CLASSES, read_state
 from reft_export.importing.tensors import orthogonal
-from runtimes.adapter import BaseModel
-from runtimes.edit import Site, activate
-from runtimes.positions import PositionRule
+from runtimes.edits.adapter import BaseModel
+from runtimes.edits.edit import Site, activate
+from runtimes.edits.positions import PositionRule
 
 SITE = Site(layer=0)
 SHAPES = st.tuples(st.integers(1, 5), st.integers(6, 24), st.integers(0, 2**31))
@@ -166,7 +166,7 @@ def test_raw_parametrization_is_torchs(rank, more, seed) -> None:
 @settings(max_examples=60, deadline=None)
 def test_adapterhub_overlaps(shape, prefix, suffix, length, activation, subtract) -> None:
     """ReftModule.forward over one row: both units from the original h, the suffix scattered last."""
-    from runtimes.positions import slots
+    from runtimes.edits.positions import slots
 
     rank, width, seed = shape
     g = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from reft_export.eager.steering import steered
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.importing.pyreft.write import export_to_pyreft
-from runtimes.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter
 from runtimes.errors import AdapterError, InputError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "classifiers"

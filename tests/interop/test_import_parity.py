@@ -16,10 +16,10 @@ from reft_export.base.load import Base
 from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from runtimes.adapter import load_adapter
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import load_adapter
 from runtimes.native_library import find_op_library
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
 

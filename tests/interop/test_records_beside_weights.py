@@ -15,7 +15,7 @@ from test_refusals import BIN, CONSREFT, HUB, HUB_NOREFT, LOREFT, SAID, at, dama
 
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from runtimes.adapter import Adapter
+from runtimes.edits.adapter import Adapter
 
 CLASSIFIER = FIXTURES / "classifiers" / "base-roberta-tiny"
 FLEXIBLE = FIXTURES / "classifiers" / "flexible" / "adapter"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from runtimes.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter
 from runtimes.errors import ReftError
 
 LOREFT = FIXTURES / "pyreft" / "a_loreft_tied_r4_f2l2" / "adapter"

@@ -20,7 +20,7 @@ from test_vectors import LAYERS, VECTORS, WIDTH, imported_logits, logits_by_hand
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.importing.statements import check_kind
-from runtimes.edit import Site
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError
 
 EVERYWHERE = Request(positions="all")

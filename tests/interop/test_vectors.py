@@ -22,9 +22,9 @@ from reft_export.eager.steering import site_module, steered
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
-from runtimes.ort_session import OrtSession
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.edit import Site
+from runtimes.ort.session import OrtSession
 
 WIDTH, LAYERS = 64, 4
 IDS = torch.tensor([[5, 17, 201, 44, 9, 120]])

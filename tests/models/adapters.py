@@ -8,9 +8,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import head_parameters
-from runtimes.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
-from runtimes.edit import Site
-from runtimes.positions import PositionRule
+from runtimes.edits.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 
 
 def random_adapter(

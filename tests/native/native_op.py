@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 from op_library import COMPILERS
 
-from runtimes.edit import activate
+from runtimes.edits.edit import activate
 from runtimes.native_library import find_op_library
 
 DTYPES = {

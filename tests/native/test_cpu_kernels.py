@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_op import DTYPES, check, cpu_kernels, draw, edit_cpu, installed_library, load
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS
 
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 ALL_KERNELS = ("neon", "portable") if ARM else ("avx512", "avx2", "portable")

@@ -8,7 +8,7 @@ import torch
 from native_gpu import Launch, check_captured, cuda_provider_session, on_gpu, run_guarded
 from native_op import DTYPES, ELEMENTS, check, draw, installed_library, load, op_model
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS
 
 
 def launch_on(

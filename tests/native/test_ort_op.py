@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from native_op import DTYPES, UNNAMED, as_model, bank_inputs, check, draw, installed_library, op_model, op_node, run, session, statistics
 from onnx import TensorProto, helper
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS
 
 PLUGIN = {"plugin_namespace": "ai.reft", "plugin_version": "1"}
 

@@ -38,7 +38,7 @@ from plugin_host import (
 )
 
 from graph_passes.function_body import edit_function
-from runtimes.edit import ACTIVATED, ACTIVATIONS
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS
 from runtimes.native_library import plugin_details
 
 D = 64
@@ -59,7 +59,7 @@ def host(host_library, tensorrt_plugin) -> Host:
 
 def test_identity(host, tensorrt_plugin) -> None:
     """What a node's domain, type and attributes must say for the parser to find this plugin."""
-    from runtimes.op import OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
+    from runtimes.edits.op import OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
     assert host.identity() == f"{OP_TYPE}|{PLUGIN_VERSION}|{PLUGIN_NAMESPACE}|activation,activated"
     assert plugin_details(tensorrt_plugin) == ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",))

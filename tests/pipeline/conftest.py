@@ -12,7 +12,7 @@ import torch
 
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
-from runtimes.adapter import save_adapter
+from runtimes.edits.adapter import save_adapter
 
 ADAPTERS = {
     "tied": {},

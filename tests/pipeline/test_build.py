@@ -26,15 +26,15 @@ from reft_export.building.build import BuildSettings, build_engine, plan_build
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quickstart import base_path
-from runtimes.builder_process import run_builder
-from runtimes.bundle import open_bundle
-from runtimes.engine import open_engine
-from runtimes.engine_adapter import read_engine_adapter
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.engine import open_engine
+from runtimes.artifacts.engine_adapter import read_engine_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import BuildError, BundleError, EngineError, InputError
-from runtimes.hashes import sha256_of
-from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.tensorrt_builder import BuildSpec
+from runtimes.files.hashes import sha256_of
+from runtimes.tensorrt.builder import BuildSpec
+from runtimes.tensorrt.builder_process import run_builder
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -406,7 +406,7 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
 def test_float32_is_float32(tensorrt_rtx) -> None:
     """TensorRT multiplies float32 in TF32 unless it is told not to, and an fp32 engine's budget is 2e-5."""
     code = (
-        "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt_builder import configure\n"
+        "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt.builder import configure\n"
         "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
         "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False)\n"
         "for config in (builder.create_builder_config(), configure(trt, builder, spec)):\n    print(config.get_flag(trt.BuilderFlag.TF32))"

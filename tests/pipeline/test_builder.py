@@ -15,11 +15,11 @@ from test_genai import python as python
 from reft_export.base.load import load_base
 from reft_export.exporting import builder
 from reft_export.exporting.export import ExportSettings, export_bundle
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, ExportError, InputError, ParityError
 from runtimes.generate import GenerationSettings, generate, greedy_tokens, padding_of
-from runtimes.ort_session import OrtSession
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.text.tokenizer import Tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "granite", "smollm3")
 QUIET = {"report": lambda _: None}

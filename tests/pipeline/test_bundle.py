@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.op import RULE_DEFAULTS
 from runtimes.errors import AdapterError, BundleError
-from runtimes.op import RULE_DEFAULTS
-from runtimes.ort_adapter_file import read_onnx_adapter
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_files_that_would_be_used_must_be_listed(name, copy) -> None:
 
 def test_an_adapter_without_golden_arrays_is_not_passed_over(copy) -> None:
     from runtimes.golden import check_golden
-    from runtimes.ort_session import OrtSession
+    from runtimes.ort.session import OrtSession
 
     files = json.loads((copy / "manifest.json").read_text())["files"]
     del files["golden/tied.npz"]
@@ -150,7 +150,7 @@ def test_genai_config_may_be_edited(copy) -> None:
 
 
 def test_large_files_are_hashed_once(copy, tmp_path, monkeypatch) -> None:
-    from runtimes import hashes
+    from runtimes.files import hashes
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "LARGE", 1000)

@@ -24,7 +24,7 @@ from reft_export.quantizing import calibrate as module
 from reft_export.quantizing.calibrate import CalibrationRequest, steered_ranges
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.training.data import iter_examples
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError
 
 STATIC = settings_for("static")

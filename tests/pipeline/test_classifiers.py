@@ -29,13 +29,13 @@ from reft_export.parity.ladder import stored_inputs
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.tasks.classification import classifier_logits, model_inputs
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.edit import ACTIVATIONS
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import ACTIVATIONS
 from runtimes.errors import AdapterError, BackendUnavailable, InputError, ParityError
 from runtimes.golden import check_golden
-from runtimes.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
-from runtimes.ort_classifier import OrtClassifier
+from runtimes.ort.classifier import OrtClassifier
 
 ADAPTERS = {
     "untied": {"tied": False, "positions": "f1+l3", "seed": 1},

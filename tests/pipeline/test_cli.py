@@ -23,7 +23,7 @@ from reft_export.cli.classify import read_texts
 from reft_export.cli.main import app
 from reft_export.console import escape
 from runtimes.errors import InputError
-from runtimes.prompts import read_prompts, read_requests
+from runtimes.text.prompts import read_prompts, read_requests
 
 SURFACE = {
     "quickstart": {"--output", "--force"},
@@ -176,7 +176,7 @@ def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
     """0 and a table when it passes; 3 and the report all the same when golden arrays are perturbed."""
     import numpy as np
 
-    from runtimes.hashes import sha256_of
+    from runtimes.files.hashes import sha256_of
 
     done = cli("parity", bundle_folder("llama"), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["passed"]

@@ -20,7 +20,7 @@ from reft_export.training.checkpoints import HISTORY_FILE, open_working_folder
 from reft_export.training.classification import prepare_classifier
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import prepare, stop_tokens
-from runtimes.adapter import save_adapter
+from runtimes.edits.adapter import save_adapter
 from runtimes.errors import EngineError
 
 DATA = [{"prompt": f"a prompt number {n}", "completion": "an answer"} for n in range(4)]

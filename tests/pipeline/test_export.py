@@ -12,14 +12,14 @@ from reft_export.base.load import load_base
 from reft_export.exporting import dynamo
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, InputError, ParityError
 from runtimes.generate import greedy_tokens
 from runtimes.golden import check_golden
 from runtimes.native_library import find_op_library
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 QUIET = {"report": lambda _: None}
 

@@ -21,9 +21,9 @@ from reft_export.exporting.bfloat16 import ARITHMETIC, widen_bfloat16
 from reft_export.exporting.dynamo import export_dynamo
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.adapter import save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import BackendUnavailable, BundleError, ExportError, InputError, ParityError, SiteNotFound
 
 QUIET = {"report": lambda _: None}
@@ -224,7 +224,7 @@ def test_an_experts_matrix_of_another_base(tmp_path) -> None:
     import torch
 
     from reft_export.base.dequantized import _expert
-    from runtimes.bundle import WeightSource
+    from runtimes.artifacts.bundle import WeightSource
 
     stacked, source = torch.zeros(4, 6, 8), WeightSource(parameter="mlp.experts.down_proj", axis=0, start=2, stop=3)
     _expert(stacked, source, torch.Size((6, 8))).fill_(1)

@@ -28,12 +28,12 @@ from reft_export.folding.fold import fold_bundle
 from reft_export.folding.graph_record import foreign_record
 from reft_export.parity.ladder import host_ladder
 from reft_export.tasks.classification import classifier_inputs, classifier_logits
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.edit import STREAMS, Site
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import STREAMS, Site
 from runtimes.errors import AdapterError, GraphError
 from runtimes.golden import check_golden
-from runtimes.ort_classifier import OrtClassifier
+from runtimes.ort.classifier import OrtClassifier
 
 OPSETS = (16, 17)
 """From 17 on LayerNormalization is one node; before, it is nine."""

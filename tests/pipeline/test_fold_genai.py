@@ -17,9 +17,9 @@ from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.folding.fold import fold_bundle
 from reft_export.parity.ladder import host_ladder
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import GraphError, InputError
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
 

@@ -26,10 +26,10 @@ from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.refit import load_on_bundle
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, CalibrationError, GraphError, InputError, ParityError
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
 SILENT = {"report": lambda _: None}

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes.bundle import Bundle, open_bundle
+from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.generate import greedy_tokens
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 SCRIPT = """
 import json, sys, numpy as np, onnxruntime_genai as og

@@ -30,13 +30,13 @@ from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.training.data import collate, load_data
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import _samples, train
-from runtimes.bundle import ModelRecord, open_bundle
-from runtimes.chat import ChatTemplate, template_for
+from runtimes.artifacts.bundle import ModelRecord, open_bundle
 from runtimes.errors import InputError
 from runtimes.generate import GenerationSettings, generate
-from runtimes.ort_session import OrtSession
-from runtimes.prompts import encode
-from runtimes.tokenizer import Detokenizer, Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.text.chat import ChatTemplate, template_for
+from runtimes.text.prompts import encode
+from runtimes.text.tokenizer import Detokenizer, Tokenizer
 
 BOS, EOS, PAD, TURN, END, WORD = range(256, 262)
 NAMED, NOTHING = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"}), MappingProxyType({})
@@ -428,7 +428,7 @@ def test_prompts_that_do_not_fit_are_refused_on_both_sides(make, tmp_path: Path)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(make, tmp_path: Path) -> None:
-    from runtimes.tokenizer import check_token_ids
+    from runtimes.text.tokenizer import check_token_ids
 
     backend = byte_level()
     backend.add_special_tokens([f"<extra{i}>" for i in range(80)])

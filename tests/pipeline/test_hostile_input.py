@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from graph_passes.external import load_graph
 from reft_export.base.load import load_base
 from reft_export.cli.main import app
-from runtimes.adapter import save_adapter
+from runtimes.edits.adapter import save_adapter
 
 GRAPH, DATA = "decoder.onnx", "decoder.data"
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -575,7 +575,7 @@ def test_vectors(name, stage) -> None:
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
 def test_vectors_of_other_float_types_are_widened(dtype, stage) -> None:
     """Not refused: every value of theirs that matters is a float32."""
-    from runtimes.adapter import load_adapter
+    from runtimes.edits.adapter import load_adapter
 
     vector = np.linspace(-1, 1, 64).astype(dtype)
     save_file({"layer_1": vector}, stage.root / "v.safetensors")

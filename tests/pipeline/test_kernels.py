@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from reft_export.parity.ladder import host_ladder
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.native_library import find_op_library
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 
 @pytest.mark.parametrize("kernel", ["fused", "function"])

@@ -14,9 +14,9 @@ from reft_export.parity import activation_ladder as step_by_step
 from reft_export.parity import edit_ladder
 from reft_export.parity.edit_ladder import edit_rungs
 from reft_export.tasks.generation import GoldenInputs, golden_inputs
-from runtimes.edit import LowRankEdit, Site
-from runtimes.op import EditNode, bank_of
-from runtimes.parity import Delta, Figures
+from runtimes.edits.edit import LowRankEdit, Site
+from runtimes.edits.op import EditNode, bank_of
+from runtimes.parity.figures import Delta, Figures
 
 NODE = EditNode(site=Site(layer=0))
 WIDTH, RANK = 8, 2

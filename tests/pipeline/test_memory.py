@@ -23,8 +23,8 @@ from graph_passes.fold import fold_graph
 from reft_export.base.load import load_base
 from reft_export.exporting.dynamo import export_dynamo
 from runtimes.bench import peak_memory
-from runtimes.edit import Site
-from runtimes.op import EditNode
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
 
 if sys.argv[1] == "make":
     config = AutoConfig.for_model(
@@ -71,7 +71,7 @@ from reft_export.base.load import load_base
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.adapter import save_adapter
+from runtimes.edits.adapter import save_adapter
 from runtimes.bench import peak_memory
 from runtimes.errors import ParityError
 

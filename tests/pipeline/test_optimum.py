@@ -15,7 +15,7 @@ from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.folding.fold import fold_bundle
 from reft_export.parity.ladder import host_ladder
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, InputError
 
 QUIET = {"report": lambda _: None}

@@ -16,18 +16,18 @@ from reft_export.eager.banks import bank_steerer
 from reft_export.evaluation.checker import Task, load_task
 from reft_export.evaluation.quantization_report import Measurements, Yardsticks, read_text, write_reports
 from reft_export.exporting.export import ExportSettings, export_bundle
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import InputError
-from runtimes.ort_session import OrtSession
-from runtimes.perplexity import agreement, perplexity
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.parity.perplexity import agreement, perplexity
+from runtimes.text.tokenizer import Tokenizer
 
 TEXT = "It was the best of times, it was the worst of times. " * 14
 """728 tokens of one byte: three windows of 510 every 255 in a context of 512."""
 
 
 def eager_perplexity(bundle, model: str, adapter: str | None, tokens: list[int], half: int) -> float:
-    """The formula of runtimes/perplexity.py, window by window in eager PyTorch."""
+    """The formula of runtimes/parity/perplexity.py, window by window in eager PyTorch."""
     base, losses = load_base(model), []
     for start in range(0, len(tokens) - half, half):
         window = torch.tensor([tokens[start : start + 2 * half]])

@@ -22,10 +22,10 @@ from reft_export.base.dequantized import fake_quantize
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.gate import lost_adapters
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError, CalibrationError, ParityError
-from runtimes.parity import BUDGETS, Delta, Figures, ParityReport, judge
+from runtimes.parity.figures import BUDGETS, Delta, Figures, ParityReport, judge
 
 QUIET = {"report": lambda _: None}
 

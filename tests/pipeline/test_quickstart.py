@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 
 
 @pytest.mark.slow

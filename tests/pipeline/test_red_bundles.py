@@ -43,16 +43,16 @@ from reft_export.quantizing.refit import RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import ScaleBiasEdit
-from runtimes.engine import open_engine
-from runtimes.engine_adapter import read_engine_adapter
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.engine import open_engine
+from runtimes.artifacts.engine_adapter import read_engine_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import ScaleBiasEdit
+from runtimes.edits.op import RED_TYPE
 from runtimes.errors import EngineError, ParityError
 from runtimes.golden import check_golden
-from runtimes.op import RED_TYPE
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "graph_passes"))
 
@@ -374,7 +374,7 @@ def test_tensorrt_engines(freeze, plugin, red_bundle, tensorrt_rtx, request, tmp
 @pytest.mark.slow
 def test_edge_llm(tmp_path) -> None:
     """As constants; as LoRA weights never, in one line and with nothing written."""
-    from runtimes.adapter import BaseModel
+    from runtimes.edits.adapter import BaseModel
 
     info = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=3, hidden_size=EDGE_WIDTH)
     save_adapter(tiny.random_adapter(info, method="red", positions="f2+l1", tied=False), tmp_path / "red")

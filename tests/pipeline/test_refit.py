@@ -22,12 +22,12 @@ from reft_export.quantizing.refit import RefitSettings, adapter_loss, load_on_bu
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
-from runtimes.adapter import load_adapter, save_adapter
-from runtimes.bundle import open_bundle
-from runtimes.edit import Site
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, BundleError, CalibrationError, InputError, ParityError
-from runtimes.hashes import sha256_of
-from runtimes.ort_session import OrtSession
+from runtimes.files.hashes import sha256_of
+from runtimes.ort.session import OrtSession
 
 QUIET = {"report": lambda _: None}
 

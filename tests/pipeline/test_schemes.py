@@ -22,9 +22,9 @@ from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError, ParityError
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 QUIET = {"report": lambda _: None}
 ACTIVATIONS = {"weight-only": "block", "dynamic": "token", "static": "uint8", "qdq-int8": "int8", "fp8": "fp8"}
@@ -238,7 +238,7 @@ def test_builtin_base(adapter_folders, prompts_file, tmp_path) -> None:
     """The trained base of the quickstart, with a random edit: every scheme says what eager says. A trained model's ranges leave less of
     an edit that means nothing to it, so static int8 may miss the gate of the delta, and nothing else."""
     from reft_export.quickstart import base_path
-    from runtimes.adapter import save_adapter
+    from runtimes.edits.adapter import save_adapter
 
     base = str(base_path())
     info = load_base(base).info

@@ -16,9 +16,9 @@ from models.classifiers import CLASSIFIERS
 from typer.testing import CliRunner
 
 from reft_export.base.classifiers import ENCODERS
-from runtimes.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter
 from runtimes.errors import InputError
-from runtimes.parity import BUDGETS
+from runtimes.parity.figures import BUDGETS
 
 README = Path(__file__).parents[2] / "README.md"
 

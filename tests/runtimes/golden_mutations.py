@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import NOT_HASHED, hash_files
-from runtimes.records import to_json
+from runtimes.artifacts.bundle import NOT_HASHED, hash_files
+from runtimes.files.records import to_json
 
 Random = np.random.Generator
 Arrays = dict[str, np.ndarray]

@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
-from runtimes.bundle import TensorRecord
-from runtimes.engine import Profile
-from runtimes.records import from_json, to_json
+from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.engine import Profile
+from runtimes.files.records import from_json, to_json
 
 POISON = 0xFF
 DTYPES = {"float": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64, "int32": np.int32}
@@ -34,7 +34,7 @@ class DeviceFault(AssertionError):
 
 
 class CudaDouble:
-    """The functions of cuda.bindings.runtime that runtimes/cuda_device.py calls, each returning (status, values...)."""
+    """The functions of cuda.bindings.runtime that runtimes/tensorrt/cuda_device.py calls, each returning (status, values...)."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)

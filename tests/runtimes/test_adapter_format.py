@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from runtimes.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, parameter_shape, save_adapter
-from runtimes.edit import LowRankEdit, activate, in_sequence
+from runtimes.edits.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, parameter_shape, save_adapter
+from runtimes.edits.edit import LowRankEdit, activate, in_sequence
+from runtimes.edits.op import bank_of
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.op import bank_of
-from runtimes.positions import PositionRule
 
 BASE = BaseModel(name="base", fingerprint="f" * 64, num_hidden_layers=tiny.LAYERS, hidden_size=tiny.WIDTH)
 

@@ -13,7 +13,7 @@ from toy_bundle import CONTEXT, write_toy_bundle
 from runtimes import bench as bench_module
 from runtimes.bench import BenchResult, bench
 from runtimes.errors import BundleError, InputError
-from runtimes.ort_session import OrtSession
+from runtimes.ort.session import OrtSession
 
 
 def test_base_and_adapters_are_measured_in_pairs(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from toy_bundle import toy_tokenizer
 from transformers import AutoTokenizer
 
-from runtimes.chat import ChatTemplate
 from runtimes.errors import BundleError, InputError
+from runtimes.text.chat import ChatTemplate
 
 LLAMA = """{{- bos_token }}
 {%- if custom_tools is defined %}

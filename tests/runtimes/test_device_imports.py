@@ -10,7 +10,7 @@ import pytest
 
 FRAMEWORKS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
-MODULES = ("tokenizer", "chat", "native_library", "generate", "parity", "golden", "bench", "device_session", "tensorrt_session")
+MODULES = ("text.tokenizer", "text.chat", "native_library", "generate", "parity.figures", "golden", "bench", "open", "tensorrt.session")
 """An engine's device needs no onnxruntime."""
 
 
@@ -27,14 +27,14 @@ def test_no_framework_is_imported(module: str) -> None:
 
 
 def test_the_session_imports_onnxruntime_alone() -> None:
-    assert loaded_by("import runtimes.ort_session") & set(FRAMEWORKS) == {"onnxruntime"}
+    assert loaded_by("import runtimes.ort.session") & set(FRAMEWORKS) == {"onnxruntime"}
 
 
 def test_without_onnxruntime_the_session_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from runtimes.errors import BackendUnavailable\n"
-        "try:\n    import runtimes.ort_session\nexcept BackendUnavailable as e:\n    print(e.exit_code, e)"
+        "try:\n    import runtimes.ort.session\nexcept BackendUnavailable as e:\n    print(e.exit_code, e)"
     )
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, cwd=root)

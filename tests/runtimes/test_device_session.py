@@ -16,12 +16,12 @@ from toy_engine import install_doubles, write_toy_engine
 from typer.testing import CliRunner, Result
 
 from reft_export.cli.main import app
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.device_session import limits_of, open_artifact, open_session
-from runtimes.engine import Engine
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.engine import Engine
 from runtimes.errors import BundleError, InputError
-from runtimes.ort_session import OrtSession
-from runtimes.tensorrt_session import TensorRTSession
+from runtimes.open import limits_of, open_artifact, open_session
+from runtimes.ort.session import OrtSession
+from runtimes.tensorrt.session import TensorRTSession
 
 Cli = Callable[..., Result]
 
@@ -183,7 +183,7 @@ def test_cudas_own_binding_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     code = f"""
 import inspect, json, sys
 sys.path[:0] = [{str(packages)!r}, {str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
-from runtimes.cuda_device import CudaDevice, load_cuda
+from runtimes.tensorrt.cuda_device import CudaDevice, load_cuda
 from runtimes.errors import BackendUnavailable
 from tensorrt_double import CudaDouble
 cuda, different = load_cuda(), []
@@ -218,10 +218,10 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
 import tensorrt_rtx
 from tensorrt_double import ContextDouble, EngineDouble, TensorRTDouble
-from runtimes.engine import open_engine
+from runtimes.artifacts.engine import open_engine
 from runtimes.errors import BackendUnavailable
-from runtimes.tensorrt_engine import LoadedEngine
-from runtimes.tensorrt_library import present_compute_capability
+from runtimes.tensorrt.loaded_engine import LoadedEngine
+from runtimes.tensorrt.library import present_compute_capability
 helpers = {{"record"}}
 pairs = ((ContextDouble, tensorrt_rtx.IExecutionContext), (EngineDouble, tensorrt_rtx.ICudaEngine))
 for double, real in pairs:

@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from runtimes.builder_process import run_builder, run_trtexec, trtexec_command
-from runtimes.bundle import Manifest, ModelRecord, TensorRecord
-from runtimes.engine import Engine, EngineManifest, PluginRecord, Profile, ShapeRange
-from runtimes.engine_adapter import read_engine_adapter, write_engine_adapter
+from runtimes.artifacts.bundle import Manifest, ModelRecord, TensorRecord
+from runtimes.artifacts.engine import Engine, EngineManifest, PluginRecord, Profile, ShapeRange
+from runtimes.artifacts.engine_adapter import read_engine_adapter, write_engine_adapter
 from runtimes.errors import BackendUnavailable, BuildError, BundleError, InputError
-from runtimes.hashes import sha256_of
-from runtimes.tensorrt_builder import BuildSpec, check_network
-from runtimes.tensorrt_library import RTX_LIBRARY, builder_environment, check_device, load_tensorrt
+from runtimes.files.hashes import sha256_of
+from runtimes.tensorrt.builder import BuildSpec, check_network
+from runtimes.tensorrt.builder_process import run_builder, run_trtexec, trtexec_command
+from runtimes.tensorrt.library import RTX_LIBRARY, builder_environment, check_device, load_tensorrt
 
 IDS = TensorRecord(name="input_ids", dtype="int64", shape=("batch", "sequence"))
 BANK = TensorRecord(name="reft.0.block_output.U", dtype="float16", shape=("N", "r", 64))

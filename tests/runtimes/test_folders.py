@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtimes import folders
 from runtimes.errors import InputError, ReftError
-from runtimes.folders import atomic_folder, check_destination
+from runtimes.files import folders
+from runtimes.files.folders import atomic_folder, check_destination
 
 
 @pytest.fixture

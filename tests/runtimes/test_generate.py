@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, ROUNDING, VOCABULARY, ToyDecoder, toy_tokenizer, write_toy_bundle
 from transformers.generation import logits_process
 
-from runtimes.bundle import Bundle
+from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError, ReftError
 from runtimes.generate import (
     DecodeBatch,
@@ -25,8 +25,8 @@ from runtimes.generate import (
     padding_of,
     probabilities,
 )
-from runtimes.ort_session import OrtSession
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
 IDS = [toy_tokenizer().encode(p).ids for p in PROMPTS]

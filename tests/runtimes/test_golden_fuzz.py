@@ -15,11 +15,11 @@ import pytest
 from golden_mutations import Mutator
 from toy_bundle import ADAPTERS, VOCABULARY, ToyDecoder, golden_arrays, write_toy_bundle
 
-from runtimes.bundle import Bundle, open_bundle
+from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.errors import ReftError
 from runtimes.golden import check_golden
-from runtimes.ort_session import OrtSession
-from runtimes.parity import ParityReport
+from runtimes.ort.session import OrtSession
+from runtimes.parity.figures import ParityReport
 
 DECODER = ToyDecoder.random()
 NAMES = ("base", "ends")

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, golden_arrays, toy_adapter, write_toy_bundle
 
-from runtimes import golden_schema
-from runtimes.bundle import NOT_HASHED, Bundle, Quantization, hash_files, open_bundle, write_manifest
+from runtimes.artifacts import golden_schema
+from runtimes.artifacts.bundle import NOT_HASHED, Bundle, Quantization, hash_files, open_bundle, write_manifest
+from runtimes.artifacts.golden_schema import CLASSIFIER, DECODER, GoldenSchema, read_golden, write_golden
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import BundleError, InputError, ParityError, ReftError
 from runtimes.golden import check_golden, steering_figures
-from runtimes.golden_schema import CLASSIFIER, DECODER, GoldenSchema, read_golden, write_golden
-from runtimes.ort_session import OrtSession
-from runtimes.parity import BUDGETS, NOTHING, Delta, Figures, ParityReport, judge
-from runtimes.perplexity import perplexity, predictions
-from runtimes.step import StepOutput
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.ort.session import OrtSession
+from runtimes.parity.figures import BUDGETS, NOTHING, Delta, Figures, ParityReport, judge
+from runtimes.parity.perplexity import perplexity, predictions
+from runtimes.session import StepOutput
 
 Arrays = dict[str, np.ndarray]
 TOY = ToyDecoder.random()

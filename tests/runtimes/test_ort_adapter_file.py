@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from runtimes.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

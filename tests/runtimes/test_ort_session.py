@@ -13,10 +13,10 @@ import pytest
 import rounding
 from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, change_manifest, write_toy_bundle
 
-from runtimes import ort_session
-from runtimes.bundle import Bundle
+from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
-from runtimes.ort_session import OrtSession
+from runtimes.ort import session as ort_session
+from runtimes.ort.session import OrtSession
 
 DECODER = ToyDecoder.random()
 TOKENS = [5, 17, 40, 9, 77, 120, 3, 61]
@@ -141,7 +141,7 @@ def test_an_overflow_while_decoding_is_refused(session: OrtSession) -> None:
 
 def test_loading_and_running_print_nothing(bundle: Bundle) -> None:
     code = (
-        "import sys, numpy as np; from runtimes.bundle import open_bundle; from runtimes.ort_session import OrtSession;"
+        "import sys, numpy as np; from runtimes.artifacts.bundle import open_bundle; from runtimes.ort.session import OrtSession;"
         "s = OrtSession(open_bundle(sys.argv[1]), threads=1, adapter='ends'); s.step(np.array([[1, 2]]), np.ones((1, 2)))"
     )
     run = subprocess.run([sys.executable, "-c", code, str(bundle.folder)], capture_output=True, text=True, check=True, timeout=120)
@@ -234,7 +234,7 @@ def test_adapters_that_are_not_there_or_damaged(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path) -> None:
-    from runtimes.ort_adapter_file import write_onnx_adapter
+    from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 
     bundle = write_toy_bundle(tmp_path / "b")
     write_onnx_adapter(bundle.adapter("ends").file, {"reft.7.block_output.U": np.zeros((1, 1, 16), np.float32)})

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, golden_arrays, write_toy_bundle
 
-from runtimes.bundle import Bundle, Quantization, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, Quantization, open_bundle, write_manifest
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.golden import check_golden
-from runtimes.ort_session import OrtSession
-from runtimes.parity import BUDGETS, Budget, Delta, Figures, ParityReport, budget_for, compare, compare_deltas, judge
+from runtimes.ort.session import OrtSession
+from runtimes.parity.figures import BUDGETS, Budget, Delta, Figures, ParityReport, budget_for, compare, compare_deltas, judge
 
 DECODER = ToyDecoder.random()
 FP32 = BUDGETS["fp32"]

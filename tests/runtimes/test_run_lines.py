@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 
 from reft_export.cli.main import app
 from reft_export.evaluation.checker import load_task
-from runtimes.bundle import Bundle
+from runtimes.artifacts.bundle import Bundle
 from runtimes.generate import GenerationSettings, generate
-from runtimes.ort_session import OrtSession
-from runtimes.prompts import batches_of_alike, in_order
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.text.prompts import batches_of_alike, in_order
+from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from runtimes.adapter import BaseModel, load_adapter, save_adapter
-from runtimes.bundle import NodeRecord, TensorRecord
-from runtimes.edit import STREAMS, LowRankEdit, ScaleBiasEdit, Site, in_sequence
+from runtimes.artifacts.bundle import NodeRecord, TensorRecord
+from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
+from runtimes.edits.edit import STREAMS, LowRankEdit, ScaleBiasEdit, Site, in_sequence
+from runtimes.edits.op import RED_TYPE, EditNode, bank_of, edits_of, is_no_edit, no_edit_bank, node_of
 from runtimes.errors import AdapterError
-from runtimes.op import RED_TYPE, EditNode, bank_of, edits_of, is_no_edit, no_edit_bank, node_of
-from runtimes.records import from_json, to_json
-from runtimes.tensorrt_adapters import DeviceAdapters
+from runtimes.files.records import from_json, to_json
+from runtimes.tensorrt.adapters import DeviceAdapters
 
 BASE = BaseModel(name="base", fingerprint="f" * 64, num_hidden_layers=tiny.LAYERS, hidden_size=tiny.WIDTH)
 NODE = EditNode(site=Site(layer=2, stream="mlp_output"), op=RED_TYPE)

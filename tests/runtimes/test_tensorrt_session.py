@@ -18,18 +18,19 @@ from tensorrt_double import ContextDouble, CudaDouble, DeviceFault, TensorRTDoub
 from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, ROUNDING, VOCABULARY, ToyDecoder, toy_adapter, toy_tokenizer, write_toy_bundle
 from toy_engine import REBUILD, install_doubles, write_toy_engine
 
-from runtimes import device_cache, tensorrt_session
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.engine_adapter import read_engine_adapter, write_engine_adapter
 from runtimes.bench import bench
-from runtimes.bundle import Bundle
-from runtimes.cuda_device import CudaDevice
-from runtimes.engine import Engine
-from runtimes.engine_adapter import read_engine_adapter, write_engine_adapter
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
 from runtimes.generate import DecodeBatch, GenerationSettings, Session, generate, greedy_tokens
 from runtimes.golden import check_golden
-from runtimes.ort_session import OrtSession
-from runtimes.tensorrt_session import TensorRTSession
-from runtimes.tokenizer import Tokenizer
+from runtimes.ort.session import OrtSession
+from runtimes.tensorrt import device_cache
+from runtimes.tensorrt import session as tensorrt_session
+from runtimes.tensorrt.cuda_device import CudaDevice
+from runtimes.tensorrt.session import TensorRTSession
+from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
 IDS = [toy_tokenizer().encode(p).ids for p in PROMPTS]

@@ -13,9 +13,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from toy_bundle import TEXTS, toy_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runtimes.bundle import ModelRecord
+from runtimes.artifacts.bundle import ModelRecord
 from runtimes.errors import BundleError, InputError
-from runtimes.tokenizer import Detokenizer, Tokenizer, check_token_ids
+from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 MODEL = {
     "name": "toy",

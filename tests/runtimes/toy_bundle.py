@@ -18,8 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from graph_passes.fold import fold_graph
-from runtimes.adapter import Adapter, BaseModel
-from runtimes.bundle import (
+from runtimes.artifacts.bundle import (
     AdapterRecord,
     Bundle,
     Manifest,
@@ -29,10 +28,11 @@ from runtimes.bundle import (
     write_adapter_record,
     write_manifest,
 )
-from runtimes.edit import Site
-from runtimes.op import EditNode
-from runtimes.ort_adapter_file import write_onnx_adapter
-from runtimes.positions import PositionRule, slots
+from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
+from runtimes.edits.adapter import Adapter, BaseModel
+from runtimes.edits.edit import Site
+from runtimes.edits.op import EditNode
+from runtimes.edits.positions import PositionRule, slots
 
 WIDTH = 16
 LAYERS = 2

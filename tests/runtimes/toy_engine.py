@@ -17,13 +17,14 @@ from tensorrt_double import CudaDouble, TensorRTDouble, write_plan
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
-from runtimes import cuda_device, tensorrt_session
-from runtimes.bundle import MANIFEST_FILE, Bundle, TensorRecord
-from runtimes.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest
-from runtimes.engine_adapter import write_engine_adapter
-from runtimes.hashes import sha256_of
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.records import to_json
+from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, TensorRecord
+from runtimes.artifacts.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest
+from runtimes.artifacts.engine_adapter import write_engine_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.files.hashes import sha256_of
+from runtimes.files.records import to_json
+from runtimes.tensorrt import cuda_device
+from runtimes.tensorrt import session as tensorrt_session
 
 VERSIONS = {"tensorrt": "10.3.0", "tensorrt-rtx": "1.7.1.116"}
 GPU = "8.7"

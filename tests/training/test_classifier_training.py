@@ -19,7 +19,7 @@ from reft_export.training.classification import train_classifier
 from reft_export.training.labelled_data import collate_labelled, load_labelled
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
-from runtimes.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter
 from runtimes.errors import AdapterError, InputError
 
 GLUE = {"rank": 1, "positions": "f2", "batch_size": 16, "eval_fraction": 0.2}

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from reft_export.eager.steering import decoder_layers, greedy_tokens, low_rank_edit_fn, site_module, steer, steered
 from reft_export.training.interventions import Interventions
-from runtimes.adapter import Adapter, BaseModel
-from runtimes.edit import STREAMS, LowRankEdit, Site
+from runtimes.edits.adapter import Adapter, BaseModel
+from runtimes.edits.edit import STREAMS, LowRankEdit, Site
+from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule, slots
 
 Tiny = Callable[[str], PreTrainedModel]
 WIDTH, LAYERS = 32, 3

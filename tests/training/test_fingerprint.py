@@ -24,7 +24,7 @@ from reft_export.base.load import Base, load_base, outline_base, wrap_base
 from reft_export.base.model_folder import fingerprint_v1, memory_fingerprint_v1
 from reft_export.base.same_base import grouped, separate, tensor_differences
 from reft_export.bundling.files import check_fit
-from runtimes.adapter import load_adapter, save_adapter
+from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError
 
 FIXTURE = Path(__file__).parents[1] / "interop" / "fixtures" / "base-llama-tiny"

@@ -10,10 +10,10 @@ import torch
 
 from reft_export.eager.steering import edit_fn, low_rank_edit_fn
 from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
-from runtimes.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
-from runtimes.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.edits.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
+from runtimes.edits.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 RANK, WIDTH = 3, 16
 BASE = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=4, hidden_size=WIDTH)

@@ -18,7 +18,7 @@ from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, parse_layers
 from reft_export.training.trainer import TrainResult, train
-from runtimes.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter
 from runtimes.errors import BackendUnavailable, InputError, ReftError
 
 SETTINGS = TrainSettings(rank=2, layers="0;2", positions="f2+l2", lr=5e-3, epochs=3, batch_size=4, samples=1, seed=7)

@@ -38,10 +38,10 @@ from reft_export.importing.pyreft.entries import check_model, check_recorded, re
 from reft_export.importing.pyreft.sites import PEFT_PREFIX, ComponentSites, Place
 from reft_export.importing.pyreft.states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
-from runtimes.adapter import ACTIVATED_METHODS
-from runtimes.edit import Site
+from runtimes.edits.adapter import ACTIVATED_METHODS
+from runtimes.edits.edit import Site
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
-from runtimes.positions import PositionRule
 
 FORMAT = "pyreft"
 TRAINED_FILE = "pytorch_model.bin"

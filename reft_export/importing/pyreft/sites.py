@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reft_export.eager.steering import decoder_layers, site_module
-from runtimes.edit import STREAMS, Site
+from runtimes.edits.edit import STREAMS, Site
 from runtimes.errors import AdapterError, InputError
 
 PEFT_PREFIX = "base_model.model."

@@ -23,9 +23,9 @@ from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft.entries import CONFIG_FILE
 from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft.states import CLASSES
-from runtimes.adapter import PARAMETERS, Adapter, load_adapter
+from runtimes.edits.adapter import PARAMETERS, Adapter, load_adapter
 from runtimes.errors import AdapterError, InputError
-from runtimes.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, check_destination
 
 ORTHONORMAL = 1e-4
 """How far rows kept orthonormal in float32 may be from it: |R R^T - I|, largest entry."""

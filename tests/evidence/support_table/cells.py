@@ -21,10 +21,10 @@ from reft_export.bundling.result import ExportResult
 from reft_export.eager.steering import site_module
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.adapter import Adapter, save_adapter
-from runtimes.edit import Site
+from runtimes.edits.adapter import Adapter, save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import GraphError, InputError, ParityError, ReftError
-from runtimes.parity import ParityReport
+from runtimes.parity.figures import ParityReport
 
 LAYERS = 2
 STREAMS = ("block_output", "attention_output", "mlp_output")

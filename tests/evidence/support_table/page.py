@@ -13,7 +13,7 @@ from models import classifiers as encoders
 
 from evidence.support_table.cells import EXPORTED, LAYERS, QUANTIZED, STREAMS, Cell
 from runtimes.errors import InputError
-from runtimes.parity import BUDGETS
+from runtimes.parity.figures import BUDGETS
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 PAGE, RESULTS = DOCS / "SUPPORT.md", DOCS / "support.json"

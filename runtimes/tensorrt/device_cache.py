@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runtimes.cuda_device import CudaDevice
+from runtimes.tensorrt.cuda_device import CudaDevice
 
 GRANULE = 64
 """Columns: a cache that grows column by column moves to larger buffers every so often only."""

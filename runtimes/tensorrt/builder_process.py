@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtimes.engine import Profile
+from runtimes.artifacts.engine import Profile
 from runtimes.errors import BackendUnavailable, BuildError
-from runtimes.records import from_json, to_json
-from runtimes.tensorrt_builder import BuildResult, BuildSpec
-from runtimes.tensorrt_library import builder_environment
+from runtimes.files.records import from_json, to_json
+from runtimes.tensorrt.builder import BuildResult, BuildSpec
+from runtimes.tensorrt.library import builder_environment
 
 LOG_LINES = 3
 """How much of the log goes into the one line of an error."""
@@ -33,11 +33,11 @@ def run_builder(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
     """
     specification = folder / "spec.json"
     specification.write_text(json.dumps(to_json(spec)), encoding="utf-8")
-    command = [sys.executable, "-m", "runtimes.tensorrt_builder", str(specification)]
+    command = [sys.executable, "-m", "runtimes.tensorrt.builder", str(specification)]
     environment = builder_environment(spec.target, folder)
     answer: dict[str, object] = {}
     # The working directory is where this very package lies, so that the process imports it and no other.
-    with _process(command, folder, environment, cwd=Path(__file__).parent.parent) as (process, log):
+    with _process(command, folder, environment, cwd=Path(__file__).parents[2]) as (process, log):
         for line in process.stdout:
             event = _event(line)
             if "step" in event:

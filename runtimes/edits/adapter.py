@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.edit import ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.edit import ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, ReftError
-from runtimes.folders import atomic_folder
-from runtimes.op import EditNode, bank_of, no_edit_bank, node_of
-from runtimes.positions import PositionRule
-from runtimes.records import RecordError, from_json, parse_json, to_json
+from runtimes.files.folders import atomic_folder
+from runtimes.files.records import RecordError, from_json, parse_json, to_json
 
 FORMAT = "reft-export adapter"
 FORMAT_VERSION = 1

@@ -1,7 +1,7 @@
 """Holds a classifier's bundle against its golden arrays: logits, labels and steering, text by text and in padded batches.
 
-The arrays are the CLASSIFIER ones of runtimes/golden_schema.py. Top-1 agreement is that of the labels. An adapter brings its head:
-(steered - base) is what edit and head change together.
+The arrays are the CLASSIFIER ones of runtimes/artifacts/golden_schema.py. Top-1 agreement is that of the labels. An adapter brings its
+head: (steered - base) is what edit and head change together.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import Bundle
-from runtimes.encoded_text import EncodedText, padded, rows_of
-from runtimes.golden_arrays import Golden, read_arrays, steering_shown
-from runtimes.parity import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
+from runtimes.artifacts.bundle import Bundle
+from runtimes.parity.figures import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
+from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
+from runtimes.text.encoded_text import EncodedText, padded, rows_of
 
 EXTRA_PADS = 3
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
+from runtimes.artifacts.bundle import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
 from runtimes.errors import BundleError, InputError, ParityError
-from runtimes.records import RecordError, from_json, parse_json, to_json
+from runtimes.files.records import RecordError, from_json, parse_json, to_json
 
 TIE = 1e-6
 """Two reference logits closer than this, relative to the largest |logit|, are no preference that float32 could keep."""

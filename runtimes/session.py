@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import BundleAdapter, ModelRecord
+from runtimes.artifacts.bundle import BundleAdapter, ModelRecord
+from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
+from runtimes.edits.positions import slots
 from runtimes.errors import InputError
-from runtimes.op import PROMPT_LENGTH, SLOT_INPUT
-from runtimes.positions import slots
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtimes.bundle import (
+from runtimes.artifacts.bundle import (
     ENGINE_MANIFEST,
     MANIFEST_FILE,
     Bundle,
@@ -30,7 +30,7 @@ from runtimes.bundle import (
     read_json,
 )
 from runtimes.errors import BundleError, ReftError
-from runtimes.records import RecordError, from_json, to_json
+from runtimes.files.records import RecordError, from_json, to_json
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "engine.plan"

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from runtimes.cuda_device import CudaDevice
-from runtimes.device_cache import DeviceBuffers
-from runtimes.engine import Engine
-from runtimes.engine_adapter import read_engine_adapter
+from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.engine_adapter import read_engine_adapter
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import BundleError, InputError
-from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
-from runtimes.tensorrt_engine import LoadedEngine, host_dtype
+from runtimes.tensorrt.cuda_device import CudaDevice
+from runtimes.tensorrt.device_cache import DeviceBuffers
+from runtimes.tensorrt.loaded_engine import LoadedEngine, host_dtype
 
 FROZEN_BASE = "base"
 """EngineManifest.frozen of an engine without any edit."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import InputError
-from runtimes.op import PROMPT_LENGTH, RULE_DEFAULTS
 
 LARGEST = 2**63 - 1
 """The largest count: the graph takes the rule as int64."""

@@ -1,4 +1,4 @@
-"""``python -m runtimes.tensorrt_builder SPEC.json``: parses a graph and builds an engine, in a process of its own.
+"""``python -m runtimes.tensorrt.builder SPEC.json``: parses a graph and builds an engine, in a process of its own.
 
 A graph that TensorRT does not like can end it in SIGSEGV or SIGABRT: only a process survives that. On stdout it writes one JSON object
 a line, {"step": text} while it works and at the end {"result": BuildResult} or {"error": text}; TensorRT's own log goes to stderr.
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import TensorRecord
-from runtimes.engine import Profile
+from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.engine import Profile
 from runtimes.errors import BuildError, ReftError
-from runtimes.records import from_json, to_json
-from runtimes.tensorrt_library import ONNX_DTYPES, load_plugin, load_tensorrt, tensorrt_version
+from runtimes.files.records import from_json, to_json
+from runtimes.tensorrt.library import ONNX_DTYPES, load_plugin, load_tensorrt, tensorrt_version
 
 REPORT_EVERY = 0.2
 """Seconds between two steps that are reported; TensorRT takes thousands of them."""

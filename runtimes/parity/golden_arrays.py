@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import BASE_GOLDEN, Bundle
-from runtimes.engine import Engine
-from runtimes.engine_adapter import read_engine_adapter
-from runtimes.op import is_no_edit
-from runtimes.ort_adapter_file import read_onnx_adapter
-from runtimes.parity import MOST_NOISE, Budget, Delta
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.engine_adapter import read_engine_adapter
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.edits.op import is_no_edit
+from runtimes.parity.figures import MOST_NOISE, Budget, Delta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

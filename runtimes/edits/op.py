@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.edit import ACTIVATED, ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
+from runtimes.edits.edit import ACTIVATED, ACTIVATIONS, Edit, LowRankEdit, ScaleBiasEdit, Site
 from runtimes.errors import AdapterError
 
 DOMAIN = "ai.reft"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.encoded_text import EncodedText, padded
+from runtimes.edits.op import SLOT_INPUT
+from runtimes.edits.positions import slots
 from runtimes.errors import GraphError, InputError, ReftError
-from runtimes.op import SLOT_INPUT
-from runtimes.ort_session import OrtGraph, ort, to_float32
-from runtimes.positions import slots
+from runtimes.ort.session import OrtGraph, ort, to_float32
+from runtimes.text.encoded_text import EncodedText, padded
 
 INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"

@@ -19,10 +19,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from runtimes.bundle import TEMPLATE_FOLDER, Bundle
+from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Bundle
 from runtimes.errors import BundleError, InputError
-from runtimes.stop_tokens import end_of_turn
-from runtimes.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
+from runtimes.text.stop_tokens import end_of_turn
+from runtimes.text.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
 

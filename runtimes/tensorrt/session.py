@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import BundleAdapter
-from runtimes.cuda_device import CudaDevice
-from runtimes.device_cache import CacheTensor, DeviceBuffers, DeviceCache
-from runtimes.engine import Engine
+from runtimes.artifacts.bundle import BundleAdapter
+from runtimes.artifacts.engine import Engine
 from runtimes.errors import InputError, ReftError
-from runtimes.step import StepOutput, check_step, step_inputs
-from runtimes.tensorrt_adapters import DeviceAdapters
-from runtimes.tensorrt_engine import Binding, BoundContext, LoadedEngine, host_dtype, size_of
-from runtimes.tensorrt_library import check_device, load_tensorrt, present_compute_capability, tensorrt_version
+from runtimes.session import StepOutput, check_step, step_inputs
+from runtimes.tensorrt.adapters import DeviceAdapters
+from runtimes.tensorrt.cuda_device import CudaDevice
+from runtimes.tensorrt.device_cache import CacheTensor, DeviceBuffers, DeviceCache
+from runtimes.tensorrt.library import check_device, load_tensorrt, present_compute_capability, tensorrt_version
+from runtimes.tensorrt.loaded_engine import Binding, BoundContext, LoadedEngine, host_dtype, size_of
 
 PAST, PRESENT = "past_key_values.", "present."
 BUCKET = 64

@@ -4,7 +4,7 @@
     model.onnx, model.onnx.data   the folded graph
     adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
     adapters/<name>.json          AdapterRecord below
-    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/golden_schema.py)
+    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/artifacts/golden_schema.py)
     genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
     lib/<platform>/               the op library, where asked for
     tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
@@ -22,20 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.adapter import BaseModel, BaseParts
-from runtimes.edit import Site
+from runtimes.artifacts.golden_schema import GoldenSchema, read_golden
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.edits.adapter import BaseModel, BaseParts
+from runtimes.edits.edit import Site
+from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, BundleError, ReftError
-from runtimes.golden_schema import GoldenSchema, read_golden
-from runtimes.hashes import sha256_of
-from runtimes.op import OP_TYPE, OP_VERSION, EditNode
-from runtimes.positions import PositionRule
-from runtimes.records import RecordError, from_json, parse_json, to_json
-from runtimes.tasks import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.files.hashes import sha256_of
+from runtimes.files.records import RecordError, from_json, parse_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ENGINE_MANIFEST = "engine.json"
-"""Of an engine's folder, which is read by ``runtimes.engine``."""
+"""Of an engine's folder, which is read by ``runtimes.artifacts.engine``."""
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
@@ -166,7 +166,8 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of runtimes/tasks.py."""
+    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of
+    runtimes/artifacts/task_names.py."""
 
     schema_version: int = SCHEMA_VERSION
     op_version: int = OP_VERSION
@@ -280,7 +281,7 @@ class Bundle:
         return tuple(name for name in names if f"golden/{name}.npz" in self.manifest.files)
 
     def golden(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of ``name``, as runtimes/golden_schema.py describes and checks them."""
+        """The arrays of ``name``, as runtimes/artifacts/golden_schema.py describes and checks them."""
         if name not in self.golden_names:
             raise BundleError(f"{self.folder} has no golden arrays for {name!r}; it has: {', '.join(self.golden_names) or 'none'}")
         return read_golden(self.golden_file(name), self.golden_schema(name))

@@ -15,12 +15,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from runtimes.bundle import TensorRecord
-from runtimes.cuda_device import CudaDevice
-from runtimes.engine import Engine, Profile
+from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.engine import Engine, Profile
+from runtimes.edits.op import OPS
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
-from runtimes.op import OPS
-from runtimes.tensorrt_library import ONNX_DTYPES, load_plugin, tensorrt_version
+from runtimes.tensorrt.cuda_device import CudaDevice
+from runtimes.tensorrt.library import ONNX_DTYPES, load_plugin, tensorrt_version
 
 DTYPES = {
     "float": np.dtype(np.float32),

@@ -25,8 +25,8 @@ from typing import IO
 
 import numpy as np
 
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import BundleError, InputError
-from runtimes.tasks import TEXT_CLASSIFICATION
 
 LARGEST = 2**28
 """Bytes of one file's arrays, unpacked; the recorder stays below a quarter of that."""

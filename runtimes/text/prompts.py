@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtimes.errors import InputError
-from runtimes.records import parse_json
+from runtimes.files.records import parse_json
 
 if TYPE_CHECKING:
-    from runtimes.chat import ChatTemplate
-    from runtimes.tokenizer import Tokenizer
+    from runtimes.text.chat import ChatTemplate
+    from runtimes.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

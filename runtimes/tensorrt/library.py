@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from runtimes.engine import TARGETS, Engine
+from runtimes.artifacts.engine import TARGETS, Engine
 from runtimes.errors import BackendUnavailable, InputError
-from runtimes.hashes import sha256_of
+from runtimes.files.hashes import sha256_of
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_LIBRARY = "libtensorrt_rtx.so"

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import Bundle, open_bundle
-from runtimes.engine import Engine, is_engine, open_engine
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.engine import Engine, is_engine, open_engine
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
 from runtimes.generate import Session
-from runtimes.tasks import TEXT_CLASSIFICATION
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:
@@ -35,7 +35,7 @@ def open_session(
     """
     if isinstance(artifact, Engine):
         _check_engine_options(artifact, provider, kernel, threads)
-        from runtimes.tensorrt_session import TensorRTSession
+        from runtimes.tensorrt.session import TensorRTSession
 
         with TensorRTSession(artifact, adapter=adapter) as session:
             yield session
@@ -49,10 +49,10 @@ def open_session(
 def ort_session(bundle: Bundle, **options: Any) -> Any:
     """An OrtSession over a decoder's bundle, an OrtClassifier over a classifier's; ``options`` as theirs."""
     if bundle.manifest.task == TEXT_CLASSIFICATION:
-        from runtimes.ort_classifier import OrtClassifier
+        from runtimes.ort.classifier import OrtClassifier
 
         return OrtClassifier(bundle, **options)
-    from runtimes.ort_session import OrtSession
+    from runtimes.ort.session import OrtSession
 
     return OrtSession(bundle, **options)
 

@@ -12,12 +12,12 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from runtimes.bundle import Bundle, BundleAdapter
+from runtimes.artifacts.bundle import Bundle, BundleAdapter
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.op import SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.native_library import find_op_library, library_name
-from runtimes.op import SLOT_INPUT
-from runtimes.step import StepOutput, check_step, step_inputs
-from runtimes.tasks import TEXT_CLASSIFICATION
+from runtimes.session import StepOutput, check_step, step_inputs
 
 try:
     import onnxruntime as ort

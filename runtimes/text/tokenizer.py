@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from runtimes.encoded_text import EncodedText
 from runtimes.errors import BundleError, InputError
-from runtimes.records import parse_json
-from runtimes.stop_tokens import listed, stop_token_ids, without_added_end
+from runtimes.files.records import parse_json
+from runtimes.text.encoded_text import EncodedText
+from runtimes.text.stop_tokens import listed, stop_token_ids, without_added_end
 
 if TYPE_CHECKING:
-    from runtimes.bundle import ModelRecord
+    from runtimes.artifacts.bundle import ModelRecord
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -32,7 +32,7 @@ character, since byte tokens decode as one run."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
-    """``stop_token_ids`` end an answer: those that the manifest records, by the rule of runtimes/stop_tokens.py."""
+    """``stop_token_ids`` end an answer: those that the manifest records, by the rule of runtimes/text/stop_tokens.py."""
 
     backend: tokenizers.Tokenizer
     bos_token_id: int | None

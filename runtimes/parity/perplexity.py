@@ -19,7 +19,7 @@ import numpy as np
 
 from runtimes.errors import InputError, ReftError
 from runtimes.generate import Session, columns
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 HALF_WINDOW = 256
 

@@ -1,0 +1,1 @@
+"""The intervention: its formulas, its op, its positions, and the adapter folder."""

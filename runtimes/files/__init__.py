@@ -1,0 +1,1 @@
+"""How anything is read or written: folders, records, hashes."""

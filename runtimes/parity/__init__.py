@@ -1,0 +1,1 @@
+"""Figures, golden arrays and perplexity: what parity is measured by."""

@@ -1,0 +1,1 @@
+"""How a decoder and a classifier are held against their golden arrays."""

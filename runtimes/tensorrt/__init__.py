@@ -1,0 +1,1 @@
+"""Engines in TensorRT, built and run."""
