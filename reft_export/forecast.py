@@ -11,7 +11,7 @@ from reft_export.base.load import HUB_ID, Base
 from reft_export.exporting.export import ExportPlan, ExportSettings
 from reft_export.training.settings import TrainSettings
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
-from runtimes.edits.adapter import form_of
+from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}

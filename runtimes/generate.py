@@ -10,41 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from runtimes.errors import InputError, ReftError
+from runtimes.session import Session
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 PAD = 0
 """Token id under a mask of 0. Any id of the vocabulary will do; a tokenizer's own pad token may lie outside the model's."""
-
-
-class Session(Protocol):
-    """What generation, parity and bench need of a session; OrtSession and TensorRTSession are two."""
-
-    bundle: Any
-    provider: str
-    adapter: str | None
-
-    @property
-    def kernel(self) -> str: ...
-
-    @property
-    def takes_position_ids(self) -> bool: ...
-
-    def set_adapter(self, name: str | None) -> None: ...
-
-    def step(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        *,
-        past: Any = None,
-        prompt_length: Any = None,
-        last_logits: int | None = None,
-    ) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)

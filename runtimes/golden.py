@@ -7,19 +7,16 @@ runtimes/tasks/classification.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.artifacts.engine import Engine
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import BundleError
-from runtimes.generate import Session, columns, greedy_tokens, padding_of
-from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, ParityReport, Rung, budget_for, compare, compare_deltas, judge
-from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
+from runtimes.parity.figures import Delta, Figures, ParityReport, Rung, budget_for
+from runtimes.session import Session
 from runtimes.tasks.classification import ClassifierGolden, check_classifier, classifier_figures
+from runtimes.tasks.generation import DecoderGolden, check_decoder, decoder_figures
 
 
 def check_golden(bundle: Bundle, session: Session) -> ParityReport:
@@ -39,7 +36,7 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     if unchecked := [name for name in wanted if name not in bundle.golden_names]:
         raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model with -m")
     budget, active = budget_for(bundle.manifest), session.adapter
-    read, check_one = _Golden.read, _check_one
+    read, check_one = DecoderGolden.read, check_decoder
     if bundle.manifest.task == TEXT_CLASSIFICATION:
         read, check_one = ClassifierGolden.read, check_classifier
     rungs: list[Rung] = []
@@ -59,159 +56,4 @@ def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figur
     """
     if bundle.manifest.task == TEXT_CLASSIFICATION:
         return classifier_figures(session, ClassifierGolden.read(bundle, name))
-    golden = _Golden.read(bundle, name)
-    layout = _Layout(chunk=1 if bundle.manifest.logits == "last" else None, alone=padding_of(session) == "none")
-    session.set_adapter(name)
-    logits = _run(session, golden, layout)
-    found = sorted(logits)
-    figures = compare(np.stack([logits[k] for k in found]), golden.steering[0][found])
-    return figures, _delta(session, golden, logits, layout)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Golden(Golden):
-    rows: list[np.ndarray]
-    """The real tokens of each row."""
-    prompt_length: np.ndarray
-    positions: np.ndarray
-    greedy: np.ndarray
-
-    @classmethod
-    def read(cls, bundle: Bundle, name: str) -> _Golden:
-        arrays, fields = read_arrays(bundle, name)
-        return cls(
-            rows=[row[real > 0] for row, real in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)],
-            prompt_length=arrays["prompt_length"],
-            positions=arrays["logit_positions"],
-            greedy=arrays["greedy_tokens"],
-            **fields,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """One way to bring the golden tokens into the session."""
-
-    side: str = "none"
-    """Where prompts get pads up to one width; continuations follow in the columns after it. "none": a row's continuation directly."""
-    pads: int = 0
-    """Pads beyond those that make the prompts equally wide."""
-    chunk: int | None = None
-    """Columns per call; None is all at once."""
-    decode: bool = False
-    """The prompts in one call, then one column per call."""
-    alone: bool = False
-    """Every row in a batch of its own."""
-
-    def columns(self, lengths: Sequence[int], prompt: Sequence[int]) -> list[np.ndarray]:
-        """The column of every token, for rows of ``lengths`` tokens of which the first ``prompt`` are the prompt."""
-        width = max(prompt) + self.pads
-        places = []
-        for tokens, own in zip(lengths, prompt, strict=True):
-            place = np.arange(tokens)
-            if self.side == "left":
-                place = place + width - own
-            elif self.side == "right":
-                place = np.where(place < own, place, place + width - own)
-            places.append(place)
-        return places
-
-    def widths(self, total: int, prompt: Sequence[int]) -> list[int]:
-        """Columns of each call, ``total`` in all."""
-        if self.decode:
-            width = max(prompt) + self.pads
-            return [width, *[1] * (total - width)]
-        size = self.chunk or total
-        return [min(size, total - start) for start in range(0, total, size)]
-
-
-def _run(session: Session, golden: _Golden, layout: _Layout) -> dict[int, np.ndarray]:
-    """Logits by golden position; a graph with the last logits only has those of one column per call.
-
-    Every position that the layout has to show is there: NaN, where the session gave no logits for it.
-    """
-    every = range(len(golden.rows))
-    logits: dict[int, np.ndarray] = {}
-    for chosen in [[row] for row in every] if layout.alone else [list(every)]:
-        logits |= _run_batch(session, golden, layout, chosen)
-    return logits
-
-
-def _run_batch(session: Session, golden: _Golden, layout: _Layout, chosen: list[int]) -> dict[int, np.ndarray]:
-    prompt = golden.prompt_length[chosen]
-    places = layout.columns([len(golden.rows[row]) for row in chosen], prompt.tolist())
-    total = max(int(place[-1]) + 1 for place in places) + (layout.pads if layout.side == "right" else 0)
-    ids = np.zeros((len(chosen), total), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(chosen):
-        ids[i, places[i]], mask[i, places[i]] = golden.rows[row], 1
-    wanted = {k: (chosen.index(row), places[chosen.index(row)][c]) for k, (row, c) in enumerate(golden.positions) if row in chosen}
-    widths, width = layout.widths(total, prompt.tolist()), golden.logits.shape[1]
-    if session.bundle.manifest.logits == "last":
-        ends = set((np.cumsum(widths) - 1).tolist())
-        wanted = {k: (i, column) for k, (i, column) in wanted.items() if column in ends}
-    logits = {k: np.full(width, np.nan, np.float32) for k in wanted}
-    for start, output in columns(session, ids, mask, prompt, widths):
-        first = max(start, output.past.width - output.logits.shape[1])
-        if output.logits.shape[2] != width:
-            raise BundleError(
-                f"{session.bundle.folder} gives {output.logits.shape[2]} logits a token, its golden arrays hold {width}; export it again"
-            )
-        for k, (i, column) in wanted.items():
-            if first <= column < output.past.width:
-                logits[k] = output.logits[i, column - first].copy()
-    return logits
-
-
-def _check_one(session: Session, golden: _Golden, budget: Budget) -> list[Rung]:
-    """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
-    session.set_adapter(golden.adapter)
-    budget = golden.widened(budget)
-    alone = padding_of(session) == "none"
-    only_last = session.bundle.manifest.logits == "last"
-    layouts = {
-        "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
-        "prefill and decode": _Layout(side="left", decode=True, alone=alone),
-        "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": _Layout(alone=True),
-    }
-    if not alone:
-        layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
-        right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
-        window = session.bundle.manifest.model.sliding_window
-        width = max(map(len, golden.rows)) + int(golden.prompt_length.max() - golden.prompt_length.min()) + right.pads
-        if window is None or width <= window:  # a window counts columns: pads between prompt and answer would fill it
-            layouts["right padding"] = right
-    rungs: list[Rung] = []
-    for name, layout in layouts.items():
-        logits = _run(session, golden, layout)
-        found = sorted(logits)
-        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found]) if found else NOTHING
-        given = sum(not np.isnan(row).all() for row in logits.values())
-        note = "" if given == len(golden.logits) else f"{given} of {len(golden.logits)} positions have logits"
-        delta = None
-        if not rungs:
-            differs = _greedy_difference(session, golden)
-            delta, unmoved = steering_shown(session, golden.adapter, _delta(session, golden, logits, layout))
-            figures, note = replace(figures, greedy_equal=not differs), differs or unmoved or note
-        rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
-    return rungs
-
-
-def _greedy_difference(session: Session, golden: _Golden) -> str:
-    """Where the session's greedy tokens leave the golden ones; empty where they do not."""
-    prompts = [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)]
-    tokens = greedy_tokens(session, prompts, golden.greedy.shape[1])
-    differs = np.argwhere((tokens != golden.greedy) & (golden.greedy >= 0))
-    return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
-
-
-def _delta(session: Session, golden: _Golden, steered: dict[int, np.ndarray], layout: _Layout) -> Delta | None:
-    if golden.steering is None:
-        return None
-    session.set_adapter(None)
-    base = _run(session, golden, layout)
-    session.set_adapter(golden.name)
-    found = sorted(steered)
-    device = (np.stack([logits[k] for k in found]) for logits in (steered, base))
-    return compare_deltas(*device, *(logits[found] for logits in golden.steering))
+    return decoder_figures(bundle, session, name)

@@ -12,7 +12,7 @@ from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.engine import Engine, is_engine, open_engine
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
-from runtimes.generate import Session
+from runtimes.session import Session
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:

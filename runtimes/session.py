@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,32 @@ from runtimes.artifacts.bundle import BundleAdapter, ModelRecord
 from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
 from runtimes.edits.positions import slots
 from runtimes.errors import InputError
+
+
+class Session(Protocol):
+    """What generation, parity and bench need of a session; OrtSession and TensorRTSession are two."""
+
+    bundle: Any
+    provider: str
+    adapter: str | None
+
+    @property
+    def kernel(self) -> str: ...
+
+    @property
+    def takes_position_ids(self) -> bool: ...
+
+    def set_adapter(self, name: str | None) -> None: ...
+
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        *,
+        past: Any = None,
+        prompt_length: Any = None,
+        last_logits: int | None = None,
+    ) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,8 +16,21 @@ OUTSIDE = {
     "graph_passes": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxscript", "google"},
     "calibration": {"numpy", "ml_dtypes", "onnx_ir", "onnx", "onnxruntime"},
 }
-BACKEND_MODULES = {"onnxruntime": "ort_", "tensorrt": "tensorrt_", "tensorrt_rtx": "tensorrt_", "cuda": "cuda_"}
-"""A backend is imported only by its own modules of runtimes, which carry its prefix."""
+BACKENDS = {
+    "onnxruntime": ("ort/", "artifacts/ort_adapter_file.py"),
+    "tensorrt": ("tensorrt/",),
+    "tensorrt_rtx": ("tensorrt/",),
+    "cuda": ("tensorrt/",),
+}
+"""A backend is imported only by its own folder of runtimes; onnxruntime also writes and reads its own adapter files."""
+BOTTOM_TO_TOP = {
+    "runtimes": "errors version precision native_library native files edits artifacts text session ort tensorrt generate parity tasks "
+    "golden bench open first_steps",
+    "graph_passes": "graph_file function_body find external cache_shapes head slots insert unfold tensorrt_graph fold edge_llm",
+    "reft_export": "console base eager evaluation tasks bundling training importing parity exporting folding quantizing building "
+    "quickstart forecast op_bench cli",
+}
+"""Folders, and files beside them: each imports itself and those that are named before it."""
 
 
 def _modules() -> list[Path]:
@@ -45,7 +58,8 @@ def test_imports_point_left(path: Path) -> None:
     rooms = {name for name in imports if name in ROOMS}
     assert rooms <= set(ROOMS[: ROOMS.index(room) + 1]), f"{path} imports a room to its right"
     if room in OUTSIDE:
-        backends = {name for name, prefix in BACKEND_MODULES.items() if room == "runtimes" and path.name.startswith(prefix)}
+        inside = path.relative_to(ROOT / room).as_posix()
+        backends = {name for name, where in BACKENDS.items() if room == "runtimes" and inside.startswith(where)}
         assert imports - set(ROOMS) <= OUTSIDE[room] | backends
 
 
@@ -72,6 +86,20 @@ def test_only_the_command_line_imports_the_command_line() -> None:
     cli = "reft_export.cli"
     above = {name: found for name, targets in _graph().items() if (found := {t for t in targets if t.startswith(cli)})}
     assert not {name: found for name, found in above.items() if not name.startswith(cli)}
+
+
+@pytest.mark.parametrize("room", BOTTOM_TO_TOP)
+def test_no_import_runs_up(room: str) -> None:
+    order = BOTTOM_TO_TOP[room].split()
+    graph = {name: targets for name, targets in _graph().items() if name.startswith(f"{room}.")}
+    assert {name.split(".")[1] for name in graph} == set(order), "a folder or file has no place in the order"
+    up = [
+        f"{name} imports {target}"
+        for name, targets in graph.items()
+        for target in targets
+        if target.startswith(f"{room}.") and order.index(target.split(".")[1]) > order.index(name.split(".")[1])
+    ]
+    assert not up
 
 
 def test_no_module_imports_in_a_circle() -> None:

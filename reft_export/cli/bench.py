@@ -13,8 +13,7 @@ from reft_export.console import err, out, print_json, print_table, size
 
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import Bundle
-    from runtimes.bench import BenchResult
-    from runtimes.bench_classifier import ClassifierBench
+    from runtimes.bench import BenchResult, ClassifierBench
     from runtimes.open import Limits
 
 PROMPT_TOKENS = 128
@@ -52,9 +51,8 @@ def bench(
 
     from runtimes.artifacts.engine import Engine
     from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
-    from runtimes.bench import BASE
+    from runtimes.bench import BASE, bench_classifier
     from runtimes.bench import bench as measure
-    from runtimes.bench_classifier import bench_classifier
     from runtimes.errors import InputError
     from runtimes.open import limits_of, open_artifact, open_session
 

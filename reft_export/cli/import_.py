@@ -49,7 +49,7 @@ def import_(
     """Turn another library's adapter into an adapter folder. What its format does not record is asked for, never guessed."""
     from reft_export.importing.foreign import Request
     from reft_export.importing.importer import import_adapter
-    from runtimes.edits.adapter import form_of
+    from runtimes.edits.methods import form_of
 
     request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale, stream=stream)
     with progress() as report:

@@ -94,7 +94,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 def _rank(adapter: Any) -> int | None:
     """None of a full-rank method, whose adapters store 0."""
-    from runtimes.edits.adapter import FULL_RANK_METHODS
+    from runtimes.edits.methods import FULL_RANK_METHODS
 
     return None if adapter.method in FULL_RANK_METHODS else adapter.rank
 

@@ -20,8 +20,9 @@ from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, i
 
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import Bundle
-    from runtimes.generate import Generation, GenerationSettings, Session
+    from runtimes.generate import Generation, GenerationSettings
     from runtimes.open import Limits
+    from runtimes.session import Session
     from runtimes.text.chat import ChatTemplate
     from runtimes.text.tokenizer import Tokenizer
 

@@ -92,7 +92,7 @@ def train(
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
     from reft_export.training.settings import TrainSettings, settings_like
-    from runtimes.edits.adapter import FULL_RANK_METHODS, form_of
+    from runtimes.edits.methods import FULL_RANK_METHODS, form_of
 
     settings = TrainSettings(
         method=method,
@@ -236,7 +236,7 @@ def show_classifier(output: Path, settings: TrainSettings, result: ClassifierRes
         return
     if result.truncated_lines:
         out.print(f"{len(result.truncated_lines)} texts were cut to --max-length, first at {escape(result.truncated_lines[0])}")
-    from runtimes.edits.adapter import form_of
+    from runtimes.edits.methods import form_of
 
     first, last = result.history[0], result.history[-1]
     edits = sum(t.size for t in result.adapter.tensors.values())

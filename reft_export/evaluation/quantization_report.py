@@ -24,10 +24,10 @@ from reft_export.evaluation.checker import Task
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
-from runtimes.generate import Session
 from runtimes.golden import steering_figures
 from runtimes.parity.figures import Delta, Figures, ParityReport
 from runtimes.parity.perplexity import agreement, perplexity
+from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer
 
 Answers = Mapping[str, Sequence[Sequence[int]]]

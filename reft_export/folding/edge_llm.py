@@ -22,7 +22,8 @@ from graph_passes.insert import refuse_folded
 from reft_export.bundling.files import VERSION, Report, union_nodes
 from reft_export.folding.family import check_family, check_same_family
 from runtimes.artifacts.bundle import check_adapter_name
-from runtimes.edits.adapter import FULL_RANK_METHODS, Adapter
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.methods import FULL_RANK_METHODS
 from runtimes.edits.op import OP_VERSION, EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, check_destination

@@ -26,12 +26,12 @@ from torch import Tensor
 from reft_export.base.load import Outline
 from reft_export.base.model_folder import weight_files
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded, short
-from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import HEAD_CONFIG_FILE, check_labels, head_of, read_head_config
 from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, read_safetensors, stored_dtype
 from runtimes.edits.edit import Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.records import read_json_object
 
 FORMAT = "adapterhub"
 CONFIG_FILE = "adapter_config.json"

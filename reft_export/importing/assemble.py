@@ -19,8 +19,9 @@ from functools import reduce
 import numpy as np
 
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, listed
-from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel, fold_parameters, parameter_shape
+from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import in_sequence
+from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, fold_parameters, parameter_shape
 from runtimes.errors import AdapterError
 
 Slot = tuple[ForeignEdit, ...]

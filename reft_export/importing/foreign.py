@@ -62,7 +62,7 @@ class Request:
 class ForeignEdit:
     """One intervention as its library applies it: a method of runtimes.edits.adapter with its parameters in float32.
 
-    Their shapes are ``runtimes.edits.adapter.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
+    Their shapes are ``runtimes.edits.methods.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
     """
 
     name: str

@@ -21,9 +21,9 @@ from torch import Tensor
 from reft_export.base.classifiers import head_parameters
 from reft_export.base.load import Outline
 from reft_export.importing.foreign import listed, short
-from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.tensors import as_float32
 from runtimes.errors import AdapterError
+from runtimes.files.records import read_json_object
 
 HEAD_CONFIG_FILE = "head_config.json"
 

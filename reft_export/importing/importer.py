@@ -10,8 +10,9 @@ from reft_export.base.load import Outline, outline_base
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.artifacts.bundle import check_adapter_name
-from runtimes.edits.adapter import CONFIG_FILE, PARAMETERS, Adapter, save_adapter
+from runtimes.edits.adapter import CONFIG_FILE, Adapter, save_adapter
 from runtimes.edits.edit import STREAMS
+from runtimes.edits.methods import PARAMETERS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.files.folders import check_destination

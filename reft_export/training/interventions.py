@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
-from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtimes.edits.adapter import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, Adapter
+from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
+from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 

@@ -7,7 +7,10 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+from runtimes.errors import AdapterError
 
 T = TypeVar("T")
 
@@ -85,4 +88,17 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     # JSON's true is a Python int as well: a number must not be a bool.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RecordError(f"{where or 'value'} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises AdapterError, in one line, for what cannot be read, is not JSON, or is JSON other than an object."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise AdapterError(f"{path} cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        raise AdapterError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} does not hold a JSON object")
     return value

@@ -16,7 +16,8 @@ from reft_export.base.load import Base, outline_base
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.importing.pyreft.write import export_to_pyreft
-from runtimes.edits.adapter import PARAMETERS, load_adapter, save_adapter
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.methods import PARAMETERS
 from runtimes.errors import AdapterError, InputError
 
 CONVERTED = ("mixed", "two_a_site", "one_a_site", "paths")

@@ -8,8 +8,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import head_parameters
-from runtimes.edits.adapter import FULL_RANK_METHODS, PARAMETERS, Adapter, BaseModel
+from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import FULL_RANK_METHODS, PARAMETERS
 from runtimes.edits.positions import PositionRule
 
 

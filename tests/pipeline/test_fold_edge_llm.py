@@ -17,8 +17,9 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 from reft_export.cli.main import app
-from runtimes.edits.adapter import PARAMETERS, Adapter, BaseModel, save_adapter
+from runtimes.edits.adapter import Adapter, BaseModel, save_adapter
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import PARAMETERS
 from runtimes.edits.positions import PositionRule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "graph_passes"))

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from runtimes.edits.adapter import PARAMETERS, BaseModel, fold_parameters, load_adapter, parameter_shape, save_adapter
+from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.edits.edit import LowRankEdit, activate, in_sequence
+from runtimes.edits.methods import PARAMETERS, fold_parameters, parameter_shape
 from runtimes.edits.op import bank_of
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError

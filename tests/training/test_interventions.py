@@ -10,8 +10,9 @@ import torch
 
 from reft_export.eager.steering import edit_fn, low_rank_edit_fn
 from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
-from runtimes.edits.adapter import ACTIVATED_METHODS, BaseModel, fold_parameters
+from runtimes.edits.adapter import BaseModel
 from runtimes.edits.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.edits.methods import ACTIVATED_METHODS, fold_parameters
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 

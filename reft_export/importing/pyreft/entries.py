@@ -14,11 +14,11 @@ from typing import Any
 
 from reft_export.base.load import Outline
 from reft_export.importing.foreign import ForeignEdit, listed
-from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.pyreft.sites import ComponentSites, Place
 from reft_export.importing.pyreft.states import CLASSES
 from reft_export.importing.statements import check_kind
 from runtimes.errors import AdapterError
+from runtimes.files.records import read_json_object
 
 CONFIG_FILE = "config.json"
 

@@ -32,16 +32,16 @@ from reft_export.importing.foreign import (
     not_recorded,
     short,
 )
-from reft_export.importing.foreign_json import read_json_object
 from reft_export.importing.heads import head_of
 from reft_export.importing.pyreft.entries import check_model, check_recorded, read_entries
 from reft_export.importing.pyreft.sites import PEFT_PREFIX, ComponentSites, Place
 from reft_export.importing.pyreft.states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
-from runtimes.edits.adapter import ACTIVATED_METHODS
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import ACTIVATED_METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.records import read_json_object
 
 FORMAT = "pyreft"
 TRAINED_FILE = "pytorch_model.bin"

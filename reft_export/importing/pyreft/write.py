@@ -23,7 +23,8 @@ from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft.entries import CONFIG_FILE
 from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft.states import CLASSES
-from runtimes.edits.adapter import PARAMETERS, Adapter, load_adapter
+from runtimes.edits.adapter import Adapter, load_adapter
+from runtimes.edits.methods import PARAMETERS
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
 
