@@ -1,9 +1,9 @@
 """From what an activation was seen to be, to the range that is quantized.
 
-    minmax      all of it
-    percentile  all but (100 - p) / 2 percent on either side
-    entropy     the symmetric threshold of the least KL divergence (Migacz, GTC 2017), by onnxruntime's code
-    mse         the share of the range of the least mean squared error under the scheme's own grid
+minmax      all of it
+percentile  all but (100 - p) / 2 percent on either side
+entropy     the symmetric threshold of the least KL divergence (Migacz, GTC 2017), by onnxruntime's code
+mse         the share of the range of the least mean squared error under the scheme's own grid
 """
 
 from __future__ import annotations

@@ -62,9 +62,7 @@ def _hqq(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
         HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits)).quantize(node, [graph])
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     shape = (weight.shape[1], -1)
-    return Blocks(
-        packed=arrays[f"w_Q{bits}"], scales=arrays["w_scales"].reshape(shape), zero_points=arrays["w_zero_points"].reshape(shape)
-    )
+    return Blocks(packed=arrays[f"w_Q{bits}"], scales=arrays["w_scales"].reshape(shape), zero_points=arrays["w_zero_points"].reshape(shape))
 
 
 def to_matmul_nbits(
@@ -79,9 +77,7 @@ def to_matmul_nbits(
         "block_size": settings.block_size,
         "accuracy_level": 1 if float_input else settings.accuracy_level,
     }
-    new = ir.node(
-        "MatMulNBits", [node.inputs[0], *weight.values], attributes, domain=CONTRIB, name=f"{node.name}_Q{settings.bits}"
-    )
+    new = ir.node("MatMulNBits", [node.inputs[0], *weight.values], attributes, domain=CONTRIB, name=f"{node.name}_Q{settings.bits}")
     replace_node(graph, node, new)
 
 
@@ -118,9 +114,7 @@ def quantize_embedding(graph: ir.Graph, bits: int, block_size: int) -> tuple[str
     for value in values:
         graph.register_initializer(value)
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block_size, "bits": bits}
-    new = ir.node(
-        "GatherBlockQuantized", [values[0], node.inputs[1], values[1]], attributes, domain=CONTRIB, name=f"{node.name}_Q{bits}"
-    )
+    new = ir.node("GatherBlockQuantized", [values[0], node.inputs[1], values[1]], attributes, domain=CONTRIB, name=f"{node.name}_Q{bits}")
     replace_node(graph, node, new)
     restored = dequantize(blocks.packed, scales, None, bits, block_size, *original.shape)
     return table.name, original, restored, sum(v.const_value.nbytes for v in values)

@@ -157,9 +157,7 @@ def _gelu_tanh(body: _Body, z: ir.Value) -> ir.Value:
     """z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))"""
     cube = body.add("Mul", body.add("Mul", z, z), z)
     inner = body.add("Add", z, body.add("Mul", cube, body.constant(0.044715, np.float32)))
-    return _half_of_one_plus(
-        body, z, body.add("Tanh", body.add("Mul", inner, body.constant(math.sqrt(2 / math.pi), np.float32)))
-    )
+    return _half_of_one_plus(body, z, body.add("Tanh", body.add("Mul", inner, body.constant(math.sqrt(2 / math.pi), np.float32))))
 
 
 def _half_of_one_plus(body: _Body, z: ir.Value, x: ir.Value) -> ir.Value:

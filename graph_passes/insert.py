@@ -133,9 +133,7 @@ def _refuse_taken_names(model: ir.Model, nodes: Sequence[EditNode]) -> None:
         raise GraphError(f"the graph uses the name {taken[0]!r} itself, which an edit needs; rename that value")
 
 
-def _by_value(
-    nodes: Sequence[EditNode], located: dict[Site, SiteLocation]
-) -> list[tuple[SiteLocation, list[EditNode]]]:
+def _by_value(nodes: Sequence[EditNode], located: dict[Site, SiteLocation]) -> list[tuple[SiteLocation, list[EditNode]]]:
     """Edits that share a value, in the order in which the decoder would apply them: the output of a block before the next's input."""
     groups: dict[tuple[ir.Node, int], list[EditNode]] = {}
     places: dict[tuple[ir.Node, int], SiteLocation] = {}

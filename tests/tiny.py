@@ -42,6 +42,4 @@ def random_adapter(
 ) -> Adapter:
     """An adapter with random parameters at one stream of ``layers``."""
     sites = tuple(Site(layer=layer, stream=stream) for layer in layers)
-    return adapters.random_adapter(
-        base, sites, method=method, positions=positions, tied=tied, activation=activation, rank=rank, seed=seed
-    )
+    return adapters.random_adapter(base, sites, method=method, positions=positions, tied=tied, activation=activation, rank=rank, seed=seed)

@@ -45,9 +45,7 @@ def check_inner_end(dominators: Dominators, chain: Sequence[Step], starts: Seque
         )
 
 
-def last_block_end(
-    dominators: Dominators, chain: Sequence[Step], starts: Sequence[int], keys: Sequence[ir.Value]
-) -> tuple[int, str]:
+def last_block_end(dominators: Dominators, chain: Sequence[Step], starts: Sequence[int], keys: Sequence[ir.Value]) -> tuple[int, str]:
     """Chain index of the last block's output, and how it was told; raises SiteNotFound or SiteAmbiguous."""
     labels = [step.label for step in chain]
     blocks = {tuple(labels[start + 1 : stop + 1]) for start, stop in zip(starts, starts[1:], strict=False)}
@@ -75,9 +73,7 @@ def last_block_end(
     return _only_block_end(dominators, chain, starts[-1], merges, keys[-1], where), "it is the last residual Add of the only block"
 
 
-def _only_block_end(
-    dominators: Dominators, chain: Sequence[Step], start: int, merges: Sequence[int], key: ir.Value, where: str
-) -> int:
+def _only_block_end(dominators: Dominators, chain: Sequence[Step], start: int, merges: Sequence[int], key: ir.Value, where: str) -> int:
     """The last of ``merges``, or the Reshape behind it; there is no other block to compare with."""
     end = merges[-1]
     # A norm between two Adds makes it a post-norm block, whose output is a norm and not an Add, and nothing tells that norm from a

@@ -113,9 +113,7 @@ def _upstream(dominators: Dominators, value: ir.Value, stop: frozenset[ir.Node])
     return seen
 
 
-def _module_output(
-    dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]
-) -> Branch | str:
+def _module_output(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.Node]], chain: frozenset[ir.Node]) -> Branch | str:
     if _is_mixture(dominators, found, chain):
         merge = found[0][1]
         return Branch(node=merge, output_index=0, how=f"{describe(merge)} adds up the two branches of a mixture of experts")
@@ -136,9 +134,7 @@ def _module_output(
             projection = node
             break
     if projection is None and (total := _sum_of_experts(dominators, value, chain)) is not None:
-        return Branch(
-            node=producer, output_index=value.index(), how=f"{describe(total)} sums over the experts and feeds the residual Add"
-        )
+        return Branch(node=producer, output_index=value.index(), how=f"{describe(total)} sums over the experts and feeds the residual Add")
     if projection is None:
         return f"the branch {value.name!r} does not end in one linear projection"
     if projection.attributes.get_float("alpha", 1.0) != 1.0:

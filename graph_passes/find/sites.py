@@ -177,9 +177,7 @@ def _location(step: Step, how: str) -> SiteLocation:
     return SiteLocation(node=step.node, output_index=step.output_index, how=f"{describe(step.node)}: {how}")
 
 
-def _block_starts(
-    dominators: Dominators, chain: Sequence[Step], keys: Sequence[ir.Value], *, starts_at_root: bool
-) -> list[int]:
+def _block_starts(dominators: Dominators, chain: Sequence[Step], keys: Sequence[ir.Value], *, starts_at_root: bool) -> list[int]:
     """For every layer, the chain index of the value that its block reads; ``starts_at_root``: the input may be that of block 0."""
     index = {step.node: position for position, step in enumerate(chain)}
     starts: list[int] = []
@@ -188,9 +186,7 @@ def _block_starts(
         upstream = dominators.climb(producer) if producer is not None and producer in dominators else ()
         start = next((index[node] for node in upstream if node in index), 0 if starts_at_root and not layer else None)
         if start is None:
-            raise SiteNotFound(
-                f"the input of block {layer} cannot be told: {key.name} and logits share no value computed from the tokens"
-            )
+            raise SiteNotFound(f"the input of block {layer} cannot be told: {key.name} and logits share no value computed from the tokens")
         if starts and start <= starts[-1]:
             shared = chain[start].node
             raise SiteAmbiguous(

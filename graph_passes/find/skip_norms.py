@@ -54,9 +54,7 @@ def split_skip_norm(node: ir.Node) -> ir.Value:
     total = adds[-1].outputs[0]
     epsilon = node.attributes.get_float("epsilon", _DEFAULT_EPSILON)
     attributes: dict[str, int | float] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-    norm = ir.node(
-        SKIP_NORMS[node.op_type], [total, inputs[2], *([beta] if beta is not None else [])], attributes, name=f"{prefix}.norm"
-    )
+    norm = ir.node(SKIP_NORMS[node.op_type], [total, inputs[2], *([beta] if beta is not None else [])], attributes, name=f"{prefix}.norm")
     for add in adds:
         add.outputs[0].name = f"{add.name}.sum"
     for value in (*(add.outputs[0] for add in adds), norm.outputs[0]):

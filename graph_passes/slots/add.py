@@ -60,9 +60,7 @@ def _add_rule(graph: ir.Graph) -> ir.Value:
     ids, mask = contract.input_ids, contract.attention_mask
     if mask is None or (mask.shape is not None and len(mask.shape) != 2):
         got = "it has no such input" if mask is None else f"its attention_mask has rank {len(mask.shape)}"
-        raise GraphError(
-            f"slots can be computed in a graph from an attention_mask [batch, past + sequence] only; {got}; use --slots input"
-        )
+        raise GraphError(f"slots can be computed in a graph from an attention_mask [batch, past + sequence] only; {got}; use --slots input")
     rule = add_rule_values(graph, RULE_DEFAULTS)
     build = RuleNodes()
     mask = build.add("Cast", mask, to=int(ir.DataType.INT64))

@@ -57,15 +57,11 @@ def add_rule_values(graph: ir.Graph, defaults: Mapping[str, int]) -> dict[str, i
     return values
 
 
-def apply_rule(
-    build: RuleNodes, *, rank: ir.Value, length: ir.Value, real: ir.Value, rule: Mapping[str, ir.Value]
-) -> ir.Value:
+def apply_rule(build: RuleNodes, *, rank: ir.Value, length: ir.Value, real: ir.Value, rule: Mapping[str, ir.Value]) -> ir.Value:
     """int32 slots of the tokens with ``rank`` p in a prompt of ``length`` L (int64, broadcast), -1 where not ``real`` (bool)."""
     half = build.add("Div", length, build.two)
     truncate = build.add("Greater", rule["reft.truncate"], build.zero)
-    first, last = (
-        build.add("Where", truncate, build.add("Min", rule[name], half), rule[name]) for name in ("reft.first", "reft.last")
-    )
+    first, last = (build.add("Where", truncate, build.add("Min", rule[name], half), rule[name]) for name in ("reft.first", "reft.last"))
     in_prompt = build.add("Less", rank, length)
     in_suffix = build.add("And", build.add("GreaterOrEqual", rank, build.add("Sub", length, last)), in_prompt)
     whole_prompt = build.add("And", build.add("Greater", rule["reft.prompt"], build.zero), in_prompt)

@@ -1,9 +1,9 @@
 """config.json without its spelling: what of it decides what a base computes, alike for every release of transformers that wrote it.
 
-    read by the family's config class, which fills in defaults and reads the keys of older releases
-    less HARMLESS_KEYS, dropout and nulls; of decoders less DECODER_HARMLESS_KEYS too
-    rotary settings under one key, rope_parameters, as transformers 5 writes them, and whole: their defaults differ between releases
-    less what follows from other keys or is the family's default, so that a key which a later release adds changes nothing
+read by the family's config class, which fills in defaults and reads the keys of older releases
+less HARMLESS_KEYS, dropout and nulls; of decoders less DECODER_HARMLESS_KEYS too
+rotary settings under one key, rope_parameters, as transformers 5 writes them, and whole: their defaults differ between releases
+less what follows from other keys or is the family's default, so that a key which a later release adds changes nothing
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The shapes that an engine admits: one optimization profile for prefill, one for decode.
 
-    input                       shape                       prefill                      decode
-    input_ids, position_ids,    [batch, sequence]           sequence 1 .. max_sequence   sequence 1
-      reft_slot
-    attention_mask              [batch, past + sequence]
-    past_key_values.*           [batch, heads, past, dim]   past 0 .. context - 1        past 0 .. context - 1
-    reft.prompt_length          [batch]
-    banks                       [N, r, D], [N, r]; RED's    N 1 .. max_slots, r 1 .. max_rank in both
-                                [N, D]
+input                       shape                       prefill                      decode
+input_ids, position_ids,    [batch, sequence]           sequence 1 .. max_sequence   sequence 1
+  reft_slot
+attention_mask              [batch, past + sequence]
+past_key_values.*           [batch, heads, past, dim]   past 0 .. context - 1        past 0 .. context - 1
+reft.prompt_length          [batch]
+banks                       [N, r, D], [N, r]; RED's    N 1 .. max_slots, r 1 .. max_rank in both
+                            [N, D]
 """
 
 from __future__ import annotations

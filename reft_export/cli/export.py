@@ -98,18 +98,14 @@ def export(
         return
     try:
         with progress() as report:
-            result = export_bundle(
-                model, list(adapters or []), output, settings, accept_base=accept_base, force=force, report=report
-            )
+            result = export_bundle(model, list(adapters or []), output, settings, accept_base=accept_base, force=force, report=report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
 
 
-def export_adapter(
-    model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool
-) -> None:
+def export_adapter(model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool) -> None:
     """``--format pyreft``: one adapter, converted; there is no graph, so the options of graphs mean nothing."""
     from reft_export.importing.pyreft.write import export_to_pyreft
     from runtimes.errors import InputError

@@ -17,9 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def import_(
-    foreign: Annotated[
-        Path, typer.Argument(help="A pyreft or AdapterHub folder, RED's .pth, or a .gguf, .npz or .safetensors file.")
-    ],
+    foreign: Annotated[Path, typer.Argument(help="A pyreft or AdapterHub folder, RED's .pth, or a .gguf, .npz or .safetensors file.")],
     model: Model,
     output: Output,
     format: Annotated[

@@ -65,9 +65,7 @@ def quantize(
     ranges: Annotated[
         Path | None, typer.Option("--ranges", help="In place of --calibrate: the OUTPUT.calibration of an earlier run of this bundle.")
     ] = None,
-    mixture: Annotated[
-        str, typer.Option("--mixture", help="How much base and adapters count: base=1,pirate=3; default: all alike.")
-    ] = "",
+    mixture: Annotated[str, typer.Option("--mixture", help="How much base and adapters count: base=1,pirate=3; default: all alike.")] = "",
     observer: Annotated[str, typer.Option("--observer", help="minmax, percentile, entropy or mse.")] = "minmax",
     percentile: Annotated[float, typer.Option("--percentile", help="Of --observer percentile.")] = 99.99,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Greedy tokens after each calibration prompt.")] = 16,
@@ -113,9 +111,7 @@ def quantize(
     from runtimes.artifacts.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
-    refuse_idle(
-        context, refit=refit, checker=checker, checker_data=checker_data, calibrate=calibrate, ranges=ranges, observer=observer
-    )
+    refuse_idle(context, refit=refit, checker=checker, checker_data=checker_data, calibrate=calibrate, ranges=ranges, observer=observer)
     yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
     refitting = None
     if refit is not None:

@@ -344,6 +344,7 @@ def greedy_tokens(
         if steering:
             steering.prompt_length = before
 
+
 Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
 """Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
 

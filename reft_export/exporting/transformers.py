@@ -95,9 +95,7 @@ def _split_experts(graph: ir.Model, experts: dict[str, bool]) -> dict[str, Weigh
             graph.graph.register_initializer(matrix)
             squeeze.outputs[0].replace_all_uses_with(matrix)
             graph.graph.remove(squeeze, safe=True)
-            sources[matrix.name] = WeightSource(
-                parameter=name, transpose=experts[name], axis=0, start=expert, stop=expert + 1
-            )
+            sources[matrix.name] = WeightSource(parameter=name, transpose=experts[name], axis=0, start=expert, stop=expert + 1)
         graph.graph.remove(node, safe=True)
         if not stacked.uses():
             del graph.graph.initializers[stacked.name]

@@ -66,9 +66,7 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
     # An untied adapter keeps two units even where one of them has no positions.
     wanted = (0, 1) if not tied else (0,) if config["tied_weights"] or config["prefix_positions"] else (1,)
     layers = _layers(units, config["layers"], outline)
-    edits = {
-        Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers
-    }
+    edits = {Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers}
     head = _head(folder, outline, name)
     notes = []
     if outline.info.labels and not head:
@@ -162,9 +160,7 @@ def _method(asked: str | None, orthonormal: bool, subtracts: bool | None) -> str
     if len(known) == 1:
         return known[0]
     if asked is None and not orthonormal:
-        raise not_recorded(
-            "AdapterHub", {"whether the projection is subtracted": "--method noreft (it is) or --method direft (it is not)"}
-        )
+        raise not_recorded("AdapterHub", {"whether the projection is subtracted": "--method noreft (it is) or --method direft (it is not)"})
     return asked or "loreft"
 
 

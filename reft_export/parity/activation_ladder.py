@@ -98,9 +98,7 @@ def _rows(inputs: Inputs) -> Iterator[_Row]:
         yield _Row(number=number, ids=ids, prompt_length=length, types=types)
 
 
-def _run_graph(
-    bundle: Bundle, inputs: Inputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None
-) -> None:
+def _run_graph(bundle: Bundle, inputs: Inputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None) -> None:
     """<folder>/<name>.<row>.npz: the graph's logits and quantized inputs, one full forward a row."""
     with variant(bundle, expose_quantized_inputs) as exposed:
         session = ort_session(exposed, provider=provider, kernel=kernel)

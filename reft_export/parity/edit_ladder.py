@@ -19,9 +19,7 @@ from runtimes.precision import NUMPY_DTYPES
 ROWS = 48
 
 
-def edit_rungs(
-    bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[Edit, ...]], *, kernel: str | None = None
-) -> list[Rung]:
+def edit_rungs(bundle: Bundle, name: str, edits: Mapping[EditNode, tuple[Edit, ...]], *, kernel: str | None = None) -> list[Rung]:
     """numpy, onnxruntime's function and, where the op library is, its fused kernel against the oracle, the worst node each.
 
     ``kernel``: "function" or "fused" leaves the other one out. An adapter that edits nothing has no rung here.

@@ -12,9 +12,7 @@ from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
 
 
-def gate(
-    folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = ""
-) -> ParityReport:
+def gate(folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = "") -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
     ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without

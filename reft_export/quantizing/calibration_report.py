@@ -19,9 +19,7 @@ def write_report(output: Path, rows: Sequence[RangeRow], graph: ir.Model, mixtur
     content = {
         "observer": observer,
         "mixture": dict(mixture),
-        "activations": [
-            {"layer": layer_of(readers[row.name][0]), "read_by": readers[row.name], **to_json(row)} for row in rows
-        ],
+        "activations": [{"layer": layer_of(readers[row.name][0]), "read_by": readers[row.name], **to_json(row)} for row in rows],
     }
     path = output.with_name(f"{output.name}.calibration.json")
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -175,9 +175,7 @@ def refit_adapters(bundle: Bundle, model: str, plan: RefitPlan, report: Report) 
     base = load_on_bundle(bundle, model)
     teacher = load_base(model).model if settings.objective == "teacher" else None
     with activations_quantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights, straight_through=True):
-        return {
-            name: _refit(bundle, base, teacher, name, adapter, settings, report) for name, adapter in plan.sources.items()
-        }
+        return {name: _refit(bundle, base, teacher, name, adapter, settings, report) for name, adapter in plan.sources.items()}
 
 
 def _refit(

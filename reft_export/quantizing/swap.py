@@ -100,9 +100,7 @@ def refit_in(work: Path, model: str, plan: RefitPlan, proof: Path, report: Repor
     return refitted, manifest
 
 
-def put_in(
-    work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path, report: Report, *, accept_base: bool = False
-) -> Manifest:
+def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path, report: Report, *, accept_base: bool = False) -> Manifest:
     """Puts adapters that were trained elsewhere into the bundle that is being made in ``work``."""
     bundle = open_bundle(work)
     report("recording what the eager model says with the new adapters")

@@ -1,9 +1,9 @@
 """The quickstart's base model and its task: everything `reft-export quickstart` needs, offline.
 
-    story    the run: train, export, calibrate, quantize, refit, compare
-    report   report.html
-    task     the steering task: pirate training examples, held-out prompts and the checker
-    base/    a Llama-architecture model of about a million parameters, with its tokenizer
+story    the run: train, export, calibrate, quantize, refit, compare
+report   report.html
+task     the steering task: pirate training examples, held-out prompts and the checker
+base/    a Llama-architecture model of about a million parameters, with its tokenizer
 """
 
 from __future__ import annotations

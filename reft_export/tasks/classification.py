@@ -53,9 +53,7 @@ def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     return ClassifierInputs(**dict(zip(ClassifierInputs.__dataclass_fields__, padded(texts, pad), strict=True)))
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str
-) -> tuple[EncodedText, bool]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str) -> tuple[EncodedText, bool]:
     """(the text or pair with its special tokens, cut to ``max_length`` from the longer one's end; whether it was cut).
 
     Raises InputError, naming ``where``, for a length that leaves no token of a text, and for texts without any.

@@ -61,17 +61,13 @@ def check_working_folder(output: Path, run: Mapping[str, Any], *, resume: bool, 
     folder = working_folder(output)
     last = last_checkpoint(folder)
     if folder.exists() and not (folder / RUN_FILE).is_file():
-        raise InputError(
-            f"{folder} is in the way: it does not hold this tool's checkpoints; move it, or choose another output"
-        )
+        raise InputError(f"{folder} is in the way: it does not hold this tool's checkpoints; move it, or choose another output")
     if resume:
         if not folder.exists():
             raise InputError(f"there is nothing to resume: {folder} does not exist; run without --resume")
         before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if changes := differing(dict(run), before):
-            raise InputError(
-                f"{folder} was run otherwise ({'; '.join(changes)}); resume it as it was, or start over with --force"
-            )
+            raise InputError(f"{folder} was run otherwise ({'; '.join(changes)}); resume it as it was, or start over with --force")
     elif last is not None and not force:
         raise InputError(f"an interrupted run left {last}; pass --resume to go on, or --force to start over")
     return last

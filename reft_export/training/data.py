@@ -116,9 +116,7 @@ def load_data(
     def load(path: Path) -> TrainingData:
         digest = hashlib.sha256()
         examples = tuple(iter_examples(path, tokenizer, digest=digest, **options))
-        return TrainingData(
-            files=(DataFile(file=path.name, sha256=digest.hexdigest()),), examples=examples, templated=templated
-        )
+        return TrainingData(files=(DataFile(file=path.name, sha256=digest.hexdigest()),), examples=examples, templated=templated)
 
     return joined(data, load)
 
@@ -153,9 +151,7 @@ def iter_examples(
             prompt, completion, special = _texts(record, tokenizer, templated, where)
             yield _tokenized(prompt, completion, tokenizer, stop, end, max_length, where, number, special=special)
     if not found:
-        raise InputError(
-            f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}"
-        )
+        raise InputError(f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}")
 
 
 def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -164,9 +160,7 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
         return list(examples), []
     count = max(1, round(len(examples) * fraction))
     if count >= len(examples):
-        raise InputError(
-            f"holding out {fraction:g} of {len(examples)} examples leaves none to train on; lower eval_fraction"
-        )
+        raise InputError(f"holding out {fraction:g} of {len(examples)} examples leaves none to train on; lower eval_fraction")
     held_out = set(random.Random(seed).sample(range(len(examples)), count))
     return [e for i, e in enumerate(examples) if i not in held_out], [examples[i] for i in sorted(held_out)]
 
@@ -222,9 +216,7 @@ def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
     if set(record) not in FORMS:
         form = FORMS[1] if "messages" in record else FORMS[0]
         missing, unknown = sorted(form - set(record)), sorted(set(record) - form)
-        said = " and ".join(
-            f"{what} {keys}" for what, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys
-        )
+        said = " and ".join(f"{what} {keys}" for what, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys)
         raise InputError(f"{where}: {said}; a line has either prompt and completion, or messages")
     for key in set(record) - {"messages"}:
         check_text(record[key], key, where)
@@ -243,9 +235,7 @@ def _check_messages(messages: Any, where: str) -> None:
         check_text(message["role"], f"role of message {index}", where)
         check_text(message["content"], f"content of message {index}", where)
     if messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{where}: the last message is the {messages[-1]['role']}'s; the loss needs an assistant's answer there"
-        )
+        raise InputError(f"{where}: the last message is the {messages[-1]['role']}'s; the loss needs an assistant's answer there")
 
 
 def check_text(value: Any, what: str, where: str) -> None:
@@ -257,9 +247,7 @@ def check_text(value: Any, what: str, where: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: {what} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-        ) from None
+        raise InputError(f"{where}: {what} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
 
 
 # --- rendering and tokenizing ---------------------------------------------------------------------
@@ -270,9 +258,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
-def _texts(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templated: bool, where: str
-) -> tuple[str, str, bool]:
+def _texts(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templated: bool, where: str) -> tuple[str, str, bool]:
     """(prompt, completion, whether the tokenizer adds its special tokens): a template writes them itself."""
     if "messages" not in record and not templated:
         return record["prompt"], record["completion"], True
@@ -323,9 +309,7 @@ def _tokenized(
     tail = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else ids(completion)
     tail = _ended(tail, tokenizer, stop, end)
     room = max_length - len(head)
-    return Example(
-        input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, where=where, truncated=len(tail) > room
-    )
+    return Example(input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, where=where, truncated=len(tail) > room)
 
 
 def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: frozenset[int], end: int) -> list[int]:

@@ -184,13 +184,9 @@ class Interventions(nn.Module):
         if method not in METHODS:
             raise InputError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
         if activation not in ACTIVATION_FUNCTIONS:
-            raise InputError(
-                f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATION_FUNCTIONS))}"
-            )
+            raise InputError(f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATION_FUNCTIONS))}")
         if activation and method not in ACTIVATED_METHODS:
-            raise InputError(
-                f"{method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
-            )
+            raise InputError(f"{method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}")
         rank = 0 if method in FULL_RANK_METHODS else rank
         if method not in FULL_RANK_METHODS and not 1 <= rank <= width:
             raise InputError(f"rank {rank} does not fit this base; use 1 to its width {width}")
@@ -214,9 +210,7 @@ class Interventions(nn.Module):
 
     def edits(self) -> dict[Site, EditFn]:
         """The edit functions that ``reft_export.eager.steering.steer`` takes; gradients flow through them."""
-        return {
-            site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()
-        }
+        return {site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay on matrices and s, none on NOT_DECAYED."""

@@ -74,9 +74,7 @@ class TrainedModel(nn.Module):
 class EditedModel(TrainedModel):
     """A decoder's; the loss is on completions."""
 
-    def __init__(
-        self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None) -> None:
         super().__init__(interventions)
         self._outside = (model, steering, teacher)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -110,9 +108,7 @@ class EditedModel(TrainedModel):
 class _Recorder(TrainerCallback):
     """History, progress and checkpoints. Trainer's own log is not used: it rounds the loss to four digits."""
 
-    def __init__(
-        self, model: TrainedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None
-    ) -> None:
+    def __init__(self, model: TrainedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None) -> None:
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
         self.on_step = on_step or (lambda *_: None)
         self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
@@ -186,9 +182,7 @@ def run_loop(
         eval_strategy="no",
     )
     if args.world_size > 1:
-        raise InputError(
-            f"training takes one process, and this is one of {args.world_size}; start it without a launcher"
-        )
+        raise InputError(f"training takes one process, and this is one of {args.world_size}; start it without a launcher")
     assert args.device.type == base.model.device.type  # and asking for the device has counted the GPUs
     args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
     history = read_history(checkpoint)
@@ -223,14 +217,10 @@ def run_loop(
         ) from None
     except KeyboardInterrupt:
         last = last_checkpoint(folder)
-        remedy = (
-            f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
-        )
+        remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
         if last is None:
             discard(folder)
-        raise TrainingInterrupted(
-            f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}"
-        ) from None
+        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}") from None
     finally:
         model.zero_grad(set_to_none=True)
     return history

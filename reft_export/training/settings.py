@@ -72,9 +72,7 @@ class TrainSettings:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.activation and self.method not in ACTIVATED_METHODS:
-            raise InputError(
-                f"{self.method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}"
-            )
+            raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}")
         if self.method in FULL_RANK_METHODS:
             object.__setattr__(self, "rank", 0)
         else:
@@ -159,9 +157,7 @@ def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
         if last < first:
             raise InputError(f"layers {text!r}: the range {first}-{last} runs backwards; did you mean {last}-{first}?")
         if last >= num_hidden_layers:
-            raise InputError(
-                f"layer {last} does not exist in this base ({num_hidden_layers} layers, 0 to {num_hidden_layers - 1})"
-            )
+            raise InputError(f"layer {last} does not exist in this base ({num_hidden_layers} layers, 0 to {num_hidden_layers - 1})")
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
 

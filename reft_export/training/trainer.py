@@ -118,9 +118,7 @@ def prepare(
     """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
     if base.tokenizer is None:
-        raise InputError(
-            f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json"
-        )
+        raise InputError(f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json")
     place(base, settings)
     rule, sites = settings.rule, settings.sites(base.info.num_hidden_layers)
     set_seed(settings.seed)
@@ -213,17 +211,13 @@ def _train(
 def place(base: Base, settings: TrainSettings) -> torch.device:
     """Where the base is trained on, after moving it there; InputError for another dtype than asked for, and a second GPU."""
     if settings.dtype != "auto" and base.model.dtype != DTYPES[settings.dtype]:
-        raise InputError(
-            f"the base is loaded in {base.dtype}, the settings ask for {settings.dtype}; load it in that dtype"
-        )
+        raise InputError(f"the base is loaded in {base.dtype}, the settings ask for {settings.dtype}; load it in that dtype")
     if settings.device != "auto":
         check_device(settings.device)
         if base.model.device.type != "meta":  # of a dry run
             base.model.to(settings.device)
     if base.model.device.type == "cuda" and base.model.device.index:
-        raise InputError(
-            f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES"
-        )
+        raise InputError(f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES")
     return base.model.device
 
 
@@ -267,9 +261,7 @@ def check_positions(data: TrainingData, rule: PositionRule) -> None:
             )
 
 
-def _samples(
-    base: Base, examples: Sequence[Example], stop: Collection[int], adapter: Adapter | None = None
-) -> tuple[Sample, ...]:
+def _samples(base: Base, examples: Sequence[Example], stop: Collection[int], adapter: Adapter | None = None) -> tuple[Sample, ...]:
     """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
     if not examples:
         return ()

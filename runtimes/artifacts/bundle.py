@@ -1,13 +1,13 @@
 """The bundle folder: everything a device needs to run a steered decoder or classifier, and nothing else.
 
-    manifest.json                 Manifest below, with the sha256 of every other hashed file
-    model.onnx, model.onnx.data   the folded graph
-    adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
-    adapters/<name>.json          AdapterRecord below
-    golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/artifacts/golden_schema.py)
-    genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
-    lib/<platform>/               the op library, where asked for
-    tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+manifest.json                 Manifest below, with the sha256 of every other hashed file
+model.onnx, model.onnx.data   the folded graph
+adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
+adapters/<name>.json          AdapterRecord below
+golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/artifacts/golden_schema.py)
+genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
+lib/<platform>/               the op library, where asked for
+tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
 """
 
 from __future__ import annotations

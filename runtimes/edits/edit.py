@@ -1,7 +1,7 @@
 """The two forms an intervention takes after training.
 
-    LowRankEdit      y = h + U^T act(A h + b)     the ReFT family, steering vectors, ablation
-    ScaleBiasEdit    y = scale * h + bias         RED; full rank, so that it does not fit the first form
+LowRankEdit      y = h + U^T act(A h + b)     the ReFT family, steering vectors, ablation
+ScaleBiasEdit    y = scale * h + bias         RED; full rank, so that it does not fit the first form
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ RULE_DEFAULTS = {
 PROMPT_LENGTH = "reft.prompt_length"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Bank:
     """One input of an op behind h and slot: one parameter of N edits, stacked."""

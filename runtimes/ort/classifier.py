@@ -33,9 +33,7 @@ class OrtClassifier(OrtGraph):
     def takes_token_types(self) -> bool:
         return TOKEN_TYPES in self._inputs
 
-    def classify(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, token_type_ids: np.ndarray | None = None
-    ) -> ClassifierOutput:
+    def classify(self, input_ids: np.ndarray, attention_mask: np.ndarray, token_type_ids: np.ndarray | None = None) -> ClassifierOutput:
         """Logits of B texts. input_ids, attention_mask (1 real, 0 pad), token_type_ids (0 by default) [B, S]; pads behind each text.
 
         All of a row's real tokens, special ones included, are prompt: positions count them. RoBERTa counts its own positions by the pad

@@ -82,7 +82,6 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
             raise InputError(f"chat template {name!r} refuses these messages: {e}") from None
 
-
     def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
         """The special token that the template ends an assistant's message with, if any."""
 

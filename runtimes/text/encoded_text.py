@@ -19,9 +19,7 @@ class EncodedText:
         return len(self.ids)
 
 
-def padded(
-    texts: Sequence[EncodedText], pad_token_id: int, *, extra: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def padded(texts: Sequence[EncodedText], pad_token_id: int, *, extra: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(input_ids, attention_mask, token_type_ids), int64 [B, longest + extra], padded on the right, as encoders are used.
 
     RoBERTa counts positions by the tokens that are not the pad token: pads must be that one.

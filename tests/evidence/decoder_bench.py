@@ -76,9 +76,7 @@ def measure(folder: Path, kernel: str, repeats: int) -> None:
     from runtimes.ort.session import OrtSession
 
     with variant(open_bundle(folder / "bundle"), lambda graph: quantize_graph(graph, QuantizationSettings())) as bundle:
-        result = bench(
-            lambda: OrtSession(bundle, threads=1, kernel=kernel), prompt_tokens=256, new_tokens=48, repeats=repeats
-        )
+        result = bench(lambda: OrtSession(bundle, threads=1, kernel=kernel), prompt_tokens=256, new_tokens=48, repeats=repeats)
     for m in result.measurements[1:]:
         base = result.measurements[0]
         minima = f"{m.ttft_min / base.ttft_min:.3f} | {m.decode_min / base.decode_min:.3f}"

@@ -172,14 +172,10 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(
-    run: onnxruntime.InferenceSession, input_ids: np.ndarray, *, past: dict[str, np.ndarray] | None = None
-) -> dict[str, np.ndarray]:
+def feeds(run: onnxruntime.InferenceSession, input_ids: np.ndarray, *, past: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Inputs of one call without padding; `past` are the previous call's present outputs by name."""
     batch, sequence = input_ids.shape
     names = {value.name: value for value in run.get_inputs()}

@@ -153,8 +153,13 @@ def test_a_zero_adapter_changes_no_bit(layout):
 @pytest.mark.parametrize(
     ("positions", "tied", "activation"),
     [
-        ("f2+l2", True, ""), ("f2+l1", False, ""), ("prompt", True, "relu"), ("all", True, "gelu_tanh"), ("l1", True, ""),
-        ("f2+l1", False, "red"), ("all", True, "red"),
+        ("f2+l2", True, ""),
+        ("f2+l1", False, ""),
+        ("prompt", True, "relu"),
+        ("all", True, "gelu_tanh"),
+        ("l1", True, ""),
+        ("f2+l1", False, "red"),
+        ("all", True, "red"),
     ],
 )
 def test_an_adapter_is_the_numpy_edit(layout, positions, tied, activation):

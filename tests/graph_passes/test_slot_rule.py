@@ -213,9 +213,7 @@ def test_opsets_and_mask_types(opset, mask):
 
 def test_a_planted_fault_is_seen():
     # Less -> LessOrEqual moves the first comparison by one token.
-    layout = Layout(
-        rows=(tuple(Token(rank=rank) for rank in range(7)),), prompt_lengths=(5,), calls=((0, 5), (5, 6), (6, 7)), static=False
-    )
+    layout = Layout(rows=(tuple(Token(rank=rank) for rank in range(7)),), prompt_lengths=(5,), calls=((0, 5), (5, 6), (6, 7)), static=False)
     rule = {"first": 2, "last": 1, "prompt": True, "everywhere": False, "truncate": True, "tied": True}
     assert not _wrong_calls(_session(), layout, rule, given_length=True)
     assert _wrong_calls(_session(fault="LessOrEqual"), layout, rule, given_length=True)

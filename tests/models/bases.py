@@ -165,9 +165,7 @@ def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_base(
-    folder: Path, family: str, *, layers: int = 2, template: str | None = None, overrides: Mapping[str, object] = {}
-) -> Path:
+def save_base(folder: Path, family: str, *, layers: int = 2, template: str | None = None, overrides: Mapping[str, object] = {}) -> Path:
     """A model folder as a user has one."""
     build_base(family, layers=layers, overrides=overrides).save_pretrained(folder)
     byte_tokenizer(template).save_pretrained(folder)

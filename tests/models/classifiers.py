@@ -66,9 +66,7 @@ def framing_tokenizer(family: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pair = "<s> $A </s> $B:1 </s>:1" if family in ("bert", "electra") else "<s> $A </s> </s> $B </s>"
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair=pair, special_tokens=[("<s>", CLS), ("</s>", SEP)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair, special_tokens=[("<s>", CLS), ("</s>", SEP)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>", pad_token="<pad>"
     )

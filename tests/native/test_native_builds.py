@@ -136,9 +136,7 @@ def cases(folder: Path) -> None:
                 op_node(["h_", "slot", "U_", "A_", "b_"], "y_", activation="gelu", activated="first_half", plugin_version="1"),
                 helper.make_node("Cast", ["y_"], ["y"], to=1),
             ]
-            (folder / f"{dtype}_{rank}.onnx").write_bytes(
-                as_model(nodes, inputs, [info("y", 1, [*shape, "D"])]).SerializeToString()
-            )
+            (folder / f"{dtype}_{rank}.onnx").write_bytes(as_model(nodes, inputs, [info("y", 1, [*shape, "D"])]).SerializeToString())
             feeds = draw(rank, leading, 70, 6, 3, dtype)
             np.savez(folder / f"{dtype}_{rank}.npz", **{n: a if n == "slot" else a.astype(np.float32) for n, a in feeds.items()})
     from test_ort_op import residual_chain

@@ -186,9 +186,7 @@ def test_eager_steering_is_a_hand_written_hook(made) -> None:
 
 def test_int4_keeps_the_head_in_float(made, tmp_path: Path) -> None:
     bundle, base, _ = made()
-    result = quantize_bundle(
-        bundle.folder, str(base), tmp_path / "q", settings_for("weight-only", bits=4, block_size=32), report=quiet
-    )
+    result = quantize_bundle(bundle.folder, str(base), tmp_path / "q", settings_for("weight-only", bits=4, block_size=32), report=quiet)
     assert result.parity.passed and not any("classifier" in weight.name for weight in result.weight_errors)
     quantized = open_bundle(tmp_path / "q")
     assert quantized.manifest.labels == tiny_encoders.LABELS and quantized.manifest.head == bundle.manifest.head

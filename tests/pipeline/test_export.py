@@ -46,7 +46,7 @@ def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
     """Every adapter and the base: logits within 2e-5, 64 greedy tokens equal, cache continuity in every layout."""
     bundle = open_bundle(bundle_folder(family))
     session = OrtSession(bundle, threads=1)
-    
+
     report = check_golden(bundle, session)
     assert report.passed
     assert {r.budget.logits for r in report.rungs} == {2e-5}

@@ -64,9 +64,7 @@ def test_an_epsilon_that_passes_for_zero_stays_in_the_graph() -> None:
     model = bases.build_base("helium", layers=1)
     assert not model.get_input_embeddings().weight[bases.PAD].any()
     session = ort.InferenceSession(ir.to_proto(export_dynamo(model).model).SerializeToString(), providers=["CPUExecutionProvider"])
-    past = {
-        i.name: np.zeros([1, i.shape[1], 0, i.shape[3]], np.float32) for i in session.get_inputs() if i.name.startswith("past")
-    }
+    past = {i.name: np.zeros([1, i.shape[1], 0, i.shape[3]], np.float32) for i in session.get_inputs() if i.name.startswith("past")}
     ids = {"input_ids": [[7, bases.PAD, 9]], "attention_mask": [[1, 1, 1]], "position_ids": [[0, 1, 2]]}
     feeds = {name: np.array(value, np.int64) for name, value in ids.items()} | past
     assert np.isfinite(session.run(["logits"], feeds)[0]).all()

@@ -81,9 +81,7 @@ def sentencepiece_like() -> Backend:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(250, 256)), "▁", *"abcdefghijklmnopqrstuvwxyz.H,", "▁t", "he"]
     backend = Backend(models.BPE({p: i for i, p in enumerate(pieces)}, [("▁", "t"), ("h", "e")], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return backend
@@ -455,6 +453,7 @@ def test_generation_config_of_transformers_itself(make) -> None:
 def test_a_classifiers_texts_are_the_same_tokens(tmp_path: Path, family: str) -> None:
     """Framed alike; what training would cut, and says so, a device refuses."""
     from reft_export.training.labelled_data import load_labelled
+
     base = load_base(tiny_encoders.save_base(tmp_path / family, family))
     device = Device(base, tmp_path / "bundle")
     pairs = [(a, b) for a in ("Hello there.", "é世 <s> x") for b in (None, "and more", "a" * 20)]

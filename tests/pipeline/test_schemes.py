@@ -47,9 +47,7 @@ def request_for(scheme: str, prompts: Path) -> CalibrationRequest | None:
 
 
 @pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.slow) for job in JOBS])
-@pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gpt2"))]
-)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gpt2"))])
 def test_scheme(family, job, float_bundle, prompts_file, tmp_path) -> None:
     scheme, options = JOBS[job]
     source, base = float_bundle(family)
@@ -97,9 +95,7 @@ def check_edit_is_float(graph: ir.Model, before: ir.Model) -> None:
 def test_parity_runs_eager_again(job, float_bundle, prompts_file, tmp_path) -> None:
     scheme, options = JOBS[job]
     source, base = float_bundle()
-    quantize_bundle(
-        source, base, tmp_path / "q", settings_for(scheme, **options), calibration=request_for(scheme, prompts_file), **QUIET
-    )
+    quantize_bundle(source, base, tmp_path / "q", settings_for(scheme, **options), calibration=request_for(scheme, prompts_file), **QUIET)
     ladder = host_ladder(open_bundle(tmp_path / "q"), base, **QUIET)
     assert ladder.passed
     wanted = {"qdq-int4, float activations"} if job == "qdq-int4" else {f"{scheme}, float activations", scheme}

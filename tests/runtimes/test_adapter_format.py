@@ -152,9 +152,7 @@ def test_activation_acts_on_the_learned_source_alone(method, activation) -> None
 
 def test_two_edits_in_sequence_are_one() -> None:
     g = np.random.default_rng(0)
-    first, second = (
-        LowRankEdit(U=g.standard_normal((r, 12)), A=g.standard_normal((r, 12)), b=g.standard_normal(r)) for r in (2, 5)
-    )
+    first, second = (LowRankEdit(U=g.standard_normal((r, 12)), A=g.standard_normal((r, 12)), b=g.standard_normal(r)) for r in (2, 5))
     h = g.standard_normal((7, 12))
     np.testing.assert_allclose(in_sequence(first, second).apply(h), second.apply(first.apply(h)), atol=1e-9)
 

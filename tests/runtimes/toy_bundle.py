@@ -173,9 +173,7 @@ ADAPTERS = {
 }
 
 
-def golden_arrays(
-    decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], *, float32_arrays: bool = False
-) -> dict[str, np.ndarray]:
+def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], *, float32_arrays: bool = False) -> dict[str, np.ndarray]:
     """What the host records of the eager model: here of the numpy decoder."""
     tokenizer = toy_tokenizer()
     prompts = [tokenizer.encode(p).ids for p in PROMPTS]

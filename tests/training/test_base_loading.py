@@ -270,9 +270,7 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        InputError, match="someone/a-model is not a folder here, and cannot be had from the Hugging Face hub"
-    ):
+    with pytest.raises(InputError, match="someone/a-model is not a folder here, and cannot be had from the Hugging Face hub"):
         load_base("someone/a-model")
     with pytest.raises(InputError, match="not a folder, nor the form of a Hugging Face id"):
         load_base("/no/such/folder")

@@ -57,9 +57,7 @@ def test_block_output_is_edited_in_every_family(family: str, tiny: Tiny) -> None
     want = plain + torch.from_numpy(s @ R)
     rounding.check(edited, want, ROUNDING)
     # The rest of the model runs on the edited stream: feeding it by hand gives the same logits.
-    replace = decoder_layers(model)[1].register_forward_hook(
-        lambda m, a, out: (want, *out[1:]) if isinstance(out, tuple) else want
-    )
+    replace = decoder_layers(model)[1].register_forward_hook(lambda m, a, out: (want, *out[1:]) if isinstance(out, tuple) else want)
     by_hand = model(PROMPT).logits
     replace.remove()
     rounding.check(logits, by_hand, ROUNDING)
@@ -91,9 +89,7 @@ def test_inner_streams_add_to_the_residual_in_llama(llama: PreTrainedModel, name
     adapter = lobireft(Site(layer=0, stream=name))
     vector = torch.from_numpy(adapter.tensors[f"0.{name}.s"] @ adapter.tensors[f"0.{name}.R"])
     module = site_module(llama, Site(layer=0, stream=name))
-    by_hand = module.register_forward_hook(
-        lambda m, a, out: (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
-    )
+    by_hand = module.register_forward_hook(lambda m, a, out: (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector)
     want = llama(PROMPT).logits
     by_hand.remove()
     with steered(llama, adapter):

@@ -73,9 +73,7 @@ def test_bfloat16_stream_is_edited_in_float32_and_rounded_once() -> None:
     edit = LowRankEdit(U=np.random.randn(2, WIDTH), A=np.random.randn(2, WIDTH), b=np.random.randn(2))
     h = torch.randn(64, WIDTH).bfloat16()
     y = low_rank_edit_fn([edit], torch.bfloat16, "cpu")(h, torch.zeros(64, dtype=torch.int32))
-    rounded = LowRankEdit(
-        **{n: torch.from_numpy(getattr(edit, n)).bfloat16().double().numpy() for n in ("U", "A", "b")}
-    )
+    rounded = LowRankEdit(**{n: torch.from_numpy(getattr(edit, n)).bfloat16().double().numpy() for n in ("U", "A", "b")})
     want = torch.from_numpy(rounded.apply(h.double().numpy())).bfloat16()
     assert y.dtype == torch.bfloat16
     # Double rounding against single rounding may differ in the last place, rarely.

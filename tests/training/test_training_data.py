@@ -18,9 +18,7 @@ TURNS = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-REASONING = TURNS.replace(
-    "{% if add_generation_prompt %}<assistant>", "{% if add_generation_prompt %}<assistant><think>"
-)
+REASONING = TURNS.replace("{% if add_generation_prompt %}<assistant>", "{% if add_generation_prompt %}<assistant><think>")
 STRICT = "{{ raise_exception('roles must alternate') }}"
 PAIR = {"prompt": "ab", "completion": "cd"}
 
@@ -58,9 +56,7 @@ def test_special_tokens_of_the_tokenizer(tmp_path: Path, tokenizer: PreTrainedTo
     """bos in front as at inference; an eos that the tokenizer adds itself neither ends the prompt nor is doubled."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", EOS)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", EOS)])
     (example,) = load(write(tmp_path / "d.jsonl", PAIR), tokenizer).examples
     assert example.input_ids == (256, *ids("abcd", tokenizer), EOS) and example.prompt_length == 3
 

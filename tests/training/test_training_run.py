@@ -61,9 +61,7 @@ def test_training_learns_and_leaves_the_base_alone(base: Base, data: Path, tmp_p
     steps: list[tuple[int, int, float, float | None]] = []
     phases: list[str] = []
     settings = replace(SETTINGS, epochs=10, eval_fraction=0.25, positions="all", lr=5e-2)
-    result = train(
-        base, data, settings, tmp_path / "adapter", on_step=lambda *s: steps.append(s), on_phase=phases.append
-    )
+    result = train(base, data, settings, tmp_path / "adapter", on_step=lambda *s: steps.append(s), on_phase=phases.append)
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
     assert base.model.training and all(p.requires_grad for p in base.model.parameters()), "put back as it was"
     assert all(p.grad is None for p in base.model.parameters())
@@ -76,11 +74,7 @@ def test_training_learns_and_leaves_the_base_alone(base: Base, data: Path, tmp_p
     evaluated = [r.eval_loss for r in history if r.eval_loss is not None]
     assert len(evaluated) == 10 and evaluated[-1] < evaluated[0]
     assert history[0].lr == 0.0 < history[1].lr, "the warm-up starts from 0"
-    assert (
-        [s[0] for s in steps if s[3] is None] == [1, 2, 3]
-        and steps[-1][:2] == (30, 30)
-        and steps[-1][3] == evaluated[-1]
-    )
+    assert [s[0] for s in steps if s[3] is None] == [1, 2, 3] and steps[-1][:2] == (30, 30) and steps[-1][3] == evaluated[-1]
     assert phases == ["reading the data", "sampling the base", "training", "sampling the steered model"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "data.jsonl"], "no other file is left"
 
@@ -149,9 +143,7 @@ def test_training_on_several_files_is_training_on_their_lines(base: Base, data: 
 
 def test_checkpoints_hold_the_edit_only_and_nothing_pickled(base: Base, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
-    with pytest.raises(
-        TrainingInterrupted, match=r"a.checkpoints/checkpoint-\d is kept: pass --resume to go on from it"
-    ):
+    with pytest.raises(TrainingInterrupted, match=r"a.checkpoints/checkpoint-\d is kept: pass --resume to go on from it"):
         train(base, data, SETTINGS, output, on_step=stop_at(5))
     (checkpoint,) = (tmp_path / "a.checkpoints").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-4"
@@ -228,9 +220,7 @@ def test_gradient_accumulation_equals_the_large_batch(base: Base, data: Path, tm
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "qwen3_moe"])
-def test_other_families_train(
-    tiny: Any, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, name: str
-) -> None:
+def test_other_families_train(tiny: Any, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, name: str) -> None:
     base = wrap_base(tiny(name), tokenizer, name=name)
     settings = replace(SETTINGS, streams="mlp_output;block_output", tied=False, max_steps=6, lr=2e-2, warmup=0.0)
     result = train(base, data, settings, tmp_path / "a")
@@ -270,9 +260,7 @@ def test_the_bases_own_dropout_is_off(tokenizer: Any, data: Path, tmp_path: Path
     assert losses(runs[0]) == losses(runs[1])
 
 
-def test_bfloat16_base_keeps_float32_parameters(
-    tmp_path: Path, data: Path, tokenizer: Any, llama: PreTrainedModel
-) -> None:
+def test_bfloat16_base_keeps_float32_parameters(tmp_path: Path, data: Path, tokenizer: Any, llama: PreTrainedModel) -> None:
     base = wrap_base(copy.deepcopy(llama).bfloat16(), tokenizer, name="half")
     result = train(base, data, replace(SETTINGS, dtype="bfloat16", lr=2e-2), tmp_path / "a")
     assert result.adapter.dtype == "bfloat16"
