@@ -127,7 +127,7 @@ def add_reader(model: ir.Model, name: str, reader: Reader, left: ir.Value, right
 
 @st.composite
 def decoders_with_readers(draw: st.DrawFn) -> ir.Model:
-    """A decoder whose streams are also read by nodes outside any block, in bodies too, at both operands of operators that do not commute."""
+    """A decoder whose streams are read by nodes outside any block, in bodies too, at both operands of operators that do not commute."""
     model = small_decoder(block=draw(st.sampled_from(BLOCKS)))
     streams = [location.value for location in find_sites(model).values()]
     for number, reader in enumerate(draw(READERS)):
