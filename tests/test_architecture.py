@@ -123,4 +123,5 @@ def test_top_level_is_as_agreed() -> None:
     if listed == [""]:
         pytest.skip("not a git checkout")
     top = {name.partition("/")[0] for name in listed if name}
-    assert top <= {*ROOMS, "tests", "docs", "pyproject.toml", "README.md", "Makefile", ".ci", "LICENSE", ".gitignore"}
+    files = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "LICENSE", ".gitignore"}
+    assert top <= {*ROOMS, "tests", "docs", "examples", ".ci", *files}
