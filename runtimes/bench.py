@@ -20,7 +20,7 @@ import numpy as np
 from runtimes.artifacts.bundle import BASE_GOLDEN
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
-from runtimes.generate import DecodeBatch
+from runtimes.generation import DecodeBatch
 from runtimes.session import Session
 
 BASE = BASE_GOLDEN

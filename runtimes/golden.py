@@ -26,8 +26,16 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
     chunked prefill, single rows, left and right padding, all against the same eager full forward; of a classifier, single texts and
     padded batches. A graph that cannot share a batch
     between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
+    Logits are float32 [K, V] over the K golden tokens; figures are relative to the largest reference logit, KL is in nats. A missed budget
+    is in the report, whose ``require`` raises ParityError.
     Leaves the session's adapter as it was.
     Raises BundleError where there are no golden arrays.
+
+    Example::
+
+        artifact = open_artifact("pirate-bundle")
+        with open_session(artifact) as session:
+            check_golden(artifact, session).require()
     """
     frozen = bundle.engine.frozen if isinstance(bundle, Engine) else None
     wanted = (BASE_GOLDEN, *bundle.adapter_names) if frozen is None else (frozen,)

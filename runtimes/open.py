@@ -16,7 +16,16 @@ from runtimes.session import Session
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:
-    """The bundle or the engine in a folder, checked as ``open_bundle`` and ``open_engine`` say."""
+    """The bundle or the engine in a folder, checked as ``open_bundle`` and ``open_engine`` say.
+
+    ``verify``: large files are hashed again, too, which takes seconds per gigabyte.
+    Raises BundleError for a folder that is neither, or whose files are missing, damaged or of another version.
+
+    Example::
+
+        artifact = open_artifact("pirate-bundle")
+        print(artifact.adapter_names, artifact.manifest.model.context_length)  # names, and tokens
+    """
     return open_engine(path, verify=verify) if is_engine(path) else open_bundle(path, verify=verify)
 
 
@@ -31,7 +40,17 @@ def open_session(
 ) -> Iterator[Session]:
     """A bundle in onnxruntime (``provider`` cpu by default), an engine in the TensorRT that it was built for; closed at the end.
 
-    Raises InputError where ``provider``, ``kernel`` or ``threads`` are none that the artifact can have.
+    ``adapter`` steers, None is the base; ``session.set_adapter`` changes it between steps. A decoder's session is stepped with
+    ``step(input_ids [B, S], attention_mask [B, past + S])``, int64, and answers float32 logits [B, S, V]; a classifier's has ``classify``.
+
+    Raises InputError where ``provider``, ``kernel`` or ``threads`` are none that the artifact can have; BundleError for an adapter that it
+    does not hold; BackendUnavailable where the runtime or its device is not there.
+
+    Example::
+
+        with open_session(open_artifact("pirate-bundle"), threads=2, adapter="pirate") as session:
+            ids = np.array([[1, 5, 9]])
+            logits = session.step(ids, np.ones_like(ids)).logits  # [1, 3, V]
     """
     if isinstance(artifact, Engine):
         _check_engine_options(artifact, provider, kernel, threads)

@@ -70,6 +70,13 @@ def load_base(
     there.
 
     ``checked``: its values were found finite before. They are mapped files then, which cost no memory until they are read.
+
+    ``dtype``: float32, float16 or bfloat16. A model that is in memory already becomes a Base by ``wrap_base``.
+
+    Example::
+
+        base = load_base("HuggingFaceTB/SmolLM2-135M", require_tokenizer=True)
+        print(base.info.num_hidden_layers, base.info.hidden_size, base.task)
     """
     found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer)
     with _quiet():

@@ -215,7 +215,16 @@ def build_engine(
 ) -> BuildOutcome:
     """Writes the engine to ``output``, atomically. Refusals come before any work; ``update`` is told where the builder is.
 
+    Of ``settings``, max_batch counts rows B of a call, max_sequence columns S of a prompt per call, context columns of past and current
+    tokens, max_slots and max_rank what a bank of a swapped adapter may have. Times are in seconds, sizes in bytes.
+
     Raises what ``plan_build`` raises, and BuildError where TensorRT does not build the graph, or dies over it.
+
+    Example::
+
+        settings = BuildSettings(target="tensorrt-rtx", compute_capabilities=("8.6",), context=2048)
+        outcome = build_engine(Path("pirate-bundle"), Path("pirate-engine"), settings)
+        print(outcome.engine.tensorrt_version, outcome.size)
     """
     check_destination(output, force=force, inputs=[source])
     report("deriving TensorRT's graph")

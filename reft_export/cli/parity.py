@@ -33,28 +33,14 @@ def parity(
     as_json: AsJson = False,
 ) -> None:
     """Hold a bundle or an engine against eager PyTorch; exits 3 when a budget is missed."""
-    from runtimes.artifacts.engine import Engine
+    from reft_export.parity.check import check_parity
     from runtimes.errors import InputError
-    from runtimes.golden import check_golden
-    from runtimes.open import open_artifact, open_session
 
     check_session_options(provider, kernel)
     if report_file is not None and not report_file.absolute().parent.is_dir():
         raise InputError(f"--report {report_file}: its folder does not exist")
-    opened = open_artifact(bundle, verify=verify)
-    if model is not None and isinstance(opened, Engine):
-        raise InputError(
-            f"--model goes through the rungs of a bundle; {bundle} is an engine: its golden arrays are the eager model's, drop -m"
-        )
     with progress() as say:
-        if model is not None:
-            from reft_export.parity.ladder import host_ladder
-
-            report = host_ladder(opened, model, provider=provider or "cpu", kernel=kernel, accept_base=accept_base, report=say)
-        else:
-            say("running the golden inputs")
-            with open_session(opened, provider=provider, kernel=kernel) as session:
-                report = check_golden(opened, session)
+        report = check_parity(bundle, model, provider=provider, kernel=kernel, accept_base=accept_base, verify=verify, report=say)
     if report_file is not None:
         report_file.write_text(report.to_json() + "\n", encoding="utf-8")
     if as_json:

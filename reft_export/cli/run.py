@@ -20,7 +20,7 @@ from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, i
 
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import Bundle
-    from runtimes.generate import Generation, GenerationSettings
+    from runtimes.generation import Generation, GenerationSettings
     from runtimes.open import Limits
     from runtimes.session import Session
     from runtimes.text.chat import ChatTemplate
@@ -89,7 +89,7 @@ def run(
     """
     from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
     from runtimes.errors import InputError
-    from runtimes.generate import GenerationSettings
+    from runtimes.generation import GenerationSettings
     from runtimes.open import limits_of, open_artifact, open_session
     from runtimes.text.chat import template_for
     from runtimes.text.tokenizer import Tokenizer
@@ -266,7 +266,7 @@ def answers(
     prefill_chunk: int | None,
 ) -> Iterator[tuple[int, Generation]]:
     """(number, answer) of every prompt, in batches of one adapter and one count of new tokens."""
-    from runtimes.generate import generate
+    from runtimes.generation import generate
 
     for batch in batches_of_alike([(ask.adapter, ask.settings.max_new_tokens) for ask in asks], batch_size):
         part = [asks[i] for i in batch]

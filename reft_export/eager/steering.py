@@ -272,6 +272,15 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
 
     Raises AdapterError for an adapter of another depth, width or head. The fingerprint is the caller's to compare: a model in
     memory may rightly differ from its checkpoint, for example by dequantized weights.
+
+    The model takes input_ids [B, S] and attention_mask [B, S] as ever. The first forward of a generation holds the whole prompt, by which
+    positions are counted, unless ``prompt_length`` [B] of the Steering that is yielded says where each row's prompt ends.
+
+    Example::
+
+        base, adapter = load_base("base"), load_adapter(Path("pirate"))
+        with steered(base.model, adapter):
+            logits = base.model(input_ids=ids, attention_mask=mask).logits  # [B, S, V], steered
     """
     config = model.config.get_text_config()
     has, needs = (

@@ -21,7 +21,7 @@ from typing import Any
 
 from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError
-from runtimes.generate import Generation, GenerationSettings, generate
+from runtimes.generation import Generation, GenerationSettings, generate
 from runtimes.session import Session
 from runtimes.text.chat import template_for
 from runtimes.text.prompts import encode, read_prompts

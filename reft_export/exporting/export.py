@@ -178,7 +178,18 @@ def export_bundle(
 ) -> ExportResult:
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle.
 
-    ``accept_base``: as for ``plan_export``.
+    ``model``: the base's folder or hub id: it is read again where exporting has rearranged the weights, so one in memory will not do.
+    ``accept_base``: as for ``plan_export``. ``report`` is told each stage.
+    The bundle's graph takes input_ids [B, S], attention_mask [B, past + S] and the KV cache, and answers logits [B, S, V].
+
+    Raises InputError for settings, a base or an ``output`` that cannot be used, AdapterError for adapters of another base,
+    BackendUnavailable for an exporter that is not installed, ExportError and GraphError where a graph cannot be exported or a stream not
+    found in it, ParityError for a missed budget.
+
+    Example::
+
+        result = export_bundle("base", [Path("pirate")], Path("pirate-bundle"), ExportSettings(precision="int8"))
+        print(result.manifest.adapters, result.parity.passed)
     """
     plan = plan_export(model, adapter_folders, output, settings, accept_base=accept_base, force=force)
     report(f"loading {model}")

@@ -70,13 +70,13 @@ def fold_bundle(
     adapter_folders: list[Path],
     output: Path,
     *,
-    slots: str,
-    sites: tuple[Site, ...],
+    slots: str = "graph",
+    sites: tuple[Site, ...] = (),
     as_lora: bool = False,
     model: str | None = None,
     accept_base: bool = False,
-    force: bool,
-    report: Report,
+    force: bool = False,
+    report: Report = print,
 ) -> FoldResult | EdgeFoldResult:
     """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
@@ -84,6 +84,18 @@ def fold_bundle(
     where a config.json beside the graph names one; its fingerprint cannot be, and there are no golden arrays; the bundle takes its first
     steps in onnxruntime. With the base's folder or hub id, the bundle is what an export makes: fingerprints are checked, every weight's
     parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
+
+    ``graph``: the .onnx file or its folder, with or without external data. ``slots``: "graph" computes in the graph which token is edited,
+    "input" takes it as reft_slot int32 [B, S]. ``sites``: sites to fold beyond the adapters' own, for adapters to come. ``as_lora``: of
+    TensorRT-Edge-LLM, an adapter as a LoRA that its runtime swaps. Edits act on streams [B, S, D], in the graph's own float type.
+
+    Raises InputError for options that do not go together, GraphError for a graph without the contract of a decoder and for a stream that
+    is not found in it, AdapterError for adapters of another width, depth, family or base, ParityError for a missed budget.
+
+    Example::
+
+        result = fold_bundle(Path("genai-model"), [Path("pirate")], Path("pirate-bundle"), model="base")
+        print(result.found)
     """
     if slots not in ("graph", "input"):
         raise InputError(f"slots {slots!r} is unknown; known: graph, input")

@@ -36,11 +36,30 @@ class ImportResult:
 
 
 def import_adapter(
-    source: Path, model: str, output: Path, request: Request, *, format: str | None = None, force: bool = False, report: Report = print
+    source: Path,
+    model: str,
+    output: Path,
+    request: Request = Request(),
+    *,
+    format: str | None = None,
+    force: bool = False,
+    report: Report = print,
 ) -> ImportResult:
     """Writes the adapter to ``output``, atomically. Everything is read and checked before anything is written.
 
     The foreign formats do not fingerprint their base: its width and depth are checked, and the one given is recorded.
+
+    ``model``: the base's folder or hub id, whose weights are not loaded. ``request``: what the files do not say, as positions and method.
+    ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.parameter_shape`` has
+    them: R [r, D] of a low-rank edit, a vector [D].
+
+    Raises InputError for options, formats and folders that do not go together, and AdapterError for files that are damaged, of another
+    base's width or depth, or that say what no adapter of ours can.
+
+    Example::
+
+        result = import_adapter(Path("pyreft-checkpoint"), "base", Path("pirate"), Request(positions="f7+l7"))
+        print(result.format, *result.notes)
     """
     check_adapter_name(output.resolve().name)
     check_destination(output, force=force, inputs=[source, Path(model)])

@@ -75,6 +75,13 @@ def quantize_bundle(
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
     for adapters that are not the bundle's, ParityError for a missed budget.
+
+    Of weights [K, N], ``settings.block_size`` counts the values along K that share a scale; ``settings.bits`` is per weight.
+
+    Example::
+
+        result = quantize_bundle(Path("pirate-bundle"), "base", Path("pirate-int4"), settings_for("weight-only", bits=4))
+        print(result.parity.passed)
     """
     check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
     opened = open_bundle(source)

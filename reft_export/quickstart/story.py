@@ -27,7 +27,7 @@ from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
 from runtimes.errors import ReftError
 from runtimes.files.folders import check_destination
-from runtimes.generate import GenerationSettings, generate
+from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.parity.figures import ParityReport
 from runtimes.text.chat import ChatTemplate

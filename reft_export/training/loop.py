@@ -23,7 +23,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
 from reft_export.training.teacher import Teacher
 from runtimes.errors import InputError, ReftError
-from runtimes.generate import PAD
+from runtimes.generation import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""

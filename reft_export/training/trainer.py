@@ -32,7 +32,7 @@ from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
-from runtimes.generate import PAD
+from runtimes.generation import PAD
 
 SAMPLE_TOKENS = 48
 
@@ -82,6 +82,18 @@ def train(
 
     Raises InputError for settings, data or outputs that cannot be used, before anything is trained; ReftError where the
     loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
+
+    Parameters are float32: of loreft R [r, D], W [r, D] and b [r] per site, r the rank and D the base's width. Losses are in nats per
+    completion token. A model and tokenizer in memory are trained on as ``wrap_base(model, tokenizer, name=...)``. For classifiers there is
+    ``reft_export.training.classification.train_classifier``.
+
+    Example::
+
+        settings = TrainSettings(rank=4, layers="8-16", positions="f7+l7", epochs=6)
+        dtype, device = settings.placement()
+        base = load_base("base", dtype=dtype, device=device, require_tokenizer=True)
+        result = train(base, Path("pirate.jsonl"), settings, Path("pirate"))
+        print(result.history[-1].loss)
     """
     phase = on_phase or (lambda _: None)
     ready = prepare(base, data, settings, output, force=force, start=start, trained_on=trained_on, taught=teacher is not None, phase=phase)

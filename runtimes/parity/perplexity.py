@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from runtimes.errors import InputError, ReftError
-from runtimes.generate import columns
+from runtimes.generation import columns
 from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer
 

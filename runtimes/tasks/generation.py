@@ -9,7 +9,7 @@ import numpy as np
 
 from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import BundleError
-from runtimes.generate import columns, greedy_tokens, padding_of
+from runtimes.generation import columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
 from runtimes.session import Session

@@ -17,7 +17,7 @@ from reft_export.exporting import builder
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, ExportError, InputError, ParityError
-from runtimes.generate import GenerationSettings, generate, greedy_tokens, padding_of
+from runtimes.generation import GenerationSettings, generate, greedy_tokens, padding_of
 from runtimes.ort.session import OrtSession
 from runtimes.text.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, InputError, ParityError
-from runtimes.generate import greedy_tokens
+from runtimes.generation import greedy_tokens
 from runtimes.golden import check_golden
 from runtimes.native_library import find_op_library
 from runtimes.ort.session import OrtSession

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtimes.artifacts.bundle import Bundle, open_bundle
-from runtimes.generate import greedy_tokens
+from runtimes.generation import greedy_tokens
 from runtimes.ort.session import OrtSession
 
 SCRIPT = """

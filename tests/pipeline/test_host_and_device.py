@@ -32,7 +32,7 @@ from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import _samples, train
 from runtimes.artifacts.bundle import ModelRecord, open_bundle
 from runtimes.errors import InputError
-from runtimes.generate import GenerationSettings, generate
+from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.text.chat import ChatTemplate, template_for
 from runtimes.text.prompts import encode

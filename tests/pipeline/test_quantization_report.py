@@ -71,7 +71,7 @@ def test_last_logits_only_give_the_same_figures(bundle_folder, base_folder, adap
 
 
 def test_agreement_counts_the_sessions_own_choices(bundle_folder) -> None:
-    from runtimes.generate import greedy_tokens
+    from runtimes.generation import greedy_tokens
 
     session = OrtSession(open_bundle(bundle_folder("llama")), adapter="tied")
     prompt = [60, 61, 62, 63]

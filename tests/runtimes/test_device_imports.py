@@ -10,7 +10,7 @@ import pytest
 
 FRAMEWORKS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
-MODULES = ("text.tokenizer", "text.chat", "native_library", "generate", "parity.figures", "golden", "bench", "open", "tensorrt.session")
+MODULES = ("text.tokenizer", "text.chat", "native_library", "generation", "parity.figures", "golden", "bench", "open", "tensorrt.session")
 """An engine's device needs no onnxruntime."""
 
 

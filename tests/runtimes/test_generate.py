@@ -15,7 +15,7 @@ from transformers.generation import logits_process
 
 from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError, ReftError
-from runtimes.generate import (
+from runtimes.generation import (
     DecodeBatch,
     GenerationSettings,
     StopFilter,

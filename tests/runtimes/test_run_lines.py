@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from reft_export.cli.main import app
 from reft_export.evaluation.checker import load_task
 from runtimes.artifacts.bundle import Bundle
-from runtimes.generate import GenerationSettings, generate
+from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.text.prompts import batches_of_alike, in_order
 from runtimes.text.tokenizer import Tokenizer

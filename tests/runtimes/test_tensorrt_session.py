@@ -23,7 +23,7 @@ from runtimes.artifacts.engine import Engine
 from runtimes.artifacts.engine_adapter import read_engine_adapter, write_engine_adapter
 from runtimes.bench import bench
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
-from runtimes.generate import DecodeBatch, GenerationSettings, generate, greedy_tokens
+from runtimes.generation import DecodeBatch, GenerationSettings, generate, greedy_tokens
 from runtimes.golden import check_golden
 from runtimes.ort.session import OrtSession
 from runtimes.session import Session

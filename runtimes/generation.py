@@ -72,16 +72,25 @@ def generate(
     session: Session,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    settings: GenerationSettings | Sequence[GenerationSettings],
+    settings: GenerationSettings | Sequence[GenerationSettings] = GenerationSettings(),
     *,
     on_text: Callable[[int, str], None] | None = None,
     prefill_chunk: int | None = None,
 ) -> list[Generation]:
     """Continues every prompt; ``on_text(row, piece)`` streams, and a row's pieces join to its ``text``.
 
+    A prompt is text, or its token ids. Text is continued as it is; ``runtimes.text.chat`` renders messages by the chat template first.
     ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
-    Raises InputError for an empty prompt, and where prompt and new tokens exceed the context.
+    Raises InputError for an empty prompt, and where prompt and new tokens exceed the context; ReftError where logits are not finite.
+
+    Example::
+
+        artifact = open_artifact("pirate-bundle")
+        tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
+        with open_session(artifact, adapter="pirate") as session:
+            answers = generate(session, tokenizer, ["Once upon a time"], GenerationSettings(max_new_tokens=64, temperature=0.7, seed=1))
+        print(answers[0].text, answers[0].finish_reason)
     """
     encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     model = session.bundle.manifest.model
