@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,11 +54,69 @@ def escape(text: str) -> str:
     return re.sub(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)", lambda m: (2 * m[1] if m[2] else m[1]) + r"\[", text)
 
 
+HELD_SECONDS = 15.0
+"""So long a log says nothing: what is refused by then ends in its one line."""
+SILENT_SECONDS = 30.0
+"""A step that is counted says where it is after so long, if not every tenth before."""
+
+
+class StageLog:
+    """The stages as lines, each with the seconds since the start, for a stderr that no one watches.
+
+    The first lines are held back for HELD_SECONDS: a refusal drops them, work that is done sooner shows them at its end.
+    """
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._started = self._told = clock()
+        self._tenths = 0
+        self._lock = threading.Lock()
+        self._held: list[str] | None = []
+        self._timer = threading.Timer(HELD_SECONDS, self.release)  # the first stage may be the long one
+        self._timer.daemon = True
+        self._timer.start()
+
+    def line(self, text: str) -> None:
+        """One line, now or when the held ones are shown."""
+        self._told, self._tenths = self._clock(), 0
+        stamped = f"[{self._told - self._started:6.1f} s] {' '.join(text.split())}"
+        with self._lock:
+            if self._held is None:
+                self._say(stamped)
+            else:
+                self._held.append(stamped)
+
+    def count(self, text: str, done: int, total: int) -> None:
+        """A line at every tenth of ``total``, and where the last line is SILENT_SECONDS old."""
+        tenths = 10 * done // max(total, 1)
+        if tenths > self._tenths or self._clock() - self._told >= SILENT_SECONDS:
+            self.line(text)
+            self._tenths = tenths
+
+    def release(self) -> None:
+        """Shows the held lines, and every later one at once."""
+        with self._lock:
+            for stamped in self._held or ():
+                self._say(stamped)
+            self._held = None
+
+    def close(self, *, completed: bool) -> None:
+        self._timer.cancel()
+        if completed:
+            self.line("done")
+            self.release()
+
+
+def _say_plainly(line: str) -> None:
+    err.print(line, markup=False)
+
+
 class Progress:
-    """Says what is being done and how long it took, on stderr; nothing where stderr is not a terminal."""
+    """Says what is being done and how long it took, on stderr: a terminal's status line, or lines of a log."""
 
     def __init__(self) -> None:
         self._status = err.status("") if err.is_terminal else None
+        self._log = None if err.is_terminal else StageLog(_say_plainly)
         self._step: tuple[str, float] | None = None
 
     def __call__(self, step: str) -> None:
@@ -68,12 +126,18 @@ class Progress:
         if self._status:
             self._status.update(escape(step))
             self._status.start()
+        elif self._log:
+            self._log.line(step)
 
-    def update(self, text: str) -> None:
-        """Another text for the step under way."""
+    def update(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Another text for the step under way; with a ``total``, one of many such, of which a log shows some."""
         interrupt.check()
         if self._status:
             self._status.update(escape(text))
+        elif self._log and total:
+            self._log.count(text, done, total)
+        elif self._log:
+            self._log.line(text)
 
     def _finish(self) -> None:
         if self._step and self._status:
@@ -83,7 +147,9 @@ class Progress:
         self._step = None
 
     def close(self, *, completed: bool) -> None:
-        if completed:
+        if self._log:
+            self._log.close(completed=completed)
+        elif completed:
             self._finish()
         elif self._status:
             self._status.stop()

@@ -9,7 +9,7 @@ import typer
 
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, Kernel, Provider, Threads, check_session_options, refuse_given
-from reft_export.console import err, out, print_json, print_table, size
+from reft_export.console import out, print_json, print_table, progress, size
 
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import Bundle
@@ -73,18 +73,20 @@ def bench(
     if opened.manifest.task == TEXT_CLASSIFICATION:
         refuse_given(context, ("new_tokens",), f"for text generation, and {bundle} is a classifier")
         prompt_tokens = _prompt_tokens(limits_of(opened), 0) if prompt_tokens is None else prompt_tokens
-        with err.status("measuring") as status, ExitStack() as sessions:
+        with progress() as report, ExitStack() as sessions:
+            report("measuring")
             result = bench_classifier(
                 lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
                 tokens=prompt_tokens,
                 repeats=repeats,
                 adapters=adapter,
-                on_run=lambda done, total: status.update(f"measuring {done}/{total}"),
+                on_run=lambda done, total: report.update(f"measuring {done}/{total}", done, total),
             )
         _show(result, f"{result.model}, {result.provider}, {result.kernel}: one text of {prompt_tokens} tokens, {repeats} pairs", as_json)
         return
     prompt_tokens = _prompt_tokens(limits_of(opened), new_tokens) if prompt_tokens is None else prompt_tokens
-    with err.status("measuring") as status, ExitStack() as sessions:
+    with progress() as report, ExitStack() as sessions:
+        report("measuring")
         result = measure(
             lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
             prompt_tokens=prompt_tokens,
@@ -92,7 +94,7 @@ def bench(
             repeats=repeats,
             adapters=adapter if frozen is None or adapter else [],
             base=frozen or BASE,  # a frozen adapter is all that its engine runs
-            on_run=lambda done, total: status.update(f"measuring {done}/{total}"),
+            on_run=lambda done, total: report.update(f"measuring {done}/{total}", done, total),
         )
     title = f"{result.model}, {result.provider}, {result.kernel}: {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} pairs"
     _show(result, title, as_json)
@@ -129,7 +131,8 @@ def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None
     if not low_rank:
         raise InputError(f"--op measures the low-rank op (LoReFT), and {bundle.folder} has no node of it; pass a bundle that has one")
     slots, rank, width = max(low_rank, key=lambda shape: shape[1])
-    with err.status("measuring the op"):
+    with progress() as report:
+        report("measuring the op")
         nodes = node_times(width, rank, slots)
         kernels = kernel_times(width, rank) if find_op_library() else []
     if as_json:

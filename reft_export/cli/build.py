@@ -81,7 +81,10 @@ def build(
         out.print(f"about {size(plan.memory)} memory, {size(plan.disk)} disk")
         return
     with progress() as report:
-        outcome = build_engine(bundle, output, settings, force=force, report=report, update=report.update)
+        # trtexec says hundreds of lines: a log gets the one that is current, now and then.
+        outcome = build_engine(
+            bundle, output, settings, force=force, report=report, update=lambda text: report.update(text, done=0, total=1)
+        )
     engine = outcome.engine
     if as_json:
         print_json(

@@ -10,7 +10,7 @@ import typer
 
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, given, refuse_given
-from reft_export.console import err, escape, out, print_json, progress
+from reft_export.console import Progress, escape, out, print_json, progress
 
 if TYPE_CHECKING:
     from reft_export.base.load import Base
@@ -175,7 +175,7 @@ def train(
             ready = (prepare_classifier if classifies else prepare)(base, data, settings, output, **options)
             show_forecast(forecast_training(model, base, len(ready.training), settings), as_json=as_json)
             return
-        watched = {"on_phase": report, "on_step": _StepLine(report) if err.is_terminal else None}
+        watched = {"on_phase": report, "on_step": _StepLine(report)}
         result = (train_classifier if classifies else run_training)(base, data, settings, output, **options, **watched)
     if classifies:
         show_classifier(output, settings, result, as_json=as_json)
@@ -211,14 +211,14 @@ def _load(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights
 
 
 class _StepLine:
-    """The training step in the status line."""
+    """The training step, in the status line or now and then in the log."""
 
-    def __init__(self, report) -> None:
+    def __init__(self, report: Progress) -> None:
         self._report = report
 
     def __call__(self, step: int, total: int, loss: float, eval_loss: float | None) -> None:
         held_out = "" if eval_loss is None else f", held out {eval_loss:.3f}"
-        self._report.update(f"training, step {step}/{total}, loss {loss:.3f}{held_out}")
+        self._report.update(f"training, step {step}/{total}, loss {loss:.3f}{held_out}", step, total)
 
 
 def show_classifier(output: Path, settings: TrainSettings, result: ClassifierResult, *, as_json: bool) -> None:

@@ -240,6 +240,7 @@ def _assemble(
     if quantization is not None:
         report(f"quantizing weights to {settings.precision}")
         errors = quantize_graph(exported.model, quantization, float_inputs=expert_matrices(exported.weights)).errors
+    report("writing the graph")
     write_graph(exported.model, work)
     if quantization is not None:
         report("recording what the eager model says with the quantized weights")

@@ -144,6 +144,7 @@ def fold_bundle(
     head = expose_head(decoder, head_sources, [source.parameter for source in head_sources.values()])
     weights = {name: source for name, source in weights.items() if name in decoder.graph.initializers}
     with atomic_folder(output, force=force) as work:
+        report("writing the graph")
         write_graph(decoder, work)
         for name, adapter in adapters.items():
             own_head = head_tensors(adapter, head, head_defaults(decoder, head))

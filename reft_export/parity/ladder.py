@@ -61,6 +61,7 @@ def host_ladder(
 
     Raises AdapterError when ``model`` is not the base that the bundle was made from; with ``accept_base`` one of equal weights will do.
     """
+    report(f"loading {model}")
     base = load_base(model)
     check_same_base(bundle, base, model, accept_base=accept_base)
     if not bundle.manifest.model.fingerprint:  # folded without its base, and maybe without a config.json that says how many tokens fit

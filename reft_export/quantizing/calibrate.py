@@ -184,7 +184,7 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
 
         def on_prompt(done: int) -> None:
             if update:
-                update(f"calibrating: {done} of {count} prompts, {', '.join(header.sources)}")
+                update(f"calibrating: {done} of {count} prompts, {', '.join(header.sources)}", done, count)
 
         return collect(session, prompts(), collected, state, on_prompt=on_prompt)
 

@@ -136,7 +136,7 @@ def _train(base_folder: str, data: Path, adapter: Path, report: Progress) -> tup
     report(f"training a rank-{SETTINGS.rank} LoReFT edit on {len(training_examples())} examples")
 
     def on_step(step: int, total: int, loss: float, _: float | None) -> None:
-        report.update(f"training, step {step}/{total}, loss {loss:.3f}")
+        report.update(f"training, step {step}/{total}, loss {loss:.3f}", step, total)
 
     base = load_base(base_folder, require_tokenizer=True)
     return train(base, data, SETTINGS, adapter, force=True, on_step=on_step).history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,9 @@ def test_quickstart(tmp_path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "COLUMNS": "160"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "nothing but the story is printed where nobody watches"
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in lines), "where nobody watches, stages are lines"
+    assert "s] training, step" in done.stderr and lines[-1].endswith(" done")
     assert "FAIL" not in done.stdout and "steered" in done.stdout
     for name in ("fp32", "int8", "int4"):
         bundle = open_bundle(output / name)
