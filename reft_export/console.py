@@ -54,7 +54,7 @@ def escape(text: str) -> str:
     return re.sub(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)", lambda m: (2 * m[1] if m[2] else m[1]) + r"\[", text)
 
 
-HELD_SECONDS = 15.0
+HELD_SECONDS = 30.0
 """So long a log says nothing: what is refused by then ends in its one line."""
 SILENT_SECONDS = 30.0
 """A step that is counted says where it is after so long, if not every tenth before."""
