@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +35,15 @@ def parity(
 ) -> None:
     """Hold a bundle or an engine against eager PyTorch; exits 3 when a budget is missed."""
     from reft_export.parity.check import check_parity
-    from runtimes.errors import InputError
+    from runtimes.errors import InputError, ParityError
 
     check_session_options(provider, kernel)
     if report_file is not None and not report_file.absolute().parent.is_dir():
         raise InputError(f"--report {report_file}: its folder does not exist")
-    with progress() as say:
+    # A miss leaves the stages as any refusal does: what is quick ends in its one line.
+    with suppress(ParityError), progress() as say:
         report = check_parity(bundle, model, provider=provider, kernel=kernel, accept_base=accept_base, verify=verify, report=say)
+        report.require()
     if report_file is not None:
         report_file.write_text(report.to_json() + "\n", encoding="utf-8")
     if as_json:
