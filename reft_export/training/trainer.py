@@ -190,7 +190,8 @@ def _train(
     training, held_out, stop, device = ready.training, ready.held_out, stop_tokens(base), base.model.device
     with frozen(base.model):
         asked = (held_out or training)[: settings.samples]
-        phase("sampling the base")
+        if asked:
+            phase("sampling the base")
         before = _samples(base, asked, stop)
         phase("training")
         with (
@@ -209,7 +210,8 @@ def _train(
         )
         save_adapter(adapter, output, force=force)
         discard(folder)
-        phase("sampling the steered model")
+        if asked:
+            phase("sampling the steered model")
         after = _samples(base, asked, stop, adapter)
     return TrainResult(
         adapter=adapter,
