@@ -18,7 +18,7 @@ PARITY = tests/interop tests/training/test_eager_steering.py tests/pipeline/test
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
 
-.PHONY: quickstart test test-slow test-capped test-transformers-4 lint clean
+.PHONY: quickstart test test-slow test-capped test-transformers-4 lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
@@ -40,6 +40,10 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# The pages that are written from the sources: the command line, the Python API.
+docs: $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference
+
 $(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -52,4 +56,4 @@ $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist quickstart-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) build dist quickstart-out examples-out .pytest_cache .ruff_cache .hypothesis

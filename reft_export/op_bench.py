@@ -1,6 +1,6 @@
 """The edit op alone: the fused kernel, the function body, and what the machine cannot do faster.
 
-    python -m reft_export.op_bench [--width 2048] [--rank 4] [--slots 1]        reproduces runtimes/native/BENCHMARKS.md
+    python -m reft_export.op_bench [--width 2048] [--rank 4] [--slots 1]        reproduces docs/benchmarks.md
 
 All in one process, on one thread, in turns; of every figure the minimum, since a machine can only ever be slower than itself, and from
 memory the median. A node's time is that of a chain of nodes less that of a chain of one, divided by their difference: the session's own

@@ -1,23 +1,35 @@
-"""README and the pages: they are short, their links lead somewhere, and what they say of the command line is there."""
+"""README and the pages: they are short, their links lead somewhere, what they say of the command line is there, and what they show of its
+output is what it prints."""
 
 from __future__ import annotations
 
+import doctest
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import typer
+from evidence.reference import PAGES as PAGES_OF_THE_SOURCES
+from typer.testing import CliRunner
 
+from reft_export import console
 from reft_export.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = ("runtimes", "graph_passes", "calibration", "reft_export")
 LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])(?:--[a-z][a-z0-9-]*|-[a-zA-Z])(?![\w-])")
 OF_PYTEST = {"--require-gpu", "--op-kernels"}
-OF_OTHERS = {"--check"}
-"""ruff's."""
+OF_OTHERS = {"--check", "--system-site-packages"}
+"""ruff's and venv's."""
 
 VERBS = {
     verb: {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
@@ -28,13 +40,15 @@ EVERY_OPTION = set.union(*VERBS.values()) | {"--help", "-h", "--version"} | OF_P
 
 
 def code_of(text: str) -> list[str]:
-    """Every piece of code of a page: lines that are indented or fenced, and what stands between backticks."""
-    pieces, prose, fenced = [], [], False
+    """Every piece of code of a page: lines that are indented or fenced, but for output, and what stands between backticks."""
+    pieces, prose, fenced, shell = [], [], False, False
     for line in text.split("\n"):
+        shell = line.startswith("    $ ") or (shell and (line.startswith("    ") or not line))
         if line.startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
-            pieces.append(line.strip())
+            if not shell or line.startswith("    $ "):
+                pieces.append(line.strip())
         else:
             prose.append(line)
     return pieces + [" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", "\n".join(prose))]
@@ -50,6 +64,16 @@ def command_of(code: str) -> tuple[str, set[str]] | None:
     verb = next((word for word in words if not word.startswith("-")), None)
     quoted = re.sub(r'"[^"]*"', "TEXT", " ".join(words))
     return None if verb is None else (verb, set(OPTION.findall(quoted)))
+
+
+def transcripts(text: str) -> list[list[tuple[str, str]]]:
+    """Every indented block that begins with a command after ``$``: its commands, each with the output that is shown of it."""
+    found = []
+    for block in re.findall(r"(?m)(?:^    \$ .*\n)(?:(?:    .*|)\n)*", f"{text}\n"):
+        lines = "\n".join(line[4:] for line in block.rstrip().split("\n")).replace("\\\n", " ")
+        parts = re.split(r"(?m)^\$ (.*)$", lines)[1:]
+        found.append(list(zip(parts[::2], (part.strip("\n") for part in parts[1::2]), strict=True)))
+    return found
 
 
 def anchors_of(text: str) -> set[str]:
@@ -106,11 +130,134 @@ def test_every_verb_and_option_is_there(page: Path) -> None:
     assert unknown_words(page.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("name", PAGES_OF_THE_SOURCES)
+def test_a_page_that_is_written_from_the_sources_is_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text(encoding="utf-8") == PAGES_OF_THE_SOURCES[name](), f"{name} is old; `make docs` writes it"
+
+
 @pytest.mark.parametrize("contents", ["README.md", "docs/index.md"])
 def test_every_page_stands_in_the_tables_of_pages(contents: str) -> None:
     table = ROOT / contents
     linked = {(table.parent / target.partition("#")[0]).resolve() for target in LINK.findall(table.read_text(encoding="utf-8"))}
     assert {page for page in PAGES if page.parent == ROOT / "docs"} - {table} <= linked
+
+
+def unknown_names(text: str) -> list[str]:
+    """Files, folders and names between backticks that no source has."""
+    paths = [path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*") if "__pycache__" not in path.parts]
+    paths += [*ROOMS, "tests/evidence", "tests/test_architecture.py"]
+    known = {
+        word for path in paths if path.endswith((".py", ".h")) for word in re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))
+    }
+    unknown = []
+    for piece in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(r"[\w./]*(?:/|\.(?:py|h))", piece):
+            if not any(f"/{path}/".endswith(f"/{piece.strip('/')}/") for path in paths):
+                unknown.append(piece)
+        elif re.fullmatch(r"[\w.]+", piece):
+            unknown += [piece] if piece.rpartition(".")[2] not in known | {*ROOMS} else []
+    return unknown
+
+
+def test_the_architecture_names_what_is_there() -> None:
+    assert unknown_names((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")) == []
+    text = "`runtimes/open.py` `find/` `no_such/` `open.py` `no_such.py` `runtimes.golden.check_golden` `no_such_name` `--force` `a b`"
+    assert unknown_names(text) == ["no_such/", "no_such.py", "no_such_name"]
+
+
+OF_THE_README = {"concepts.md", "devices.md", "not-proven.md", "quantize.md"}
+"""Pages that go on with what README's program writes."""
+NOT_RUN = {
+    "index.md": "the quickstart has tests of its own",
+    "benchmarks.md": "times",
+    "SUPPORT.md": "test_support_table runs cells",
+    "QUANTIZED_STEERING.md": "minutes",
+    "tensorrt-plugins.md": "the line names folders of the machine",
+    "tensorrt.md": "needs TensorRT-RTX, where test_build builds",
+}
+SHOWN = [page for page in PAGES if page.parent == ROOT / "docs" and page.name not in NOT_RUN]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT / "docs"], ids=lambda p: p.name)
+def test_every_page_starts_with_a_command_and_its_output(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    opening = re.match(r"# .*\n\n(    \$ .*\n(?:(?:    .*|)\n)*)", text)
+    assert opening, "the first thing below the title is a command after $"
+    ((_, output), *_), *_ = transcripts(opening[1])
+    assert output
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone's root, to run what a page says in."""
+    link_to_clone(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.out, "width", 110)
+    return tmp_path
+
+
+def link_to_clone(folder: Path) -> None:
+    for name in ("reft_export", "tests", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+@pytest.fixture(scope="module")
+def of_the_readme(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where README's program ran, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("readme"), StringIO()
+    link_to_clone(folder)
+    (program,) = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(folder)
+        exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    return folder, printed.getvalue()
+
+
+@pytest.mark.slow
+def test_the_program_of_the_readme_steers(of_the_readme: tuple[Path, str]) -> None:
+    assert re.search(r"(?i)\b(arr|ahoy|aye|matey)\b", of_the_readme[1].splitlines()[-1])
+
+
+@pytest.mark.parametrize("page", [page for page in SHOWN if page.name not in OF_THE_README], ids=lambda p: p.name)
+def test_what_a_page_shows_is_what_its_commands_print(page: Path, clone: Path) -> None:
+    assert "\n".join(differences(page.read_text(encoding="utf-8"))) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in SHOWN if page.name in OF_THE_README], ids=lambda p: p.name)
+def test_what_a_page_shows_of_the_readmes_bundle_is_what_its_commands_print(
+    page: Path, clone: Path, of_the_readme: tuple[Path, str]
+) -> None:
+    for name in ("style", "bundle"):
+        (clone / name).symlink_to(of_the_readme[0] / name)
+    assert "\n".join(differences(page.read_text(encoding="utf-8"))) == ""
+
+
+FIGURES = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\b(?:equal|differ)\b")
+"""What differs between machines: figures with a decimal point, and whether greedy tokens of a quantized graph are eager PyTorch's."""
+
+
+def differences(text: str) -> list[str]:
+    """Where a command prints something else than its page shows, but for FIGURES; ``...`` is anything, and a space any white space."""
+    wrong, code = [], 0
+    for command, shown in (pair for block in transcripts(text) for pair in block):
+        printed, code = (f"{code}", 0) if command == "echo $?" else output_of(shlex.split(command))
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        if not doctest.OutputChecker().check_output(FIGURES.sub("N", shown), FIGURES.sub("N", printed), flags):
+            wrong.append(f"$ {command}\n{printed}\ninstead of\n{shown}")
+    return wrong
+
+
+def output_of(words: list[str]) -> tuple[str, int]:
+    """What a command prints on stdout, or on stderr where it fails; the stages that a long one logs are no output."""
+    if words[0] == "reft-export":
+        done = CliRunner().invoke(app, words[1:])
+        return done.stdout if done.exit_code == 0 else done.stderr, done.exit_code
+    assert words[0] == "python", f"{words[0]} is not run here; list the page in NOT_RUN"
+    run = subprocess.run(
+        [sys.executable, *words[1:]], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    return run.stdout if run.returncode == 0 else run.stderr, run.returncode
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
@@ -123,6 +270,12 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
         "explode in `reft-export explode x`",
         "--no-such in `--no-such`",
     ]
+    assert unknown_words("    $ reft-export run bundle -p hi\n    reft-export explode --no-such\n\n    $ reft-export doctor --deep\n") == [
+        "doctor --deep in `$ reft-export doctor --deep`"
+    ]
+    page = "Text\n\n    $ reft-export \\\n        --version\n    reft-export ...\n    $ echo $?\n    1\n"
+    assert transcripts(page) == [[("reft-export      --version", "reft-export ..."), ("echo $?", "1")]]
+    assert differences(page) == ["$ echo $?\n0\ninstead of\n1"]
     assert unknown_words('    reft-export run bundle -p "say --no-such" -z') == ['run -z in `reft-export run bundle -p "say --no-such" -z`']
     assert anchors_of("# What is `refused`, and why\n\n## Twice\n## Twice\n") == {"what-is-refused-and-why", "twice", "twice-1"}
     (tmp_path / "other.md").write_text("# Here\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m evidence.decoder_bench [--repeats 9] [--processes 2]
 
-reproduces the last table of runtimes/native/BENCHMARKS.md.
+reproduces the last table of docs/benchmarks.md.
 
 The model is random, so only its speed means anything. Base and steered runs alternate in one process; ratios are medians over pairs.
 onnxruntime's decode has slow and fast modes from process to process, so only figures of one process are compared, and there are several.

@@ -25,7 +25,7 @@ print(peak_memory())  # not getrusage, which counts the pytest process that this
 def test_folding_reads_no_weights(tmp_path) -> None:
     """0.4 GB in the graph, less than 0.3 GB in all for `fold`, Python and its packages included: weights go from file to file.
 
-    2.3 GB take the same 0.13 GB (runtimes/native/BENCHMARKS.md).
+    2.3 GB take the same 0.13 GB (docs/benchmarks.md).
     """
     rows = 400_000_000 // (4 * WIDTH)
     model = small_decoder()

@@ -1,4 +1,4 @@
-"""RED against one in-place pass over the same bytes: the figures of runtimes/native/BENCHMARKS.md.
+"""RED against one in-place pass over the same bytes: the figures of docs/benchmarks.md.
 
 python tests/native/bench_red.py [WIDTH]     one thread, one process, in turns
 

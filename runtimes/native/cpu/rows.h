@@ -155,7 +155,7 @@ inline void scale_columns(const T* h, T* y, const T* scale, const T* bias, int64
 }
 
 // Row by row, which the processor's prefetching follows: as fast as a copy from memory, where groups of rows were 1.4 times slower
-// (BENCHMARKS.md).
+// (docs/benchmarks.md).
 template <class V, class T>
 void scale_rows(const void* const* h, void* const* y, int rows, const void* scale, const void* bias, int64_t width) {
   const T *s = static_cast<const T*>(scale), *b = static_cast<const T*>(bias);
