@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reft_export.base.classifiers import context_of as classifier_context
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import InputError
 from runtimes.text.stop_tokens import end_of_turn, stop_token_ids, without_added_end
 
@@ -77,9 +78,13 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...]) -> int:
     return ends[0]
 
 
+def output_rows(model: PreTrainedModel) -> int:
+    """The vocabulary: rows of the logits, or of a classifier's embedding."""
+    return int((model.get_output_embeddings() or model.get_input_embeddings()).get_parameter("weight").shape[0])
+
+
 def vocabulary_of(base: Base) -> int:
-    """Rows of the logits, or of a classifier's embedding."""
-    return (base.model.get_output_embeddings() or base.model.get_input_embeddings()).weight.shape[0]
+    return output_rows(base.model)
 
 
 def pad_token(base: Base) -> int | None:
@@ -96,15 +101,30 @@ def bos_token(base: Base) -> int | None:
 
 def context_of(base: Base) -> int:
     """Tokens of the longest input: training teaches nothing beyond it, as a device takes nothing beyond it."""
-    if base.info.labels:
-        return classifier_context(base.model)
-    return decoder_context(base.model)
+    return CONTEXTS[base.task](base.model)
 
 
 def decoder_context(model: PreTrainedModel) -> int:
     return stated_context(model.config.get_text_config().to_dict()) or DEFAULT_CONTEXT
 
 
-def stated_context(config: Mapping[str, Any]) -> int | None:
-    """What a decoder's configuration says of its context; None where it says nothing."""
-    return next((int(config[key]) for key in CONTEXT_KEYS if config.get(key)), None)
+def stated_context(config: Mapping[str, Any], *nearer: str) -> int | None:
+    """What a decoder's configuration says of its context, under the keys ``nearer`` first; None where it says nothing.
+
+    Raises InputError for what is no positive integer.
+    """
+    return whole_number(config, *nearer, *CONTEXT_KEYS)
+
+
+CONTEXTS = {TEXT_GENERATION: decoder_context, TEXT_CLASSIFICATION: classifier_context}
+
+
+def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of ``keys`` that ``config`` has a value for; raises InputError where that is no positive integer."""
+    for key in keys:
+        value = config.get(key)
+        if value:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a positive integer; correct the file")
+            return value
+    return None

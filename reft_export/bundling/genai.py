@@ -137,17 +137,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of ``keys`` that ``config`` has a value for; raises InputError where that is no positive integer."""
-    for key in keys:
-        value = config.get(key)
-        if value:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a positive integer; correct the file")
-            return value
-    return None
-
-
 def genai_decoder(config: Mapping[str, Any], path: Path) -> str:
     """The decoder's file name in a genai config; raises InputError for a model that is more than one decoder graph."""
     model = config.get("model")

@@ -5,7 +5,6 @@ Its graph takes no position_ids: GroupQueryAttention counts a row's tokens by at
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from transformers import PretrainedConfig
 from graph_passes.cache_shapes import ATTENTION, PAST_KEY, fix_cache_shapes
 from graph_passes.external import load_graph
 from reft_export.base.load import Base
-from reft_export.base.tokenizer import has_tokenizer
 from reft_export.exporting.exported_graph import ExportedGraph
+from reft_export.exporting.installed import check_builder
 from reft_export.exporting.process import run_exporter
 from reft_export.exporting.weight_sources import find_weight_sources
-from runtimes.errors import BackendUnavailable, InputError
 
 PROVIDER = {"fp32": "cpu", "fp16": "cuda"}
 """The builder ties float16 to its CUDA graphs; they hold the same operators and run on the CPU provider too."""
@@ -32,27 +30,13 @@ OPTIONS = (
 )
 
 
-def check_builder() -> None:
-    """Raises BackendUnavailable where the builder is not installed."""
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise BackendUnavailable("--exporter builder needs onnxruntime-genai, which is not installed; pip install 'reft-export[genai]'")
-
-
-def check_builder_base(folder: Path) -> None:
-    """Raises InputError for a base without a tokenizer."""
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
-
-
 def export_builder(base: Base, scratch: Path, *, precision: str = "fp32", last_logits: bool = False) -> ExportedGraph:
     """The graph of ``base``'s folder at ``precision`` (fp32, fp16). Its weights stay in files under ``scratch`` until it is written.
 
-    Raises BackendUnavailable where the builder is not installed, InputError for a base without a tokenizer (the builder reads one),
-    ExportError with the builder's own reason for a family it does not know. That a family is known does not make the graph right:
-    parity has to show it.
+    The folder has a tokenizer, which the builder reads. Raises BackendUnavailable where the builder is not installed, ExportError with the
+    builder's own reason for a family it does not know. That a family is known does not make the graph right: parity has to show it.
     """
     check_builder()
-    check_builder_base(base.folder)
     options = [*OPTIONS, f"prune_lm_head={str(last_logits).lower()}"]
     arguments = ["-m", base.folder.resolve(), "-o", "graph", "-c", "cache", "-p", precision, "-e", PROVIDER[precision]]
     family = base.model.config.model_type

@@ -8,30 +8,22 @@ for every expert, one MatMul over the tokens that were routed to it. Each expert
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import PreTrainedModel, __version__
+from transformers import PreTrainedModel
 
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.dynamo import PREFIX, quiet, trace_inputs
 from reft_export.exporting.exported_graph import ExportedGraph
+from reft_export.exporting.installed import check_transformers
 from runtimes.artifacts.bundle import WeightSource
-from runtimes.errors import BackendUnavailable, ExportError
+from runtimes.errors import ExportError
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """What transformers calls the parameters [E, .., ..] that its grouped product multiplies by."""
-
-
-def check_transformers() -> None:
-    """Raises BackendUnavailable where the installed transformers has no exporters."""
-    if int(__version__.partition(".")[0]) < 5 or importlib.util.find_spec("transformers.exporters") is None:
-        raise BackendUnavailable(
-            f"--exporter transformers needs transformers 5.23, here is {__version__}; pip install 'transformers>=5.23,<6'"
-        )
 
 
 def export_transformers(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False) -> ExportedGraph:

@@ -21,18 +21,16 @@ from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import DTYPES, Base, Outline, load_base, outline_base
+from reft_export.base.model_record import model_record
 from reft_export.base.same_base import Named, require_same
-from reft_export.bundling.model_record import model_record
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.edit_ladder import edit_rungs
-from reft_export.parity.golden import Inputs, fp32_logits, inputs_of, record_golden
-from reft_export.tasks.classification import ClassifierInputs
-from reft_export.tasks.generation import GoldenInputs
+from reft_export.parity.golden import fp32_logits, inputs_of, record_golden
+from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
 from runtimes.precision import TORCH_DTYPES
@@ -183,9 +181,7 @@ def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
 
 def stored_inputs(bundle: Bundle) -> Inputs:
     """The inputs of the bundle's own golden arrays."""
-    arrays = bundle.golden(BASE_GOLDEN)
-    kind = ClassifierInputs if bundle.manifest.task == TEXT_CLASSIFICATION else GoldenInputs
-    return kind(**{name: arrays[name] for name in kind.__dataclass_fields__})
+    return TASKS[bundle.manifest.task].stored_inputs(bundle.golden(BASE_GOLDEN))
 
 
 def float_label(q: Quantization) -> str:
