@@ -28,7 +28,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 def stop_tokens(base: Base) -> tuple[int, ...]:
     """The tokens that end an answer of this base, by the rule of runtimes/text/stop_tokens.py."""
     tokenizer, generation = base.tokenizer, getattr(base.model, "generation_config", None)  # a classifier has none
-    special = () if tokenizer is None else special_token_ids(tokenizer)
+    special = frozenset[int]() if tokenizer is None else special_token_ids(tokenizer)
     return stop_token_ids(
         generation=getattr(generation, "eos_token_id", None),
         config=getattr(base.model.config.get_text_config(), "eos_token_id", None),
@@ -49,7 +49,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) ->
 
     def render(messages: Any) -> str:
         try:
-            return tokenizer.apply_chat_template(list(messages), tokenize=False)
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
         except Exception:  # templates are programs of their own: one that refuses a question and its answer tells no end of them
             return ""
 
@@ -72,7 +72,8 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...]) -> int:
 
     Raises InputError where there is neither.
     """
-    ends = ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]) + list(stop)
+    eos: Any = tokenizer.eos_token_id  # transformers types it as it types every special token, of which some are lists
+    ends: list[int] = ([] if eos is None else [eos]) + list(stop)
     if not ends:
         raise InputError("the tokenizer has no eos token to end completions with; set eos_token in tokenizer_config.json")
     return ends[0]

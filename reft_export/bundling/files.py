@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.accessors import dtype_of, name_of
 from graph_passes.head import head_defaults
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
@@ -131,8 +132,11 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
             for name in TOKENIZER_FILES:
                 if (Path(converted) / name).is_file():
                     shutil.copyfile(Path(converted) / name, folder / name)
-    if tokenizer is not None and tokenizer.is_fast:
-        write_as_read(folder, tokenizer)
+    if tokenizer is not None:
+        from transformers import PreTrainedTokenizerFast
+
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            write_as_read(folder, tokenizer)
 
 
 def write_bundle(folder: Path, graph: ir.Model, parts: BundleParts, adapters: Mapping[str, Adapter], base: Base) -> Manifest:
@@ -187,4 +191,4 @@ def _tensor(value: ir.Value) -> TensorRecord:
     if value.shape is None:
         raise GraphError(f"the graph does not declare the shape of {value.name}; run onnx.shape_inference over it first")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+    return TensorRecord(name=name_of(value), dtype=dtype_of(value).name.lower(), shape=shape)

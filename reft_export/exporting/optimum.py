@@ -11,7 +11,7 @@ from graph_passes.external import load_graph
 from reft_export.base.load import Base
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.installed import check_optimum
-from reft_export.exporting.process import run_exporter
+from reft_export.exporting.process import folder_of, run_exporter
 from reft_export.exporting.weight_sources import find_weight_sources
 
 
@@ -21,7 +21,7 @@ def export_optimum(base: Base, scratch: Path, *, opset: int) -> ExportedGraph:
     Raises BackendUnavailable as ``check_optimum`` does, ExportError with optimum's own reason for a family it cannot export.
     """
     check_optimum()
-    arguments = ["--model", base.folder.resolve(), "--task", "text-generation-with-past", "--opset", str(opset), "--framework", "pt"]
+    arguments = ["--model", folder_of(base).resolve(), "--task", "text-generation-with-past", "--opset", str(opset), "--framework", "pt"]
     family = base.model.config.model_type
     run_exporter("optimum.exporters.onnx", [*arguments, "graph"], scratch, what=f"optimum could not export {family}")
     graph = load_graph(scratch / "graph" / "model.onnx")

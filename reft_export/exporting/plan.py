@@ -71,7 +71,7 @@ def plan_export(
     for each, adapter in adapters.items():
         check_fit_to_files(each, adapter, checkpoint, tensors)
     if checkpoint.layers is not None:
-        check_layers(union_nodes(list(adapters.values()), settings.sites, checkpoint.layers), checkpoint.name, checkpoint.layers)
+        check_layers(union_nodes(list(adapters.values()), settings.sites, layers=0), checkpoint.name, checkpoint.layers)
     settled = bool(tensors) and _is_settled(checkpoint, adapters, tensors)
     return ExportPlan(
         source=name or str(model),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from graph_passes.external import load_graph
 from reft_export.base.dequantized import fake_quantize, linears_of
 from reft_export.base.memory import give_back
 from reft_export.eager.steering import Steerer, steering_of
-from reft_export.parity.changed_bundle import variant
+from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.open import ort_session
@@ -72,8 +73,8 @@ def _run_graph(bundle: Bundle, inputs: Inputs, names: list[str], values: set[str
             session.set_adapter(None if name == BASE_GOLDEN else name)
             for row in inputs.rows():
                 logits, outputs = row.run(session)
-                inputs_read = {value: to_float32(outputs[value]) for value in values}
-                np.savez(folder / f"{name}.{row.number}.npz", logits=logits, **inputs_read)
+                arrays: dict[str, Any] = {"logits": logits, **{value: to_float32(outputs[value]) for value in values}}
+                np.savez(folder / f"{name}.{row.number}.npz", **arrays)
 
 
 def _hold(
@@ -105,7 +106,7 @@ def _hold(
         figures = replace(figures, max_abs=np.inf, max_relative=np.inf)
         note = f"{sum(wrong.values())} inputs are not rounded as the scales in the graph say, first those of {worst}"
     budget = BUDGETS["weight-only int8"]
-    label = bundle.manifest.quantization.label
+    label = quantization_of(bundle).label
     return judge(f"{label}, {name}: step by step", "eager, same roundings", figures, budget, note=note)
 
 

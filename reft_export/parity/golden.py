@@ -50,7 +50,7 @@ def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | N
         found = [compare(inputs.logits(model, steerer), logits) for _ in range(NOISE_DRAWS)]
     finally:
         handle.remove()
-    return np.array([max(f.max_relative for f in found), min(f.top1 for f in found)], np.float32)
+    return np.array([max(f.max_relative for f in found), min(f.top1 for f in found if f.top1 is not None)], np.float32)
 
 
 def record_golden(
@@ -104,7 +104,7 @@ def record_quantized(
     sources: Mapping[str, WeightSource],
     inputs: Inputs,
     steerers: Mapping[str, Steerer],
-    exact: Mapping[str, np.ndarray],
+    fp32: Mapping[str, np.ndarray],
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
 
@@ -112,6 +112,6 @@ def record_quantized(
     """
     load_dequantized(model, graph, sources)
     if activation_quantization(graph):
-        record_golden(proof, model, inputs, steerers, fp32=exact)
+        record_golden(proof, model, inputs, steerers, fp32=fp32)
     with activations_quantized(model, graph, sources):
-        record_golden(golden, model, inputs, steerers, fp32=exact, noisy=bool(activation_quantization(graph)))
+        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=bool(activation_quantization(graph)))

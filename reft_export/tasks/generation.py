@@ -138,7 +138,7 @@ def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True))
     except TemplateError:  # a template that wants more than a user's message; any tokens will do here
         return tokenizer(text)["input_ids"]
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -7,7 +7,7 @@ them. The graph's route is that of exporting/routes.py; the device's half is run
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -41,8 +41,7 @@ class Row(Protocol):
 class Inputs(Protocol):
     """What a base is recorded on; the same for the base and every adapter."""
 
-    @property
-    def task(self) -> str: ...
+    task: ClassVar[str]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -86,4 +85,6 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Generation(), Classification())}
+GENERATION: Task = Generation()
+CLASSIFICATION: Task = Classification()
+TASKS = {task.name: task for task in (GENERATION, CLASSIFICATION)}
