@@ -39,6 +39,7 @@ test-transformers-4: $(OLD)/.installed
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
 
 # The pages that are written from the sources: the command line, the Python API.
 docs: $(STAMP)
