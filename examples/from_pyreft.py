@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from reft_export import export_bundle, import_adapter
-from reft_export.exporting.export import ExportSettings
+from reft_export.exporting.settings import ExportSettings
 from reft_export.importing.foreign import Request
 from runtimes import open_artifact, open_session
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from reft_export import export_bundle, import_adapter, load_base
-from reft_export.exporting.export import ExportSettings
+from reft_export.exporting.settings import ExportSettings
 from reft_export.importing.foreign import Request
 from reft_export.quickstart import base_path
 from runtimes import generate, open_artifact, open_session

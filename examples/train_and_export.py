@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from reft_export import check_parity, export_bundle, load_base, train
-from reft_export.exporting.export import ExportSettings
+from reft_export.exporting.settings import ExportSettings
 from reft_export.quickstart import base_path
 from reft_export.training.settings import TrainSettings
 
