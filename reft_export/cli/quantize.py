@@ -107,7 +107,7 @@ def quantize(
     Writes OUTPUT.quantization.json and .png beside it: size, error per tensor, delta parity, perplexity, success.
     """
     from reft_export.evaluation.quantization_report import write_reports
-    from reft_export.quantizing.refit import RefitSettings
+    from reft_export.quantizing.settings import RefitSettings
     from runtimes.artifacts.bundle import open_bundle
     from runtimes.errors import InputError, ParityError
 
@@ -131,8 +131,8 @@ def quantize(
     else:
         from calibration.observers import Observer
         from calibration.settings import settings_for
-        from reft_export.quantizing.calibrate import CalibrationRequest
         from reft_export.quantizing.quantize import quantize_bundle
+        from reft_export.quantizing.settings import CalibrationRequest
 
         check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
         settings = settings_for(

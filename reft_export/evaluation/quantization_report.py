@@ -17,9 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calibration.weights import WeightError
 from reft_export.evaluation.checker import Task
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import InputError
@@ -29,6 +28,9 @@ from runtimes.parity.figures import Delta, Figures, ParityReport
 from runtimes.parity.perplexity import agreement, perplexity
 from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it brings onnx, and a refusal comes before any graph is read
+    from calibration.weights import WeightError
 
 Answers = Mapping[str, Sequence[Sequence[int]]]
 """The float bundle's steered answers, as tokens, by adapter."""

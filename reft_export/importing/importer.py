@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reft_export.base.load import Outline, outline_base
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.artifacts.bundle import check_adapter_name
@@ -24,7 +24,10 @@ ARRAYS = (".npz", ".safetensors")
 PICKLES = (".pth", ".pt")
 """What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
-Reader = Callable[[Path, Request, Outline], ForeignAdapter]
+if TYPE_CHECKING:  # torch takes seconds, and what is no adapter at all is refused without it
+    from reft_export.base.load import Outline
+
+Reader = Callable[[Path, Request, "Outline"], ForeignAdapter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,9 @@ def import_adapter(
     activation_of(request.activation or "", "--activation")
     format = format or detect(source)
     _check_kind(source, format)
+
+    from reft_export.base.load import outline_base
+
     report(f"reading {model}")
     outline = outline_base(model)
     report(f"reading {source}")

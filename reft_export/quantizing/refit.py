@@ -34,6 +34,7 @@ from reft_export.eager.steering import steer
 from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.training.data import Example, collate, iter_examples, load_data
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import EditedModel, TrainingInterrupted
@@ -42,41 +43,10 @@ from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter, save_adapter
-from runtimes.errors import AdapterError, CalibrationError, InputError
+from runtimes.errors import AdapterError, CalibrationError
 from runtimes.files.folders import check_destination
 from runtimes.precision import NUMPY_DTYPES
-
-OBJECTIVES = ("teacher", "data")
-REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
-"""Where a refitted bundle misses its budget."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefitSettings:
-    """``sources``: folders of the adapters to refit; ``data``: JSONL as for training."""
-
-    data: Path
-    sources: tuple[Path, ...]
-    steps: int = 40
-    lr: float = 1e-3
-    """High rates forget more than quantization took: AdamW's first steps are as long as the rate, however small the gradient."""
-    batch_size: int = 8
-    objective: str = "teacher"
-    output: Path | None = None
-    """Where the refitted adapters' folders go; None: <the bundle's output>.adapters."""
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"--refit-objective {self.objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
-        if self.steps < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf"):
-            raise InputError(f"a refit takes at least one step and a positive rate, not {self.steps} steps at {self.lr:g}")
-        if not self.sources:
-            raise InputError(
-                "a bundle holds folded adapters, which cannot be trained; name the folders of those to refit with --adapter (-a)"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +91,6 @@ class RefitPlan:
         for name, adapter in changed.items():
             save_adapter(adapter, self.folders[name], force=force)
         return {name: self.folders[name] for name in changed}
-
-
-def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:
-    """Raises CalibrationError where a classifier is asked for what only decoders have."""
-    if bundle.manifest.task == TEXT_CLASSIFICATION and (refit or generates):
-        what = "--refit trains adapters on completions" if refit else "--perplexity and --checker read generated text"
-        advice = "train on its weights with `reft-export train --base`" if refit else "leave them out"
-        raise CalibrationError(f"{what}, and {bundle.folder} is a classifier; {advice}")
 
 
 def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path, *, force: bool) -> RefitPlan:

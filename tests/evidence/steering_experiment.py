@@ -31,10 +31,10 @@ from reft_export.base.load import Base, load_base
 from reft_export.evaluation.checker import Task, load_task
 from reft_export.evaluation.quantization_report import Measurements, QuantizationReport, Yardsticks, write_reports
 from reft_export.exporting.export import ExportSettings, export_bundle
-from reft_export.quantizing.calibrate import CalibrationRequest
-from reft_export.quantizing.quantize import assemble, planned
-from reft_export.quantizing.refit import RefitSettings, plan_refit
-from reft_export.quantizing.swap import refit_in
+from reft_export.quantizing.adapters import refit_in
+from reft_export.quantizing.assemble import assemble, planned
+from reft_export.quantizing.refit import plan_refit
+from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quickstart import base_path
 from reft_export.quickstart.story import SETTINGS
 from reft_export.quickstart.task import held_out_prompts, training_examples

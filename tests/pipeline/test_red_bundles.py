@@ -39,7 +39,7 @@ from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.folding.fold import fold_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.quantizing.refit import RefitSettings
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train

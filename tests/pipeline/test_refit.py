@@ -18,7 +18,8 @@ from reft_export.base.load import load_base
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.quantizing.refit import RefitSettings, adapter_loss, load_on_bundle, plan_refit, read_examples, refit_adapters
+from reft_export.quantizing.refit import adapter_loss, load_on_bundle, plan_refit, read_examples, refit_adapters
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
@@ -133,7 +134,7 @@ def test_golden_arrays_are_the_new_adapters_and_the_aim_is_the_old_ones(refitted
 
 def test_stale_golden_arrays_are_seen(bundle_folder, base_folder, adapter_folders, data, tmp_path, monkeypatch) -> None:
     """Planted: the bundle gets the new adapter, and keeps the golden arrays of the old one."""
-    from reft_export.quantizing import swap as module
+    from reft_export.quantizing import adapters as module
 
     monkeypatch.setattr(module.shutil, "copyfile", _except_golden(module.shutil.copyfile))
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied",))), steps=40, lr=5e-3)
