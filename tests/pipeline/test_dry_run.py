@@ -224,8 +224,8 @@ def test_build_plans_the_shapes(bundle_folder, files, tmp_path, monkeypatch) -> 
     def refuse(*_: object) -> None:
         raise EngineError("graph input x varies")
 
-    monkeypatch.setattr("reft_export.building.build._builder", lambda settings, notes: ("python", ("8.6",)))
-    monkeypatch.setattr("reft_export.building.build.engine_profiles", refuse)
+    monkeypatch.setattr("reft_export.building.plan._builder", lambda settings, notes: ("python", ("8.6",)))
+    monkeypatch.setattr("reft_export.building.plan.engine_profiles", refuse)
     arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", "--no-plugin", "-o", "{work}/out"]
     refused_alike(arguments, files, tmp_path, 4, "graph input x varies")
 
