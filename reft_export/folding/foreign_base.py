@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from calibration.selection import quantized_weights, select
 from calibration.settings import QuantizationSettings
+from graph_passes.accessors import describe
 from graph_passes.external import load_graph
-from graph_passes.find.dominators import describe
 from reft_export.base.load import DTYPES, Base, load_base
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import Report
