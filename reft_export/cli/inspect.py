@@ -101,14 +101,13 @@ def _rank(adapter: Any) -> int | None:
 
 def inspect_engine(path: Path) -> dict[str, Any]:
     from runtimes.artifacts.engine import open_engine
-    from runtimes.artifacts.engine_adapter import read_engine_adapter
 
     engine = open_engine(path)
     e, m = engine.engine, engine.manifest
     adapters = []
     for name in engine.adapter_names:
         r = engine.adapter_record(name)
-        tensors = read_engine_adapter(engine.adapter_file(name))
+        tensors = engine.adapter_tensors(name)
         adapters.append({"name": name, "positions": r.positions, "tied": r.tied, "bound": len(tensors) or "frozen"})
     names = dict.fromkeys(name for profile in e.profiles for name in profile.shapes)
     ranges = [(name, {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes}) for name in names]

@@ -19,7 +19,7 @@ from reft_export.cli.main import app
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.engine import Engine
 from runtimes.errors import BundleError, InputError
-from runtimes.open import limits_of, open_artifact, open_session
+from runtimes.open import open_artifact, open_session
 from runtimes.ort.session import OrtSession
 from runtimes.tensorrt.session import TensorRTSession
 
@@ -99,10 +99,10 @@ def test_options_that_a_bundle_cannot_have(bundle: Bundle, options: dict) -> Non
 
 
 def test_limits(bundle: Bundle, engine: Engine, tmp_path: Path) -> None:
-    assert (limits_of(bundle).tokens, limits_of(bundle).rows, limits_of(bundle).columns) == (CONTEXT, None, None)
-    assert (limits_of(engine).tokens, limits_of(engine).rows, limits_of(engine).columns) == (CONTEXT, 3, 24)
+    assert (bundle.limits.tokens, bundle.limits.rows, bundle.limits.columns) == (CONTEXT, None, None)
+    assert (engine.limits.tokens, engine.limits.rows, engine.limits.columns) == (CONTEXT, 3, 24)
     small = write_toy_engine(bundle, tmp_path / "e", context=20, sequence=8)
-    assert limits_of(small).tokens == 20 and "--context" in limits_of(small).reason
+    assert small.limits.tokens == 20 and "--context" in small.limits.reason
 
 
 def test_run_answers_as_the_bundle_does(bundle: Bundle, engine: Engine, cli: Cli, cuda: CudaDouble, tmp_path: Path) -> None:
