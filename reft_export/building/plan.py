@@ -87,8 +87,8 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     if settings.freeze not in (None, BASE_GOLDEN):
         bundle.adapter_record(settings.freeze)  # refuses a name that the bundle does not have
     plugin = None if settings.freeze == BASE_GOLDEN else choose_plugin(settings, notes)
-    frozen = {None: None, BASE_GOLDEN: {}}.get(settings.freeze, tensors.get(settings.freeze))
-    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=frozen)
+    banks = None if settings.freeze is None else {BASE_GOLDEN: {}, **tensors}[settings.freeze]
+    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=banks)
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         check_kernels(plugin, capabilities)

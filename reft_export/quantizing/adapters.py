@@ -14,7 +14,7 @@ import numpy as np
 
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
-from reft_export.base.load import DTYPES, Base, load_base
+from reft_export.base.load import Base, load_base, set_precision
 from reft_export.bundling.files import Report, check_fit, head_tensors, write_adapter
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.banks import bank_steerer
@@ -28,7 +28,6 @@ from reft_export.quantizing.settings import REMEDY
 from runtimes.artifacts.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.files.folders import atomic_folder
-from runtimes.precision import TORCH_DTYPES
 
 
 def make_swapped(
@@ -43,7 +42,7 @@ def make_swapped(
     report: Report,
 ) -> ExportResult:
     """``swap_bundle``'s work, on a bundle that it has checked; ``new``: the adapters to put in, or how to refit the bundle's own."""
-    figures = Measurements(yardsticks)
+    figures = Measurements(yardsticks, report)
     refitted, saved = {}, {}
     parity, note = None, ""
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
@@ -111,7 +110,7 @@ def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp
         write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
     steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
     steerers |= {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
-    base.model.to(DTYPES[TORCH_DTYPES[m.precision]])
+    set_precision(base.model, m.precision)
     with tempfile.TemporaryDirectory() as recorded:
         record_quantized(Path(recorded), proof, base.model, graph, m.weights, stored_inputs(bundle), steerers, fp32)
         for name in adapters:

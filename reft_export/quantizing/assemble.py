@@ -16,7 +16,7 @@ from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.base.dequantized import expert_matrices, load_dequantized
-from reft_export.base.load import DTYPES, load_base
+from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
@@ -36,7 +36,6 @@ from reft_export.quantizing.settings import REMEDY, CalibrationRequest, Quantize
 from runtimes.artifacts.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
 from runtimes.files.folders import atomic_folder
 from runtimes.parity.figures import ParityReport, Rung
-from runtimes.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,7 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
                 report("measuring the quantized bundle before the refit")
                 figures.add(variant_name(open_bundle(work)), open_bundle(work))
                 refitted, manifest = refit_in(work, model, refit, Path(proof), report)
-            report("holding the bundle against the eager model")
-            parity = _gate(work, output, Path(proof), model, remedy=REMEDY if refit else "")
+            parity = _gate(work, output, Path(proof), plan, report, remedy=REMEDY if refit else "")
             report("measuring the quantized bundle")
             done = open_bundle(work)
             figures.add(f"{variant_name(done)} + refit" if refit else variant_name(done), done)
@@ -103,7 +101,7 @@ def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manif
 
 def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report: Report) -> Measurements:
     """What the quantized bundle is compared with, measured, as far as it is asked for."""
-    figures = Measurements(request.yardsticks)
+    figures = Measurements(request.yardsticks, report)
     if figures.wanted:
         report("measuring the float bundle")
         figures.add(variant_name(plan.bundle), plan.bundle)
@@ -137,6 +135,7 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     check_same_base(bundle, base, plan.model)
     if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
         copy_tokenizer(base.folder, base.tokenizer, work)
+    report("recording what the float32 model says")
     fp32 = fp32_logits(base.model, inputs, steerers)
     del base
     give_back()
@@ -146,13 +145,17 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     write_graph(graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
-    again = load_base(plan.model, checked=True).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    again = load_base(plan.model, checked=True).model
+    set_precision(again, bundle.manifest.precision)
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, fp32)
     return graph, quantized
 
 
-def _gate(work: Path, output: Path, proof: Path, model: str, *, remedy: str) -> ParityReport:
-    stepped = _stepped(open_bundle(work), model)
+def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, remedy: str) -> ParityReport:
+    if plan.settings.kind.activations:
+        report("holding each quantized activation against the formula")
+    stepped = _stepped(open_bundle(work), plan.model)
+    report("holding the bundle against the eager model")
     return gate(work, output, exact=proof if any(proof.iterdir()) else None, stepped=stepped, remedy=remedy)
 
 
@@ -160,7 +163,8 @@ def _stepped(bundle: Bundle, model: str) -> list[Rung]:
     """Every quantized activation against the formula, with the finished bundle and its own adapters."""
 
     def dequantized() -> PreTrainedModel:
-        loaded = load_base(model, checked=True).model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+        loaded = load_base(model, checked=True).model
+        set_precision(loaded, bundle.manifest.precision)
         load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
         return loaded
 

@@ -22,6 +22,7 @@ from graph_passes.external import load_graph
 from reft_export.base.dequantized import expert_matrices
 from reft_export.base.load import load_tokenizer, outline_base
 from reft_export.bundling.files import Report
+from reft_export.console import count
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.calibration_report import write_report
@@ -112,7 +113,7 @@ def _calibrated(bundle: Bundle, model: str, data: Path, request: CalibrationRequ
     check_same_base(bundle, base, model)
     prompts, decode_tokens = _prompts(bundle.manifest, data, load_tokenizer(base.folder), request.decode_tokens)
     try:
-        count = sum(1 for _ in prompts())
+        number = sum(1 for _ in prompts())
     except InputError as e:
         raise CalibrationError(f"--calibrate: {e}") from None
     experts = expert_matrices(bundle.manifest.weights)
@@ -125,20 +126,19 @@ def _calibrated(bundle: Bundle, model: str, data: Path, request: CalibrationRequ
         decode_tokens=decode_tokens,
         sources=(BASE_GOLDEN, *asked),
         tensors=product_inputs(load_graph(bundle.graph_path), experts),
-        prompts=count,
+        prompts=number,
     )
     collected = _resumed(header, state, report)
     if collected.header.complete:
         return collected
     with variant(bundle, partial(expose_inputs, float_inputs=experts)) as exposed:
         session = ort_session(exposed)
-        report(f"calibrating on {count} prompts: {', '.join(header.sources)}")
+        report(f"calibrating on {number} prompts: {', '.join(header.sources)}")
         return collect(session, prompts(), collected, state, on_prompt=partial(_show_prompt, report, header))
 
 
 def _show_prompt(report: Report, header: Header, done: int) -> None:
-    if update := getattr(report, "update", None):  # a plain function is told of stages alone
-        update(f"calibrating: {done} of {header.prompts} prompts, {', '.join(header.sources)}", done, header.prompts)
+    count(report, f"calibrating: {done} of {header.prompts} prompts, {', '.join(header.sources)}", done, header.prompts)
 
 
 def _prompts(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase, decode_tokens: int) -> tuple[Callable[[], Iterator[Prompt]], int]:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
-from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
+from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights, move
 from reft_export.base.token_rules import context_of, stop_tokens
 from reft_export.bundling.files import Report, load_adapters
+from reft_export.console import count
 from reft_export.eager.steering import steer
 from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized
@@ -73,7 +75,7 @@ def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu", weights: 
     if not weights:
         return base
     load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
-    base.model.requires_grad_(False).to(device)
+    move(base.model.requires_grad_(False), device)
     return base
 
 
@@ -164,15 +166,29 @@ def _refit(
     examples = read_examples(base, settings.data, run)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trained = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher)
+            trained = train(
+                base,
+                settings.data,
+                run,
+                Path(folder) / name,
+                start=adapter,
+                trained_on=bundle.digest,
+                teacher=teacher,
+                on_step=partial(_show_step, report, name),
+            )
         except TrainingInterrupted:
             raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
     new = trained.adapter
-    before, after = (adapter_loss(base, a, examples, teacher=teacher, original=adapter) for a in (adapter, new))
+    lesson = None if teacher is None else (teacher, adapter)
+    before, after = (adapter_loss(base, each, examples, teacher=lesson) for each in (adapter, new))
     figures = RefitFigures(
         adapter=name, objective=settings.objective, before=before, after=after, steps=settings.steps, kept=after >= before
     )
     return Refitted(adapter=adapter if figures.kept else new, figures=figures)
+
+
+def _show_step(report: Report, name: str, step: int, total: int, loss: float, _: float | None) -> None:
+    count(report, f"refitting {name}, step {step}/{total}, loss {loss:.3f}", step, total)
 
 
 def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
@@ -187,12 +203,11 @@ def adapter_loss(
     adapter: Adapter,
     examples: Sequence[Example],
     *,
-    teacher: PreTrainedModel | None = None,
-    original: Adapter | None = None,
+    teacher: tuple[PreTrainedModel, Adapter] | None = None,
     batch_size: int = 8,
 ) -> float:
-    """Mean over the completions' tokens of -log p(token), or with a teacher of KL(teacher steered by ``original`` || base steered by
-    ``adapter``), in nats."""
+    """Mean over the completions' tokens of -log p(token), or of KL(teacher || base steered by ``adapter``), in nats; ``teacher``: the
+    float32 model and the adapter that steers it."""
     interventions = Interventions(
         method=adapter.method,
         rank=adapter.rank,
@@ -205,7 +220,7 @@ def adapter_loss(
     total, count = 0.0, 0
     with (
         steer(base.model, interventions.edits(), rule=adapter.positions, tied=adapter.tied) as steering,
-        nullcontext() if teacher is None else teaching(teacher, original) as lesson,
+        nullcontext() if teacher is None else teaching(*teacher) as lesson,
     ):
         model = EditedModel(base.model, interventions, steering, lesson).eval()
         for start in range(0, len(examples), batch_size):

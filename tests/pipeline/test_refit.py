@@ -47,7 +47,9 @@ def refitted(bundle_folder, base_folder, adapter_folders, data, tmp_path_factory
     """(int4 bundle, the same with two of its adapters refitted, the result)."""
     source, output = bundle_folder("llama", "int4"), tmp_path_factory.mktemp("refit") / "again"
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied", "untied"))), steps=20)
-    return source, output, swap_bundle(source, str(base_folder("llama")), output, refit=settings, **QUIET)
+    with progress() as report:
+        result = swap_bundle(source, str(base_folder("llama")), output, refit=settings, report=report)
+    return source, output, result
 
 
 @pytest.mark.parametrize("objective", ["teacher", "data"])
@@ -66,7 +68,8 @@ def test_refit_improves_on_the_shipped_weights(objective, name, bundle_folder, b
     graph, examples = load_graph(bundle.graph_path), read_examples(base, data)
     load_dequantized(base.model, graph, bundle.manifest.weights)
     with activations_quantized(base.model, graph, bundle.manifest.weights):
-        before, after = (adapter_loss(base, a, examples, teacher=teacher, original=original) for a in (original, done.adapter))
+        lesson = None if teacher is None else (teacher, original)
+        before, after = (adapter_loss(base, a, examples, teacher=lesson) for a in (original, done.adapter))
     assert (before, after) == pytest.approx((done.figures.before, done.figures.after), rel=1e-3)
     assert after < 0.98 * before and before > 1e-3
 
