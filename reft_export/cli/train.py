@@ -137,7 +137,7 @@ def train(
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {dtype} would round; leave --dtype out")
     if max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
-    from reft_export.bundling.files import check_fit
+    from reft_export.base.adapters import check_fit
     from reft_export.training.classification import prepare_classifier, train_classifier
     from reft_export.training.trainer import prepare
     from reft_export.training.trainer import train as run_training

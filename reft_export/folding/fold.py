@@ -20,16 +20,16 @@ from graph_passes.find.sites import locate_sites, survey_sites
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
+from reft_export.base.adapters import check_fit, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
+from reft_export.base.same_base import require_same_size
+from reft_export.base.token_rules import stated_context
 from reft_export.bundling.files import (
     BundleParts,
     Report,
-    check_fit,
     copy_tokenizer,
     finish_bundle,
     head_tensors,
-    load_adapters,
-    union_nodes,
     write_adapter,
 )
 from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object
@@ -41,7 +41,6 @@ from reft_export.folding.graph_record import (
     logit_count,
     logits_of,
     stated_config,
-    stated_context,
     task_of,
 )
 from reft_export.parity.gate import gate
@@ -80,6 +79,7 @@ class ForeignGraph:
 
     source: Path
     model: ir.Model
+    task: str
     record: ModelRecord
     labels: tuple[str, ...]
     """A classifier's."""
@@ -175,7 +175,9 @@ def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *,
         genai_config = _with_our_cache(genai_config)
     record = foreign_record(model, source, task)
     for name, adapter in adapters.items():
-        _check_size(name, adapter, record, source)
+        check_adapter_name(name)
+        claim, remedy = f"adapter {name} was trained on", "pass the graph of the base it was trained on"
+        require_same_size(claim, adapter.base, str(source), record.num_hidden_layers, record.hidden_size, remedy)
     check_same_family(adapters)
     if family_by_files:
         check_family(adapters, source)
@@ -184,17 +186,7 @@ def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *,
     else:
         _refuse_of_classifier(adapters, source)
         labels = ()
-    return ForeignGraph(source=source, model=model, record=record, labels=labels, genai_config=genai_config)
-
-
-def _check_size(name: str, adapter: Adapter, record: ModelRecord, source: Path) -> None:
-    check_adapter_name(name)
-    has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
-    if has != needs:
-        raise AdapterError(
-            f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
-            f"layers, width {has[1]}; pass the graph of the base it was trained on"
-        )
+    return ForeignGraph(source=source, model=model, task=task, record=record, labels=labels, genai_config=genai_config)
 
 
 def _fold(
@@ -218,6 +210,7 @@ def _fold(
         adapters=tuple(adapters),
         weights={name: source for name, source in foreign.weights.items() if name in model.graph.initializers},
         genai_config=foreign.genai_config,
+        task=foreign.task,
         labels=foreign.labels,
         head=head,
     )
@@ -248,7 +241,7 @@ def _with_base(
     base = load_base(model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    record = known_model(foreign.record, base, context=stated_context(stated_config(source.parent)))
+    record = known_model(foreign.record, base, context=stated_context(stated_config(source.parent), "context_length"))
     report("finding the base's weights in the graph")
     weights = match_weights(foreign.model, base, str(source))
     return base, replace(foreign, record=record, weights=weights, labels=_labels_of_base(base, foreign.labels, source))

@@ -16,8 +16,8 @@ from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
 from reft_export.base.load import Base, load_base, set_precision
 from reft_export.base.memory import give_back
+from reft_export.base.model_record import model_record
 from reft_export.bundling.files import Report
-from reft_export.bundling.model_record import model_record
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.exporting.weight_sources import find_weight_sources

@@ -14,8 +14,8 @@ from graph_passes.find.encoder import is_classifier
 from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.find.streams import stream_types, stream_width
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
-from reft_export.base.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
-from reft_export.bundling.genai import read_genai_config, read_json_object, whole_number
+from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
+from reft_export.bundling.genai import read_genai_config, read_json_object
 from runtimes.artifacts.bundle import ModelRecord
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.op import EditNode
@@ -56,7 +56,7 @@ def foreign_record(model: ir.Model, source: Path, task: str) -> ModelRecord:
         context = _encoder_context(model.graph, config)
         vocab_size, stop = whole_number(config, "vocab_size") or _rows(token_embedding(model.graph)), ()
     else:
-        context = stated_context(config) or DEFAULT_CONTEXT
+        context = stated_context(config, "context_length") or DEFAULT_CONTEXT
         vocab_size, stop = count, stated_stop_tokens(folder, config, count)
     return ModelRecord(
         name=folder.resolve().name,
@@ -115,13 +115,9 @@ def stated_config(folder: Path) -> dict[str, Any]:
     return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
 
 
-def stated_context(config: dict[str, Any]) -> int | None:
-    return whole_number(config, "context_length", *CONTEXT_KEYS)
-
-
 def _encoder_context(graph: ir.Graph, config: dict[str, Any]) -> int:
     """Tokens of the longest text."""
-    positions = stated_context(config) or _position_rows(graph) or DEFAULT_POSITIONS
+    positions = stated_context(config, "context_length") or _position_rows(graph) or DEFAULT_POSITIONS
     return longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
+from reft_export.base.adapters import check_fit
 from reft_export.base.load import Base, load_base, set_precision
-from reft_export.bundling.files import Report, check_fit, head_tensors, write_adapter
+from reft_export.bundling.files import Report, head_tensors, write_adapter
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import steered

@@ -206,6 +206,7 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         adapters=plan.bundle.adapter_names,
         weights=m.weights,
         genai_config=_own_config(plan.bundle),
+        task=m.task,
         labels=m.labels,
         head=m.head,
     )

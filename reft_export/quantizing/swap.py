@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from reft_export.base.adapters import load_adapters
 from reft_export.base.same_base import comparable, require_same
-from reft_export.bundling.files import Report, load_adapters
+from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.quantizing.settings import RefitSettings, check_task

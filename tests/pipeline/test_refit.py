@@ -42,14 +42,27 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
+class Said(list):
+    """A report that hears every count, too."""
+
+    def __call__(self, stage: str) -> None:
+        self.append((stage,))
+
+    def update(self, text: str, done: int, total: int) -> None:
+        self.append((text.partition(",")[0], done, total))
+
+
 @pytest.fixture(scope="module")
-def refitted(bundle_folder, base_folder, adapter_folders, data, tmp_path_factory) -> tuple[Path, Path, object]:
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture(scope="module")
+def refitted(bundle_folder, base_folder, adapter_folders, data, tmp_path_factory, said) -> tuple[Path, Path, object]:
     """(int4 bundle, the same with two of its adapters refitted, the result)."""
     source, output = bundle_folder("llama", "int4"), tmp_path_factory.mktemp("refit") / "again"
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied", "untied"))), steps=20)
-    with progress() as report:
-        result = swap_bundle(source, str(base_folder("llama")), output, refit=settings, report=report)
-    return source, output, result
+    return source, output, swap_bundle(source, str(base_folder("llama")), output, refit=settings, report=said)
 
 
 @pytest.mark.parametrize("objective", ["teacher", "data"])
@@ -72,6 +85,11 @@ def test_refit_improves_on_the_shipped_weights(objective, name, bundle_folder, b
         before, after = (adapter_loss(base, a, examples, teacher=lesson) for a in (original, done.adapter))
     assert (before, after) == pytest.approx((done.figures.before, done.figures.after), rel=1e-3)
     assert after < 0.98 * before and before > 1e-3
+
+
+def test_every_step_of_a_refit_is_counted(refitted, said) -> None:
+    steps = [("refitting tied", step, 20) for step in range(1, 21)]
+    assert said[said.index(("refitting tied, 20 steps",)) :][1:21] == steps
 
 
 def test_only_the_adapters_and_their_golden_arrays_change(refitted) -> None:
