@@ -92,7 +92,7 @@ def train(
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
     from reft_export.training.settings import TrainSettings, settings_like
-    from runtimes.edits.methods import FULL_RANK_METHODS, form_of
+    from runtimes.edits.methods import METHODS, form_of
 
     settings = TrainSettings(
         method=method,
@@ -127,7 +127,7 @@ def train(
         started = load_adapter(start)
         like = settings_like(started)
         settings = replace(settings, **{field: getattr(like, field) for name, field in FORM.items() if not given(context, name)})
-    if settings.method in FULL_RANK_METHODS and given(context, "rank"):
+    if METHODS[settings.method].full_rank and given(context, "rank"):
         from runtimes.errors import InputError
 
         raise InputError(f"--rank {rank} does not apply to {settings.method}, a scale and a bias per channel of full rank; leave it out")

@@ -225,12 +225,7 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
         P = orthogonal(original, base)
     else:
         P = as_float32(state["projection.weight"], (rank, width), f"{where}: projection.weight")
-    parameters = {
-        "loreft": {"R": P, "W": W, "b": b},
-        "noreft": {"P": P, "W": W, "b": b, "p": np.zeros_like(b)},
-        "direft": {"W2": P, "W1": W, "b": b},
-    }[method]
-    return ForeignEdit(name=where, method=method, parameters=parameters)
+    return ForeignEdit.of_roles(where, method, projection=P, source=W, bias=b, offset=np.zeros_like(b))
 
 
 def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]:
