@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from reft_export.base.load import HUB_ID, Base
+from reft_export.base.hub import HUB_ID
+from reft_export.base.load import Base
 from reft_export.exporting.export import ExportPlan, ExportSettings
 from reft_export.training.settings import TrainSettings
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION

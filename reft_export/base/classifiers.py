@@ -40,14 +40,14 @@ def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
-def check_classifier(config: Mapping[str, Any], folder: Path) -> None:
+def check_classifier(config: Mapping[str, Any], folder: Path | str) -> None:
     """Raises InputError for a classifier that is none of ``ENCODERS``, or that does not choose one of two labels or more."""
     kind = config.get("model_type")
     if kind not in ENCODERS:
         raise InputError(
             f"{folder} is a classifier on {kind}; classifiers are supported on {', '.join(ENCODERS)}, and decoders as language models"
         )
-    problem, labels = config.get("problem_type"), stated_labels(config, folder / "config.json")
+    problem, labels = config.get("problem_type"), stated_labels(config, Path(folder) / "config.json")
     if problem not in (None, "single_label_classification") or len(labels) == 1:
         raise InputError(
             f"{folder}: {'a single output' if problem is None else problem} is no choice of one label; only single-label classification "
@@ -72,7 +72,7 @@ def stated_labels(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return labels
 
 
-def check_has_head(config: Mapping[str, Any], folder: Path) -> None:
+def check_has_head(config: Mapping[str, Any], folder: Path | str) -> None:
     """Raises InputError for a bare encoder: transformers would open some of them as decoders, with random weights or masks."""
     kind = config.get("model_type")
     if kind in ENCODERS and not config.get("is_decoder"):

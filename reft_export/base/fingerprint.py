@@ -15,46 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from reft_export.base.classifiers import is_classifier
 from reft_export.base.config import canonical_config, family_config
-from reft_export.base.model_folder import not_finite, read_config, safetensors_parts, unpickled, weight_files
+from reft_export.base.model_folder import read_config
 from reft_export.base.same_base import VERSION, grouped
+from reft_export.base.stored import Tensor, of_torch, stored_tensors, without_tables
 from runtimes.edits.adapter import BaseParts
-from runtimes.errors import InputError
-
-SAMPLES, SAMPLE_VALUES = 32, 16
-"""Of every tensor this many evenly spaced blocks of this many values are compared, with both ends."""
-
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-"""By safetensors' names of types; all others are compared byte by byte."""
-
-TORCH_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-
-NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|embeddings\.position_ids)$")
-"""Tables that older releases stored, and that newer ones compute."""
-
-CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
-"""GPT-2's stored mask, [1, 1, T, T]; of other families such a name is a bias [D]."""
-
-
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +48,26 @@ def identify(folder: Path) -> Identity:
 
     Raises InputError for a folder without config or weights, and for damaged files.
     """
-    tensors: dict[str, _Tensor] = {}
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            for name, (dtype, shape, sample) in safetensors_parts(path, _values).items():
-                if dtype in FLOATS and np.isnan(np.frombuffer(sample, "<f8")).any():
-                    # Said before the base is compared with an adapter's: it is damaged, not another one.
-                    raise InputError(not_finite(folder, name))
-                tensors[name] = _Tensor(shape, _digest(shape, sample))
-        else:
-            tensors |= {name: _of_torch(tensor) for name, tensor in unpickled(path).items()}
-    return _identity(read_config(folder), tensors, folder / "config.json")
+    return _identity(read_config(folder), stored_tensors(folder), folder / "config.json")
 
 
 def identify_model(model: PreTrainedModel) -> Identity:
-    """The same of a model that has no files, by its state dict and its config as this transformers spells it."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config |= {"architectures": [type(model).__name__]}
-    return _identity(config, {name: _of_torch(tensor) for name, tensor in model.state_dict().items()}, "the model in memory")
+    """The same of a model in memory: what ``identify`` would say of the folder that its ``save_pretrained`` writes."""
+    return _identity(memory_config(model), {n: of_torch(tensor) for n, tensor in _stored_state(model).items()}, "the model in memory")
+
+
+def memory_config(model: PreTrainedModel) -> dict[str, Any]:
+    """config.json of a model in memory, as this transformers spells it."""
+    return json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+
+
+def _stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict as a checkpoint names and shapes it: transformers 5 joins the experts of a layer when it loads them."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 loads what is stored
+        return model.state_dict()
+    return revert_weight_conversion(model, model.state_dict())
 
 
 def fingerprint(folder: Path) -> str:
@@ -104,9 +80,9 @@ def memory_fingerprint(model: PreTrainedModel) -> str:
     return identify_model(model).fingerprint
 
 
-def _identity(written: Mapping[str, Any], tensors: Mapping[str, _Tensor], where: Path | str) -> Identity:
+def _identity(written: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path | str) -> Identity:
     config = canonical_config(written, where)
-    tensors = _without_tables(tensors)
+    tensors = without_tables(tensors)
     tied = ""
     if head := _tied_head(written, tensors):
         name, equal = head
@@ -119,15 +95,7 @@ def _identity(written: Mapping[str, Any], tensors: Mapping[str, _Tensor], where:
     return Identity(fingerprint=VERSION + whole, parts=parts, tied=tied)
 
 
-def _without_tables(tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not NOT_WEIGHTS.search(name) and not (CAUSAL_MASK.search(name) and len(tensor.shape) == 4)
-    }
-
-
-def _tied_head(written: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> tuple[str, bool] | None:
+def _tied_head(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, bool] | None:
     """A decoder's stored output head where config.json ties it to the embedding, and whether they are equal.
 
     Both are [vocabulary, width]; the head stands outside the model, so its name has fewer parts.
@@ -155,36 +123,8 @@ def _prefix(written: Mapping[str, Any]) -> str:
         return ""
 
 
-def _without_prefix(tensors: Mapping[str, _Tensor], prefix: str) -> dict[str, _Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if not prefix:
         return dict(tensors)
     short = {name: name.removeprefix(f"{prefix}.") for name in tensors}
     return {(name if short[name] != name and short[name] in tensors else short[name]): tensor for name, tensor in tensors.items()}
-
-
-# --- values ---------------------------------------------------------------------------------------
-
-
-def _digest(shape: tuple[int, ...], sample: bytes) -> str:
-    return hashlib.sha256(f"{list(shape)} ".encode() + sample).hexdigest()
-
-
-def _values(dtype: str, data: Any, begin: int, end: int) -> bytes:
-    """The sampled values of ``data[begin:end]``, floats as float64 whatever they are stored in."""
-    size = ITEM_BYTES.get(dtype, 1)
-    count, block = (end - begin) // size, SAMPLE_VALUES
-    if count <= SAMPLES * block:
-        sample = bytes(data[begin:end])
-    else:
-        starts = (begin + size * ((count - block) * i // (SAMPLES - 1)) for i in range(SAMPLES))
-        sample = b"".join(bytes(data[start : start + size * block]) for start in starts)
-    if dtype not in FLOATS:
-        return dtype.encode() + sample
-    return (np.frombuffer(sample, np.dtype(FLOATS[dtype]).newbyteorder("<")).astype("<f8") + 0.0).tobytes()
-
-
-def _of_torch(tensor: torch.Tensor) -> _Tensor:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    name = str(tensor.dtype).removeprefix("torch.")
-    shape = tuple(tensor.shape)
-    return _Tensor(shape, _digest(shape, _values(TORCH_NAMES.get(name, name), data, 0, data.size)))

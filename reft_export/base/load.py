@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,27 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_export.base.classifiers import check_classifier, check_has_head, is_classifier, labels_of
-from reft_export.base.fingerprint import Identity, identify, identify_model
-from reft_export.base.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, not_finite, read_config, weight_files
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from reft_export.base.checkpoint import Checkpoint, open_checkpoint, task_of
+from reft_export.base.classifiers import labels_of
+from reft_export.base.fingerprint import Identity, identify, identify_model, memory_config
+from reft_export.base.hub import locate, without_progress_bars
+from reft_export.base.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, not_finite
+from reft_export.base.tokenizer import errors_only, load_tokenizer, load_tokenizer_if_any
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
-from runtimes.files.records import parse_json
+from runtimes.precision import TORCH_DTYPES
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    TOKENIZER_CONFIG,
-)
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in TORCH_DTYPES.values()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,16 +32,14 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     info: BaseModel
+    task: str
+    """One of runtimes/artifacts/task_names.py, by config.json."""
     folder: Path | None
-    """Where its files lie; None for a model that was made in memory."""
+    """Where its files lie; None for a model in memory."""
 
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def task(self) -> str:
-        return TEXT_CLASSIFICATION if self.info.labels else TEXT_GENERATION
 
     def former_fingerprint(self) -> str:
         """Version 1 of its fingerprint, which older adapters and bundles record."""
@@ -60,7 +47,13 @@ class Base:
 
 
 def load_base(
-    model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False, checked: bool = False
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    require_tokenizer: bool = False,
+    checked: bool = False,
+    name: str | None = None,
 ) -> Base:
     """Loads a decoder, or an encoder with a classification head, from a local folder or a Hugging Face hub id.
 
@@ -70,61 +63,126 @@ def load_base(
     there.
 
     ``checked``: its values were found finite before. They are mapped files then, which cost no memory until they are read.
+    ``name``: what it is called in records, rather than its folder's name or its id.
 
-    ``dtype``: float32, float16 or bfloat16. A model that is in memory already becomes a Base by ``wrap_base``.
+    ``dtype``: float32, float16 or bfloat16. A model that is in memory already becomes a Base by ``base_from_memory``.
 
     Example::
 
         base = load_base("HuggingFaceTB/SmolLM2-135M", require_tokenizer=True)
         print(base.info.num_hidden_layers, base.info.hidden_size, base.task)
     """
-    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer)
-    with _quiet():
-        loaded = _load_model(found.folder, found.files[0], DTYPES[dtype], found.config)
+    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer, name=name)
+    with without_progress_bars():
+        loaded = _load_model(found.checkpoint, DTYPES[dtype])
     if not checked:
-        _check_finite(loaded, found.folder)
-    loaded.requires_grad_(False)
-    info = _info(loaded, found.name, found.identity)
-    return Base(model=loaded.to(device).eval(), tokenizer=found.tokenizer, info=info, folder=found.folder)
+        _check_finite(loaded, found.checkpoint.folder)
+    return found.base(move(loaded, device))
 
 
-def load_without_weights(model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False) -> Base:
+def load_without_weights(
+    model: str | Path, *, dtype: str = "float32", device: str = "cpu", require_tokenizer: bool = False, name: str | None = None
+) -> Base:
     """What ``load_base`` loads, its model on torch's meta device: for the checks before any work, and for a dry run.
 
     Raises what ``load_base`` raises, but for what only the weights' values and the parameters' names show: weights that are not finite,
     parameters that the checkpoint lacks or has in another shape.
     """
-    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer)
-    skeleton = _skeleton(found.folder, found.config).to(DTYPES[dtype]).eval()
-    if (found.folder / "generation_config.json").is_file():
-        skeleton.generation_config = _generation_config(found.folder)
-    info = _info(skeleton, found.name, found.identity)
-    return Base(model=skeleton.requires_grad_(False), tokenizer=found.tokenizer, info=info, folder=found.folder)
+    found = _examine(model, dtype=dtype, device=device, require_tokenizer=require_tokenizer, name=name)
+    folder = found.checkpoint.folder
+    skeleton = move(_skeleton(folder, found.checkpoint.task), DTYPES[dtype])
+    if (folder / "generation_config.json").is_file():
+        skeleton.generation_config = _generation_config(folder)
+    return found.base(skeleton)
+
+
+def base_from_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None) -> Base:
+    """A Base around a transformers model that is already in memory. The model is frozen and put into eval mode; nothing is copied.
+
+    Its fingerprint is that of the folder that its ``save_pretrained`` writes, so that adapters trained on either fit both. ``name``: what
+    it is called in records; by default what it was loaded as.
+
+    Raises InputError for what is no such model, for weights that are quantized, not there (torch's meta device) or not finite, for a LoRA
+    that is not merged, and for a model that is neither a decoder nor a supported classifier.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a model in memory is a transformers PreTrainedModel, and this is a {type(model).__name__}; load it with from_pretrained() of "
+            f"AutoModelForCausalLM or AutoModelForSequenceClassification; of a PEFT model, {MERGE}"
+        )
+    kind = type(model).__name__
+    _check_memory(model, kind)
+    config = memory_config(model)
+    task = task_of(config, f"the {kind} in memory")
+    if task != TEXT_CLASSIFICATION:
+        _check_decoder(config, f"the {kind} in memory")
+        if model.get_output_embeddings() is None:
+            raise InputError(f"the {kind} in memory has no head that gives logits; load it with AutoModelForCausalLM.from_pretrained()")
+    info = _info(model, name or _memory_name(model), identify_model(model))
+    return Base(model=_frozen(model), tokenizer=tokenizer, info=info, task=task, folder=None)
+
+
+def _check_memory(model: PreTrainedModel, kind: str) -> None:
+    """Weights as they were trained, all of them there."""
+    if getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
+        raise InputError(f"the {kind} in memory is quantized; load the float model: `reft-export quantize` quantizes its bundle")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"the {kind} in memory has no values for {name} (torch's meta device); load it whole, without device_map")
+        if ".lora_" in name:
+            raise InputError(f"the {kind} in memory has a LoRA that is not merged ({name}); {MERGE}")
+        if not parameter.is_floating_point():
+            raise InputError(f"the {kind} in memory holds {name} as {parameter.dtype}; load the float model")
+    _check_finite(model, f"the {kind} in memory")
+
+
+def _memory_name(model: PreTrainedModel) -> str:
+    """As ``load_base`` would call it: the folder's name or the hub id that it came from; of a model made here, its type."""
+    source = model.name_or_path
+    return (Path(source).resolve().name if Path(source).is_dir() else source) if source else str(model.config.model_type)
+
+
+def move(model: PreTrainedModel, to: str | torch.dtype) -> PreTrainedModel:
+    """``model`` on another device or in another dtype, in place. transformers wraps ``to`` for quantized models, which none is here."""
+    torch.nn.Module.to(model, to)
+    return model
+
+
+def set_precision(model: PreTrainedModel, precision: str) -> None:
+    """Rounds the weights to a bundle's float type (fp32, fp16, bf16), in place."""
+    move(model, DTYPES[TORCH_DTYPES[precision]])
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.requires_grad_(False)
+    return model.eval()
 
 
 class _Found(NamedTuple):
     """A base's files, examined."""
 
-    folder: Path
-    name: str
-    config: dict[str, Any]
-    files: list[Path]
+    checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase | None
     identity: Identity
 
+    def base(self, model: PreTrainedModel) -> Base:
+        checkpoint = self.checkpoint
+        info = _info(model, checkpoint.name, self.identity)
+        return Base(model=_frozen(model), tokenizer=self.tokenizer, info=info, task=checkpoint.task, folder=checkpoint.folder)
 
-def _examine(model: str | Path, *, dtype: str, device: str, require_tokenizer: bool) -> _Found:
+
+def _examine(model: str | Path, *, dtype: str, device: str, require_tokenizer: bool, name: str | None) -> _Found:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     check_device(device)
-    folder, name = _locate(model)
-    config = read_config(folder)
-    _check_kind(config, folder)
-    _check_rotary(config, folder)
-    files = weight_files(folder)
-    tokenizer = _load_tokenizer(folder, required=require_tokenizer)
+    checkpoint = open_checkpoint(model, name=name)
+    folder = checkpoint.folder
+    if checkpoint.task != TEXT_CLASSIFICATION:
+        _check_decoder(checkpoint.config, folder)
+    _check_rotary(checkpoint.config, folder)
+    tokenizer = load_tokenizer(folder) if require_tokenizer else load_tokenizer_if_any(folder)
     # The fingerprint comes before the weights: it reads every header, and so finds a damaged file before the long load does.
-    return _Found(folder, name, config, files, tokenizer, _identified(folder))
+    return _Found(checkpoint, tokenizer, _identified(folder))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,22 +200,23 @@ class Outline:
 
 def outline_base(model: str | Path) -> Outline:
     """What ``load_base`` would load, in a fraction of its time and memory; raises InputError as it does."""
-    folder, name = _locate(model)
-    written = read_config(folder)
-    _check_kind(written, folder)
+    checkpoint = open_checkpoint(model)
+    folder = checkpoint.folder
+    if checkpoint.task != TEXT_CLASSIFICATION:
+        _check_decoder(checkpoint.config, folder)
     identity = _identified(folder)
-    skeleton = _skeleton(folder, written)
-    return Outline(model=skeleton, info=_info(skeleton, name, identity), folder=folder)
+    skeleton = _skeleton(folder, checkpoint.task)
+    return Outline(model=skeleton, info=_info(skeleton, checkpoint.name, identity), folder=folder)
 
 
-def _skeleton(folder: Path, written: Mapping[str, Any]) -> PreTrainedModel:
+def _skeleton(folder: Path, task: str) -> PreTrainedModel:
     """The model that config.json describes, on torch's meta device."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"), _errors_only():
-            return _auto_class(written).from_config(config, trust_remote_code=False)
+        with torch.device("meta"), errors_only():
+            return _auto_class(task).from_config(config, trust_remote_code=False)
     except Exception as e:  # a config that contradicts itself fails anywhere in the family's code, with any error
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
 
@@ -169,28 +228,9 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise InputError(f"{folder} cannot be loaded: {first_line(e)}") from e
 
 
-def _locate(model: str | Path) -> tuple[Path, str]:
-    """The base's folder, downloaded where it is a hub id, and its name."""
-    if Path(model).is_file():
-        raise InputError(f"{model} is a file; a base is given by its folder, or by its Hugging Face id")
-    if Path(model).is_dir():
-        return Path(model), Path(model).resolve().name
-    return _download(str(model)), str(model)
-
-
 def base_folder(model: str | Path) -> Path:
     """Where the base's files lie; a Hugging Face id is downloaded. Raises InputError as ``load_base`` does."""
-    return _locate(model)[0]
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer without its model. Raises InputError where it has none."""
-    return _load_tokenizer(folder, required=True)
-
-
-def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str) -> Base:
-    """A Base around a model that is already in memory; its fingerprint is ``identify_model``'s."""
-    return Base(model=model.eval(), tokenizer=tokenizer, info=_info(model, name, identify_model(model)), folder=None)
+    return locate(model)[0]
 
 
 def _info(model: PreTrainedModel, name: str, identity: Identity) -> BaseModel:
@@ -232,32 +272,22 @@ def _identified(folder: Path) -> Identity:
     return identity
 
 
-def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
-    if is_classifier(config):
-        check_classifier(config, folder)
-    else:
-        check_has_head(config, folder)
-        _check_decoder(config, folder)
-
-
-def _auto_class(config: Mapping[str, Any]) -> Any:
+def _auto_class(task: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+    return AutoModelForSequenceClassification if task == TEXT_CLASSIFICATION else AutoModelForCausalLM
 
 
-def _check_decoder(config: Mapping[str, Any], folder: Path) -> None:
+def _check_decoder(config: Mapping[str, Any], where: Path | str) -> None:
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = config.get("model_type")
-    if kind is None:
-        raise InputError(f"{folder / 'config.json'} lacks model_type; it was not written by transformers")
+    kind = config["model_type"]
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         custom = ", and code shipped inside model folders is not run" if "auto_map" in config else ""
-        raise InputError(f"{folder}: model type {kind!r} is unknown to transformers {__version__}{custom}")
+        raise InputError(f"{where}: model type {kind!r} is unknown to transformers {__version__}{custom}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
-        raise InputError(f"{folder}: {kind} is not a decoder language model; decoders and encoder classifiers can be steered")
+        raise InputError(f"{where}: {kind} is not a decoder language model; decoders and encoder classifiers can be steered")
 
 
 def _check_rotary(config: Mapping[str, Any], folder: Path) -> None:
@@ -278,13 +308,14 @@ def _check_rotary(config: Mapping[str, Any], folder: Path) -> None:
                 )
 
 
-def _load_model(folder: Path, first: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> PreTrainedModel:
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    folder = checkpoint.folder
     try:
-        with _errors_only():  # what transformers would warn of is refused below, in one line
-            model, report = _auto_class(config).from_pretrained(
+        with errors_only():  # what transformers would warn of is refused below, in one line
+            model, report = _auto_class(checkpoint.task).from_pretrained(
                 folder,
                 dtype=dtype,
-                use_safetensors=".safetensors" in first.name,
+                use_safetensors=".safetensors" in checkpoint.files[0].name,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
@@ -305,101 +336,8 @@ def _load_model(folder: Path, first: Path, dtype: torch.dtype, config: Mapping[s
     return model
 
 
-def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+def _check_finite(model: PreTrainedModel, where: Path | str) -> None:
     for name, parameter in model.named_parameters():
         # A sum is finite only where every value is, but for float32 sums that overflow: those are looked at again.
         if not math.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise InputError(not_finite(folder, name))
-
-
-def _load_tokenizer(folder: Path, *, required: bool) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        if required:
-            raise InputError(f"{folder} has no tokenizer; expected tokenizer.json beside config.json")
-        return None
-    config = _tokenizer_config(folder)
-    _check_tokenizer_file(config, folder)
-    try:
-        # transformers 5 writes tokenizer_class TokenizersBackend, its new name for PreTrainedTokenizerFast, which
-        # transformers 4 does not know.
-        backend = config.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
-        loader = PreTrainedTokenizerFast if backend else AutoTokenizer
-        with _errors_only():
-            return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the tokenizers library raises bare Exception for a damaged file
-        raise InputError(f"{folder}: the tokenizer cannot be loaded: {first_line(e)}") from e
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty where there is none; InputError for what is no JSON object."""
-    path = folder / TOKENIZER_CONFIG
-    try:
-        config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {first_line(e)}; download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a JSON {type(config).__name__}, expected an object; download it again")
-    return config
-
-
-def _check_tokenizer_file(config: Mapping[str, Any], folder: Path) -> None:
-    """transformers reads another file than tokenizer.json where tokenizer_config.json lists one for its release; a device does not."""
-    listed = config.get("fast_tokenizer_files")
-    if others := [name for name in (listed if isinstance(listed, list) else ()) if name != "tokenizer.json"]:
-        raise InputError(
-            f"{folder / TOKENIZER_CONFIG} lists {others[0]}, which some releases of transformers read in place of tokenizer.json; remove "
-            "fast_tokenizer_files, and keep the tokenizer that is meant as tokenizer.json"
-        )
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if not HUB_ID.fullmatch(model):
-        raise InputError(f"{model} is not a folder, nor the form of a Hugging Face id (owner/name)")
-    # Other frameworks' copies, and Mistral's second copy of the weights, are not ours to download.
-    text, other = ["*.json", "*.jinja", "*.model", "*.txt"], ["*/*", "consolidated*"]
-    try:
-        with _quiet():
-            folder = Path(snapshot_download(model, allow_patterns=[*text, "*.safetensors"], ignore_patterns=other))
-            if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(model, allow_patterns=[*text, "pytorch_model*.bin"], ignore_patterns=other))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        raise InputError(
-            f"{model} is not a folder here, and cannot be had from the Hugging Face hub: {first_line(e)}; "
-            "give a folder with config.json, or check the name, the network and `hf auth login`"
-        ) from e
-    return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars from the libraries where nobody watches: a log file is not a terminal."""
-    import sys
-
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Without transformers' warnings: that the class in tokenizer_config.json has another name, its table of what a checkpoint lacks."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+            raise InputError(not_finite(where, name))

@@ -9,13 +9,14 @@ import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtimes.errors import InputError
 from runtimes.files.records import parse_json
+
+if TYPE_CHECKING:  # what a folder's files tell is told before torch is loaded
+    import torch
+    from transformers import PreTrainedModel
 
 VOLATILE_KEYS = frozenset(
     {
@@ -138,7 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in shards]
 
 
-def not_finite(folder: Path, name: str) -> str:
+def not_finite(folder: Path | str, name: str) -> str:
     return f"{folder}: parameter {name} holds values that are not finite; the checkpoint is damaged: download it again"
 
 
@@ -230,6 +231,8 @@ def safetensors_parts(path: Path, sample: Callable[[str, Any, int, int], bytes])
 
 
 def unpickled(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in state.items()}
@@ -238,6 +241,8 @@ def unpickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _stored(tensor: torch.Tensor) -> _Stored:
+    import torch
+
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _sample(data, 0, data.size))
 

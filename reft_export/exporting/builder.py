@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from graph_passes.cache_shapes import ATTENTION, PAST_KEY, fix_cache_shapes
 from graph_passes.external import load_graph
-from reft_export.base.load import TOKENIZER_FILES, Base
+from reft_export.base.load import Base
+from reft_export.base.tokenizer import has_tokenizer
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.process import run_exporter
 from reft_export.exporting.weight_sources import find_weight_sources
@@ -39,7 +40,7 @@ def check_builder() -> None:
 
 def check_builder_base(folder: Path) -> None:
     """Raises InputError for a base without a tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
 
 

@@ -252,7 +252,7 @@ def test_good_input_gets_its_plan(files, tmp_path, arguments, says, monkeypatch)
 
 
 def test_a_base_from_a_hub_is_not_downloaded(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("reft_export.base.load._download", forbidden)
+    monkeypatch.setattr("reft_export.base.hub._download", forbidden)
     write_lines(tmp_path / "d.jsonl", DATA)
     for verb in (["export"], ["train", "-d", tmp_path / "d.jsonl"]):
         code, _, err = invoke(*verb, "-m", "someone/a-model", "-o", tmp_path / "out", "--dry-run")

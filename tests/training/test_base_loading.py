@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+import tiny_encoders
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from reft_export.base.fingerprint import fingerprint, memory_fingerprint
-from reft_export.base.load import load_base, outline_base, wrap_base
+from reft_export.base.load import base_from_memory, load_base, outline_base
 from runtimes.errors import BackendUnavailable, InputError
 
 
@@ -155,8 +164,44 @@ def test_bin_checkpoint(folder: Path) -> None:
 
 
 def test_model_in_memory(llama: PreTrainedModel) -> None:
-    base = wrap_base(llama, name="made here")
+    base = base_from_memory(llama, name="made here")
     assert base.info.fingerprint == memory_fingerprint(llama) and base.folder is None and base.tokenizer is None
+    assert not base.model.training and not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "encoder"])
+def test_a_model_in_memory_is_the_base_that_it_was_loaded_from(family: str, tmp_path: Path) -> None:
+    """Tied heads are in its state twice, and experts joined: all that its records say is what its folder says."""
+    folder = tmp_path / "its-name"
+    tiny_encoders.save_base(folder) if family == "encoder" else tiny.save_base(folder, family)
+    auto = AutoModelForSequenceClassification if family == "encoder" else AutoModelForCausalLM
+    base, stored = base_from_memory(auto.from_pretrained(folder)), load_base(folder)
+    assert (base.info, base.task) == (stored.info, stored.task)
+    with torch.no_grad():
+        next(base.model.parameters())[0] += 1
+    assert base_from_memory(base.model).info.fingerprint != stored.info.fingerprint
+
+
+def test_what_no_base_in_memory_can_be() -> None:
+    def refused(match: str, model: Any) -> None:
+        with pytest.raises(InputError, match=match) as caught:
+            base_from_memory(model)
+        assert "\n" not in str(caught.value)
+
+    refused("this is a Linear; load it with from_pretrained", torch.nn.Linear(2, 2))
+    with torch.device("meta"):
+        refused(r"no values for model.embed_tokens.weight \(torch's meta device\)", LlamaForCausalLM(tiny.build("llama").config))
+    for change, match in (
+        (lambda m: m.config.update({"quantization_config": {"quant_method": "bitsandbytes"}}), "is quantized; load the float model"),
+        (lambda m: m.register_parameter("x", torch.nn.Parameter(torch.ones(2, dtype=torch.int8), False)), "holds x as torch.int8"),
+        (lambda m: m.model.layers[0].register_module("lora_A", torch.nn.Linear(2, 2)), "has a LoRA that is not merged"),
+        (lambda m: m.model.norm.weight.data.fill_(torch.inf), "model.norm.weight holds values that are not finite"),
+    ):
+        model = tiny.build("llama")
+        change(model)
+        refused(match, model)
+    refused("LlamaModel in memory has no head that gives logits", tiny.build("llama").model)
+    refused("without a classification head", tiny_encoders.build().base_model)
 
 
 def cut(folder: Path) -> None:

@@ -13,7 +13,7 @@ import tiny_encoders
 import torch
 from tokenizers import normalizers
 
-from reft_export.base.load import Base, load_base, wrap_base
+from reft_export.base.load import Base, base_from_memory, load_base
 from reft_export.eager.steering import steered
 from reft_export.training.classification import train_classifier
 from reft_export.training.labelled_data import collate_labelled, load_labelled
@@ -175,4 +175,4 @@ def test_a_head_needs_labels(moods: Path, base: Base, tmp_path: Path) -> None:
 
 def test_a_base_without_tokenizer_is_refused(moods: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tokenizer"):
-        train_classifier(wrap_base(tiny_encoders.build(), name="tiny"), moods, TrainSettings(), tmp_path / "out")
+        train_classifier(base_from_memory(tiny_encoders.build(), name="tiny"), moods, TrainSettings(), tmp_path / "out")

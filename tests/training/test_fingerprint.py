@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from reft_export.base.config import canonical_config
-from reft_export.base.fingerprint import SAMPLE_VALUES, SAMPLES, fingerprint, identify
-from reft_export.base.load import Base, load_base, outline_base, wrap_base
+from reft_export.base.fingerprint import fingerprint, identify
+from reft_export.base.load import Base, base_from_memory, load_base, outline_base
 from reft_export.base.model_folder import fingerprint_v1, memory_fingerprint_v1
 from reft_export.base.same_base import grouped, separate, tensor_differences
+from reft_export.base.stored import SAMPLE_VALUES, SAMPLES
 from reft_export.bundling.files import check_fit
+from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError
 
@@ -169,6 +171,7 @@ def test_what_computes_something_else_is_named(folder: Path, original: Path, cas
         model=load_base(original).model,
         tokenizer=None,
         info=replace(adapter.base, name="other", fingerprint=found.fingerprint, parts=found.parts),
+        task=TEXT_GENERATION,
         folder=folder,
     )
     said = said.replace("model.layers", "layers")  # without the prefix that some checkpoints lack
@@ -288,7 +291,7 @@ def test_adapters_with_the_former_fingerprint_are_recognised(folder: Path, tmp_p
 
 
 def test_models_in_memory_have_both(llama: PreTrainedModel) -> None:
-    base = wrap_base(llama, name="made here")
+    base = base_from_memory(llama, name="made here")
     adapter = tiny.random_adapter(replace(base.info, fingerprint=memory_fingerprint_v1(llama), parts=None))
     check_fit("style", adapter, base)
     check_fit("style", tiny.random_adapter(base.info), base)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base.load import Base, wrap_base
+from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, parse_layers
@@ -26,7 +26,7 @@ SETTINGS = TrainSettings(rank=2, layers="0;2", positions="f2+l2", lr=5e-3, epoch
 
 @pytest.fixture
 def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return wrap_base(llama, tokenizer, name="tiny-llama")
+    return base_from_memory(llama, tokenizer, name="tiny-llama")
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_gradient_accumulation_equals_the_large_batch(base: Base, data: Path, tm
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "qwen3_moe"])
 def test_other_families_train(tiny: Any, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, name: str) -> None:
-    base = wrap_base(tiny(name), tokenizer, name=name)
+    base = base_from_memory(tiny(name), tokenizer, name=name)
     settings = replace(SETTINGS, streams="mlp_output;block_output", tied=False, max_steps=6, lr=2e-2, warmup=0.0)
     result = train(base, data, settings, tmp_path / "a")
     assert result.history[-1].loss < result.history[0].loss
@@ -254,14 +254,14 @@ def test_the_bases_own_dropout_is_off(tokenizer: Any, data: Path, tmp_path: Path
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = rate
-        base = wrap_base(model, tokenizer, name="gpt2")
+        base = base_from_memory(model, tokenizer, name="gpt2")
         model.train()
         runs.append(train(base, data, replace(SETTINGS, max_steps=2), tmp_path / name))
     assert losses(runs[0]) == losses(runs[1])
 
 
 def test_bfloat16_base_keeps_float32_parameters(tmp_path: Path, data: Path, tokenizer: Any, llama: PreTrainedModel) -> None:
-    base = wrap_base(copy.deepcopy(llama).bfloat16(), tokenizer, name="half")
+    base = base_from_memory(copy.deepcopy(llama).bfloat16(), tokenizer, name="half")
     result = train(base, data, replace(SETTINGS, dtype="bfloat16", lr=2e-2), tmp_path / "a")
     assert result.adapter.dtype == "bfloat16"
     assert all(value.dtype == "float32" for value in result.adapter.tensors.values())
@@ -305,7 +305,7 @@ def test_refused_before_any_work(base: Base, data: Path, tmp_path: Path, llama: 
     refused("layer 3 does not exist in this base .3 layers, 0 to 2.", layers="1-3")
     refused("rank 33 does not fit this base; use 1 to its width 32", rank=33)
     refused("max_length is 257; the context of tiny-llama ends at 256", max_length=257)
-    refused("has no tokenizer", base=wrap_base(llama, None, name="bare"))
+    refused("has no tokenizer", base=base_from_memory(llama, None, name="bare"))
     refused("data.jsonl:1: the prompt has .* leaves none of 8 ", max_length=8)
     if not torch.cuda.is_available():
         refused("no CUDA GPU here", kind=BackendUnavailable, device="cuda")
