@@ -11,7 +11,7 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base.load import wrap_base
+from reft_export.base.load import base_from_memory
 from reft_export.cli.main import app
 from reft_export.eager.steering import steered
 from reft_export.importing.assemble import assemble
@@ -63,7 +63,7 @@ def test_a_new_row_is_trained_saved_loaded_imported_and_folded(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS, "gated", GATED)
-    base, data = wrap_base(llama, tokenizer, name="tiny-llama"), tmp_path / "data.jsonl"
+    base, data = base_from_memory(llama, tokenizer, name="tiny-llama"), tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "what is 1?", "completion": " ok"}))
     settings = TrainSettings(method="gated", rank=2, layers="1", positions="all", activation="relu", max_steps=2, warmup=0.0, samples=0)
     trained = train(base, data, settings, tmp_path / "adapter").adapter
