@@ -175,6 +175,7 @@ class Interventions(nn.Module):
         dtype: str = "float32",
         trained_on: str | None = None,
         training: Mapping[str, Any] | None = None,
+        head: Mapping[str, np.ndarray] | None = None,
     ) -> Adapter:
         """The adapter as it stands, R materialised; raises AdapterError for parameters that are not finite."""
         tensors = {
@@ -196,4 +197,5 @@ class Interventions(nn.Module):
             dtype=dtype,
             trained_on=trained_on,
             training=dict(training or {}),
+            head=dict(head or {}),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from runtimes.edits.adapter import load_adapter
 from runtimes.edits.edit import LowRankEdit, ScaleBiasEdit, Site, activate
 from runtimes.edits.methods import METHODS, Method, Parameter, fold_parameters
 from runtimes.edits.positions import PositionRule
+
+ROOT = Path(__file__).parent.parent.parent
+LISTS = (ast.Tuple, ast.List, ast.Set)
 
 GATED = Method(
     formula="y = h + G^T act(G h)",
@@ -51,6 +55,18 @@ def test_a_row_agrees_with_itself(name: str) -> None:
     if method.of_edit is not None:
         plain = fold_parameters(name, x)
         np.testing.assert_allclose(fold_parameters(name, method.of_edit(plain)).apply(h), plain.apply(h), rtol=1e-12, atol=1e-12)
+
+
+def test_there_is_no_second_table() -> None:
+    """Nothing else is keyed by methods, or lists them: what tells them apart stands in their rows."""
+    second = []
+    for path in sorted(p for room in ("runtimes", "graph_passes", "calibration", "reft_export") for p in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            listed = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", []) if isinstance(node, LISTS) else []
+            if len({each.value for each in listed if isinstance(each, ast.Constant)} & set(METHODS)) > 1:
+                second.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert [where for where in second if not where.startswith("runtimes/edits/methods.py:")] == []
+    assert second, "the table itself is found"
 
 
 def test_the_command_line_names_every_method() -> None:

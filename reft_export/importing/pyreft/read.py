@@ -144,7 +144,7 @@ def _asked(request: Request, methods: set[str]) -> tuple[PositionRule, bool, str
     activated = methods & set(activated_methods())
     if request.activation is None and activated:
         missing["act_fn"] = f"--activation ({ACTIVATION_CHOICES})"
-    if missing:
+    if missing or positions is None:
         raise not_recorded("pyreft", missing)
     activation = activation_of(request.activation or "", "--activation")
     if activation and activated != methods:
