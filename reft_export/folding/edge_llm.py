@@ -25,7 +25,7 @@ from reft_export.bundling.files import VERSION, Report
 from reft_export.folding.family import check_family, check_same_family
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.methods import FULL_RANK_METHODS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_VERSION, EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
@@ -163,7 +163,7 @@ def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, 
             f"{len(adapters)} adapters for a TensorRT-Edge-LLM folder: one is baked into a folder as constants; run fold once per adapter, "
             "or pass --as-lora for weight files that its runtime switches"
         )
-    if full_rank := [name for name, adapter in adapters.items() if as_lora and adapter.method in FULL_RANK_METHODS]:
+    if full_rank := [name for name, adapter in adapters.items() if as_lora and METHODS[adapter.method].full_rank]:
         raise AdapterError(
             f"adapter {full_rank[0]} is a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
         )

@@ -12,7 +12,7 @@ from reft_export.importing.foreign import ForeignAdapter, Report, Request, activ
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, save_adapter
 from runtimes.edits.edit import STREAMS
-from runtimes.edits.methods import PARAMETERS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.files.folders import check_destination
@@ -53,7 +53,7 @@ def import_adapter(
     The foreign formats do not fingerprint their base: its width and depth are checked, and the one given is recorded.
 
     ``model``: the base's folder or hub id, whose weights are not loaded. ``request``: what the files do not say, as positions and method.
-    ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.parameter_shape`` has
+    ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.METHODS`` shapes
     them: R [r, D] of a low-rank edit, a vector [D].
 
     Raises InputError for options, formats and folders that do not go together, and AdapterError for files that are damaged, of another
@@ -70,8 +70,8 @@ def import_adapter(
         raise InputError(f"{source} does not exist")
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format!r} is unknown; known: {', '.join(FORMATS)}")
-    if request.method is not None and request.method not in PARAMETERS:
-        raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(PARAMETERS)}")
+    if request.method is not None and request.method not in METHODS:
+        raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(METHODS)}")
     if request.positions is not None:
         PositionRule.parse(request.positions)
     if request.stream is not None and request.stream not in STREAMS:

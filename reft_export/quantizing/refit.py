@@ -39,8 +39,9 @@ from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.settings import RefitSettings
 from reft_export.training.data import Example, collate, iter_examples, load_data
+from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import EditedModel, TrainingInterrupted
+from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
