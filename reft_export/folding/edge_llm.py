@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
-from graph_passes.edge_llm.fold import fold_edge_graph
+from graph_passes.edge_llm.fold import fold_edge_llm_graph
 from graph_passes.edge_llm.lora import lora_tensors
 from graph_passes.external import load_graph
-from graph_passes.find.edge_llm import ATTENTION, read_edge_contract
+from graph_passes.find.edge_llm import ATTENTION, read_edge_llm_contract
 from graph_passes.find.sites import locate_sites
 from graph_passes.find.streams import stream_types
 from graph_passes.insert import refuse_folded
@@ -136,12 +136,12 @@ def _fold(
     if len(kinds) != 1:
         raise GraphError(f"{path}: the edited streams are of several types, {sorted(kind.name for kind in kinds)}")
     found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
-    layout = read_edge_contract(model.graph).layout
+    layout = read_edge_llm_contract(model.graph).layout
     dtype = kinds.pop().numpy()
     banks = {name: adapter.banks(nodes, dtype) for name, adapter in adapters.items()}
     report(f"folding {len(nodes)} edit nodes into {path.name}")
     constants = first.rule_tensors() if as_lora else first.rule_tensors() | banks[first_name]
-    fold_edge_graph(model, nodes, constants, lora_slots=_slots(adapters) if as_lora else 0)
+    fold_edge_llm_graph(model, nodes, constants, lora_slots=_slots(adapters) if as_lora else 0)
     return _Folded(found=found, layout=layout, banks=banks)
 
 
@@ -196,7 +196,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_layers(model: ir.Model, config: Mapping[str, Any], source: Path) -> int:
-    layers = len(read_edge_contract(model.graph).presents)
+    layers = len(read_edge_llm_contract(model.graph).presents)
     if (declared := config.get("num_hidden_layers", layers)) != layers:
         raise GraphError(
             f"{source} has {layers} present_key_values outputs, its config.json {declared} layers; layers that share keys or have none "
