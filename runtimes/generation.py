@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -307,7 +308,12 @@ class _Row:
         self._filter = StopFilter(settings.stop)
         self._on_text = on_text
         self._pieces: list[str] = []
-        self._random = np.random.default_rng(None if settings.seed is None else [settings.seed, settings.sample, *prompt])
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Asked for by rows that sample: numpy imports it late."""
+        settings = self.settings
+        return np.random.default_rng(None if settings.seed is None else [settings.seed, settings.sample, *self.prompt])
 
     def push(self, logits: np.ndarray) -> None:
         """Chooses the next token and gives out the text it completes."""

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
-
-Precision = Literal["fp32", "fp16", "bf16"]
-"""A bundle's float type, by the name that its manifest gives it."""
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +35,12 @@ ELEMENT_TYPES: Mapping[str, ElementType] = {
 BFLOAT16 = 16
 """ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
 
-FLOAT_TYPES: Mapping[str, ElementType] = dict(
-    zip(PRECISIONS, (ELEMENT_TYPES[name] for name in ("float", "float16", "bfloat16")), strict=True)
-)
-"""By a bundle's precision."""
+FLOAT_TYPES: Mapping[str, ElementType] = {
+    "fp32": ELEMENT_TYPES["float"],
+    "fp16": ELEMENT_TYPES["float16"],
+    "bf16": ELEMENT_TYPES["bfloat16"],
+}
+"""By a bundle's precision, as its manifest states it."""
 NUMPY_DTYPES: Mapping[str, np.dtype] = {precision: e.dtype for precision, e in FLOAT_TYPES.items()}
 TORCH_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -110,6 +111,66 @@ def test_the_product_knows_nothing_of_its_tests() -> None:
     """The evidence and its models stand among the tests, with which they share the path."""
     names = {path.stem for path in (ROOT / "tests").iterdir() if path.is_dir() or path.suffix == ".py"} - set(ROOMS)
     assert not {str(path): found for path in _modules() if (found := _imports(path) & names)}
+
+
+TASK_NAMES = {"TEXT_GENERATION", "TEXT_CLASSIFICATION", "text-generation", "text-classification"}
+DEVICE_VERBS = [ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "classify", "parity", "bench", "inspect")]
+
+
+def _device_modules() -> list[Path]:
+    return [*(ROOT / "runtimes").rglob("*.py"), *DEVICE_VERBS]
+
+
+def _found(paths: list[Path], wanted: Callable[[ast.AST], bool]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if wanted(node)
+    ]
+
+
+def test_nothing_on_a_device_asks_which_task_it_is() -> None:
+    """A table says what a task does, by the name that the manifest stores: runtimes/tasks/task.py, and the golden layouts."""
+
+    def asks(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Compare):
+            return False
+        parts = list(ast.walk(node))
+        names = {getattr(part, "id", getattr(part, "value", None)) for part in parts if isinstance(part, (ast.Name, ast.Constant))}
+        equal = any(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops)
+        return bool(names & TASK_NAMES) or (
+            equal and any(isinstance(p, ast.Attribute) and p.attr == "task" for p in [node.left, *node.comparators])
+        )
+
+    assert not _found([p for p in _device_modules() if p.parent != ROOT / "runtimes" / "tasks"], asks)
+
+
+def test_a_bundle_and_an_engine_are_told_apart_where_they_are_opened() -> None:
+    """They are siblings under Artifact, which has all that both have."""
+    trees = [ast.parse((ROOT / "runtimes" / "artifacts" / f"{name}.py").read_text(encoding="utf-8")) for name in ("bundle", "engine")]
+    bases = {
+        node.name: [ast.unparse(base) for base in node.bases] for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
+    }
+    assert bases["Bundle"] == bases["Engine"] == ["Artifact"]
+
+    def tells(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("isinstance", "type"):
+            return False
+        return bool(
+            {"Bundle", "Engine"} & {part.id for argument in node.args[1:] for part in ast.walk(argument) if isinstance(part, ast.Name)}
+        )
+
+    assert not _found([p for p in (ROOT / "runtimes").rglob("*.py") if p != ROOT / "runtimes" / "open.py"], tells)
+
+
+def test_sessions_and_what_runs_them_have_types() -> None:
+    """One protocol for each kind of session: nothing takes any object for one."""
+    inside = ROOT / "runtimes"
+    files = [inside / f"{name}.py" for name in ("session", "open", "generation", "golden", "bench", "first_steps")]
+    folders = [path for folder in ("ort", "tasks", "parity") for path in (inside / folder).glob("*.py") if path.name != "figures.py"]
+    paths = [*files, *folders, inside / "tensorrt" / "session.py"]
+    assert not _found(paths, lambda node: isinstance(node, ast.Name) and node.id == "Any")
 
 
 def test_no_catch_all_modules() -> None:

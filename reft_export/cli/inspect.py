@@ -25,26 +25,33 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an adapter, a graph, a bundle or an engine."""
+    content = _content(path)
+    if as_json:
+        print_json(content)
+    else:
+        _show(content)
+
+
+def _content(path: Path) -> dict[str, Any]:
     from runtimes.artifacts.engine import is_engine
     from runtimes.errors import InputError
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if is_engine(path):
-        content = inspect_engine(path)
-    elif (path / "manifest.json").is_file():
-        content = inspect_bundle(path)
-    elif (path / "adapter.json").is_file():
-        content = inspect_adapter(path)
-    elif path.suffix == ".onnx" or list(path.glob("*.onnx")):
-        content = inspect_graph(path)
-    elif path.suffix == ".onnx_adapter":
-        content = inspect_banks(path)
-    else:
-        raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
-    if as_json:
-        print_json(content)
-        return
+        return inspect_engine(path)
+    if (path / "manifest.json").is_file():
+        return inspect_bundle(path)
+    if (path / "adapter.json").is_file():
+        return inspect_adapter(path)
+    if path.suffix == ".onnx" or list(path.glob("*.onnx")):
+        return inspect_graph(path)
+    if path.suffix == ".onnx_adapter":
+        return inspect_banks(path)
+    raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
+
+
+def _show(content: dict[str, Any]) -> None:
     tables = {k: v for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for key, value in content.items():
         if key not in tables and value is not None and (value or key not in SENTENCES):

@@ -169,7 +169,7 @@ class FileRecord:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of
-    runtimes/artifacts/task_names.py, which runtimes/tasks/task.py does."""
+    runtimes/tasks/task.py."""
 
     schema_version: int = SCHEMA_VERSION
     op_version: int = OP_VERSION

@@ -81,6 +81,8 @@ class OrtGraph(ClosedAtEnd):
         self.threads = threads
         self.library = _library(kernel, library)
         self.adapter: str | None = None
+        if provider not in PROVIDERS:
+            raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
         _check_edits_run(bundle, provider, self._other_than_tensorrt())
         session = _load(bundle, provider, threads, self.library, mapped=mapped)
         self._session: ort.InferenceSession | None = session
@@ -262,11 +264,25 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
 
 
 def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None, *, mapped: bool) -> ort.InferenceSession:
-    if provider not in PROVIDERS:
-        raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
     wanted = PROVIDERS[provider][0]
     if wanted not in ort.get_available_providers():
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
+    options = _session_options(bundle, threads, library, mapped=mapped)
+    try:
+        # Its own fallback prints a banner on stdout and tries again without the provider.
+        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]), enable_fallback=0)
+    except Exception as e:  # onnxruntime's own exceptions share no base
+        raise _not_loaded(bundle, provider, e) from None
+    session.disable_fallback()
+    # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
+    if session.get_providers()[0] != wanted:
+        raise BackendUnavailable(
+            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+        )
+    return session
+
+
+def _session_options(bundle: Bundle, threads: int | None, library: Path | None, *, mapped: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry(*FLOAT_INPUTS)
@@ -289,28 +305,23 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
             raise BackendUnavailable(
                 f"op library {library} does not load in onnxruntime {ort.__version__}: {_last_line(e)}; use the function kernel"
             ) from None
-    try:
-        # Its own fallback prints a banner on stdout and tries again without the provider.
-        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]), enable_fallback=0)
-    except Exception as e:
-        if type(e) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
-            raise BackendUnavailable(f"{wanted} did not start: {_last_line(e)}; check the driver, or {INSTALL[provider]}") from None
-        if type(e).__name__ == "NotImplemented" and provider == "cpu" and bundle.manifest.precision == "bf16":
-            raise BackendUnavailable(
+    return options
+
+
+def _not_loaded(bundle: Bundle, provider: str, error: Exception) -> ReftError:
+    """What onnxruntime's refusal of the graph means."""
+    wanted = PROVIDERS[provider][0]
+    if type(error) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
+        return BackendUnavailable(f"{wanted} did not start: {_last_line(error)}; check the driver, or {INSTALL[provider]}")
+    if type(error).__name__ == "NotImplemented" and provider == "cpu":
+        if bundle.manifest.precision == "bf16":
+            return BackendUnavailable(
                 f"onnxruntime's CPU provider has no bfloat16 MatMul, which {bundle.graph_path} needs; run it on cuda, or export fp32"
-            ) from None
-        if type(e).__name__ == "NotImplemented" and provider == "cpu":
-            raise BackendUnavailable(
-                f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(e)}); run it on cuda"
-            ) from None
-        raise GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(e)}") from None
-    session.disable_fallback()
-    # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
-    if session.get_providers()[0] != wanted:
-        raise BackendUnavailable(
-            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+            )
+        return BackendUnavailable(
+            f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(error)}); run it on cuda"
         )
-    return session
+    return GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(error)}")
 
 
 def _check_edits_run(bundle: Bundle, provider: str, instead: str) -> None:
