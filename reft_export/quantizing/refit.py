@@ -42,6 +42,7 @@ from reft_export.training.data import Example, collate, iter_examples, load_data
 from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
@@ -196,7 +197,7 @@ def _show_step(report: Report, name: str, step: int, total: int, loss: float, _:
 def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
     """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
     length = run.max_length or context_of(base)
-    return load_data(data, base.tokenizer, max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
+    return load_data(data, tokenizer_of(base), max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
 
 
 @torch.no_grad()
