@@ -34,7 +34,7 @@ Check = Callable[[str, str], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class CheckedTask:
     """Prompts, and the function that judges an answer to one of them."""
 
     name: str
@@ -90,9 +90,9 @@ class Task:
         return value
 
 
-def load_task(checker: str, prompts: Path, *, max_new_tokens: int = 64) -> Task:
+def load_task(checker: str, prompts: Path, *, max_new_tokens: int = 64) -> CheckedTask:
     """The function and the prompts, both tried: the checker is asked once, about an empty answer. Raises InputError."""
-    task = Task(
+    task = CheckedTask(
         name=checker,
         check=_load_function(checker),
         prompts=tuple((where, _without_answer(messages, where)) for where, messages in read_prompts(prompts)),

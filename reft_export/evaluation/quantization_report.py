@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft_export.console import count, size
-from reft_export.evaluation.checker import Task
+from reft_export.evaluation.checker import CheckedTask
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
@@ -42,7 +42,7 @@ class Yardsticks:
     """What variants are measured with beyond their golden arrays; both are optional."""
 
     text: str | None = None
-    task: Task | None = None
+    task: CheckedTask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ def variant_name(bundle: Bundle) -> str:
     return f"int{q.bits}" if q.scheme == "weight-only" else q.scheme
 
 
-def _agreement(bundle: Bundle, session: Session, tokenizer: Tokenizer, task: Task, answers: Sequence[Sequence[int]]) -> float:
+def _agreement(bundle: Bundle, session: Session, tokenizer: Tokenizer, task: CheckedTask, answers: Sequence[Sequence[int]]) -> float:
     pairs = zip(task.encoded(bundle, tokenizer, session.adapter), answers, strict=True)
     counted = [agreement(session, [*prompt, *answer], len(prompt)) for prompt, answer in pairs]
     return sum(hits for hits, _ in counted) / sum(count for _, count in counted)
