@@ -173,6 +173,12 @@ class Progress:
             self._status.stop()
 
 
+def count(report: Callable[[str], None], text: str, done: int, total: int) -> None:
+    """``Progress.update`` where ``report`` is one; a plain function, which is told of stages alone, hears nothing."""
+    if update := getattr(report, "update", None):
+        update(text, done, total)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     steps = Progress()

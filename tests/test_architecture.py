@@ -33,6 +33,15 @@ BOTTOM_TO_TOP = {
 }
 """Folders, and files beside them: each imports itself and those that are named before it."""
 
+LIGHT = (
+    "reft_export.building.build",
+    "reft_export.folding.fold",
+    "reft_export.importing.importer",
+    "reft_export.quantizing.quantize",
+    "reft_export.quantizing.swap",
+)
+"""What verbs call. They refuse what they can before they import what takes seconds."""
+
 
 def _modules() -> list[Path]:
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
@@ -101,6 +110,29 @@ def test_no_import_runs_up(room: str) -> None:
         if target.startswith(f"{room}.") and order.index(target.split(".")[1]) > order.index(name.split(".")[1])
     ]
     assert not up
+
+
+def _at_head(path: Path) -> set[str]:
+    """Full names of what is imported when the file itself is: not inside functions, nor for types alone."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body += [inner for node in body if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test) for inner in node.body]
+    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("entry", LIGHT)
+def test_what_refuses_brings_no_framework(entry: str) -> None:
+    known = {_name(path): path for path in _modules()}
+    seen, left = {}, [(entry, "")]
+    while left:
+        name, by = left.pop()
+        if name in known and name not in seen:
+            seen[name] = by
+            left += [(target, name) for target in _at_head(known[name])]
+        assert name.partition(".")[0] not in ("torch", "transformers", "onnxruntime"), f"{by} imports {name}"
 
 
 def test_no_module_imports_in_a_circle() -> None:

@@ -101,9 +101,9 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 def _rank(adapter: Any) -> int | None:
     """None of a full-rank method, whose adapters store 0."""
-    from runtimes.edits.methods import FULL_RANK_METHODS
+    from runtimes.edits.methods import METHODS
 
-    return None if adapter.method in FULL_RANK_METHODS else adapter.rank
+    return None if METHODS[adapter.method].full_rank else adapter.rank
 
 
 def inspect_engine(path: Path) -> dict[str, Any]:
