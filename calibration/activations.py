@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
 from runtimes.errors import CalibrationError
 
+FixedKind = Literal["uint8", "int8", "fp8"]
+"""One scale per tensor, calibrated before."""
+Kind = Literal["block", "token", "uint8", "int8", "fp8"]
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-STORED = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), "fp8": FLOAT8}
+STORED: Mapping[FixedKind, np.dtype] = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), "fp8": FLOAT8}
 TOKEN_OFFSET = 128
 """Per-token integers are stored as uint8 around this."""
-LEVELS = {"uint8": (0, 255), "int8": (-127, 127), "fp8": (-448, 448)}
+LEVELS: Mapping[FixedKind, tuple[int, int]] = {"uint8": (0, 255), "int8": (-127, 127), "fp8": (-448, 448)}
 """int8 without -128, so that the grid is symmetric; 448 is the largest E4M3 value."""
-ACTIVATION_OF = {"static": "uint8", "qdq-int8": "int8", "fp8": "fp8"}
+ACTIVATION_OF: Mapping[str, FixedKind] = {"static": "uint8", "qdq-int8": "int8", "fp8": "fp8"}
 """onnxruntime's x86 kernels take uint8 on the left (int8 there: 90 times slower, measured); TensorRT takes no zero point."""
 
 
@@ -30,7 +35,7 @@ class ActivationQuantization:
     fp8     s E4M3(clip(x / s, -448, 448))
     """
 
-    kind: str
+    kind: Kind
     block_size: int = 0
     scale: float = 0.0
     zero_point: int = 0
@@ -39,12 +44,12 @@ class ActivationQuantization:
         """x' of the integers that a graph holds; ``scale`` [.., 1] where it differs by token. E4M3 is read dequantized."""
         if self.kind == "fp8":
             return q
-        if self.kind == "token":
+        if scale is not None:
             return (q - np.float32(TOKEN_OFFSET)) * scale
         return (q - np.float32(self.zero_point)) * np.float32(self.scale)
 
 
-def from_range(kind: str, low: float, high: float, dtype: np.dtype, where: str) -> ActivationQuantization:
+def from_range(kind: FixedKind, low: float, high: float, dtype: np.dtype, where: str) -> ActivationQuantization:
     """The scale (rounded to ``dtype``, the graph's) and zero point that cover [low, high] and 0.
 
     Raises CalibrationError for a range that is empty or not finite.

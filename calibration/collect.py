@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from calibration.collected import Collected
 from calibration.selection import weight_products
+from graph_passes.accessors import input_of, name_of, tensor_of
 from runtimes.artifacts.bundle import BASE_GOLDEN
 from runtimes.ort.session import to_float32
 from runtimes.text.encoded_text import EncodedText, padded
@@ -29,21 +30,21 @@ SAVE_EVERY = 10.0
 
 def product_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> tuple[str, ...]:
     """Names of the values that the quantizable products read, each once, in graph order; not of those by weights in ``float_inputs``."""
-    return tuple(dict.fromkeys(node.inputs[0].name for node in _calibrated(model, float_inputs)))
+    return tuple(dict.fromkeys(name_of(input_of(node, 0)) for node in _calibrated(model, float_inputs)))
 
 
 def _calibrated(model: ir.Model, float_inputs: Collection[str]) -> list[ir.Node]:
-    return [node for node in weight_products(model.graph) if node.inputs[1].name not in float_inputs]
+    return [node for node in weight_products(model.graph) if input_of(node, 1).name not in float_inputs]
 
 
 def expose_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> None:
     """Makes every such value a graph output, in place."""
     existing = {value.name for value in model.graph.outputs}
     for node in _calibrated(model, float_inputs):
-        value = node.inputs[0]
+        value = input_of(node, 0)
         if value.name not in existing:
             existing.add(value.name)
-            value.type = value.type or ir.TensorType(node.inputs[1].const_value.dtype)
+            value.type = value.type or ir.TensorType(tensor_of(input_of(node, 1)).dtype)
             model.graph.outputs.append(value)
 
 

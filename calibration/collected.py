@@ -70,7 +70,9 @@ class Collected:
         """Replaces ``path`` in one step."""
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
-            np.savez_compressed(file, header=np.array(json.dumps(to_json(self.header))), **self._arrays())
+            arrays = {"header": np.array(json.dumps(to_json(self.header))), **self._arrays()}
+            # numpy's stub takes one of the arrays for its allow_pickle.
+            np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

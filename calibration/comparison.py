@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibration.activations import FixedKind
 from calibration.collected import Collected
 from calibration.histogram import Histogram
 from calibration.observers import Observer
@@ -31,7 +32,7 @@ class RangeRow:
 
 
 def compare_with_base(
-    collected: Collected, mixture: Mapping[str, float], observer: Observer, kind: str, ranges: Mapping[str, tuple[float, float]]
+    collected: Collected, mixture: Mapping[str, float], observer: Observer, kind: FixedKind, ranges: Mapping[str, tuple[float, float]]
 ) -> list[RangeRow]:
     """One row per activation, in graph order. ``ranges``: those of the mixture."""
     rows = []

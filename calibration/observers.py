@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.activations import FLOAT8, LEVELS
+from calibration.activations import FLOAT8, LEVELS, FixedKind
 from calibration.histogram import Histogram, mixed
 from runtimes.errors import CalibrationError
 
@@ -38,7 +38,7 @@ class Observer:
     def __str__(self) -> str:
         return f"percentile {self.percentile:g}" if self.name == "percentile" else self.name
 
-    def range(self, parts: list[tuple[float, Histogram]], kind: str) -> tuple[float, float]:
+    def range(self, parts: list[tuple[float, Histogram]], kind: FixedKind) -> tuple[float, float]:
         """(lowest, highest) for weighted histograms; ``kind`` of ``ActivationQuantization``, whose grid mse needs."""
         shares, middles, low, high = mixed(parts)
         if self.name == "minmax" or low == high:
@@ -72,7 +72,7 @@ def _entropy(shares: np.ndarray, middles: np.ndarray, low: float, high: float) -
     return float(bottom), float(top)
 
 
-def _mse(shares: np.ndarray, middles: np.ndarray, low: float, high: float, kind: str) -> tuple[float, float]:
+def _mse(shares: np.ndarray, middles: np.ndarray, low: float, high: float, kind: FixedKind) -> tuple[float, float]:
     seen = shares > 0
     weights, values = shares[seen], middles[seen]
     trials = [(share * low, share * high) for share in np.arange(TRIALS, 0, -1) / TRIALS]
@@ -81,7 +81,7 @@ def _mse(shares: np.ndarray, middles: np.ndarray, low: float, high: float, kind:
     return float(bottom), float(top)
 
 
-def _on_grid(values: np.ndarray, low: float, high: float, kind: str) -> np.ndarray:
+def _on_grid(values: np.ndarray, low: float, high: float, kind: FixedKind) -> np.ndarray:
     """values as the scheme would quantize them, for the range [low, high]."""
     first, last = LEVELS[kind]
     low, high = min(low, 0.0), max(high, 0.0)

@@ -18,6 +18,7 @@ from calibration.activations import TOKEN_OFFSET
 from calibration.qdq import restore_in_graph
 from calibration.weight_only import replace_node
 from calibration.weights import QuantizedWeight, constant
+from graph_passes.accessors import array_of, input_of, producer_of, shape_of
 
 SMALLEST = np.finfo(np.float32).tiny
 """max |x| of a token that is all zeros, in place of 0."""
@@ -71,13 +72,13 @@ def integer_products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def dequantize_integer(node: ir.Node) -> np.ndarray:
     """W' [K, N] float32 of a MatMulInteger written by ``to_matmul_integer``."""
-    q = node.inputs[1].const_value.numpy().astype(np.float32) - node.inputs[3].const_value.numpy().astype(np.float32)
-    return q * _column_scales(node).const_value.numpy()
+    q, zero_points = (array_of(input_of(node, index)).astype(np.float32) for index in (1, 3))
+    return (q - zero_points) * array_of(_column_scales(node))
 
 
 def tokens_of(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """(q, s) that a MatMulInteger and the product by tokens behind it read."""
-    return node.inputs[0], _next(_next(_next(node))).inputs[1]
+    return input_of(node, 0), input_of(_next(_next(_next(node))), 1)
 
 
 def float_inputs(graph: ir.Graph) -> None:
@@ -86,26 +87,28 @@ def float_inputs(graph: ir.Graph) -> None:
         by_column = _next(_next(node))
         last = _next(by_column)
         x = _input_of(node)
-        values = (node.inputs[1], _column_scales(node), node.inputs[3])
-        shape = tuple(node.inputs[1].const_value.shape)
-        restored = restore_in_graph(graph, node, QuantizedWeight(values=values, restored=np.empty(0), shape=shape), 0)
+        q = input_of(node, 1)
+        rows, columns = shape_of(q)
+        values = (q, _column_scales(node), input_of(node, 3))
+        restored = restore_in_graph(graph, node, QuantizedWeight(values=values, restored=np.empty(0), shape=(rows, columns)), 0)
         product = ir.node("MatMul", [x, restored], name=f"{node.name}_restored")
         replace_node(graph, last, product)
 
 
 def _input_of(node: ir.Node) -> ir.Value:
     """x of q = Cast(Add(Round(Mul(x, inverse)), 128))."""
-    cast = node.inputs[0].producer()
-    rounded = cast.inputs[0].producer().inputs[0].producer()
-    return rounded.inputs[0].producer().inputs[0]
+    value = input_of(node, 0)
+    for _ in ("Cast", "Add", "Round", "Mul"):
+        value = input_of(producer_of(value), 0)
+    return value
 
 
 def _column_scales(node: ir.Node) -> ir.Value:
-    return _next(_next(node)).inputs[1]
+    return input_of(_next(_next(node)), 1)
 
 
 def _next(node: ir.Node) -> ir.Node:
-    return node.outputs[0].uses()[0].node
+    return node.outputs[0].consumers()[0]
 
 
 def _shared(graph: ir.Graph, name: str) -> ir.Value:
@@ -115,5 +118,5 @@ def _shared(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def _named(value: ir.Value, suffix: str) -> ir.Value:
-    value.name = value.producer().name = f"{value.name}.{suffix}"
+    value.name = producer_of(value).name = f"{value.name}.{suffix}"
     return value

@@ -12,6 +12,7 @@ from calibration import per_token, qdq
 from calibration.activations import ActivationQuantization
 from calibration.weight_only import CONTRIB, dequantize_embedding, dequantize_nbits
 from calibration.weights import unmap
+from graph_passes.accessors import input_of, int_of, name_of
 
 _SUFFIXES = ("_Q4", "_Q8", "_F8", "_G4", "_G8")
 
@@ -34,19 +35,19 @@ def activation_quantization(model: ir.Model) -> dict[str, ActivationQuantization
     found: dict[str, ActivationQuantization] = {}
     for node in model.graph:
         if node.domain == CONTRIB and node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == 4:
-            block = ActivationQuantization(kind="block", block_size=node.attributes.get_int("block_size"))
-            found[_original_name(node.inputs[1])] = block
+            block = ActivationQuantization(kind="block", block_size=int_of(node, "block_size"))
+            found[_original_name(input_of(node, 1))] = block
     for node in per_token.integer_products(model.graph):
-        found[_original_name(node.inputs[1])] = ActivationQuantization(kind="token")
+        found[_original_name(input_of(node, 1))] = ActivationQuantization(kind="token")
     for node, up in qdq.weight_nodes(model.graph):
         if (how := qdq.activation_of(node)) is not None:
-            found[_original_name(up.inputs[0])] = how
+            found[_original_name(input_of(up, 0))] = how
     return found
 
 
 def quantized_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
     """By the name of the weight, the values from which ``ActivationQuantization.restore`` makes x'; MatMulNBits keeps its own inside."""
-    return {name: tuple(value.name for value in values) for name, values in _stored_inputs(model.graph)}
+    return {name: tuple(map(name_of, values)) for name, values in _stored_inputs(model.graph)}
 
 
 def expose_quantized_inputs(model: ir.Model) -> None:
@@ -60,10 +61,10 @@ def expose_quantized_inputs(model: ir.Model) -> None:
 
 def _stored_inputs(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ...]]]:
     for node in per_token.integer_products(graph):
-        yield _original_name(node.inputs[1]), per_token.tokens_of(node)
+        yield _original_name(input_of(node, 1)), per_token.tokens_of(node)
     for node, up in qdq.weight_nodes(graph):
         if qdq.activation_of(node) is not None:
-            yield _original_name(up.inputs[0]), (qdq.stored_input(node),)
+            yield _original_name(input_of(up, 0)), (qdq.stored_input(node),)
 
 
 def float_activations(model: ir.Model) -> None:
@@ -80,13 +81,13 @@ def _quantized_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
     """(node that holds a quantized weight, the initializer with its integers)"""
     for node in graph:
         if node.domain == CONTRIB and node.op_type == "MatMulNBits":
-            yield node, node.inputs[1]
+            yield node, input_of(node, 1)
         elif node.domain == CONTRIB and node.op_type == "GatherBlockQuantized":
-            yield node, node.inputs[0]
+            yield node, input_of(node, 0)
     for node in per_token.integer_products(graph):
-        yield node, node.inputs[1]
+        yield node, input_of(node, 1)
     for _, up in qdq.weight_nodes(graph):
-        yield up, up.inputs[0]
+        yield up, input_of(up, 0)
 
 
 _RESTORE = {
@@ -98,4 +99,5 @@ _RESTORE = {
 
 
 def _original_name(stored: ir.Value) -> str:
-    return next((stored.name.removesuffix(s) for s in _SUFFIXES if stored.name.endswith(s)), stored.name)
+    name = name_of(stored)
+    return next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)

@@ -16,16 +16,17 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from calibration.activations import FLOAT8, LEVELS, STORED, ActivationQuantization
+from calibration.activations import FLOAT8, LEVELS, STORED, ActivationQuantization, FixedKind, from_range
 from calibration.weight_only import quantize_blocks, unpack
 from calibration.weights import QuantizedWeight, constant
+from graph_passes.accessors import array_of, dtype_of, input_of, name_of, optional_input, producer_of
 from runtimes.errors import CalibrationError
 
 COLUMNS = 1
 """The axis of W [K, N] that has one scale per entry."""
 
 
-def column_weight(name: str, array: np.ndarray, original: np.ndarray, kind: str) -> QuantizedWeight:
+def column_weight(name: str, array: np.ndarray, original: np.ndarray, kind: FixedKind) -> QuantizedWeight:
     """q, scales [N] and zero points [N] of W [K, N]; ``kind`` uint8, int8 or fp8."""
     top = LEVELS["fp8" if kind == "fp8" else "int8"][1]
     scales = np.abs(original).max(axis=0) / top
@@ -52,11 +53,7 @@ def block_weight(name: str, array: np.ndarray, original: np.ndarray, block_size:
     q = unpack(blocks.packed, 4).reshape(columns, rows).T.astype(np.int8) - 8
     scales = np.ascontiguousarray(blocks.scales.T).astype(array.dtype)
     restored = (q.reshape(-1, block_size, columns) * scales[:, None].astype(np.float32)).reshape(rows, columns)
-    packed = ir.tensor(np.ascontiguousarray(q), dtype=ir.DataType.INT4, name=f"{name}_Q4")
-    values = (
-        ir.Value(name=packed.name, const_value=packed, shape=packed.shape, type=ir.TensorType(packed.dtype)),
-        constant(f"{name}_scales", scales),
-    )
+    values = (constant(f"{name}_Q4", np.ascontiguousarray(q), ir.DataType.INT4), constant(f"{name}_scales", scales))
     return QuantizedWeight(values=values, restored=restored, shape=original.shape)
 
 
@@ -65,20 +62,23 @@ def restore_in_graph(graph: ir.Graph, before: ir.Node, weight: QuantizedWeight, 
     attributes = {"axis": 0, "block_size": block_size} if block_size else {"axis": COLUMNS}
     name = weight.values[0].name
     node = ir.node("DequantizeLinear", list(weight.values), attributes, name=f"{name}_dequantize")
-    _name_output(node, f"{name}_dequantized", weight.values[1].dtype, ir.Shape(weight.shape))
+    _name_output(node, f"{name}_dequantized", dtype_of(weight.values[1]), ir.Shape(weight.shape))
     graph.insert_before(before, node)
     return node.outputs[0]
 
 
-def quantize_in_graph(graph: ir.Graph, before: ir.Node, x: ir.Value, how: ActivationQuantization, dtype: ir.DataType) -> ir.Value:
-    """DequantizeLinear(QuantizeLinear(x)) in front of ``before``, with a fixed scale; its output is x'."""
-    zero = np.array(how.zero_point).astype(STORED[how.kind])
+def quantize_in_graph(
+    graph: ir.Graph, before: ir.Node, x: ir.Value, kind: FixedKind, bounds: tuple[float, float], dtype: ir.DataType
+) -> ir.Value:
+    """DequantizeLinear(QuantizeLinear(x)) in front of ``before``, with the scale that covers ``bounds``; its output is x'."""
+    how = from_range(kind, *bounds, dtype.numpy(), name_of(x))
+    zero = np.array(how.zero_point).astype(STORED[kind])
     scale = constant(f"{x.name}_scale", np.array(how.scale, np.float32).astype(dtype.numpy()))
     point = constant(f"{x.name}_zero_point", zero)
     for value in (scale, point):
         graph.register_initializer(value)
     down = ir.node("QuantizeLinear", [x, scale, point], name=f"{x.name}_quantize")
-    _name_output(down, f"{x.name}_quantized", point.dtype, x.shape)
+    _name_output(down, f"{x.name}_quantized", dtype_of(point), x.shape)
     up = ir.node("DequantizeLinear", [down.outputs[0], scale, point], name=f"{x.name}_dequantize")
     _name_output(up, f"{x.name}_dequantized", dtype, x.shape)
     graph.insert_before(before, [down, up])
@@ -92,9 +92,9 @@ def _name_output(node: ir.Node, name: str, dtype: ir.DataType, shape: ir.Shape |
 
 def dequantize_node(node: ir.Node) -> np.ndarray:
     """W' [K, N] float32 of a DequantizeLinear with constant inputs."""
-    q, scales = (value.const_value.numpy().astype(np.float32) for value in node.inputs[:2])
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        q = q - node.inputs[2].const_value.numpy().astype(np.float32)
+    q, scales = (array_of(input_of(node, index)).astype(np.float32) for index in (0, 1))
+    if (zero_points := optional_input(node, 2)) is not None:
+        q = q - array_of(zero_points).astype(np.float32)
     block_size = node.attributes.get_int("block_size", 0)
     if not block_size:
         return q * scales
@@ -103,32 +103,33 @@ def dequantize_node(node: ir.Node) -> np.ndarray:
 
 def activation_of(node: ir.Node) -> ActivationQuantization | None:
     """How the left operand of a MatMul is quantized; None where it is float."""
-    up = node.inputs[0].producer()
-    if up is None or up.op_type != "DequantizeLinear" or (down := up.inputs[0].producer()) is None:
+    up = input_of(node, 0).producer()
+    if up is None or up.op_type != "DequantizeLinear" or (down := input_of(up, 0).producer()) is None:
         return None
-    point = down.inputs[2].const_value.numpy()
-    kind = next(name for name, dtype in STORED.items() if dtype == point.dtype)
-    return ActivationQuantization(kind=kind, scale=float(down.inputs[1].const_value.numpy()), zero_point=int(point.astype(np.float32)))
+    scale, point = (array_of(input_of(down, index)) for index in (1, 2))
+    kind: FixedKind = next(name for name, dtype in STORED.items() if dtype == point.dtype)
+    return ActivationQuantization(kind=kind, scale=float(scale), zero_point=int(point.astype(np.float32)))
 
 
 def stored_input(node: ir.Node) -> ir.Value:
     """The quantized left operand of a MatMul: its integers, or for E4M3, which numpy cannot be handed, what they mean."""
-    up = node.inputs[0].producer()
-    return node.inputs[0] if up.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN else up.inputs[0]
+    restored = input_of(node, 0)
+    stored = input_of(producer_of(restored), 0)
+    return restored if stored.dtype == ir.DataType.FLOAT8E4M3FN else stored
 
 
 def weight_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
     """(MatMul, DequantizeLinear of its weight) in graph order."""
     for node in graph:
         if node.domain == "" and node.op_type == "MatMul":
-            up = node.inputs[1].producer()
-            if up is not None and up.op_type == "DequantizeLinear" and up.inputs[0].is_initializer():
+            up = input_of(node, 1).producer()
+            if up is not None and up.op_type == "DequantizeLinear" and input_of(up, 0).is_initializer():
                 yield node, up
 
 
 def float_inputs(graph: ir.Graph) -> None:
     """Takes the fixed quantization of activations out again: every product reads x in place of x'."""
     for up in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        down = up.inputs[0].producer()
+        down = input_of(up, 0).producer()
         if down is not None and down.op_type == "QuantizeLinear":
-            up.outputs[0].replace_all_uses_with(down.inputs[0])
+            up.outputs[0].replace_all_uses_with(input_of(down, 0))

@@ -12,11 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration import per_token, qdq
-from calibration.activations import ACTIVATION_OF, from_range
-from calibration.selection import select
+from calibration.activations import ACTIVATION_OF
+from calibration.selection import select, weight_name
 from calibration.settings import QuantizationSettings
 from calibration.weight_only import CONTRIB, nbits_weight, quantize_embedding, to_matmul_nbits
 from calibration.weights import QuantizedWeight, WeightError, relative_error, unmap
+from graph_passes.accessors import array_of, dtype_of, input_of, name_of, tensor_of
 from runtimes.errors import CalibrationError
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -28,10 +29,9 @@ BLOCKED_OPSET = 21
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedGraph:
-    """``kept``: weights that were left in float by choice."""
-
     errors: tuple[WeightError, ...]
-    kept: tuple[str, ...]
+    float_weights: tuple[str, ...]
+    """Those that were left in float by choice."""
 
 
 def quantize_graph(
@@ -50,10 +50,11 @@ def quantize_graph(
     Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
     """
     graph = model.graph
-    kept = float_inputs if settings.kind.activations else ()
-    selection = select(graph, settings.keep_high, lm_head=settings.lm_head, kept=kept)
+    left = float_inputs if settings.kind.activations else ()
+    selection = select(graph, settings.keep_high, lm_head=settings.lm_head, float_weights=left)
     if settings.kind.activations == "static":
-        missing = [node.inputs[0].name for node in selection.products if node.inputs[0].name not in (ranges or {})]
+        inputs = [name_of(input_of(node, 0)) for node in selection.products]
+        missing = [name for name in inputs if name not in (ranges or {})]
         if missing:
             raise CalibrationError(f"there is no range for {missing[0]} and {len(missing) - 1} more inputs; calibrate this graph again")
     _raise_opset(model, settings)
@@ -61,14 +62,14 @@ def quantize_graph(
     done: dict[str, QuantizedWeight] = {}
     rewrite = _Rewrite(graph, settings, ranges or {}, frozenset(float_inputs))
     for index, node in enumerate(selection.products):
-        weight = node.inputs[1]
-        if weight.name not in done:
-            done[weight.name], error = _quantize_one(weight, settings)
+        weight, name = input_of(node, 1), weight_name(node)
+        if name not in done:
+            done[name], error = _quantize_one(weight, settings)
             errors.append(error)
             unmap(weight)
-            for value in done[weight.name].values:
+            for value in done[name].values:
                 graph.register_initializer(value)
-        rewrite(node, done[weight.name])
+        rewrite(node, done[name])
         if on_weight:
             on_weight(index + 1, len(selection.products))
     if settings.embeddings:
@@ -77,7 +78,7 @@ def quantize_graph(
         del graph.initializers[name]
     if settings.scheme == "weight-only" or settings.embeddings:
         model.opset_imports[CONTRIB] = 1
-    return QuantizedGraph(errors=tuple(errors), kept=selection.kept)
+    return QuantizedGraph(errors=tuple(errors), float_weights=selection.float_weights)
 
 
 class _Rewrite:
@@ -90,45 +91,45 @@ class _Rewrite:
         self.weights: dict[str, ir.Value] = {}
 
     def __call__(self, node: ir.Node, weight: QuantizedWeight) -> None:
-        x, scheme = node.inputs[0], self.settings.scheme
+        x, scheme = input_of(node, 0), self.settings.scheme
         if scheme == "weight-only":
-            to_matmul_nbits(self.graph, node, weight, self.settings, float_input=node.inputs[1].name in self.float_inputs)
+            to_matmul_nbits(self.graph, node, weight, self.settings, float_input=weight_name(node) in self.float_inputs)
         elif scheme == "dynamic":
             if x not in self.tokens:
                 self.tokens[x] = per_token.quantize_tokens(self.graph, node, x)
             per_token.to_matmul_integer(self.graph, node, weight, self.tokens[x])
         else:
-            name = weight.values[0].name
+            name = name_of(weight.values[0])
             if name not in self.weights:
                 self.weights[name] = qdq.restore_in_graph(self.graph, node, weight, self.settings.block_size)
             node.replace_input_with(1, self.weights[name])
             if scheme in ACTIVATION_OF:
-                node.replace_input_with(0, self._fixed(node, x, weight.values[1].dtype))
+                node.replace_input_with(0, self._fixed(node, x, dtype_of(weight.values[1])))
 
     def _fixed(self, node: ir.Node, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         if x not in self.inputs:
-            how = from_range(ACTIVATION_OF[self.settings.scheme], *self.ranges[x.name], dtype.numpy(), x.name)
-            self.inputs[x] = qdq.quantize_in_graph(self.graph, node, x, how, dtype)
+            kind, bounds = ACTIVATION_OF[self.settings.scheme], self.ranges[name_of(x)]
+            self.inputs[x] = qdq.quantize_in_graph(self.graph, node, x, kind, bounds, dtype)
         return self.inputs[x]
 
 
 def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[QuantizedWeight, WeightError]:
-    array = weight.const_value.numpy()
+    name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(original).all():
-        raise CalibrationError(f"weight {weight.name} holds values that are not finite; the checkpoint is damaged")
+        raise CalibrationError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
     if settings.scheme == "weight-only":
-        quantized = nbits_weight(weight.name, array, original, settings)
+        quantized = nbits_weight(name, array, original, settings)
     elif settings.scheme == "qdq-int4":
-        quantized = qdq.block_weight(weight.name, array, original, settings.block_size)
+        quantized = qdq.block_weight(name, array, original, settings.block_size)
     else:
         kind = ACTIVATION_OF.get(settings.scheme, "uint8")
-        quantized = qdq.column_weight(weight.name, array, original, kind)
+        quantized = qdq.column_weight(name, array, original, kind)
     error = WeightError(
-        name=weight.name,
+        name=name,
         relative=relative_error(original, quantized.restored),
         bytes_before=array.nbytes,
-        bytes_after=sum(int(value.const_value.nbytes) for value in quantized.values),
+        bytes_after=sum(int(tensor_of(value).nbytes) for value in quantized.values),
     )
     # Only what replaces the weight is kept: the restored one is as large as the original.
     return QuantizedWeight(values=quantized.values, restored=np.empty(0), shape=quantized.shape), error

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
+from graph_passes.accessors import input_of, name_of, optional_input, shape_of
 from runtimes.errors import CalibrationError
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -18,10 +19,9 @@ _ALIASES = ("Reshape", "Cast", "Unsqueeze", "Squeeze", "Identity")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """``kept``: names of the weights that stay in float by choice."""
-
     products: tuple[ir.Node, ...]
-    kept: tuple[str, ...]
+    float_weights: tuple[str, ...]
+    """Names of the weights that stay in float by choice."""
 
 
 def weight_products(graph: ir.Graph) -> list[ir.Node]:
@@ -29,7 +29,13 @@ def weight_products(graph: ir.Graph) -> list[ir.Node]:
 
     The edit's own products are not among them: they stand in the model-local function, and their banks are graph inputs.
     """
-    return [node for node in graph if node.domain == "" and node.op_type == "MatMul" and constant_matrix(node.inputs[1]) is not None]
+    return [
+        node for node in graph if node.domain == "" and node.op_type == "MatMul" and constant_matrix(optional_input(node, 1)) is not None
+    ]
+
+
+def weight_name(product: ir.Node) -> str:
+    return name_of(input_of(product, 1))
 
 
 def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
@@ -37,7 +43,9 @@ def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
     found: dict[ir.Value, ir.Node] = {}
     for node in graph:
         for value in node.inputs:
-            stored = None if value is None or not value.is_initializer() else value.const_value
+            if value is None or not value.is_initializer():
+                continue
+            stored = value.const_value
             # Constants of rank 0 and 1 are zero points, and truth values of a mask.
             if stored is not None and len(stored.shape) > 1 and stored.dtype.bitwidth <= 8 and stored.dtype != ir.DataType.BOOL:
                 found.setdefault(value, node)
@@ -50,35 +58,36 @@ def constant_matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if len(value.const_value.shape) == 2 else None
 
 
-def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, kept: Collection[str] = ()) -> Selection:
-    """The products to quantize; ``kept`` names weights that stay in float beside those that ``keep_high`` fits.
+def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, float_weights: Collection[str] = ()) -> Selection:
+    """The products to quantize; ``float_weights`` stay in float beside those that ``keep_high`` fits.
 
     Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize.
     """
     products = weight_products(graph)
     if not products:
         raise CalibrationError("the graph has no MatMul with a constant weight; it is quantized already, or is not a decoder")
-    head = head_product(graph, products)
-    names = [node.inputs[1].name for node in products]
-    kept = set(kept) if lm_head or head is None else {head.inputs[1].name, *kept}
+    head_node = head_product(graph, products)
+    head = None if head_node is None else weight_name(head_node)
+    names = [weight_name(node) for node in products]
+    high = set(float_weights) if lm_head or head is None else {head, *float_weights}
     for pattern in keep_high:
-        fits = _matcher(pattern, None if head is None else head.inputs[1].name)
+        fits = _matcher(pattern, head)
         found = {name for name in names if fits(name)}
         if not found:
             shown = ", ".join(names[:3])
             raise CalibrationError(f"--keep-high {pattern!r} fits none of the {len(names)} weights; they are called {shown}, ..")
-        kept |= found
-    chosen = tuple(node for node in products if node.inputs[1].name not in kept)
+        high |= found
+    chosen = tuple(node for node in products if weight_name(node) not in high)
     if not chosen:
         raise CalibrationError("every weight is kept in float: nothing is left to quantize; name fewer with --keep-high")
-    return Selection(products=chosen, kept=tuple(name for name in dict.fromkeys(names) if name in kept))
+    return Selection(products=chosen, float_weights=tuple(name for name in dict.fromkeys(names) if name in high))
 
 
 def head_product(graph: ir.Graph, products: Sequence[ir.Node]) -> ir.Node | None:
     """The product with as many columns as there are logits: the last one, where several have."""
     logits = next((v for v in graph.outputs if v.name == "logits"), None)
     vocabulary = None if logits is None or logits.shape is None else logits.shape[-1]
-    return next((node for node in reversed(products) if node.inputs[1].const_value.shape[1] == vocabulary), None)
+    return next((node for node in reversed(products) if shape_of(input_of(node, 1))[1] == vocabulary), None)
 
 
 def token_embedding(graph: ir.Graph) -> ir.Node:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from runtimes.errors import CalibrationError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+SchemeName = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"]
+Method = Literal["rtn", "hqq"]
+_Name = TypeVar("_Name", bound=str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +20,13 @@ class Scheme:
 
     bits: tuple[int, ...]
     """The first is the default."""
-    runtime: str
-    """onnxruntime or tensorrt: whose operators the graph is written in."""
-    activations: str = ""
+    runtime: Literal["onnxruntime", "tensorrt"]
+    """Whose operators the graph is written in."""
+    activations: Literal["", "dynamic", "static"] = ""
     """"" (float), "dynamic" (one scale per token, taken as it runs) or "static" (one scale per tensor, calibrated before)."""
     blockwise: bool = False
     """One scale per block of input values; else one per output column."""
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[Precision, ...] = ("fp32",)
     """Float types of the bundles it starts from."""
     opset: int = 13
     """What its operators need."""
@@ -27,7 +34,7 @@ class Scheme:
     """Whether the head is quantized unless asked otherwise. Fixed activation ranges cost it most, so ModelOpt leaves it out too."""
 
 
-SCHEMES = {
+SCHEMES: Mapping[SchemeName, Scheme] = {
     "weight-only": Scheme(bits=(4, 8), runtime="onnxruntime", blockwise=True),
     "dynamic": Scheme(bits=(8,), runtime="onnxruntime", activations="dynamic", opset=18),
     "static": Scheme(bits=(8,), runtime="onnxruntime", activations="static", lm_head=False),
@@ -38,7 +45,7 @@ SCHEMES = {
 """Activations are quantized in float32 graphs only: float16's own rounding moves values across the levels of the grid, and no reference
 could tell that from a fault (measured: 3 to 10 % of the largest logit, where 2 % is the budget)."""
 
-METHODS = ("rtn", "hqq")
+METHODS: tuple[Method, ...] = ("rtn", "hqq")
 ELSEWHERE = {
     "gptq": "onnxruntime's GPTQ returns weights without their scales and feeds a graph that it loads whole; quantize the checkpoint with "
     "GPTQModel, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
@@ -57,9 +64,9 @@ class QuantizationSettings:
     ``accuracy_level`` 4 multiplies in int8 (activations quantized per block, the fast path of weight-only); 1 multiplies in float32.
     """
 
-    scheme: str = "weight-only"
+    scheme: SchemeName = "weight-only"
     bits: int = 4
-    method: str = "rtn"
+    method: Method = "rtn"
     block_size: int = 32
     """0: one scale per output column."""
     symmetric: bool = True
@@ -71,7 +78,7 @@ class QuantizationSettings:
     """Bits of the token embedding; 0 leaves it in float."""
 
     def __post_init__(self) -> None:
-        scheme = check_scheme(self.scheme)
+        scheme = SCHEMES[check_scheme(self.scheme)]
         if self.bits not in scheme.bits:
             other = ", ".join(name for name, s in SCHEMES.items() if self.bits in s.bits)
             raise CalibrationError(
@@ -82,21 +89,24 @@ class QuantizationSettings:
             raise CalibrationError(f"block size {self.block_size} is not a power of two from 16 on")
         if not scheme.blockwise and self.block_size:
             raise CalibrationError(f"--scheme {self.scheme} has one scale per output column and takes no block size")
+        self._check_products()
+        self._check_embeddings(scheme)
+
+    def _check_products(self) -> None:
+        """What MatMulNBits alone can do, and hqq alone."""
         if self.accuracy_level not in (0, 1, 4):
             raise CalibrationError(f"accuracy level {self.accuracy_level} is unknown; 1 is exact, 4 is fast")
         if self.accuracy_level == 4 and (self.scheme != "weight-only" or self.method == "hqq"):
             what = "--method hqq, whose zero points are not whole numbers," if self.method == "hqq" else f"--scheme {self.scheme}"
             raise CalibrationError(f"{what} has no accuracy level 4; leave it out, or use --scheme weight-only --method rtn")
-        if self.method in ELSEWHERE:
-            raise CalibrationError(f"--method {self.method} is not served: {ELSEWHERE[self.method]}")
-        if self.method not in METHODS:
-            raise CalibrationError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        if self.method != "rtn" and self.scheme != "weight-only":
+        if check_method(self.method) != "rtn" and self.scheme != "weight-only":
             raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use rtn")
         if self.method == "hqq" and self.bits != 4:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
+
+    def _check_embeddings(self, scheme: Scheme) -> None:
         if self.embeddings not in EMBEDDINGS:
             raise CalibrationError(f"the embedding is quantized to 4 or 8 bits, not {self.embeddings}")
         if self.embeddings and scheme.runtime == "tensorrt":
@@ -110,10 +120,21 @@ class QuantizationSettings:
         return SCHEMES[self.scheme]
 
 
-def check_scheme(name: str) -> Scheme:
-    if name not in SCHEMES:
-        raise CalibrationError(f"--scheme {name!r} is unknown; known: {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+def check_scheme(name: str) -> SchemeName:
+    return _known(name, SCHEMES, "--scheme")
+
+
+def check_method(name: str) -> Method:
+    if name in ELSEWHERE:
+        raise CalibrationError(f"--method {name} is not served: {ELSEWHERE[name]}")
+    return _known(name, METHODS, "--method")
+
+
+def _known(name: str, names: Collection[_Name], option: str) -> _Name:
+    found = next((known for known in names if known == name), None)
+    if found is None:
+        raise CalibrationError(f"{option} {name!r} is unknown; known: {', '.join(names)}")
+    return found
 
 
 def settings_for(
@@ -129,12 +150,12 @@ def settings_for(
     embeddings: int = 0,
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do."""
-    kind = check_scheme(scheme)
-    fast = scheme == "weight-only" and method == "rtn"
+    name = check_scheme(scheme)
+    kind, fast = SCHEMES[name], name == "weight-only" and method == "rtn"
     return QuantizationSettings(
-        scheme=scheme,
+        scheme=name,
         bits=kind.bits[0] if bits is None else bits,
-        method=method,
+        method=check_method(method),
         block_size=(32 if kind.blockwise else 0) if block_size is None else block_size,
         symmetric=symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from calibration.selection import token_embedding
 from calibration.settings import QuantizationSettings
 from calibration.weights import QuantizedWeight, constant
+from graph_passes.accessors import array_of, input_of, int_of, name_of, optional_input, tensor_of
 from runtimes.errors import CalibrationError
 
 CONTRIB = "com.microsoft"
@@ -103,21 +104,21 @@ def quantize_embedding(graph: ir.Graph, bits: int, block_size: int) -> tuple[str
     Raises CalibrationError where D is no multiple of the block size: the operator's rows have no partial blocks.
     """
     node = token_embedding(graph)
-    table = node.inputs[0]
-    array = table.const_value.numpy()
+    table = input_of(node, 0)
+    name, array = name_of(table), array_of(table)
     if array.shape[1] % block_size:
-        raise CalibrationError(f"{table.name} has rows of {array.shape[1]}, no multiple of block size {block_size}; use a smaller one")
+        raise CalibrationError(f"{name} has rows of {array.shape[1]}, no multiple of block size {block_size}; use a smaller one")
     original = np.ascontiguousarray(array.T, np.float32)
     blocks = quantize_blocks(original, bits=bits, block_size=block_size)
     scales = blocks.scales.astype(array.dtype)
-    values = [constant(f"{table.name}_G{bits}", blocks.packed.reshape(array.shape[0], -1)), constant(f"{table.name}_row_scales", scales)]
+    values = [constant(f"{name}_G{bits}", blocks.packed.reshape(array.shape[0], -1)), constant(f"{name}_row_scales", scales)]
     for value in values:
         graph.register_initializer(value)
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block_size, "bits": bits}
     new = ir.node("GatherBlockQuantized", [values[0], node.inputs[1], values[1]], attributes, domain=CONTRIB, name=f"{node.name}_Q{bits}")
     replace_node(graph, node, new)
     restored = dequantize(blocks.packed, scales, None, bits, block_size, *original.shape)
-    return table.name, original, restored, sum(v.const_value.nbytes for v in values)
+    return name, original, restored, sum(tensor_of(value).nbytes for value in values)
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, *new: ir.Node) -> None:
@@ -141,18 +142,18 @@ def _root_logger_kept() -> Iterator[None]:
 
 def dequantize_nbits(node: ir.Node) -> np.ndarray:
     """W [K, N] float32 of a MatMulNBits node."""
-    get = node.attributes.get_int
-    zero_points = node.inputs[3].const_value.numpy() if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])
-    return dequantize(packed, scales, zero_points, get("bits", 4), get("block_size"), get("K"), get("N"))
+    bits, block_size, rows, columns = node.attributes.get_int("bits", 4), *(int_of(node, name) for name in ("block_size", "K", "N"))
+    zero_points = optional_input(node, 3)
+    packed, scales = (array_of(input_of(node, index)) for index in (1, 2))
+    return dequantize(packed, scales, None if zero_points is None else array_of(zero_points), bits, block_size, rows, columns)
 
 
 def dequantize_embedding(node: ir.Node) -> np.ndarray:
     """W [V, D] float32 of a GatherBlockQuantized node."""
-    get = node.attributes.get_int
-    packed, scales = (node.inputs[i].const_value.numpy() for i in (0, 2))
-    width = scales.shape[1] * get("block_size")
-    return np.ascontiguousarray(dequantize(packed, scales, None, get("bits"), get("block_size"), width, packed.shape[0]).T)
+    bits, block_size = int_of(node, "bits"), int_of(node, "block_size")
+    packed, scales = (array_of(input_of(node, index)) for index in (0, 2))
+    width = scales.shape[1] * block_size
+    return np.ascontiguousarray(dequantize(packed, scales, None, bits, block_size, width, packed.shape[0]).T)
 
 
 def dequantize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.find.dominators import describe
+from graph_passes.accessors import describe, input_of, int_of
 from graph_passes.find.streams import value_width
 from runtimes.errors import GraphError
 
@@ -32,10 +32,10 @@ def fix_cache_shapes(model: ir.Model) -> None:
 
 
 def _heads(node: ir.Node) -> tuple[int, int]:
-    heads, queries = node.attributes.get_int("kv_num_heads"), node.attributes.get_int("num_heads")
+    heads, queries = int_of(node, "kv_num_heads"), int_of(node, "num_heads")
     separate = node.inputs[_VALUE] is not None
     parts = heads if separate else queries + 2 * heads
-    columns = value_width(node.inputs[_VALUE if separate else _QUERY])
+    columns = value_width(input_of(node, _VALUE if separate else _QUERY))
     if columns is None or columns % parts:
         raise GraphError(
             f"the head width of {describe(node)} cannot be told: {columns} columns for {parts} heads; run ONNX shape inference over the "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graph_passes.find.dominators import describe
+from graph_passes.accessors import describe
 from runtimes.errors import GraphError
 
 MODEL_FILE = "model.onnx"
@@ -43,7 +43,7 @@ def check_external_data(model: ir.Model, folder: Path) -> None:
     """Raises GraphError for the first external tensor that ``folder`` does not hold in full; no data is read."""
     sizes: dict[str, int] = {}
     for tensor in _external_tensors(model):
-        location = tensor.location
+        location = _checked_location(tensor)
         if location not in sizes:
             sizes[location] = _checked_size(folder, location, tensor)
         needed = math.ceil(tensor.nbytes)
@@ -95,8 +95,9 @@ def _check_wiring(model: ir.Model, path: Path) -> None:
             raise GraphError(f"{path}: the name {name!r} is not UTF-8; {remedy}")
     for node in nodes:
         for value in node.inputs:
-            known = value is None or value.name == "" or value.producer() is not None
-            if not known and not value.is_graph_input() and not value.is_initializer():
+            if value is None or value.name == "" or value.producer() is not None:
+                continue
+            if not value.is_graph_input() and not value.is_initializer():
                 raise GraphError(f"{path}: node {describe(node)} reads {value.name!r}, which nothing computes; {remedy}")
 
 
@@ -113,12 +114,19 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                     yield attribute.value
 
 
+def _checked_location(tensor: ir.ExternalTensor) -> str:
+    location = tensor.location
+    if not isinstance(location, str) or "\0" in location:
+        # Bytes here mean that the name is not UTF-8.
+        raise GraphError(
+            f"weight {tensor.name!r} is stored in {location!r}, which is not a file name; the graph is damaged: export it again"
+        )
+    return location
+
+
 def _checked_size(folder: Path, location: str, tensor: ir.ExternalTensor) -> int:
     """Bytes of the data file at ``location``, which must be a file inside ``folder`` under one name."""
     where = f"weight {tensor.name!r} is stored in {location!r}"
-    if not isinstance(location, str) or "\0" in location:
-        # Bytes here mean that the name is not UTF-8.
-        raise GraphError(f"{where}, which is not a file name; the graph is damaged: export it again")
     path = folder / location
     if os.path.isabs(location) or not path.resolve().is_relative_to(folder.resolve()):
         raise GraphError(f"{where}, which leaves the graph's folder {folder}; copy the data file itself into that folder (cp -L)")

@@ -1,6 +1,6 @@
 """Folds edits into a decoder graph: the one entry point over finding, inserting and checking.
 
-Fusions ahead of insertion: none are made, because none that were measured pay for what they cost.
+No fusions are made ahead of insertion, because none that were measured pay for what they cost.
 
 Measured on a Llama (hidden 512, 8 layers, vocabulary 8000; dynamo export at opset 20, float32) with onnxruntime 1.31 on CPU, one thread,
 against the graph as exported under ORT_ENABLE_ALL. Ratios of CPU time, geometric means over 6 processes, minima / medians:
@@ -29,9 +29,6 @@ from graph_passes.find.contract import check_history
 from graph_passes.find.edge_llm import is_edge_llm
 from graph_passes.insert import insert_edits
 from runtimes.edits.op import EditNode
-from runtimes.errors import GraphError
-
-LEVELS = ("none",)
 
 
 def fold_graph(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "graph", per_token: bool = False) -> None:
@@ -59,12 +56,3 @@ def fold_file(
     model = load_graph(source)
     fold_graph(model, nodes, slots=slots, per_token=per_token)
     write_graph(model, destination)
-
-
-def fuse(model: ir.Model, *, level: str = "none") -> None:
-    """Fuses ``model`` in place at ``level``; "none", the only one, leaves it as it is. Raises GraphError for any other."""
-    if level not in LEVELS:
-        raise GraphError(
-            f"fusion level {level!r} does not exist, use one of: {', '.join(LEVELS)}; graphs that another tool has fused can be "
-            "folded as they are"
-        )

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.accessors import array_of, input_of, name_of, shape_of, tensor_of
 from graph_passes.find.dominators import read_values
 from runtimes.artifacts.bundle import WeightSource
 from runtimes.artifacts.task_names import HEAD_PREFIX
@@ -30,17 +31,17 @@ def expose_head(model: ir.Model, sources: Mapping[str, WeightSource], parameters
     head = {}
     for parameter in parameters:
         value = graph.initializers[holders[parameter]]
-        head[f"{HEAD_PREFIX}{parameter}"] = sources[value.name]
+        head[f"{HEAD_PREFIX}{parameter}"] = sources[holders[parameter]]
         value.name = f"{HEAD_PREFIX}{parameter}"
-        value.type = ir.TensorType(value.const_value.dtype)
-        value.shape = ir.Shape(value.const_value.shape)
+        value.type = ir.TensorType(tensor_of(value).dtype)
+        value.shape = ir.Shape(shape_of(value))
         graph.inputs.append(value)
     return head
 
 
 def head_defaults(model: ir.Model, head: Collection[str]) -> dict[str, np.ndarray]:
     """The base's own head as the graph holds it, by initializer name."""
-    return {name: model.graph.initializers[name].const_value.numpy() for name in head}
+    return {name: array_of(model.graph.initializers[name]) for name in head}
 
 
 def locate_head(model: ir.Model, end: ir.Value, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightSource]:
@@ -61,14 +62,14 @@ def locate_head(model: ir.Model, end: ir.Value, shapes: Mapping[str, tuple[int, 
         )
     sources = {}
     for ((weight_name, weight_shape), (bias_name, bias_shape)), (weight, transpose, bias) in zip(pairs, found, strict=True):
-        shown = tuple(weight.const_value.shape)[:: -1 if transpose else 1], tuple(bias.const_value.shape)
+        shown = shape_of(weight)[:: -1 if transpose else 1], shape_of(bias)
         if shown != (tuple(weight_shape), tuple(bias_shape)):
             raise GraphError(
                 f"{weight.name} and {bias.name} behind the last block are [out, in] {list(shown[0])} and {list(shown[1])}, the adapter's "
                 f"{weight_name} is {list(weight_shape)}; pass the graph of the base it was trained on"
             )
-        sources[weight.name] = WeightSource(parameter=weight_name, transpose=transpose)
-        sources[bias.name] = WeightSource(parameter=bias_name)
+        sources[name_of(weight)] = WeightSource(parameter=weight_name, transpose=transpose)
+        sources[name_of(bias)] = WeightSource(parameter=bias_name)
     return sources
 
 
@@ -82,11 +83,11 @@ def _linear_layers(graph: ir.Graph, end: ir.Value) -> list[tuple[ir.Value, bool,
         behind.update(node.outputs)
         if node.op_type not in ("MatMul", "Gemm"):
             continue
-        weight = node.inputs[1]
+        weight = input_of(node, 1)
         readers = [use.node for use in node.outputs[0].uses()]
         biases = node.inputs[2:3] if node.op_type == "Gemm" else [v for n in readers if n.op_type == "Add" for v in n.inputs]
         bias = next((v for v in biases if v is not None and v.is_initializer() and v.const_value is not None), None)
-        if weight is None or not weight.is_initializer() or weight.const_value is None or bias is None:
+        if not weight.is_initializer() or weight.const_value is None or bias is None:
             continue
         stored_out_in = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
         layers.append((weight, not stored_out_in, bias))

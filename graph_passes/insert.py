@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.find.dominators import Dominators, describe
+from graph_passes.accessors import describe, input_of, producer_of
+from graph_passes.find.dominators import Dominators
 from graph_passes.find.sites import SiteLocation, locate_sites
 from graph_passes.find.skip_norms import refuse_training_norm, split_skip_norm
 from graph_passes.find.streams import StreamType, stream_types
@@ -98,7 +99,7 @@ class InsertEdits(ir.passes.InPlacePass):
         if missing or len(inserted) != len(self.nodes):
             raise GraphError(f"the graph carries {len(inserted)} of {len(self.nodes)} edits; missing: {', '.join(missing) or 'none'}")
         for node in inserted.values():
-            stream = node.inputs[0]
+            stream = input_of(node, 0)
             left = [describe(use.node) for use in stream.uses() if use.node is not node]
             if left or stream.is_graph_output():
                 raise GraphError(f"{', '.join(left) or 'a graph output'} still reads {stream.name!r} before {node.name}")
@@ -113,6 +114,11 @@ class InsertEdits(ir.passes.InPlacePass):
 def is_edit(node: ir.Node) -> bool:
     """Whether ``node`` is an edit: LoReFT or RED of domain ai.reft."""
     return node.domain == DOMAIN and node.op_type in OPS
+
+
+def banks_of(edit: ir.Node) -> list[ir.Value]:
+    """What an edit reads behind its stream and its slots."""
+    return [value for value in edit.inputs[2:] if value is not None]
 
 
 def refuse_folded(model: ir.Model) -> None:
@@ -152,8 +158,6 @@ def _insert_behind(graph: ir.Graph, value: ir.Value, group: Sequence[EditNode], 
     # Snapshot: the edit itself becomes a consumer of the value and must not be rewired onto its own output.
     consumers = value.uses()
     output_positions = [index for index, output in enumerate(graph.outputs) if output is value]
-    producer = value.producer()
-    assert producer is not None
     edited = value
     inserted = []
     for edit in group:
@@ -170,7 +174,7 @@ def _insert_behind(graph: ir.Graph, value: ir.Value, group: Sequence[EditNode], 
         edited.type = ir.TensorType(kind.dtype)
         edited.shape = value.shape
         inserted.append(node)
-    graph.insert_after(producer, inserted)
+    graph.insert_after(producer_of(value), inserted)
     for consumer, index in consumers:
         consumer.replace_input_with(index, edited)
     if output_positions:

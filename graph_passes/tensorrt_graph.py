@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.accessors import dtype_of, name_of
 from graph_passes.function_body import use_bodies
-from graph_passes.insert import is_edit
+from graph_passes.insert import banks_of, is_edit
 from graph_passes.unfold import unfold_graph
 from runtimes.artifacts.bundle import TensorRecord
 from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
@@ -106,17 +107,17 @@ def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
 def _freeze(graph: ir.Graph, tensors: Mapping[str, np.ndarray]) -> None:
     """Makes constants of the named initializers, which stop being inputs."""
     names = _ours(graph) - {PROMPT_LENGTH}
-    ours = {value.name: value for value in graph.inputs if value.name in names}
+    ours = {name_of(value): value for value in graph.inputs if value.name in names}
     if different := sorted(set(ours) ^ set(tensors)):
         has, lacks = ("the graph", "the adapter") if different[0] in ours else ("the adapter", "the graph")
         raise GraphError(f"{has} has {different[0]!r}, {lacks} does not ({len(different)} such names); export the bundle again")
     for name, value in ours.items():
-        array = np.ascontiguousarray(tensors[name])
+        array, dtype = np.ascontiguousarray(tensors[name]), dtype_of(value).numpy()
         expected = tuple(dim if isinstance(dim, int) else None for dim in value.shape or ())
         fits = len(expected) == array.ndim and all(want in (None, got) for want, got in zip(expected, array.shape, strict=True))
-        if array.dtype != value.dtype.numpy() or not fits:
+        if array.dtype != dtype or not fits:
             raise GraphError(
-                f"the adapter's {name!r} is {array.dtype} {list(array.shape)}, the graph reads {value.dtype.numpy()} "
+                f"the adapter's {name!r} is {array.dtype} {list(array.shape)}, the graph reads {dtype} "
                 f"{[dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()]}; export the bundle again"
             )
         value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
@@ -138,8 +139,8 @@ def _strip_defaults(graph: ir.Graph) -> None:
 
 def _ours(graph: ir.Graph) -> set[str]:
     """Every bank and rule that the graph reads."""
-    banks = {value.name for node in graph if is_edit(node) for value in node.inputs[2:] if value is not None}
-    return banks | {value.name for value in graph.inputs if value.name in RULE_DEFAULTS}
+    banks = {name_of(bank) for node in graph if is_edit(node) for bank in banks_of(node)}
+    return banks | {name_of(value) for value in graph.inputs if value.name in RULE_DEFAULTS}
 
 
 def _drop_inputs(graph: ir.Graph, names: Sequence[str] | Mapping[str, object]) -> None:
@@ -148,5 +149,7 @@ def _drop_inputs(graph: ir.Graph, names: Sequence[str] | Mapping[str, object]) -
 
 
 def _record(value: ir.Value) -> TensorRecord:
+    if value.shape is None:
+        raise GraphError(f"{value.name!r}, an input or output of the graph, has no shape; run ONNX shape inference over the graph first")
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+    return TensorRecord(name=name_of(value), dtype=dtype_of(value).name.lower(), shape=shape)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.insert import is_edit
+from graph_passes.accessors import input_of, name_of
+from graph_passes.insert import banks_of, is_edit
 from runtimes.edits.op import DOMAIN, RULE_DEFAULTS
 
 
@@ -17,9 +18,9 @@ def unfold_graph(model: ir.Model) -> int:
     """
     graph = model.graph
     edits = [node for node in graph if is_edit(node)]
-    banks = {value.name for node in edits for value in node.inputs[2:] if value is not None}
+    banks = {bank.name for node in edits for bank in banks_of(node)}
     for node in edits:
-        stream, edited = node.inputs[0], node.outputs[0]
+        stream, edited = input_of(node, 0), node.outputs[0]
         # The fold left a graph output's name with the edited value, and gave the stream another one.
         name = edited.name if edited.is_graph_output() else None
         ir.convenience.replace_all_uses_with(edited, stream, replace_graph_outputs=True)
@@ -32,6 +33,6 @@ def unfold_graph(model: ir.Model) -> int:
     for value in list(graph.inputs):
         if value.name in banks or value.name in RULE_DEFAULTS:
             graph.inputs.remove(value)
-            graph.initializers.pop(value.name, None)
+            graph.initializers.pop(name_of(value), None)
     model.opset_imports.pop(DOMAIN, None)
     return len(edits)

@@ -1,19 +1,21 @@
-"""What a run will need, before it starts: counted on a model without weights."""
+"""What a run will need, before it starts: counted by the shapes of its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from reft_export.base.hub import HUB_ID
-from reft_export.base.load import Base
-from reft_export.exporting.export import ExportPlan, ExportSettings
+from reft_export.exporting.plan import ExportPlan, count_parameters
+from reft_export.exporting.settings import ExportSettings
+from reft_export.tasks.task import TASKS
 from reft_export.training.settings import TrainSettings
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
+
+if TYPE_CHECKING:  # an export is forecast without torch
+    from reft_export.base.load import Base
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
@@ -38,11 +40,10 @@ class Forecast:
     disk: float
 
 
-def forecast_export(model: str, plan: ExportPlan, settings: ExportSettings) -> Forecast:
+def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
     """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
-    linear, other = count_parameters(plan.base.model)
-    classifies = plan.base.task == TEXT_CLASSIFICATION
-    recorded, logits = ("logits", "logits one row a text") if classifies else ("logits, greedy tokens", f"logits {settings.logits}")
+    linear, other = plan.parameters
+    task = TASKS[plan.checkpoint.task]
     total = linear + other
     disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
     quantized = settings.weight_only is not None
@@ -52,8 +53,8 @@ def forecast_export(model: str, plan: ExportPlan, settings: ExportSettings) -> F
     copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
-            f"load {model} in float32 and record eager {recorded}, base and {len(plan.adapters)} adapters",
-            f"export with {EXPORTERS[settings.exporter]}{opset}, {logits}",
+            f"load {plan.source} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
+            f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",
@@ -66,8 +67,7 @@ def forecast_export(model: str, plan: ExportPlan, settings: ExportSettings) -> F
 
 def forecast_training(model: str, base: Base, examples: int, settings: TrainSettings) -> Forecast:
     """A frozen base and its activations; the edit's own parameters and optimizer state are small beside them."""
-    linear, other = count_parameters(base.model)
-    total = linear + other
+    total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
     _, device = settings.placement()
     weights = total * (4.0 if base.dtype == "float32" else 2.0)
     return Forecast(
@@ -81,17 +81,6 @@ def forecast_training(model: str, base: Base, examples: int, settings: TrainSett
         memory=LIBRARIES + 1.5 * weights,
         disk=1e6,
     )
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(values in matrices that become MatMul weights, stacked ones of experts too, all others) of a model that may have no weights."""
-    linear = other = 0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim in (2, 3) and "embed" not in name and "wte" not in name and "wpe" not in name:
-            linear += parameter.numel()
-        else:
-            other += parameter.numel()
-    return linear, other
 
 
 def refuse_download(model: str) -> None:

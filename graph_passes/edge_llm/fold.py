@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.accessors import describe, name_of
 from graph_passes.edge_llm.lora import use_lora_inputs
-from graph_passes.find.dominators import describe
 from graph_passes.find.edge_llm import block_of, layers_of
 from graph_passes.find.sites import SiteLocation, survey_sites
 from graph_passes.insert import insert_edits, refuse_folded
@@ -33,7 +33,7 @@ def fold_edge_graph(model: ir.Model, nodes: Sequence[EditNode], constants: Mappi
     if lora_slots:
         use_lora_inputs(model.graph, slots=lora_slots)
     for value in [value for value in model.graph.inputs if value.name in constants]:
-        array = np.ascontiguousarray(constants[value.name])
+        array = np.ascontiguousarray(constants[name_of(value)])
         value.const_value = ir.tensor(array, dtype=value.dtype, name=value.name)
         value.shape = ir.Shape(array.shape)
         model.graph.inputs.remove(value)

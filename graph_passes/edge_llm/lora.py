@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.insert import is_edit
+from graph_passes.accessors import dtype_of, name_of, shape_of
+from graph_passes.insert import banks_of, is_edit
 from runtimes.edits.op import OP_TYPE, EditNode
 from runtimes.errors import GraphError
 
@@ -33,18 +34,19 @@ def use_lora_inputs(graph: ir.Graph, *, slots: int) -> None:
     if full_rank := [node.name for node in graph if is_edit(node) and node.op_type != OP_TYPE]:
         raise GraphError(f"{full_rank[0]} is a scale and bias (RED), which no LoRA weight can hold; fold without --as-lora")
     for node in [node for node in graph if is_edit(node)]:
-        banks = node.inputs[2:]
+        banks = banks_of(node)
         if any(bank.dtype != ir.DataType.FLOAT16 for bank in banks):
             raise GraphError(
-                f"the stream at {node.name} is {banks[0].dtype.name}; TensorRT-Edge-LLM swaps float16 weights only: fold without --as-lora"
+                f"the stream at {node.name} is {dtype_of(banks[0]).name}; TensorRT-Edge-LLM swaps float16 weights only: fold without "
+                "--as-lora"
             )
-        width = banks[0].shape[-1]
+        width = shape_of(banks[0])[-1]
         build = _Banks(str(node.name))
         parts = [build.slot(graph, slot, width) for slot in range(slots)]
         for index, bank in enumerate(banks):
             node.replace_input_with(2 + index, build.add("Concat", *(part[index] for part in parts), axis=0))
             graph.inputs.remove(bank)
-            del graph.initializers[bank.name]
+            del graph.initializers[name_of(bank)]
         graph.insert_before(node, build.nodes)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 
 import onnx_ir as ir
 
+from graph_passes.accessors import optional_input
 from graph_passes.find.domains import KNOWN
 from graph_passes.find.skip_norms import SKIP_NORMS
 from runtimes.edits.op import DOMAIN
@@ -15,6 +16,7 @@ BATCH, SEQUENCE = "batch", "sequence"
 TOKENS, TOKENS_SEQUENCE_FIRST = "batch * sequence", "sequence * batch"
 OTHER = ""
 """Any other axis, and one that is not followed."""
+_APART = {TOKENS: (BATCH, SEQUENCE), TOKENS_SEQUENCE_FIRST: (SEQUENCE, BATCH)}
 Axes = tuple[str, ...]
 """One label per axis, so that its length is the rank."""
 
@@ -67,7 +69,7 @@ class TracedAxes:
             shape = tensor.shape
         if shape is None:
             return traced
-        declared = tuple(self._names.get(getattr(size, "value", None), OTHER) for size in shape)
+        declared = tuple(OTHER if isinstance(size, int) or size.value is None else self._names.get(size.value, OTHER) for size in shape)
         if traced is None or len(traced) != len(declared):
             return declared
         return tuple(a or b for a, b in zip(traced, declared, strict=True))
@@ -100,40 +102,58 @@ class TracedAxes:
             self._axes |= dict.fromkeys((node.outputs[0], *every), axes)
 
     def _axes_by(self, node: ir.Node) -> Axes | None:
-        inputs, op = [*node.inputs, None, None], node.op_type
-        first = self.of(inputs[0])
-        if op in _LIKE_FIRST:
-            return first
-        if op in _BROADCASTING:
-            return self._broadcast(node.inputs)
-        if op in _PRODUCTS:
-            second = self.of(inputs[1])
-            batched = first is not None and second is not None and len(second) > len(first)
-            return None if first is None else (OTHER,) * len(second) if batched else (*first[:-1], OTHER)
-        if op == "Gemm":
-            return (first[0] if first and not node.attributes.get_int("transA", 0) else OTHER, OTHER)
-        if op in _FUSED_ATTENTION:
-            return (*first[:2], OTHER) if first is not None and len(first) == 3 else (OTHER,) * 3
-        if op in _LOOKUPS:
-            indices, axis = self.of(inputs[_LOOKUPS[op]]), node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
-            table = (OTHER, OTHER) if op != "Gather" else first
-            if indices is None or table is None:
-                return None
-            return (*table[: axis % len(table)], *indices, *table[axis % len(table) + 1 :]) if table else None
-        if op == "Transpose" and first is not None:
-            order = node.attributes.get_ints("perm", list(range(len(first)))[::-1])
-            return tuple(first[axis] for axis in order) if sorted(order) == list(range(len(first))) else None
-        if op == "Reshape":
-            return self._reshaped(first, inputs[1], copies=not node.attributes.get_int("allowzero", 0))
-        if op in ("Expand", "ConstantOfShape"):
-            sizes = self._sizes_of(inputs[1 if op == "Expand" else 0])
-            return None if sizes is None else (OTHER,) * max(len(sizes), len(first or ()) if op == "Expand" else 0)
-        if op in ("Unsqueeze", "Squeeze", *_REDUCTIONS) and first is not None:
-            return _with_axes_changed(node, first)
-        return None
+        rule = _RULES.get(node.op_type)
+        return None if rule is None else rule(self, node)
 
-    def _broadcast(self, inputs: Sequence[ir.Value | None]) -> Axes | None:
-        every = [self.of(value) for value in inputs]
+    def _like_first(self, node: ir.Node) -> Axes | None:
+        return self.of(optional_input(node, 0))
+
+    def _product(self, node: ir.Node) -> Axes | None:
+        first, second = self.of(optional_input(node, 0)), self.of(optional_input(node, 1))
+        if first is None:
+            return None
+        if second is not None and len(second) > len(first):
+            return (OTHER,) * len(second)
+        return (*first[:-1], OTHER)
+
+    def _gemm(self, node: ir.Node) -> Axes:
+        first = self.of(optional_input(node, 0))
+        return (first[0] if first and not node.attributes.get_int("transA", 0) else OTHER, OTHER)
+
+    def _attention(self, node: ir.Node) -> Axes:
+        query = self.of(optional_input(node, 0))
+        return (*query[:2], OTHER) if query is not None and len(query) == 3 else (OTHER,) * 3
+
+    def _lookup(self, node: ir.Node) -> Axes | None:
+        indices = self.of(optional_input(node, _LOOKUPS[node.op_type]))
+        table = (OTHER, OTHER) if node.op_type != "Gather" else self.of(optional_input(node, 0))
+        if indices is None or not table:
+            return None
+        axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0)) % len(table)
+        return (*table[:axis], *indices, *table[axis + 1 :])
+
+    def _transposed(self, node: ir.Node) -> Axes | None:
+        source = self.of(optional_input(node, 0))
+        if source is None:
+            return None
+        every = list(range(len(source)))
+        order = node.attributes.get_ints("perm", every[::-1])
+        return tuple(source[axis] for axis in order) if sorted(order) == every else None
+
+    def _expanded(self, node: ir.Node) -> Axes | None:
+        source, sizes = self.of(optional_input(node, 0)), self._sizes_of(optional_input(node, 1))
+        return None if sizes is None else (OTHER,) * max(len(sizes), len(source or ()))
+
+    def _filled(self, node: ir.Node) -> Axes | None:
+        sizes = self._sizes_of(optional_input(node, 0))
+        return None if sizes is None else (OTHER,) * len(sizes)
+
+    def _with_axes_changed(self, node: ir.Node) -> Axes | None:
+        source = self.of(optional_input(node, 0))
+        return None if source is None else _with_axes_changed(node, source)
+
+    def _broadcast(self, node: ir.Node) -> Axes | None:
+        every = [self.of(value) for value in node.inputs]
         known = [axes for axes in every if axes is not None]
         longest = max(known, key=len, default=())
         # Beside an operand that is not followed, only what is surely the stream tells the rank: a table of positions is [S, D].
@@ -142,19 +162,21 @@ class TracedAxes:
         labels = (next(filter(None, column), OTHER) for column in zip_longest(*(axes[::-1] for axes in known), fillvalue=OTHER))
         return tuple(labels)[::-1]
 
-    def _reshaped(self, source: Axes | None, target: ir.Value | None, *, copies: bool) -> Axes | None:
+    def _reshaped(self, node: ir.Node) -> Axes | None:
+        source, target = self.of(optional_input(node, 0)) or (), optional_input(node, 1)
         sizes = self._sizes_of(target)
         if sizes is None:
             shape = None if target is None else target.shape
             length = shape[0] if shape is not None and len(shape) == 1 else None
             return (OTHER,) * length if isinstance(length, int) and length <= _LONGEST_SHAPE else None
-        copied = [source[i] if source and size == "0" and copies and i < len(source) else size for i, size in enumerate(sizes)]
-        axes = [size if size in (BATCH, SEQUENCE) or size in (source or ()) else OTHER for size in copied]
+        if not node.attributes.get_int("allowzero", 0):
+            sizes = tuple(source[i] if size == "0" and i < len(source) else size for i, size in enumerate(sizes))
+        axes = [size if size in (BATCH, SEQUENCE, *source) else OTHER for size in sizes]
         if source and len(axes) == 2 and not axes[0]:
-            together = {(BATCH, SEQUENCE): TOKENS, (SEQUENCE, BATCH): TOKENS_SEQUENCE_FIRST}.get(source[:2])
-            axes[0] = together or (source[0] if source[0] in (TOKENS, TOKENS_SEQUENCE_FIRST) else OTHER)
-        if source and len(axes) > 2 and source[0] in (TOKENS, TOKENS_SEQUENCE_FIRST):
-            apart = [BATCH, SEQUENCE] if source[0] == TOKENS else [SEQUENCE, BATCH]
+            together = next((tokens for tokens, apart in _APART.items() if apart == source[:2]), OTHER)
+            axes[0] = together or (source[0] if source[0] in _APART else OTHER)
+        if source and len(axes) > 2 and source[0] in _APART:
+            apart = _APART[source[0]]
             if all(size in (label, OTHER) for size, label in zip(axes, apart, strict=False)):
                 axes[:2] = apart
         return tuple(axes)
@@ -174,20 +196,40 @@ class TracedAxes:
             return None if axes is None else axes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(axes))]
         if op in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"):
             return self._sizes_of(inputs[0])
-        parts = [self._sizes_of(value) for value in inputs]
-        if any(part is None for part in parts):
+        parts = [part for part in map(self._sizes_of, inputs) if part is not None]
+        if len(parts) != len(inputs):
             return None
         if op == "Concat":
-            return sum(parts, ())
+            return tuple(size for part in parts for size in part)
         if op in _INNER_SIZES:
             return (OTHER,) * max(map(len, parts))
         if op == "Gather" and len(parts) == 2:
-            inside = all(i.lstrip("-").isdigit() and -len(parts[0]) <= int(i) < len(parts[0]) for i in parts[1])
+            inside = all(_is_number(i) and -len(parts[0]) <= int(i) < len(parts[0]) for i in parts[1])
             return tuple(parts[0][int(i)] for i in parts[1]) if inside else None
-        one_each = all(len(part) == 1 and part[0].lstrip("-").isdigit() for part in parts[1:])
+        one_each = all(len(part) == 1 and _is_number(part[0]) for part in parts[1:])
         if op == "Slice" and len(parts) > 2 and one_each and parts[4:] in ([], [("1",)]):
             return parts[0][int(parts[1][0]) : int(parts[2][0])]
         return None
+
+
+_RULES: Mapping[str, Callable[[TracedAxes, ir.Node], Axes | None]] = {
+    **dict.fromkeys(_LIKE_FIRST, TracedAxes._like_first),
+    **dict.fromkeys(_BROADCASTING, TracedAxes._broadcast),
+    **dict.fromkeys(_PRODUCTS, TracedAxes._product),
+    **dict.fromkeys(_FUSED_ATTENTION, TracedAxes._attention),
+    **dict.fromkeys(_LOOKUPS, TracedAxes._lookup),
+    **dict.fromkeys(("Unsqueeze", "Squeeze", *_REDUCTIONS), TracedAxes._with_axes_changed),
+    "Gemm": TracedAxes._gemm,
+    "Transpose": TracedAxes._transposed,
+    "Reshape": TracedAxes._reshaped,
+    "Expand": TracedAxes._expanded,
+    "ConstantOfShape": TracedAxes._filled,
+}
+"""What an operator makes of its inputs' axes; of any other operator nothing is known."""
+
+
+def _is_number(size: str) -> bool:
+    return size.lstrip("-").isdigit()
 
 
 def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.accessors import describe
 from graph_passes.find.branches import adds_other_than_attention
-from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.dominators import Dominators
 from runtimes.errors import SiteAmbiguous, SiteNotFound
 
 _SAME_TENSOR = frozenset({"Cast", "Identity", "Reshape"})
@@ -22,6 +23,13 @@ class Step:
     """None for the chain's first, a graph input."""
     output_index: int | None
     label: str
+
+    @property
+    def computed_by(self) -> ir.Node:
+        """The node; SiteNotFound for the chain's first."""
+        if self.node is None:
+            raise SiteNotFound("the graph's own input is not the output of a block")
+        return self.node
 
 
 def check_inner_end(dominators: Dominators, chain: Sequence[Step], starts: Sequence[int], layer: int) -> None:
@@ -40,8 +48,8 @@ def check_inner_end(dominators: Dominators, chain: Sequence[Step], starts: Seque
     tail = range(starts[-1] + 1, len(chain))
     if not any(labels[position : position + len(own)] == own for position in tail):
         raise SiteAmbiguous(
-            f"the output of block {layer} is either {describe(chain[add].node)} or {describe(chain[end].node)}: what stands between them "
-            "does not stand behind the last block, and whether it belongs to the block cannot be told; leave this site out"
+            f"the output of block {layer} is either {_named(chain, [add])} or {_named(chain, [end])}: what stands between them does not "
+            "stand behind the last block, and whether it belongs to the block cannot be told; leave this site out"
         )
 
 
@@ -80,11 +88,11 @@ def _only_block_end(dominators: Dominators, chain: Sequence[Step], start: int, m
     # model's own last one.
     if any(step.label not in ("merge", "Reshape") for step in chain[start + 1 : end]):
         raise SiteAmbiguous(
-            f"the {where} is either {describe(chain[end].node)} or the norm behind it: in a single block a post-norm cannot be "
+            f"the {where} is either {_named(chain, [end])} or the norm behind it: in a single block a post-norm cannot be "
             "told from a final norm; use a base of two layers or more"
         )
     nodes = frozenset(step.node for step in chain if step.node is not None)
-    others = [position for position in merges if adds_other_than_attention(dominators, chain[position].node, key, nodes)]
+    others = [position for position in merges if adds_other_than_attention(dominators, chain[position].computed_by, key, nodes)]
     if [step.label for step in chain[end + 1 : end + 2]] == ["Reshape"]:
         end += 1
     if len(others) > 1 or (end + 1 < len(chain) and _is_constant_step(dominators, chain[end + 1])):
@@ -102,7 +110,7 @@ def _is_constant_step(dominators: Dominators, step: Step) -> bool:
 
 def _adds_to(dominators: Dominators, merge: Step, end: Step) -> bool:
     """Whether ``merge`` adds a branch to what ``end`` carries, times a factor at most: a residual Add, not one inside a norm or a head."""
-    for value in merge.node.inputs[:2]:
+    for value in merge.computed_by.inputs[:2]:
         while value is not None and (node := value.producer()) is not None:
             if node is end.node:
                 if value.index() == end.output_index:
@@ -115,4 +123,4 @@ def _adds_to(dominators: Dominators, merge: Step, end: Step) -> bool:
 
 
 def _named(chain: Sequence[Step], positions: Sequence[int]) -> str:
-    return ", ".join(describe(chain[position].node) for position in positions)
+    return ", ".join(describe(chain[position].computed_by) for position in positions)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import onnx_ir as ir
 
+from graph_passes.accessors import describe, producer_of
 from graph_passes.find.axes import constant_tensor
-from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.dominators import Dominators
 from graph_passes.find.encoder import ATTENTIONS
 from graph_passes.find.skip_norms import SKIP_NORM_BIAS
 
@@ -58,8 +60,7 @@ def module_outputs(
 def _key_path(dominators: Dominators, key: ir.Value, chain: frozenset[ir.Node]) -> set[ir.Node]:
     """The nodes that all of ``key`` passes from its projection on; empty where no projection is told."""
     path: set[ir.Node] = set()
-    producer = key.producer()
-    for node in dominators.climb(producer) if producer in dominators else ():
+    for node in dominators.climb(key.producer()):
         if node in chain:
             break
         path.add(node)
@@ -125,18 +126,22 @@ def _module_output(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.No
     bias = SKIP_NORM_BIAS.get(merge.op_type)
     if bias is not None and len(merge.inputs) > bias and merge.inputs[bias] is not None:
         return f"{describe(merge)} adds a bias that may belong to it; use a graph without fused skip norms"
-    producer = value.producer()
-    projection = None
-    for node in dominators.climb(producer):
-        if node in chain:
-            break
-        if _is_projection(dominators, node):
-            projection = node
-            break
+    projection = _last_projection(dominators, value, chain)
     if projection is None and (total := _sum_of_experts(dominators, value, chain)) is not None:
-        return Branch(node=producer, output_index=value.index(), how=f"{describe(total)} sums over the experts and feeds the residual Add")
+        return _branch(value, f"{describe(total)} sums over the experts and feeds the residual Add")
     if projection is None:
         return f"the branch {value.name!r} does not end in one linear projection"
+    return _projected(dominators, value, projection)
+
+
+def _last_projection(dominators: Dominators, value: ir.Value, chain: frozenset[ir.Node]) -> ir.Node | None:
+    """The nearest projection that all of ``value`` passes, behind ``chain``."""
+    behind = takewhile(lambda node: node not in chain, dominators.climb(value.producer()))
+    return next((node for node in behind if _is_projection(dominators, node)), None)
+
+
+def _projected(dominators: Dominators, value: ir.Value, projection: ir.Node) -> Branch | str:
+    """What ``projection`` gives, its bias included, where nothing else of the module may stand between it and the residual Add."""
     if projection.attributes.get_float("alpha", 1.0) != 1.0:
         # onnxruntime fuses a multiplier behind the projection (Granite) into FusedMatMul.
         return f"the last projection of its branch ({describe(projection)}) has a multiplier fused in; use a graph without fusions"
@@ -153,9 +158,12 @@ def _module_output(dominators: Dominators, found: Sequence[tuple[ir.Value, ir.No
             "they belong to the module cannot be told"
         )
     end = "the residual Add" if not left else "the norm before the residual Add"
-    return Branch(
-        node=output.producer(), output_index=output.index(), how=f"output of the projection {describe(projection)} that feeds {end}"
-    )
+    return _branch(output, f"output of the projection {describe(projection)} that feeds {end}")
+
+
+def _branch(value: ir.Value, how: str) -> Branch:
+    node = producer_of(value)
+    return Branch(node=node, output_index=node.outputs.index(value), how=how)
 
 
 def _sum_of_experts(dominators: Dominators, value: ir.Value, chain: frozenset[ir.Node]) -> ir.Node | None:
@@ -169,7 +177,8 @@ def _sum_of_experts(dominators: Dominators, value: ir.Value, chain: frozenset[ir
     if node is None or node in chain:
         return None
     if dominators.adds_branches(node):
-        return node if any(_sum_of_experts(dominators, part, chain) is not None for part in node.inputs) else None
+        parts = (part for part in node.inputs if part is not None)
+        return node if any(_sum_of_experts(dominators, part, chain) is not None for part in parts) else None
     return node if node.op_type == "ReduceSum" else None
 
 
@@ -214,9 +223,8 @@ def _is_vector_bias(dominators: Dominators, node: ir.Node) -> bool:
     others = [value for value in node.inputs if value is not None and not dominators.depends(value)]
     if len(others) != 1:
         return False
-    shape = others[0].shape
-    if shape is None or len(shape) != 1:
-        shape = _constant_shape(others[0])
+    declared = others[0].shape
+    shape = tuple(declared) if declared is not None and len(declared) == 1 else _constant_shape(others[0])
     return shape is not None and len(shape) > 0 and shape[-1] != 1 and all(dim == 1 for dim in shape[:-1])
 
 
@@ -226,4 +234,4 @@ def _constant_shape(value: ir.Value) -> Sequence[object] | None:
     if node is not None and node.op_type in _SHAPE_KEEPERS:
         return None if node.inputs[0] is None else _constant_shape(node.inputs[0])
     tensor = constant_tensor(value)
-    return None if tensor is None else tensor.shape
+    return None if tensor is None else tuple(tensor.shape)

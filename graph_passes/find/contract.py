@@ -15,6 +15,7 @@ from operator import or_
 
 import onnx_ir as ir
 
+from graph_passes.accessors import name_of
 from graph_passes.find.dominators import SHAPE_READERS, read_values
 from graph_passes.find.encoder import attention_anchors, is_classifier
 from runtimes.errors import GraphError
@@ -122,7 +123,7 @@ def name_cache(graph: ir.Graph) -> bool:
     """Names a decoder's cache as a bundle's is, ``past_key_values.<i>.key`` and ``present.<i>.key``; returns whether any name changed."""
     changed = False
     for past, present in read_contract(graph).cache:
-        layer, part = _slot(past.name)
+        layer, part = _slot(name_of(past))
         if layer >= 0:
             names = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
             changed = changed or names != (past.name, present.name)
@@ -164,19 +165,19 @@ def _missing(slot: Slot, halves: Mapping[Slot, ir.Value], others: Mapping[Slot, 
     """What the missing one of ``halves`` would be called: as they begin, and as its other half ends; else by the ``usual`` name."""
     if slot not in others:
         return f"{usual}.{slot[0]}.{slot[1]}"
-    begins = {_BEGINNING.match(value.name)[0] for (layer, _), value in halves.items() if layer >= 0}
+    known = (_BEGINNING.match(name_of(value)) for (layer, _), value in halves.items() if layer >= 0)
+    begins = {match[0] for match in known if match}
     begin = begins.pop() if slot[0] >= 0 and begins else usual if slot[0] >= 0 else usual.removesuffix("_key_values")
-    return _BEGINNING.sub(begin, others[slot].name, count=1)
+    return _BEGINNING.sub(begin, name_of(others[slot]), count=1)
 
 
 def _check_alike(past: ir.Value, present: ir.Value) -> None:
     """One step's output is the next one's input: types are equal, and so are all dimensions but that of the tokens."""
-    stated = (past.dtype, present.dtype)
-    shapes = [None if value.shape is None else list(value.shape) for value in (past, present)]
-    differ = None not in stated and stated[0] != stated[1]
-    if None not in shapes:
-        fixed = [pair for axis, pair in enumerate(zip(*shapes, strict=False)) if axis != _TOKENS and all(isinstance(d, int) for d in pair)]
-        differ = differ or len(shapes[0]) != len(shapes[1]) or any(a != b for a, b in fixed)
+    differ = None not in (past.dtype, present.dtype) and past.dtype != present.dtype
+    if past.shape is not None and present.shape is not None:
+        pairs = enumerate(zip(past.shape, present.shape, strict=False))
+        fixed = [pair for axis, pair in pairs if axis != _TOKENS and all(isinstance(dim, int) for dim in pair)]
+        differ = differ or len(past.shape) != len(present.shape) or any(a != b for a, b in fixed)
     if differ:
         raise GraphError(
             f"{past.name} is {_described(past)}, and {present.name}, which takes its place at the next step, {_described(present)}; export "

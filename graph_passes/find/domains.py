@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from graph_passes.find.dominators import describe
+from graph_passes.accessors import describe
 from runtimes.errors import GraphError
 
 KNOWN = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from graph_passes.accessors import describe
 from runtimes.errors import GraphError
 
 SHAPE_READERS = frozenset({"Shape", "Size"})
@@ -60,9 +61,9 @@ class Dominators:
         """Whether ``node`` adds or multiplies elementwise what depends on the root with what does not: a bias, a factor."""
         return node.op_type in _ELEMENTWISE and sum(map(self.depends, node.inputs)) == 1
 
-    def climb(self, node: ir.Node) -> Iterator[ir.Node]:
-        """``node``, its immediate dominator, that one's, and so on up to the root."""
-        step: ir.Node | None = node
+    def climb(self, node: ir.Node | None) -> Iterator[ir.Node]:
+        """``node``, its immediate dominator, that one's, and so on up to the root; nothing where ``node`` does not depend on the root."""
+        step = node if node in self else None
         while step is not None:
             yield step
             step = self._dominator[step]
@@ -73,9 +74,9 @@ class Dominators:
     def _common(self, a: ir.Node | None, b: ir.Node | None) -> ir.Node | None:
         # None is the root value itself; the deeper of the two climbs until they meet.
         while a is not b:
-            if self._depth_of(a) >= self._depth_of(b):
+            if a is not None and self._depth[a] >= self._depth_of(b):
                 a = self._dominator[a]
-            else:
+            elif b is not None:
                 b = self._dominator[b]
         return a
 
@@ -83,7 +84,7 @@ class Dominators:
     def _check_order(node: ir.Node, graph: ir.Graph, seen: set[ir.Node]) -> None:
         for value in node.inputs:
             producer = None if value is None else value.producer()
-            if producer is not None and producer.graph is graph and producer not in seen:
+            if value is not None and producer is not None and producer.graph is graph and producer not in seen:
                 raise GraphError(
                     f"node {describe(node)} stands before {describe(producer)}, which computes its input {value.name!r}; "
                     "ONNX wants nodes in topological order: write the graph again with a tool that sorts it"
@@ -105,9 +106,3 @@ def read_values(node: ir.Node) -> Iterator[ir.Value]:
                 yield from (value for value in inner.inputs if value is not None)
             # A subgraph may hand an outer value straight through.
             yield from body.outputs
-
-
-def describe(node: ir.Node) -> str:
-    """How messages name a node: its operator and the first value it computes, which every graph viewer can find."""
-    output = node.outputs[0].name if node.outputs else ""
-    return f"{node.op_type}({output!r})"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.accessors import name_of
 from runtimes.errors import GraphError
 
 ATTENTION = "AttentionPlugin"
@@ -91,14 +92,13 @@ def read_edge_contract(graph: ir.Graph) -> EdgeContract:
     layers = range(min(max(presents, default=0), len(presents)) + 1)
     missing += [f"output 'present_key_values_{layer}'" for layer in layers if layer not in presents]
     # A layer without its past would decode without history.
-    missing += [f"input {presents[i].name.replace('present', 'past')!r}" for i in sorted(set(presents) - _layers(inputs))]
+    missing += [f"input {name_of(presents[i]).replace('present', 'past')!r}" for i in sorted(set(presents) - _layers(inputs))]
     missing += [f"output 'present_key_values_{i}'" for i in sorted(_layers(inputs) - set(presents)) if i not in layers]
-    if missing:
+    if missing or stream is None:
         raise GraphError(
             f"this graph with {ATTENTION} nodes is not one that TensorRT-Edge-LLM exports: {', '.join(missing)} missing; export it "
             "again with tensorrt-edgellm-export (0.4 to 0.11 are known)"
         )
-    assert stream is not None
     return EdgeContract(
         stream=stream,
         logits=outputs["logits"],

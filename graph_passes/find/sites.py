@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.accessors import describe
 from graph_passes.find.block_ends import Step, check_inner_end, last_block_end
 from graph_passes.find.branches import Branch, module_outputs
 from graph_passes.find.contract import read_contract
-from graph_passes.find.dominators import Dominators, describe
+from graph_passes.find.dominators import Dominators
 from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
 from graph_passes.find.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
 from runtimes.edits.edit import Site
@@ -123,7 +124,7 @@ def survey_sites(model: ir.Model) -> SiteSurvey:
 
     stream_nodes = frozenset(step.node for step in chain if step.node is not None)
     for layer, (start, stop) in enumerate(zip(starts, ends, strict=True)):
-        block = None if stop is None else list(dict.fromkeys(step.node for step in chain[start + 1 : stop + 1]))
+        block = None if stop is None else list(dict.fromkeys(step.computed_by for step in chain[start + 1 : stop + 1]))
         for stream, branch in module_outputs(dominators, block, keys[layer], stream_nodes).items():
             site = Site(layer=layer, stream=stream)
             if isinstance(branch, Branch):
@@ -169,12 +170,13 @@ def _is_read(node: ir.Node, index: int) -> bool:
 
 
 def _location(step: Step, how: str) -> SiteLocation:
+    node = step.computed_by
     if step.output_index is None:
         raise SiteAmbiguous(
-            f"{describe(step.node)} writes several values that are read: "
-            f"{', '.join(str(value.name) for value in step.node.outputs if value.uses())}; which of them carries the stream cannot be told"
+            f"{describe(node)} writes several values that are read: "
+            f"{', '.join(str(value.name) for value in node.outputs if value.uses())}; which of them carries the stream cannot be told"
         )
-    return SiteLocation(node=step.node, output_index=step.output_index, how=f"{describe(step.node)}: {how}")
+    return SiteLocation(node=node, output_index=step.output_index, how=f"{describe(node)}: {how}")
 
 
 def _block_starts(dominators: Dominators, chain: Sequence[Step], keys: Sequence[ir.Value], *, starts_at_root: bool) -> list[int]:
@@ -182,18 +184,18 @@ def _block_starts(dominators: Dominators, chain: Sequence[Step], keys: Sequence[
     index = {step.node: position for position, step in enumerate(chain)}
     starts: list[int] = []
     for layer, key in enumerate(keys):
-        producer = key.producer()
-        upstream = dominators.climb(producer) if producer is not None and producer in dominators else ()
-        start = next((index[node] for node in upstream if node in index), 0 if starts_at_root and not layer else None)
+        start = next(
+            (index[node] for node in dominators.climb(key.producer()) if node in index), 0 if starts_at_root and not layer else None
+        )
         if start is None:
             raise SiteNotFound(f"the input of block {layer} cannot be told: {key.name} and logits share no value computed from the tokens")
         if starts and start <= starts[-1]:
-            shared = chain[start].node
+            same = chain[start].computed_by
             raise SiteAmbiguous(
-                f"blocks {layer - 1} and {layer} lead to the same value, that of {describe(shared)}; "
+                f"blocks {layer - 1} and {layer} lead to the same value, that of {describe(same)}; "
                 + (
                     "the decoder sits inside an If, as in a merged export: export it without merging the two decoders"
-                    if shared.op_type == "If"
+                    if same.op_type == "If"
                     else "layers that reuse another layer's keys are not supported"
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.find.dominators import describe
+from graph_passes.accessors import describe
 from runtimes.errors import GraphError
 
 SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization", "SkipLayerNormalization": "LayerNormalization"}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graph_passes.accessors import describe
 from graph_passes.find.axes import BATCH, SEQUENCE, TOKENS_SEQUENCE_FIRST, TracedAxes, constant_tensor
-from graph_passes.find.dominators import describe
 from graph_passes.find.sites import SiteLocation
 from runtimes.edits.edit import Site
 from runtimes.edits.op import OPS
@@ -145,8 +145,8 @@ def _trace(node: ir.Node, steps: int = 8) -> _Partial:
             # A scalar operand tells the type but not the width.
             dtype = dtype or known[0]
             width = max(filter(None, (width, known[1])), default=None)
-    elif node.op_type in ("Reshape", "Cast") and inputs[0].producer() is not None and steps:
-        dtype, width = _trace(inputs[0].producer(), steps - 1)
+    elif node.op_type in ("Reshape", "Cast") and (producer := inputs[0].producer()) is not None and steps:
+        dtype, width = _trace(producer, steps - 1)
         if node.op_type == "Cast":
             dtype = ir.DataType(node.attributes.get_int("to"))
     return dtype, width

@@ -58,8 +58,9 @@ def _batch_by_sequence(ids: ir.Value) -> ir.Shape:
 def _add_rule(graph: ir.Graph) -> ir.Value:
     contract = read_contract(graph)
     ids, mask = contract.input_ids, contract.attention_mask
-    if mask is None or (mask.shape is not None and len(mask.shape) != 2):
-        got = "it has no such input" if mask is None else f"its attention_mask has rank {len(mask.shape)}"
+    shape = None if mask is None else mask.shape
+    if mask is None or (shape is not None and len(shape) != 2):
+        got = "it has no such input" if shape is None else f"its attention_mask has rank {len(shape)}"
         raise GraphError(f"slots can be computed in a graph from an attention_mask [batch, past + sequence] only; {got}; use --slots input")
     rule = add_rule_values(graph, RULE_DEFAULTS)
     build = RuleNodes()

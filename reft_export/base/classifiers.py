@@ -87,7 +87,8 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     """A classifier's labels in the order of its logits; none of a decoder."""
     if not type(model).__name__.endswith(ARCHITECTURE):
         return ()
-    return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
+    names: dict[Any, str] = model.config.id2label or {}
+    return tuple(str(names[i]) for i in range(len(names)))
 
 
 def takes_token_types(model: PreTrainedModel) -> bool:

@@ -105,6 +105,24 @@ def canonical_config(written: Mapping[str, Any], where: Path | str) -> dict[str,
     return {"model_type": kind} | _less(mine, families)
 
 
+def stated_alike(canonical: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    """Whether config.json, ``written``, states whatever ``canonical`` does, in the same words.
+
+    Told without transformers, and so not of what ``canonical`` leaves out, which is the family's default there.
+    """
+    harmless = HARMLESS_KEYS if is_classifier(written) else HARMLESS_KEYS | DECODER_HARMLESS_KEYS
+    try:
+        return _states(_meaning(_one_spelling(written), harmless - {"pad_token_id"}), canonical)
+    except (AttributeError, TypeError, ZeroDivisionError):  # values of other types than a config's
+        return False
+
+
+def _states(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, dict) and isinstance(theirs, Mapping):
+        return all(key in mine and _states(mine[key], value) for key, value in theirs.items())
+    return mine == theirs
+
+
 def _newer_rotary(written: Mapping[str, Any]) -> dict[str, Any]:
     """rope_parameters as written: transformers 4 reads them into nothing."""
     return {"rope_parameters": written["rope_parameters"]} if written.get("rope_parameters") else {}
@@ -119,7 +137,8 @@ def _one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
         del rest["position_embedding_type"]
     if set(rest.get("layer_types") or ()) == {"full_attention"}:
         del rest["layer_types"]
-    width, heads = rest.get("hidden_size"), rest.get("num_attention_heads")
+    width: Any = rest.get("hidden_size")
+    heads: Any = rest.get("num_attention_heads")
     if width and heads and rest.get("head_dim") == width // heads:
         del rest["head_dim"]
     old = {k: rest.pop(k) for k in ROTARY_KEYS if k in rest}

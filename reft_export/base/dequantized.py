@@ -39,7 +39,7 @@ def load_dequantized(model: PreTrainedModel, graph: ir.Model, sources: Mapping[s
                 _expert(whole, part, rows.shape).copy_(rows)
                 rows = rows[:0]
                 continue
-            place = whole if part.axis is None else whole.narrow(part.axis, part.start, part.stop - part.start)
+            place = whole if part.axis is None else whole.narrow(part.axis, *_extent(part))
             weight, rows = (rows[: len(place)], rows[len(place) :]) if source.joined else (rows, rows[:0])
             if weight.shape != place.shape:
                 raise BundleError(f"{part.parameter} is {list(place.shape)} in the base and {list(weight.shape)} in the bundle")
@@ -128,10 +128,18 @@ def expert_matrices(sources: Mapping[str, WeightSource]) -> frozenset[str]:
 
 def _expert(stacked: torch.Tensor, source: WeightSource, shape: torch.Size) -> torch.Tensor:
     """The place of one expert's matrix in the parameter [E, .., ..] of them all."""
-    place = stacked.narrow(source.axis, source.start, source.stop - source.start).squeeze(source.axis)
+    axis = source.axis or 0
+    place = stacked.narrow(axis, *_extent(source)).squeeze(axis)
     if place.shape != shape:
         raise BundleError(f"{source.parameter} holds matrices of {list(place.shape)} in the base and {list(shape)} in the bundle")
     return place
+
+
+def _extent(source: WeightSource) -> tuple[int, int]:
+    """(first, count) of the part of a parameter that a graph holds in an initializer of its own."""
+    if source.start is None or source.stop is None:
+        raise BundleError(f"the manifest does not say which part of {source.parameter} it means; export the bundle again")
+    return source.start, source.stop - source.start
 
 
 def _source(initializer: str, sources: Mapping[str, WeightSource]) -> WeightSource:

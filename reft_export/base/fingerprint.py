@@ -118,9 +118,10 @@ def _prefix(written: Mapping[str, Any]) -> str:
     """What a checkpoint of the whole model has before the names of the bare one."""
     auto = AutoModelForSequenceClassification if is_classifier(written) else AutoModelForCausalLM
     try:
-        return auto._model_mapping[CONFIG_MAPPING[written["model_type"]]].base_model_prefix
-    except (KeyError, AttributeError):  # no decoder of that type, or several classes for it
+        family = auto._model_mapping[CONFIG_MAPPING[written["model_type"]]]
+    except KeyError:  # no decoder of that type
         return ""
+    return getattr(family, "base_model_prefix", "")  # several classes have none
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -136,6 +136,16 @@ def _check_memory(model: PreTrainedModel, kind: str) -> None:
     _check_finite(model, f"the {kind} in memory")
 
 
+def save_base(base: Base, folder: Path) -> None:
+    """Writes a base that is in memory as a model folder with the base's own fingerprint; InputError where it cannot be saved."""
+    try:
+        base.model.save_pretrained(folder)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(folder)
+    except ValueError as e:  # a generation_config that contradicts itself
+        raise InputError(f"{base.info.name} cannot be saved: {first_line(e)}; correct its generation_config") from e
+
+
 def _memory_name(model: PreTrainedModel) -> str:
     """As ``load_base`` would call it: the folder's name or the hub id that it came from; of a model made here, its type."""
     source = model.name_or_path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runtimes.edits.adapter import BaseParts
+from runtimes.edits.adapter import BaseModel, BaseParts
 from runtimes.errors import AdapterError
 
 VERSION = "v2_"
@@ -86,6 +86,35 @@ def require_same(
         f"{claim} {recorded.name} (fingerprint {recorded.fingerprint[:12]}), {here} {found.name} ({found.fingerprint[:12]}){what}; "
         f"{remedy}{offer}"
     )
+
+
+def require_same_size(claim: str, recorded: BaseModel, here: str, layers: int | None, width: int | None, remedy: str) -> None:
+    """Raises AdapterError where ``here`` has another depth or width than the base that was ``recorded``; None is one that is not known."""
+    needs = (recorded.num_hidden_layers, recorded.hidden_size)
+    has = (needs[0] if layers is None else layers, needs[1] if width is None else width)
+    if has != needs:
+        raise AdapterError(
+            f"{claim} {recorded.name} ({needs[0]} layers, width {needs[1]}); {here} has {has[0]} layers, width {has[1]}; {remedy}"
+        )
+
+
+def require_same_tensors(claim: str, recorded: Named, here: str, name: str, found: Mapping[str, str], remedy: str) -> None:
+    """Raises AdapterError where a tensor of the base ``name`` has another digest, in ``found``, than the recorded one of the same name.
+
+    What is equal here may still differ in ``require_same``, which knows what else of a checkpoint counts.
+    """
+    if recorded.parts is None:
+        return
+    want = separate(recorded.parts.tensors)
+    # Records are without the prefix that a checkpoint of the whole model has (``model.``).
+    short = {tensor.partition(".")[2]: digest for tensor, digest in found.items() if tensor not in want}
+    got = short | dict(found)
+    other = [tensor for tensor, digest in want.items() if got.get(tensor, digest)[:DIGITS] != digest]
+    if other:
+        raise AdapterError(
+            f"{claim} {recorded.name} (fingerprint {recorded.fingerprint[:12]}), {here} {name}: it has other values in {_listed(other)}; "
+            f"{remedy}"
+        )
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reft_export.base.classifiers import context_of as classifier_context
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import InputError
 from runtimes.text.stop_tokens import end_of_turn, stop_token_ids, without_added_end
 
@@ -27,7 +28,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 def stop_tokens(base: Base) -> tuple[int, ...]:
     """The tokens that end an answer of this base, by the rule of runtimes/text/stop_tokens.py."""
     tokenizer, generation = base.tokenizer, getattr(base.model, "generation_config", None)  # a classifier has none
-    special = () if tokenizer is None else special_token_ids(tokenizer)
+    special = frozenset[int]() if tokenizer is None else special_token_ids(tokenizer)
     return stop_token_ids(
         generation=getattr(generation, "eos_token_id", None),
         config=getattr(base.model.config.get_text_config(), "eos_token_id", None),
@@ -48,7 +49,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) ->
 
     def render(messages: Any) -> str:
         try:
-            return tokenizer.apply_chat_template(list(messages), tokenize=False)
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
         except Exception:  # templates are programs of their own: one that refuses a question and its answer tells no end of them
             return ""
 
@@ -71,15 +72,20 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...]) -> int:
 
     Raises InputError where there is neither.
     """
-    ends = ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]) + list(stop)
+    eos: Any = tokenizer.eos_token_id  # transformers types it as it types every special token, of which some are lists
+    ends: list[int] = ([] if eos is None else [eos]) + list(stop)
     if not ends:
         raise InputError("the tokenizer has no eos token to end completions with; set eos_token in tokenizer_config.json")
     return ends[0]
 
 
+def output_rows(model: PreTrainedModel) -> int:
+    """The vocabulary: rows of the logits, or of a classifier's embedding."""
+    return int((model.get_output_embeddings() or model.get_input_embeddings()).get_parameter("weight").shape[0])
+
+
 def vocabulary_of(base: Base) -> int:
-    """Rows of the logits, or of a classifier's embedding."""
-    return (base.model.get_output_embeddings() or base.model.get_input_embeddings()).weight.shape[0]
+    return output_rows(base.model)
 
 
 def pad_token(base: Base) -> int | None:
@@ -96,15 +102,30 @@ def bos_token(base: Base) -> int | None:
 
 def context_of(base: Base) -> int:
     """Tokens of the longest input: training teaches nothing beyond it, as a device takes nothing beyond it."""
-    if base.info.labels:
-        return classifier_context(base.model)
-    return decoder_context(base.model)
+    return CONTEXTS[base.task](base.model)
 
 
 def decoder_context(model: PreTrainedModel) -> int:
     return stated_context(model.config.get_text_config().to_dict()) or DEFAULT_CONTEXT
 
 
-def stated_context(config: Mapping[str, Any]) -> int | None:
-    """What a decoder's configuration says of its context; None where it says nothing."""
-    return next((int(config[key]) for key in CONTEXT_KEYS if config.get(key)), None)
+def stated_context(config: Mapping[str, Any], *nearer: str) -> int | None:
+    """What a decoder's configuration says of its context, under the keys ``nearer`` first; None where it says nothing.
+
+    Raises InputError for what is no positive integer.
+    """
+    return whole_number(config, *nearer, *CONTEXT_KEYS)
+
+
+CONTEXTS = {TEXT_GENERATION: decoder_context, TEXT_CLASSIFICATION: classifier_context}
+
+
+def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of ``keys`` that ``config`` has a value for; raises InputError where that is no positive integer."""
+    for key in keys:
+        value = config.get(key)
+        if value:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a positive integer; correct the file")
+            return value
+    return None

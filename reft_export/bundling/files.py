@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.cache_shapes import ATTENTION
-from reft_export.base.classifiers import check_head
-from reft_export.base.same_base import require_same
+from graph_passes.accessors import dtype_of, name_of
+from graph_passes.head import head_defaults
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
+from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import (
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
@@ -27,16 +27,13 @@ from runtimes.artifacts.bundle import (
     Quantization,
     TensorRecord,
     WeightSource,
-    check_adapter_name,
     write_adapter_record,
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
-from runtimes.edits.adapter import Adapter, load_adapter
-from runtimes.edits.edit import Site
+from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
-from runtimes.errors import GraphError, InputError
+from runtimes.errors import GraphError
 from runtimes.parity.figures import budget_for
 from runtimes.precision import NUMPY_DTYPES
 from runtimes.version import VERSION
@@ -55,6 +52,7 @@ class BundleParts:
     """What ``write_bundle_files`` needs besides the graph."""
 
     model: ModelRecord
+    task: str
     precision: str
     quantization: Quantization | None
     exporter: str
@@ -69,41 +67,6 @@ class BundleParts:
     """A classifier's; a decoder has none."""
     head: Mapping[str, WeightSource] = field(default_factory=dict)
     """A classifier's overridable initializers and the parameters that they hold."""
-
-
-def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
-    """Adapters by name, the name being the folder's."""
-    adapters: dict[str, Adapter] = {}
-    for folder in folders:
-        name = Path(folder).resolve().name
-        if name in adapters:
-            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
-        adapters[name] = load_adapter(folder)
-    return adapters
-
-
-def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:
-    """Raises AdapterError, naming both models and in what they differ, for an adapter that was trained on another base.
-
-    ``accept_base``: one of equal weights will do.
-    """
-    check_adapter_name(name)
-    require_same(
-        f"adapter {name} was trained on",
-        adapter.base,
-        "this base is",
-        base.info,
-        "pass the base it was trained on",
-        former=base.former_fingerprint,
-        accept=accept_base,
-    )
-    check_head(adapter, base.model)
-
-
-def union_nodes(adapters: Sequence[Adapter], sites: Sequence[Site], layers: int) -> tuple[EditNode, ...]:
-    """The nodes of all adapters and sites; every block output where neither is given, so that adapters can come later."""
-    nodes = {node for adapter in adapters for node in adapter.nodes()} | {EditNode(site=site) for site in sites}
-    return tuple(sorted(nodes or {EditNode(site=Site(layer=layer)) for layer in range(layers)}))
 
 
 def write_adapter(
@@ -169,8 +132,21 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
             for name in TOKENIZER_FILES:
                 if (Path(converted) / name).is_file():
                     shutil.copyfile(Path(converted) / name, folder / name)
-    if tokenizer is not None and tokenizer.is_fast:
-        write_as_read(folder, tokenizer)
+    if tokenizer is not None:
+        from transformers import PreTrainedTokenizerFast
+
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            write_as_read(folder, tokenizer)
+
+
+def write_bundle(folder: Path, graph: ir.Model, parts: BundleParts, adapters: Mapping[str, Adapter], base: Base) -> Manifest:
+    """Everything beside the graph and its golden arrays, which lie in ``folder`` already: adapters, tokenizer, records."""
+    defaults = head_defaults(graph, parts.head)
+    for name, adapter in adapters.items():
+        head = head_tensors(adapter, parts.head, defaults)
+        write_adapter(folder, name, adapter, parts.nodes, precision=parts.precision, slots=parts.slots, head=head)
+    copy_tokenizer(base.folder, base.tokenizer, folder)
+    return finish_bundle(folder, graph, parts)
 
 
 def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest:
@@ -192,8 +168,8 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         parity_budget={},
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
-        padding="right" if parts.labels else "none" if any(node.op_type == ATTENTION for node in graph.graph) else "left",
-        task=TEXT_CLASSIFICATION if parts.labels else TEXT_GENERATION,
+        padding=TASKS[parts.task].padding(graph.graph),
+        task=parts.task,
         labels=parts.labels,
         head=dict(parts.head),
     )
@@ -204,8 +180,8 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
 
 
 def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
-    if parts.labels:
-        return "onnxruntime-genai generates text, and a classifier is no decoder"
+    if no_genai := TASKS[parts.task].no_genai:
+        return no_genai
     if parts.genai_config:
         return keep_genai_config(folder, parts.genai_config, parts.model, slots=parts.slots)
     return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
@@ -215,4 +191,4 @@ def _tensor(value: ir.Value) -> TensorRecord:
     if value.shape is None:
         raise GraphError(f"the graph does not declare the shape of {value.name}; run onnx.shape_inference over it first")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorRecord(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+    return TensorRecord(name=name_of(value), dtype=dtype_of(value).name.lower(), shape=shape)

@@ -41,7 +41,10 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
     key = inputs.get("past_key_values.0.key")
     if key is None:
         return "the graph has no KV cache inputs past_key_values.<i>.key"
-    heads, head_size = int(key.shape[1]), int(key.shape[3])
+    sizes = key.shape or ()
+    heads, head_size = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
+    if not isinstance(heads, int) or not isinstance(head_size, int):
+        return "the graph does not declare the heads of its KV cache"
     if not (folder / "tokenizer.json").is_file():
         return "the bundle has no tokenizer"
     names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
@@ -137,23 +140,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def whole_number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of ``keys`` that ``config`` has a value for; raises InputError where that is no positive integer."""
-    for key in keys:
-        value = config.get(key)
-        if value:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InputError(f"{key} is {value!r} in the configuration beside the graph, expected a positive integer; correct the file")
-            return value
-    return None
-
-
 def genai_decoder(config: Mapping[str, Any], path: Path) -> str:
     """The decoder's file name in a genai config; raises InputError for a model that is more than one decoder graph."""
     model = config.get("model")
     decoder = model.get("decoder") if isinstance(model, Mapping) else None
     name = decoder.get("filename") if isinstance(decoder, Mapping) else None
-    if not isinstance(name, str) or decoder.get("pipeline") or Path(name).name != name:
+    if not isinstance(decoder, Mapping) or not isinstance(name, str) or decoder.get("pipeline") or Path(name).name != name:
         raise InputError(f"{path} names no single decoder graph beside it (model.decoder.filename); name the .onnx file itself")
     return name
 

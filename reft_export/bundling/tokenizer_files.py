@@ -11,12 +11,12 @@ import tokenizers
 from runtimes.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer_config, special_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NOTHING_ADDED = [{"Sequence": {"id": "A", "type_id": 0}}]
 
 
-def write_as_read(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_as_read(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Corrects the files in ``folder`` where a device would read other tokens out of them than ``tokenizer``.
 
     Files that say the same stay as they are, byte for byte.

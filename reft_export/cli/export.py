@@ -27,7 +27,7 @@ from reft_export.cli.options import (
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "fuse", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ def export(
     slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
-    fuse: Annotated[
-        str, typer.Option("--fuse", help="Fusions before the fold; none paid when measured, so none is the only level.")
-    ] = "none",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = 32,
     accuracy_level: AccuracyLevel = 4,
@@ -70,7 +67,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Turn a base and its adapters into a bundle: exported, folded, quantized where asked, and held against eager PyTorch."""
-    from reft_export.exporting.export import ExportSettings, export_bundle, plan_export
+    from reft_export.exporting.export import export_bundle
+    from reft_export.exporting.settings import ExportSettings
     from runtimes.errors import ParityError
 
     check_choice("--format", format, ("bundle", "pyreft"))
@@ -84,17 +82,21 @@ def export(
         slots=slots,
         logits=logits,
         sites=parse_sites(sites),
-        fuse=fuse,
         opset=opset,
         block_size=block_size,
         accuracy_level=accuracy_level,
     )
     if dry_run:
+        from reft_export.exporting.plan import plan_export
         from reft_export.forecast import forecast_export, refuse_download
 
         refuse_download(model)
         plan = plan_export(model, list(adapters or []), output, settings, accept_base=accept_base, force=force)
-        show_forecast(forecast_export(model, plan, settings), as_json=as_json)
+        if not plan.settled:
+            from reft_export.exporting.assemble import check_model
+
+            plan = check_model(plan, settings, accept_base=accept_base)
+        show_forecast(forecast_export(plan, settings), as_json=as_json)
         return
     try:
         with progress() as report:

@@ -70,7 +70,11 @@ def fail(message: str, code: int) -> None:
 
 def parity_failed(e: ParityError, *, as_json: bool) -> None:
     """Shows the figures of a failed gate before the error line."""
-    if e.report is not None and as_json:
+    from runtimes.parity.figures import ParityReport
+
+    if not isinstance(e.report, ParityReport):
+        return
+    if as_json:
         sys.stdout.write(e.report.to_json() + "\n")
-    elif e.report is not None:
+    else:
         print_parity(e.report, title="parity (failed)")

@@ -207,7 +207,7 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
 
 def _check_base(context: typer.Context, base: Base, started: Adapter | None, sources: Sources) -> None:
     """Raises AdapterError where the started adapter is another base's, InputError for options of another task."""
-    from reft_export.bundling.files import check_fit
+    from reft_export.base.adapters import check_fit
 
     if started is not None and sources.start is not None:
         check_fit(sources.start.resolve().name, started, base, accept_base=sources.accept_base)

@@ -18,6 +18,8 @@ def widen_bfloat16(graph: ir.Model) -> None:
             continue
         result = node.outputs[0]
         for i, operand in enumerate(node.inputs):
+            if operand is None:
+                continue
             cast = ir.node("Cast", [operand], {"to": ir.DataType.FLOAT})
             cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, operand.shape
             graph.graph.insert_before(node, cast)

@@ -5,21 +5,21 @@ Its graph takes no position_ids: GroupQueryAttention counts a row's tokens by at
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
+from graph_passes.accessors import describe, input_of, name_of
 from graph_passes.cache_shapes import ATTENTION, PAST_KEY, fix_cache_shapes
 from graph_passes.external import load_graph
 from reft_export.base.load import Base
-from reft_export.base.tokenizer import has_tokenizer
 from reft_export.exporting.exported_graph import ExportedGraph
-from reft_export.exporting.process import run_exporter
+from reft_export.exporting.installed import check_builder
+from reft_export.exporting.process import folder_of, run_exporter
 from reft_export.exporting.weight_sources import find_weight_sources
-from runtimes.errors import BackendUnavailable, InputError
+from runtimes.errors import GraphError
 
 PROVIDER = {"fp32": "cpu", "fp16": "cuda"}
 """The builder ties float16 to its CUDA graphs; they hold the same operators and run on the CPU provider too."""
@@ -32,29 +32,15 @@ OPTIONS = (
 )
 
 
-def check_builder() -> None:
-    """Raises BackendUnavailable where the builder is not installed."""
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise BackendUnavailable("--exporter builder needs onnxruntime-genai, which is not installed; pip install 'reft-export[genai]'")
-
-
-def check_builder_base(folder: Path) -> None:
-    """Raises InputError for a base without a tokenizer."""
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo")
-
-
 def export_builder(base: Base, scratch: Path, *, precision: str = "fp32", last_logits: bool = False) -> ExportedGraph:
     """The graph of ``base``'s folder at ``precision`` (fp32, fp16). Its weights stay in files under ``scratch`` until it is written.
 
-    Raises BackendUnavailable where the builder is not installed, InputError for a base without a tokenizer (the builder reads one),
-    ExportError with the builder's own reason for a family it does not know. That a family is known does not make the graph right:
-    parity has to show it.
+    The folder has a tokenizer, which the builder reads. Raises BackendUnavailable where the builder is not installed, ExportError with the
+    builder's own reason for a family it does not know. That a family is known does not make the graph right: parity has to show it.
     """
     check_builder()
-    check_builder_base(base.folder)
     options = [*OPTIONS, f"prune_lm_head={str(last_logits).lower()}"]
-    arguments = ["-m", base.folder.resolve(), "-o", "graph", "-c", "cache", "-p", precision, "-e", PROVIDER[precision]]
+    arguments = ["-m", folder_of(base).resolve(), "-o", "graph", "-c", "cache", "-p", precision, "-e", PROVIDER[precision]]
     family = base.model.config.model_type
     what = f"onnxruntime-genai's builder could not export {family}"
     run_exporter("onnxruntime_genai.models.builder", [*arguments, "--extra_options", *options], scratch, what=what)
@@ -69,6 +55,13 @@ def _write_windows(graph: ir.Model, config: PretrainedConfig) -> None:
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     for node in graph.graph:
         if node.op_type == ATTENTION:
-            layer = int(re.search(r"\d+", node.inputs[PAST_KEY].name)[0])
-            slides = window is not None and (kinds is None or kinds[layer] == "sliding_attention")
-            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window if slides else -1)
+            slides = kinds is None or kinds[_layer(node)] == "sliding_attention"
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window if window is not None and slides else -1)
+
+
+def _layer(attention: ir.Node) -> int:
+    """By the name of its cache, ``past_key_values.<i>.key``."""
+    found = re.search(r"\d+", name_of(input_of(attention, PAST_KEY)))
+    if found is None:
+        raise GraphError(f"{describe(attention)} reads a cache whose name has no layer's number; use --exporter dynamo")
+    return int(found[0])

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graph_passes.accessors import name_of
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.bfloat16 import widen_bfloat16
 from reft_export.exporting.exported_graph import ExportedGraph
@@ -27,6 +28,8 @@ from runtimes.errors import ExportError
 
 PREFIX = "model."
 """The wrapped model's attribute; torch names initializers after it."""
+
+Dimension = int | str | ir.SymbolicDim
 
 SMALLEST_CONSTANT = 1.001e-8
 """onnxscript's rewriting takes constants of up to 1e-8 for zero (``add_0_rule``): Helium's epsilon of 1e-8 would go, and a row of zeros,
@@ -51,7 +54,13 @@ class RowMajorLinear(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class FlatCacheDecoder(torch.nn.Module):
+class Wrapper(torch.nn.Module):
+    """Holds the model that is traced as ``model``, after which torch names the initializers."""
+
+    model: PreTrainedModel
+
+
+class FlatCacheDecoder(Wrapper):
     """Takes and returns the KV cache as a flat list of tensors; the cache object lives inside the traced forward only."""
 
     def __init__(self, model: PreTrainedModel, *, last_logits: bool) -> None:
@@ -168,7 +177,7 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
 
 
 def trace(
-    wrapper: torch.nn.Module,
+    wrapper: Wrapper,
     arguments: dict[str, Any],
     dynamic_shapes: dict[str, Any],
     inputs: list[str],
@@ -177,7 +186,8 @@ def trace(
     opset: int,
     remedy: str = "",
 ) -> ir.Model:
-    """The graph of ``wrapper``, which holds the model as ``model``; raises ExportError with torch's own reason and the remedy."""
+    """The graph of ``wrapper``; raises ExportError with torch's own reason and the remedy."""
+    kind = wrapper.model.config.model_type
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -194,7 +204,9 @@ def trace(
                 external_data=True,
             )
         except torch.onnx.OnnxExporterError as e:
-            raise ExportError(f"torch could not export {wrapper.model.config.model_type}: {first_reason(e)}{remedy}") from e
+            raise ExportError(f"torch could not export {kind}: {first_reason(e)}{remedy}") from e
+    if program is None:
+        raise ExportError(f"torch could not export {kind}: its exporter gave no program back{remedy}")
     return program.model
 
 
@@ -218,9 +230,10 @@ def cache_shapes(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as e:  # a cache of the family's own
             raise ExportError(f"{other} ({first_reason(e)})") from e
     states = [[getattr(layer, part, None) for part in ("keys", "values")] for layer in cache.layers]
-    if len(states) != model.config.get_text_config().num_hidden_layers or any(t is None or t.ndim != 4 for pair in states for t in pair):
+    shapes = [[(t.shape[1], t.shape[3]) for t in pair if isinstance(t, torch.Tensor) and t.ndim == 4] for pair in states]
+    if len(states) != model.config.get_text_config().num_hidden_layers or any(len(pair) != 2 for pair in shapes):
         raise ExportError(f"{other}; {len(states)} layers do")
-    return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in cache.layers]
+    return shapes
 
 
 def keep_epsilons(model: PreTrainedModel) -> None:
@@ -253,22 +266,29 @@ def make_row_major(model: PreTrainedModel) -> dict[str, WeightSource]:
 
 def _name_dimensions(graph: ir.Model, past_names: list[str], *, last_logits: bool) -> None:
     """torch numbers its symbolic dimensions; readers of the graph get names."""
-    shapes: dict[str, list[str | int]] = {
+    shapes: dict[str, list[Dimension]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],
     }
     for value in graph.graph.inputs:
-        if value.name in past_names:
-            heads, dim = value.shape[1], value.shape[3]
-            shapes[value.name] = ["batch_size", heads, "past_sequence_length", dim]
-        value.shape = ir.Shape(shapes[value.name])
+        name = name_of(value)
+        if name in past_names:
+            _, heads, _, dim = _sizes(value)
+            shapes[name] = ["batch_size", heads, "past_sequence_length", dim]
+        value.shape = ir.Shape(shapes[name])
     for value in graph.graph.outputs:
         if value.name == "logits":
-            value.shape = ir.Shape(["batch_size", 1 if last_logits else "sequence_length", value.shape[2]])
+            value.shape = ir.Shape(["batch_size", 1 if last_logits else "sequence_length", _sizes(value)[2]])
         else:
-            past = shapes[value.name.replace("present", "past_key_values")]
+            past = shapes[name_of(value).replace("present", "past_key_values")]
             value.shape = ir.Shape(["batch_size", past[1], "total_sequence_length", past[3]])
+
+
+def _sizes(value: ir.Value) -> tuple[Dimension, ...]:
+    if value.shape is None:
+        raise ExportError(f"torch's exporter gave {value.name} no shape")
+    return value.shape.dims
 
 
 def name_weights(graph: ir.Model, sources: dict[str, WeightSource]) -> dict[str, WeightSource]:

@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import takes_token_types
-from reft_export.exporting.dynamo import make_row_major, name_weights, strip_provenance, trace
+from reft_export.exporting.dynamo import Wrapper, make_row_major, name_weights, strip_provenance, trace
 from reft_export.exporting.exported_graph import ExportedGraph
 
 BATCH, SEQUENCE = 2, 5
 """Of the traced example; any but 0 and 1, which torch takes for constants."""
 
 
-class LogitsOnly(torch.nn.Module):
+class LogitsOnly(Wrapper):
     """The model's logits as a tensor, its inputs as keywords."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -5,26 +5,14 @@ Its linear weights are renamed by number, its attention is written out, and its 
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from pathlib import Path
 
 from graph_passes.external import load_graph
 from reft_export.base.load import Base
 from reft_export.exporting.exported_graph import ExportedGraph
-from reft_export.exporting.process import run_exporter
+from reft_export.exporting.installed import check_optimum
+from reft_export.exporting.process import folder_of, run_exporter
 from reft_export.exporting.weight_sources import find_weight_sources
-from runtimes.errors import BackendUnavailable
-
-
-def check_optimum() -> None:
-    """Raises BackendUnavailable where optimum-onnx is not installed, or refuses the transformers that is."""
-    remedy = "pip install 'reft-export[cpu,host,optimum]' in an environment of its own"
-    version = importlib.metadata.version("transformers")
-    if tuple(map(int, version.split(".")[:2])) >= (4, 58):
-        raise BackendUnavailable(f"--exporter optimum needs transformers 4.57, here is {version}; {remedy}")
-    if importlib.util.find_spec("optimum") is None or importlib.util.find_spec("optimum.exporters.onnx") is None:
-        raise BackendUnavailable(f"--exporter optimum needs optimum-onnx, which is not installed; {remedy}")
 
 
 def export_optimum(base: Base, scratch: Path, *, opset: int) -> ExportedGraph:
@@ -33,7 +21,7 @@ def export_optimum(base: Base, scratch: Path, *, opset: int) -> ExportedGraph:
     Raises BackendUnavailable as ``check_optimum`` does, ExportError with optimum's own reason for a family it cannot export.
     """
     check_optimum()
-    arguments = ["--model", base.folder.resolve(), "--task", "text-generation-with-past", "--opset", str(opset), "--framework", "pt"]
+    arguments = ["--model", folder_of(base).resolve(), "--task", "text-generation-with-past", "--opset", str(opset), "--framework", "pt"]
     family = base.model.config.model_type
     run_exporter("optimum.exporters.onnx", [*arguments, "graph"], scratch, what=f"optimum could not export {family}")
     graph = load_graph(scratch / "graph" / "model.onnx")

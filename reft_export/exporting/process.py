@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from reft_export.base.load import Base
 from runtimes.errors import ExportError
+
+
+def folder_of(base: Base) -> Path:
+    """What another process reads the base from. Raises ExportError for one that is in memory alone."""
+    if base.folder is None:
+        raise ExportError(f"{base.info.name} is in memory, and the exporter reads a folder; save it with save_pretrained()")
+    return base.folder
 
 
 def run_exporter(module: str, arguments: Sequence[str | Path], scratch: Path, *, what: str) -> None:

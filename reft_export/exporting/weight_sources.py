@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calibration.weights import unmap
+from graph_passes.accessors import array_of, name_of
 from runtimes.artifacts.bundle import WeightSource
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
-_Named = tuple[str, torch.nn.Module]
+_Named = tuple[str, torch.nn.Linear | torch.nn.Embedding | Conv1D]
 
 
 def find_weight_sources(graph: ir.Model, model: PreTrainedModel) -> dict[str, WeightSource]:
@@ -26,14 +27,15 @@ def find_weight_sources(graph: ir.Model, model: PreTrainedModel) -> dict[str, We
     that tied weights lead to the module that does the same. A matrix that no parameter holds (scaled by the exporter) is left out.
     One matrix is in memory at a time.
     """
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-    embeddings = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
+    linear: list[_Named] = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    embeddings: list[_Named] = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
     sources = {}
     for value, is_product in _matrices(graph):
-        source = _find(value.const_value.numpy(), linear if is_product else embeddings, value.name)
+        name = name_of(value)
+        source = _find(array_of(value), linear if is_product else embeddings, name)
         unmap(value)
         if source is not None:
-            sources[value.name] = source
+            sources[name] = source
     return sources
 
 

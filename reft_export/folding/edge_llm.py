@@ -19,7 +19,8 @@ from graph_passes.find.edge_llm import ATTENTION, read_edge_contract
 from graph_passes.find.sites import locate_sites
 from graph_passes.find.streams import stream_types
 from graph_passes.insert import refuse_folded
-from reft_export.bundling.files import VERSION, Report, union_nodes
+from reft_export.base.adapters import union_nodes
+from reft_export.bundling.files import VERSION, Report
 from reft_export.folding.family import check_family, check_same_family
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import Adapter

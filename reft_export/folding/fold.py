@@ -20,24 +20,25 @@ from graph_passes.find.sites import locate_sites, survey_sites
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
+from reft_export.base.adapters import check_fit, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
+from reft_export.base.same_base import require_same_size
+from reft_export.base.token_rules import stated_context
 from reft_export.bundling.files import (
     BundleParts,
     Report,
-    check_fit,
     copy_tokenizer,
     finish_bundle,
     head_tensors,
-    load_adapters,
-    union_nodes,
     write_adapter,
 )
 from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object
 from reft_export.folding.edge_llm import EdgeFoldResult, fold_edge_folder
 from reft_export.folding.family import check_family, check_same_family
-from reft_export.folding.graph_record import edited_precision, foreign_record, stated_config, stated_context
+from reft_export.folding.graph_record import edited_precision, foreign_record, stated_config
 from reft_export.parity.gate import gate
 from runtimes.artifacts.bundle import ModelRecord, WeightSource, check_adapter_name
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
@@ -119,12 +120,9 @@ def fold_bundle(
     record = foreign_record(decoder, source)
     for name, adapter in adapters.items():
         check_adapter_name(name)
-        has, needs = (record.num_hidden_layers, record.hidden_size), (adapter.base.num_hidden_layers, adapter.base.hidden_size)
-        if has != needs:
-            raise AdapterError(
-                f"adapter {name} was trained on {adapter.base.name} ({needs[0]} layers, width {needs[1]}); {source} has {has[0]} "
-                f"layers, width {has[1]}; pass the graph of the base it was trained on"
-            )
+        remedy = "pass the graph of the base it was trained on"
+        claim = f"adapter {name} was trained on"
+        require_same_size(claim, adapter.base, str(source), record.num_hidden_layers, record.hidden_size, remedy)
     check_same_family(adapters)
     if model is None:
         check_family(adapters, source)
@@ -167,6 +165,7 @@ def fold_bundle(
             adapters=tuple(adapters),
             weights=weights,
             genai_config=genai_config,
+            task=TEXT_CLASSIFICATION if labels else TEXT_GENERATION,
             labels=labels,
             head=head,
         )
@@ -201,7 +200,7 @@ def _known_base(
     base = load_base(model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    full = known_model(record, base, context=stated_context(stated_config(source.parent)))
+    full = known_model(record, base, context=stated_context(stated_config(source.parent), "context_length"))
     report("finding the base's weights in the graph")
     return base, full, match_weights(decoder, base, str(source))
 

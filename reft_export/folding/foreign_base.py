@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from calibration.selection import quantized_weights, select
 from calibration.settings import QuantizationSettings
+from graph_passes.accessors import describe
 from graph_passes.external import load_graph
-from graph_passes.find.dominators import describe
 from reft_export.base.load import DTYPES, Base, load_base
 from reft_export.base.memory import give_back
+from reft_export.base.model_record import model_record
 from reft_export.bundling.files import Report
-from reft_export.bundling.model_record import model_record
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.exporting.weight_sources import find_weight_sources

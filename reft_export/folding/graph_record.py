@@ -13,8 +13,8 @@ from graph_passes.find.encoder import is_classifier
 from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.find.streams import stream_types, stream_width
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
-from reft_export.base.token_rules import CONTEXT_KEYS, DEFAULT_CONTEXT
-from reft_export.bundling.genai import read_genai_config, read_json_object, whole_number
+from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
+from reft_export.bundling.genai import read_genai_config, read_json_object
 from runtimes.artifacts.bundle import ModelRecord
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError
@@ -35,10 +35,10 @@ def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
         raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
     config = stated_config(folder)
     if is_classifier(model.graph):
-        positions = stated_context(config) or _position_rows(model.graph) or DEFAULT_POSITIONS
+        positions = stated_context(config, "context_length") or _position_rows(model.graph) or DEFAULT_POSITIONS
         context = longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
     else:
-        context = stated_context(config) or DEFAULT_CONTEXT
+        context = stated_context(config, "context_length") or DEFAULT_CONTEXT
     vocab_size = vocabulary[-1]
     if is_classifier(model.graph):
         vocab_size = int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
@@ -98,10 +98,6 @@ def stated_config(folder: Path) -> dict[str, Any]:
     model, config = read_genai_config(folder).get("model"), read_json_object(folder / "config.json")
     text = config.get("text_config")  # a multimodal model's decoder
     return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
-
-
-def stated_context(config: dict[str, Any]) -> int | None:
-    return whole_number(config, "context_length", *CONTEXT_KEYS)
 
 
 def _position_rows(graph: ir.Graph) -> int | None:

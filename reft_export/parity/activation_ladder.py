@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from graph_passes.external import load_graph
 from reft_export.base.dequantized import fake_quantize, linears_of
 from reft_export.base.memory import give_back
 from reft_export.eager.steering import Steerer, steering_of
-from reft_export.parity.changed_bundle import variant
-from reft_export.parity.golden import Inputs
-from reft_export.tasks.classification import ClassifierInputs, model_inputs
+from reft_export.parity.changed_bundle import quantization_of, variant
+from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.open import ort_session
 from runtimes.ort.session import to_float32
@@ -66,49 +65,16 @@ def step_rungs(
         return rungs
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Row:
-    """One row of the golden inputs, alone and so without pads; ``types``: a classifier's token types, None of a decoder."""
-
-    number: int
-    ids: np.ndarray
-    prompt_length: int
-    types: np.ndarray | None
-
-    def run(self, session: Any) -> Any:
-        ones = np.ones_like(self.ids)
-        if self.types is not None:
-            return session.classify(self.ids, ones, self.types)
-        return session.step(self.ids, ones, prompt_length=np.array([self.prompt_length]))
-
-    def eager(self, model: PreTrainedModel) -> torch.Tensor:
-        """Logits [positions, V], or [1, labels] of a classifier."""
-        ids = torch.from_numpy(self.ids)
-        if self.types is not None:
-            return model(**model_inputs(model, ids, torch.ones_like(ids), torch.from_numpy(self.types))).logits
-        return model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits[0]
-
-
-def _rows(inputs: Inputs) -> Iterator[_Row]:
-    classifies = isinstance(inputs, ClassifierInputs)
-    for number, real in enumerate(inputs.attention_mask > 0):
-        ids = inputs.input_ids[number][real][None]
-        types = inputs.token_type_ids[number][real][None] if classifies else None
-        length = ids.shape[1] if classifies else int(inputs.prompt_length[number])
-        yield _Row(number=number, ids=ids, prompt_length=length, types=types)
-
-
 def _run_graph(bundle: Bundle, inputs: Inputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None) -> None:
     """<folder>/<name>.<row>.npz: the graph's logits and quantized inputs, one full forward a row."""
     with variant(bundle, expose_quantized_inputs) as exposed:
         session = ort_session(exposed, provider=provider, kernel=kernel)
         for name in names:
             session.set_adapter(None if name == BASE_GOLDEN else name)
-            for row in _rows(inputs):
-                output = row.run(session)
-                inputs_read = {value: to_float32(output.outputs[value]) for value in values}
-                logits = output.logits if row.types is not None else output.logits[0]
-                np.savez(folder / f"{name}.{row.number}.npz", logits=logits, **inputs_read)
+            for row in inputs.rows():
+                logits, outputs = row.run(session)
+                arrays: dict[str, Any] = {"logits": logits, **{value: to_float32(outputs[value]) for value in values}}
+                np.savez(folder / f"{name}.{row.number}.npz", **arrays)
 
 
 def _hold(
@@ -125,14 +91,12 @@ def _hold(
     wrong: dict[str, int] = {}
     followed: set[str] = set()
     ours, theirs = [], []
-    for row in _rows(inputs):
+    for row in inputs.rows():
         with np.load(folder / f"{name}.{row.number}.npz") as seen:
             restored = {weight: how[weight].restore(*(seen[value] for value in values)) for weight, values in shown.items()}
             theirs.append(seen["logits"])
         with torch.no_grad(), steering_of(model, steerer) as steering, _following(model, bundle, how, restored, wrong, followed):
-            if steering is not None:
-                steering.prompt_length = [row.prompt_length]
-            logits = row.eager(model)
+            logits = row.eager(model, steering)
         ours.append(logits[-len(theirs[-1]) :].float().numpy())
     figures, note = compare(np.concatenate(theirs), np.concatenate(ours)), ""
     if not followed:  # an expert that no token is routed to may be left out, but not every product
@@ -142,7 +106,7 @@ def _hold(
         figures = replace(figures, max_abs=np.inf, max_relative=np.inf)
         note = f"{sum(wrong.values())} inputs are not rounded as the scales in the graph say, first those of {worst}"
     budget = BUDGETS["weight-only int8"]
-    label = bundle.manifest.quantization.label
+    label = quantization_of(bundle).label
     return judge(f"{label}, {name}: step by step", "eager, same roundings", figures, budget, note=note)
 
 

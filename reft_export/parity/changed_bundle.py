@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graph_passes.external import load_graph
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Quantization
+from runtimes.errors import BundleError
 
 
 @contextmanager
@@ -34,6 +35,13 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
         yield Bundle(folder=folder, manifest=bundle.manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def quantization_of(bundle: Bundle) -> Quantization:
+    """Raises BundleError for a float bundle."""
+    if bundle.manifest.quantization is None:
+        raise BundleError(f"{bundle.folder} is a float bundle, and what is measured here is of a quantized one")
+    return bundle.manifest.quantization
 
 
 def _scratch_folder(folder: Path) -> Path | None:

@@ -104,4 +104,4 @@ def run_node(node: EditNode, h: np.ndarray, slot: np.ndarray, bank: list[np.ndar
         options.register_custom_ops_library(str(library))
     proto = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip(names, (h, slot, *bank), strict=True)))[0]
+    return np.asarray(session.run(None, dict(zip(names, (h, slot, *bank), strict=True)))[0])

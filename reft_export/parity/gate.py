@@ -19,6 +19,7 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequ
     their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the
     quantization's own advice.
     """
+    from reft_export.parity.changed_bundle import quantization_of
     from reft_export.parity.ladder import check, float_label, with_float_activations
     from runtimes.open import ort_session
 
@@ -26,7 +27,7 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequ
     rungs: list[Rung] = list(stepped)
     if exact is not None:
         with with_float_activations(bundle) as changed:
-            rungs += check(changed, exact, float_label(bundle.manifest.quantization))
+            rungs += check(changed, exact, float_label(quantization_of(bundle)))
     shipped = check_golden(bundle, ort_session(bundle)).rungs
     if bundle.manifest.quantization is not None:
         shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)

@@ -20,22 +20,19 @@ from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
-from reft_export.base.load import DTYPES, Base, Outline, load_base, outline_base
+from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
+from reft_export.base.model_record import model_record
 from reft_export.base.same_base import Named, require_same
-from reft_export.bundling.model_record import model_record
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
-from reft_export.parity.changed_bundle import variant
+from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.parity.edit_ladder import edit_rungs
-from reft_export.parity.golden import Inputs, fp32_logits, inputs_of, record_golden
-from reft_export.tasks.classification import ClassifierInputs
-from reft_export.tasks.generation import GoldenInputs
+from reft_export.parity.golden import fp32_logits, inputs_of, record_golden
+from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
-from runtimes.precision import TORCH_DTYPES
 
 Report = Callable[[str], None]
 
@@ -75,18 +72,18 @@ def host_ladder(
     steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
     inputs = stored_inputs(bundle) if bundle.golden_names else inputs_of(base)
     quantized = bundle.manifest.quantization is not None
-    exact = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else None
+    fp32 = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else {}
     for name in bundle.golden_names:
         if name != BASE_GOLDEN and quantized and bundle.adapter_record(name).trained_on is not None:
             # Trained on quantized weights: what it does to the float model is not what it is for. The bundle knows what was aimed at.
-            exact[name] = bundle.golden(name)["fp32_logits"]
+            fp32[name] = bundle.golden(name)["fp32_logits"]
     if quantized:
-        rungs += quantized_rungs(bundle, base, inputs, steerers, exact, provider=provider, kernel=kernel, report=report)
+        rungs += quantized_rungs(bundle, base, inputs, steerers, fp32, provider=provider, kernel=kernel, report=report)
         return ParityReport(rungs=tuple(rungs))
-    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    set_precision(base.model, bundle.manifest.precision)
     with tempfile.TemporaryDirectory() as folder:
         report("recording what the eager model says")
-        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32 or None)
         report("running the exported graph, without edits")
         with variant(bundle, unfold_graph) as exported:
             rungs += check(exported, Path(folder), "exported", names=(BASE_GOLDEN,), provider=provider)
@@ -125,7 +122,7 @@ def quantized_rungs(
     base: Base,
     inputs: Inputs,
     steerers: Mapping[str, Steerer],
-    exact: Mapping[str, np.ndarray] | None,
+    fp32: Mapping[str, np.ndarray],
     *,
     provider: str = "cpu",
     kernel: str | None = None,
@@ -135,14 +132,14 @@ def quantized_rungs(
 
     ``base`` must be fresh from disk, in float32; its weights are replaced by the dequantized ones, in the bundle's float type.
     """
-    quantization, sources = bundle.manifest.quantization, bundle.manifest.weights
+    quantization, sources = quantization_of(bundle), bundle.manifest.weights
     graph = load_graph(bundle.graph_path)
-    base.model.to(DTYPES[TORCH_DTYPES[bundle.manifest.precision]])
+    set_precision(base.model, bundle.manifest.precision)
     load_dequantized(base.model, graph, sources)
     rungs: list[Rung] = []
     with tempfile.TemporaryDirectory() as folder:
         report("holding the quantized weights against the eager model")
-        record_golden(Path(folder), base.model, inputs, steerers, fp32=exact)
+        record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
         with with_float_activations(bundle) as changed:
             rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
     if not activation_quantization(graph):
@@ -150,7 +147,7 @@ def quantized_rungs(
     with tempfile.TemporaryDirectory() as folder:
         report("holding the bundle against the eager model's fake quantization")
         with activations_quantized(base.model, graph, sources):
-            record_golden(Path(folder), base.model, inputs, steerers, fp32=exact, noisy=True)
+            record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32, noisy=True)
         rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
     return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)
 
@@ -177,15 +174,13 @@ def check(
 def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
     """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
     with variant(bundle, float_activations) as changed:
-        quantization = replace(bundle.manifest.quantization, scheme="weight-only", accuracy_level=1)
+        quantization = replace(quantization_of(bundle), scheme="weight-only", accuracy_level=1)
         yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization, parity_budget={}))
 
 
 def stored_inputs(bundle: Bundle) -> Inputs:
     """The inputs of the bundle's own golden arrays."""
-    arrays = bundle.golden(BASE_GOLDEN)
-    kind = ClassifierInputs if bundle.manifest.task == TEXT_CLASSIFICATION else GoldenInputs
-    return kind(**{name: arrays[name] for name in kind.__dataclass_fields__})
+    return TASKS[bundle.manifest.task].stored_inputs(bundle.golden(BASE_GOLDEN))
 
 
 def float_label(q: Quantization) -> str:

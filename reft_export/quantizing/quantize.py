@@ -249,7 +249,7 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
     parts = BundleParts(
         model=m.model,
         precision=m.precision,
-        quantization=quantization_record(plan.settings, kept=quantized.kept, calibration=plan.calibration),
+        quantization=quantization_record(plan.settings, kept=quantized.float_weights, calibration=plan.calibration),
         exporter=m.exporter,
         logits=m.logits,
         slots=m.slots,
@@ -257,6 +257,7 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         adapters=plan.bundle.adapter_names,
         weights=m.weights,
         genai_config=_own_config(plan.bundle),
+        task=m.task,
         labels=m.labels,
         head=m.head,
     )

@@ -26,10 +26,11 @@ import torch
 from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
+from reft_export.base.adapters import load_adapters
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
 from reft_export.base.token_rules import context_of, stop_tokens
-from reft_export.bundling.files import Report, load_adapters
+from reft_export.bundling.files import Report
 from reft_export.eager.steering import steer
 from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized

@@ -18,9 +18,10 @@ import numpy as np
 
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
+from reft_export.base.adapters import check_fit, load_adapters
 from reft_export.base.load import DTYPES, Base, load_base
 from reft_export.base.same_base import comparable, require_same
-from reft_export.bundling.files import Report, check_fit, head_tensors, load_adapters, write_adapter
+from reft_export.bundling.files import Report, head_tensors, write_adapter
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import steered

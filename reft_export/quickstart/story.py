@@ -25,7 +25,7 @@ from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import StepRecord, train
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
-from runtimes.errors import ReftError
+from runtimes.errors import ExportError, ReftError
 from runtimes.files.folders import check_destination
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
@@ -165,10 +165,17 @@ def _quantization(folder: Path, base_folder: str, data: Path, report: Progress) 
         force=True,
         report=report.update,
     )
-    exact, *calibrated = static.report.variants
-    told = replace(static.report, variants=(exact, *refitted.report.variants, *calibrated), refits=refitted.report.refits)
+    of_static, of_refitted = _report(static), _report(refitted)
+    float_graph, *calibrated = of_static.variants
+    told = replace(of_static, variants=(float_graph, *of_refitted.variants, *calibrated), refits=of_refitted.refits)
     write_reports(told, folder / "steering")
     return told
+
+
+def _report(result: ExportResult) -> QuantizationReport:
+    if result.report is None:
+        raise ExportError("the quantization was asked for a comparison, and made none")
+    return result.report
 
 
 def _measure(name: str, folder: Path, result: ExportResult) -> tuple[dict[str, tuple[str, str]], Variant]:
@@ -177,6 +184,8 @@ def _measure(name: str, folder: Path, result: ExportResult) -> tuple[dict[str, t
     session = OrtSession(bundle)
     tokenizer, template = Tokenizer.load(folder, bundle.manifest.model), ChatTemplate.load(folder)
     prompts = held_out_prompts()
+    if template is None or result.parity is None:
+        raise ExportError(f"{folder} has no chat template, or was not held to parity; the built-in base has both: install reft-export anew")
     rendered = [template.render([{"role": "user", "content": p}]) for p in prompts]
     tokens = [tokenizer.encode(text, add_special_tokens=False) for text in rendered]
     texts = []

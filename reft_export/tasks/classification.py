@@ -1,19 +1,28 @@
-"""Golden arrays of a classifier: texts and pairs of texts, and the logits that eager PyTorch gives them.
+"""A classifier's task. It is recorded on texts and pairs of texts, and the logits that eager PyTorch gives them.
 
 The arrays are the CLASSIFIER ones of runtimes/artifacts/golden_schema.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.classifiers import context_of, takes_token_types
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText, padded
+
+if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
+    import onnx_ir as ir
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reft_export.base.load import Base
+    from reft_export.eager.steering import Steerer, Steering
 
 TEXTS = (
     "Hello!",
@@ -37,6 +46,74 @@ class ClassifierInputs:
     input_ids: np.ndarray
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
+    task: ClassVar[str] = TEXT_CLASSIFICATION
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    def logits(self, model: PreTrainedModel, steerer: Steerer | None = None) -> np.ndarray:
+        """Logits [B, labels] float32, in one padded batch."""
+        import torch
+
+        from reft_export.eager.steering import steering_of
+
+        tensors = (torch.from_numpy(x) for x in (self.input_ids, self.attention_mask, self.token_type_ids))
+        with torch.no_grad(), steering_of(model, steerer):
+            return model(**model_inputs(model, *tensors)).logits.float().cpu().numpy()
+
+    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
+        return {}
+
+    def rows(self) -> Iterator[ClassifierRow]:
+        for number, real in enumerate(self.attention_mask > 0):
+            yield ClassifierRow(number=number, ids=self.input_ids[number][real][None], types=self.token_type_ids[number][real][None])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassifierRow:
+    """One text or pair, int64 [1, S]."""
+
+    number: int
+    ids: np.ndarray
+    types: np.ndarray
+
+    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
+        output = session.classify(self.ids, np.ones_like(self.ids), self.types)
+        return output.logits, output.outputs
+
+    def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
+        import torch
+
+        ids = torch.from_numpy(self.ids)
+        if steering is not None:
+            steering.prompt_length = [ids.shape[1]]
+        return model(**model_inputs(model, ids, torch.ones_like(ids), torch.from_numpy(self.types))).logits
+
+
+class Classification:
+    """Rows are in tasks/task.py."""
+
+    name = TEXT_CLASSIFICATION
+    recorded = "logits"
+    no_genai = "onnxruntime-genai generates text, and a classifier is no decoder"
+
+    def inputs(self, base: Base) -> ClassifierInputs:
+        return classifier_inputs(base.model, base.tokenizer)
+
+    def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> ClassifierInputs:
+        return ClassifierInputs(**{field.name: arrays[field.name] for field in fields(ClassifierInputs)})
+
+    def check_settings(self, base: str, *, exporter: str, logits: str) -> None:
+        if (exporter, logits) != ("dynamo", "all"):
+            what = "--logits last" if logits != "all" else f"--exporter {exporter}"
+            raise InputError(f"{base} is a classifier, which {what} is not for; leave it out (dynamo, one row of logits a text)")
+
+    def logits_shape(self, logits: str) -> str:
+        return "logits one row a text"
+
+    def padding(self, graph: ir.Graph) -> str:
+        return "right"
 
 
 def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ClassifierInputs:
@@ -50,7 +127,7 @@ def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     else:
         pairs = [(text, pair) for text in TEXTS for pair in (None, *TEXTS) if pair != text]
         texts = [encode(tokenizer, text, pair, room, "the base's context")[0] for text, pair in pairs]
-    return ClassifierInputs(**dict(zip(ClassifierInputs.__dataclass_fields__, padded(texts, pad), strict=True)))
+    return ClassifierInputs(**dict(zip((field.name for field in fields(ClassifierInputs)), padded(texts, pad), strict=True)))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str) -> tuple[EncodedText, bool]:
@@ -79,10 +156,3 @@ def model_inputs(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask
     if takes_token_types(model):
         given["token_type_ids"] = token_type_ids
     return {name: tensor.to(model.device) for name, tensor in given.items()}
-
-
-@torch.no_grad()
-def classifier_logits(model: PreTrainedModel, inputs: ClassifierInputs) -> np.ndarray:
-    """Logits [B, labels] float32, in one padded batch."""
-    tensors = (torch.from_numpy(x) for x in (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids))
-    return model(**model_inputs(model, *tensors)).logits.float().cpu().numpy()

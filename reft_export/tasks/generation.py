@@ -1,17 +1,24 @@
-"""What a decoder is recorded on: prompts, the base's greedy continuation of them, and that of every adapter."""
+"""A decoder's task. It is recorded on prompts, the base's greedy continuation of them, and that of every adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_export.base.token_rules import decoder_context
-from reft_export.eager.steering import Steerer, Steering, greedy_tokens, steering_of
+from reft_export.base.token_rules import decoder_context, output_rows
+from runtimes.artifacts.task_names import TEXT_GENERATION
+
+if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
+    import onnx_ir as ir
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reft_export.base.load import Base
+    from reft_export.eager.steering import Steerer, Steering
 
 GREEDY_TOKENS = 64
 CONTINUATION = 12
@@ -35,6 +42,84 @@ class GoldenInputs:
     attention_mask: np.ndarray
     prompt_length: np.ndarray
     logit_positions: np.ndarray
+    task: ClassVar[str] = TEXT_GENERATION
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    def logits(self, model: PreTrainedModel, steerer: Steerer | None = None) -> np.ndarray:
+        """Logits [K, V] float32 at ``logit_positions``, from one full forward."""
+        import torch
+
+        from reft_export.eager.steering import steering_of
+
+        mask = torch.from_numpy(self.attention_mask)
+        device = next(model.parameters()).device
+        with torch.no_grad(), steering_of(model, steerer) as handle:
+            if handle is not None:
+                handle.prompt_length = self.prompt_length
+            logits = model(
+                input_ids=torch.from_numpy(self.input_ids).to(device),
+                attention_mask=mask.to(device),
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+                use_cache=False,
+            ).logits
+        rows, columns = torch.from_numpy(self.logit_positions).to(device).unbind(1)
+        return logits[rows, columns].float().cpu().numpy()
+
+    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
+        return {"greedy_tokens": eager_greedy(model, self, steerer)}
+
+    def rows(self) -> Iterator[PromptRow]:
+        for number, real in enumerate(self.attention_mask > 0):
+            yield PromptRow(number=number, ids=self.input_ids[number][real][None], prompt_length=int(self.prompt_length[number]))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptRow:
+    """One prompt and its continuation, int64 [1, S]."""
+
+    number: int
+    ids: np.ndarray
+    prompt_length: int
+
+    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
+        output = session.step(self.ids, np.ones_like(self.ids), prompt_length=np.array([self.prompt_length]))
+        return output.logits[0], output.outputs
+
+    def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
+        import torch
+
+        ids = torch.from_numpy(self.ids)
+        if steering is not None:
+            steering.prompt_length = [self.prompt_length]
+        return model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits[0]
+
+
+class Generation:
+    """Rows are in tasks/task.py."""
+
+    name = TEXT_GENERATION
+    recorded = "logits, greedy tokens"
+    no_genai = ""
+
+    def inputs(self, base: Base) -> GoldenInputs:
+        return golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
+
+    def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> GoldenInputs:
+        return GoldenInputs(**{field.name: arrays[field.name] for field in fields(GoldenInputs)})
+
+    def check_settings(self, base: str, *, exporter: str, logits: str) -> None:
+        """Every exporter makes decoders, with all logits or the last."""
+
+    def logits_shape(self, logits: str) -> str:
+        return f"logits {logits}"
+
+    def padding(self, graph: ir.Graph) -> str:
+        from graph_passes.cache_shapes import ATTENTION
+
+        return "none" if any(node.op_type == ATTENTION for node in graph) else "left"
 
 
 def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -53,7 +138,7 @@ def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True))
     except TemplateError:  # a template that wants more than a user's message; any tokens will do here
         return tokenizer(text)["input_ids"]
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -65,8 +150,7 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
     ids, mask = pad_right(rows)
     real = np.argwhere(mask == 1)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    keep = max(8, LOGIT_BYTES // (4 * vocabulary))
+    keep = max(8, LOGIT_BYTES // (4 * output_rows(model)))
     if len(real) > keep:
         real = _spread(real, [len(p) for p in prompts], keep)
     return GoldenInputs(
@@ -99,12 +183,18 @@ def eager_greedy(
     model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
 ) -> np.ndarray:
     """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
+    from reft_export.eager.steering import steering_of
+
     prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
     with steering_of(model, steerer) as handle:
         return _greedy(model, prompts, max_tokens, handle)
 
 
 def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
+    import torch
+
+    from reft_export.eager.steering import greedy_tokens
+
     # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
     ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
     tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)

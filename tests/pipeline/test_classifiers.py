@@ -28,7 +28,7 @@ from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import stored_inputs
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.tasks.classification import classifier_logits, model_inputs
+from reft_export.tasks.classification import model_inputs
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
 from runtimes.edits.adapter import load_adapter, save_adapter
@@ -106,17 +106,17 @@ def test_every_way_to_feed_the_texts_is_exact(made) -> None:
 def test_an_adapter_swaps_its_head_too(made) -> None:
     bundle, base_folder, folders = made()
     base, inputs = load_base(base_folder), stored_inputs(bundle)
-    plain = classifier_logits(base.model, inputs)
+    plain = inputs.logits(base.model)
     scale = np.abs(plain).max()
     for name, folder in folders.items():
         adapter = load_adapter(folder)
         with steered(base.model, adapter):
-            wanted = classifier_logits(base.model, inputs)
+            wanted = inputs.logits(base.model)
         with steered(base.model, replace(adapter, head={})):
-            headless = classifier_logits(base.model, inputs)
+            headless = inputs.logits(base.model)
         assert bool(adapter.head) == (np.abs(wanted - headless).max() > 1e-2 * scale)
         assert np.abs(session_logits(bundle, name) - wanted).max() <= 2e-5 * np.abs(wanted).max()
-    assert np.array_equal(classifier_logits(base.model, inputs), plain), "the eager model got its own head back"
+    assert np.array_equal(inputs.logits(base.model), plain), "the eager model got its own head back"
 
 
 def test_without_an_adapter_the_bundle_is_the_base_again(made) -> None:
@@ -342,7 +342,7 @@ def test_other_exporters_are_refused(made, tmp_path: Path, monkeypatch: pytest.M
     def missing(_: str) -> None:
         raise BackendUnavailable("is not installed")
 
-    monkeypatch.setattr("reft_export.exporting.export.check_exporter", missing)  # nobody is to install what would be refused afterwards
+    monkeypatch.setattr("reft_export.exporting.plan.check_exporter", missing)  # nobody is to install what would be refused afterwards
     with pytest.raises(InputError, match=f"base is a classifier, which --exporter {exporter} is not for"):
         export_bundle(str(made()[1]), [], tmp_path / "out", ExportSettings(exporter=exporter), report=quiet)
     assert not (tmp_path / "out").exists()
@@ -444,13 +444,13 @@ def test_red_trained_with_its_head_beside_another_adapter(made, tmp_path: Path) 
         assert code == 0 and json.loads(out)["passed"]
     bundle, base = open_bundle(tmp_path / "b"), load_base(base_folder)
     inputs = stored_inputs(bundle)
-    plain = classifier_logits(base.model, inputs)
+    plain = inputs.logits(base.model)
     session = OrtClassifier(bundle, threads=1)
     for name, folder in (("red", tmp_path / "red"), (None, None), ("untied", folders["untied"]), ("red", tmp_path / "red")):
         session.set_adapter(name)
         got = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
         with steered(base.model, load_adapter(folder)) if folder else nullcontext():
-            wanted = classifier_logits(base.model, inputs)
+            wanted = inputs.logits(base.model)
         assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max(), name
         assert (np.abs(wanted - plain).max() > 1e-2 * np.abs(plain).max()) == (name is not None)
 

@@ -38,7 +38,7 @@ SURFACE = {
         "--force", "--json",
     },
     "export": {
-        "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--fuse", "--opset",
+        "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--opset",
         "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--accept-base", "--force", "--json"},

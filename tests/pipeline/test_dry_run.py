@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import tiny_encoders
+from models.bases import FAMILIES
 from safetensors.numpy import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
@@ -17,6 +20,9 @@ from typer.testing import CliRunner
 from reft_export.base.load import load_base, load_without_weights
 from reft_export.base.token_rules import stop_tokens
 from reft_export.cli.main import app
+from reft_export.exporting.assemble import check_model
+from reft_export.exporting.plan import KEYS_AND_VALUES, plan_export
+from reft_export.exporting.settings import ExportSettings
 from reft_export.training.checkpoints import HISTORY_FILE, open_working_folder
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import prepare
@@ -45,6 +51,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "second").mkdir()
     save_adapter(adapter, root / "second" / "good")
     save_adapter(tiny.random_adapter(load_base(root / "other").info), root / "of-another")
+    shutil.copytree(root / "base", root / "twin")
+    weights, name = load_file(root / "twin" / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: -weights[name]}, root / "twin" / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(tiny.random_adapter(load_base(root / "twin").info), root / "of-twin")
     for name in ("garbage", "damaged", "not-finite"):
         shutil.copytree(root / "good", root / name)
     (root / "garbage" / "adapter.json").write_bytes(b"\x00\xff garbage")
@@ -134,8 +144,7 @@ def test_export_without_the_exporter(files, tmp_path, exporter, monkeypatch) -> 
 
 
 def test_the_builder_reads_a_tokenizer(files, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("reft_export.exporting.builder.check_builder", lambda: None)
-    monkeypatch.setattr("reft_export.exporting.export.check_builder", lambda: None)
+    monkeypatch.setattr("reft_export.exporting.plan.check_exporter", lambda _: None)
     arguments = ["export", "-m", "{files}/no-tokenizer", "-o", "{work}/out", "--exporter", "builder"]
     refused_alike(arguments, files, tmp_path, 2, "has no tokenizer, which the builder reads")
 
@@ -249,6 +258,65 @@ def test_good_input_gets_its_plan(files, tmp_path, arguments, says, monkeypatch)
     code, out, err = invoke(*(word.format(files=files, work=tmp_path) for word in arguments), "--dry-run")
     assert code == 0 and says in out and "M parameters" in out, err
     assert list(tmp_path.iterdir()) == []
+
+
+LIGHT = """
+import json, sys
+from typer.testing import CliRunner
+from reft_export.cli.main import app
+
+for arguments, code, said in json.load(open(sys.argv[1])):
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert done.exit_code == code and said in " ".join(done.output.split()), (arguments, done.output, done.exception)
+    heavy = {"torch", "transformers", "onnx", "onnxruntime"} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+
+
+def test_refusals_and_dry_runs_of_known_families_load_no_torch(files, tmp_path) -> None:
+    """Neither does the one line of a refusal wait for it, nor the forecast."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    cases: list[tuple[list[str], int, str]] = [
+        ([*EXPORT, "-a", "{files}/none"], 2, "none"),
+        ([*EXPORT, "-a", "{files}/garbage"], 2, "adapter.json is not JSON"),
+        ([*EXPORT, "-a", "{files}/of-another"], 2, "was trained on other (3 layers, width 32); base has 3 layers, width 64; pass the base"),
+        ([*EXPORT, "-a", "{files}/of-twin"], 2, "this base is base: it has other values in layers.1.mlp.up_proj.weight; pass the base"),
+        ([*EXPORT, "--sites", "9"], 2, "layer 9 does not exist in base (3 layers, 0 to 2)"),
+        ([*EXPORT, "--exporter", "tvm"], 2, "exporter 'tvm' is unknown"),
+        ([*EXPORT, "-p", "int3"], 2, "precision 'int3' is unknown"),
+        ([*EXPORT, "-p", "int4", "--block-size", "17"], 2, "17"),
+        (["export", "-m", "{files}/base", "-o", "{work}/taken"], 2, "exists; choose another output"),
+        (["export", "-m", "{files}/no-config", "-o", "{work}/out"], 2, "config.json is missing"),
+        (["export", "-m", "{files}/cut", "-o", "{work}/out"], 2, "is damaged or cut short"),
+        (["export", "-m", "{files}/encoder", "-o", "{work}/out", "--exporter", "builder"], 2, "is a classifier, which --exporter builder"),
+        ([*EXPORT, "-a", "{files}/good", "-p", "int4", "--dry-run"], 0, "M parameters"),
+        (["export", "-m", "{files}/encoder", "-o", "{work}/out", "--dry-run"], 0, "M parameters"),
+    ]
+    filled = [([word.format(files=files, work=tmp_path) for word in words], code, said) for words, code, said in cases]
+    (tmp_path / "cases.json").write_text(json.dumps(filled))
+    done = subprocess.run([sys.executable, "-c", LIGHT, str(tmp_path / "cases.json")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("change", [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, {"model_type": "mamba"}], ids=str)
+def test_what_the_files_do_not_settle_is_left_to_the_model(files, tmp_path, change) -> None:
+    folder = Path(shutil.copytree(files / "base", tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    plan = plan_export(folder, [files / "good"], tmp_path / "out", ExportSettings())
+    assert plan.settled == (not change)
+
+
+@pytest.mark.parametrize("family", ["encoder", *sorted(set(KEYS_AND_VALUES) & set(FAMILIES))])
+def test_the_headers_count_what_the_model_has(family, tmp_path) -> None:
+    """And known families have the cache that is not looked at for them."""
+    folder = tiny_encoders.save_base(tmp_path / "b") if family == "encoder" else tiny.save_base(tmp_path / "b", family)
+    plan = plan_export(folder, [], tmp_path / "out", ExportSettings())
+    asked = check_model(plan, ExportSettings())
+    assert plan.settled and sum(asked.parameters) == sum(plan.parameters)
+    # Where the files call the output head lm_head, the model calls it embed_out, by which it counts as an embedding.
+    assert asked == plan or family == "gpt_neox"
 
 
 def test_a_base_from_a_hub_is_not_downloaded(tmp_path, monkeypatch) -> None:

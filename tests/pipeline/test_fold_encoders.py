@@ -27,7 +27,7 @@ from reft_export.exporting.dynamo_classifier import LogitsOnly
 from reft_export.folding.fold import fold_bundle
 from reft_export.folding.graph_record import foreign_record
 from reft_export.parity.ladder import host_ladder
-from reft_export.tasks.classification import classifier_inputs, classifier_logits
+from reft_export.tasks.classification import classifier_inputs
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS, Site
@@ -84,7 +84,7 @@ def check(family: str, opset: int, root: Path) -> None:
     session = OrtClassifier(bundle, threads=1)
     for stream in (None, *STREAMS):
         with steered(base.model, load_adapter(root / stream)) if stream else nullcontext():
-            wanted = classifier_logits(base.model, inputs)
+            wanted = inputs.logits(base.model)
         session.set_adapter(stream)
         got = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
         assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max(), stream

@@ -119,7 +119,7 @@ def test_a_cache_of_other_names_answers_as_eager_does(bundle_folder, base_folder
 
 def open_own_record(base: str, bundle) -> object:
     """The base's own record, but for the context, which a graph without a config does not state."""
-    from reft_export.bundling.model_record import model_record
+    from reft_export.base.model_record import model_record
 
     return replace(model_record(load_base(base)), context_length=bundle.manifest.model.context_length)
 

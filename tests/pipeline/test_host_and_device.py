@@ -20,10 +20,10 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from reft_export.base.load import Base, load_base
+from reft_export.base.model_record import model_record
 from reft_export.base.token_rules import context_of, pad_token, stop_tokens
 from reft_export.bundling.files import copy_tokenizer
 from reft_export.bundling.genai import write_genai_config
-from reft_export.bundling.model_record import model_record
 from reft_export.cli.main import app
 from reft_export.eager.steering import greedy_tokens
 from reft_export.exporting.export import ExportSettings, export_bundle

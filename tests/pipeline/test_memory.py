@@ -66,7 +66,7 @@ from pathlib import Path
 import tiny, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from calibration.settings import settings_for
-from reft_export.parity import golden
+from reft_export.tasks import generation
 from reft_export.base.load import load_base
 from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.exporting.export import ExportSettings, export_bundle
@@ -75,7 +75,7 @@ from runtimes.edits.adapter import save_adapter
 from runtimes.bench import peak_memory
 from runtimes.errors import ParityError
 
-golden.record_golden.__kwdefaults__["max_tokens"] = 4  # 64 greedy tokens take minutes, and no memory of their own
+generation.eager_greedy.__kwdefaults__["max_tokens"] = 4  # 64 greedy tokens take minutes, and no memory of their own
 root, quiet = Path(sys.argv[2]), {"report": lambda _: None}
 if sys.argv[1] == "make":
     config = AutoConfig.for_model(

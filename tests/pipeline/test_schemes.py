@@ -182,7 +182,7 @@ def test_kept_layers_head_and_embeddings(float_bundle) -> None:
 
     def quantized(scheme: str = "weight-only", **options) -> tuple[set[str], tuple[str, ...]]:
         graph = load_graph(source / "model.onnx")
-        kept = quantize_graph(graph, settings_for(scheme, **options)).kept
+        kept = quantize_graph(graph, settings_for(scheme, **options)).float_weights
         return {name for name, _ in dequantized_weights(graph)}, kept
 
     everything, kept = quantized()

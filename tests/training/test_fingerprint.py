@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from reft_export.base.adapters import check_fit
 from reft_export.base.config import canonical_config
 from reft_export.base.fingerprint import fingerprint, identify
 from reft_export.base.load import Base, base_from_memory, load_base, outline_base
 from reft_export.base.model_folder import fingerprint_v1, memory_fingerprint_v1
 from reft_export.base.same_base import grouped, separate, tensor_differences
 from reft_export.base.stored import SAMPLE_VALUES, SAMPLES
-from reft_export.bundling.files import check_fit
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError

@@ -18,7 +18,7 @@ from models.classifiers import ROUTE as CLASSIFIER_ROUTE
 
 from evidence.support_table.cells import DTYPES, Cell, run_family
 from evidence.support_table.page import PAGE, RESULTS, ROUTES, page, read_results, write_results
-from reft_export.exporting.export import check_exporter
+from reft_export.exporting.installed import check_exporter
 from runtimes.errors import BackendUnavailable, InputError, ReftError
 
 app = typer.Typer(add_completion=False)

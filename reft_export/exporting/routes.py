@@ -1,0 +1,56 @@
+"""Which function makes the graph, by task and exporter. Each route is imported when it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reft_export.exporting.settings import ExportSettings
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+
+if TYPE_CHECKING:
+    from reft_export.base.load import Base
+    from reft_export.exporting.exported_graph import ExportedGraph
+
+Route = Callable[["Base", Path, ExportSettings], "ExportedGraph"]
+"""(base, a folder for the exporter's own files, settings) to the graph. The base's weights are rearranged in place."""
+
+
+def _classifier(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    from reft_export.exporting.dynamo_classifier import export_classifier
+
+    return export_classifier(base.model, opset=settings.opset)
+
+
+def _builder(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    from reft_export.exporting.builder import export_builder
+
+    return export_builder(base, scratch, precision=settings.float_type, last_logits=settings.logits == "last")
+
+
+def _optimum(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    from reft_export.exporting.optimum import export_optimum
+
+    return export_optimum(base, scratch, opset=settings.opset)
+
+
+def _transformers(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    from reft_export.exporting.transformers import export_transformers
+
+    return export_transformers(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+
+
+def _dynamo(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
+    from reft_export.exporting.dynamo import export_dynamo
+
+    return export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+
+
+ROUTES: dict[tuple[str, str], Route] = {
+    (TEXT_GENERATION, "dynamo"): _dynamo,
+    (TEXT_GENERATION, "builder"): _builder,
+    (TEXT_GENERATION, "optimum"): _optimum,
+    (TEXT_GENERATION, "transformers"): _transformers,
+    (TEXT_CLASSIFICATION, "dynamo"): _classifier,
+}

@@ -1,0 +1,61 @@
+"""How a base is exported, and what of it is refused by the settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibration.settings import QuantizationSettings, settings_for
+from runtimes.edits.edit import Site
+from runtimes.errors import InputError
+from runtimes.precision import TORCH_DTYPES
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+EXPORTERS = ("dynamo", "builder", "optimum", "transformers")
+DEFAULT_OPSET = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs."""
+
+    precision: str = "fp32"
+    exporter: str = "dynamo"
+    slots: str = "graph"
+    logits: str = "all"
+    opset: int = DEFAULT_OPSET
+    sites: tuple[Site, ...] = ()
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("exporter", self.exporter, EXPORTERS),
+            ("slots", self.slots, ("graph", "input")),
+            ("logits", self.logits, ("all", "last")),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
+        if not 18 <= self.opset <= 23:
+            raise InputError(f"opset {self.opset} is not supported; 20 is the default, 18 to 23 can be asked for")
+        if self.exporter == "builder" and self.opset != DEFAULT_OPSET:
+            raise InputError("onnxruntime-genai's builder chooses the opset itself; leave out --opset, or use --exporter dynamo")
+        if self.exporter == "builder" and self.precision == "bf16":
+            raise InputError(
+                "bf16 is exported by dynamo only: no CPU runs the builder's bfloat16 graph, so nothing here could show it right"
+            )
+        if self.exporter == "optimum" and (self.float_type != "fp32" or self.logits != "all"):
+            raise InputError(
+                "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
+            )
+
+    @property
+    def weight_only(self) -> QuantizationSettings | None:
+        if self.precision not in ("int8", "int4"):
+            return None
+        bits = int(self.precision[3:])
+        return settings_for("weight-only", bits=bits, block_size=self.block_size, accuracy_level=self.accuracy_level)
+
+    @property
+    def float_type(self) -> str:
+        return self.precision if self.precision in TORCH_DTYPES else "fp32"

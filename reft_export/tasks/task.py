@@ -1,0 +1,90 @@
+"""What a base does with a text, as the host sees it: one row a task, by the name that a base and a manifest store.
+
+A task says what its bases are recorded on and what is recorded of them, how they may be padded, and what of an export means nothing for
+them. The graph's route is that of exporting/routes.py; the device's half is runtimes/tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from reft_export.tasks.classification import Classification
+from reft_export.tasks.generation import Generation
+
+if TYPE_CHECKING:  # what a task refuses, and what it would do, is said before torch is loaded
+    import onnx_ir as ir
+    import torch
+    from transformers import PreTrainedModel
+
+    from reft_export.base.load import Base
+    from reft_export.eager.steering import Steerer, Steering
+
+
+class Row(Protocol):
+    """One row of the inputs, alone and so without pads."""
+
+    @property
+    def number(self) -> int: ...
+
+    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """(logits [positions, V] or [1, labels], every output by name) of the task's session."""
+        ...
+
+    def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
+        """The same logits of the eager model, steered where ``steering`` is its handle."""
+        ...
+
+
+class Inputs(Protocol):
+    """What a base is recorded on; the same for the base and every adapter."""
+
+    task: ClassVar[str]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of runtimes/artifacts/golden_schema.py."""
+        ...
+
+    def logits(self, model: PreTrainedModel, steerer: Steerer | None = None) -> np.ndarray:
+        """Float32 [recorded positions, V] or [B, labels], from one full forward."""
+        ...
+
+    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
+        """What is recorded beside the logits: a decoder's greedy tokens."""
+        ...
+
+    def rows(self) -> Iterator[Row]: ...
+
+
+class Task(Protocol):
+    name: str
+    recorded: str
+    """What the eager model says, for a forecast."""
+    no_genai: str
+    """Why onnxruntime-genai opens none of its bundles; empty where it may."""
+
+    def inputs(self, base: Base) -> Inputs: ...
+
+    def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> Inputs:
+        """Those that golden arrays were recorded on."""
+        ...
+
+    def check_settings(self, base: str, *, exporter: str, logits: str) -> None:
+        """Raises InputError for what the base of that name has no use for."""
+        ...
+
+    def logits_shape(self, logits: str) -> str:
+        """The forecast's words for --logits."""
+        ...
+
+    def padding(self, graph: ir.Graph) -> str:
+        """The manifest's: on which side a batch may be padded."""
+        ...
+
+
+GENERATION: Task = Generation()
+CLASSIFICATION: Task = Classification()
+TASKS = {task.name: task for task in (GENERATION, CLASSIFICATION)}
