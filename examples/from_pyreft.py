@@ -22,7 +22,7 @@ imported = import_adapter(CASE / "adapter", str(BASE), OUT / "from-pyreft", requ
 print(f"{imported.adapter.method} of rank {imported.adapter.rank} at {', '.join(map(str, imported.adapter.sites))}")
 for note in imported.notes:
     print(f"note: {note}")
-export_bundle(str(BASE), [OUT / "from-pyreft"], OUT / "from-pyreft-bundle", ExportSettings(), force=True)
+export_bundle(BASE, [OUT / "from-pyreft"], OUT / "from-pyreft-bundle", ExportSettings(), force=True)
 
 # io.npz: input_ids [1, S] and pyreft's logits [1, S, V / 3], every third of the vocabulary.
 recorded = np.load(CASE / "io.npz")

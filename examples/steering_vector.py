@@ -38,7 +38,7 @@ np.savez(OUT / "vector.npz", **{f"{LAYER}.block_output": vector})
 print(f"the vector's norm is {np.linalg.norm(vector):.2f}, that of the activation {np.linalg.norm(mean_activation(AWAY)):.2f}")
 
 import_adapter(OUT / "vector.npz", str(BASE), OUT / "ahoy", Request(positions="all", scale=SCALE), force=True)
-export_bundle(str(BASE), [OUT / "ahoy"], OUT / "vector-bundle", ExportSettings(), force=True)
+export_bundle(BASE, [OUT / "ahoy"], OUT / "vector-bundle", ExportSettings(), force=True)
 
 bundle = open_artifact(OUT / "vector-bundle")
 tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)

@@ -28,7 +28,7 @@ for before, after in zip(result.samples_before, result.samples_after, strict=Tru
     print(f"\n{before.prompt}\n  base     {before.text}\n  steered  {after.text}")
 
 # The base goes to int8, the edits stay in float. A bundle that is not what eager PyTorch says is not written: ParityError.
-export_bundle(str(BASE), [OUT / "pirate"], OUT / "bundle", ExportSettings(precision="int8"), force=True)
+export_bundle(BASE, [OUT / "pirate"], OUT / "bundle", ExportSettings(precision="int8"), force=True)
 
 # The same check as a device makes it, with nothing but the bundle.
 for rung in check_parity(OUT / "bundle").rungs:
