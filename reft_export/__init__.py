@@ -2,7 +2,7 @@
 
     from pathlib import Path
     from reft_export import export_bundle, load_base, train
-    from reft_export.exporting.export import ExportSettings
+    from reft_export.exporting.settings import ExportSettings
     from reft_export.training.settings import TrainSettings
 
     train(load_base("base"), Path("pirate.jsonl"), TrainSettings(layers="8-16"), Path("pirate"))

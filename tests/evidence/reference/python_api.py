@@ -98,13 +98,18 @@ def _found(module: Module, name: str) -> tuple[Module, Function]:
 
 
 def _classes(module: Module, function: Function) -> Iterator[tuple[Module, ast.ClassDef]]:
-    """The classes of ours that the signature names, each where it is defined."""
+    """The classes of ours that the signature names, each where it is defined, and those beside one that derive from it."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     annotations = [each.annotation for each in arguments if each.annotation] + ([function.returns] if function.returns else [])
     for node in (node for annotation in annotations for node in ast.walk(annotation)):
         found = module.definition(node.id) if isinstance(node, ast.Name) else None
         if found is not None and isinstance(found[1], ast.ClassDef):
             yield found[0], found[1]
+            yield from ((found[0], each) for each in found[0].tree.body if isinstance(each, ast.ClassDef) and _derives(each, found[1].name))
+
+
+def _derives(node: ast.ClassDef, name: str) -> bool:
+    return not node.name.startswith("_") and any(isinstance(base, ast.Name) and base.id == name for base in node.bases)
 
 
 def _class(module: Module, node: ast.ClassDef) -> str:
