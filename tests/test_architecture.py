@@ -106,6 +106,48 @@ def test_no_module_imports_in_a_circle() -> None:
     tuple(TopologicalSorter(_graph()).static_order())  # raises CycleError, which names the circle
 
 
+WITHOUT_TORCH = (
+    "reft_export.exporting.plan", "reft_export.exporting.export", "reft_export.forecast", "reft_export.tasks.task",
+    "reft_export.base.adapters", "reft_export.bundling.files", "reft_export.cli.export",
+)  # fmt: skip
+"""What refuses an export, and forecasts it: each imports its heavy half inside the functions that need it."""
+
+
+def _heads(path: Path) -> set[str]:
+    """Modules that the file imports when it is imported."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_refusals_import_no_torch(module: str) -> None:
+    files = {_name(path): path for path in _modules()}
+    reached, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name in files and name not in reached:
+            reached.add(name)
+            todo += _heads(files[name])
+        assert name.partition(".")[0] not in ("torch", "transformers"), f"{module} reaches {name}"
+
+
+def test_the_task_is_asked_for_by_name_in_one_place_a_room() -> None:
+    """Everything else asks tasks/task.py; base/ decides which one it is."""
+    rooms = {"tasks", "exporting", "bundling", "parity"}
+    tells = {"is_classifier", "TEXT_CLASSIFICATION", "TEXT_GENERATION"}
+    where = {"tasks/generation.py", "tasks/classification.py", "exporting/routes.py"}
+    for path in _modules():
+        inside = path.relative_to(ROOT).as_posix().removeprefix("reft_export/")
+        if inside.partition("/")[0] in rooms and inside not in where:
+            used = {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
+            assert not used & tells, path
+
+
 def test_the_product_knows_nothing_of_its_tests() -> None:
     """The evidence and its models stand among the tests, with which they share the path."""
     names = {path.stem for path in (ROOT / "tests").iterdir() if path.is_dir() or path.suffix == ".py"} - set(ROOMS)

@@ -96,6 +96,7 @@ class Classification:
 
     name = TEXT_CLASSIFICATION
     recorded = "logits"
+    decodes, swaps_head = False, True
     no_genai = "onnxruntime-genai generates text, and a classifier is no decoder"
 
     def inputs(self, base: Base) -> ClassifierInputs:

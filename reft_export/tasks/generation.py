@@ -102,6 +102,7 @@ class Generation:
 
     name = TEXT_GENERATION
     recorded = "logits, greedy tokens"
+    decodes, swaps_head = True, False
     no_genai = ""
 
     def inputs(self, base: Base) -> GoldenInputs:

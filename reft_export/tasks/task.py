@@ -63,6 +63,10 @@ class Task(Protocol):
     name: str
     recorded: str
     """What the eager model says, for a forecast."""
+    decodes: bool
+    """Whether its graphs keep a cache of keys and values, and go on from it."""
+    swaps_head: bool
+    """Whether an adapter may bring a head of its own."""
     no_genai: str
     """Why onnxruntime-genai opens none of its bundles; empty where it may."""
 
