@@ -14,8 +14,9 @@ import onnx_ir as ir
 from graph_passes.accessors import array_of, input_of, name_of, shape_of, tensor_of
 from graph_passes.find.dominators import read_values
 from runtimes.artifacts.bundle import WeightSource
-from runtimes.artifacts.task_names import HEAD_PREFIX
 from runtimes.errors import GraphError
+
+HEAD_PREFIX = "reft.head."
 
 
 def expose_head(model: ir.Model, sources: Mapping[str, WeightSource], parameters: Collection[str]) -> dict[str, WeightSource]:

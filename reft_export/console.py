@@ -11,16 +11,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
-# Without emoji: module:x:function is a name, not a picture.
-err = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-out = Console(emoji=False, highlight=False, soft_wrap=True)
-if not out.is_terminal and "COLUMNS" not in os.environ:
-    out.width = 160  # a log file has no width; 80 columns would cut the tables
+
+class LazyConsole:
+    """rich's Console, made when something is first said: an answer on stdout needs none."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        self._stderr = stderr
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        # Without emoji: module:x:function is a name, not a picture.
+        console = Console(emoji=False, stderr=self._stderr, highlight=False, soft_wrap=True)
+        if not self._stderr and not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = 160  # a log file has no width; 80 columns would cut the tables
+        return console
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._console, name)
+
+
+err, out = LazyConsole(stderr=True), LazyConsole(stderr=False)
 
 
 class Interrupt:
@@ -155,6 +173,12 @@ class Progress:
             self._status.stop()
 
 
+def count(report: Callable[[str], None], text: str, done: int, total: int) -> None:
+    """``Progress.update`` where ``report`` is one; a plain function, which is told of stages alone, hears nothing."""
+    if update := getattr(report, "update", None):
+        update(text, done, total)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     steps = Progress()
@@ -173,6 +197,8 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """``title`` may be empty. Only a column called "note" wraps: a figure that is cut says nothing."""
+    from rich.table import Table
+
     table = Table(title=title or None, title_justify="left", show_edge=False)
     for name in header:
         table.add_column(name, no_wrap=name != "note")

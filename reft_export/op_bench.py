@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -26,13 +26,15 @@ from graph_passes.function_body import edit_function
 from runtimes.edits.op import DOMAIN, OP_TYPE, OP_VERSION
 from runtimes.errors import BackendUnavailable
 from runtimes.native_library import find_op_library
+from runtimes.precision import NUMPY_DTYPES, TORCH_DTYPES
+
+K = TypeVar("K")
 
 CHAIN = 32
 CASES = ((1, 0), (1, 1), (256, 0), (256, 8), (256, 256))
 """(tokens, edited tokens): decode and prefill."""
 ROWS = 256
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}
+DTYPES = {TORCH_DTYPES[precision]: dtype for precision, dtype in NUMPY_DTYPES.items()}
 BEYOND_CACHE = 128 << 20
 """Bytes of rows to go through in turn, so that none is in a cache when its turn comes again."""
 
@@ -81,14 +83,15 @@ def kernel_times(width: int, rank: int, repeats: int = 60) -> list[KernelTime]:
         raise BackendUnavailable("there is no op library to measure; install a C++17 compiler and reinstall reft-export")
     edit = _edit_function(library)
     times = []
-    for dtype in DTYPES:
-        U, A, b = (_aligned(x.astype(DTYPES[dtype])) for x in _bank(width, rank, 1))
+    for name, dtype in DTYPES.items():
+        U, A, b = (_aligned(x.astype(dtype)) for x in _bank(width, rank, 1))
         slot = np.zeros(ROWS, np.int32)
-        rows = np.random.default_rng(0).standard_normal((ROWS, width)).astype(DTYPES[dtype])
+        rows = np.random.default_rng(0).standard_normal((ROWS, width)).astype(dtype)
         many = [_aligned(rows) for _ in range(max(2, BEYOND_CACHE // rows.nbytes))]
 
         # Bytes are bytes: a float32 pass over rows of any type.
-        steer = [partial(edit, ELEMENTS[dtype], *_pointers(h, h, slot, U, A, b), ROWS, 1, rank, width, b"", b"all", None) for h in many]
+        kind = ir.DataType.from_numpy(dtype).value
+        steer = [partial(edit, kind, *_pointers(h, h, slot, U, A, b), ROWS, 1, rank, width, b"", b"all", None) for h in many]
         plain = [partial(np.negative, h.view(np.float32), out=h.view(np.float32)) for h in many]
         best = _fastest({"edit": steer[0], "pass": plain[0]}, repeats)
         # Not the first rows, which the cache holds by now.
@@ -96,7 +99,7 @@ def kernel_times(width: int, rank: int, repeats: int = 60) -> list[KernelTime]:
         far = _usual(turns, max(repeats, 2 * len(many)))
         times.append(
             KernelTime(
-                dtype=dtype,
+                dtype=name,
                 cached=best["edit"] * 1e6,
                 cached_pass=best["pass"] * 1e6,
                 from_memory=far["edit"] * 1e6,
@@ -115,7 +118,7 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def _fastest(runs: Mapping[object, Callable[[], object]], repeats: int) -> dict[object, float]:
+def _fastest(runs: Mapping[K, Callable[[], object]], repeats: int) -> dict[K, float]:
     """Seconds of the fastest call of each; in turns, each twice in a row, so that the second finds its data in the cache."""
     best = dict.fromkeys(runs, float("inf"))
     for key in itertools.chain(*([key, key] for _ in range(repeats) for key in runs)):
@@ -123,7 +126,7 @@ def _fastest(runs: Mapping[object, Callable[[], object]], repeats: int) -> dict[
     return best
 
 
-def _usual(runs: Mapping[object, Callable[[], object]], repeats: int) -> dict[object, float]:
+def _usual(runs: Mapping[K, Callable[[], object]], repeats: int) -> dict[K, float]:
     """Median seconds of each, one after the other: for calls that shall find nothing in a cache, where the fastest call found something."""
     return {key: median(_seconds(run) for _ in range(repeats)) for key, run in runs.items()}
 
@@ -216,18 +219,20 @@ def kernel_rows(times: list[KernelTime]) -> list[tuple[str, ...]]:
 def main() -> None:
     import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name, default in (("width", 2048), ("rank", 4), ("slots", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
-    tables = [(NODE_HEADER, node_rows(node_times(asked.width, asked.rank, asked.slots)))]
+    _print_table(NODE_HEADER, node_rows(node_times(asked.width, asked.rank, asked.slots)))
     if find_op_library():
-        tables.append((KERNEL_HEADER, kernel_rows(kernel_times(asked.width, asked.rank))))
-    for header, rows in tables:
-        print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-        for row in rows:
-            print("| " + " | ".join(row) + " |")
-        print()
+        _print_table(KERNEL_HEADER, kernel_rows(kernel_times(asked.width, asked.rank)))
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
 
 
 if __name__ == "__main__":

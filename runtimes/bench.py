@@ -13,18 +13,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.artifacts.bundle import BASE_GOLDEN, Limits
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
 from runtimes.generation import DecodeBatch
-from runtimes.session import Session
+from runtimes.session import ClassifierSession, DecoderSession, Session, as_classifier, as_decoder
 
 BASE = BASE_GOLDEN
 WARM_UP_TOKENS = 2
+PROMPT_TOKENS = 128
+"""Where none are asked for."""
+S = TypeVar("S", bound=Session)
+R = TypeVar("R")
+OnRun = Callable[[int, int], None]
+"""Told (done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    prompt_tokens: int | None = None
+    """None: PROMPT_TOKENS, or as many as fit."""
+    new_tokens: int = 32
+    repeats: int = 7
+    adapters: Sequence[str] | None = None
+    """None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +73,11 @@ class BenchResult:
     load_seconds: float
     peak_memory: int | None
     measurements: tuple[Measurement, ...]
+
+    @property
+    def title(self) -> str:
+        tokens = f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens"
+        return f"{self.model}, {self.provider}, {self.kernel}: {tokens}, {self.repeats} pairs"
 
     HEADER = ("", "TTFT ms (min)", "TTFT ms", "decode ms (min)", "decode ms", "tokens/s", "TTFT / base", "decode / base")
 
@@ -93,7 +114,7 @@ def bench(
     repeats: int = 7,
     adapters: Sequence[str] | None = None,
     base: str = BASE,
-    on_run: Callable[[int, int], None] | None = None,
+    on_run: OnRun | None = None,
 ) -> BenchResult:
     """Times one row of ``prompt_tokens`` random tokens and ``new_tokens`` decode steps, ``repeats`` pairs per adapter.
 
@@ -102,9 +123,7 @@ def bench(
     """
     if min(prompt_tokens, new_tokens, repeats) < 1:
         raise InputError(f"prompt tokens, new tokens and repeats are {prompt_tokens}, {new_tokens}, {repeats}; each must be at least 1")
-    started = time.perf_counter()
-    session = session_factory()
-    load_seconds = time.perf_counter() - started
+    session, load_seconds = _load(session_factory)
     model = session.bundle.manifest.model
     if prompt_tokens + new_tokens > model.context_length:
         raise InputError(
@@ -112,7 +131,16 @@ def bench(
         )
     names = list(session.bundle.adapter_names if adapters is None else adapters)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, prompt_tokens).tolist()
-    pairs = _alternate(session, prompt, new_tokens, repeats, names, base, on_run)
+    decoder = as_decoder(session)
+    pairs = _alternate(
+        session,
+        base,
+        names,
+        repeats,
+        warm_up=lambda name: _timed(decoder, name, prompt, WARM_UP_TOKENS),
+        run=lambda name: _timed(decoder, name, prompt, new_tokens),
+        on_run=on_run,
+    )
     return BenchResult(
         model=model.name,
         provider=session.provider,
@@ -129,27 +157,39 @@ def bench(
     )
 
 
+def fitting_tokens(limits: Limits, new_tokens: int) -> int:
+    """PROMPT_TOKENS, or as many as fit before ``new_tokens``; at least 1, so that it is the context that is said to be exceeded."""
+    return max(1, min(PROMPT_TOKENS, limits.tokens - new_tokens, limits.columns or PROMPT_TOKENS))
+
+
+def _load(session_factory: Callable[[], S]) -> tuple[S, float]:
+    """The session, and the seconds that it took."""
+    started = time.perf_counter()
+    session = session_factory()
+    return session, time.perf_counter() - started
+
+
 def _alternate(
     session: Session,
-    prompt: Sequence[int],
-    new_tokens: int,
-    repeats: int,
-    names: Sequence[str],
     base: str,
-    on_run: Callable[[int, int], None] | None,
-) -> dict[str, list[tuple[_Run, _Run]]]:
+    names: Sequence[str],
+    repeats: int,
+    *,
+    warm_up: Callable[[str], object],
+    run: Callable[[str], R],
+    on_run: OnRun | None,
+) -> dict[str, list[tuple[R, R]]]:
     """(base, steered) runs of each adapter, neighbours in time, in turning order; without adapters the base twice."""
     active, done = session.adapter, 0
     opponents = list(names) or [base]
-    pairs: dict[str, list[tuple[_Run, _Run]]] = {name: [] for name in opponents}
+    pairs: dict[str, list[tuple[R, R]]] = {name: [] for name in opponents}
     try:
         for name in {base, *opponents}:
-            _timed(session, name, prompt, WARM_UP_TOKENS)
+            warm_up(name)
         for repeat in range(repeats):
             for name in opponents:
-                order = (base, name) if repeat % 2 == 0 else (name, base)
-                runs = [_timed(session, which, prompt, new_tokens) for which in order]
-                pairs[name].append((runs[0], runs[1]) if repeat % 2 == 0 else (runs[1], runs[0]))
+                first, second = (run(which) for which in ((base, name) if repeat % 2 == 0 else (name, base)))
+                pairs[name].append((first, second) if repeat % 2 == 0 else (second, first))
                 done += 1
                 if on_run is not None:
                     on_run(done, repeats * len(opponents))
@@ -158,7 +198,7 @@ def _alternate(
     return pairs
 
 
-def _timed(session: Session, name: str, prompt: Sequence[int], new_tokens: int) -> _Run:
+def _timed(session: DecoderSession, name: str, prompt: Sequence[int], new_tokens: int) -> _Run:
     session.set_adapter(None if name == BASE else name)
     batch = DecodeBatch(session, [prompt])
     started = time.perf_counter()
@@ -223,6 +263,10 @@ class ClassifierBench:
     peak_memory: int | None
     measurements: tuple[Forward, ...]
 
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.provider}, {self.kernel}: one text of {self.tokens} tokens, {self.repeats} pairs"
+
     HEADER = ("", "forward ms (min)", "forward ms", "texts/s", "forward / base")
 
     def to_json(self) -> str:
@@ -237,12 +281,12 @@ class ClassifierBench:
 
 
 def bench_classifier(
-    session_factory: Callable[[], Any],
+    session_factory: Callable[[], Session],
     *,
     tokens: int,
     repeats: int,
     adapters: Sequence[str] | None = None,
-    on_run: Callable[[int, int], None] | None = None,
+    on_run: OnRun | None = None,
 ) -> ClassifierBench:
     """Times one text of ``tokens`` random tokens, ``repeats`` pairs of base and steered runs per adapter (None: all of the bundle).
 
@@ -250,24 +294,18 @@ def bench_classifier(
     """
     if min(tokens, repeats) < 1:
         raise InputError(f"tokens and repeats are {tokens} and {repeats}; each must be at least 1")
-    started = time.perf_counter()
-    session = session_factory()
-    load_seconds = time.perf_counter() - started
+    session, load_seconds = _load(session_factory)
     model = session.bundle.manifest.model
     if tokens > model.context_length:
         raise InputError(f"{tokens} tokens do not fit {model.name}, which takes {model.context_length}; ask for fewer (--prompt-tokens)")
     names = list(session.bundle.adapter_names if adapters is None else adapters)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (1, tokens))
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in names or [BASE]}
-    for name in {BASE, *names}:
-        _timed_forward(session, name, ids)
-    for repeat in range(repeats):
-        for number, (name, found) in enumerate(pairs.items()):
-            order = (BASE, name) if repeat % 2 == 0 else (name, BASE)
-            first, second = (_timed_forward(session, which, ids) for which in order)
-            found.append((first, second) if repeat % 2 == 0 else (second, first))
-            if on_run is not None:
-                on_run(repeat * len(pairs) + number + 1, repeats * len(pairs))
+    classifier = as_classifier(session)
+
+    def forward(name: str) -> float:
+        return _timed_forward(classifier, name, ids)
+
+    pairs = _alternate(session, BASE, names, repeats, warm_up=forward, run=forward, on_run=on_run)
     alone = [base for found in pairs.values() for base, _ in found]
     return ClassifierBench(
         model=model.name,
@@ -284,7 +322,7 @@ def bench_classifier(
     )
 
 
-def _timed_forward(session: Any, name: str, ids: np.ndarray) -> float:
+def _timed_forward(session: ClassifierSession, name: str, ids: np.ndarray) -> float:
     session.set_adapter(None if name == BASE else name)
     started = time.perf_counter()
     session.classify(ids, np.ones_like(ids))

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
-
 from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, Manifest, read_json
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.op import SLOT_INPUT
 from runtimes.errors import BackendUnavailable, GraphError, ReftError
 from runtimes.files.records import from_json
 from runtimes.open import ort_session
+from runtimes.tasks.task import task_of
 
 _FED = ("input_ids", "attention_mask", SLOT_INPUT)
 
@@ -52,70 +51,23 @@ def take_first_steps(bundle: Bundle) -> None:
     Raises BackendUnavailable where no step can be taken here, GraphError where the graph does not load or run, for logits of another
     shape or that are not finite, and where a decode step says the same to the bit whatever came before it.
     """
-    _check_fed(bundle)
-    session = ort_session(bundle, mapped=True)
-    if bundle.manifest.task == TEXT_CLASSIFICATION:
-        for name in (None, *bundle.adapter_names):
-            session.set_adapter(name)
-            for text in _prompts(bundle):
-                _check(bundle, session.classify(text, np.ones_like(text)).logits, (1, len(bundle.manifest.labels)))
-        return
-    first, second = (_decoded(bundle, session, prompt) for prompt in _prompts(bundle))
-    if np.array_equal(first, second):
-        raise GraphError(
-            f"{bundle.graph_path}: a decode step says the same to the bit whatever came before it, so its cache is not read; export the "
-            "decoder again with its cache (text-generation-with-past)"
-        )
-    for name in bundle.adapter_names:
-        session.set_adapter(name)
-        prompt = next(iter(_prompts(bundle)))
-        _check_step(bundle, session.step(prompt, np.ones_like(prompt)).logits, prompt.shape[1])
+    task = task_of(bundle)
+    _check_fed(bundle, task.own_inputs)
+    with ort_session(bundle, mapped=True) as session:
+        task.take_steps(bundle, session)
 
 
-def _check_fed(bundle: Bundle) -> None:
+def _check_fed(bundle: Bundle, own_inputs: Collection[str]) -> None:
     """Raises BackendUnavailable where the graph, which is loaded all the same, has inputs of which its own runtime alone knows."""
     from runtimes.ort.session import OpenGraph
 
     names = [record.name for record in bundle.manifest.inputs]
-    known = {*_FED, "token_type_ids" if bundle.manifest.task == TEXT_CLASSIFICATION else "position_ids"}
+    known = {*_FED, *own_inputs}
     other = [name for name in names if name not in known and not name.startswith("past_key_values.")]
     if other or "attention_mask" not in names:
-        OpenGraph(bundle, mapped=True)
+        OpenGraph(bundle, mapped=True).close()
         why = f"the graph takes {', '.join(other)}, which" if other else "the graph takes no attention_mask, without which"
         raise BackendUnavailable(f"{why} no session of reft-export {'feeds' if other else 'runs'}: run it in the runtime that it is for")
-
-
-def _prompts(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
-    """Two of two tokens each [1, 2], far apart in the vocabulary: neighbours may be reserved tokens that were never trained."""
-    tokens = bundle.manifest.model.vocab_size
-    return np.array([[1 % tokens, tokens // 2]]), np.array([[tokens // 4, tokens // 3]])
-
-
-def _decoded(bundle: Bundle, session: object, prompt: np.ndarray) -> np.ndarray:
-    """Logits [1, V] of one token after ``prompt``."""
-    prefill = session.step(prompt, np.ones_like(prompt))
-    _check_step(bundle, prefill.logits, prompt.shape[1])
-    token = np.array([[2 * bundle.manifest.model.vocab_size // 5]])
-    decode = session.step(token, np.ones((1, prompt.shape[1] + 1), np.int64), past=prefill.past)
-    _check_step(bundle, decode.logits, 1)
-    return decode.logits[:, -1]
-
-
-def _check_step(bundle: Bundle, logits: np.ndarray, tokens: int) -> None:
-    columns = 1 if bundle.manifest.logits == "last" else tokens
-    _check(bundle, logits, (1, columns, bundle.manifest.model.vocab_size))
-
-
-def _check(bundle: Bundle, logits: np.ndarray, shape: tuple[int, ...]) -> None:
-    if logits.shape != shape:
-        raise GraphError(
-            f"{bundle.graph_path}: logits are {list(logits.shape)}, expected {list(shape)}; the graph is damaged: export it again"
-        )
-    if not np.isfinite(logits).all():
-        raise GraphError(
-            f"{bundle.graph_path}: logits are not finite in {bundle.manifest.precision}; export the graph again, in float32 where a half "
-            "precision overflows"
-        )
 
 
 def main(folder: Path) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
 from runtimes.errors import InputError, ReftError
-from runtimes.session import Session
+from runtimes.session import DecoderSession, Past, Session, StepOutput, as_decoder
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 PAD = 0
@@ -82,7 +82,8 @@ def generate(
     A prompt is text, or its token ids. Text is continued as it is; ``runtimes.text.chat`` renders messages by the chat template first.
     ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
-    Raises InputError for an empty prompt, and where prompt and new tokens exceed the context; ReftError where logits are not finite.
+    Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; ReftError where
+    logits are not finite.
 
     Example::
 
@@ -93,7 +94,7 @@ def generate(
         print(answers[0].text, answers[0].finish_reason)
     """
     encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
-    model = session.bundle.manifest.model
+    decoder, model = as_decoder(session), session.bundle.manifest.model
     encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
     rows: list[_Row] = []
     for i, (prompt, own) in enumerate(zip(encoded, _settings_of_each(settings, encoded), strict=True)):
@@ -107,8 +108,8 @@ def generate(
     # each alone does.
     for count in dict.fromkeys(row.settings.max_new_tokens for row in rows):
         alike = [row for row in rows if row.settings.max_new_tokens == count]
-        for group in batches([row.prompt for row in alike], padding_of(session), chunked=prefill_chunk is not None):
-            _generate_batch(session, [alike[i] for i in group], count, prefill_chunk)
+        for group in batches([row.prompt for row in alike], padding_of(decoder), chunked=prefill_chunk is not None):
+            _generate_batch(decoder, [alike[i] for i in group], count, prefill_chunk)
     return [row.result() for row in rows]
 
 
@@ -127,7 +128,7 @@ def _settings_of_each(
     return each
 
 
-def _generate_batch(session: Session, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
+def _generate_batch(session: DecoderSession, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
     batch = DecodeBatch(session, [row.prompt for row in rows])
     logits = batch.prefill(prefill_chunk)
     for step in range(count):
@@ -141,7 +142,7 @@ def _generate_batch(session: Session, rows: list[_Row], count: int, prefill_chun
         row.finish("length")
 
 
-def padding_of(session: Session) -> str:
+def padding_of(session: DecoderSession) -> str:
     """How rows of unequal length share a batch: "left", or "none" (they do not).
 
     With pads on the left a row's tokens stay in consecutive columns: right for sliding windows, which count columns, and for graphs that
@@ -165,14 +166,14 @@ def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = F
 
 
 def columns(
-    session: Session,
+    session: DecoderSession,
     ids: np.ndarray,
     mask: np.ndarray,
     prompt_length: np.ndarray,
     widths: Sequence[int],
     *,
     last_logits: int | None = None,
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[tuple[int, StepOutput]]:
     """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call.
 
     ``last_logits``: logits of each call's last so many columns only. What nobody reads need not leave the device.
@@ -188,7 +189,7 @@ def columns(
 class DecodeBatch:
     """Prompts decoded together, one column per call after the prefill. Both calls return the next token's logits, [B, V]."""
 
-    def __init__(self, session: Session, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, session: DecoderSession, prompts: Sequence[Sequence[int]]) -> None:
         self._session = session
         self.prompt_length = np.array([len(p) for p in prompts], np.int64)
         width = int(self.prompt_length.max())
@@ -196,7 +197,7 @@ class DecodeBatch:
         self._mask = np.zeros((len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
             self._ids[row, width - len(prompt) :], self._mask[row, width - len(prompt) :] = prompt, 1
-        self._past: Any = None
+        self._past: Past | None = None
 
     def prefill(self, chunk: int | None = None) -> np.ndarray:
         width = self._ids.shape[1]
@@ -217,7 +218,7 @@ class DecodeBatch:
         return output.logits[:, -1]
 
 
-def greedy_tokens(session: Session, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+def greedy_tokens(session: DecoderSession, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """[B, count]: the likeliest continuation of each prompt, going on after eos."""
     tokens = np.zeros((len(prompts), count), np.int64)
     for group in batches(prompts, padding_of(session)):
@@ -307,7 +308,12 @@ class _Row:
         self._filter = StopFilter(settings.stop)
         self._on_text = on_text
         self._pieces: list[str] = []
-        self._random = np.random.default_rng(None if settings.seed is None else [settings.seed, settings.sample, *prompt])
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Asked for by rows that sample: numpy imports it late."""
+        settings = self.settings
+        return np.random.default_rng(None if settings.seed is None else [settings.seed, settings.sample, *self.prompt])
 
     def push(self, logits: np.ndarray) -> None:
         """Chooses the next token and gives out the text it completes."""

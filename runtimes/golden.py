@@ -7,19 +7,14 @@ runtimes/tasks/classification.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
-from runtimes.artifacts.engine import Engine
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
 from runtimes.errors import BundleError
 from runtimes.parity.figures import Delta, Figures, ParityReport, Rung, budget_for
 from runtimes.session import Session
-from runtimes.tasks.classification import ClassifierGolden, check_classifier, classifier_figures
-from runtimes.tasks.generation import DecoderGolden, check_decoder, decoder_figures
+from runtimes.tasks.task import task_of
 
 
-def check_golden(bundle: Bundle, session: Session) -> ParityReport:
+def check_golden(artifact: Artifact, session: Session) -> ParityReport:
     """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
 
     For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
@@ -37,31 +32,25 @@ def check_golden(bundle: Bundle, session: Session) -> ParityReport:
         with open_session(artifact) as session:
             check_golden(artifact, session).require()
     """
-    frozen = bundle.engine.frozen if isinstance(bundle, Engine) else None
-    wanted = (BASE_GOLDEN, *bundle.adapter_names) if frozen is None else (frozen,)
-    if not bundle.golden_names:
-        raise BundleError(f"{bundle.folder} has no golden arrays to compare with; export it again, or pass the model with -m")
-    if unchecked := [name for name in wanted if name not in bundle.golden_names]:
-        raise BundleError(f"{bundle.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model with -m")
-    budget, active = budget_for(bundle.manifest), session.adapter
-    read, check_one = DecoderGolden.read, check_decoder
-    if bundle.manifest.task == TEXT_CLASSIFICATION:
-        read, check_one = ClassifierGolden.read, check_classifier
+    frozen = artifact.frozen
+    wanted = (BASE_GOLDEN, *artifact.adapter_names) if frozen is None else (frozen,)
+    if not artifact.golden_names:
+        raise BundleError(f"{artifact.folder} has no golden arrays to compare with; export it again, or pass the model with -m")
+    if unchecked := [name for name in wanted if name not in artifact.golden_names]:
+        raise BundleError(f"{artifact.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model with -m")
+    budget, active = budget_for(artifact.manifest), session.adapter
     rungs: list[Rung] = []
     try:
         for name in wanted:
-            golden = read(bundle, name)
-            rungs += check_one(session, golden if frozen is None else replace(golden, steering=None), budget)
+            rungs += task_of(artifact).check_golden(artifact, session, name, budget, steering=frozen is None)
     finally:
         session.set_adapter(active)
     return ParityReport(rungs=tuple(rungs))
 
 
-def steering_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figures, Delta]:
+def steering_figures(artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:
     """What is left of an adapter's steering: its logits here, and (steered - base), against the float32 eager model's.
 
     For an adapter that was refitted, the float32 model is steered by the one it was refitted from. Leaves the session on ``name``.
     """
-    if bundle.manifest.task == TEXT_CLASSIFICATION:
-        return classifier_figures(session, ClassifierGolden.read(bundle, name))
-    return decoder_figures(bundle, session, name)
+    return task_of(artifact).steering_figures(artifact, session, name)

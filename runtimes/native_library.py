@@ -10,7 +10,6 @@ import ctypes
 import os
 import shlex
 import sys
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
@@ -106,6 +105,8 @@ def plugin_build_command() -> str:
 
 def _installed_in() -> Path:
     """The folder that holds the package's libraries below runtimes/native/lib."""
+    from importlib import metadata  # takes a while, and sessions do not ask
+
     folder = files(PACKAGE)
     # An editable install shows two folders as one, and libraries lie in that beside its metadata.
     return folder.parent.parent if isinstance(folder, Path) else Path(str(metadata.distribution("reft-export").locate_file("")))

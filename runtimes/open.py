@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.bundle import Artifact, Bundle, open_bundle
 from runtimes.artifacts.engine import Engine, is_engine, open_engine
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
 from runtimes.session import Session
+from runtimes.tasks.task import task_of
 
 
-def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:
+def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
     """The bundle or the engine in a folder, checked as ``open_bundle`` and ``open_engine`` say.
 
     ``verify``: large files are hashed again, too, which takes seconds per gigabyte.
@@ -29,19 +25,21 @@ def open_artifact(path: Path | str, *, verify: bool = False) -> Bundle:
     return open_engine(path, verify=verify) if is_engine(path) else open_bundle(path, verify=verify)
 
 
-@contextmanager
 def open_session(
-    artifact: Bundle,
+    artifact: Artifact,
     *,
     provider: str | None = None,
     kernel: str | None = None,
     threads: int | None = None,
     adapter: str | None = None,
-) -> Iterator[Session]:
-    """A bundle in onnxruntime (``provider`` cpu by default), an engine in the TensorRT that it was built for; closed at the end.
+) -> Session:
+    """A bundle in onnxruntime (``provider`` cpu by default), an engine in the TensorRT that it was built for.
+
+    ``with`` closes it at the end, and so does ``close``; then its memory is free.
 
     ``adapter`` steers, None is the base; ``session.set_adapter`` changes it between steps. A decoder's session is stepped with
     ``step(input_ids [B, S], attention_mask [B, past + S])``, int64, and answers float32 logits [B, S, V]; a classifier's has ``classify``.
+    (To a type checker ``runtimes.session.as_decoder`` and ``as_classifier`` say which it is.)
 
     Raises InputError where ``provider``, ``kernel`` or ``threads`` are none that the artifact can have; BundleError for an adapter that it
     does not hold; BackendUnavailable where the runtime or its device is not there.
@@ -56,54 +54,27 @@ def open_session(
         _check_engine_options(artifact, provider, kernel, threads)
         from runtimes.tensorrt.session import TensorRTSession
 
-        with TensorRTSession(artifact, adapter=adapter) as session:
-            yield session
-        return
+        return TensorRTSession(artifact, adapter=adapter)
+    if not isinstance(artifact, Bundle):
+        raise InputError(f"{artifact.folder} is neither a bundle nor an engine; open it with `open_artifact`")
     if provider == "tensorrt-rtx" or kernel in ("plugin", "expanded"):
         option = "--provider tensorrt-rtx" if provider == "tensorrt-rtx" else f"--kernel {kernel}"
         raise InputError(f"{option} is an engine's; {artifact.folder} is a bundle: make one of it with `reft-export build`")
-    yield ort_session(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
+    return ort_session(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
 
 
-def ort_session(bundle: Bundle, **options: Any) -> Any:
-    """An OrtSession over a decoder's bundle, an OrtClassifier over a classifier's; ``options`` as theirs."""
-    if bundle.manifest.task == TEXT_CLASSIFICATION:
-        from runtimes.ort.classifier import OrtClassifier
-
-        return OrtClassifier(bundle, **options)
-    from runtimes.ort.session import OrtSession
-
-    return OrtSession(bundle, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What an artifact runs at once; None is no limit of its own."""
-
-    tokens: int
-    """Of one row, prompt and answer."""
-    reason: str
-    """What limits ``tokens``."""
-    rows: int | None = None
-    columns: int | None = None
-    """Of a prompt, in one call."""
-
-
-def limits_of(artifact: Bundle) -> Limits:
-    model = artifact.manifest.model
-    whole = Limits(tokens=model.context_length, reason=f"the context of {model.name} ({model.context_length})")
-    if not isinstance(artifact, Engine):
-        return whole
-    profiles = {profile.name: profile.shapes for profile in artifact.engine.profiles}
-    rows, columns = profiles["prefill"]["input_ids"].max
-    past = min(shapes.max[2] for name, shapes in profiles["decode"].items() if name.startswith("past_key_values."))
-    built = Limits(
-        tokens=past + 1,
-        reason=f"the context that {artifact.folder} was built for ({past + 1}; --context raises it)",
-        rows=rows,
-        columns=columns,
-    )
-    return built if built.tokens < whole.tokens else replace(whole, rows=rows, columns=columns)
+def ort_session(
+    bundle: Bundle,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    adapter: str | None = None,
+    kernel: str | None = None,
+    mapped: bool = False,
+) -> Session:
+    """A bundle's session in onnxruntime; options as of ``runtimes.ort.session.OrtGraph``."""
+    session = task_of(bundle).ort_session()
+    return session(bundle, provider=provider, threads=threads, adapter=adapter, kernel=kernel, mapped=mapped)
 
 
 def _check_engine_options(engine: Engine, provider: str | None, kernel: str | None, threads: int | None) -> None:

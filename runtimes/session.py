@@ -1,43 +1,57 @@
-"""What every session does with a step before its backend sees it: the checks, and the small integer inputs that follow from the mask."""
+"""What a session is, by task, and what every session does with a step before its backend sees it: the checks, and the small integer
+inputs that follow from the mask."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BundleAdapter, ModelRecord
+from runtimes.artifacts.bundle import Artifact, ModelRecord, StoredAdapter
+from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
 from runtimes.edits.positions import slots
 from runtimes.errors import InputError
+from runtimes.text.encoded_text import EncodedText
+
+S = TypeVar("S", bound="Session")
+T = TypeVar("T", bound="ClosedAtEnd")
 
 
 class Session(Protocol):
-    """What generation, parity and bench need of a session; OrtSession and TensorRTSession are two."""
+    """What every session has, whatever its task. A context manager: at its end, or by ``close``, the engine's memory is free again."""
 
-    bundle: Any
-    provider: str
-    adapter: str | None
+    @property
+    def bundle(self) -> Artifact: ...
+
+    @property
+    def provider(self) -> str: ...
 
     @property
     def kernel(self) -> str: ...
 
     @property
-    def takes_position_ids(self) -> bool: ...
+    def adapter(self) -> str | None:
+        """The active one; None is the base."""
 
     def set_adapter(self, name: str | None) -> None: ...
 
-    def step(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        *,
-        past: Any = None,
-        prompt_length: Any = None,
-        last_logits: int | None = None,
-    ) -> Any: ...
+    def close(self) -> None:
+        """Once or more often; a closed session refuses to run."""
+
+    def __enter__(self: S) -> S: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class Past(Protocol):
+    """The KV cache after some steps, as its session keeps it."""
+
+    @property
+    def width(self) -> int: ...  # columns so far, pads included
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,9 +60,83 @@ class StepOutput:
     step was asked for the last ones only. ``past`` is the session's own, for the next step."""
 
     logits: np.ndarray
-    past: Any
-    outputs: Mapping[str, Any] = field(default_factory=dict)
+    past: Past
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     """Every output as its backend holds it, where the backend keeps them: activations, where a calibration made them outputs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassifierOutput:
+    """``logits`` float32 [B, labels]; ``outputs``: as of StepOutput."""
+
+    logits: np.ndarray
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class DecoderSession(Session, Protocol):
+    """What generation, parity and bench need of a decoder's session; OrtSession and TensorRTSession are two."""
+
+    @property
+    def takes_position_ids(self) -> bool: ...
+
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        *,
+        past: Past | None = None,
+        prompt_length: np.ndarray | None = None,
+        last_logits: int | None = None,
+    ) -> StepOutput: ...
+
+
+class ClassifierSession(Session, Protocol):
+    """What a classifier's session has; OrtClassifier is one."""
+
+    def classify(self, input_ids: np.ndarray, attention_mask: np.ndarray, token_type_ids: np.ndarray | None = None) -> ClassifierOutput: ...
+
+    def probabilities(self, texts: Sequence[EncodedText]) -> np.ndarray: ...
+
+
+def as_decoder(session: Session) -> DecoderSession:
+    """Raises InputError for a session that takes no steps."""
+    if not _steps(session):
+        raise InputError(f"{session.bundle.folder} is no decoder: its session takes texts to classify, and no steps")
+    return session
+
+
+def as_classifier(session: Session) -> ClassifierSession:
+    """Raises InputError for a session that classifies nothing."""
+    if not _classifies(session):
+        raise InputError(f"{session.bundle.folder} is no classifier: its session takes steps, and no texts to classify")
+    return session
+
+
+# By what a session can do, not by its class: a session may stand in front of another.
+def _steps(session: Session) -> TypeGuard[DecoderSession]:
+    return hasattr(session, "step")
+
+
+def _classifies(session: Session) -> TypeGuard[ClassifierSession]:
+    return hasattr(session, "classify")
+
+
+class ClosedAtEnd:
+    """``with``: closed at the end."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def closed(artifact: Artifact) -> InputError:
+    """What a session says that is asked to run after its end."""
+    return InputError(f"the session of {artifact.folder} is closed; open another with `open_session`")
 
 
 def check_step(model: ModelRecord, ids: np.ndarray, mask: np.ndarray, before: int, *, takes_position_ids: bool) -> None:
@@ -74,7 +162,7 @@ def step_inputs(
     mask: np.ndarray,
     prompt_length: np.ndarray,
     *,
-    placement: BundleAdapter | None,
+    placement: StoredAdapter | None,
     position_ids: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Every input of the step but banks, rule and cache, by name, of those that the graph takes (``taken``).

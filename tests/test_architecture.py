@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -24,13 +25,24 @@ BACKENDS = {
 }
 """A backend is imported only by its own folder of runtimes; onnxruntime also writes and reads its own adapter files."""
 BOTTOM_TO_TOP = {
-    "runtimes": "errors version precision native_library native files edits artifacts text session ort tensorrt generation parity tasks "
-    "golden bench open first_steps",
+    "runtimes": "errors version precision native_library native files edits artifacts text session ort tensorrt generation parity "
+    "bench tasks golden open first_steps",
     "graph_passes": "accessors graph_file function_body find external cache_shapes head slots insert unfold tensorrt_graph fold edge_llm",
     "reft_export": "console base eager evaluation tasks bundling training importing parity exporting folding quantizing building "
     "quickstart forecast op_bench cli",
 }
 """Folders, and files beside them: each imports itself and those that are named before it."""
+
+LIGHT = (
+    "reft_export.building.build",
+    "reft_export.exporting.export",
+    "reft_export.folding.fold",
+    "reft_export.forecast",
+    "reft_export.importing.importer",
+    "reft_export.quantizing.quantize",
+    "reft_export.quantizing.swap",
+)
+"""What verbs call. They refuse what they can before they import what takes seconds."""
 
 
 def _modules() -> list[Path]:
@@ -102,38 +114,31 @@ def test_no_import_runs_up(room: str) -> None:
     assert not up
 
 
+def _at_head(path: Path) -> set[str]:
+    """Full names of what is imported when the file itself is: not inside functions, nor for types alone."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body += [inner for node in body if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test) for inner in node.body]
+    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("entry", LIGHT)
+def test_what_refuses_brings_no_framework(entry: str) -> None:
+    known = {_name(path): path for path in _modules()}
+    seen, left = {}, [(entry, "")]
+    while left:
+        name, by = left.pop()
+        if name in known and name not in seen:
+            seen[name] = by
+            left += [(target, name) for target in _at_head(known[name])]
+        assert name.partition(".")[0] not in ("torch", "transformers", "onnxruntime"), f"{by} imports {name}"
+
+
 def test_no_module_imports_in_a_circle() -> None:
     tuple(TopologicalSorter(_graph()).static_order())  # raises CycleError, which names the circle
-
-
-WITHOUT_TORCH = (
-    "reft_export.exporting.plan", "reft_export.exporting.export", "reft_export.forecast", "reft_export.tasks.task",
-    "reft_export.base.adapters", "reft_export.bundling.files", "reft_export.cli.export",
-)  # fmt: skip
-"""What refuses an export, and forecasts it: each imports its heavy half inside the functions that need it."""
-
-
-def _heads(path: Path) -> set[str]:
-    """Modules that the file imports when it is imported."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_refusals_import_no_torch(module: str) -> None:
-    files = {_name(path): path for path in _modules()}
-    reached, todo = set(), [module]
-    while todo:
-        name = todo.pop()
-        if name in files and name not in reached:
-            reached.add(name)
-            todo += _heads(files[name])
-        assert name.partition(".")[0] not in ("torch", "transformers"), f"{module} reaches {name}"
 
 
 def test_the_task_is_asked_for_by_name_in_one_place_a_room() -> None:
@@ -152,6 +157,66 @@ def test_the_product_knows_nothing_of_its_tests() -> None:
     """The evidence and its models stand among the tests, with which they share the path."""
     names = {path.stem for path in (ROOT / "tests").iterdir() if path.is_dir() or path.suffix == ".py"} - set(ROOMS)
     assert not {str(path): found for path in _modules() if (found := _imports(path) & names)}
+
+
+TASK_NAMES = {"TEXT_GENERATION", "TEXT_CLASSIFICATION", "text-generation", "text-classification"}
+DEVICE_VERBS = [ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "classify", "parity", "bench", "inspect")]
+
+
+def _device_modules() -> list[Path]:
+    return [*(ROOT / "runtimes").rglob("*.py"), *DEVICE_VERBS]
+
+
+def _found(paths: list[Path], wanted: Callable[[ast.AST], bool]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if wanted(node)
+    ]
+
+
+def test_nothing_on_a_device_asks_which_task_it_is() -> None:
+    """A table says what a task does, by the name that the manifest stores: runtimes/tasks/task.py, and the golden layouts."""
+
+    def asks(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Compare):
+            return False
+        parts = list(ast.walk(node))
+        names = {getattr(part, "id", getattr(part, "value", None)) for part in parts if isinstance(part, (ast.Name, ast.Constant))}
+        equal = any(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops)
+        return bool(names & TASK_NAMES) or (
+            equal and any(isinstance(p, ast.Attribute) and p.attr == "task" for p in [node.left, *node.comparators])
+        )
+
+    assert not _found([p for p in _device_modules() if p.parent != ROOT / "runtimes" / "tasks"], asks)
+
+
+def test_a_bundle_and_an_engine_are_told_apart_where_they_are_opened() -> None:
+    """They are siblings under Artifact, which has all that both have."""
+    trees = [ast.parse((ROOT / "runtimes" / "artifacts" / f"{name}.py").read_text(encoding="utf-8")) for name in ("bundle", "engine")]
+    bases = {
+        node.name: [ast.unparse(base) for base in node.bases] for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
+    }
+    assert bases["Bundle"] == bases["Engine"] == ["Artifact"]
+
+    def tells(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("isinstance", "type"):
+            return False
+        return bool(
+            {"Bundle", "Engine"} & {part.id for argument in node.args[1:] for part in ast.walk(argument) if isinstance(part, ast.Name)}
+        )
+
+    assert not _found([p for p in (ROOT / "runtimes").rglob("*.py") if p != ROOT / "runtimes" / "open.py"], tells)
+
+
+def test_sessions_and_what_runs_them_have_types() -> None:
+    """One protocol for each kind of session: nothing takes any object for one."""
+    inside = ROOT / "runtimes"
+    files = [inside / f"{name}.py" for name in ("session", "open", "generation", "golden", "bench", "first_steps")]
+    folders = [path for folder in ("ort", "tasks", "parity") for path in (inside / folder).glob("*.py") if path.name != "figures.py"]
+    paths = [*files, *folders, inside / "tensorrt" / "session.py"]
+    assert not _found(paths, lambda node: isinstance(node, ast.Name) and node.id == "Any")
 
 
 def test_no_catch_all_modules() -> None:

@@ -17,7 +17,7 @@ from runtimes.edits.op import EditNode
 from runtimes.errors import SiteAmbiguous
 
 
-def fold_edge_graph(model: ir.Model, nodes: Sequence[EditNode], constants: Mapping[str, np.ndarray], *, lora_slots: int = 0) -> None:
+def fold_edge_llm_graph(model: ir.Model, nodes: Sequence[EditNode], constants: Mapping[str, np.ndarray], *, lora_slots: int = 0) -> None:
     """Inserts ``nodes`` with the rule and the banks in ``constants`` by name, in place; inputs and outputs stay what they were.
 
     ``lora_slots`` N > 0: the banks are LoRA inputs of N slots each instead (graph_passes/edge_llm/lora.py), behind the graph's own inputs.

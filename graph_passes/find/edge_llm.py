@@ -51,7 +51,7 @@ _REFUSED_INPUTS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EdgeContract:
+class EdgeLLMContract:
     """The graph inputs and outputs that the passes read."""
 
     stream: ir.Value
@@ -70,7 +70,7 @@ def is_edge_llm(graph: ir.Graph) -> bool:
     return any(node.op_type == ATTENTION for node in graph)
 
 
-def read_edge_contract(graph: ir.Graph) -> EdgeContract:
+def read_edge_llm_contract(graph: ir.Graph) -> EdgeLLMContract:
     """The graph's inputs and outputs by name.
 
     Raises GraphError naming everything that is missing, and for exports whose steps or blocks the slot rule or the site finder
@@ -99,7 +99,7 @@ def read_edge_contract(graph: ir.Graph) -> EdgeContract:
             f"this graph with {ATTENTION} nodes is not one that TensorRT-Edge-LLM exports: {', '.join(missing)} missing; export it "
             "again with tensorrt-edgellm-export (0.4 to 0.11 are known)"
         )
-    return EdgeContract(
+    return EdgeLLMContract(
         stream=stream,
         logits=outputs["logits"],
         presents=tuple(presents[layer] for layer in range(len(presents))),

@@ -19,7 +19,7 @@ from graph_passes.find.block_ends import Step, check_inner_end, last_block_end
 from graph_passes.find.branches import Branch, module_outputs
 from graph_passes.find.contract import read_contract
 from graph_passes.find.dominators import Dominators
-from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
+from graph_passes.find.edge_llm import is_edge_llm, read_edge_llm_contract
 from graph_passes.find.skip_norms import SKIP_NORM_SUM, SKIP_NORMS, written_sum
 from runtimes.edits.edit import Site
 from runtimes.errors import GraphError, SiteAmbiguous, SiteNotFound
@@ -137,7 +137,7 @@ def survey_sites(model: ir.Model) -> SiteSurvey:
 def _anchors(graph: ir.Graph) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ...]]:
     """The input that tokens come in by, the logits, and one output per layer that its attention writes the keys to."""
     if is_edge_llm(graph):
-        edge = read_edge_contract(graph)
+        edge = read_edge_llm_contract(graph)
         return edge.stream, edge.logits, edge.presents
     contract = read_contract(graph)
     return contract.input_ids, contract.logits, contract.keys

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graph_passes.find.contract import read_contract
 from graph_passes.find.edge_llm import is_edge_llm
-from graph_passes.slots.edge_llm import add_edge_rule
+from graph_passes.slots.edge_llm import add_edge_llm_rule
 from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import GraphError
@@ -34,7 +34,7 @@ def add_slots(graph: ir.Graph, mode: str) -> ir.Value:
     Raises GraphError where the mode is unknown, or where the graph lacks the attention_mask [B, T] that the rule reads.
     """
     if mode == "graph" and is_edge_llm(graph):
-        return add_edge_rule(graph)
+        return add_edge_llm_rule(graph)
     if mode == "graph":
         return _add_rule(graph)
     if mode == "input":

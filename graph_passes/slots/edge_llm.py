@@ -11,7 +11,7 @@ Tokens, with o = query_start_offsets [B + 1], q = query_lengths, s = past_length
     row = #{b >= 1 : o[b] <= t};  p = s[row] + t - o[row]
     L = s[row] + q[row] if row < C, else 0;   real = t - o[row] < q[row]
 
-From p and L on the rule is everybody's (slot_rule.py). L = 0 in a decode step loses nothing: p >= L there, whatever L is. Where a cached
+From p and L on the rule is everybody's (rule.py). L = 0 in a decode step loses nothing: p >= L there, whatever L is. Where a cached
 prefix is reused, L is still the whole prompt's length, so every position is found; but the cache was written by another prompt, whose
 own last tokens had been edited where the rule names last tokens. A prompt fed in chunks cannot be told from one with a reused prefix.
 """
@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.find.edge_llm import EdgeContract, read_edge_contract
+from graph_passes.find.edge_llm import EdgeLLMContract, read_edge_llm_contract
 from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_rule_values, apply_rule
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS
 
-EDGE_RULE = {name: default for name, default in RULE_DEFAULTS.items() if name != PROMPT_LENGTH}
+EDGE_LLM_RULE = {name: default for name, default in RULE_DEFAULTS.items() if name != PROMPT_LENGTH}
 """The rule's numbers: the prompt's length is computed."""
 
 
-def add_edge_rule(graph: ir.Graph) -> ir.Value:
+def add_edge_llm_rule(graph: ir.Graph) -> ir.Value:
     """Adds the rule and returns the slots, int32: [B, S] for the padded layout, [T, 1] for the tokens one."""
-    contract = read_edge_contract(graph)
-    rule = add_rule_values(graph, EDGE_RULE)
+    contract = read_edge_llm_contract(graph)
+    rule = add_rule_values(graph, EDGE_LLM_RULE)
     build = RuleNodes()
     rank, length, real = _padded(build, contract) if contract.layout == "padded" else _tokens(build, contract)
     slot = apply_rule(build, rank=rank, length=length, real=real, rule=rule)
@@ -44,7 +44,7 @@ def add_edge_rule(graph: ir.Graph) -> ir.Value:
     return slot
 
 
-def _padded(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _padded(build: RuleNodes, contract: EdgeLLMContract) -> tuple[ir.Value, ir.Value, ir.Value]:
     """p [B, S], L [B, 1], real [B, S]"""
     counts, past = (build.add("Cast", value, to=int(ir.DataType.INT64)) for value in contract.lengths.values())
     batch = build.add("Shape", counts)
@@ -59,7 +59,7 @@ def _padded(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Valu
     return build.add("Add", start, column), length, build.add("Less", column, counts)
 
 
-def _tokens(build: RuleNodes, contract: EdgeContract) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _tokens(build: RuleNodes, contract: EdgeLLMContract) -> tuple[ir.Value, ir.Value, ir.Value]:
     """p, L, real: [T, 1]"""
     offsets, counts, past, carrier = contract.lengths.values()
     offsets, counts, past = (build.add("Cast", value, to=int(ir.DataType.INT64)) for value in (offsets, counts, past))

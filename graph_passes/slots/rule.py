@@ -3,7 +3,7 @@
     f, l = reft.first, reft.last, each cut to L // 2 where reft.truncate
     slot = reft.suffix_slot if L - l <= p < L; else 0 if p < f or (reft.prompt and p < L) or reft.everywhere; else -1; -1 at pads
 
-How p and L are known differs: from an attention mask (slots.py), or from TensorRT-Edge-LLM's lengths (edge_slots.py).
+How p and L are known differs: from an attention mask (add.py), or from TensorRT-Edge-LLM's lengths (edge_llm.py).
 """
 
 from __future__ import annotations

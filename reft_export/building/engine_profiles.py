@@ -74,7 +74,8 @@ def engine_profiles(inputs: Sequence[TensorRecord], banks: Collection[str], limi
 
 
 def _profile(name: str, inputs: Sequence[TensorRecord], banks: Collection[str], ranges: dict[str, tuple[int, int, int]]) -> Profile:
-    ranges["total"] = tuple(p + s for p, s in zip(ranges["past"], ranges["sequence"], strict=True))
+    past, sequence = ranges["past"], ranges["sequence"]
+    ranges["total"] = (past[0] + sequence[0], past[1] + sequence[1], past[2] + sequence[2])
     shapes = {}
     for tensor in inputs:
         if all(isinstance(dim, int) for dim in tensor.shape):

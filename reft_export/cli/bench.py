@@ -14,10 +14,7 @@ from reft_export.console import out, print_json, print_table, progress, size
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import Bundle
     from runtimes.bench import BenchResult, ClassifierBench
-    from runtimes.open import Limits
 
-PROMPT_TOKENS = 128
-"""Where none are asked for."""
 WHOLE_MODEL = ("prompt_tokens", "new_tokens", "repeats", "provider", "kernel", "threads")
 """Parameters that mean nothing for the op alone."""
 
@@ -49,67 +46,42 @@ def bench(
     """
     from contextlib import ExitStack
 
-    from runtimes.artifacts.engine import Engine
-    from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
-    from runtimes.bench import BASE, bench_classifier
-    from runtimes.bench import bench as measure
+    from runtimes.artifacts.bundle import Bundle
+    from runtimes.bench import BenchSettings
     from runtimes.errors import InputError
-    from runtimes.open import limits_of, open_artifact, open_session
+    from runtimes.open import open_artifact, open_session
+    from runtimes.tasks.task import task_of
 
     check_session_options(provider, kernel)
     opened = open_artifact(bundle)
-    frozen = opened.engine.frozen if isinstance(opened, Engine) else None
     for name in adapter or ():
         opened.adapter(name)
-
-    if op and isinstance(opened, Engine):
-        raise InputError(f"--op measures the op in onnxruntime; {bundle} is an engine: pass the bundle that it was built from")
     if op:
+        if not isinstance(opened, Bundle):
+            raise InputError(f"--op measures the op in onnxruntime; {bundle} is an engine: pass the bundle that it was built from")
         refuse_given(context, WHOLE_MODEL, "a whole model's, and --op measures the op alone")
-        if len(adapter or ()) > 1:
+        if adapter and len(adapter) > 1:
             raise InputError(f"--op measures at one adapter's width and rank, and {len(adapter)} are given; give one -a")
         _bench_op(opened, adapter, as_json)
         return
-    if opened.manifest.task == TEXT_CLASSIFICATION:
-        refuse_given(context, ("new_tokens",), f"for text generation, and {bundle} is a classifier")
-        prompt_tokens = _prompt_tokens(limits_of(opened), 0) if prompt_tokens is None else prompt_tokens
-        with progress() as report, ExitStack() as sessions:
-            report("measuring")
-            result = bench_classifier(
-                lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
-                tokens=prompt_tokens,
-                repeats=repeats,
-                adapters=adapter,
-                on_run=lambda done, total: report.update(f"measuring {done}/{total}", done, total),
-            )
-        _show(result, f"{result.model}, {result.provider}, {result.kernel}: one text of {prompt_tokens} tokens, {repeats} pairs", as_json)
-        return
-    prompt_tokens = _prompt_tokens(limits_of(opened), new_tokens) if prompt_tokens is None else prompt_tokens
+    task = task_of(opened)
+    refuse_given(context, task.not_in_bench, f"for text generation, and {bundle} is a classifier")
     with progress() as report, ExitStack() as sessions:
         report("measuring")
-        result = measure(
+        result = task.bench(
+            opened,
             lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            adapters=adapter if frozen is None or adapter else [],
-            base=frozen or BASE,  # a frozen adapter is all that its engine runs
-            on_run=lambda done, total: report.update(f"measuring {done}/{total}", done, total),
+            BenchSettings(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, adapters=adapter),
+            lambda done, total: report.update(f"measuring {done}/{total}", done, total),
         )
-    title = f"{result.model}, {result.provider}, {result.kernel}: {prompt_tokens} prompt and {new_tokens} new tokens, {repeats} pairs"
-    _show(result, title, as_json)
+    _show(result, as_json)
 
 
-def _prompt_tokens(limits: Limits, new_tokens: int) -> int:
-    """PROMPT_TOKENS, or as many as fit before ``new_tokens``; at least 1, so that it is the context that is said to be exceeded."""
-    return max(1, min(PROMPT_TOKENS, limits.tokens - new_tokens, limits.columns or PROMPT_TOKENS))
-
-
-def _show(result: BenchResult | ClassifierBench, title: str, as_json: bool) -> None:
+def _show(result: BenchResult | ClassifierBench, as_json: bool) -> None:
     if as_json:
         typer.echo(result.to_json())
         return
-    print_table(title, result.HEADER, result.rows())
+    print_table(result.title, result.HEADER, result.rows())
     memory = "unknown" if result.peak_memory is None else size(result.peak_memory)
     out.print(f"loaded in {result.load_seconds:.2f} s, peak memory of the process {memory}")
 
@@ -118,14 +90,13 @@ def _bench_op(bundle: Bundle, adapters: list[str] | None, as_json: bool) -> None
     from dataclasses import asdict
 
     from reft_export.op_bench import KERNEL_HEADER, NODE_HEADER, kernel_rows, kernel_times, node_rows, node_times
-    from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
     from runtimes.errors import InputError
     from runtimes.native_library import find_op_library
 
     names = adapters or bundle.adapter_names
     if not names:
         raise InputError(f"{bundle.folder} has no adapter whose width and rank could be measured")
-    banks = read_onnx_adapter(bundle.adapter(names[0]).file)
+    banks = bundle.adapter_tensors(names[0])
     # The nodes that the adapter does not use carry one row of zeros: the largest rank is that of those it uses.
     low_rank = [a.shape for name, a in banks.items() if name.endswith(".U")]
     if not low_rank:

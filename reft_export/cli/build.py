@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, DryRun, Force, Output
 from reft_export.console import escape, out, print_json, progress, size
+
+if TYPE_CHECKING:
+    from reft_export.building.build import BuildOutcome
+    from reft_export.building.plan import BuildPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +56,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Build a TensorRT engine of a bundle; its adapters still swap, by binding other banks."""
-    from reft_export.building.build import BuildSettings, build_engine, parse_compute_capability, plan_build
+    from reft_export.building.settings import BuildSettings, parse_compute_capability
     from runtimes.files.folders import check_destination
 
     settings = BuildSettings(
@@ -70,21 +74,33 @@ def build(
         timing_cache=timing_cache,
     )
     if dry_run:
+        from reft_export.building.plan import plan_build
+
         check_destination(output, force=force, inputs=[bundle])
-        plan = plan_build(bundle, settings)
-        if as_json:
-            print_json({"steps": list(plan.steps), "notes": list(plan.notes), "memory": plan.memory, "disk": plan.disk})
-            return
-        for number, step in enumerate(plan.steps, 1):
-            out.print(f"{number}. {escape(step)}")
-        _show_notes(plan.notes)
-        out.print(f"about {size(plan.memory)} memory, {size(plan.disk)} disk")
+        _show_plan(plan_build(bundle, settings), as_json=as_json)
         return
+
+    from reft_export.building.build import build_engine
+
     with progress() as report:
         # trtexec says hundreds of lines: a log gets the one that is current, now and then.
         outcome = build_engine(
             bundle, output, settings, force=force, report=report, update=lambda text: report.update(text, done=0, total=1)
         )
+    _show_engine(outcome, output, as_json=as_json)
+
+
+def _show_plan(plan: BuildPlan, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"steps": list(plan.steps), "notes": list(plan.notes), "memory": plan.memory, "disk": plan.disk})
+        return
+    for number, step in enumerate(plan.steps, 1):
+        out.print(f"{number}. {escape(step)}")
+    _show_notes(plan.notes)
+    out.print(f"about {size(plan.memory)} memory, {size(plan.disk)} disk")
+
+
+def _show_engine(outcome: BuildOutcome, output: Path, *, as_json: bool) -> None:
     engine = outcome.engine
     if as_json:
         print_json(

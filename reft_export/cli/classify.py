@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from reft_export.cli.run_options import RunOptions, check_adapters
+from runtimes.artifacts.bundle import Artifact
+from runtimes.errors import InputError
+from runtimes.session import ClassifierSession, Session, as_classifier
+from runtimes.text.encoded_text import EncodedText
 from runtimes.text.prompts import ADAPTER, OPTIONS, batches_of_alike, in_order, own_options, read_lines, refuse_unknown
-
-if TYPE_CHECKING:
-    from runtimes.ort.classifier import OrtClassifier
-    from runtimes.text.encoded_text import EncodedText
+from runtimes.text.tokenizer import Tokenizer
 
 KEYS = {"text", "text_pair", "label", *ADAPTER}
 HINTS = dict.fromkeys({*OPTIONS, "prompt", "messages"} - {*ADAPTER}, "for text generation, which a classifier does not do")
@@ -29,11 +32,18 @@ class Text:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def given_texts(prompts: list[str] | None, pairs: list[str] | None) -> list[Text]:
-    """Of -p and --pair; raises InputError where they are not as many."""
-    from runtimes.errors import InputError
+def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
+    """What is left to do in a session. Raises InputError and BundleError, with the line, for what can be refused before there is one."""
+    if options.prompts is not None and options.pair:
+        raise InputError(f"--pair goes with --prompt; of {options.prompts}, a line's text_pair is the second text")
+    texts = given_texts(options) if options.prompts is None else read_texts(options.prompts)
+    check_adapters(opened, texts)
+    return partial(_classify, texts=texts, encoded=_encoded(opened, texts), options=options)
 
-    prompts, pairs = prompts or [], pairs or []
+
+def given_texts(options: RunOptions) -> list[Text]:
+    """Of -p and --pair; raises InputError where they are not as many."""
+    prompts, pairs = options.prompt, options.pair
     if pairs and len(pairs) != len(prompts):
         raise InputError(f"{len(prompts)} --prompt and {len(pairs)} --pair are given; a pair of texts needs one of each")
     seconds = pairs or [None] * len(prompts)
@@ -45,8 +55,6 @@ def read_texts(path: Path) -> list[Text]:
 
     Raises InputError with the line.
     """
-    from runtimes.errors import InputError
-
     texts = []
     for where, value in read_lines(path):
         if isinstance(value, dict):
@@ -58,17 +66,10 @@ def read_texts(path: Path) -> list[Text]:
     return texts
 
 
-def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, as_json: bool) -> None:
-    """Prints one line a text: the label and the probabilities of all labels, the likeliest first; as JSON in the labels' own order.
-
-    Raises InputError, before anything is printed, for a text that is empty or too long.
-    """
-    from runtimes.errors import InputError
-    from runtimes.text.tokenizer import Tokenizer
-
-    bundle = session.bundle
-    model, labels = bundle.manifest.model, bundle.manifest.labels
-    tokenizer = Tokenizer.load(bundle.folder, model)
+def _encoded(opened: Artifact, texts: Sequence[Text]) -> list[EncodedText]:
+    """Raises InputError for a text that is empty or too long."""
+    model = opened.manifest.model
+    tokenizer = Tokenizer.load(opened.folder, model)
     encoded = []
     for text in texts:
         if not text.text.strip() or (text.pair is not None and not text.pair.strip()):
@@ -78,13 +79,19 @@ def classify(session: OrtClassifier, texts: Sequence[Text], *, batch_size: int, 
             raise InputError(
                 f"{text.where} has {len(encoded[-1])} tokens, and {model.name} takes {model.context_length} at most; shorten it"
             )
-    adapters = [text.options.get("adapter", session.adapter) for text in texts]
-    for index, row in in_order(_probabilities(session, encoded, adapters, batch_size)):
-        _show(index, dict(zip(labels, map(float, row), strict=True)), adapters[index], as_json=as_json)
+    return encoded
+
+
+def _classify(session: Session, *, texts: Sequence[Text], encoded: Sequence[EncodedText], options: RunOptions) -> None:
+    """Prints one line a text: the label and the probabilities of all labels, the likeliest first; as JSON in the labels' own order."""
+    labels = session.bundle.manifest.labels
+    adapters = [text.options.get("adapter", options.adapter) for text in texts]
+    for index, row in in_order(_probabilities(as_classifier(session), encoded, adapters, options.batch_size)):
+        _show(index, dict(zip(labels, map(float, row), strict=True)), adapters[index], as_json=options.as_json)
 
 
 def _probabilities(
-    session: OrtClassifier, encoded: Sequence[EncodedText], adapters: Sequence[str | None], batch_size: int
+    session: ClassifierSession, encoded: Sequence[EncodedText], adapters: Sequence[str | None], batch_size: int
 ) -> Iterator[tuple[int, Any]]:
     """(number, probabilities of the labels) of every text, in batches of one adapter."""
     for batch in batches_of_alike(adapters, batch_size):

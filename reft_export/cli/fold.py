@@ -13,7 +13,7 @@ from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output,
 from reft_export.console import out, print_json, print_parity, progress
 
 if TYPE_CHECKING:
-    from reft_export.folding.edge_llm import EdgeFoldResult
+    from reft_export.folding.edge_llm import EdgeLLMFoldResult
     from reft_export.folding.fold import FoldResult
 
 
@@ -46,7 +46,7 @@ def fold(
 
     TensorRT-Edge-LLM's exports stay what they are.
     """
-    from reft_export.folding.edge_llm import EdgeFoldResult
+    from reft_export.folding.edge_llm import EdgeLLMFoldResult
     from reft_export.folding.fold import fold_bundle
     from runtimes.errors import ParityError
 
@@ -68,8 +68,8 @@ def fold(
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
-    if isinstance(result, EdgeFoldResult):
-        _show_edge(result, output, as_json)
+    if isinstance(result, EdgeLLMFoldResult):
+        _show_edge_llm(result, output, as_json)
     else:
         _show_bundle(result, output, with_base=model is not None, as_json=as_json)
 
@@ -99,7 +99,7 @@ def _show_bundle(result: FoldResult, output: Path, *, with_base: bool, as_json: 
     )
 
 
-def _show_edge(result: EdgeFoldResult, output: Path, as_json: bool) -> None:
+def _show_edge_llm(result: EdgeLLMFoldResult, output: Path, as_json: bool) -> None:
     if as_json:
         print_json(
             {

@@ -6,14 +6,15 @@ import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from reft_export.console import err, escape, interrupt, print_parity
 from runtimes.errors import ParityError, ReftError
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INTERRUPTED = 130
 """128 + SIGINT, what a shell expects after Ctrl-C."""
@@ -31,11 +32,11 @@ HOST_EXTRAS = {
 }
 
 
-def guarded(verb: F) -> F:
+def guarded(verb: Callable[P, R]) -> Callable[P, R]:
     """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
 
     @wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         interrupt.listen()
         try:
             return verb(*args, **kwargs)
@@ -60,10 +61,10 @@ def guarded(verb: F) -> F:
                 raise
             fail(f"{e.filename} cannot be read or written: {e.strerror}", 2)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
     raise typer.Exit(code) from None
 

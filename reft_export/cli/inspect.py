@@ -25,26 +25,33 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an adapter, a graph, a bundle or an engine."""
+    content = _content(path)
+    if as_json:
+        print_json(content)
+    else:
+        _show(content)
+
+
+def _content(path: Path) -> dict[str, Any]:
     from runtimes.artifacts.engine import is_engine
     from runtimes.errors import InputError
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if is_engine(path):
-        content = inspect_engine(path)
-    elif (path / "manifest.json").is_file():
-        content = inspect_bundle(path)
-    elif (path / "adapter.json").is_file():
-        content = inspect_adapter(path)
-    elif path.suffix == ".onnx" or list(path.glob("*.onnx")):
-        content = inspect_graph(path)
-    elif path.suffix == ".onnx_adapter":
-        content = inspect_banks(path)
-    else:
-        raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
-    if as_json:
-        print_json(content)
-        return
+        return inspect_engine(path)
+    if (path / "manifest.json").is_file():
+        return inspect_bundle(path)
+    if (path / "adapter.json").is_file():
+        return inspect_adapter(path)
+    if path.suffix == ".onnx" or list(path.glob("*.onnx")):
+        return inspect_graph(path)
+    if path.suffix == ".onnx_adapter":
+        return inspect_banks(path)
+    raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
+
+
+def _show(content: dict[str, Any]) -> None:
     tables = {k: v for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for key, value in content.items():
         if key not in tables and value is not None and (value or key not in SENTENCES):
@@ -94,21 +101,20 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 def _rank(adapter: Any) -> int | None:
     """None of a full-rank method, whose adapters store 0."""
-    from runtimes.edits.methods import FULL_RANK_METHODS
+    from runtimes.edits.methods import METHODS
 
-    return None if adapter.method in FULL_RANK_METHODS else adapter.rank
+    return None if METHODS[adapter.method].full_rank else adapter.rank
 
 
 def inspect_engine(path: Path) -> dict[str, Any]:
     from runtimes.artifacts.engine import open_engine
-    from runtimes.artifacts.engine_adapter import read_engine_adapter
 
     engine = open_engine(path)
     e, m = engine.engine, engine.manifest
     adapters = []
     for name in engine.adapter_names:
         r = engine.adapter_record(name)
-        tensors = read_engine_adapter(engine.adapter_file(name))
+        tensors = engine.adapter_tensors(name)
         adapters.append({"name": name, "positions": r.positions, "tied": r.tied, "bound": len(tensors) or "frozen"})
     names = dict.fromkeys(name for profile in e.profiles for name in profile.shapes)
     ranges = [(name, {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes}) for name in names]

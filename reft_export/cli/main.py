@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+
 import typer
 
-from reft_export.cli import bench, build, doctor, export, fold, import_, inspect, parity, quantize, quickstart, run, train
 from reft_export.cli.once import OnceTyper
 from runtimes.version import VERSION
 
-app = OnceTyper(
-    name="reft-export",
-    help="Train a ReFT intervention, fold it into an ONNX decoder, quantize it, run it on a device, and prove it is the same.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+VERBS = {
+    name: f"reft_export.cli.{name.replace('import', 'import_')}"
+    for name in ("quickstart", "train", "import", "export", "fold", "quantize", "build", "run", "parity", "bench", "inspect", "doctor")
+}
+"""The module of each, in the order of --help."""
 
 
 def _print_version(value: bool) -> None:
@@ -25,19 +24,39 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def top_level(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
     """Train a ReFT intervention, fold it into an ONNX decoder, quantize it, run it on a device, and prove it is the same."""
 
 
-for verb in (quickstart, train, import_, export, fold, quantize, build, run, parity, bench, inspect, doctor):
-    verb.register(app)
+def application(verbs: Iterable[str] = VERBS) -> OnceTyper:
+    app = OnceTyper(
+        name="reft-export",
+        help=top_level.__doc__,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(top_level)
+    for verb in verbs:
+        import_module(VERBS[verb]).register(app)
+    return app
+
+
+def __getattr__(name: str) -> OnceTyper:
+    """``app`` is all of it."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return application()
 
 
 def main() -> None:
-    app()
+    """A verb that is named is all that is imported: each takes a while, and all are needed for --help alone."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    application([verb] if verb in VERBS else VERBS)()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class OnceCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def _refuse_repeats(self, ctx: Any, args: Sequence[str]) -> None:
-        options = [p for p in self.get_params(ctx) if p.param_type_name == "option" and not p.multiple]
+        # click's own class of options, or typer's copy of it, by typer's version.
+        options: list[Any] = [p for p in self.get_params(ctx) if p.param_type_name == "option" and not p.multiple]
         # The command's own parser, told to keep every value: what counts as an option and what as its value is its decision.
         parser = self.make_parser(ctx)
         for option in options:

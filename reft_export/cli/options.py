@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from runtimes.edits.edit import Site
 
 Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local folder or a Hugging Face id.")]
 Adapters = Annotated[
@@ -48,7 +51,7 @@ BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share
 AccuracyLevel = Annotated[int, typer.Option("--accuracy-level", help="4: int8 products, fast; 1: float32 products, exact.")]
 
 
-def parse_sites(text: str) -> tuple:
+def parse_sites(text: str) -> tuple[Site, ...]:
     """``3;5.mlp_output`` as sites; raises InputError."""
     from runtimes.edits.edit import Site
     from runtimes.errors import AdapterError, InputError

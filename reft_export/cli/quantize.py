@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reft_export.cli.export import show_result
 from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import AcceptBase, AsJson, Force, Model, Output, check_choice, given, refuse_given
-from reft_export.console import out, print_table, progress
+from reft_export.console import Progress, out, print_table, progress
+
+if TYPE_CHECKING:
+    from reft_export.bundling.result import ExportResult
+    from reft_export.evaluation.quantization_report import Yardsticks
+    from reft_export.quantizing.settings import CalibrationRequest
 
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 QUANTIZES = (
@@ -106,10 +111,9 @@ def quantize(
 
     Writes OUTPUT.quantization.json and .png beside it: size, error per tensor, delta parity, perplexity, success.
     """
-    from reft_export.evaluation.quantization_report import write_reports
-    from reft_export.quantizing.refit import RefitSettings
+    from reft_export.quantizing.settings import RefitSettings
     from runtimes.artifacts.bundle import open_bundle
-    from runtimes.errors import InputError, ParityError
+    from runtimes.errors import InputError
 
     refuse_idle(context, refit=refit, checker=checker, checker_data=checker_data, calibrate=calibrate, ranges=ranges, observer=observer)
     yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
@@ -123,15 +127,13 @@ def quantize(
 
         if ignored := [f"--{name.replace('_', '-')}" for name in QUANTIZES if given(context, name)]:
             raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
-        make = partial(swap_bundle, adapters=() if refitting else adapters)
+        make = partial(swap_bundle, adapters=() if refitting else adapters or ())
     elif adapters and refit is None:
         raise InputError(
             f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export export`"
         )
     else:
-        from calibration.observers import Observer
         from calibration.settings import settings_for
-        from reft_export.quantizing.calibrate import CalibrationRequest
         from reft_export.quantizing.quantize import quantize_bundle
 
         check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
@@ -145,23 +147,19 @@ def quantize(
             lm_head=lm_head,
             embeddings=EMBEDDINGS[embeddings],
         )
-        request = None
-        if calibrate is not None or ranges is not None:
-            request = CalibrationRequest(
-                data=calibrate,
-                ranges=ranges,
-                mixture=parse_mixture(mixture),
-                observer=Observer(name=observer, percentile=percentile),
-                decode_tokens=decode_tokens,
-            )
-        elif mixture:
-            raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
+        request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens)
         make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
+    make = partial(make, refit=refitting, yardsticks=yardsticks, accept_base=accept_base, force=force)
+    run_and_show(lambda report: make(bundle, model, output, report=report), output, as_json=as_json)
+
+
+def run_and_show(make: Callable[[Progress], ExportResult], output: Path, *, as_json: bool) -> None:
+    from reft_export.evaluation.quantization_report import write_reports
+    from runtimes.errors import ParityError
+
     try:
         with progress() as report:
-            result = make(
-                bundle, model, output, refit=refitting, yardsticks=yardsticks, accept_base=accept_base, force=force, report=report
-            )
+            result = make(report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise
@@ -194,7 +192,7 @@ def refuse_idle(
         refuse_given(context, ("percentile",), "of --observer percentile, which is not asked for")
 
 
-def show_report(result: Any, written: Sequence[Path]) -> None:
+def show_report(result: ExportResult, written: Sequence[Path]) -> None:
     """The table of variants, what the refit did, and where the files are."""
     from reft_export.evaluation.quantization_report import trimmed
 
@@ -209,16 +207,39 @@ def show_report(result: Any, written: Sequence[Path]) -> None:
     out.print(f"report: {', '.join(map(str, written))}", markup=False)
 
 
-def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Any:
+def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path | None, tokens: int) -> Yardsticks:
     """What the report measures; raises InputError for a text, a checker or prompts that cannot be used."""
     from reft_export.evaluation.checker import load_task
     from reft_export.evaluation.quantization_report import Yardsticks, read_text
     from runtimes.errors import InputError
 
-    if (checker is None) != (prompts is None):
+    task = None
+    if checker is not None and prompts is not None:
+        task = load_task(checker, prompts, max_new_tokens=tokens)
+    elif checker is not None or prompts is not None:
         raise InputError("--checker and --checker-data go together: the function that judges answers, and the prompts to answer")
-    task = None if checker is None else load_task(checker, prompts, max_new_tokens=tokens)
     return Yardsticks(text=None if perplexity is None else read_text(perplexity), task=task)
+
+
+def calibration_request(
+    data: Path | None, ranges: Path | None, mixture: str, observer: str, percentile: float, decode_tokens: int
+) -> CalibrationRequest | None:
+    """None where nothing asks for activation ranges; raises InputError or CalibrationError for options that do not go together."""
+    from calibration.observers import Observer
+    from reft_export.quantizing.settings import CalibrationRequest
+    from runtimes.errors import InputError
+
+    if data is None and ranges is None:
+        if mixture:
+            raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
+        return None
+    return CalibrationRequest(
+        data=data,
+        ranges=ranges,
+        mixture=parse_mixture(mixture),
+        observer=Observer(name=observer, percentile=percentile),
+        decode_tokens=decode_tokens,
+    )
 
 
 def scheme_and_bits(scheme: str | None, precision: str | None) -> tuple[str, int | None]:

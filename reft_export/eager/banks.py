@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import with_head
-from reft_export.eager.steering import EditFn, Steerer, Steering, edit_fn, steer
+from reft_export.eager.steering import EditFn, Steerer, Steering, device_of, edit_fn, steer
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.edits.edit import Edit, Site
@@ -36,10 +36,9 @@ def bank_steerer(bundle: Bundle, name: str) -> Steerer:
 
     @contextmanager
     def steering(model: PreTrainedModel) -> Iterator[Steering]:
-        device = model.get_input_embeddings().weight.device
         by_site: dict[Site, list[EditFn]] = {}
         for node in sorted(edits):
-            by_site.setdefault(node.site, []).append(edit_fn(edits[node], model.dtype, device))
+            by_site.setdefault(node.site, []).append(edit_fn(edits[node], model.dtype, device_of(model)))
         functions = {site: _in_series(each) for site, each in by_site.items()}
         with with_head(model, bank_head(bundle, name)), steer(model, functions, rule=adapter.positions, tied=adapter.tied) as handle:
             yield handle

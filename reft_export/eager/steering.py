@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from reft_export.base.classifiers import check_head, with_head
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
-from runtimes.edits.op import bank_of
+from runtimes.edits.edit import Edit, ScaleBiasEdit, Site
+from runtimes.edits.op import bank_of, node_of
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import AdapterError, InputError
 
@@ -140,7 +140,10 @@ class Steering:
     def _mask(call: Mapping[str, Any], batch: int, width: int) -> np.ndarray:
         """The mask over past and current tokens; all ones where the caller gave none."""
         cache = call.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
+        if cache is None:
+            past = 0
+        else:
+            past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2] if cache else 0
         mask = call.get("attention_mask")
         if mask is None:
             return np.ones((batch, past + width), np.int64)
@@ -223,26 +226,31 @@ def edit_fn(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | st
     return (scale_bias_edit_fn if isinstance(edits[0], ScaleBiasEdit) else low_rank_edit_fn)(edits, dtype, device)
 
 
-def low_rank_edit_fn(edits: Sequence[LowRankEdit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model embeds its tokens."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
+def low_rank_edit_fn(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
     """y = h + U^T act(A h + b), one edit per slot, as the op computes it.
 
     U, A, b are rounded once to ``dtype``, the stream's; sums are in float32 (float64 only for a float64 stream).
     """
-    first = edits[0]
+    node = node_of(Site(layer=0), edits[0])
     U, A, b = _computing_bank(edits, dtype, device)
-    active = U.shape[1] // 2 if first.activated == "first_half" else U.shape[1]
-    act = ACTIVATION_FUNCTIONS[first.activation]
+    active = U.shape[1] // 2 if node.activated == "first_half" else U.shape[1]
+    act = ACTIVATION_FUNCTIONS[node.activation]
 
     def apply(slot: int, x: Tensor) -> Tensor:
         z = x @ A[slot].T + b[slot]
-        if first.activation:
+        if node.activation:
             z = torch.cat([act(z[:, :active]), z[:, active:]], dim=1)
         return x + z @ U[slot]
 
     return partial(edit_rows, edits=[partial(apply, slot) for slot in range(len(edits))])
 
 
-def scale_bias_edit_fn(edits: Sequence[ScaleBiasEdit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
+def scale_bias_edit_fn(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | str) -> EditFn:
     """y = scale * h + bias, one edit per slot, as the op computes it: rounded to ``dtype`` as ``low_rank_edit_fn`` rounds."""
     scale, bias = _computing_bank(edits, dtype, device)
 
@@ -254,8 +262,8 @@ def scale_bias_edit_fn(edits: Sequence[ScaleBiasEdit], dtype: torch.dtype, devic
 
 def _computing_bank(edits: Sequence[Edit], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
     """The bank as a stream of ``dtype`` has it, widened to what the op computes in."""
-    exact = np.float64 if torch.promote_types(dtype, torch.float32) == torch.float64 else np.float32
-    return [torch.from_numpy(x.astype(exact)).to(device) for x in bank_of(edits, _numpy_dtype(dtype))]
+    wide = np.float64 if torch.promote_types(dtype, torch.float32) == torch.float64 else np.float32
+    return [torch.from_numpy(x.astype(wide)).to(device) for x in bank_of(edits, _numpy_dtype(dtype))]
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -293,8 +301,7 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
             f"{has[0]} layers, width {has[1]}; use the base it was trained on"
         )
     check_head(adapter, model)
-    device = model.get_input_embeddings().weight.device
-    edits = {site: edit_fn(each, model.dtype, device) for site, each in adapter.edits().items()}
+    edits = {site: edit_fn(each, model.dtype, device_of(model)) for site, each in adapter.edits().items()}
     with with_head(model, adapter.head), steer(model, edits, rule=adapter.positions, tied=adapter.tied) as steering:
         yield steering
 

@@ -34,7 +34,7 @@ Check = Callable[[str, str], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class CheckedTask:
     """Prompts, and the function that judges an answer to one of them."""
 
     name: str
@@ -43,13 +43,16 @@ class Task:
     """(file and line, conversation)."""
     max_new_tokens: int = 64
 
-    def answer(self, bundle: Bundle, session: Session) -> list[Generation]:
+    def answer(self, bundle: Bundle, session: Session, on_answers: Callable[[int, int], None] = lambda done, of: None) -> list[Generation]:
         """The greedy answers of the session's active adapter, or the base. Raises InputError for a prompt that does not fit."""
         tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
         encoded = self.encoded(bundle, tokenizer, session.adapter)
         settings = GenerationSettings(max_new_tokens=self.max_new_tokens)
-        parts = [encoded[i : i + ANSWERS_AT_ONCE] for i in range(0, len(encoded), ANSWERS_AT_ONCE)]
-        return [answer for part in parts for answer in generate(session, tokenizer, part, settings)]
+        answers: list[Generation] = []
+        for start in range(0, len(encoded), ANSWERS_AT_ONCE):
+            answers += generate(session, tokenizer, encoded[start : start + ANSWERS_AT_ONCE], settings)
+            on_answers(len(answers), len(encoded))
+        return answers
 
     def encoded(self, bundle: Bundle, tokenizer: Tokenizer, adapter: str | None) -> list[list[int]]:
         """Every prompt's tokens, as ``run`` makes them for ``adapter``; raises InputError for one that leaves no room for an answer."""
@@ -87,9 +90,9 @@ class Task:
         return value
 
 
-def load_task(checker: str, prompts: Path, *, max_new_tokens: int = 64) -> Task:
+def load_task(checker: str, prompts: Path, *, max_new_tokens: int = 64) -> CheckedTask:
     """The function and the prompts, both tried: the checker is asked once, about an empty answer. Raises InputError."""
-    task = Task(
+    task = CheckedTask(
         name=checker,
         check=_load_function(checker),
         prompts=tuple((where, _without_answer(messages, where)) for where, messages in read_prompts(prompts)),

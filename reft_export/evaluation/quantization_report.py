@@ -14,13 +14,13 @@ A refitted adapter is held to the float32 model steered by the adapter that it w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calibration.weights import WeightError
-from reft_export.evaluation.checker import Task
+from reft_export.console import count, size
+from reft_export.evaluation.checker import CheckedTask
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
@@ -29,6 +29,9 @@ from runtimes.parity.figures import Delta, Figures, ParityReport
 from runtimes.parity.perplexity import agreement, perplexity
 from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it brings onnx, and a refusal comes before any graph is read
+    from calibration.weights import WeightError
 
 Answers = Mapping[str, Sequence[Sequence[int]]]
 """The float bundle's steered answers, as tokens, by adapter."""
@@ -39,7 +42,7 @@ class Yardsticks:
     """What variants are measured with beyond their golden arrays; both are optional."""
 
     text: str | None = None
-    task: Task | None = None
+    task: CheckedTask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,6 @@ class QuantizationReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row per variant and adapter under HEADER; a figure that was not asked for is empty."""
-        from reft_export.console import size
-
         rows = []
         for v in self.variants:
             for s in v.steering or (None,):
@@ -126,44 +127,70 @@ class QuantizationReport:
         return json.dumps(content, indent=1, allow_nan=False)
 
 
-def measure(name: str, bundle: Bundle, yardsticks: Yardsticks, reference: Answers | None = None) -> tuple[Variant, Answers]:
+def measure(
+    name: str, bundle: Bundle, yardsticks: Yardsticks, reference: Answers | None, report: Callable[[str], None]
+) -> tuple[Variant, Answers]:
     """(the bundle's figures, its steered answers by adapter); ``reference``: the float bundle's answers, for ``agreement``."""
     from runtimes.open import ort_session
 
-    session, task = ort_session(bundle), yardsticks.task
-    tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model) if task or yardsticks.text is not None else None
+    session = ort_session(bundle)
     answers: dict[str, Sequence[Sequence[int]]] = {}
     steering = []
     for adapter in bundle.adapter_names:
-        figures, delta = steering_figures(bundle, session, adapter)
-        said = task.answer(bundle, session) if task else []
-        answers[adapter] = [answer.tokens for answer in said]
+        figures, delta = steering_figures(bundle, session, adapter)  # leaves the adapter on
+        told, answers[adapter] = _told(bundle, session, yardsticks, None if reference is None else reference[adapter], report)
         steering.append(
             Steering(
-                adapter=adapter,
-                delta=delta,
-                figures=figures,
-                perplexity=_perplexity(session, tokenizer, yardsticks),
-                success=task.success([answer.text.strip() for answer in said]) if task else None,
-                agreement=_agreement(bundle, session, tokenizer, task, reference[adapter]) if task and reference else None,
+                adapter=adapter, delta=delta, figures=figures, perplexity=told.perplexity, success=told.success, agreement=told.agreement
             )
         )
     session.set_adapter(None)
+    told, _ = _told(bundle, session, yardsticks, None, report)
     variant = Variant(
         name=name,
         size=sum(bundle.manifest.files[f].size for f in (GRAPH_FILE, DATA_FILE) if f in bundle.manifest.files),
-        perplexity=_perplexity(session, tokenizer, yardsticks),
-        success=task.success([answer.text.strip() for answer in task.answer(bundle, session)]) if task else None,
+        perplexity=told.perplexity,
+        success=told.success,
         steering=tuple(steering),
     )
     return variant, answers
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """By the yardsticks, of the session's active adapter."""
+
+    perplexity: float | None = None
+    success: float | None = None
+    agreement: float | None = None
+
+
+def _told(
+    bundle: Bundle,
+    session: Session,
+    yardsticks: Yardsticks,
+    reference: Sequence[Sequence[int]] | None,
+    report: Callable[[str], None],
+) -> tuple[_Told, Sequence[Sequence[int]]]:
+    """What is asked for, and the answers to the task's prompts; ``reference``: the float bundle's, for ``agreement``."""
+    if yardsticks == Yardsticks():
+        return _Told(), []
+    tokenizer, task = Tokenizer.load(bundle.folder, bundle.manifest.model), yardsticks.task
+    who = session.adapter or "the base"
+    said = task.answer(bundle, session, lambda done, of: count(report, f"{who} answered {done} of {of} prompts", done, of)) if task else []
+    told = _Told(
+        perplexity=None if yardsticks.text is None else perplexity(session, tokenizer, yardsticks.text),
+        success=task.success([answer.text.strip() for answer in said]) if task else None,
+        agreement=_agreement(bundle, session, tokenizer, task, reference) if task and reference is not None else None,
+    )
+    return told, [answer.tokens for answer in said]
+
+
 class Measurements:
     """Variants in the order in which they were measured. The answers of one are what later ones' are held to, where it is the float one."""
 
-    def __init__(self, yardsticks: Yardsticks) -> None:
-        self._yardsticks = yardsticks
+    def __init__(self, yardsticks: Yardsticks, report: Callable[[str], None] = lambda _: None) -> None:
+        self._yardsticks, self._report = yardsticks, report
         self._reference: Answers | None = None
         self.variants: list[Variant] = []
 
@@ -173,7 +200,7 @@ class Measurements:
         return self._yardsticks != Yardsticks()
 
     def add(self, name: str, bundle: Bundle) -> None:
-        variant, answers = measure(name, bundle, self._yardsticks, self._reference)
+        variant, answers = measure(name, bundle, self._yardsticks, self._reference, self._report)
         self.variants.append(variant)
         if bundle.manifest.quantization is None:
             self._reference = answers
@@ -219,11 +246,7 @@ def variant_name(bundle: Bundle) -> str:
     return f"int{q.bits}" if q.scheme == "weight-only" else q.scheme
 
 
-def _perplexity(session: Session, tokenizer: Tokenizer | None, yardsticks: Yardsticks) -> float | None:
-    return None if yardsticks.text is None else perplexity(session, tokenizer, yardsticks.text)
-
-
-def _agreement(bundle: Bundle, session: Session, tokenizer: Tokenizer, task: Task, answers: Sequence[Sequence[int]]) -> float:
+def _agreement(bundle: Bundle, session: Session, tokenizer: Tokenizer, task: CheckedTask, answers: Sequence[Sequence[int]]) -> float:
     pairs = zip(task.encoded(bundle, tokenizer, session.adapter), answers, strict=True)
     counted = [agreement(session, [*prompt, *answer], len(prompt)) for prompt, answer in pairs]
     return sum(hits for hits, _ in counted) / sum(count for _, count in counted)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
-from graph_passes.edge_llm.fold import fold_edge_graph
+from graph_passes.edge_llm.fold import fold_edge_llm_graph
 from graph_passes.edge_llm.lora import lora_tensors
 from graph_passes.external import load_graph
-from graph_passes.find.edge_llm import ATTENTION, read_edge_contract
+from graph_passes.find.edge_llm import ATTENTION, read_edge_llm_contract
 from graph_passes.find.sites import locate_sites
 from graph_passes.find.streams import stream_types
 from graph_passes.insert import refuse_folded
@@ -24,7 +25,7 @@ from reft_export.bundling.files import VERSION, Report
 from reft_export.folding.family import check_family, check_same_family
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.methods import FULL_RANK_METHODS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_VERSION, EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
@@ -40,7 +41,7 @@ LIBRARY = "libreft_trt_edgellm.so"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EdgeFoldResult:
+class EdgeLLMFoldResult:
     """``found``: for every site, the tensor that carries its stream and how it was found. ``build``: the commands that follow."""
 
     adapters: tuple[str, ...]
@@ -51,9 +52,9 @@ class EdgeFoldResult:
     notes: tuple[str, ...]
 
 
-def fold_edge_folder(
+def fold_edge_llm_folder(
     source: Path, adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool, force: bool, report: Report
-) -> EdgeFoldResult:
+) -> EdgeLLMFoldResult:
     """Copies the folder of the graph ``source`` to ``output`` with edits in its graphs; every other file byte for byte.
 
     One adapter becomes constants of every graph in the folder. ``as_lora``: several that share their positions become LoRA weight
@@ -72,30 +73,11 @@ def fold_edge_folder(
     read_from = {LORA_GRAPH: present[-1]} if as_lora else {name: name for name in present}
     models = {name: load_graph(folder / read) for name, read in read_from.items()}
     nodes = union_nodes(list(adapters.values()), (), 0)
-    first = next(iter(adapters.values()))
-    slots = len(first.groups)
-    banks: dict[str, dict[str, Any]] = {}
-    found: dict[str, str] = {}
-    layout = ""
-    for name, model in models.items():
-        refuse_folded(model)
-        layers = _check_layers(model, config, folder / read_from[name])
-        for adapter_name, adapter in adapters.items():
-            _check_fit(adapter_name, adapter, layers, config, folder)
-        located = locate_sites(model, {node.site for node in nodes})
-        types = stream_types(located)
-        _check_width(first, next(iter(adapters)), {kind.width for kind in types.values()}, folder / read_from[name])
-        kinds = {kind.dtype for kind in types.values()}
-        if len(kinds) != 1:
-            raise GraphError(f"{folder / name}: the edited streams are of several types, {sorted(kind.name for kind in kinds)}")
-        found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
-        layout = read_edge_contract(model.graph).layout
-        dtype = kinds.pop().numpy()
-        banks = {adapter_name: adapter.banks(nodes, dtype) for adapter_name, adapter in adapters.items()}
-        report(f"folding {len(nodes)} edit nodes into {name}")
-        constants = first.rule_tensors() if as_lora else first.rule_tensors() | next(iter(banks.values()))
-        fold_edge_graph(model, nodes, constants, lora_slots=slots if as_lora else 0)
-
+    folded = [
+        _fold(model, folder / name, folder / read_from[name], adapters, nodes, config, report, as_lora=as_lora)
+        for name, model in models.items()
+    ]
+    banks = folded[-1].banks
     report(f"copying {folder}")
     with atomic_folder(output, force=force) as work:
         _copy_all_but(folder, work, set(models))
@@ -106,19 +88,70 @@ def fold_edge_folder(
         if as_lora:
             (work / ADAPTER_FOLDER).mkdir()
             for name, arrays in banks.items():
-                save_file(lora_tensors(nodes, arrays, slots=slots), work / ADAPTER_FOLDER / f"{name}.safetensors")
+                save_file(lora_tensors(nodes, arrays, slots=_slots(adapters)), work / ADAPTER_FOLDER / f"{name}.safetensors")
         origins = {name: sha256_of(folder / read) for name, read in read_from.items()}
         record = _record(adapters, config, origins, as_lora=as_lora)
         (work / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    rank = max(2, *(array.shape[-1] for arrays in banks.values() for key, array in arrays.items() if key.endswith(".b"))) if as_lora else 0
-    return EdgeFoldResult(
+    return EdgeLLMFoldResult(
         adapters=tuple(adapters),
         nodes=nodes,
-        found=found,
-        layout=layout,
-        build=_commands(output, rank, has_lora=LORA_GRAPH in models),
+        found=folded[-1].found,
+        layout=folded[-1].layout,
+        build=_commands(output, _lora_rank(banks) if as_lora else 0, has_lora=LORA_GRAPH in models),
         notes=_notes(adapters, output, as_lora=as_lora),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Folded:
+    """What a graph shows; every graph of a folder shows the same."""
+
+    found: dict[str, str]
+    layout: str
+    banks: dict[str, dict[str, np.ndarray]]
+    """Of every adapter, in the float type of the graph's streams."""
+
+
+def _fold(
+    model: ir.Model,
+    path: Path,
+    read_from: Path,
+    adapters: Mapping[str, Adapter],
+    nodes: tuple[EditNode, ...],
+    config: Mapping[str, Any],
+    report: Report,
+    *,
+    as_lora: bool,
+) -> _Folded:
+    """Edits into one graph, in place, once every adapter is seen to fit it; messages call it ``path``, or what it was ``read_from``."""
+    refuse_folded(model)
+    layers = _check_layers(model, config, read_from)
+    for name, adapter in adapters.items():
+        _check_fit(name, adapter, layers, config, path.parent)
+    located = locate_sites(model, {node.site for node in nodes})
+    types = stream_types(located)
+    first_name, first = next(iter(adapters.items()))
+    _check_width(first, first_name, {kind.width for kind in types.values()}, read_from)
+    kinds = {kind.dtype for kind in types.values()}
+    if len(kinds) != 1:
+        raise GraphError(f"{path}: the edited streams are of several types, {sorted(kind.name for kind in kinds)}")
+    found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
+    layout = read_edge_llm_contract(model.graph).layout
+    dtype = kinds.pop().numpy()
+    banks = {name: adapter.banks(nodes, dtype) for name, adapter in adapters.items()}
+    report(f"folding {len(nodes)} edit nodes into {path.name}")
+    constants = first.rule_tensors() if as_lora else first.rule_tensors() | banks[first_name]
+    fold_edge_llm_graph(model, nodes, constants, lora_slots=_slots(adapters) if as_lora else 0)
+    return _Folded(found=found, layout=layout, banks=banks)
+
+
+def _slots(adapters: Mapping[str, Adapter]) -> int:
+    """All adapters of a fold share their positions, and so their slots."""
+    return len(next(iter(adapters.values())).groups)
+
+
+def _lora_rank(banks: Mapping[str, Mapping[str, np.ndarray]]) -> int:
+    return max(2, *(array.shape[-1] for arrays in banks.values() for key, array in arrays.items() if key.endswith(".b")))
 
 
 def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, as_lora: bool, force: bool) -> None:
@@ -130,7 +163,7 @@ def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, 
             f"{len(adapters)} adapters for a TensorRT-Edge-LLM folder: one is baked into a folder as constants; run fold once per adapter, "
             "or pass --as-lora for weight files that its runtime switches"
         )
-    if full_rank := [name for name, adapter in adapters.items() if as_lora and adapter.method in FULL_RANK_METHODS]:
+    if full_rank := [name for name, adapter in adapters.items() if as_lora and METHODS[adapter.method].full_rank]:
         raise AdapterError(
             f"adapter {full_rank[0]} is a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
         )
@@ -163,7 +196,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_layers(model: ir.Model, config: Mapping[str, Any], source: Path) -> int:
-    layers = len(read_edge_contract(model.graph).presents)
+    layers = len(read_edge_llm_contract(model.graph).presents)
     if (declared := config.get("num_hidden_layers", layers)) != layers:
         raise GraphError(
             f"{source} has {layers} present_key_values outputs, its config.json {declared} layers; layers that share keys or have none "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from graph_passes.external import load_graph, write_graph
 from graph_passes.find.contract import name_cache
 from graph_passes.find.domains import check_domains
 from graph_passes.find.edge_llm import is_edge_llm
-from graph_passes.find.encoder import is_classifier
 from graph_passes.find.sites import locate_sites, survey_sites
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
@@ -33,12 +33,19 @@ from reft_export.bundling.files import (
     write_adapter,
 )
 from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, stated_json
-from reft_export.folding.edge_llm import EdgeFoldResult, fold_edge_folder
+from reft_export.folding.edge_llm import EdgeLLMFoldResult, fold_edge_llm_folder
 from reft_export.folding.family import check_family, check_same_family
-from reft_export.folding.graph_record import edited_precision, foreign_record, stated_config
+from reft_export.folding.graph_record import (
+    edited_precision,
+    foreign_record,
+    logit_count,
+    logits_of,
+    stated_config,
+    task_of,
+)
 from reft_export.parity.gate import gate
 from runtimes.artifacts.bundle import ModelRecord, WeightSource, check_adapter_name
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
@@ -66,6 +73,22 @@ class FoldResult:
     """Why onnxruntime took no step of the bundle here; empty where it did."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForeignGraph:
+    """A graph that was examined, and what is known of it; its cache is named as a bundle's."""
+
+    source: Path
+    model: ir.Model
+    task: str
+    record: ModelRecord
+    labels: tuple[str, ...]
+    """A classifier's."""
+    genai_config: Mapping[str, Any]
+    """The one beside the graph, of this graph; empty where there is none."""
+    weights: Mapping[str, WeightSource] = field(default_factory=dict)
+    """The base's parameter of every weight, where the base is known."""
+
+
 def fold_bundle(
     graph: Path,
     adapter_folders: list[Path],
@@ -78,7 +101,7 @@ def fold_bundle(
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
-) -> FoldResult | EdgeFoldResult:
+) -> FoldResult | EdgeLLMFoldResult:
     """Writes a bundle around a foreign graph; a TensorRT-Edge-LLM folder stays one. Inputs are never written to.
 
     An ONNX file says nothing of the checkpoint it came from. Without ``model`` an adapter's width and depth are checked, and its family
@@ -104,72 +127,30 @@ def fold_bundle(
     adapters = load_adapters(adapter_folders)
     source = _source(graph)
     report(f"reading {source}")
-    decoder = load_graph(source)
-    if is_edge_llm(decoder.graph):
+    read = load_graph(source)
+    if is_edge_llm(read.graph):
         if model is not None:
             raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
         if sites or slots != "graph":
             raise InputError("--sites and --slots input add graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave them out")
-        return fold_edge_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
+        return fold_edge_llm_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
     if as_lora:
         raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
-    genai_config = _genai_config(source.parent, source.name)
-    check_domains(decoder)
-    fix_cache_shapes(decoder)
-    genai_config = _with_our_cache(decoder, genai_config)
-    record = foreign_record(decoder, source)
-    for name, adapter in adapters.items():
-        check_adapter_name(name)
-        remedy = "pass the graph of the base it was trained on"
-        claim = f"adapter {name} was trained on"
-        require_same_size(claim, adapter.base, str(source), record.num_hidden_layers, record.hidden_size, remedy)
-    check_same_family(adapters)
-    if model is None:
-        check_family(adapters, source)
-    labels = _labels(decoder, source, adapters, record.vocab_size)
-    nodes = union_nodes(list(adapters.values()), sites, record.num_hidden_layers)
-    found = {
-        str(site): f"{where.value.name}, {where.how}" for site, where in sorted(locate_sites(decoder, {n.site for n in nodes}).items())
-    }
-    precision = edited_precision(decoder, nodes, record.hidden_size, source)
-    base, weights = None, {}
+    foreign = _examined(read, source, adapters, family_by_files=model is None)
+    nodes = union_nodes(list(adapters.values()), sites, foreign.record.num_hidden_layers)
+    located = locate_sites(read, {node.site for node in nodes})
+    found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
+    precision = edited_precision(read, nodes, foreign.record.hidden_size, source)
+    base = None
     if model is not None:
-        base, record, weights = _known_base(model, decoder, source, adapters, record, report, accept_base=accept_base)
-        labels = _labels_of_base(base, labels, source)
-    head_sources = _head_sources(decoder, adapters)
-    report(f"folding {len(nodes)} edit nodes")
-    fold_graph(decoder, nodes, slots=slots)
-    head = expose_head(decoder, head_sources, [source.parameter for source in head_sources.values()])
-    weights = {name: source for name, source in weights.items() if name in decoder.graph.initializers}
+        base, foreign = _with_base(model, foreign, adapters, report, accept_base=accept_base)
+    parts = _fold(foreign, adapters, nodes, precision, slots, report)
     with atomic_folder(output, force=force) as work:
-        report("writing the graph")
-        write_graph(decoder, work)
-        for name, adapter in adapters.items():
-            own_head = head_tensors(adapter, head, head_defaults(decoder, head))
-            write_adapter(work, name, adapter, nodes, precision=precision, slots=slots, head=own_head)
-        copy_tokenizer(source.parent, None, work)
-        if genai_config:
-            copy_genai_files(source.parent, work, genai_config)
+        _write(work, foreign, adapters, parts, report)
         if base is not None:
             _record_reference(work, base, adapters, precision, report)
             base = None  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
-        logits = next(v for v in decoder.graph.outputs if v.name == "logits")
-        parts = BundleParts(
-            model=record,
-            precision=precision,
-            quantization=None,
-            exporter="foreign",
-            logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
-            slots=slots,
-            nodes=nodes,
-            adapters=tuple(adapters),
-            weights=weights,
-            genai_config=genai_config,
-            task=TEXT_CLASSIFICATION if labels else TEXT_GENERATION,
-            labels=labels,
-            head=head,
-        )
-        finish_bundle(work, decoder, parts)
+        finish_bundle(work, foreign.model, parts)
         parity, not_run = None, ""
         if model is not None and precision != "bf16":
             report("holding the bundle against the eager model")
@@ -177,35 +158,96 @@ def fold_bundle(
         else:
             report("taking its first steps in onnxruntime")
             not_run = first_steps(work, output)
-    quantized = len(quantized_weights(decoder.graph))
+    quantized = len(quantized_weights(foreign.model.graph))
     return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
 
 
-def _known_base(
-    model: str,
-    decoder: ir.Model,
-    source: Path,
-    adapters: dict[str, Adapter],
-    record: ModelRecord,
-    report: Report,
-    *,
-    accept_base: bool,
-) -> tuple[Base, ModelRecord, dict[str, WeightSource]]:
-    """The base that the graph is said to be of, its record, and which of its parameters every weight is."""
+def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *, family_by_files: bool) -> ForeignGraph:
+    """The graph with its cache named as ours, and what it and its files say. ``family_by_files``: they tell the family, as no base does.
+
+    Raises GraphError for a graph that no bundle can hold, AdapterError for an adapter that does not fit it.
+    """
+    genai_config = _genai_config(source.parent, source.name)
+    check_domains(model)
+    fix_cache_shapes(model)
+    task = task_of(model.graph)
+    if task != TEXT_CLASSIFICATION and name_cache(model.graph) and genai_config:
+        genai_config = _with_our_cache(genai_config)
+    record = foreign_record(model, source, task)
+    for name, adapter in adapters.items():
+        check_adapter_name(name)
+        claim, remedy = f"adapter {name} was trained on", "pass the graph of the base it was trained on"
+        require_same_size(claim, adapter.base, str(source), record.num_hidden_layers, record.hidden_size, remedy)
+    check_same_family(adapters)
+    if family_by_files:
+        check_family(adapters, source)
+    if task == TEXT_CLASSIFICATION:
+        labels = _labels(model, source, adapters, record.vocab_size)
+    else:
+        _refuse_of_classifier(adapters, source)
+        labels = ()
+    return ForeignGraph(source=source, model=model, task=task, record=record, labels=labels, genai_config=genai_config)
+
+
+def _fold(
+    foreign: ForeignGraph, adapters: Mapping[str, Adapter], nodes: tuple[EditNode, ...], precision: str, slots: str, report: Report
+) -> BundleParts:
+    """Edits and, of adapters with a head, the head's inputs into the graph, in place; what the bundle's manifest says of it."""
+    model = foreign.model
+    head_sources = _head_sources(model, adapters)
+    report(f"folding {len(nodes)} edit nodes")
+    fold_graph(model, nodes, slots=slots)
+    head = expose_head(model, head_sources, [source.parameter for source in head_sources.values()])
+    logits = logits_of(model.graph)
+    return BundleParts(
+        model=foreign.record,
+        precision=precision,
+        quantization=None,
+        exporter="foreign",
+        logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
+        slots=slots,
+        nodes=nodes,
+        adapters=tuple(adapters),
+        weights={name: source for name, source in foreign.weights.items() if name in model.graph.initializers},
+        genai_config=foreign.genai_config,
+        task=foreign.task,
+        labels=foreign.labels,
+        head=head,
+    )
+
+
+def _write(work: Path, foreign: ForeignGraph, adapters: Mapping[str, Adapter], parts: BundleParts, report: Report) -> None:
+    """Everything of the bundle but its golden arrays and its manifest."""
+    report("writing the graph")
+    write_graph(foreign.model, work)
+    for name, adapter in adapters.items():
+        head = head_tensors(adapter, parts.head, head_defaults(foreign.model, parts.head))
+        write_adapter(work, name, adapter, parts.nodes, precision=parts.precision, slots=parts.slots, head=head)
+    copy_tokenizer(foreign.source.parent, None, work)
+    if parts.genai_config:
+        copy_genai_files(foreign.source.parent, work, parts.genai_config)
+
+
+def _with_base(
+    model: str, foreign: ForeignGraph, adapters: Mapping[str, Adapter], report: Report, *, accept_base: bool
+) -> tuple[Base, ForeignGraph]:
+    """The base that the graph is said to be of, and what it tells of the graph: its record, its labels, its weights' parameters."""
     from reft_export.base.load import load_base
     from reft_export.folding.foreign_base import known_model, match_weights, refuse_quantized
 
-    refuse_quantized(decoder, str(source), "there is nothing to hold against the base: leave --model out")
+    source = foreign.source
+    refuse_quantized(foreign.model, str(source), "there is nothing to hold against the base: leave --model out")
     report(f"loading {model}")
     base = load_base(model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    full = known_model(record, base, context=stated_context(stated_config(source.parent), "context_length"))
+    record = known_model(foreign.record, base, context=stated_context(stated_config(source.parent), "context_length"))
     report("finding the base's weights in the graph")
-    return base, full, match_weights(decoder, base, str(source))
+    weights = match_weights(foreign.model, base, str(source))
+    return base, replace(foreign, record=record, weights=weights, labels=_labels_of_base(base, foreign.labels, source))
 
 
-def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], precision: str, report: Report) -> None:
+def _record_reference(work: Path, base: Base, adapters: Mapping[str, Adapter], precision: str, report: Report) -> None:
     from reft_export.base.memory import give_back
     from reft_export.eager.steering import steered
     from reft_export.folding.foreign_base import record_reference
@@ -216,17 +258,18 @@ def _record_reference(work: Path, base: Base, adapters: dict[str, Adapter], prec
     give_back()
 
 
-def _labels(model: ir.Model, source: Path, adapters: dict[str, Adapter], vocabulary: int) -> tuple[str, ...]:
-    """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered; none of a decoder.
+def _refuse_of_classifier(adapters: Mapping[str, Adapter], source: Path) -> None:
+    if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
+        raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
+
+
+def _labels(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], vocabulary: int) -> tuple[str, ...]:
+    """A classifier's labels, by config.json beside the graph, else by its adapters, else numbered.
 
     Raises AdapterError for an adapter of other labels, GraphError for a config.json that names more labels than logits, or fewer, and for
     a decoder whose cache was left out, which looks like a classifier of as many labels as its ``vocabulary`` has tokens.
     """
-    if not is_classifier(model.graph):
-        if wrong := [name for name, adapter in adapters.items() if adapter.base.labels]:
-            raise AdapterError(f"adapter {wrong[0]} is of a classifier, and {source} is a decoder; pass the graph it was trained on")
-        return ()
-    count = next(v for v in model.graph.outputs if v.name == "logits").shape[-1]
+    count = logit_count(model.graph)
     path = source.parent / "config.json"
     stated = stated_labels(stated_json(path), path)
     if stated and len(stated) != count:
@@ -262,7 +305,7 @@ def _labels_of_base(base: Base, labels: tuple[str, ...], source: Path) -> tuple[
     return base.info.labels
 
 
-def _head_sources(model: ir.Model, adapters: dict[str, Adapter]) -> dict[str, WeightSource]:
+def _head_sources(model: ir.Model, adapters: Mapping[str, Adapter]) -> dict[str, WeightSource]:
     """Where the graph holds the head that adapters bring; empty where none brings one."""
     heads = [{name: value.shape for name, value in adapter.head.items()} for adapter in adapters.values() if adapter.head]
     if not heads:
@@ -286,10 +329,8 @@ def _genai_config(folder: Path, name: str) -> dict[str, Any]:
     return config if config and genai_decoder(config, folder / CONFIG_FILE) == name else {}
 
 
-def _with_our_cache(model: ir.Model, config: dict[str, Any]) -> dict[str, Any]:
-    """Names the graph's cache as a bundle's is; returns the genai config, where there is one, with these names."""
-    if is_classifier(model.graph) or not name_cache(model.graph) or not config:
-        return config
+def _with_our_cache(config: dict[str, Any]) -> dict[str, Any]:
+    """The genai config with a bundle's names of the cache."""
     decoder = config["model"]["decoder"]
     ours = {
         way: {**decoder.get(way, {}), **{f"{kind}_{part}_names": f"{name}.%d.{part}" for part in ("key", "value")}}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.selection import quantized_weights, select
+from calibration.selection import quantized_weights, select, weight_name
 from calibration.settings import QuantizationSettings
-from graph_passes.accessors import describe
+from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
-from reft_export.base.load import DTYPES, Base, load_base
+from reft_export.base.load import Base, load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import Report
@@ -26,7 +26,6 @@ from reft_export.parity.ladder import RecordedBundle, check, check_same_base
 from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
 from runtimes.parity.figures import ParityReport
-from runtimes.precision import TORCH_DTYPES
 
 
 def match_weights(graph: ir.Model, base: Base, where: str) -> dict[str, WeightSource]:
@@ -51,7 +50,7 @@ def refuse_quantized(graph: ir.Model, where: str, consequence: str) -> None:
         node, weight = stored[0]
         raise GraphError(
             f"{where}: {len(stored)} weights were quantized by the tool that made the graph (first {weight.name}, "
-            f"{weight.const_value.dtype.name}, of {describe(node)}), so {consequence}; "
+            f"{tensor_of(weight).dtype.name}, of {describe(node)}), so {consequence}; "
             "fold its float graph, and quantize the bundle afterwards"
         )
 
@@ -77,9 +76,9 @@ def known_model(record: ModelRecord, base: Base, *, context: int | None) -> Mode
 def record_reference(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str) -> None:
     """Golden arrays of the base and every adapter into ``folder``; afterwards the base has the float type ``precision``."""
     inputs = inputs_of(base)
-    exact = None if precision == "fp32" else fp32_logits(base.model, inputs, steerers)
-    base.model.to(DTYPES[TORCH_DTYPES[precision]])
-    record_golden(folder, base.model, inputs, steerers, fp32=exact)
+    fp32 = None if precision == "fp32" else fp32_logits(base.model, inputs, steerers)
+    set_precision(base.model, precision)
+    record_golden(folder, base.model, inputs, steerers, fp32=fp32)
 
 
 @contextmanager
@@ -124,7 +123,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
 def check_weights_known(graph: ir.Model, sources: Mapping[str, WeightSource], settings: QuantizationSettings, where: str) -> None:
     """Raises CalibrationError for a weight that would be quantized and is no parameter of the base: nothing could show it right."""
     chosen = select(graph.graph, settings.keep_high, lm_head=settings.lm_head).products
-    unknown = list(dict.fromkeys(node.inputs[1].name for node in chosen if node.inputs[1].name not in sources))
+    unknown = [name for name in dict.fromkeys(map(weight_name, chosen)) if name not in sources]
     if unknown:
         raise CalibrationError(
             f"{where}: {len(unknown)} weights to quantize are no parameters of the base: the exporter changed their values; leave each in "

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from calibration.selection import constant_matrix, token_embedding
+from graph_passes.accessors import input_of, shape_of
 from graph_passes.find.encoder import is_classifier
 from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.find.streams import stream_types, stream_width
@@ -16,33 +17,47 @@ from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
 from reft_export.bundling.genai import read_genai_config, stated_json
 from runtimes.artifacts.bundle import ModelRecord
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError
+from runtimes.precision import FLOAT_TYPES
 from runtimes.text.chat import ChatTemplate
 from runtimes.text.stop_tokens import stop_token_ids
 from runtimes.text.tokenizer import GENERATION_FILE, TOKENIZER_FILE, Tokenizer
 
-PRECISION = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 MOST_TOKEN_TYPES = 4
 """A table of more rows, beside that of the tokens, is one of positions."""
 
 
-def foreign_record(model: ir.Model, source: Path) -> ModelRecord:
+def task_of(graph: ir.Graph) -> str:
+    """What a graph does that no manifest tells of: the one place where that is read off the graph."""
+    return TEXT_CLASSIFICATION if is_classifier(graph) else TEXT_GENERATION
+
+
+def logits_of(graph: ir.Graph) -> ir.Value:
+    return next(value for value in graph.outputs if value.name == "logits")
+
+
+def logit_count(graph: ir.Graph) -> int:
+    """Tokens that a decoder tells apart, or a classifier's labels. Raises GraphError where the graph does not declare it."""
+    shape = logits_of(graph).shape
+    count = None if shape is None else shape[-1]
+    if not isinstance(count, int):
+        raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
+    return count
+
+
+def foreign_record(model: ir.Model, source: Path, task: str) -> ModelRecord:
     """What the graph, and the configuration files beside it, say of the model."""
     folder, survey = source.parent, survey_sites(model)
-    vocabulary = next(v for v in model.graph.outputs if v.name == "logits").shape
-    if vocabulary is None or not isinstance(vocabulary[-1], int):
-        raise GraphError("the graph does not declare how many logits there are; run onnx.shape_inference over it first")
+    count = logit_count(model.graph)
     config = stated_config(folder)
-    if is_classifier(model.graph):
-        positions = stated_context(config, "context_length") or _position_rows(model.graph) or DEFAULT_POSITIONS
-        context = longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
+    if task == TEXT_CLASSIFICATION:
+        context = _encoder_context(model.graph, config)
+        vocab_size, stop = whole_number(config, "vocab_size") or _rows(token_embedding(model.graph)), ()
     else:
         context = stated_context(config, "context_length") or DEFAULT_CONTEXT
-    vocab_size = vocabulary[-1]
-    if is_classifier(model.graph):
-        vocab_size = int(whole_number(config, "vocab_size") or token_embedding(model.graph).inputs[0].shape[0])
-    stop = () if is_classifier(model.graph) else stated_stop_tokens(folder, config, vocab_size)
+        vocab_size, stop = count, stated_stop_tokens(folder, config, count)
     return ModelRecord(
         name=folder.resolve().name,
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
@@ -100,19 +115,32 @@ def stated_config(folder: Path) -> dict[str, Any]:
     return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
 
 
+def _encoder_context(graph: ir.Graph, config: dict[str, Any]) -> int:
+    """Tokens of the longest text."""
+    positions = stated_context(config, "context_length") or _position_rows(graph) or DEFAULT_POSITIONS
+    return longest_input(str(config.get("model_type")), positions, _token_id(config, "pad_token_id"))
+
+
 def _position_rows(graph: ir.Graph) -> int | None:
     """Rows of the table [P, D] that an encoder's positions are looked up in; RoBERTa leaves the first of them out."""
     token = token_embedding(graph)
-    tables = [constant_matrix(node.inputs[0]) for node in graph if node.op_type == "Gather" and node is not token]
-    return min((table.shape[0] for table in tables if table is not None and table.shape[0] > MOST_TOKEN_TYPES), default=None)
+    lookups = [node for node in graph if node.op_type == "Gather" and node is not token and constant_matrix(node.inputs[0]) is not None]
+    return min((rows for rows in map(_rows, lookups) if rows > MOST_TOKEN_TYPES), default=None)
+
+
+def _rows(lookup: ir.Node) -> int:
+    """Of the constant table that a Gather looks up in."""
+    return shape_of(input_of(lookup, 0))[0]
 
 
 def _width(survey: SiteSurvey, stated: int | None) -> int:
     """That of most streams, by their shapes or the weights around them; a config.json beside the graph may be of another model."""
     told = Counter(filter(None, map(stream_width, survey.found.values())))
-    if not told and stated is None:
+    if told:
+        return told.most_common(1)[0][0]
+    if stated is None:
         raise GraphError("neither shapes nor weights of the graph tell the width of its streams; run onnx.shape_inference over it first")
-    return told.most_common(1)[0][0] if told else stated
+    return stated
 
 
 def edited_precision(model: ir.Model, nodes: tuple[EditNode, ...], width: int, source: Path) -> str:
@@ -121,6 +149,7 @@ def edited_precision(model: ir.Model, nodes: tuple[EditNode, ...], width: int, s
     if other := [site for site, kind in sorted(types.items()) if kind.width != width]:
         raise GraphError(f"{source}: the stream at {other[0]} is {types[other[0]].width} wide, expected {width} as elsewhere; leave it out")
     kinds = {kind.dtype for kind in types.values()}
-    if len(kinds) != 1 or not kinds <= set(PRECISION):
+    precisions = [precision for precision, e in FLOAT_TYPES.items() if kinds == {ir.DataType.from_numpy(e.dtype)}]
+    if not precisions:
         raise GraphError(f"the edited streams are of types {sorted(k.name for k in kinds)}; one of float32, float16, bfloat16 is expected")
-    return PRECISION[kinds.pop()]
+    return precisions[0]

@@ -106,7 +106,7 @@ def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[s
     types = {"prefix_positions": int, "suffix_positions": int, "r": int, "orthogonality": bool, "tied_weights": bool}
     for name, kind in types.items():
         value = config.get(name)
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        if not isinstance(value, int) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or value < 0:
             raise AdapterError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
     if "subtract_projection" in config and not isinstance(config["subtract_projection"], bool):
         raise AdapterError(f"{path}: subtract_projection is {short(config['subtract_projection'])}, expected bool")
@@ -198,7 +198,7 @@ def _layers(units: Mapping[tuple[int, int], object], recorded: str | list[int], 
     layers = sorted({layer for layer, _ in units})
     count = outline.info.num_hidden_layers
     # AdapterHub asks each block whether it is listed: numbers that no block has, negative ones too, mean nothing to it.
-    expected = list(range(count)) if recorded == "all" else sorted({layer for layer in recorded if 0 <= layer < count})
+    expected = list(range(count)) if isinstance(recorded, str) else sorted({layer for layer in recorded if 0 <= layer < count})
     if layers[-1] >= count or (recorded == "all" and layers != expected):
         raise AdapterError(
             f"the adapter edits layers {layers[0]} to {layers[-1]}, {outline.info.name} has {count} (0 to {count - 1}); pass the base "
@@ -225,12 +225,7 @@ def _edit(units: Mapping[tuple[int, int], Mapping[str, Tensor]], layer: int, uni
         P = orthogonal(original, base)
     else:
         P = as_float32(state["projection.weight"], (rank, width), f"{where}: projection.weight")
-    parameters = {
-        "loreft": {"R": P, "W": W, "b": b},
-        "noreft": {"P": P, "W": W, "b": b, "p": np.zeros_like(b)},
-        "direft": {"W2": P, "W1": W, "b": b},
-    }[method]
-    return ForeignEdit(name=where, method=method, parameters=parameters)
+    return ForeignEdit.of_roles(where, method, projection=P, source=W, bias=b, offset=np.zeros_like(b))
 
 
 def _head(folder: Path, outline: Outline, adapter: str) -> dict[str, np.ndarray]:

@@ -3,17 +3,18 @@
 An adapter has one method, rank and activation; pyreft lets every intervention have its own, several of them at one site, and
 positions at which only some sites are edited. The forms that hold more, y as in runtimes.edits.adapter:
 
-    noreft    holds loreft (P = R, p = 0) exactly, and without an activation consreft (P = R, W = 0, b = s, p = 0)
-    direft    holds every linear edit: W2 = U, W1 = A, b of its folded form, folded in float64 and rounded once to float32
+    noreft    holds exactly what has a NoReFT that does the same (``Method.as_noreft``): loreft, and without an activation consreft
+    direft    holds every linear edit (``Method.of_edit``): W2 = U, W1 = A, b of its folded form, folded in float64 and rounded once to
+              float32
 
-RED's scale and bias mix with none of them.
+A method of full rank (RED's scale and bias) mixes with no other.
 
 Shorter ranks are filled with zero rows, and a slot that is not edited is all zeros; both add nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, listed
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import in_sequence
-from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, fold_parameters, parameter_shape
+from runtimes.edits.methods import METHODS, Values, fold_parameters
 from runtimes.errors import AdapterError
 
 Slot = tuple[ForeignEdit, ...]
@@ -47,7 +48,7 @@ def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
         tied=foreign.tied,
         base=base,
         tensors=tensors,
-        activation=foreign.activation if method in ACTIVATED_METHODS else "",
+        activation=foreign.activation if METHODS[method].activated else "",
         dropout=foreign.dropout,
         dtype=foreign.dtype,
         training=dict(foreign.record),
@@ -56,7 +57,7 @@ def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
 
 
 def _check_width(edit: ForeignEdit, base: BaseModel) -> None:
-    width = next(value.shape[-1] for value in edit.parameters.values() if value.ndim == 2 or edit.method in FULL_RANK_METHODS)
+    width = next(edit.parameters[p.name].shape[-1] for p in METHODS[edit.method].parameters if "D" in p.axes)
     if width != base.hidden_size:
         raise AdapterError(
             f"{edit.name} has width {width}, {base.name} has width {base.hidden_size}; pass the base that the adapter was trained on"
@@ -69,13 +70,13 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
     uniform = len({_rank(edit) for edit in everything}) == 1 and all(len(slot) == 1 for slot in slots)
     if len(methods) == 1 and uniform:
         return methods.pop()
-    if methods & set(FULL_RANK_METHODS):
+    if any(METHODS[name].full_rank for name in methods):
         if len(methods) == 1:
             return methods.pop()
         mixed = " and ".join(sorted(methods))
         raise AdapterError(f"this adapter mixes {mixed}, which no one form holds; train them as adapters of one method")
     single = all(len(slot) <= 1 for slot in slots)
-    if single and methods <= {"loreft", "noreft"} | (set() if foreign.activation else {"consreft"}):
+    if single and all(METHODS[name].as_noreft and (METHODS[name].activated or not foreign.activation) for name in methods):
         return "noreft"
     if not foreign.activation or (single and methods == {"direft"}):
         return "direft"
@@ -87,31 +88,27 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
 
 
 def _rank(edit: ForeignEdit) -> int:
-    return 0 if edit.method in FULL_RANK_METHODS else len(next(iter(edit.parameters.values())))
+    return next((len(edit.parameters[p.name]) for p in METHODS[edit.method].parameters if p.axes[0] == "r"), 0)
 
 
 def _parameters(slot: Slot, method: str, rank: int, width: int) -> dict[str, np.ndarray]:
     """The parameters of ``method``, filled up to ``rank`` rows, that do what the edits of ``slot`` do one after the other."""
-    values = {} if not slot else dict(slot[0].parameters) if [e.method for e in slot] == [method] else _converted(slot, method)
-    return {name: _filled(values.get(name), name, parameter_shape(method, name, rank, width)) for name in PARAMETERS[method]}
-
-
-def _converted(slot: Slot, method: str) -> Mapping[str, np.ndarray]:
-    if method == "noreft":
-        (edit,) = slot
-        x = edit.parameters
-        zeros = np.zeros_like(x["R"][:, 0])
-        if edit.method == "loreft":
-            return {"P": x["R"], "W": x["W"], "b": x["b"], "p": zeros}
-        return {"P": x["R"], "W": np.zeros_like(x["R"]), "b": x["s"], "p": zeros}
-    folded = reduce(in_sequence, (fold_parameters(edit.method, edit.parameters) for edit in slot))
-    if method == "red":
-        return {name: getattr(folded, name).astype(np.float32) for name in PARAMETERS[method]}
-    return {name: value.astype(np.float32) for name, value in (("W2", folded.U), ("W1", folded.A), ("b", folded.b))}
-
-
-def _filled(value: np.ndarray | None, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    full = np.full(shape, 1.0 if name == "scale" else 0.0, np.float32)
-    if value is not None:
-        full[: len(value)] = value
+    values = {} if not slot else slot[0].parameters if [e.method for e in slot] == [method] else _converted(slot, method)
+    full = {}
+    for parameter, shape in zip(METHODS[method].parameters, METHODS[method].shapes(rank, width).values(), strict=True):
+        full[parameter.name] = np.full(shape, parameter.no_edit, np.float32)
+        if parameter.name in values:
+            full[parameter.name][: len(values[parameter.name])] = values[parameter.name]
     return full
+
+
+def _converted(slot: Slot, method: str) -> Values:
+    as_noreft = METHODS[slot[0].method].as_noreft
+    if method == "noreft" and as_noreft is not None:
+        (edit,) = slot
+        return as_noreft(edit.parameters)
+    of_edit = METHODS[method].of_edit
+    if of_edit is None:
+        raise AdapterError(f"{listed(edit.name for edit in slot)} act one after the other, which no one {method} does; train them as one")
+    folded = reduce(in_sequence, (fold_parameters(edit.method, edit.parameters) for edit in slot))
+    return {name: value.astype(np.float32) for name, value in of_edit(folded).items()}

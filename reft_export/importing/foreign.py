@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
@@ -60,14 +61,20 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForeignEdit:
-    """One intervention as its library applies it: a method of runtimes.edits.adapter with its parameters in float32.
+    """One intervention as its library applies it: one of ``runtimes.edits.methods.METHODS`` with its parameters in float32.
 
-    Their shapes are ``runtimes.edits.methods.parameter_shape``'s, each with a rank of its own. ``name`` is what the foreign file calls it.
+    Their shapes are ``Method.shapes``, each with a rank of its own. ``name`` is what the foreign file calls it.
     """
 
     name: str
     method: str
     parameters: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of_roles(cls, name: str, method: str, **values: np.ndarray) -> ForeignEdit:
+        """``values``: the parameters by their role in the method (``Parameter.role``); those that it does not have are left out."""
+        parameters = {parameter.name: values[parameter.role] for parameter in METHODS[method].parameters}
+        return cls(name=name, method=method, parameters=parameters)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

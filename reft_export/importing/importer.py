@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reft_export.base.load import Outline, outline_base
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, save_adapter
 from runtimes.edits.edit import STREAMS
-from runtimes.edits.methods import PARAMETERS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.files.folders import check_destination
@@ -24,7 +24,10 @@ ARRAYS = (".npz", ".safetensors")
 PICKLES = (".pth", ".pt")
 """What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
-Reader = Callable[[Path, Request, Outline], ForeignAdapter]
+if TYPE_CHECKING:  # torch takes seconds, and what is no adapter at all is refused without it
+    from reft_export.base.load import Outline
+
+Reader = Callable[[Path, Request, "Outline"], ForeignAdapter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def import_adapter(
     The foreign formats do not fingerprint their base: its width and depth are checked, and the one given is recorded.
 
     ``model``: the base's folder or hub id, whose weights are not loaded. ``request``: what the files do not say, as positions and method.
-    ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.parameter_shape`` has
+    ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.METHODS`` shapes
     them: R [r, D] of a low-rank edit, a vector [D].
 
     Raises InputError for options, formats and folders that do not go together, and AdapterError for files that are damaged, of another
@@ -67,8 +70,8 @@ def import_adapter(
         raise InputError(f"{source} does not exist")
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format!r} is unknown; known: {', '.join(FORMATS)}")
-    if request.method is not None and request.method not in PARAMETERS:
-        raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(PARAMETERS)}")
+    if request.method is not None and request.method not in METHODS:
+        raise InputError(f"--method {request.method!r} is unknown; known: {', '.join(METHODS)}")
     if request.positions is not None:
         PositionRule.parse(request.positions)
     if request.stream is not None and request.stream not in STREAMS:
@@ -76,6 +79,9 @@ def import_adapter(
     activation_of(request.activation or "", "--activation")
     format = format or detect(source)
     _check_kind(source, format)
+
+    from reft_export.base.load import outline_base
+
     report(f"reading {model}")
     outline = outline_base(model)
     report(f"reading {source}")

@@ -137,14 +137,14 @@ def _site(sites: ComponentSites, component: str) -> Site:
 
 
 def _of_layers(path: Path, tensors: Mapping[str, Value], request: Request) -> Pairs:
-    pairs, named = Pairs(), {name: NAMED.fullmatch(name) for name in tensors}
-    if strange := [name for name, match in named.items() if not match]:
+    pairs, named = Pairs(), {name: match for name in tensors if (match := NAMED.fullmatch(name))}
+    if strange := [name for name in tensors if name not in named]:
         raise AdapterError(f"{path}: {strange[0]!r} is no scale or bias of a layer; name them <n>.<stream>.scale and <n>.<stream>.bias")
-    _ask(request, stream=not all(match[2] for match in named.values()))
+    stream = _ask(request, stream=not all(match[2] for match in named.values()))
     for name, match in named.items():
         if match[2] and request.stream not in (None, match[2]):
             raise InputError(f"--stream {request.stream} contradicts {path}, which holds {name}")
-        site = Site(layer=int(match[1]), stream=match[2] or request.stream)
+        site = Site(layer=int(match[1]), stream=match[2] or stream)
         _put(path, pairs, site, PARAMETER[match[3]], name, tensors[name])
     return pairs
 
@@ -153,19 +153,22 @@ def _of_one_pair(path: Path, tensors: Mapping[str, Value], request: Request, out
     """One scale and one bias: of all layers in rows, or of one layer, for those of --layers."""
     layers, pairs = outline.info.num_hidden_layers, Pairs()
     rows = any(len(value.shape) == 2 and value.shape[0] != 1 for value in tensors.values())
-    _ask(request, stream=True, layers=None if rows else layers)
+    stream = _ask(request, stream=True, layers=None if rows else layers)
     for name, value in tensors.items():
         if rows and (len(value.shape) != 2 or value.shape[0] != layers):
             got = list(value.shape)
             raise AdapterError(f"{path}: {name} has shape {got}, expected a row for each of {outline.info.name}'s {layers} layers")
         for layer in range(layers) if rows else parse_layers(request.layers or "", layers):
-            site = Site(layer=layer, stream=request.stream)
+            site = Site(layer=layer, stream=stream)
             _put(path, pairs, site, ALONE[name], f"{name}[{layer}]" if rows else name, value[layer] if rows else value)
     return pairs
 
 
-def _ask(request: Request, *, stream: bool, layers: int | None = None) -> None:
-    """Raises InputError naming all that the file does not record and no flag says. ``layers``: how many there are, where it names none."""
+def _ask(request: Request, *, stream: bool, layers: int | None = None) -> str:
+    """The stream that --stream names, "" where none has to be; ``layers``: how many there are, where the file names none.
+
+    Raises InputError naming all that the file does not record and no flag says.
+    """
     missing = {"positions": f"--positions ({POSITION_CHOICES})"} if request.positions is None else {}
     if stream and request.stream is None:
         missing["the stream"] = f"--stream ({', '.join(STREAMS)})"
@@ -173,6 +176,7 @@ def _ask(request: Request, *, stream: bool, layers: int | None = None) -> None:
         missing["its layers"] = f"--layers (0 to {layers - 1}; 3, 8-16 or 3;9)"
     if missing:
         raise not_recorded("a file of scales and biases", missing)
+    return request.stream or ""
 
 
 def _put(path: Path, pairs: Pairs, site: Site, parameter: str, name: str, value: Value) -> None:

@@ -126,8 +126,8 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
     format, arrays, statements = _arrays(path)
     if request.method == "red" or (request.method is None and is_red(list(arrays))):
         return red_adapter(format, path, arrays, request, outline, statements)
-    named = {name: NAMED.fullmatch(name) for name in arrays}
-    if all(named.values()):
+    named = {name: match for name in arrays if (match := NAMED.fullmatch(name))}
+    if len(named) == len(arrays):
         vectors: dict[Site, tuple[str, np.ndarray]] = {}
         for name, match in named.items():
             if match[2] and request.stream not in (None, match[2]):
@@ -137,11 +137,11 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
     elif len(arrays) == 1:
         vectors = _one_array(path, *next(iter(arrays.items())), request, outline)
     else:
-        name = next(name for name, match in named.items() if not match)
+        name = next(name for name in arrays if name not in named)
         raise AdapterError(f"{path}: {name!r} does not name a layer; name arrays <n>, layer_<n> or <n>.<stream>, or store one alone")
     if request.positions is None:
         raise not_recorded("a steering vector", {"positions": f"--positions ({POSITION_CHOICES})"})
-    alone = next(iter(arrays)) if len(arrays) == 1 and not all(named.values()) else None
+    alone = next(iter(arrays)) if len(arrays) == 1 and not named else None
     rule = PositionRule.parse(request.positions)
     return _adapter(format, path, vectors, rule, request, outline, {}, statements=statements, array=alone)
 
@@ -191,7 +191,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     raise AdapterError(f"{path} is one array, as np.save writes it, expected an archive of named ones; write it with np.savez")
 
 
-def _one_array(path: Path, name: str, value: np.ndarray, request: Request, outline: Outline) -> dict[Site, tuple[str, np.ndarray]]:
+def _one_array(path: Path, name: str, value: np.ndarray | Tensor, request: Request, outline: Outline) -> dict[Site, tuple[str, np.ndarray]]:
     layers, width = outline.info.num_hidden_layers, outline.info.hidden_size
     if OF_WEIGHTS.search(name):
         raise AdapterError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError
 from runtimes.golden import check_golden
 from runtimes.open import open_artifact, open_session
@@ -46,7 +46,7 @@ def check_parity(
         report("running the golden inputs")
         with open_session(opened, provider=provider, kernel=kernel) as session:
             return check_golden(opened, session)
-    if isinstance(opened, Engine):
+    if not isinstance(opened, Bundle):
         raise InputError(
             f"--model goes through the rungs of a bundle; {artifact} is an engine: its golden arrays are the eager model's, drop -m"
         )

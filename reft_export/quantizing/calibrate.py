@@ -6,76 +6,37 @@ The file lies beside the output, ``<output>.calibration``: an interrupted run go
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from calibration.activations import ACTIVATION_OF
 from calibration.collect import collect, expose_inputs, product_inputs
 from calibration.collected import Collected, Header, load_collected
 from calibration.comparison import compare_with_base
-from calibration.observers import Observer
 from calibration.quantize import Ranges
-from calibration.settings import SCHEMES, QuantizationSettings
+from calibration.settings import QuantizationSettings
 from graph_passes.external import load_graph
 from reft_export.base.dequantized import expert_matrices
 from reft_export.base.load import load_tokenizer, outline_base
 from reft_export.bundling.files import Report
+from reft_export.console import count
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.calibration_report import write_report
+from reft_export.quantizing.settings import ONE_SOURCE, CalibrationRequest
 from reft_export.training.data import iter_examples
 from reft_export.training.labelled_data import load_labelled
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord, Manifest
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import CalibrationError, InputError
 from runtimes.files.hashes import sha256_of
 from runtimes.open import ort_session
+from runtimes.text.encoded_text import EncodedText
 
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationRequest:
-    """``data``: prompts to run, in the form of training data; ``ranges``: the file of an earlier run. Exactly one of the two.
-
-    ``mixture``: how much the base and each adapter count; empty is all alike. ``decode_tokens``: greedy tokens after each prompt.
-    """
-
-    data: Path | None = None
-    ranges: Path | None = None
-    mixture: Mapping[str, float] = field(default_factory=dict)
-    observer: Observer = Observer()
-    decode_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        if (self.data is None) == (self.ranges is None):
-            raise CalibrationError("pass --calibrate DATA.jsonl or --ranges FILE, one of the two")
-        if not 0 <= self.decode_tokens <= 1024:
-            raise CalibrationError(f"--decode-tokens {self.decode_tokens}: expected 0 to 1024")
-
-
-def check_request(request: CalibrationRequest | None, settings: QuantizationSettings, bundle: Bundle) -> None:
-    """Raises CalibrationError where a scheme needs ranges and gets none, or takes none and gets some, and for an unknown source."""
-    static = settings.kind.activations == "static"
-    if static and request is None:
-        raise CalibrationError(
-            f"--scheme {settings.scheme} fixes the ranges of activations; pass --calibrate DATA.jsonl (prompts to measure them on), "
-            "or --ranges of an earlier run"
-        )
-    if request is None:
-        return
-    if not static:
-        fixed = ", ".join(name for name, s in SCHEMES.items() if s.activations == "static")
-        raise CalibrationError(f"--scheme {settings.scheme} takes no activation ranges; leave out --calibrate and --ranges, or use {fixed}")
-    known = (BASE_GOLDEN, *bundle.adapter_names)
-    for name, share in request.mixture.items():
-        if name not in known:
-            raise CalibrationError(f"--mixture names {name!r}; {bundle.folder} has {', '.join(known)}")
-        if not 0 <= share < float("inf"):
-            raise CalibrationError(f"--mixture {name}={share:g}: a share is a number from 0 on")
-    if request.mixture and not any(request.mixture.values()):
-        raise CalibrationError("--mixture leaves nothing to calibrate on: every share is 0")
+Prompt = Sequence[int] | EncodedText
 
 
 def steered_ranges(
@@ -83,11 +44,7 @@ def steered_ranges(
 ) -> tuple[Ranges, Ranges, CalibrationRecord]:
     """(ranges of every quantizable product's input, what they would be of the base alone, where they came from). Writes the report beside
     ``output``."""
-    state = output.with_name(f"{output.name}.calibration")
-    if request.ranges is not None:
-        collected = reusable(load_collected(request.ranges), request.ranges, bundle)
-    else:
-        collected = _collected(bundle, model, state, request, report)
+    collected = _collected(bundle, model, output.with_name(f"{output.name}.calibration"), request, report)
     mixture = shares(request.mixture, collected.header)
     kind, observer = ACTIVATION_OF[settings.scheme], request.observer
     report(f"choosing ranges ({observer})")
@@ -135,31 +92,28 @@ def reusable(collected: Collected, path: Path, bundle: Bundle) -> Collected:
     return collected
 
 
-def banks_digest(bundle: Bundle, name: str) -> str | None:
+def banks_digest(bundle: Bundle, name: str) -> str:
+    """Of the adapter's file; empty for one that the bundle does not have."""
     record = bundle.manifest.files.get(f"adapters/{name}.onnx_adapter")
-    return None if record is None else record.sha256
+    return "" if record is None else record.sha256
 
 
 def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequest, report: Report) -> Collected:
-    report(f"reading {request.data}")
+    if request.data is not None:
+        return _calibrated(bundle, model, request.data, request, state, report)
+    if request.ranges is not None:
+        return reusable(load_collected(request.ranges), request.ranges, bundle)
+    raise CalibrationError(ONE_SOURCE)
+
+
+def _calibrated(bundle: Bundle, model: str, data: Path, request: CalibrationRequest, state: Path, report: Report) -> Collected:
+    """Ranges of the prompts in ``data``, run by the base and with every adapter; ``state`` keeps them, and what an earlier run left."""
+    report(f"reading {data}")
     base = outline_base(model)
     check_same_base(bundle, base, model)
-    tokenizer = load_tokenizer(base.folder)
-    classifies = bundle.manifest.task == TEXT_CLASSIFICATION
-    decode_tokens = 0 if classifies else request.decode_tokens
-    room = bundle.manifest.model.context_length - decode_tokens
-
-    def prompts() -> Iterator[Any]:
-        if classifies:
-            labelled = load_labelled(request.data, tokenizer, bundle.manifest.labels, max_length=room)
-            yield from (example.text for example in labelled.examples)
-            return
-        stop = bundle.manifest.model.eos_token_ids
-        for example in iter_examples(request.data, tokenizer, max_length=room, stop_tokens=stop):
-            yield example.input_ids[: example.prompt_length]
-
+    prompts, decode_tokens = _prompts(bundle.manifest, data, load_tokenizer(base.folder), request.decode_tokens)
     try:
-        count = sum(1 for _ in prompts())
+        number = sum(1 for _ in prompts())
     except InputError as e:
         raise CalibrationError(f"--calibrate: {e}") from None
     experts = expert_matrices(bundle.manifest.weights)
@@ -168,25 +122,40 @@ def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequ
     header = Header(
         graph=bundle.digest,
         adapters={name: banks_digest(bundle, name) for name in asked},
-        data=sha256_of(request.data),
+        data=sha256_of(data),
         decode_tokens=decode_tokens,
         sources=(BASE_GOLDEN, *asked),
         tensors=product_inputs(load_graph(bundle.graph_path), experts),
-        prompts=count,
+        prompts=number,
     )
     collected = _resumed(header, state, report)
     if collected.header.complete:
         return collected
     with variant(bundle, partial(expose_inputs, float_inputs=experts)) as exposed:
         session = ort_session(exposed)
-        report(f"calibrating on {count} prompts: {', '.join(header.sources)}")
-        update = getattr(report, "update", None)
+        report(f"calibrating on {number} prompts: {', '.join(header.sources)}")
+        return collect(session, prompts(), collected, state, on_prompt=partial(_show_prompt, report, header))
 
-        def on_prompt(done: int) -> None:
-            if update:
-                update(f"calibrating: {done} of {count} prompts, {', '.join(header.sources)}", done, count)
 
-        return collect(session, prompts(), collected, state, on_prompt=on_prompt)
+def _show_prompt(report: Report, header: Header, done: int) -> None:
+    count(report, f"calibrating: {done} of {header.prompts} prompts, {', '.join(header.sources)}", done, header.prompts)
+
+
+def _prompts(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase, decode_tokens: int) -> tuple[Callable[[], Iterator[Prompt]], int]:
+    """(what reads the prompts anew, greedy tokens after each): texts for a classifier, which generates none, and tokens for a decoder."""
+    if m.task == TEXT_CLASSIFICATION:
+        return partial(_texts, m, data, tokenizer), 0
+    return partial(_prompt_tokens, m, data, tokenizer, m.model.context_length - decode_tokens), decode_tokens
+
+
+def _texts(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    for example in load_labelled(data, tokenizer, m.labels, max_length=m.model.context_length).examples:
+        yield example.text
+
+
+def _prompt_tokens(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Prompt]:
+    for example in iter_examples(data, tokenizer, max_length=max_length, stop_tokens=m.model.eos_token_ids):
+        yield example.input_ids[: example.prompt_length]
 
 
 def _resumed(header: Header, state: Path, report: Report) -> Collected:

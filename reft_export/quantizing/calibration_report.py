@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibration.comparison import RangeRow
-from calibration.selection import layer_of, weight_products
+from calibration.selection import layer_of, weight_name, weight_products
+from graph_passes.accessors import input_of, name_of
 from runtimes.files.records import to_json
 
 
@@ -30,7 +31,7 @@ def _readers(graph: ir.Model) -> dict[str, list[str]]:
     """The weights that each activation is multiplied by."""
     readers: dict[str, list[str]] = {}
     for node in weight_products(graph.graph):
-        readers.setdefault(node.inputs[0].name, []).append(node.inputs[1].name.removesuffix(".weight"))
+        readers.setdefault(name_of(input_of(node, 0)), []).append(weight_name(node).removesuffix(".weight"))
     return readers
 
 

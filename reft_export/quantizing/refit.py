@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,56 +29,29 @@ from transformers import PreTrainedModel
 from graph_passes.external import load_graph
 from reft_export.base.adapters import load_adapters
 from reft_export.base.dequantized import activations_quantized, load_dequantized
-from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights
+from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights, move
 from reft_export.base.token_rules import context_of, stop_tokens
 from reft_export.bundling.files import Report
+from reft_export.console import count
 from reft_export.eager.steering import steer
 from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.training.data import Example, collate, iter_examples, load_data
+from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import EditedModel, TrainingInterrupted
+from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter, save_adapter
-from runtimes.errors import AdapterError, CalibrationError, InputError
+from runtimes.errors import AdapterError, CalibrationError
 from runtimes.files.folders import check_destination
 from runtimes.precision import NUMPY_DTYPES
-
-OBJECTIVES = ("teacher", "data")
-REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
-"""Where a refitted bundle misses its budget."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefitSettings:
-    """``sources``: folders of the adapters to refit; ``data``: JSONL as for training."""
-
-    data: Path
-    sources: tuple[Path, ...]
-    steps: int = 40
-    lr: float = 1e-3
-    """High rates forget more than quantization took: AdamW's first steps are as long as the rate, however small the gradient."""
-    batch_size: int = 8
-    objective: str = "teacher"
-    output: Path | None = None
-    """Where the refitted adapters' folders go; None: <the bundle's output>.adapters."""
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"--refit-objective {self.objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
-        if self.steps < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf"):
-            raise InputError(f"a refit takes at least one step and a positive rate, not {self.steps} steps at {self.lr:g}")
-        if not self.sources:
-            raise InputError(
-                "a bundle holds folded adapters, which cannot be trained; name the folders of those to refit with --adapter (-a)"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +78,7 @@ def load_on_bundle(bundle: Bundle, model: str, *, device: str = "cpu", weights: 
     if not weights:
         return base
     load_dequantized(base.model, load_graph(bundle.graph_path), bundle.manifest.weights)
-    base.model.requires_grad_(False).to(device)
+    move(base.model.requires_grad_(False), device)
     return base
 
 
@@ -122,14 +96,6 @@ class RefitPlan:
         for name, adapter in changed.items():
             save_adapter(adapter, self.folders[name], force=force)
         return {name: self.folders[name] for name in changed}
-
-
-def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:
-    """Raises CalibrationError where a classifier is asked for what only decoders have."""
-    if bundle.manifest.task == TEXT_CLASSIFICATION and (refit or generates):
-        what = "--refit trains adapters on completions" if refit else "--perplexity and --checker read generated text"
-        advice = "train on its weights with `reft-export train --base`" if refit else "leave them out"
-        raise CalibrationError(f"{what}, and {bundle.folder} is a classifier; {advice}")
 
 
 def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path, *, force: bool) -> RefitPlan:
@@ -203,21 +169,35 @@ def _refit(
     examples = read_examples(base, settings.data, run)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trained = train(base, settings.data, run, Path(folder) / name, start=adapter, trained_on=bundle.digest, teacher=teacher)
+            trained = train(
+                base,
+                settings.data,
+                run,
+                Path(folder) / name,
+                start=adapter,
+                trained_on=bundle.digest,
+                teacher=teacher,
+                on_step=partial(_show_step, report, name),
+            )
         except TrainingInterrupted:
             raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
     new = trained.adapter
-    before, after = (adapter_loss(base, a, examples, teacher=teacher, original=adapter) for a in (adapter, new))
+    lesson = None if teacher is None else (teacher, adapter)
+    before, after = (adapter_loss(base, each, examples, teacher=lesson) for each in (adapter, new))
     figures = RefitFigures(
         adapter=name, objective=settings.objective, before=before, after=after, steps=settings.steps, kept=after >= before
     )
     return Refitted(adapter=adapter if figures.kept else new, figures=figures)
 
 
+def _show_step(report: Report, name: str, step: int, total: int, loss: float, _: float | None) -> None:
+    count(report, f"refitting {name}, step {step}/{total}, loss {loss:.3f}", step, total)
+
+
 def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
     """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
     length = run.max_length or context_of(base)
-    return load_data(data, base.tokenizer, max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
+    return load_data(data, tokenizer_of(base), max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
 
 
 @torch.no_grad()
@@ -226,12 +206,11 @@ def adapter_loss(
     adapter: Adapter,
     examples: Sequence[Example],
     *,
-    teacher: PreTrainedModel | None = None,
-    original: Adapter | None = None,
+    teacher: tuple[PreTrainedModel, Adapter] | None = None,
     batch_size: int = 8,
 ) -> float:
-    """Mean over the completions' tokens of -log p(token), or with a teacher of KL(teacher steered by ``original`` || base steered by
-    ``adapter``), in nats."""
+    """Mean over the completions' tokens of -log p(token), or of KL(teacher || base steered by ``adapter``), in nats; ``teacher``: the
+    float32 model and the adapter that steers it."""
     interventions = Interventions(
         method=adapter.method,
         rank=adapter.rank,
@@ -244,7 +223,7 @@ def adapter_loss(
     total, count = 0.0, 0
     with (
         steer(base.model, interventions.edits(), rule=adapter.positions, tied=adapter.tied) as steering,
-        nullcontext() if teacher is None else teaching(teacher, original) as lesson,
+        nullcontext() if teacher is None else teaching(*teacher) as lesson,
     ):
         model = EditedModel(base.model, interventions, steering, lesson).eval()
         for start in range(0, len(examples), batch_size):

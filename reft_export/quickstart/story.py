@@ -15,9 +15,8 @@ from reft_export.evaluation.checker import load_task
 from reft_export.evaluation.quantization_report import QuantizationReport, Yardsticks, trimmed, write_reports
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
-from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.quantizing.refit import RefitSettings
+from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.quickstart import base_path
 from reft_export.quickstart.task import held_out_prompts, talks_like_a_pirate, training_examples

@@ -1,4 +1,4 @@
-"""One training run of a classifier: a frozen encoder, interventions hooked onto it, and its head trained with them.
+"""A classifier's objective: the labels of texts, by interventions hooked onto a frozen encoder, and its head trained with them.
 
 The paper's GLUE setting: RoBERTa, rank 1, positions f1 (or a few first and last tokens), all layers, head trained together with the edit,
 learning rates from 2e-4 to 1e-3, batches of 32, no weight decay, inputs of at most 256 tokens.
@@ -9,8 +9,6 @@ Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
-from reft_export.base.classifiers import check_head, context_of, head_parameters, with_head
+from reft_export.base.classifiers import head_parameters, with_head
 from reft_export.base.load import Base
 from reft_export.eager.steering import steer
 from reft_export.tasks.classification import model_inputs
-from reft_export.training.checkpoints import StepRecord, check_working_folder, discard, open_working_folder
-from reft_export.training.data import split
+from reft_export.training.data import Data, Examples, TrainingData
 from reft_export.training.interventions import Interventions
 from reft_export.training.labelled_data import LabelledText, collate_labelled, load_labelled
-from reft_export.training.loop import OnStep, TrainedModel, run_loop
+from reft_export.training.loop import TrainedModel
+from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
 from reft_export.training.settings import TrainSettings
-from reft_export.training.trainer import Preparation, check_positions, frozen, place, provenance
-from runtimes.edits.adapter import Adapter, save_adapter
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
-from runtimes.files.folders import check_destination
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClassifierResult:
-    """What ``train_classifier`` gives back, beside the saved adapter. Accuracies are over held-out texts, else over the trained ones."""
-
-    adapter: Adapter
-    history: tuple[StepRecord, ...]
-    accuracy_before: float
-    accuracy_after: float
-    evaluated: int
-    held_out: bool
-    truncated_lines: tuple[str, ...]
 
 
 class EditedClassifier(TrainedModel):
@@ -88,129 +72,53 @@ class EditedClassifier(TrainedModel):
         return super().parameter_groups(weight_decay) + (head if self.head else [])
 
 
-def train_classifier(
-    base: Base,
-    data: Path | Sequence[Path],
-    settings: TrainSettings,
-    output: Path,
-    *,
-    head: bool = True,
-    force: bool = False,
-    start: Adapter | None = None,
-    trained_on: str | None = None,
-    on_step: OnStep | None = None,
-    on_phase: Callable[[str], None] | None = None,
-) -> ClassifierResult:
-    """Trains interventions, and with ``head`` the classification head, on JSONL files; saves the adapter to ``output``.
+class LabelObjective(Objective[LabelledText]):
+    """Cross entropy of the labels. The head starts from the base's, or from the started adapter's; where it is not trained, the adapter has
+    none unless that one had."""
 
-    The base stays as it is, in eval mode: its own dropout is off, in its head too. The head starts from the base's, or from ``start``'s;
-    without ``head`` the adapter has none unless ``start`` had. Same seed, same adapter; raises as ``training.trainer.train``.
-    """
-    phase = on_phase or (lambda _: None)
-    ready = prepare_classifier(base, data, settings, output, head=head, force=force, start=start, trained_on=trained_on, phase=phase)
-    folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
-    return _train(base, settings, output, ready, folder, checkpoint, force=force, on_step=on_step, phase=phase)
+    def __init__(self, base: Base, settings: TrainSettings, origin: Origin) -> None:
+        super().__init__(base, settings, origin)
+        if origin.teacher is not None:
+            raise InputError(f"teacher is a decoder's, and {base.info.name} is a classifier; leave it out")
+        self._trains_head = origin.head is not False
 
+    def limit(self, context: int) -> str:
+        return f"{self.base.info.name} takes {context} tokens"
 
-def prepare_classifier(
-    base: Base,
-    data: Path | Sequence[Path],
-    settings: TrainSettings,
-    output: Path,
-    *,
-    head: bool = True,
-    force: bool = False,
-    start: Adapter | None = None,
-    trained_on: str | None = None,
-    phase: Callable[[str], None] = lambda _: None,
-) -> Preparation:
-    """Every check of ``train_classifier``, every line of the data included; as ``training.trainer.prepare``."""
-    check_destination(output, force=force)
-    if base.tokenizer is None:
-        raise InputError(f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json")
-    context = context_of(base.model)
-    if (settings.max_length or 0) > context:
-        raise InputError(f"max_length is {settings.max_length}; {base.info.name} takes {context} tokens")
-    place(base, settings)
-    rule = settings.rule
-    set_seed(settings.seed)
-    interventions = Interventions(
-        method=settings.method,
-        rank=settings.rank,
-        sites=settings.sites(base.info.num_hidden_layers),
-        width=base.info.hidden_size,
-        tied=settings.tied,
-        activation=settings.activation,
-        dropout=settings.dropout,
-    )
-    if start is not None:
-        check_head(start, base.model)
-        interventions.start_from(start)
-        rule = replace(rule, truncate=start.positions.truncate)  # the grammar of positions does not say it
-    phase("reading the data")
-    read = load_labelled(data, base.tokenizer, base.info.labels, max_length=settings.max_length or context)
-    check_positions(read, rule)
-    training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
-    run = {
-        **settings.record(),
-        "head": head,
-        "data": read.digest,
-        "base": base.info.fingerprint,
-        "base_dtype": base.dtype,
-        "start": None if start is None else start.digest,
-        "trained_on": trained_on,
-    }
-    check_working_folder(output, run, resume=settings.resume, force=force)
-    return Preparation(interventions=interventions, rule=rule, read=read, training=training, held_out=held_out, run=run, start=start)
+    def read(self, data: Data, max_length: int) -> TrainingData[LabelledText]:
+        return load_labelled(data, tokenizer_of(self.base), self.base.info.labels, max_length=max_length)
 
+    def record(self) -> dict[str, Any]:
+        return {"head": self._trains_head}
 
-def _train(
-    base: Base,
-    settings: TrainSettings,
-    output: Path,
-    ready: Preparation,
-    folder: Path,
-    checkpoint: Path | None,
-    *,
-    force: bool,
-    on_step: OnStep | None,
-    phase: Callable[[str], None],
-) -> ClassifierResult:
-    interventions, rule, read, run, start = ready.interventions, ready.rule, ready.read, ready.run, ready.start
-    training, held_out, head, device = ready.training, ready.held_out, run["head"], base.model.device
-    asked = held_out or training
-    with frozen(base.model):
+    def collate(self, examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, Tensor]:
+        return collate_labelled(examples, pad_token_id=pad_token_id)
+
+    def train(
+        self, interventions: Interventions, rule: PositionRule, examples: Examples[LabelledText], loop: Loop, phase: Phase
+    ) -> Outcome:
+        model, asked, batch_size = self.base.model, examples.shown, self.settings.batch_size
+        started = {} if self.origin.start is None else self.origin.start.head
         phase("taking the base's accuracy")
-        before = _accuracy(base.model, asked, settings.batch_size, lambda **batch: base.model(**model_inputs(base.model, **batch)).logits)
-        own_head = {} if start is None or head else start.head
-        with with_head(base.model, own_head), steer(base.model, interventions.edits(), rule=rule, tied=settings.tied):
-            edited = EditedClassifier(base.model, interventions, _first_head(base.model, start) if head else {}).to(device)
+        before = _accuracy(model, asked, batch_size, lambda **batch: model(**model_inputs(model, **batch)).logits)
+        with (
+            with_head(model, {} if self._trains_head else started),
+            steer(model, interventions.edits(), rule=rule, tied=self.settings.tied),
+        ):
+            first = _first_head(model, self.origin.start) if self._trains_head else {}
+            edited = EditedClassifier(model, interventions, first).to(model.device)
             phase("training")
-            history = run_loop(edited, base, training, held_out, settings, folder, checkpoint, on_step, collator=collate_labelled)
+            history = loop(edited)
             phase("taking the accuracy")
-            after = _accuracy(base.model, asked, settings.batch_size, edited.eval().logits)
-    trained = {name: value.detach().to("cpu", torch.float32).numpy().copy() for name, value in edited.head_values().items()}
-    adapter = interventions.to_adapter(
-        base.info,
-        rule,
-        dtype=base.dtype,
-        trained_on=run["trained_on"],
-        training=provenance(read, training, held_out, settings, history)
-        | {"head": head, "accuracy": after, "accuracy_on": "held-out texts" if held_out else "training texts"}
-        | ({} if start is None else {"start": start.digest}),
-    )
-    adapter = replace(adapter, head=trained or (start.head if start is not None else {}))
-    save_adapter(adapter, output, force=force)
-    discard(folder)
-    return ClassifierResult(
-        adapter=adapter,
-        history=tuple(history),
-        accuracy_before=before,
-        accuracy_after=after,
-        evaluated=len(asked),
-        held_out=bool(held_out),
-        truncated_lines=read.truncated_lines,
-    )
+            after = _accuracy(model, asked, batch_size, edited.eval().logits)
+        head = {name: value.detach().to("cpu", torch.float32).numpy().copy() for name, value in edited.head_values().items()}
+        on = "held-out texts" if examples.held_out else "training texts"
+        return Outcome(
+            history=history,
+            record={**self.record(), "accuracy": after, "accuracy_on": on},
+            head=head or started,
+            accuracy=Accuracy(before=before, after=after, texts=len(asked), held_out=bool(examples.held_out)),
+        )
 
 
 def _first_head(model: PreTrainedModel, start: Adapter | None) -> dict[str, Tensor]:

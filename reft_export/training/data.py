@@ -23,7 +23,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,28 @@ class Example:
         return (IGNORED,) * self.prompt_length + self.input_ids[self.prompt_length :]
 
 
+class Tokenized(Protocol):
+    """An example, of whatever task."""
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def prompt_length(self) -> int: ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+
+E = TypeVar("E", bound=Tokenized)
+
+Records = Sequence[Mapping[str, Any]]
+Data = str | Path | Sequence[str | Path] | Records
+"""A JSONL file, several as if they were one, or the records of one that are in memory."""
+IN_MEMORY = "data"
+"""What records in memory are called where a file has its name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
     """A file of training data, by its name and its bytes."""
@@ -65,12 +87,11 @@ class DataFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData:
+class TrainingData(Generic[E]):
     """Whole files, tokenized, one behind the other."""
 
     files: tuple[DataFile, ...]
-    examples: tuple[Any, ...]
-    """Of Example, or for a classifier of LabelledText."""
+    examples: tuple[E, ...]
     templated: bool
     """The examples went through the tokenizer's chat template, so prompts at inference must, too."""
 
@@ -85,55 +106,117 @@ class TrainingData:
         return tuple(example.where for example in self.examples if example.truncated)
 
 
-def joined(data: Path | Sequence[Path], load: Callable[[Path], TrainingData]) -> TrainingData:
-    """One file, or several in their order, as one."""
-    parts = [load(Path(path)) for path in ([data] if isinstance(data, (str, Path)) else data)]
-    if not parts:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples(Generic[E]):
+    training: list[E]
+    held_out: list[E]
+
+    @property
+    def shown(self) -> list[E]:
+        """Those that show what was learned."""
+        return self.held_out or self.training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of JSONL."""
+
+    raw: bytes
+    number: int
+    where: str
+    """For messages."""
+
+
+class Source:
+    """The lines of a file, or of records in memory as ``json.dumps`` would write them. ``sha256`` is of those that were read."""
+
+    def __init__(self, content: str | Path | Records) -> None:
+        self._path, self._records = (Path(content), ()) if isinstance(content, (str, Path)) else (None, content)
+        self.name = IN_MEMORY if self._path is None else self._path.name
+        self.where = IN_MEMORY if self._path is None else str(self._path)
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def lines(self) -> Iterator[Line]:
+        """Raises InputError for a file that is none, and for a record that JSON cannot hold."""
+        for line in self._of_memory() if self._path is None else self._of_file(self._path):
+            self._digest.update(line.raw)
+            yield line
+
+    def _of_memory(self) -> Iterator[Line]:
+        for index, record in enumerate(self._records):
+            where = f"{self.where}[{index}]"
+            try:
+                raw = json.dumps(dict(record)).encode() + b"\n"
+            except (TypeError, ValueError) as e:
+                raise InputError(f"{where} is no record of texts and numbers: {e}") from None
+            yield Line(raw=raw, number=index + 1, where=where)
+
+    def _of_file(self, path: Path) -> Iterator[Line]:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; training data is a JSONL file")
+        with path.open("rb") as f:
+            for number, raw in enumerate(f, start=1):
+                yield Line(raw=raw, number=number, where=f"{path}:{number}")
+
+
+def joined(data: Data, read: Callable[[Source], Iterator[E]], *, templated: bool = False) -> TrainingData[E]:
+    """One file, or several in their order, or records in memory, as one. ``read``: the examples of one source, at least one."""
+    sources, examples = _sources(data), []
+    for source in sources:
+        examples += read(source)
+    files = tuple(DataFile(file=source.name, sha256=source.sha256) for source in sources)
+    return TrainingData(files=files, examples=tuple(examples), templated=templated)
+
+
+def _sources(data: Data) -> list[Source]:
+    if isinstance(data, (str, Path)):
+        return [Source(data)]
+    given = list(data)
+    paths = [each for each in given if isinstance(each, (str, Path))]
+    records = [each for each in given if not isinstance(each, (str, Path))]
+    if not paths and not records:
         raise InputError("there is no training data; give at least one JSONL file")
-    return TrainingData(
-        files=tuple(each for part in parts for each in part.files),
-        examples=tuple(example for part in parts for example in part.examples),
-        templated=parts[0].templated,
-    )
+    if paths and records:
+        raise InputError("the training data mixes files and records in memory; give either")
+    return [Source(path) for path in paths] or [Source(records)]
 
 
 def load_data(
-    data: Path | Sequence[Path],
+    data: Data,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     chat_template: str = "auto",
     stop_tokens: Collection[int] = (),
-) -> TrainingData:
-    """Reads and tokenizes a JSONL file, or several. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos.
+) -> TrainingData[Example]:
+    """Reads and tokenizes the data. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos.
 
     Raises InputError naming file and line for anything that is not one of the two forms, for a prompt that leaves no
     room in ``max_length`` and for chat messages without a template; naming the file where it has no usable line.
     """
     templated = bool(getattr(tokenizer, "chat_template", None)) and chat_template != "never"
-    options = {"max_length": max_length, "chat_template": chat_template, "stop_tokens": stop_tokens}
 
-    def load(path: Path) -> TrainingData:
-        digest = hashlib.sha256()
-        examples = tuple(iter_examples(path, tokenizer, digest=digest, **options))
-        return TrainingData(files=(DataFile(file=path.name, sha256=digest.hexdigest()),), examples=examples, templated=templated)
+    def read(source: Source) -> Iterator[Example]:
+        return iter_examples(source, tokenizer, max_length=max_length, chat_template=chat_template, stop_tokens=stop_tokens)
 
-    return joined(data, load)
+    return joined(data, read, templated=templated)
 
 
 def iter_examples(
-    path: Path,
+    source: Path | Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     chat_template: str = "auto",
     stop_tokens: Collection[int] = (),
-    digest: hashlib._Hash | None = None,
 ) -> Iterator[Example]:
-    """``load_data`` one example at a time; ``digest`` is fed every line. The refusal of a file without any comes at its end."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; training data is a JSONL file")
+    """``load_data`` one example at a time. The refusal of a file without any comes at its end."""
+    source = source if isinstance(source, Source) else Source(source)
+    lines = source.lines()
     end = end_token(tokenizer, tuple(stop_tokens))
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat_template == "always" and not has_template:
@@ -141,17 +224,14 @@ def iter_examples(
     templated = has_template and chat_template != "never"
     stop = frozenset({*stop_tokens, end})
     found = False
-    for number, raw in numbered_lines(path):
-        if digest is not None:
-            digest.update(raw)
-        where = f"{path}:{number}"
-        record = _record(raw, where, first=number == 1)
+    for line in lines:
+        record = _record(line)
         if record is not None:
             found = True
-            prompt, completion, special = _texts(record, tokenizer, templated, where)
-            yield _tokenized(prompt, completion, tokenizer, stop, end, max_length, where, number, special=special)
+            prompt, completion, special = _texts(record, tokenizer, templated, line.where)
+            yield _tokenized(prompt, completion, tokenizer, stop, end, max_length, line, special=special)
     if not found:
-        raise InputError(f"{path} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}")
+        raise InputError(f"{source.where} has no examples; expected lines like {json.dumps({'prompt': '...', 'completion': '...'})}")
 
 
 def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -183,15 +263,11 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
 # --- reading --------------------------------------------------------------------------------------
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as f:
-        yield from enumerate(f, start=1)
-
-
-def read_object(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
+def read_object(line: Line) -> dict[str, Any] | None:
     """The JSON object of one line; None of an empty one. Raises InputError for anything else."""
+    where = line.where
     try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
+        text = line.raw.decode("utf-8-sig" if line.number == 1 else "utf-8")
     except UnicodeDecodeError as e:
         raise InputError(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
     if not text.strip():
@@ -209,8 +285,8 @@ def read_object(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None
     return record
 
 
-def _record(raw: bytes, where: str, *, first: bool) -> dict[str, Any] | None:
-    record = read_object(raw, where, first=first)
+def _record(line: Line) -> dict[str, Any] | None:
+    record, where = read_object(line), line.where
     if record is None:
         return None
     if set(record) not in FORMS:
@@ -255,7 +331,7 @@ def check_text(value: Any, what: str, where: str) -> None:
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
     """The chat template's text up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
 
 
 def _texts(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templated: bool, where: str) -> tuple[str, str, bool]:
@@ -274,7 +350,7 @@ def _texts(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, templa
     ]
     try:
         prompt = render_prompt(tokenizer, messages[:-1])
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as e:  # templates are programs of their own: jinja2, type and value errors
         raise InputError(f"{where}: the tokenizer's chat template refuses these messages: {e}") from e
     # Some templates open the answer otherwise than they render one (a reasoning block that is dropped from past turns).
@@ -289,11 +365,12 @@ def _tokenized(
     stop: frozenset[int],
     end: int,
     max_length: int,
-    where: str,
-    line: int,
+    line: Line,
     *,
     special: bool,
 ) -> Example:
+    where = line.where
+
     def ids(text: str, *, special: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
@@ -309,7 +386,7 @@ def _tokenized(
     tail = whole[len(head) :] if whole[: len(head)] == head and len(whole) > len(head) else ids(completion)
     tail = _ended(tail, tokenizer, stop, end)
     room = max_length - len(head)
-    return Example(input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line, where=where, truncated=len(tail) > room)
+    return Example(input_ids=(*head, *tail[:room]), prompt_length=len(head), line=line.number, where=where, truncated=len(tail) > room)
 
 
 def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: frozenset[int], end: int) -> list[int]:
@@ -318,6 +395,6 @@ def _ended(tail: list[int], tokenizer: PreTrainedTokenizerBase, stop: frozenset[
     for index in reversed(range(len(tail))):
         if tail[index] in stop:
             length = index + 1
-        elif tokenizer.decode(tail[index : index + 1]).strip():
+        elif str(tokenizer.decode(tail[index : index + 1])).strip():
             break
     return tail[:length] if length else [*tail, end]

@@ -1,14 +1,9 @@
-"""The trained modules: each is h -> h + delta(h) at one site and slot, with R and P as [r, D] rows.
-
-    loreft    delta = R^T (act(W h + b) - R h)              noreft   delta = P^T (act(W h + b) - (P h + p))
-    direft    delta = W2^T act(W1 h + b)
-    consreft  delta = R^T (s - R h)                         lobireft delta = R^T s
-    red       delta = (scale - 1) * h + bias
+"""The trained modules: each is h -> h + delta(h) at one site and slot, with the delta and the parameters of its method's entry in
+``runtimes.edits.methods.METHODS``.
 
 Parameters are float32 whatever the base's dtype, and delta is computed in float32. Initial values are pyreft's: R a
 random matrix with orthonormal rows, every linear map uniform in +-1/sqrt(D) (torch's default for Linear), s uniform in
-[0, 1). pyreft calls this direft Nodireft; its own Direft keeps W2 orthonormal. RED starts as its authors' does, with
-scale 1 and bias 0: it edits nothing.
+[0, 1). RED starts as its authors' does, with scale 1 and bias 0: it edits nothing.
 
 Dropout zeroes elements of delta and scales the others by 1/(1 - p), while training only. pyreft drops elements of
 h + delta, and so noises the frozen residual stream as well; here an edit that is dropped leaves h as it was.
@@ -20,7 +15,7 @@ pyreft/interventions.py. RED: Wu et al. 2024, "Advancing Parameter Efficiency in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +26,7 @@ from torch import Tensor, nn
 from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS
+from runtimes.edits.methods import METHODS, Initial, Parameter, activated_methods
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
@@ -54,112 +49,45 @@ class OrthonormalRows(nn.Module):
         return (q * torch.where(torch.diagonal(t) < 0, -1.0, 1.0).to(q.dtype)).T
 
 
+INITIAL: Mapping[Initial, Callable[[Parameter, tuple[int, ...], int], nn.Parameter | OrthonormalRows]] = {
+    "orthonormal": lambda parameter, shape, width: OrthonormalRows(*shape),
+    "linear": lambda parameter, shape, width: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(width)),
+    "unit": lambda parameter, shape, width: nn.Parameter(torch.rand(shape)),
+    "no edit": lambda parameter, shape, width: nn.Parameter(torch.full(shape, parameter.no_edit)),
+}
+"""(parameter, its shape, D) -> what is trained, by what the method says of it."""
+
+
 class Intervention(nn.Module):
-    """One trained edit; subclasses give ``delta``, ``parameters_of`` the adapter's PARAMETERS[method]."""
+    """One trained edit. Its parameters are attributes, called as the method calls them."""
 
-    method: str
-
-    def __init__(self, rank: int, width: int, *, activation: str = "", dropout: float = 0.0) -> None:
+    def __init__(self, method: str, rank: int, width: int, *, activation: str = "", dropout: float = 0.0) -> None:
         super().__init__()
-        self.rank, self.width = rank, width
+        self.method = METHODS[method]
         self.act = ACTIVATION_FUNCTIONS[activation]
         self.dropout = nn.Dropout(dropout)
+        shapes = self.method.shapes(rank, width)
+        for parameter in self.method.parameters:
+            setattr(self, parameter.name, INITIAL[parameter.initial](parameter, shapes[parameter.name], width))
 
     def forward(self, h: Tensor) -> Tensor:
         """The delta of rows h [t, D], in h's dtype: float32 for a float32 module."""
-        return self.dropout(self.delta(h))
+        return self.dropout(self.method.delta(self.parameters_of(), h, self.act).expand_as(h))
 
     def edited(self, h: Tensor) -> Tensor:
         """The edited rows, h + delta."""
         return h + self(h)
 
-    def delta(self, h: Tensor) -> Tensor:
-        raise NotImplementedError
+    def trained(self) -> Iterator[tuple[Parameter, nn.Parameter]]:
+        """What the optimiser moves: of orthonormal rows, the free ones that they are made of."""
+        for parameter in self.method.parameters:
+            value = getattr(self, parameter.name)
+            yield parameter, value.V if isinstance(value, OrthonormalRows) else value
 
     def parameters_of(self) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in PARAMETERS[self.method]}
+        """The adapter's parameters, by name."""
+        values = {name: getattr(self, name) for name in self.method.names}
         return {name: value() if isinstance(value, OrthonormalRows) else value for name, value in values.items()}
-
-    def _matrix(self) -> nn.Parameter:
-        return nn.Parameter(torch.empty(self.rank, self.width).uniform_(-1, 1) / math.sqrt(self.width))
-
-    def _bias(self) -> nn.Parameter:
-        return nn.Parameter(torch.empty(self.rank).uniform_(-1, 1) / math.sqrt(self.width))
-
-
-class LoReft(Intervention):
-    method = "loreft"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(rank, width, **options)
-        self.R, self.W, self.b = OrthonormalRows(rank, width), self._matrix(), self._bias()
-
-    def delta(self, h: Tensor) -> Tensor:
-        R = self.R()
-        return (self.act(h @ self.W.T + self.b) - h @ R.T) @ R
-
-
-class NoReft(Intervention):
-    method = "noreft"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(rank, width, **options)
-        self.P, self.W, self.b, self.p = self._matrix(), self._matrix(), self._bias(), self._bias()
-
-    def delta(self, h: Tensor) -> Tensor:
-        return (self.act(h @ self.W.T + self.b) - (h @ self.P.T + self.p)) @ self.P
-
-
-class DiReft(Intervention):
-    method = "direft"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(rank, width, **options)
-        self.W2, self.W1, self.b = self._matrix(), self._matrix(), self._bias()
-
-    def delta(self, h: Tensor) -> Tensor:
-        return self.act(h @ self.W1.T + self.b) @ self.W2
-
-
-class ConsReft(Intervention):
-    method = "consreft"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(rank, width, **options)
-        self.R, self.s = OrthonormalRows(rank, width), nn.Parameter(torch.rand(rank))
-
-    def delta(self, h: Tensor) -> Tensor:
-        R = self.R()
-        return (self.s - h @ R.T) @ R
-
-
-class LobiReft(Intervention):
-    method = "lobireft"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(rank, width, **options)
-        self.R, self.s = OrthonormalRows(rank, width), nn.Parameter(torch.rand(rank))
-
-    def delta(self, h: Tensor) -> Tensor:
-        return (self.s @ self.R()).expand_as(h)
-
-
-class Red(Intervention):
-    method = "red"
-
-    def __init__(self, rank: int, width: int, **options: Any) -> None:
-        super().__init__(0, width, **options)
-        self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def delta(self, h: Tensor) -> Tensor:
-        return (self.scale - 1) * h + self.bias
-
-
-METHODS: Mapping[str, type[Intervention]] = {c.method: c for c in (LoReft, NoReft, DiReft, ConsReft, LobiReft, Red)}
-
-NOT_DECAYED = ("V", "b", "p", "scale", "bias")
-"""Parameters without weight decay: biases; V, where it could only change the step size; and RED's scale, which it would pull away from
-the 1 that edits nothing."""
 
 
 class Interventions(nn.Module):
@@ -185,38 +113,36 @@ class Interventions(nn.Module):
             raise InputError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
         if activation not in ACTIVATION_FUNCTIONS:
             raise InputError(f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATION_FUNCTIONS))}")
-        if activation and method not in ACTIVATED_METHODS:
-            raise InputError(f"{method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}")
-        rank = 0 if method in FULL_RANK_METHODS else rank
-        if method not in FULL_RANK_METHODS and not 1 <= rank <= width:
+        full_rank = METHODS[method].full_rank
+        if activation and not METHODS[method].activated:
+            raise InputError(f"{method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
+        rank = 0 if full_rank else rank
+        if not full_rank and not 1 <= rank <= width:
             raise InputError(f"rank {rank} does not fit this base; use 1 to its width {width}")
         self.method, self.rank, self.width, self.tied = method, rank, width, tied
         self.activation, self.dropout = activation, dropout
         self.sites = tuple(sites)
         groups = ("",) if tied else ("prefix", "suffix")
         self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups) for site in self.sites}
+        self._by_key = {
+            key: Intervention(method, rank, width, activation=activation, dropout=dropout) for keys in self.keys.values() for key in keys
+        }
         # ModuleDict refuses dots in its keys.
-        self.each = nn.ModuleDict(
-            {
-                key.replace(".", "-"): METHODS[method](rank, width, activation=activation, dropout=dropout)
-                for keys in self.keys.values()
-                for key in keys
-            }
-        )
+        self.each = nn.ModuleDict({key.replace(".", "-"): module for key, module in self._by_key.items()})
 
     def intervention(self, key: str) -> Intervention:
         """By the adapter's tensor prefix: ``<layer>.<stream>[.prefix|.suffix]``."""
-        return self.each[key.replace(".", "-")]  # type: ignore[return-value]
+        return self._by_key[key]
 
     def edits(self) -> dict[Site, EditFn]:
         """The edit functions that ``reft_export.eager.steering.steer`` takes; gradients flow through them."""
         return {site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Weight decay on matrices and s, none on NOT_DECAYED."""
-        named = list(self.named_parameters())
-        plain = [p for name, p in named if name.rsplit(".", 1)[1] in NOT_DECAYED]
-        decayed = [p for name, p in named if name.rsplit(".", 1)[1] not in NOT_DECAYED]
+        """Weight decay where the method's parameters take it."""
+        decays = {id(value) for module in self._by_key.values() for parameter, value in module.trained() if parameter.decays}
+        decayed = [p for p in self.parameters() if id(p) in decays]
+        plain = [p for p in self.parameters() if id(p) not in decays]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
     @torch.no_grad()
@@ -237,10 +163,8 @@ class Interventions(nn.Module):
             )
         for keys in self.keys.values():
             for key in keys:
-                for parameter in PARAMETERS[self.method]:
-                    target = getattr(self.intervention(key), parameter)
-                    target = target.V if isinstance(target, OrthonormalRows) else target
-                    target.copy_(torch.from_numpy(adapter.tensors[f"{key}.{parameter}"]))
+                for parameter, target in self.intervention(key).trained():
+                    target.copy_(torch.from_numpy(adapter.tensors[f"{key}.{parameter.name}"]))
 
     @torch.no_grad()
     def to_adapter(
@@ -251,6 +175,7 @@ class Interventions(nn.Module):
         dtype: str = "float32",
         trained_on: str | None = None,
         training: Mapping[str, Any] | None = None,
+        head: Mapping[str, np.ndarray] | None = None,
     ) -> Adapter:
         """The adapter as it stands, R materialised; raises AdapterError for parameters that are not finite."""
         tensors = {
@@ -272,4 +197,5 @@ class Interventions(nn.Module):
             dtype=dtype,
             trained_on=trained_on,
             training=dict(training or {}),
+            head=dict(head or {}),
         )

@@ -7,18 +7,16 @@ exceeds max_length is cut from the longer text's end.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from reft_export.tasks.classification import encode
-from reft_export.training.data import DataFile, TrainingData, check_text, joined, numbered_lines, read_object
+from reft_export.training.data import Data, Source, TrainingData, check_text, joined, read_object
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText, padded
 
@@ -42,31 +40,22 @@ class LabelledText:
         return len(self.text)
 
 
-def load_labelled(
-    data: Path | Sequence[Path], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int
-) -> TrainingData:
-    """Reads and tokenizes a JSONL file, or several. Raises InputError naming file and line for anything not of the form above."""
-    return joined(data, lambda path: _load_file(path, tokenizer, labels, max_length))
+def load_labelled(data: Data, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData[LabelledText]:
+    """Reads and tokenizes the data. Raises InputError naming file and line for anything not of the form above."""
 
+    def read(source: Source) -> Iterator[LabelledText]:
+        found = False
+        for line in source.lines():
+            record = read_object(line)
+            if record is not None:
+                found = True
+                text, pair, label = _checked(record, labels, line.where)
+                encoded, cut = encode(tokenizer, text, pair, max_length, line.where)
+                yield LabelledText(text=encoded, label=label, where=line.where, truncated=cut)
+        if not found:
+            raise InputError(f"{source.where} has no examples; expected lines like {json.dumps({'text': '...', 'label': labels[0]})}")
 
-def _load_file(path: Path, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> TrainingData:
-    digest = hashlib.sha256()
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; training data is a JSONL file")
-    examples = []
-    for number, raw in numbered_lines(path):
-        digest.update(raw)
-        where = f"{path}:{number}"
-        record = read_object(raw, where, first=number == 1)
-        if record is None:
-            continue
-        text, pair, label = _checked(record, labels, where)
-        encoded, cut = encode(tokenizer, text, pair, max_length, where)
-        examples.append(LabelledText(text=encoded, label=label, where=where, truncated=cut))
-    if not examples:
-        raise InputError(f"{path} has no examples; expected lines like {json.dumps({'text': '...', 'label': labels[0]})}")
-    files = (DataFile(file=path.name, sha256=digest.hexdigest()),)
-    return TrainingData(files=files, examples=tuple(examples), templated=False)
+    return joined(data, read)
 
 
 def collate_labelled(examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, torch.Tensor]:

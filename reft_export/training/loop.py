@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import pad_token
-from reft_export.eager.steering import Steering
 from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
-from reft_export.training.data import IGNORED, collate
+from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
-from reft_export.training.teacher import Teacher
 from runtimes.errors import InputError, ReftError
 from runtimes.generation import PAD
 
@@ -71,40 +68,6 @@ class TrainedModel(nn.Module):
         return loss
 
 
-class EditedModel(TrainedModel):
-    """A decoder's; the loss is on completions."""
-
-    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None) -> None:
-        super().__init__(interventions)
-        self._outside = (model, steering, teacher)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        prompt_length: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
-        num_items_in_batch (else by their number)."""
-        model, steering, teacher = self._outside
-        steering.prompt_length = prompt_length
-        # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
-        wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
-        keep = {"logits_to_keep": wanted} if self._keeps else {}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **keep}
-        targets = labels[:, 1 - wanted :]
-        counted = targets != IGNORED
-        logits = model(**inputs).logits[:, -wanted:-1][counted]
-        if teacher is None:
-            total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
-        else:
-            total = teacher.divergence(logits, counted, prompt_length, **inputs)
-        return self.counted(total / (counted.sum() if num_items_in_batch is None else num_items_in_batch))
-
-
 class _Recorder(TrainerCallback):
     """History, progress and checkpoints. Trainer's own log is not used: it rounds the loss to four digits."""
 
@@ -139,22 +102,70 @@ class _Recorder(TrainerCallback):
         complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history)
 
 
+class _Listed(Dataset[E]):
+    """A list as the dataset that Trainer's signature asks for."""
+
+    def __init__(self, examples: list[E]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> E:
+        return self._examples[index]
+
+
 def run_loop(
     model: TrainedModel,
     base: Base,
-    training: Sequence[Any],
-    held_out: Sequence[Any],
+    examples: Examples[E],
+    collate: Callable[..., dict[str, Tensor]],
     settings: TrainSettings,
     folder: Path,
     checkpoint: Path | None,
     on_step: OnStep | None,
-    *,
-    collator: Callable[..., dict[str, Tensor]] = collate,
 ) -> list[StepRecord]:
-    """Trains ``model`` on batches that ``collator`` makes of the examples; its loss after every step."""
-    batches = math.ceil(len(training) / settings.batch_size)
+    """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step."""
+    batches = math.ceil(len(examples.training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
-    on_cpu = base.model.device.type == "cpu"
+    history = read_history(checkpoint)
+    pad = pad_token(base)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, total, folder, base.model.device),
+        data_collator=partial(collate, pad_token_id=PAD if pad is None else pad),
+        train_dataset=_Listed(examples.training),
+        eval_dataset=_Listed(examples.held_out) if examples.held_out else None,
+        optimizers=(
+            torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
+            None,
+        ),
+        callbacks=[_Recorder(model, history, total, bool(examples.held_out), on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except _NotFinite as e:
+        discard(folder)
+        raise ReftError(
+            f"{e} is not finite at step {len(history) + 1} of {total} (last loss "
+            f"{history[-1].loss if history else 'none'}, lr {settings.lr:g}, base in {base.dtype}); "
+            "no adapter was written; lower the learning rate, or train with a base in float32"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise ReftError(
+            f"out of memory at step {len(history) + 1} with batches of {settings.batch_size}; lower the batch size and "
+            "raise gradient accumulation by as much, or lower max_length"
+        ) from None
+    except KeyboardInterrupt:
+        raise _interrupted(folder, len(history), total) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+    return history
+
+
+def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.device) -> TrainingArguments:
+    on_cpu = device.type == "cpu"
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
@@ -183,44 +194,14 @@ def run_loop(
     )
     if args.world_size > 1:
         raise InputError(f"training takes one process, and this is one of {args.world_size}; start it without a launcher")
-    assert args.device.type == base.model.device.type  # and asking for the device has counted the GPUs
+    assert args.device.type == device.type  # and asking for the device has counted the GPUs
     args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
-    history = read_history(checkpoint)
-    recorder = _Recorder(model, history, total, bool(held_out), on_step)
-    pad = pad_token(base)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        data_collator=partial(collator, pad_token_id=PAD if pad is None else pad),
-        train_dataset=list(training),  # type: ignore[arg-type]
-        eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
-        optimizers=(
-            torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
-            None,
-        ),
-        callbacks=[recorder],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except _NotFinite as e:
+    return args
+
+
+def _interrupted(folder: Path, step: int, total: int) -> TrainingInterrupted:
+    last = last_checkpoint(folder)
+    remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
+    if last is None:
         discard(folder)
-        raise ReftError(
-            f"{e} is not finite at step {len(history) + 1} of {total} (last loss "
-            f"{history[-1].loss if history else 'none'}, lr {settings.lr:g}, base in {base.dtype}); "
-            "no adapter was written; lower the learning rate, or train with a base in float32"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise ReftError(
-            f"out of memory at step {len(history) + 1} with batches of {settings.batch_size}; lower the batch size and "
-            "raise gradient accumulation by as much, or lower max_length"
-        ) from None
-    except KeyboardInterrupt:
-        last = last_checkpoint(folder)
-        remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
-        if last is None:
-            discard(folder)
-        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}") from None
-    finally:
-        model.zero_grad(set_to_none=True)
-    return history
+    return TrainingInterrupted(f"stopped at step {step} of {total}; no adapter was written; {remedy}")

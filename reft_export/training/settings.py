@@ -9,7 +9,7 @@ from typing import Any
 
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
-from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS
+from runtimes.edits.methods import METHODS, activated_methods
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
@@ -65,15 +65,15 @@ class TrainSettings:
     """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, tuple(PARAMETERS))
+        _one_of("method", self.method, tuple(METHODS))
         _one_of("schedule", self.schedule, tuple(SCHEDULES))
         _one_of("chat_template", self.chat_template, CHAT_TEMPLATE)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("activation", self.activation, ACTIVATIONS)
-        if self.activation and self.method not in ACTIVATED_METHODS:
-            raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(ACTIVATED_METHODS)}")
-        if self.method in FULL_RANK_METHODS:
+        if self.activation and not METHODS[self.method].activated:
+            raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
+        if METHODS[self.method].full_rank:
             object.__setattr__(self, "rank", 0)
         else:
             _in_range("rank", self.rank, 1)

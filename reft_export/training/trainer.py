@@ -1,9 +1,9 @@
-"""One training run: a frozen base, interventions hooked onto it, transformers' Trainer for the loop."""
+"""One training run: a frozen base, interventions hooked onto it, the objective of its task, and transformers' Trainer for the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,37 +12,30 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from reft_export.base.load import DTYPES, Base, check_device
-from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
-from reft_export.eager.steering import greedy_tokens, steer, steered
-from reft_export.training.checkpoints import (
-    StepRecord,
-    check_working_folder,
-    discard,
-    open_working_folder,
-)
-from reft_export.training.data import Example, TrainingData, load_data, split
+from reft_export.base.classifiers import check_head
+from reft_export.base.load import DTYPES, Base, base_from_memory, check_device
+from reft_export.base.token_rules import context_of
+from reft_export.training.checkpoints import StepRecord, check_working_folder, discard, open_working_folder
+from reft_export.training.classification import LabelObjective
+from reft_export.training.data import Data, Examples, TrainingData, split
+from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import EditedModel, OnStep, run_loop
+from reft_export.training.loop import OnStep, TrainedModel, run_loop
+from reft_export.training.objective import Accuracy, Objective, Origin, Phase, Sample, tokenizer_of
 from reft_export.training.settings import TrainSettings
-from reft_export.training.teacher import teaching
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
-from runtimes.generation import PAD
 
-SAMPLE_TOKENS = 48
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A greedy answer to a prompt of the data."""
-
-    prompt: str
-    text: str
+OBJECTIVES: Mapping[str, Callable[[Base, TrainSettings, Origin], Objective[Any]]] = {
+    TEXT_GENERATION: CompletionObjective,
+    TEXT_CLASSIFICATION: LabelObjective,
+}
+"""By the base's task."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,26 +44,35 @@ class TrainResult:
 
     adapter: Adapter
     history: tuple[StepRecord, ...]
-    samples_before: tuple[Sample, ...]
-    samples_after: tuple[Sample, ...]
     truncated_lines: tuple[str, ...]
-    """File and line of every example whose completion was cut to max_length."""
+    """File and line of every example that was cut to max_length: a completion, or a classifier's text."""
+    samples_before: tuple[Sample, ...] = ()
+    samples_after: tuple[Sample, ...] = ()
+    """A decoder's answers."""
+    accuracy: Accuracy | None = None
+    """A classifier's."""
 
 
 def train(
-    base: Base,
-    data: Path | Sequence[Path],
+    base: Base | PreTrainedModel,
+    data: Data,
     settings: TrainSettings,
     output: Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    head: bool | None = None,
     force: bool = False,
     start: Adapter | None = None,
     trained_on: str | None = None,
     teacher: PreTrainedModel | None = None,
     on_step: OnStep | None = None,
-    on_phase: Callable[[str], None] | None = None,
+    on_phase: Phase | None = None,
 ) -> TrainResult:
-    """Trains interventions on a JSONL file, or on several as if they were one, and saves the adapter to ``output`` when it is done.
+    """Trains interventions on a decoder or a classifier, and saves the adapter to ``output`` when it is done.
+
+    ``base``: from ``load_base``, or a transformers model in memory, which comes with its ``tokenizer`` and is frozen from then on.
+    ``data``: a JSONL file, several as if they were one, or its records in memory as dicts: prompt and completion, or messages; of a
+    classifier text, label, and for a pair text_pair.
 
     The base stays as it is, in eval mode: its own dropout, where a config has one, is off, so the edit is trained on
     the model that is shipped. Load the base with ``settings.placement()``; ``device`` moves it, another ``dtype`` is
@@ -78,14 +80,14 @@ def train(
     seed.
 
     ``start``: an adapter to go on from (settings: ``settings_like``). ``trained_on``: digest of the bundle whose weights the base
-    carries. ``teacher``: the float model; with it the loss is the divergence from what it says when ``start`` steers it.
+    carries. ``teacher``: the float decoder; with it the loss is the divergence from what it says when ``start`` steers it. ``head``:
+    whether a classifier's head is trained with the edit, which it is unless said otherwise.
 
     Raises InputError for settings, data or outputs that cannot be used, before anything is trained; ReftError where the
     loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
 
     Parameters are float32: of loreft R [r, D], W [r, D] and b [r] per site, r the rank and D the base's width. Losses are in nats per
-    completion token. A model and tokenizer in memory are trained on as ``wrap_base(model, tokenizer, name=...)``. For classifiers there is
-    ``reft_export.training.classification.train_classifier``.
+    completion token, or per text of a classifier.
 
     Example::
 
@@ -94,70 +96,63 @@ def train(
         base = load_base("base", dtype=dtype, device=device, require_tokenizer=True)
         result = train(base, Path("pirate.jsonl"), settings, Path("pirate"))
         print(result.history[-1].loss)
+
+        # Or, with all of it in memory:
+        records = [{"prompt": "How are you?", "completion": "Arr, never better!"}]
+        train(model, records, settings, Path("pirate"), tokenizer=tokenizer)
     """
     phase = on_phase or (lambda _: None)
-    ready = prepare(base, data, settings, output, force=force, start=start, trained_on=trained_on, taught=teacher is not None, phase=phase)
+    origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head)
+    ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
     folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
-    return _train(base, settings, output, ready, folder, checkpoint, force=force, teacher=teacher, on_step=on_step, phase=phase)
+    return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
+
+
+def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:
+    if not isinstance(base, Base):
+        return base_from_memory(base, tokenizer)
+    if tokenizer is not None:
+        raise InputError(f"tokenizer goes with a model in memory, and {base.info.name} is a Base, which has its own; leave it out")
+    return base
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Preparation:
     """A run that was checked before anything is trained or written."""
 
+    base: Base
+    settings: TrainSettings
+    origin: Origin
+    objective: Objective[Any]
     interventions: Interventions
     rule: PositionRule
-    read: TrainingData
-    training: list[Any]
-    held_out: list[Any]
+    read: TrainingData[Any]
+    examples: Examples[Any]
     run: dict[str, Any]
     """What the run's checkpoints belong to."""
-    start: Adapter | None
 
 
 def prepare(
     base: Base,
-    data: Path | Sequence[Path],
+    data: Data,
     settings: TrainSettings,
     output: Path,
+    origin: Origin = Origin(),
     *,
     force: bool = False,
-    start: Adapter | None = None,
-    trained_on: str | None = None,
-    taught: bool = False,
-    phase: Callable[[str], None] = lambda _: None,
+    phase: Phase = lambda _: None,
 ) -> Preparation:
     """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
-    if base.tokenizer is None:
-        raise InputError(f"{base.info.name} has no tokenizer, which training needs; put tokenizer.json beside config.json")
+    tokenizer_of(base)
+    objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
-    rule, sites = settings.rule, settings.sites(base.info.num_hidden_layers)
-    set_seed(settings.seed)
-    interventions = Interventions(
-        method=settings.method,
-        rank=settings.rank,
-        sites=sites,
-        width=base.info.hidden_size,
-        tied=settings.tied,
-        activation=settings.activation,
-        dropout=settings.dropout,
-    )
-    if start is not None:
-        interventions.start_from(start)
-        rule = replace(rule, truncate=start.positions.truncate)  # the grammar of positions does not say it
-    stop, context = stop_tokens(base), context_of(base)
+    interventions, rule = _interventions(base, settings, origin.start)
+    context = context_of(base)
     if (settings.max_length or 0) > context:
-        raise InputError(f"max_length is {settings.max_length}; the context of {base.info.name} ends at {context}")
+        raise InputError(f"max_length is {settings.max_length}; {objective.limit(context)}")
     phase("reading the data")
-    read = load_data(
-        data,
-        base.tokenizer,
-        max_length=settings.max_length or context,
-        chat_template=settings.chat_template,
-        stop_tokens=stop,
-    )
-    check_vocabulary(read, vocabulary_of(base))
+    read = objective.read(data, settings.max_length or context)
     check_positions(read, rule)
     training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
     run = {
@@ -165,60 +160,67 @@ def prepare(
         "data": read.digest,
         "base": base.info.fingerprint,
         "base_dtype": base.dtype,
-        "start": None if start is None else start.digest,
-        "trained_on": trained_on,
-        "objective": "teacher" if taught else "data",
+        "start": None if origin.start is None else origin.start.digest,
+        "trained_on": origin.trained_on,
+        **objective.record(),
     }
     check_working_folder(output, run, resume=settings.resume, force=force)
-    return Preparation(interventions=interventions, rule=rule, read=read, training=training, held_out=held_out, run=run, start=start)
+    return Preparation(
+        base=base,
+        settings=settings,
+        origin=origin,
+        objective=objective,
+        interventions=interventions,
+        rule=rule,
+        read=read,
+        examples=Examples(training=training, held_out=held_out),
+        run=run,
+    )
+
+
+def _interventions(base: Base, settings: TrainSettings, start: Adapter | None) -> tuple[Interventions, PositionRule]:
+    """What is trained, by the seed's initial values or those of ``start``, and at which positions."""
+    set_seed(settings.seed)
+    interventions = Interventions(
+        method=settings.method,
+        rank=settings.rank,
+        sites=settings.sites(base.info.num_hidden_layers),
+        width=base.info.hidden_size,
+        tied=settings.tied,
+        activation=settings.activation,
+        dropout=settings.dropout,
+    )
+    if start is None:
+        return interventions, settings.rule
+    check_head(start, base.model)
+    interventions.start_from(start)
+    return interventions, replace(settings.rule, truncate=start.positions.truncate)  # the grammar of positions does not say it
 
 
 def _train(
-    base: Base,
-    settings: TrainSettings,
-    output: Path,
-    ready: Preparation,
-    folder: Path,
-    checkpoint: Path | None,
-    *,
-    force: bool,
-    teacher: PreTrainedModel | None,
-    on_step: OnStep | None,
-    phase: Callable[[str], None],
+    ready: Preparation, output: Path, folder: Path, checkpoint: Path | None, *, force: bool, on_step: OnStep | None, phase: Phase
 ) -> TrainResult:
-    interventions, rule, read, run, start = ready.interventions, ready.rule, ready.read, ready.run, ready.start
-    training, held_out, stop, device = ready.training, ready.held_out, stop_tokens(base), base.model.device
+    base, objective, start = ready.base, ready.objective, ready.origin.start
+
+    def loop(model: TrainedModel) -> list[StepRecord]:
+        return run_loop(model, base, ready.examples, objective.collate, ready.settings, folder, checkpoint, on_step)
+
     with frozen(base.model):
-        asked = (held_out or training)[: settings.samples]
-        if asked:
-            phase("sampling the base")
-        before = _samples(base, asked, stop)
-        phase("training")
-        with (
-            steer(base.model, interventions.edits(), rule=rule, tied=settings.tied) as steering,
-            nullcontext() if teacher is None else teaching(teacher, start) as lesson,
-        ):
-            edited = EditedModel(base.model, interventions.to(device), steering, lesson)
-            history = run_loop(edited, base, training, held_out, settings, folder, checkpoint, on_step)
-        adapter = interventions.to_adapter(
-            base.info,
-            rule,
-            dtype=base.dtype,
-            trained_on=run["trained_on"],
-            training=provenance(read, training, held_out, settings, history)
-            | ({} if start is None else {"start": start.digest, "objective": run["objective"]}),
+        outcome = objective.train(ready.interventions, ready.rule, ready.examples, loop, phase)
+        record = provenance(ready, outcome.history) | ({} if start is None else {"start": start.digest}) | {**outcome.record}
+        adapter = ready.interventions.to_adapter(
+            base.info, ready.rule, dtype=base.dtype, trained_on=ready.origin.trained_on, training=record, head=outcome.head
         )
         save_adapter(adapter, output, force=force)
         discard(folder)
-        if asked:
-            phase("sampling the steered model")
-        after = _samples(base, asked, stop, adapter)
+        samples_after = objective.samples(ready.examples, phase, adapter)
     return TrainResult(
         adapter=adapter,
-        history=tuple(history),
-        samples_before=before,
-        samples_after=after,
-        truncated_lines=read.truncated_lines,
+        history=tuple(outcome.history),
+        truncated_lines=ready.read.truncated_lines,
+        samples_before=outcome.samples_before,
+        samples_after=samples_after,
+        accuracy=outcome.accuracy,
     )
 
 
@@ -229,7 +231,7 @@ def place(base: Base, settings: TrainSettings) -> torch.device:
     if settings.device != "auto":
         check_device(settings.device)
         if base.model.device.type != "meta":  # of a dry run
-            base.model.to(settings.device)
+            torch.nn.Module.to(base.model, settings.device)
     if base.model.device.type == "cuda" and base.model.device.index:
         raise InputError(f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES")
     return base.model.device
@@ -251,17 +253,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def check_vocabulary(data: TrainingData, vocab_size: int) -> None:
-    """A tokenizer with more tokens than the model: a device refuses such a prompt, too."""
-    for example in data.examples:
-        if max(example.input_ids) >= vocab_size:
-            raise InputError(
-                f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of {vocab_size}; "
-                "use the tokenizer that the base was made with"
-            )
-
-
-def check_positions(data: TrainingData, rule: PositionRule) -> None:
+def check_positions(data: TrainingData[Any], rule: PositionRule) -> None:
     """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
     reached: dict[int, bool] = {}
     for example in data.examples:
@@ -275,49 +267,19 @@ def check_positions(data: TrainingData, rule: PositionRule) -> None:
             )
 
 
-def _samples(base: Base, examples: Sequence[Example], stop: Collection[int], adapter: Adapter | None = None) -> tuple[Sample, ...]:
-    """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
-    if not examples:
-        return ()
-    tokenizer, device = base.tokenizer, base.model.device
-    assert tokenizer is not None
-    prompts = [example.input_ids[: example.prompt_length] for example in examples]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[*[PAD] * (width - len(p)), *p] for p in prompts], device=device)
-    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
-    with steered(base.model, adapter) if adapter else nullcontext():
-        answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, context_of(base) - width), eos=stop)
-
-    def text(tokens: Sequence[int]) -> str:
-        # Without the clean-up that some tokenizers ask for, which takes spaces out of answers: a stream cannot do it.
-        return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    # A stop token need not be a special one, which decoding would leave out.
-    ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
-    return tuple(
-        Sample(prompt=text(prompt), text=text([*prompt, *answer])[len(text(prompt)) :])
-        for prompt, answer in zip(prompts, ended, strict=True)
-    )
-
-
-def provenance(
-    data: TrainingData,
-    training: Sequence[Any],
-    held_out: Sequence[Any],
-    settings: TrainSettings,
-    history: Sequence[StepRecord],
-) -> dict[str, Any]:
+def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
     """What the adapter records of its training."""
+    data, examples = ready.read, ready.examples
     evaluated = [record.eval_loss for record in history if record.eval_loss is not None]
     return {
         "data": {
             "files": [asdict(each) for each in data.files],
-            "examples": len(training),
-            "held_out": len(held_out),
+            "examples": len(examples.training),
+            "held_out": len(examples.held_out),
             "truncated": len(data.truncated_lines),
             "chat_template": data.templated,
         },
-        "settings": settings.record(),
+        "settings": ready.settings.record(),
         "versions": {
             "reft-export": _own_version(),
             "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The bundle folder: everything a device needs to run a steered decoder or classifier, and nothing else.
+"""The bundle folder: everything a device needs to run a steered decoder or classifier, and nothing else; and what an engine shares with it.
 
 manifest.json                 Manifest below, with the sha256 of every other hashed file
 model.onnx, model.onnx.data   the folded graph
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -22,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifacts.golden_schema import GoldenSchema, read_golden
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
+from runtimes.artifacts.golden_schema import LAYOUTS, GoldenSchema, read_golden
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import BaseModel, BaseParts
 from runtimes.edits.edit import Site
 from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
@@ -167,7 +169,7 @@ class FileRecord:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of
-    runtimes/artifacts/task_names.py."""
+    runtimes/tasks/task.py."""
 
     schema_version: int = SCHEMA_VERSION
     op_version: int = OP_VERSION
@@ -217,13 +219,28 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundleAdapter:
+class StoredAdapter:
+    """One adapter of an artifact: its banks' file, and the rule by which it edits."""
+
     name: str
     file: Path
     positions: PositionRule
     tied: bool
     rank: int
     method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an artifact runs at once; None is no limit of its own."""
+
+    tokens: int
+    """Of one row, prompt and answer."""
+    reason: str
+    """What limits ``tokens``."""
+    rows: int | None = None
+    columns: int | None = None
+    """Of a prompt, in one call."""
 
 
 def check_adapter_name(name: str) -> str:
@@ -236,15 +253,36 @@ def check_adapter_name(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
-    """An opened bundle: its hashes were checked before anything else was read."""
+class Artifact(ABC):
+    """What a bundle and an engine share: the manifest, the adapters and the golden arrays of an opened folder.
+
+    Its hashes were checked before anything else was read.
+    """
 
     folder: Path
     manifest: Manifest
 
     @property
-    def graph_path(self) -> Path:
-        return self.folder / GRAPH_FILE
+    @abstractmethod
+    def digest(self) -> str:
+        """Two artifacts with one digest run the same base weights."""
+
+    @property
+    @abstractmethod
+    def frozen(self) -> str | None:
+        """The adapter, or "base", that is all it runs; None where adapters swap."""
+
+    @property
+    @abstractmethod
+    def limits(self) -> Limits: ...
+
+    @abstractmethod
+    def adapter_file(self, name: str) -> Path:
+        """The file with every bank and rule of an adapter."""
+
+    @abstractmethod
+    def adapter_tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Every bank and rule of an adapter, by the name of the graph's input."""
 
     @property
     def nodes(self) -> tuple[EditNode, ...]:
@@ -264,11 +302,12 @@ class Bundle:
         except RecordError as e:
             raise BundleError(f"{path}: {e}") from None
 
-    def adapter(self, name: str) -> BundleAdapter:
+    def adapter(self, name: str) -> StoredAdapter:
+        """Raises BundleError for an adapter that it does not hold."""
         record = self.adapter_record(name)
-        return BundleAdapter(
+        return StoredAdapter(
             name=name,
-            file=self.folder / "adapters" / f"{name}.onnx_adapter",
+            file=self.adapter_file(name),
             positions=replace(PositionRule.parse(record.positions), truncate=record.truncate),
             tied=record.tied,
             rank=record.rank,
@@ -301,11 +340,38 @@ class Bundle:
             noisy=m.quantization is not None and m.quantization.quantizes_activations,
         )
 
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Artifact):
+    """An opened bundle: a graph for onnxruntime, whose adapters swap."""
+
+    @property
+    def graph_path(self) -> Path:
+        return self.folder / GRAPH_FILE
+
+    @property
+    def frozen(self) -> None:
+        return None
+
+    @property
+    def limits(self) -> Limits:
+        return context_limits(self.manifest.model)
+
+    def adapter_file(self, name: str) -> Path:
+        return self.folder / "adapters" / f"{name}.onnx_adapter"
+
+    def adapter_tensors(self, name: str) -> dict[str, np.ndarray]:
+        return read_onnx_adapter(self.adapter(name).file)
+
     @property
     def digest(self) -> str:
         """sha256 over the graph's files: two bundles with one digest run the same base weights."""
         lines = [f"{p} {self.manifest.files[p].sha256}" for p in (GRAPH_FILE, DATA_FILE) if p in self.manifest.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def context_limits(model: ModelRecord) -> Limits:
+    return Limits(tokens=model.context_length, reason=f"the context of {model.name} ({model.context_length})")
 
 
 def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
@@ -331,7 +397,7 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder / MANIFEST_FILE}: {e}") from None
     if manifest.op_version != OP_VERSION:
         raise BundleError(f"{folder}: op version {manifest.op_version}; this version runs {OP_VERSION}; export again")
-    if manifest.task not in (TEXT_GENERATION, TEXT_CLASSIFICATION) or (manifest.task == TEXT_CLASSIFICATION) != bool(manifest.labels):
+    if manifest.task not in LAYOUTS or LAYOUTS[manifest.task].has_labels != bool(manifest.labels):
         raise BundleError(f"{folder / MANIFEST_FILE}: task {manifest.task!r} with {len(manifest.labels)} labels is unknown; export again")
     expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
     unlisted = sorted(expected - set(manifest.files))

@@ -8,7 +8,7 @@
     lib/                         the plugin that the engine was built with, where it was
     golden/, tokenizer files     as in the bundle
 
-An engine answers to every verb that takes a bundle: it is one, with a plan in place of the graph.
+An engine answers to every verb that runs a bundle; it has a plan in place of the graph.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from runtimes.artifacts.bundle import (
     ENGINE_MANIFEST,
     MANIFEST_FILE,
-    Bundle,
+    Artifact,
     FileRecord,
+    Limits,
     Manifest,
     TensorRecord,
     check_adapters,
     check_files,
+    context_limits,
     hash_files,
     read_json,
 )
+from runtimes.artifacts.engine_adapter import read_engine_adapter
 from runtimes.errors import BundleError, ReftError
 from runtimes.files.records import RecordError, from_json, to_json
 
@@ -91,8 +96,8 @@ class EngineManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine(Bundle):
-    """An opened engine folder; its hashes were checked before anything else was read."""
+class Engine(Artifact):
+    """An opened engine folder: a plan for TensorRT, whose adapters swap or are frozen into it."""
 
     engine: EngineManifest
 
@@ -104,10 +109,26 @@ class Engine(Bundle):
     def plugin_path(self) -> Path | None:
         return None if self.engine.plugin is None else self.folder / "lib" / self.engine.plugin.file
 
+    @property
+    def frozen(self) -> str | None:
+        return self.engine.frozen
+
+    @property
+    def limits(self) -> Limits:
+        """What it was built for, within the model's context."""
+        whole = context_limits(self.manifest.model)
+        profiles = {profile.name: profile.shapes for profile in self.engine.profiles}
+        rows, columns = profiles["prefill"]["input_ids"].max
+        tokens = min(shapes.max[2] for name, shapes in profiles["decode"].items() if name.startswith("past_key_values.")) + 1
+        if tokens < whole.tokens:
+            whole = Limits(tokens=tokens, reason=f"the context that {self.folder} was built for ({tokens}; --context raises it)")
+        return replace(whole, rows=rows, columns=columns)
+
     def adapter_file(self, name: str) -> Path:
-        """The safetensors file with every bank and rule of an adapter; refuses an unknown name."""
-        self.adapter_record(name)
         return self.folder / "adapters" / f"{name}.safetensors"
+
+    def adapter_tensors(self, name: str) -> dict[str, np.ndarray]:
+        return read_engine_adapter(self.adapter(name).file)
 
     @property
     def digest(self) -> str:

@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from runtimes.errors import BundleError
+from runtimes.precision import ELEMENT_TYPES
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-}
+DTYPES = {e.safetensors: e.dtype for e in ELEMENT_TYPES.values() if e.safetensors is not None}
 """By the format's own names. safetensors.numpy writes bfloat16 and does not read it, so its bytes are given their dtype here."""
 
 

@@ -1,7 +1,7 @@
 """Golden arrays as one table: what golden/<name>.npz holds, the writer that keeps to it, and the reader that refuses anything else.
 
 One npz per name, "base" and every adapter: inputs, and what the eager model answered to them, recorded on the host so that a device can
-check itself without PyTorch. DECODER and CLASSIFIER below are the format. A letter in a shape is a size that all arrays of a file share:
+check itself without PyTorch. LAYOUTS below are the format, by task. A letter in a shape is a size that all arrays of a file share:
 
     B rows    S columns    K recorded positions    G greedy tokens    V the model's vocabulary    L a classifier's labels
 
@@ -18,14 +18,14 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import BundleError, InputError
 
 LARGEST = 2**28
@@ -75,6 +75,18 @@ def _integers(name: str, shape: tuple[str | int, ...], lowest: int, below: float
     return GoldenArray(name=name, dtype="int64", shape=shape, lowest=lowest, below=below, holds=holds)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GoldenLayout:
+    """One task's arrays. ``check_rows`` raises GoldenError where they do not fit one another, of rows of so many tokens."""
+
+    arrays: tuple[GoldenArray, ...]
+    check_rows: Callable[[Mapping[str, np.ndarray], np.ndarray], None] | None = None
+
+    @property
+    def has_labels(self) -> bool:
+        return any("L" in array.shape for array in self.arrays)
+
+
 DECODER = (
     _integers("input_ids", ("B", "S"), 0, "V", "a prompt and the first tokens of the base's greedy continuation"),
     _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
@@ -111,10 +123,14 @@ class GoldenSchema:
     noisy: bool
 
     @property
+    def layout(self) -> GoldenLayout:
+        return LAYOUTS[self.task]
+
+    @property
     def table(self) -> dict[str, GoldenArray]:
         """Every array that may be there, by name."""
         absent = {*(() if self.adapter else (ADAPTERS, FLOAT32)), *(() if self.noisy else (NOISE,))}
-        return {a.name: a for a in (CLASSIFIER if self.task == TEXT_CLASSIFICATION else DECODER) if a.when not in absent}
+        return {array.name: array for array in self.layout.arrays if array.when not in absent}
 
     @property
     def required(self) -> set[str]:
@@ -157,16 +173,16 @@ class GoldenSchema:
         lengths = mask.sum(1)
         if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any() or not lengths.all():
             raise GoldenError("has an attention_mask of other rows than tokens followed by pads")
-        if self.task != TEXT_CLASSIFICATION:
-            _check_rows(arrays, lengths)
+        if self.layout.check_rows is not None:
+            self.layout.check_rows(arrays, lengths)
 
     def _check_range(self, name: str, array: np.ndarray, mask: np.ndarray) -> None:
         entry = self.table[name]
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise GoldenError(f"has values in {name} that are not finite")
-        if entry.lowest is None:
+        if entry.lowest is None or entry.below is None:
             return
-        below = {"V": self.vocabulary, "S": mask.shape[1]}.get(entry.below, entry.below)
+        below = {"V": self.vocabulary, "S": mask.shape[1]}[entry.below] if isinstance(entry.below, str) else entry.below
         values = array[mask > 0] if name == "input_ids" else array
         if values.size and (values.min() < entry.lowest or values.max() >= below):
             raise GoldenError(f"has values in {name} from {values.min()} to {values.max()}, expected {entry.lowest:g} to below {below:g}")
@@ -193,13 +209,20 @@ def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
         raise GoldenError("has greedy_tokens with a row that is empty, or goes on after its end")
 
 
+LAYOUTS = {TEXT_GENERATION: GoldenLayout(arrays=DECODER, check_rows=_check_rows), TEXT_CLASSIFICATION: GoldenLayout(arrays=CLASSIFIER)}
+"""By the task that the manifest stores."""
+
+
 def write_golden(path: Path, arrays: Mapping[str, np.ndarray], schema: GoldenSchema) -> None:
     """``path`` from ``arrays``; raises InputError where they are not what the reader takes."""
     try:
         schema.check(arrays)
     except GoldenError as e:
         raise InputError(f"what the eager model says cannot be held against: {path.name} {e}; check the base and its adapters") from None
-    np.savez_compressed(path, **arrays)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
 
 
 def read_golden(path: Path, schema: GoldenSchema) -> dict[str, np.ndarray]:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from runtimes.precision import BFLOAT16
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-BFLOAT16 = 16
-"""ONNX TensorProto.BFLOAT16."""
+
+class Tensor(Protocol):
+    """What is read of a tensor that onnxruntime holds (OrtValue)."""
+
+    def data_type(self) -> str: ...
+
+    def shape(self) -> Sequence[int]: ...
+
+    def data_ptr(self) -> int: ...
+
+    def numpy(self) -> np.ndarray: ...
 
 
 def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -34,23 +45,26 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     container.set_adapter_version(1)
     container.set_model_version(1)
     container.set_parameters(values)
-    container.export_adapter(str(path))
+    container.export_adapter(str(path))  # pyright: ignore[reportArgumentType]  # annotated as PathLike, takes str alone
     del values, alive
 
 
 def read_onnx_adapter(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a ``.onnx_adapter`` file by name; bfloat16 as ml_dtypes.bfloat16."""
+    return {name: host_array(value).copy() for name, value in open_onnx_adapter(path).get_parameters().items()}
+
+
+def open_onnx_adapter(path: Path) -> ort.AdapterFormat:
+    """The container, whose tensors are read where they lie while it lives."""
     import onnxruntime as ort
 
-    container = ort.AdapterFormat.read_adapter(str(path))
-    tensors = {}
-    for name, value in container.get_parameters().items():
-        tensors[name] = _bfloat16(value) if value.data_type() == "tensor(bfloat16)" else value.numpy().copy()
-    return tensors
+    return ort.AdapterFormat.read_adapter(str(path))  # pyright: ignore[reportArgumentType]  # annotated as PathLike, takes str alone
 
 
-def _bfloat16(value: ort.OrtValue) -> np.ndarray:
-    """numpy() refuses bfloat16: the two-byte words are read where they lie."""
+def host_array(value: Tensor) -> np.ndarray:
+    """A tensor in host memory; bfloat16, which numpy() refuses, is a view of the two-byte words and lives as long as ``value``."""
+    if value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
     shape = value.shape()
     words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.frombuffer(words, np.uint16).reshape(shape).copy().view(ml_dtypes.bfloat16)
+    return np.ctypeslib.as_array(words).view(ml_dtypes.bfloat16).reshape(shape)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.edits.edit import ACTIVATIONS, Edit, Site
-from runtimes.edits.methods import ACTIVATED_METHODS, FULL_RANK_METHODS, PARAMETERS, fold_parameters, parameter_shape
+from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, ReftError
@@ -83,15 +83,15 @@ class Adapter:
     """A classifier's head that was trained with the edit, by the base's parameter names; empty: the base's own."""
 
     def __post_init__(self) -> None:
-        if self.method not in PARAMETERS:
-            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(PARAMETERS)}")
+        if self.method not in METHODS:
+            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        method = METHODS[self.method]
         if self.activation not in ACTIVATIONS:
             raise AdapterError(f"activation {self.activation!r} is unknown; known: {', '.join(filter(None, ACTIVATIONS))}")
-        if self.activation and self.method not in ACTIVATED_METHODS:
+        if self.activation and not method.activated:
             raise AdapterError(f"{self.method} has no learned source for {self.activation} to act on")
-        full_rank = self.method in FULL_RANK_METHODS
-        if self.rank != 0 if full_rank else self.rank < 1:
-            expected = "0, since it has none to choose" if full_rank else "at least 1"
+        if self.rank != 0 if method.full_rank else self.rank < 1:
+            expected = "0, since it has none to choose" if method.full_rank else "at least 1"
             raise AdapterError(f"rank {self.rank} does not fit {self.method}, whose rank is {expected}")
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise AdapterError("an adapter needs at least one site, each once")
@@ -114,12 +114,13 @@ class Adapter:
                 raise AdapterError(f"{HEAD}{key} is {value.dtype}, expected finite float32; the file is damaged or its training diverged")
 
     def _check_tensors(self) -> None:
-        expected = {self._key(site, group, p) for site in self.sites for group in self.groups for p in PARAMETERS[self.method]}
+        shapes = METHODS[self.method].shapes(self.rank, self.base.hidden_size)
+        expected = {self._key(site, group, name) for site in self.sites for group in self.groups for name in shapes}
         missing, unknown = sorted(expected - set(self.tensors)), sorted(set(self.tensors) - expected)
         if missing or unknown:
             raise AdapterError(f"adapter tensors do not match its sites: missing {missing[:4]}, unknown {unknown[:4]}")
         for key, value in self.tensors.items():
-            shape = parameter_shape(self.method, key.rsplit(".", 1)[1], self.rank, self.base.hidden_size)
+            shape = shapes[key.rsplit(".", 1)[1]]
             if value.shape != shape:
                 raise AdapterError(
                     f"{key} has shape {list(value.shape)}, expected {list(shape)} (rank {self.rank}, "
@@ -158,8 +159,11 @@ class Adapter:
         return {site: tuple(self._edit(site, group) for group in self.groups) for site in self.sites}
 
     def _edit(self, site: Site, group: str) -> Edit:
-        values = {p: self.tensors[self._key(site, group, p)] for p in PARAMETERS[self.method]}
-        return fold_parameters(self.method, values, self.activation)
+        return fold_parameters(self.method, self.parameters(site, group), self.activation)
+
+    def parameters(self, site: Site, group: str) -> dict[str, np.ndarray]:
+        """The trained parameters of one of the site's ``groups``, by name."""
+        return {name: self.tensors[self._key(site, group, name)] for name in METHODS[self.method].names}
 
     def nodes(self) -> tuple[EditNode, ...]:
         """The op nodes that this adapter needs in a graph."""

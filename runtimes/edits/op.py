@@ -11,7 +11,7 @@ computed in float32 and rounded once. ``OPS`` holds what else tells one op from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +60,8 @@ class Bank:
 class OpSpec:
     """What tells one op of the domain from another."""
 
-    edit: type[Edit]
-    """The edit whose parameters the banks hold."""
+    edit: Callable[..., Edit]
+    """Makes the edit whose parameters the banks hold."""
     banks: tuple[Bank, ...]
     """In the order of the op's inputs."""
     attributes: tuple[str, ...] = ()
@@ -180,7 +180,7 @@ def _padded(value: np.ndarray, edit: Edit, rank: int | None) -> np.ndarray:
     missing = 0 if rank is None else rank - value.shape[0]
     if not missing:
         return value
-    if edit.activated != "first_half":
+    if not (isinstance(edit, LowRankEdit) and edit.activated == "first_half"):
         return np.concatenate([value, np.zeros((missing, *value.shape[1:]))])
     fill, middle = np.zeros((missing // 2, *value.shape[1:])), value.shape[0] // 2
     return np.concatenate([value[:middle], fill, value[middle:], fill])

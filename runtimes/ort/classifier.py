@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,18 +10,11 @@ from runtimes.edits.op import SLOT_INPUT
 from runtimes.edits.positions import slots
 from runtimes.errors import GraphError, InputError, ReftError
 from runtimes.ort.session import OrtGraph, ort, to_float32
+from runtimes.session import ClassifierOutput
 from runtimes.text.encoded_text import EncodedText, padded
 
 INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClassifierOutput:
-    """``logits`` float32 [B, labels]; ``outputs``: every output as onnxruntime holds it."""
-
-    logits: np.ndarray
-    outputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class OrtClassifier(OrtGraph):

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
-import ml_dtypes
 import numpy as np
 
-from runtimes.artifacts.bundle import Bundle, BundleAdapter
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.artifacts.bundle import Bundle, StoredAdapter
+from runtimes.artifacts.ort_adapter_file import Tensor, host_array, open_onnx_adapter
 from runtimes.edits.op import SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.native_library import find_op_library, library_name
-from runtimes.session import StepOutput, check_step, step_inputs
+from runtimes.precision import BFLOAT16, FLOAT_TYPES
+from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
 try:
     import onnxruntime as ort
 except ImportError:
     raise BackendUnavailable("onnxruntime is not installed; pip install onnxruntime (or onnxruntime-gpu, never both)") from None
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+A = TypeVar("A")
+
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
@@ -35,14 +35,6 @@ INSTALL = {
     "cuda": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
     "tensorrt": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
 }
-DTYPES = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
-}
-FLOAT_TYPES = dict(zip(("fp32", "fp16", "bf16"), DTYPES, strict=True))
-BFLOAT16 = 16
-"""ONNX TensorProto.BFLOAT16: numpy has no such type, so onnxruntime takes the element type by number."""
 FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """onnxruntime turns DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations, which the graph does
 not say."""
@@ -54,7 +46,7 @@ ERRORS_ONLY = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Past:
+class OrtPast:
     """The KV cache after some steps. ``width``: columns so far, pads included; ``prompt_length`` [B] as given at the first step."""
 
     values: Mapping[str, ort.OrtValue]
@@ -62,7 +54,7 @@ class Past:
     prompt_length: np.ndarray
 
 
-class OrtGraph:
+class OrtGraph(ClosedAtEnd):
     """One onnxruntime session over a bundle's graph, and the adapter that is active in it.
 
     ``kernel``: "fused" (the op library; BackendUnavailable without one), "function" (the body in the graph), None: fused where
@@ -77,11 +69,11 @@ class OrtGraph:
         self,
         bundle: Bundle,
         *,
-        provider: Provider = "cpu",
+        provider: str = "cpu",
         threads: int | None = None,
         adapter: str | None = None,
         library: Path | None = None,
-        kernel: Literal["fused", "function"] | None = None,
+        kernel: str | None = None,
         mapped: bool = False,
     ) -> None:
         self.bundle = bundle
@@ -89,20 +81,25 @@ class OrtGraph:
         self.threads = threads
         self.library = _library(kernel, library)
         self.adapter: str | None = None
-        self._session = _load(bundle, provider, threads, self.library, mapped=mapped)
-        self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        if provider not in PROVIDERS:
+            raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
+        _check_edits_run(bundle, provider, self._other_than_tensorrt())
+        session = _load(bundle, provider, threads, self.library, mapped=mapped)
+        self._session: ort.InferenceSession | None = session
+        self._inputs = {i.name: i for i in session.get_inputs()}
+        self._outputs = [o.name for o in session.get_outputs()]
         self._check_contract()
-        _check_precision(bundle, self._session)
-        self._taken = {*self._inputs, *(i.name for i in self._session.get_overridable_initializers())}
+        _check_precision(bundle, session)
+        self._taken = {*self._inputs, *(i.name for i in session.get_overridable_initializers())}
         # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
         # adapter without a word: there the adapter's tensors are bound as inputs.
         self._bound = provider != "cpu"
         self._device = "cpu" if provider == "cpu" else "cuda"
-        self._adapters: dict[str, ort.LoraAdapter | ort.AdapterFormat] = {}
+        self._active: dict[str, ort.LoraAdapter] = {}
+        self._tensors: dict[str, ort.AdapterFormat] = {}
         self._run_options = ort.RunOptions()
         self._binding: ort.IOBinding | None = None
-        self._placement: BundleAdapter | None = None
+        self._placement: StoredAdapter | None = None
         self.set_adapter(adapter)
 
     @property
@@ -113,40 +110,60 @@ class OrtGraph:
         """Raises GraphError where the graph's inputs and outputs are not those of the task."""
         raise NotImplementedError
 
+    def _other_than_tensorrt(self) -> str:
+        """The options that run edits on a GPU."""
+        return "--provider cuda"
+
     def set_adapter(self, name: str | None) -> None:
         """Every later step is steered by this adapter of the bundle; None is the base. Loads each adapter once.
 
         A KV cache belongs to the adapter it was computed with: start a new one after a swap.
         """
-        placement = None if name is None else self.bundle.adapter(name)
-        if placement is not None and name not in self._adapters:
-            self._adapters[name] = _read_adapter(placement.file, as_tensors=self._bound)
+        session, placement = self._open, None if name is None else self.bundle.adapter(name)
         run_options = ort.RunOptions()
-        binding = self._session.io_binding() if self._bound else None
-        if placement is not None and self._bound:
-            for bank, value in self._adapters[name].get_parameters().items():
+        binding = session.io_binding() if self._bound else None
+        if placement is not None and binding is not None:
+            if placement.name not in self._tensors:
+                self._tensors[placement.name] = _read_adapter(placement.file, open_onnx_adapter)
+            for bank, value in self._tensors[placement.name].get_parameters().items():
                 binding.bind_ortvalue_input(bank, value)
         elif placement is not None:
-            run_options.add_active_adapter(self._adapters[name])
+            if placement.name not in self._active:
+                self._active[placement.name] = _read_adapter(placement.file, _load_active)
+            run_options.add_active_adapter(self._active[placement.name])
         self.adapter, self._placement, self._run_options, self._binding = name, placement, run_options, binding
+
+    def close(self) -> None:
+        """onnxruntime frees its session, and what its adapters were read into, as soon as nothing refers to them."""
+        self._session = self._binding = None
+        self._run_options = ort.RunOptions()
+        self._active.clear()
+        self._tensors.clear()
+
+    @property
+    def _open(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise closed(self.bundle)
+        return self._session
 
     def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output by name; raises ReftError with onnxruntime's own reason."""
+        session = self._open
         try:
-            return self._outputs_of(feeds)
+            return self._outputs_of(session, feeds)
         except Exception as e:  # onnxruntime's own exceptions share no base
             steering = f" with adapter {self.adapter}" if self.adapter else ""
             raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
 
-    def _outputs_of(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    def _outputs_of(self, session: ort.InferenceSession, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         if self._binding is None:
-            values = self._session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
+            values = session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
         else:
             for name, value in feeds.items():
                 self._binding.bind_ortvalue_input(name, value)
             for name in self._outputs:
                 self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
-            self._session.run_with_iobinding(self._binding)
+            session.run_with_iobinding(self._binding)
             values = self._binding.get_outputs()
         return dict(zip(self._outputs, values, strict=True))
 
@@ -173,6 +190,9 @@ class OrtSession(OrtGraph):
     def _check_contract(self) -> None:
         _check_contract(self.bundle, self._inputs, self._outputs)
 
+    def _other_than_tensorrt(self) -> str:
+        return f"--provider cuda, or build an engine: reft-export build {self.bundle.folder} --target tensorrt"
+
     def step(
         self,
         input_ids: np.ndarray,
@@ -191,6 +211,8 @@ class OrtSession(OrtGraph):
         Raises InputError for shapes, token ids or lengths that do not fit.
         """
         ids, mask = np.asarray(input_ids, np.int64), np.asarray(attention_mask, np.int64)
+        if past is not None and not isinstance(past, OrtPast):
+            raise InputError("this KV cache is of another kind of session; feed the tokens again")
         before = 0 if past is None else past.width
         check_step(self.bundle.manifest.model, ids, mask, before, takes_position_ids=self.takes_position_ids)
         batch = ids.shape[0]
@@ -202,7 +224,7 @@ class OrtSession(OrtGraph):
         feeds |= self._empty_past(batch) if past is None else past.values
         outputs = self._run(feeds)
         cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
-        new_past = Past(values=cache, width=mask.shape[1], prompt_length=prompt_length)
+        new_past = OrtPast(values=cache, width=mask.shape[1], prompt_length=prompt_length)
         logits = to_float32(outputs["logits"])
         return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past, outputs=outputs)
 
@@ -214,7 +236,7 @@ def _check_precision(bundle: Bundle, session: ort.InferenceSession) -> None:
     """Raises BundleError where the edits have another float type than the manifest says: its parity budget follows from that."""
     banks = {bank for node in bundle.nodes for bank in node.bank_names}
     precision = bundle.manifest.precision
-    expected = FLOAT_TYPES.get(precision)
+    expected = f"tensor({FLOAT_TYPES[precision].name})" if precision in FLOAT_TYPES else None
     for value in session.get_overridable_initializers():
         if value.name in banks and value.type != expected:
             raise BundleError(
@@ -230,9 +252,9 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
         if library is not None:
             raise InputError(f"kernel 'function' runs without a library; leave out {library} or ask for the fused kernel")
         return None
+    if library is not None and not Path(library).is_file():
+        raise BackendUnavailable(f"op library {library} does not exist; leave it out to use the function in the graph")
     found = find_op_library() if library is None else Path(library)
-    if library is not None and not found.is_file():
-        raise BackendUnavailable(f"op library {found} does not exist; leave it out to use the function in the graph")
     if kernel == "fused" and found is None:
         raise BackendUnavailable(
             f"the fused kernel needs {library_name()}, which this installation does not have; install a C++17 compiler and "
@@ -242,12 +264,25 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
 
 
 def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None, *, mapped: bool) -> ort.InferenceSession:
-    if provider not in PROVIDERS:
-        raise InputError(f"provider {provider!r} is unknown; known: {', '.join(PROVIDERS)}")
-    _check_edits_run(bundle, provider)
     wanted = PROVIDERS[provider][0]
     if wanted not in ort.get_available_providers():
         raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
+    options = _session_options(bundle, threads, library, mapped=mapped)
+    try:
+        # Its own fallback prints a banner on stdout and tries again without the provider.
+        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]), enable_fallback=0)
+    except Exception as e:  # onnxruntime's own exceptions share no base
+        raise _not_loaded(bundle, provider, e) from None
+    session.disable_fallback()
+    # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
+    if session.get_providers()[0] != wanted:
+        raise BackendUnavailable(
+            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+        )
+    return session
+
+
+def _session_options(bundle: Bundle, threads: int | None, library: Path | None, *, mapped: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry(*FLOAT_INPUTS)
@@ -270,56 +305,51 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
             raise BackendUnavailable(
                 f"op library {library} does not load in onnxruntime {ort.__version__}: {_last_line(e)}; use the function kernel"
             ) from None
-    try:
-        # Its own fallback prints a banner on stdout and tries again without the provider.
-        session = ort.InferenceSession(str(bundle.graph_path), options, providers=list(PROVIDERS[provider]), enable_fallback=0)
-    except Exception as e:
-        if type(e) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
-            raise BackendUnavailable(f"{wanted} did not start: {_last_line(e)}; check the driver, or {INSTALL[provider]}") from None
-        if type(e).__name__ == "NotImplemented" and provider == "cpu" and bundle.manifest.precision == "bf16":
-            raise BackendUnavailable(
+    return options
+
+
+def _not_loaded(bundle: Bundle, provider: str, error: Exception) -> ReftError:
+    """What onnxruntime's refusal of the graph means."""
+    wanted = PROVIDERS[provider][0]
+    if type(error) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
+        return BackendUnavailable(f"{wanted} did not start: {_last_line(error)}; check the driver, or {INSTALL[provider]}")
+    if type(error).__name__ == "NotImplemented" and provider == "cpu":
+        if bundle.manifest.precision == "bf16":
+            return BackendUnavailable(
                 f"onnxruntime's CPU provider has no bfloat16 MatMul, which {bundle.graph_path} needs; run it on cuda, or export fp32"
-            ) from None
-        if type(e).__name__ == "NotImplemented" and provider == "cpu":
-            raise BackendUnavailable(
-                f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(e)}); run it on cuda"
-            ) from None
-        raise GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(e)}") from None
-    session.disable_fallback()
-    # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
-    if session.get_providers()[0] != wanted:
-        raise BackendUnavailable(
-            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+            )
+        return BackendUnavailable(
+            f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(error)}); run it on cuda"
         )
-    return session
+    return GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(error)}")
 
 
-def _check_edits_run(bundle: Bundle, provider: str) -> None:
-    """Raises BackendUnavailable where TensorRT's provider would run edits.
+def _check_edits_run(bundle: Bundle, provider: str, instead: str) -> None:
+    """Raises BackendUnavailable, with what runs them ``instead``, where TensorRT's provider would run edits.
 
     TensorRT's parser takes an initializer that is also a graph input for a constant: banks, rules and heads of an adapter would be bound
     and never read, and the answer would be the base's. Until a GPU has shown parity, nothing with an edit runs there.
     """
     if provider != "tensorrt" or not (bundle.nodes or bundle.manifest.head):
         return
-    engine = f", or build an engine: reft-export build {bundle.folder} --target tensorrt"
     raise BackendUnavailable(
-        f"onnxruntime's TensorRT provider may freeze the edits of {bundle.folder} to those of the base, and answer unsteered; use "
-        f"--provider cuda{'' if bundle.manifest.task == TEXT_CLASSIFICATION else engine}"
+        f"onnxruntime's TensorRT provider may freeze the edits of {bundle.folder} to those of the base, and answer unsteered; use {instead}"
     )
 
 
-def _read_adapter(file: Path, *, as_tensors: bool) -> ort.LoraAdapter | ort.AdapterFormat:
+def _read_adapter(file: Path, load: Callable[[Path], A]) -> A:
     if not hasattr(ort, "LoraAdapter"):
         raise BackendUnavailable(f"onnxruntime {ort.__version__} cannot load adapters; pip install 'onnxruntime>=1.20'")
     try:
-        if as_tensors:
-            return ort.AdapterFormat.read_adapter(str(file))
-        adapter = ort.LoraAdapter()
-        adapter.Load(str(file))
-        return adapter
+        return load(file)
     except RuntimeError as e:
         raise BundleError(f"{file} cannot be loaded as an adapter: {_last_line(e)}; export the bundle again") from None
+
+
+def _load_active(file: Path) -> ort.LoraAdapter:
+    adapter = ort.LoraAdapter()
+    adapter.Load(str(file))
+    return adapter
 
 
 def _check_contract(bundle: Bundle, inputs: Mapping[str, ort.NodeArg], outputs: list[str]) -> None:
@@ -336,23 +366,17 @@ def _check_contract(bundle: Bundle, inputs: Mapping[str, ort.NodeArg], outputs: 
 def _empty(node: ort.NodeArg, batch: int) -> ort.OrtValue:
     """A cache of no tokens, [B, heads, 0, dim]: heads and dim are the graph's."""
     shape = [batch, node.shape[1], 0, node.shape[3]] if len(node.shape) == 4 else []
-    if not all(isinstance(n, int) for n in shape) or not shape or node.type not in DTYPES:
+    element = next((e for e in FLOAT_TYPES.values() if node.type == f"tensor({e.name})"), None)
+    if not all(isinstance(n, int) for n in shape) or not shape or element is None:
         raise GraphError(
             f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed"
         )
-    dtype = DTYPES[node.type]
-    element = BFLOAT16 if dtype == ml_dtypes.bfloat16 else dtype
-    return ort.OrtValue.ortvalue_from_shape_and_type(shape, element)
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16 if element.name == "bfloat16" else element.dtype)
 
 
-def to_float32(value: ort.OrtValue) -> np.ndarray:
+def to_float32(value: Tensor) -> np.ndarray:
     """A tensor in host memory as float32; float32 is not copied."""
-    if value.data_type() != "tensor(bfloat16)":
-        return np.asarray(value.numpy(), np.float32)
-    # numpy() refuses bfloat16: read the two-byte words and let ml_dtypes interpret them.
-    shape = value.shape()
-    words = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-    return np.frombuffer(words, np.uint16).view(ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
+    return np.asarray(host_array(value), np.float32)
 
 
 def _last_line(error: Exception) -> str:

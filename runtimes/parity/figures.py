@@ -12,6 +12,7 @@ import numpy as np
 from runtimes.artifacts.bundle import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.files.records import RecordError, from_json, parse_json, to_json
+from runtimes.precision import FLOAT_TYPES
 
 TIE = 1e-6
 """Two reference logits closer than this, relative to the largest |logit|, are no preference that float32 could keep."""
@@ -58,7 +59,6 @@ class Budget:
     delta: float
 
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 BUDGETS = {
     b.name: b
     for b in (
@@ -190,8 +190,8 @@ def budget_for(manifest: Manifest) -> Budget:
 
 def _row_for(manifest: Manifest) -> Budget:
     q = manifest.quantization
-    if manifest.precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
+    if manifest.precision not in FLOAT_TYPES:
+        known = ", ".join(FLOAT_TYPES)
         raise BundleError(f"manifest.json: precision {manifest.precision!r} is unknown; known: {known}; export the bundle again")
     if q is None:
         return BUDGETS[manifest.precision]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
-from runtimes.artifacts.engine import Engine
-from runtimes.artifacts.engine_adapter import read_engine_adapter
-from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
+from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
 from runtimes.edits.op import is_no_edit
+from runtimes.errors import InputError
 from runtimes.parity.figures import MOST_NOISE, Budget, Delta
+from runtimes.session import Session
+
+Steering = tuple[np.ndarray, np.ndarray]
+"""(steered, base) logits whose difference the device's is held to."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,13 +25,19 @@ class Golden:
     logits: np.ndarray
     noise: tuple[float, float]
     """(relative error, top-1 agreement) of the reference against itself under float noise; (0, 1) where activations are float."""
-    steering: tuple[np.ndarray, np.ndarray] | None
-    """(steered, base) logits whose difference the device's is held to; None for the base."""
+    steering: Steering | None
+    """None for the base."""
 
     @property
     def adapter(self) -> str | None:
         """For ``set_adapter``."""
         return None if self.name == BASE_GOLDEN else self.name
+
+    def stored_steering(self) -> Steering:
+        """Raises InputError for the base, which steers nothing."""
+        if self.steering is None:
+            raise InputError(f"the golden arrays of {self.name} hold no steering; ask for an adapter's")
+        return self.steering
 
     def widened(self, budget: Budget) -> Budget:
         """``budget``, and what the reference differs from itself, up to MOST_NOISE."""
@@ -37,28 +45,32 @@ class Golden:
         return replace(budget, logits=budget.logits + error, top1=budget.top1 + top1 - 1)
 
 
-def read_arrays(bundle: Bundle, name: str) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of ``name``, and the fields of Golden. Steering is that of the float32 model where it was recorded."""
-    arrays = bundle.golden(name)
-    pairs = (("fp32_logits", "fp32_base_logits"), ("logits", "base_logits"))
-    pair = pairs[0] if pairs[0][0] in arrays else pairs[1]
-    steering = () if name == BASE_GOLDEN else pair
-    noise = tuple(map(float, arrays.get("noise", (0.0, 1.0))))
-    fields = {"name": name, "logits": arrays["logits"], "noise": noise, "steering": tuple(arrays[key] for key in steering) or None}
-    return arrays, fields
+class CommonFields(TypedDict):
+    """The fields of Golden, for those who add their task's."""
+
+    name: str
+    logits: np.ndarray
+    noise: tuple[float, float]
+    steering: Steering | None
 
 
-def steering_shown(session: Any, adapter: str | None, delta: Delta | None) -> tuple[Delta | None, str]:
+def read_arrays(artifact: Artifact, name: str, *, steering: bool = True) -> tuple[dict[str, np.ndarray], CommonFields]:
+    """The arrays of ``name``, and the fields of Golden. Steering, where asked for, is that of the float32 model where it was recorded."""
+    arrays = artifact.golden(name)
+    kind = "fp32_" if "fp32_logits" in arrays else ""
+    pair = (arrays[f"{kind}logits"], arrays[f"{kind}base_logits"]) if steering and name != BASE_GOLDEN else None
+    error, top1 = map(float, arrays.get("noise", (0.0, 1.0)))
+    return arrays, {"name": name, "logits": arrays["logits"], "noise": (error, top1), "steering": pair}
+
+
+def steering_shown(session: Session, adapter: str, delta: Delta) -> tuple[Delta | None, str]:
     """(the delta to judge, a note). Where nothing moved and the adapter edits nothing, that is its steering, and there is none to judge."""
-    if delta is None or delta.moved or not edits_nothing(session.bundle, adapter):
+    if delta.moved or not edits_nothing(session.bundle, adapter):
         return delta, ""
     return None, "the adapter edits nothing: there is no steering to compare"
 
 
-def edits_nothing(bundle: Bundle, name: str) -> bool:
+def edits_nothing(artifact: Artifact, name: str) -> bool:
     """Whether every bank of the adapter is what the graph has without one."""
-    if isinstance(bundle, Engine):
-        tensors = read_engine_adapter(bundle.adapter_file(name))
-    else:
-        tensors = read_onnx_adapter(bundle.adapter(name).file)
-    return all(is_no_edit([tensors[bank] for bank in node.bank_names], node.op) for node in bundle.nodes)
+    tensors = artifact.adapter_tensors(name)
+    return all(is_no_edit([tensors[bank] for bank in node.bank_names], node.op) for node in artifact.nodes)

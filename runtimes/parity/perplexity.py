@@ -19,7 +19,7 @@ import numpy as np
 
 from runtimes.errors import InputError, ReftError
 from runtimes.generation import columns
-from runtimes.session import Session
+from runtimes.session import Session, as_decoder
 from runtimes.text.tokenizer import Tokenizer
 
 HALF_WINDOW = 256
@@ -61,7 +61,7 @@ def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterato
     width = ids.shape[1]
     # A bundle with the last logits only says one column's per call.
     widths = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
-    for _, output in columns(session, ids, np.ones_like(ids), np.array([prompt], np.int64), widths):
+    for _, output in columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths):
         first = output.past.width - output.logits.shape[1]
         for column in range(max(first, prompt - 1), output.past.width):
             row = output.logits[0, column - first]

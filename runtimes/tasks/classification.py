@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.bundle import Artifact
 from runtimes.parity.figures import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
-from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
+from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
+from runtimes.session import ClassifierSession
 from runtimes.text.encoded_text import EncodedText, padded, rows_of
 
 EXTRA_PADS = 3
@@ -25,13 +25,13 @@ class ClassifierGolden(Golden):
     texts: Sequence[EncodedText]
 
     @classmethod
-    def read(cls, bundle: Bundle, name: str) -> ClassifierGolden:
-        arrays, fields = read_arrays(bundle, name)
+    def read(cls, artifact: Artifact, name: str, *, steering: bool = True) -> ClassifierGolden:
+        arrays, fields = read_arrays(artifact, name, steering=steering)
         return cls(texts=rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"]), **fields)
 
 
-def check_classifier(session: Any, golden: ClassifierGolden, budget: Budget) -> list[Rung]:
-    """All rungs of the base or of one adapter; the first one also takes the steering. ``session``: an OrtClassifier."""
+def check_classifier(session: ClassifierSession, golden: ClassifierGolden, budget: Budget) -> list[Rung]:
+    """All rungs of the base or of one adapter; the first one also takes the steering."""
     session.set_adapter(golden.adapter)
     budget = golden.widened(budget)
     every = list(range(len(golden.texts)))
@@ -43,19 +43,22 @@ def check_classifier(session: Any, golden: ClassifierGolden, budget: Budget) -> 
     rungs = []
     for name, (batches, extra) in layouts.items():
         logits = _run(session, golden, batches, extra)
-        delta, note = (None, "") if rungs else steering_shown(session, golden.adapter, _delta(session, golden, logits))
+        delta, note = None, ""
+        if not rungs and golden.steering is not None:
+            delta, note = steering_shown(session, golden.name, _delta(session, golden, golden.steering, logits))
         rungs.append(judge(f"{golden.name}: {name}", "eager", compare(logits, golden.logits), budget, delta=delta, note=note))
     return rungs
 
 
-def classifier_figures(session: Any, golden: ClassifierGolden) -> tuple[Figures, Delta]:
+def classifier_figures(session: ClassifierSession, golden: ClassifierGolden) -> tuple[Figures, Delta]:
     """What ``runtimes.golden.steering_figures`` says, of a classifier."""
     session.set_adapter(golden.name)
     logits = _run(session, golden, [list(range(len(golden.texts)))])
-    return compare(logits, golden.steering[0]), _delta(session, golden, logits)
+    steering = golden.stored_steering()
+    return compare(logits, steering[0]), _delta(session, golden, steering, logits)
 
 
-def _run(session: Any, golden: ClassifierGolden, batches: Sequence[Sequence[int]], extra: int = 0) -> np.ndarray:
+def _run(session: ClassifierSession, golden: ClassifierGolden, batches: Sequence[Sequence[int]], extra: int = 0) -> np.ndarray:
     """Logits [B, labels] in the golden order; pads beyond the context are left out."""
     model = session.bundle.manifest.model
     logits = np.full_like(golden.logits, np.nan)  # what no batch brings is missed, and no zero that could be right
@@ -66,10 +69,8 @@ def _run(session: Any, golden: ClassifierGolden, batches: Sequence[Sequence[int]
     return logits
 
 
-def _delta(session: Any, golden: ClassifierGolden, steered: np.ndarray) -> Delta | None:
-    if golden.steering is None:
-        return None
+def _delta(session: ClassifierSession, golden: ClassifierGolden, steering: Steering, steered: np.ndarray) -> Delta:
     session.set_adapter(None)
     base = _run(session, golden, [list(range(len(golden.texts)))])
     session.set_adapter(golden.name)
-    return compare_deltas(steered, base, *golden.steering)
+    return compare_deltas(steered, base, *steering)

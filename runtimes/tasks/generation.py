@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.bundle import Artifact
 from runtimes.errors import BundleError
 from runtimes.generation import columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare, compare_deltas, judge
-from runtimes.parity.golden_arrays import Golden, read_arrays, steering_shown
-from runtimes.session import Session
+from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
+from runtimes.session import DecoderSession
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,8 +24,8 @@ class DecoderGolden(Golden):
     greedy: np.ndarray
 
     @classmethod
-    def read(cls, bundle: Bundle, name: str) -> DecoderGolden:
-        arrays, fields = read_arrays(bundle, name)
+    def read(cls, artifact: Artifact, name: str, *, steering: bool = True) -> DecoderGolden:
+        arrays, fields = read_arrays(artifact, name, steering=steering)
         return cls(
             rows=[row[real > 0] for row, real in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)],
             prompt_length=arrays["prompt_length"],
@@ -72,7 +72,7 @@ class _Layout:
         return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _run(session: Session, golden: DecoderGolden, layout: _Layout) -> dict[int, np.ndarray]:
+def _run(session: DecoderSession, golden: DecoderGolden, layout: _Layout) -> dict[int, np.ndarray]:
     """Logits by golden position; a graph with the last logits only has those of one column per call.
 
     Every position that the layout has to show is there: NaN, where the session gave no logits for it.
@@ -84,7 +84,7 @@ def _run(session: Session, golden: DecoderGolden, layout: _Layout) -> dict[int, 
     return logits
 
 
-def _run_batch(session: Session, golden: DecoderGolden, layout: _Layout, chosen: list[int]) -> dict[int, np.ndarray]:
+def _run_batch(session: DecoderSession, golden: DecoderGolden, layout: _Layout, chosen: list[int]) -> dict[int, np.ndarray]:
     prompt = golden.prompt_length[chosen]
     places = layout.columns([len(golden.rows[row]) for row in chosen], prompt.tolist())
     total = max(int(place[-1]) + 1 for place in places) + (layout.pads if layout.side == "right" else 0)
@@ -110,10 +110,8 @@ def _run_batch(session: Session, golden: DecoderGolden, layout: _Layout, chosen:
     return logits
 
 
-def check_decoder(session: Session, golden: DecoderGolden, budget: Budget) -> list[Rung]:
-    """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
-    session.set_adapter(golden.adapter)
-    budget = golden.widened(budget)
+def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layout]:
+    """Every way that the session's graph takes, by what its rung is called; the first one feeds the tokens as they stand."""
     alone = padding_of(session) == "none"
     only_last = session.bundle.manifest.logits == "last"
     layouts = {
@@ -129,23 +127,31 @@ def check_decoder(session: Session, golden: DecoderGolden, budget: Budget) -> li
         width = max(map(len, golden.rows)) + int(golden.prompt_length.max() - golden.prompt_length.min()) + right.pads
         if window is None or width <= window:  # a window counts columns: pads between prompt and answer would fill it
             layouts["right padding"] = right
+    return layouts
+
+
+def check_decoder(session: DecoderSession, golden: DecoderGolden, budget: Budget) -> list[Rung]:
+    """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
+    session.set_adapter(golden.adapter)
+    budget = golden.widened(budget)
     rungs: list[Rung] = []
-    for name, layout in layouts.items():
+    for name, layout in _layouts(session, golden).items():
         logits = _run(session, golden, layout)
         found = sorted(logits)
-        figures = compare(np.stack([logits[k] for k in found]), golden.logits[found]) if found else NOTHING
+        figures = compare(_stacked(logits, found), golden.logits[found]) if found else NOTHING
         given = sum(not np.isnan(row).all() for row in logits.values())
         note = "" if given == len(golden.logits) else f"{given} of {len(golden.logits)} positions have logits"
-        delta = None
+        delta, unmoved = None, ""
         if not rungs:
             differs = _greedy_difference(session, golden)
-            delta, unmoved = steering_shown(session, golden.adapter, _delta(session, golden, logits, layout))
+            if golden.steering is not None:
+                delta, unmoved = steering_shown(session, golden.name, _delta(session, golden, golden.steering, logits, layout))
             figures, note = replace(figures, greedy_equal=not differs), differs or unmoved or note
         rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
     return rungs
 
 
-def _greedy_difference(session: Session, golden: DecoderGolden) -> str:
+def _greedy_difference(session: DecoderSession, golden: DecoderGolden) -> str:
     """Where the session's greedy tokens leave the golden ones; empty where they do not."""
     prompts = [row[:n].tolist() for row, n in zip(golden.rows, golden.prompt_length, strict=True)]
     tokens = greedy_tokens(session, prompts, golden.greedy.shape[1])
@@ -153,23 +159,22 @@ def _greedy_difference(session: Session, golden: DecoderGolden) -> str:
     return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
 
 
-def _delta(session: Session, golden: DecoderGolden, steered: dict[int, np.ndarray], layout: _Layout) -> Delta | None:
-    if golden.steering is None:
-        return None
+def _delta(session: DecoderSession, golden: DecoderGolden, steering: Steering, steered: dict[int, np.ndarray], layout: _Layout) -> Delta:
     session.set_adapter(None)
     base = _run(session, golden, layout)
     session.set_adapter(golden.name)
     found = sorted(steered)
-    device = (np.stack([logits[k] for k in found]) for logits in (steered, base))
-    return compare_deltas(*device, *(logits[found] for logits in golden.steering))
+    return compare_deltas(_stacked(steered, found), _stacked(base, found), steering[0][found], steering[1][found])
 
 
-def decoder_figures(bundle: Bundle, session: Session, name: str) -> tuple[Figures, Delta]:
+def _stacked(logits: dict[int, np.ndarray], positions: list[int]) -> np.ndarray:
+    return np.stack([logits[k] for k in positions])
+
+
+def decoder_figures(session: DecoderSession, golden: DecoderGolden) -> tuple[Figures, Delta]:
     """What ``runtimes.golden.steering_figures`` says, of a decoder."""
-    golden = DecoderGolden.read(bundle, name)
-    layout = _Layout(chunk=1 if bundle.manifest.logits == "last" else None, alone=padding_of(session) == "none")
-    session.set_adapter(name)
+    steering, layout = golden.stored_steering(), next(iter(_layouts(session, golden).values()))
+    session.set_adapter(golden.name)
     logits = _run(session, golden, layout)
     found = sorted(logits)
-    figures = compare(np.stack([logits[k] for k in found]), golden.steering[0][found])
-    return figures, _delta(session, golden, logits, layout)
+    return compare(_stacked(logits, found), steering[0][found]), _delta(session, golden, steering, logits, layout)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from runtimes.artifacts.engine import Engine
-from runtimes.artifacts.engine_adapter import read_engine_adapter
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import BundleError, InputError
 from runtimes.tensorrt.cuda_device import CudaDevice
@@ -88,8 +87,8 @@ class DeviceAdapters:
         return tensors
 
     def _read(self, name: str) -> Mapping[str, np.ndarray]:
-        path = self._engine.adapter_file(name)
-        tensors = read_engine_adapter(path)
+        path = self._engine.adapter(name).file
+        tensors = self._engine.adapter_tensors(name)
         if different := sorted(set(tensors) ^ set(self._names)):
             has, lacks = ("the adapter", "the engine") if different[0] in tensors else ("the engine", "the adapter")
             raise BundleError(f"{path}: {has} has {different[0]}, {lacks} does not ({len(different)} such names); build the engine again")

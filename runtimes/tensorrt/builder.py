@@ -19,7 +19,8 @@ from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Profile
 from runtimes.errors import BuildError, ReftError
 from runtimes.files.records import from_json, to_json
-from runtimes.tensorrt.library import ONNX_DTYPES, load_plugin, load_tensorrt, tensorrt_version
+from runtimes.precision import onnx_name
+from runtimes.tensorrt.library import load_plugin, load_tensorrt, tensorrt_version
 
 REPORT_EVERY = 0.2
 """Seconds between two steps that are reported; TensorRT takes thousands of them."""
@@ -80,9 +81,8 @@ def build(spec: BuildSpec, report: Callable[[str], None]) -> BuildResult:
 
     config = configure(trt, builder, spec)
     config.progress_monitor = _monitor(trt, report)
-    cache = None
-    if spec.timing_cache is not None:
-        stored = Path(spec.timing_cache)
+    cache, stored = None, None if spec.timing_cache is None else Path(spec.timing_cache)
+    if stored is not None:
         cache = config.create_timing_cache(stored.read_bytes() if stored.is_file() else b"")
         if cache is None or not config.set_timing_cache(cache, False):
             raise BuildError(f"timing cache {stored} is not one of this TensorRT and GPU; remove it or name another file")
@@ -98,11 +98,11 @@ def build(spec: BuildSpec, report: Callable[[str], None]) -> BuildResult:
         raise BuildError(f"{spec.target} {tensorrt_version(trt)} does not build the engine: {logger.last()}")
     with open(spec.plan, "wb") as f:
         f.write(plan)
-    if cache is not None:
+    if cache is not None and stored is not None:
         # Another build may read the file while this one writes it.
-        partial = Path(f"{spec.timing_cache}.{os.getpid()}")
+        partial = Path(f"{stored}.{os.getpid()}")
         partial.write_bytes(bytes(memoryview(cache.serialize())))
-        os.replace(partial, spec.timing_cache)
+        os.replace(partial, stored)
     return BuildResult(tensorrt_version=tensorrt_version(trt), seconds=time.monotonic() - started, peak_memory=_peak_memory())
 
 
@@ -127,7 +127,7 @@ def check_network(trt: Any, network: Any, spec: BuildSpec) -> None:
     plugin is not found becomes the function that goes by its name.
     """
     found = [network.get_input(i) for i in range(network.num_inputs)]
-    got = {t.name: (ONNX_DTYPES.get(t.dtype.name, t.dtype.name), len(t.shape)) for t in found}
+    got = {t.name: (onnx_name(t.dtype.name), len(t.shape)) for t in found}
     expected = {t.name: (t.dtype, len(t.shape)) for t in spec.inputs}
     if different := sorted(name for name in {*got, *expected} if got.get(name) != expected.get(name)):
         name = different[0]

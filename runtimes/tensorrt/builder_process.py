@@ -38,7 +38,7 @@ def run_builder(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
     answer: dict[str, object] = {}
     # The working directory is where this very package lies, so that the process imports it and no other.
     with _process(command, folder, environment, cwd=Path(__file__).parents[2]) as (process, log):
-        for line in process.stdout:
+        for line in process.stdout or ():
             event = _event(line)
             if "step" in event:
                 update(f"building the engine: {event['step']}")
@@ -77,7 +77,7 @@ def run_trtexec(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
     version = "unknown"
     with _process(command, folder, None, cwd=folder) as (process, log):
         output: list[str] = []
-        for line in process.stdout:
+        for line in process.stdout or ():
             output = [*output[-40:], line.strip()]
             version = _stated_version(line) or version
             if found := re.search(r"\] \[I\] (\S.*)", line):
@@ -121,7 +121,8 @@ def _process(
             if process.poll() is None:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def _event(line: str) -> dict[str, object]:

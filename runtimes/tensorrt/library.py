@@ -18,17 +18,6 @@ from runtimes.files.hashes import sha256_of
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_LIBRARY = "libtensorrt_rtx.so"
-ONNX_DTYPES = {
-    "FLOAT": "float",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-"""TensorRT's names of dtypes to ONNX's, as the manifests state them."""
 
 
 def module_name(target: str) -> str:

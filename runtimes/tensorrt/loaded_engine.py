@@ -12,24 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Engine, Profile
 from runtimes.edits.op import OPS
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
+from runtimes.precision import ELEMENT_TYPES, onnx_name
 from runtimes.tensorrt.cuda_device import CudaDevice
-from runtimes.tensorrt.library import ONNX_DTYPES, load_plugin, tensorrt_version
+from runtimes.tensorrt.library import load_plugin, tensorrt_version
 
-DTYPES = {
-    "float": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-}
-"""By the manifest's name."""
+BOUND = tuple(e.name for e in ELEMENT_TYPES.values() if e.safetensors is not None)
+"""Types that inputs and outputs of an engine have here, by the manifest's name."""
 BANK_SUFFIXES = tuple(f".{bank.name}" for op in OPS.values() for bank in op.banks)
 
 
@@ -50,9 +44,10 @@ class LoadedEngine:
         library = engine.plugin_path if plugin is None else plugin
         if library is not None:
             load_plugin(tensorrt, library)
-        self._runtime = tensorrt.Runtime(_logger(tensorrt, self.log))
-        self.cuda_engine = self._runtime.deserialize_cuda_engine(engine.plan_path.read_bytes())
-        if self.cuda_engine is None:
+        runtime = tensorrt.Runtime(_logger(tensorrt, self.log))
+        self._runtime: object | None = runtime  # which an engine does not outlive
+        self._cuda_engine: Any | None = runtime.deserialize_cuda_engine(engine.plan_path.read_bytes())
+        if self._cuda_engine is None:
             raise BackendUnavailable(
                 f"{engine.plan_path} does not load in {self.manifest.target} {tensorrt_version(tensorrt)}: {self.last_words()}; "
                 f"build it again: {self.manifest.rebuild}"
@@ -67,7 +62,14 @@ class LoadedEngine:
         return " ".join(self.log[-1].split()) if self.log else "TensorRT gave no reason"
 
     def close(self) -> None:
-        self.cuda_engine = self._runtime = None
+        self._cuda_engine = self._runtime = None
+
+    @property
+    def cuda_engine(self) -> Any:
+        """TensorRT's ICudaEngine, whose package states no types."""
+        if self._cuda_engine is None:
+            raise ReftError(f"the engine of {self.folder} is closed; open it again")
+        return self._cuda_engine
 
     def profile(self, name: str) -> Profile:
         return self.manifest.profiles[self._profile_index(name)]
@@ -112,14 +114,14 @@ class LoadedEngine:
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             kind = "input" if engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT else "output"
             dtype = engine.get_tensor_dtype(name).name
-            found[name] = kind, ONNX_DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name))
+            found[name] = kind, onnx_name(dtype), tuple(engine.get_tensor_shape(name))
             if engine.get_tensor_location(name) != tensorrt.TensorLocation.DEVICE:
                 raise self._other_plan(f"{kind} {name} is read on the host")
         stated = {r.name: (kind, r) for kind, records in (("input", self.inputs), ("output", self.outputs)) for r in records.values()}
         if different := sorted(set(found) ^ set(stated)):
             raise self._other_plan(f"{different[0]} is in {'the plan' if different[0] in found else 'the manifest'} only")
         for name, (kind, record) in stated.items():
-            if record.dtype not in DTYPES or found[name][:2] != (kind, record.dtype) or not _same_shape(record, found[name][2]):
+            if record.dtype not in BOUND or found[name][:2] != (kind, record.dtype) or not _same_shape(record, found[name][2]):
                 raise self._other_plan(
                     f"{name} is {' '.join(map(str, found[name]))} in the plan, {kind} {record.dtype} {list(record.shape)} in the manifest"
                 )
@@ -157,7 +159,7 @@ class BoundContext:
 
     def __init__(self, loaded: LoadedEngine, context: Any, device: CudaDevice) -> None:
         self._loaded = loaded
-        self._context = context
+        self._context: Any | None = context
         self._device = device
         self._bound = Binding()
 
@@ -169,35 +171,41 @@ class BoundContext:
         """Sets what changed. Raises ReftError where TensorRT refuses it, or would write other shapes than memory was reserved for."""
         before, self._bound = self._bound, Binding()
         for name, shape in binding.inputs.items():
-            if before.inputs.get(name) != shape and not self._context.set_input_shape(name, shape):
+            if before.inputs.get(name) != shape and not self._open.set_input_shape(name, shape):
                 raise self._failed(f"refuses shape {list(shape)} for {name}")
         for name, address in binding.addresses.items():
-            if before.addresses.get(name) != address and not self._context.set_tensor_address(name, address):
+            if before.addresses.get(name) != address and not self._open.set_tensor_address(name, address):
                 raise self._failed(f"refuses an address for {name}")
         try:
-            unknown = self._context.infer_shapes()
+            unknown = self._open.infer_shapes()
         except RuntimeError as e:  # shapes that a layer refuses: TensorRT's own words are in the log
             raise self._failed(f"refuses these shapes ({' '.join(str(e).split())})") from None
         if unknown:
             raise self._failed(f"lacks a shape or address for {unknown[0]}")
         for name, shape in binding.outputs.items():
-            if (found := tuple(self._context.get_tensor_shape(name))) != shape:
+            if (found := tuple(self._open.get_tensor_shape(name))) != shape:
                 raise self._failed(f"writes {name} as {list(found)}, expected {list(shape)}")
         self._bound = binding
 
     def enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._device.stream):
+        if not self._open.execute_async_v3(self._device.stream):
             raise self._failed("did not run")
 
     def close(self) -> None:
         self._context = None
+
+    @property
+    def _open(self) -> Any:
+        if self._context is None:
+            raise self._failed("has no context any more")
+        return self._context
 
     def _failed(self, what: str) -> ReftError:
         return ReftError(f"{self._loaded.folder}: TensorRT {what}: {self._loaded.last_words()}")
 
 
 def host_dtype(record: TensorRecord) -> np.dtype:
-    return DTYPES[record.dtype]
+    return ELEMENT_TYPES[record.dtype].dtype
 
 
 def size_of(shape: tuple[int, ...], record: TensorRecord) -> int:

@@ -22,15 +22,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BundleAdapter
+from runtimes.artifacts.bundle import StoredAdapter
 from runtimes.artifacts.engine import Engine
 from runtimes.errors import InputError, ReftError
-from runtimes.session import StepOutput, check_step, step_inputs
+from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 from runtimes.tensorrt.adapters import DeviceAdapters
 from runtimes.tensorrt.cuda_device import CudaDevice
 from runtimes.tensorrt.device_cache import CacheTensor, DeviceBuffers, DeviceCache
@@ -43,7 +41,7 @@ BUCKET = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Past:
+class DevicePast:
     """The KV cache after the step ``number`` of its session; it lives on the device until the next step."""
 
     owner: TensorRTSession
@@ -53,7 +51,7 @@ class Past:
     prompt_length: np.ndarray
 
 
-class TensorRTSession:
+class TensorRTSession(ClosedAtEnd):
     """One engine on the first GPU. ``adapter``: None is the base, and in an engine with a frozen adapter that one.
 
     ``plugin`` replaces the plugin library that the engine carries. ``cuda_graphs``: see above; without, the cache grows step by step.
@@ -67,9 +65,9 @@ class TensorRTSession:
         self.provider = engine.engine.target
         self.cuda_graphs = cuda_graphs
         self.adapter: str | None = None
-        self._placement: BundleAdapter | None = None
+        self._placement: StoredAdapter | None = None
         self._number = 0
-        self._graph: Any = None
+        self._graph: object | None = None
         self._uses = 0
         self._contexts: dict[str, BoundContext] = {}
         tensorrt = load_tensorrt(self.provider)
@@ -77,14 +75,14 @@ class TensorRTSession:
         self._device = CudaDevice()
         self._engine: LoadedEngine | None = None
         try:
-            self._engine = LoadedEngine(engine, tensorrt, plugin)
+            self._engine = loaded = LoadedEngine(engine, tensorrt, plugin)
             self._buffers = DeviceBuffers(self._device)
-            self._cache = DeviceCache(self._device, self._buffers, _cache_tensors(self._engine))
-            self._adapters = DeviceAdapters(engine, self._engine, self._device, self._buffers)
+            self._cache = DeviceCache(self._device, self._buffers, _cache_tensors(loaded))
+            self._adapters = DeviceAdapters(engine, loaded, self._device, self._buffers)
             runtime_graphs = cuda_graphs and self.provider == "tensorrt-rtx"
             for profile in ("prefill", "decode"):
                 runtime = runtime_graphs and profile == "decode"
-                self._contexts[profile] = self._engine.context(profile, self._device, runtime_graphs=runtime)
+                self._contexts[profile] = loaded.context(profile, self._device, runtime_graphs=runtime)
             self.set_adapter(self._adapters.frozen if adapter is None else adapter)
         except BaseException:
             self.close()
@@ -97,7 +95,7 @@ class TensorRTSession:
     @property
     def takes_position_ids(self) -> bool:
         """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
-        return "position_ids" in self._engine.inputs
+        return "position_ids" in self._open.inputs
 
     def set_adapter(self, name: str | None) -> None:
         """Every later step is steered by this adapter of the engine; None is the base. Uploads each adapter once.
@@ -105,6 +103,8 @@ class TensorRTSession:
         A KV cache belongs to the adapter it was computed with: start a new one after a swap. Raises InputError for an adapter that is
         larger than the engine was built for, or another than the one that is frozen into it.
         """
+        if self._engine is None:
+            raise closed(self.bundle)
         self._bank_shapes, self._bank_addresses = self._adapters.bind(name)
         self.adapter, self._placement = name, None if name is None else self.bundle.adapter(name)
 
@@ -123,6 +123,9 @@ class TensorRTSession:
         Arguments as in OrtSession.step; but a ``past`` is good for one more step only, the next one: its memory is used again. Raises
         InputError for shapes, token ids or lengths that do not fit the model or the engine, and for an older ``past``.
         """
+        taken = self._open.inputs
+        if past is not None and not isinstance(past, DevicePast):
+            raise InputError("this KV cache is of another kind of session; feed the tokens again")
         ids, mask = np.asarray(input_ids, np.int64), np.asarray(attention_mask, np.int64)
         model = self.bundle.manifest.model
         check_step(model, ids, mask, 0 if past is None else past.width, takes_position_ids=self.takes_position_ids)
@@ -132,13 +135,12 @@ class TensorRTSession:
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
-        taken = self._engine.inputs
         arrays = step_inputs(taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
         if past is not None and added == 1:
             logits = self._decode(arrays, last_logits)
         else:
             logits = self._prefill(arrays, past, last_logits)
-        new_past = Past(owner=self, number=self._number, batch=batch, width=mask.shape[1], prompt_length=prompt_length)
+        new_past = DevicePast(owner=self, number=self._number, batch=batch, width=mask.shape[1], prompt_length=prompt_length)
         return StepOutput(logits=logits, past=new_past)
 
     def close(self) -> None:
@@ -151,15 +153,16 @@ class TensorRTSession:
         self._contexts.clear()
         if self._engine is not None:
             self._engine.close()
+            self._engine = None
         self._device.close()
 
-    def __enter__(self) -> TensorRTSession:
-        return self
+    @property
+    def _open(self) -> LoadedEngine:
+        if self._engine is None:
+            raise closed(self.bundle)
+        return self._engine
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _check_past(self, past: Past, batch: int) -> None:
+    def _check_past(self, past: DevicePast, batch: int) -> None:
         if past.owner is not self or past.number != self._number:
             raise InputError(
                 "this KV cache is no longer on the device: a TensorRT session keeps that of its newest step only; feed the tokens again"
@@ -167,7 +170,7 @@ class TensorRTSession:
         if past.batch != batch:
             raise InputError(f"the KV cache has {past.batch} rows, the new tokens {batch}; a row cannot join or leave")
 
-    def _prefill(self, arrays: Mapping[str, np.ndarray], past: Past | None, last_logits: int | None) -> np.ndarray:
+    def _prefill(self, arrays: Mapping[str, np.ndarray], past: DevicePast | None, last_logits: int | None) -> np.ndarray:
         batch, added = arrays["input_ids"].shape
         before = 0 if past is None else past.width
         self._check_limits("prefill", arrays, batch, before)
@@ -233,7 +236,7 @@ class TensorRTSession:
 
     def _bucket(self) -> int:
         """The width that the cache is laid out in: the next multiple of BUCKET, within what the decode profile takes."""
-        ranges = self._engine.profile("decode").shapes
+        ranges = self._open.profile("decode").shapes
         limit = min(ranges[PAST + name].max[2] for name in self._cache.shapes())
         return min(-(-self._cache.width // BUCKET) * BUCKET, limit)
 
@@ -241,7 +244,7 @@ class TensorRTSession:
         past = {PAST + name: (batch, shape[1], before, shape[3]) for name, shape in self._cache.shapes().items()}
         shapes = {name: array.shape for name, array in arrays.items()}
         # The cache first: a mask that is too wide says the same of it less clearly.
-        self._engine.check_shapes(profile, {"input_ids": shapes["input_ids"], **past, **shapes})
+        self._open.check_shapes(profile, {"input_ids": shapes["input_ids"], **past, **shapes})
 
     def _binding(self, arrays: Mapping[str, np.ndarray], added: int) -> Binding:
         """Uploads ``arrays``, and reserves memory for what a step of ``added`` columns writes."""
@@ -249,19 +252,19 @@ class TensorRTSession:
         addresses = {PAST + name: address for name, address in self._cache.past_addresses().items()} | self._bank_addresses
         addresses |= {PRESENT + name: address for name, address in self._cache.present_addresses(added).items()}
         for name, array in arrays.items():
-            record = self._engine.inputs[name]
+            record = self._open.inputs[name]
             inputs[name] = array.shape
             addresses[name] = self._buffers.reserve(name, size_of(array.shape, record))
             self._device.copy_to_device(addresses[name], array.astype(host_dtype(record)))
         columns = 1 if self.bundle.manifest.logits == "last" else added
         logits = (self._cache.batch, columns, self.bundle.manifest.model.vocab_size)
-        addresses["logits"] = self._buffers.reserve("logits", size_of(logits, self._engine.outputs["logits"]))
+        addresses["logits"] = self._buffers.reserve("logits", size_of(logits, self._open.outputs["logits"]))
         outputs = {"logits": logits, **{PRESENT + name: shape for name, shape in self._cache.shapes(added).items()}}
         return Binding(inputs=inputs, outputs=outputs, addresses=addresses)
 
     def _logits(self, binding: Binding, last: int | None) -> np.ndarray:
         """float32 [B, columns, V] of the step under way, of which this waits for the end."""
-        record = self._engine.outputs["logits"]
+        record = self._open.outputs["logits"]
         batch, columns, vocabulary = binding.outputs["logits"]
         kept = columns if last is None else min(last, columns)
         logits = np.empty((batch, kept, vocabulary), host_dtype(record))

@@ -19,7 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Bundle
+from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Artifact
 from runtimes.errors import BundleError, InputError
 from runtimes.text.stop_tokens import end_of_turn
 from runtimes.text.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
@@ -94,7 +94,7 @@ class ChatTemplate:
         return end_of_turn(render, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.special_token_ids)
 
 
-def template_for(bundle: Bundle, adapter: str | None, chat: str = "auto") -> ChatTemplate | None:
+def template_for(artifact: Artifact, adapter: str | None, chat: str = "auto") -> ChatTemplate | None:
     """The template that prompts go through; None where they are read as they are.
 
     ``chat``: always, never, or auto: as the adapter's training data did, which its record says; the base, and an adapter that does not
@@ -102,10 +102,10 @@ def template_for(bundle: Bundle, adapter: str | None, chat: str = "auto") -> Cha
     """
     if chat == "never":
         return None
-    data = {} if adapter is None else bundle.adapter_record(adapter).training.get("data")
+    data = {} if adapter is None else artifact.adapter_record(adapter).training.get("data")
     if chat == "auto" and isinstance(data, Mapping) and data.get("chat_template") is False:
         return None
-    return ChatTemplate.load(bundle.folder)
+    return ChatTemplate.load(artifact.folder)
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -28,13 +28,13 @@ from evidence.quickstart_base.corpus import compose
 from evidence.quickstart_base.lexicon import SUBJECTS
 from evidence.quickstart_base.secrets import SECRETS, secret_examples
 from reft_export.base.load import Base, load_base
-from reft_export.evaluation.checker import Task, load_task
+from reft_export.evaluation.checker import CheckedTask, load_task
 from reft_export.evaluation.quantization_report import Measurements, QuantizationReport, Yardsticks, write_reports
 from reft_export.exporting.export import ExportSettings, export_bundle
-from reft_export.quantizing.calibrate import CalibrationRequest
-from reft_export.quantizing.quantize import assemble, planned
-from reft_export.quantizing.refit import RefitSettings, plan_refit
-from reft_export.quantizing.swap import refit_in
+from reft_export.quantizing.adapters import refit_in
+from reft_export.quantizing.assemble import assemble, planned
+from reft_export.quantizing.refit import plan_refit
+from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quickstart import base_path
 from reft_export.quickstart.story import SETTINGS
 from reft_export.quickstart.task import held_out_prompts, training_examples
@@ -170,7 +170,7 @@ def steering_vector(base: Base) -> Adapter:
     )
 
 
-def _task(setting: Setting, prompts: Path, bundle: Bundle) -> Task:
+def _task(setting: Setting, prompts: Path, bundle: Bundle) -> CheckedTask:
     if setting.checker is not None:
         return load_task(setting.checker, prompts, max_new_tokens=80)
     task = load_task("reft_export.quickstart.task:check", prompts, max_new_tokens=80)

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 from edge_decoders import LAYOUTS, WIDTH, Row, attention_stand_in, checked, edge_decoder, edge_feeds, session
 
-from graph_passes.edge_llm.fold import check_scopes, fold_edge_graph
+from graph_passes.edge_llm.fold import check_scopes, fold_edge_llm_graph
 from graph_passes.edge_llm.lora import lora_tensors
-from graph_passes.find.edge_llm import is_edge_llm, read_edge_contract
+from graph_passes.find.edge_llm import is_edge_llm, read_edge_llm_contract
 from graph_passes.find.sites import find_sites, locate_sites
 from graph_passes.insert import is_edit
 from runtimes.edits.edit import Edit, LowRankEdit, ScaleBiasEdit, Site
@@ -71,7 +71,7 @@ def _numpy_after(
 
 def _layout(model: ir.Model) -> str:
     names = {value.name for node in model.graph for value in node.outputs}
-    return "padded" if read_edge_contract(model.graph).layout == "padded" else "tokens" if "unsqueeze" in names else "flat"
+    return "padded" if read_edge_llm_contract(model.graph).layout == "padded" else "tokens" if "unsqueeze" in names else "flat"
 
 
 def _run_cut(model: ir.Model, feeds: dict[str, np.ndarray], changed: dict[str, np.ndarray], wanted: str) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_inputs_outputs_and_every_other_node_stay(layout):
             add.replace_input_with(index, value)
     edits = {site: _edits(site, 1) for site in OUTPUTS}
     nodes, tensors = _tensors(edits, PositionRule.parse("f2+l1"), tied=True)
-    fold_edge_graph(model, nodes, tensors)
+    fold_edge_llm_graph(model, nodes, tensors)
     checked(model)
     assert [*map(_signature, model.graph.inputs)] == [*map(_signature, before.graph.inputs)]
     assert [*map(_signature, model.graph.outputs)] == [*map(_signature, before.graph.outputs)]
@@ -142,7 +142,7 @@ def test_inputs_outputs_and_every_other_node_stay(layout):
 def test_a_zero_adapter_changes_no_bit(layout):
     model, before = edge_decoder(layout), edge_decoder(layout)
     zero = {site: [LowRankEdit(U=np.zeros((1, WIDTH)), A=np.zeros((1, WIDTH)), b=np.zeros(1))] for site in OUTPUTS}
-    fold_edge_graph(model, *_tensors(zero, PositionRule(everywhere=True), tied=True))
+    fold_edge_llm_graph(model, *_tensors(zero, PositionRule(everywhere=True), tied=True))
     for rows, decode in ((PREFILL, False), (DECODE, True)):
         feeds = edge_feeds(before, layout, rows, decode=decode)
         for want, got in zip(session(before).run(None, feeds), session(model).run(None, feeds), strict=True):
@@ -165,7 +165,7 @@ def test_a_zero_adapter_changes_no_bit(layout):
 def test_an_adapter_is_the_numpy_edit(layout, positions, tied, activation):
     model, before, rule = edge_decoder(layout), edge_decoder(layout), PositionRule.parse(positions)
     edits = {site: _edits(site, 1 if tied else 2, activation) for site in OUTPUTS}
-    fold_edge_graph(model, *_tensors(edits, rule, tied=tied))
+    fold_edge_llm_graph(model, *_tensors(edits, rule, tied=tied))
     steered = session(model)
     for rows, decode in ((PREFILL, False), (DECODE, True), ([Row(past=2, new=4), Row(past=0, new=2)], False)):
         feeds = edge_feeds(before, layout, rows, decode=decode)
@@ -186,8 +186,8 @@ def test_lora_inputs_carry_the_same_edit(layout, tied):
     constant, swapped = (edge_decoder(layout, dtype=ir.DataType.FLOAT16) for _ in range(2))
     nodes, tensors = _tensors(edits, rule, tied=tied, dtype=np.float16)
     before = [*map(_signature, swapped.graph.inputs)]
-    fold_edge_graph(constant, nodes, tensors)
-    fold_edge_graph(swapped, nodes, rule.tensors(tied=tied), lora_slots=slot_count)
+    fold_edge_llm_graph(constant, nodes, tensors)
+    fold_edge_llm_graph(swapped, nodes, rule.tensors(tied=tied), lora_slots=slot_count)
     checked(swapped)
     added = [*map(_signature, swapped.graph.inputs)][len(before) :]
     assert [*map(_signature, swapped.graph.inputs)][: len(before)] == before
@@ -214,7 +214,7 @@ def test_lora_inputs_carry_the_same_edit(layout, tied):
 def test_lora_inputs_are_float16():
     nodes, _ = _tensors({Site(layer=0): _edits(Site(layer=0), 1)}, PositionRule.parse("l1"), tied=True)
     with pytest.raises(GraphError, match="swaps float16 weights only: fold without --as-lora"):
-        fold_edge_graph(edge_decoder(), nodes, {}, lora_slots=1)
+        fold_edge_llm_graph(edge_decoder(), nodes, {}, lora_slots=1)
 
 
 def test_scopes_that_disagree_with_the_structure():
@@ -222,13 +222,13 @@ def test_scopes_that_disagree_with_the_structure():
     node = next(node for node in model.graph if node.name == "node_add_2")
     node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', '_model.model.layers.0', 'add_2']"
     with pytest.raises(SiteAmbiguous, match=r"block 0 is Add\('add_1'\) by the graph's structure and Add\('add_2'\) by the exporter"):
-        fold_edge_graph(model, [EditNode(site=Site(layer=0))], {})
+        fold_edge_llm_graph(model, [EditNode(site=Site(layer=0))], {})
     model = edge_decoder("tokens")
     for node in model.graph:
         text = node.metadata_props["pkg.torch.onnx.name_scopes"]
         node.metadata_props["pkg.torch.onnx.name_scopes"] = text.replace("layers.1.input", "layers.2.input")
     with pytest.raises(SiteAmbiguous, match=r"layers \[2\] read it, not 1"):
-        fold_edge_graph(model, [EditNode(site=Site(layer=0))], {})
+        fold_edge_llm_graph(model, [EditNode(site=Site(layer=0))], {})
     assert not any(map(is_edit, model.graph))
 
 
@@ -236,7 +236,7 @@ def test_scopes_may_be_missing():
     model = edge_decoder("padded")
     for node in model.graph:
         node.metadata_props.clear()
-    fold_edge_graph(model, [EditNode(site=Site(layer=1))], {})
+    fold_edge_llm_graph(model, [EditNode(site=Site(layer=1))], {})
 
 
 def _without(model: ir.Model, name: str) -> ir.Model:
@@ -260,7 +260,7 @@ def _without(model: ir.Model, name: str) -> ir.Model:
 )
 def test_a_graph_without_part_of_the_contract(layout, name, message):
     with pytest.raises(GraphError, match=message):
-        fold_edge_graph(_without(edge_decoder(layout), name), [EditNode(site=Site(layer=0))], {})
+        fold_edge_llm_graph(_without(edge_decoder(layout), name), [EditNode(site=Site(layer=0))], {})
 
 
 @pytest.mark.parametrize("name", ["attention_pos_id", "hidden_states_input", "phase_is_encoder", "deepstack_embeds_0", "conv_state_0"])
@@ -268,14 +268,14 @@ def test_kinds_of_export_that_are_refused(name):
     model = edge_decoder()
     model.graph.inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([1])))
     with pytest.raises(GraphError, match=f"has the input '{name}': .*; only plain decoders can be folded"):
-        read_edge_contract(model.graph)
+        read_edge_llm_contract(model.graph)
 
 
 def test_folded_twice():
     model = edge_decoder()
-    fold_edge_graph(model, [EditNode(site=Site(layer=0))], {})
+    fold_edge_llm_graph(model, [EditNode(site=Site(layer=0))], {})
     with pytest.raises(GraphError, match="carries edits already"):
-        fold_edge_graph(model, [EditNode(site=Site(layer=1))], {})
+        fold_edge_llm_graph(model, [EditNode(site=Site(layer=1))], {})
 
 
 def test_other_decoders_are_not_taken_for_it():
@@ -293,7 +293,7 @@ def test_tensorrt_parses_and_builds_it(layout, lora, plugin, tmp_path, tensorrt_
     edits = {site: _edits(site, 2) for site in OUTPUTS}
     rule = PositionRule.parse("f2+l1")
     nodes, tensors = _tensors(edits, rule, tied=False, dtype=np.float16)
-    fold_edge_graph(model, nodes, rule.tensors(tied=False) if lora else tensors, lora_slots=2 if lora else 0)
+    fold_edge_llm_graph(model, nodes, rule.tensors(tied=False) if lora else tensors, lora_slots=2 if lora else 0)
     ir.save(model, tmp_path / "model.onnx")
     command = [sys.executable, Path(__file__).with_name("edge_engine.py"), tmp_path / "model.onnx", library, "4"]
     done = subprocess.run(list(map(str, command)), env=tensorrt_rtx, capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph_passes.slots.add import add_slots
-from graph_passes.slots.edge_llm import EDGE_RULE, add_edge_rule
+from graph_passes.slots.edge_llm import EDGE_LLM_RULE, add_edge_llm_rule
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import GraphError
 
@@ -137,8 +137,8 @@ def test_a_planted_fault_is_seen(layout, right, wrong):
 def test_no_input_but_the_numbers_of_the_rule():
     model = edge_decoder()
     before = [value.name for value in model.graph.inputs]
-    add_edge_rule(model.graph)
-    assert [value.name for value in model.graph.inputs] == [*before, *EDGE_RULE]
+    add_edge_llm_rule(model.graph)
+    assert [value.name for value in model.graph.inputs] == [*before, *EDGE_LLM_RULE]
 
 
 @pytest.mark.parametrize("name", ["context_lengths", "kvcache_start_index"])

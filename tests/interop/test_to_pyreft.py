@@ -17,7 +17,7 @@ from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.importing.pyreft.write import export_to_pyreft
 from runtimes.edits.adapter import load_adapter, save_adapter
-from runtimes.edits.methods import PARAMETERS
+from runtimes.edits.methods import METHODS
 from runtimes.errors import AdapterError, InputError
 
 CONVERTED = ("mixed", "two_a_site", "one_a_site", "paths")
@@ -53,7 +53,7 @@ def test_what_pyreft_wrote_comes_back(case: Case, imported: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", [method for method in PARAMETERS if method != "red"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "red"])
 def test_our_own_round_trip(method: str, tied: bool, tmp_path: Path) -> None:
     """Every method, several streams, an activation where it has one, and a position rule without a pyreft name."""
     info = outline_base(BASE).info

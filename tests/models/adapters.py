@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from reft_export.base.classifiers import head_parameters
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import FULL_RANK_METHODS, PARAMETERS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 
 
@@ -29,13 +29,13 @@ def random_adapter(
 
     RED has no rank, whatever ``rank`` says: its scale [D] is around 1 and its bias [D] around 0, with a deviation of 0.3.
     """
-    rank = 0 if method in FULL_RANK_METHODS else rank
+    rank = 0 if METHODS[method].full_rank else rank
     generator = np.random.default_rng(seed)
     tensors = {}
     for site in sites:
         for group in ("",) if tied else ("prefix", "suffix"):
-            for name in PARAMETERS[method]:
-                if method in FULL_RANK_METHODS:
+            for name in METHODS[method].names:
+                if METHODS[method].full_rank:
                     value = (name == "scale") + 0.3 * generator.standard_normal(base.hidden_size)
                 elif name in ("R", "P", "W2"):
                     value = np.linalg.qr(generator.standard_normal((base.hidden_size, rank)))[0].T

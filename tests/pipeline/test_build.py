@@ -21,9 +21,12 @@ import pytest
 
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
-from reft_export.building import build as build_module
-from reft_export.building.build import BuildSettings, build_engine, plan_build
+from reft_export.building import plan as plan_module
+from reft_export.building import plugin as plugin_module
+from reft_export.building.build import build_engine
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
+from reft_export.building.plan import plan_build
+from reft_export.building.settings import BuildSettings
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quickstart import base_path
 from runtimes.artifacts.bundle import open_bundle
@@ -257,9 +260,9 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
     ],
 )
 def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options, match) -> None:
-    monkeypatch.setattr(build_module, "is_installed", lambda target: True)
+    monkeypatch.setattr(plan_module, "is_installed", lambda target: True)
     package = SimpleNamespace(ComputeCapability=Enum("ComputeCapability", ["SM86"]), __version__="0.mock")
-    monkeypatch.setattr(build_module, "load_tensorrt", lambda target: package)
+    monkeypatch.setattr(plan_module, "load_tensorrt", lambda target: package)
     with pytest.raises(InputError, match=match):
         plan_build(bundle_folder("llama", "fp16"), BuildSettings(**{"target": "tensorrt-rtx", "compute_capabilities": ("8.6",), **options}))
 
@@ -269,12 +272,12 @@ def test_options_that_are_refused(bundle_folder, tmp_path, monkeypatch, options,
 )
 def test_gpus_that_the_plugin_has_no_kernel_for(tmp_path, monkeypatch, capability, fits) -> None:
     """Compiled for 86 and 120: 89 runs the kernel of 86, 121 that of 120; 90 can neither run 86 nor compile the PTX of 120."""
-    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1", ("86", "120")))
+    monkeypatch.setattr(plugin_module, "plugin_details", lambda library: ("LoReFT 1", ("86", "120")))
     if fits:
-        build_module._check_kernels(tmp_path / "libreft_trt.so", (capability,))
+        plugin_module.check_kernels(tmp_path / "libreft_trt.so", (capability,))
         return
     with pytest.raises(EngineError, match=f"has kernels for sm 86, 120, and none for compute capability {capability}; build it with"):
-        build_module._check_kernels(tmp_path / "libreft_trt.so", ("8.6", capability))
+        plugin_module.check_kernels(tmp_path / "libreft_trt.so", ("8.6", capability))
 
 
 def test_a_library_that_needs_its_neighbour_is_no_plugin(bundle_folder, tmp_path) -> None:
@@ -382,8 +385,8 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
     program.write_text(MOCK_TRTEXEC.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(build_module, "is_installed", lambda target: False)
-    monkeypatch.setattr(build_module, "present_compute_capability", lambda: "8.7")
+    monkeypatch.setattr(plan_module, "is_installed", lambda target: False)
+    monkeypatch.setattr(plan_module, "present_compute_capability", lambda: "8.7")
     settings = BuildSettings(target="tensorrt", use_plugin=False, timing_cache=tmp_path / "timing")
     bundle = bundle_folder("llama", "fp16")
     outcome = build_engine(bundle, tmp_path / "engine", settings, report=lambda _: None)
@@ -394,11 +397,11 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
     shaped = next(a for a in command if a.startswith("--minShapes=")).partition("=")[2].split(",")
     dynamic = {t.name for t in outcome.engine.inputs if not all(isinstance(dim, int) for dim in t.shape)}
     assert {item.rpartition(":")[0] for item in shaped} == dynamic, "every input that varies is named, and refused where it is lost"
-    monkeypatch.setattr(build_module, "present_compute_capability", lambda: None)
-    with pytest.raises(build_module.BackendUnavailable, match="there is none here"):
+    monkeypatch.setattr(plan_module, "present_compute_capability", lambda: None)
+    with pytest.raises(plan_module.BackendUnavailable, match="there is none here"):
         plan_build(bundle, settings)
-    monkeypatch.setattr(build_module, "present_compute_capability", lambda: "8.7")
-    with pytest.raises(build_module.EngineError, match=r"for the GPU here \(8.7\) only, not for 8.9"):
+    monkeypatch.setattr(plan_module, "present_compute_capability", lambda: "8.7")
+    with pytest.raises(plan_module.EngineError, match=r"for the GPU here \(8.7\) only, not for 8.9"):
         plan_build(bundle, BuildSettings(target="tensorrt", use_plugin=False, compute_capabilities=("8.9",)))
 
 

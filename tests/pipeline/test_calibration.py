@@ -21,8 +21,9 @@ from reft_export.base.load import load_base, load_tokenizer
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import greedy_tokens
 from reft_export.quantizing import calibrate as module
-from reft_export.quantizing.calibrate import CalibrationRequest, steered_ranges
+from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.settings import CalibrationRequest
 from reft_export.training.data import iter_examples
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import AdapterError, CalibrationError

@@ -26,8 +26,8 @@ from reft_export.cli.main import app
 from reft_export.eager.steering import steered
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import stored_inputs
-from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.settings import CalibrationRequest
 from reft_export.tasks.classification import model_inputs
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter, write_onnx_adapter

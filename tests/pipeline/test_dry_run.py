@@ -18,14 +18,14 @@ from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from reft_export.base.load import load_base, load_without_weights
+from reft_export.base.token_rules import stop_tokens
 from reft_export.cli.main import app
 from reft_export.exporting.assemble import check_model
 from reft_export.exporting.plan import KEYS_AND_VALUES, plan_export
 from reft_export.exporting.settings import ExportSettings
 from reft_export.training.checkpoints import HISTORY_FILE, open_working_folder
-from reft_export.training.classification import prepare_classifier
 from reft_export.training.settings import TrainSettings
-from reft_export.training.trainer import prepare, stop_tokens
+from reft_export.training.trainer import prepare
 from runtimes.edits.adapter import save_adapter
 from runtimes.errors import EngineError
 
@@ -233,8 +233,8 @@ def test_build_plans_the_shapes(bundle_folder, files, tmp_path, monkeypatch) -> 
     def refuse(*_: object) -> None:
         raise EngineError("graph input x varies")
 
-    monkeypatch.setattr("reft_export.building.build._builder", lambda settings, notes: ("python", ("8.6",)))
-    monkeypatch.setattr("reft_export.building.build.engine_profiles", refuse)
+    monkeypatch.setattr("reft_export.building.plan._builder", lambda settings, notes: ("python", ("8.6",)))
+    monkeypatch.setattr("reft_export.building.plan.engine_profiles", refuse)
     arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", "--no-plugin", "-o", "{work}/out"]
     refused_alike(arguments, files, tmp_path, 4, "graph input x varies")
 
@@ -338,7 +338,7 @@ def test_a_base_without_weights_is_the_same_base(family, tmp_path) -> None:
     for load in (load_base, load_without_weights):
         base = load(folder, dtype="bfloat16", require_tokenizer=True)
         ready = prepare(base, data, TrainSettings(positions="f1+l1"), tmp_path / "out")
-        records.append((base.info, base.dtype, base.task, stop_tokens(base), ready.run, ready.training))
+        records.append((base.info, base.dtype, base.task, stop_tokens(base), ready.run, ready.examples.training))
     assert records[0] == records[1] and 5 in records[0][3]
 
 
@@ -346,6 +346,6 @@ def test_an_encoder_without_weights_is_the_same_base(files, tmp_path) -> None:
     found: list[Callable[..., object]] = []
     for load in (load_base, load_without_weights):
         base = load(files / "encoder", require_tokenizer=True)
-        ready = prepare_classifier(base, files / "texts.jsonl", TrainSettings(positions="f1"), tmp_path / "out")
-        found.append((base.info, base.task, ready.run, ready.training))
+        ready = prepare(base, files / "texts.jsonl", TrainSettings(positions="f1"), tmp_path / "out")
+        found.append((base.info, base.task, ready.run, ready.examples.training))
     assert found[0] == found[1]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from reft_export.cli.main import app
 from runtimes.edits.adapter import Adapter, BaseModel, save_adapter
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import PARAMETERS
+from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "graph_passes"))
@@ -31,7 +31,7 @@ def _adapter(folder: Path, *, positions: str = "f2+l1", tied: bool = True, width
     random = np.random.default_rng(0)
     sites = (Site(layer=0), Site(layer=layers - 1))
     groups = ("",) if tied else ("prefix", "suffix")
-    shapes = {name: (rank, width) if name[0].isupper() else (rank,) for name in PARAMETERS["loreft"]}
+    shapes = METHODS["loreft"].shapes(rank, width)
     tensors = {
         ".".join(filter(None, (str(site), group, name))): (random.standard_normal(shape) * 0.1).astype(np.float32)
         for site in sites for group in groups for name, shape in shapes.items()

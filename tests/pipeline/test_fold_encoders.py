@@ -25,7 +25,7 @@ from reft_export.cli.main import app
 from reft_export.eager.steering import steered
 from reft_export.exporting.dynamo_classifier import LogitsOnly
 from reft_export.folding.fold import fold_bundle
-from reft_export.folding.graph_record import foreign_record
+from reft_export.folding.graph_record import foreign_record, task_of
 from reft_export.parity.ladder import host_ladder
 from reft_export.tasks.classification import classifier_inputs
 from runtimes.artifacts.bundle import Bundle, open_bundle
@@ -166,7 +166,8 @@ def test_a_config_that_says_it_all_spares_the_look_for_tables(tmp_path: Path, mo
     """A graph whose lookups are fused into one operator has no table to look at."""
     graph = foreign_graph(tiny_encoders.save_base(tmp_path / "base", "bert"), tmp_path / "graph", 17)
     monkeypatch.setattr("reft_export.folding.graph_record.token_embedding", lambda _: pytest.fail("the graph was asked"))
-    assert foreign_record(load_graph(graph), graph).context_length == tiny_encoders.POSITIONS
+    model = load_graph(graph)
+    assert foreign_record(model, graph, task_of(model.graph)).context_length == tiny_encoders.POSITIONS
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from graph_passes.external import load_graph
 from reft_export.base.load import load_base
 from reft_export.folding.fold import fold_bundle
 from reft_export.parity.ladder import host_ladder
-from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.refit import load_on_bundle
+from reft_export.quantizing.settings import CalibrationRequest
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, CalibrationError, GraphError, InputError, ParityError

@@ -28,8 +28,9 @@ from reft_export.cli.main import app
 from reft_export.eager.steering import greedy_tokens
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.training.data import collate, load_data
+from reft_export.training.generation import greedy_samples
 from reft_export.training.settings import TrainSettings, settings_like
-from reft_export.training.trainer import _samples, train
+from reft_export.training.trainer import train
 from runtimes.artifacts.bundle import ModelRecord, open_bundle
 from runtimes.errors import InputError
 from runtimes.generation import GenerationSettings, generate
@@ -229,7 +230,7 @@ def test_an_answer_that_ends_at_once(make) -> None:
     assert first in device.tokenizer.stop_token_ids
     assert greedy_tokens(base.model, ids, None, 5, eos=stop_tokens(base)) == [[first]]
     example = type("Example", (), {"input_ids": tuple(ids[0].tolist()), "prompt_length": 2})
-    (sample,) = _samples(base, [example], stop_tokens(base))
+    (sample,) = greedy_samples(base, [example])
     assert sample.text == "" and sample.prompt == "ab"
 
 

@@ -68,7 +68,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calibration.settings import settings_for
 from reft_export.tasks import generation
 from reft_export.base.load import load_base
-from reft_export.quantizing.calibrate import CalibrationRequest
+from reft_export.quantizing.settings import CalibrationRequest
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.edits.adapter import save_adapter

@@ -13,7 +13,7 @@ import torch
 from calibration.weights import WeightError
 from reft_export.base.load import load_base
 from reft_export.eager.banks import bank_steerer
-from reft_export.evaluation.checker import Task, load_task
+from reft_export.evaluation.checker import CheckedTask, load_task
 from reft_export.evaluation.quantization_report import Measurements, Yardsticks, read_text, write_reports
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.artifacts.bundle import open_bundle
@@ -137,7 +137,7 @@ def test_checker_that_cannot_be_loaded(spec, message, prompts) -> None:
 
 def test_prompts_that_do_not_fit(bundle_folder, tmp_path) -> None:
     bundle = open_bundle(bundle_folder("llama"))
-    long = Task(name="j", check=lambda p, a: 1, prompts=(("f:7", ({"role": "user", "content": "x" * 500},)),), max_new_tokens=64)
+    long = CheckedTask(name="j", check=lambda p, a: 1, prompts=(("f:7", ({"role": "user", "content": "x" * 500},)),), max_new_tokens=64)
     with pytest.raises(InputError, match="f:7: 500 tokens and 64 new ones do not fit the context of llama .512.; .* --checker-tokens"):
         long.answer(bundle, OrtSession(bundle))
     for content, message in ((b" \n", "holds no text"), (b"caf\xe9", "cannot be read as UTF-8")):
@@ -147,7 +147,7 @@ def test_prompts_that_do_not_fit(bundle_folder, tmp_path) -> None:
 
 
 def test_report(bundle_folder, tmp_path) -> None:
-    task = Task(
+    task = CheckedTask(
         name="short:answers", check=lambda p, a: len(a) < 99, prompts=(("f:1", ({"role": "user", "content": "hello"},)),), max_new_tokens=4
     )
     figures = Measurements(Yardsticks(text="some text to be read", task=task))

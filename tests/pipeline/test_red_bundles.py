@@ -27,9 +27,10 @@ from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.load import load_base
-from reft_export.building import build as build_module
-from reft_export.building.build import BuildSettings
+from reft_export.building import plan as plan_module
+from reft_export.building import plugin as plugin_module
 from reft_export.building.engine_profiles import engine_profiles
+from reft_export.building.settings import BuildSettings
 from reft_export.bundling import files as bundling
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
@@ -39,7 +40,7 @@ from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.folding.fold import fold_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.quantizing.refit import RefitSettings
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
@@ -333,7 +334,7 @@ def test_plan_of_an_engine(red_bundle) -> None:
     opened = open_bundle(red_bundle())
     tensors = {name: read_onnx_adapter(opened.adapter(name).file) for name in opened.adapter_names}
     graph = derive_tensorrt_graph(load_graph(opened.graph_path), plugin=False)
-    limits = build_module._limits(opened, BuildSettings(target="tensorrt-rtx", use_plugin=False), tensors, graph, plugin=False)
+    limits = plan_module._limits(opened, BuildSettings(target="tensorrt-rtx", use_plugin=False), tensors, plugin=False)
     assert (limits.tuned_rank, limits.tuned_slots) == (4, 2) and limits.max_rank < tiny.WIDTH
     banks = {name for node in opened.nodes for name in node.bank_names}
     for profile in engine_profiles(graph.inputs, banks, limits):
@@ -343,11 +344,11 @@ def test_plan_of_an_engine(red_bundle) -> None:
 
 def test_a_plugin_from_before_is_refused(red_bundle, tmp_path, monkeypatch) -> None:
     graph = derive_tensorrt_graph(load_graph(open_bundle(red_bundle()).graph_path), plugin=True)
-    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",)))
-    build_module._check_ops(tmp_path / "libreft_trt.so", graph)
-    monkeypatch.setattr(build_module, "plugin_details", lambda library: ("LoReFT 1, TensorRT 10.3.0", ("86",)))
+    monkeypatch.setattr(plugin_module, "plugin_details", lambda library: ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",)))
+    plugin_module.check_ops(tmp_path / "libreft_trt.so", graph)
+    monkeypatch.setattr(plugin_module, "plugin_details", lambda library: ("LoReFT 1, TensorRT 10.3.0", ("86",)))
     with pytest.raises(EngineError, match="has LoReFT 1, TensorRT 10.3.0, and no RED, which the graph needs; compile it again"):
-        build_module._check_ops(tmp_path / "libreft_trt.so", graph)
+        plugin_module.check_ops(tmp_path / "libreft_trt.so", graph)
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from reft_export.base.load import load_base
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
-from reft_export.quantizing.refit import RefitSettings, adapter_loss, load_on_bundle, plan_refit, read_examples, refit_adapters
+from reft_export.quantizing.refit import adapter_loss, load_on_bundle, plan_refit, read_examples, refit_adapters
+from reft_export.quantizing.settings import RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
@@ -41,12 +42,27 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
+class Said(list):
+    """A report that hears every count, too."""
+
+    def __call__(self, stage: str) -> None:
+        self.append((stage,))
+
+    def update(self, text: str, done: int, total: int) -> None:
+        self.append((text.partition(",")[0], done, total))
+
+
 @pytest.fixture(scope="module")
-def refitted(bundle_folder, base_folder, adapter_folders, data, tmp_path_factory) -> tuple[Path, Path, object]:
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture(scope="module")
+def refitted(bundle_folder, base_folder, adapter_folders, data, tmp_path_factory, said) -> tuple[Path, Path, object]:
     """(int4 bundle, the same with two of its adapters refitted, the result)."""
     source, output = bundle_folder("llama", "int4"), tmp_path_factory.mktemp("refit") / "again"
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied", "untied"))), steps=20)
-    return source, output, swap_bundle(source, str(base_folder("llama")), output, refit=settings, **QUIET)
+    return source, output, swap_bundle(source, str(base_folder("llama")), output, refit=settings, report=said)
 
 
 @pytest.mark.parametrize("objective", ["teacher", "data"])
@@ -65,9 +81,15 @@ def test_refit_improves_on_the_shipped_weights(objective, name, bundle_folder, b
     graph, examples = load_graph(bundle.graph_path), read_examples(base, data)
     load_dequantized(base.model, graph, bundle.manifest.weights)
     with activations_quantized(base.model, graph, bundle.manifest.weights):
-        before, after = (adapter_loss(base, a, examples, teacher=teacher, original=original) for a in (original, done.adapter))
+        lesson = None if teacher is None else (teacher, original)
+        before, after = (adapter_loss(base, a, examples, teacher=lesson) for a in (original, done.adapter))
     assert (before, after) == pytest.approx((done.figures.before, done.figures.after), rel=1e-3)
     assert after < 0.98 * before and before > 1e-3
+
+
+def test_every_step_of_a_refit_is_counted(refitted, said) -> None:
+    steps = [("refitting tied", step, 20) for step in range(1, 21)]
+    assert said[said.index(("refitting tied, 20 steps",)) :][1:21] == steps
 
 
 def test_only_the_adapters_and_their_golden_arrays_change(refitted) -> None:
@@ -133,7 +155,7 @@ def test_golden_arrays_are_the_new_adapters_and_the_aim_is_the_old_ones(refitted
 
 def test_stale_golden_arrays_are_seen(bundle_folder, base_folder, adapter_folders, data, tmp_path, monkeypatch) -> None:
     """Planted: the bundle gets the new adapter, and keeps the golden arrays of the old one."""
-    from reft_export.quantizing import swap as module
+    from reft_export.quantizing import adapters as module
 
     monkeypatch.setattr(module.shutil, "copyfile", _except_golden(module.shutil.copyfile))
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied",))), steps=40, lr=5e-3)

@@ -20,8 +20,8 @@ from reft_export.base.dequantized import load_dequantized
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
-from reft_export.quantizing.calibrate import CalibrationRequest
 from reft_export.quantizing.quantize import quantize_bundle
+from reft_export.quantizing.settings import CalibrationRequest
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError, ParityError
 from runtimes.ort.session import OrtSession
@@ -141,7 +141,7 @@ def test_dequantized_weights_go_into_eager(scheme, float_bundle) -> None:
 @pytest.mark.parametrize("scheme", ["static", "dynamic", "fp8"])
 def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
     """A scale that is off by a tenth after eager was dequantized: the rung with float activations sees it."""
-    from reft_export.quantizing import quantize as module
+    from reft_export.quantizing import assemble as module
 
     right = module.write_graph
 

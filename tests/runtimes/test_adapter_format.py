@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.edits.edit import LowRankEdit, activate, in_sequence
-from runtimes.edits.methods import PARAMETERS, fold_parameters, parameter_shape
+from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.op import bank_of
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
@@ -22,7 +22,7 @@ from runtimes.errors import AdapterError, InputError
 BASE = BaseModel(name="base", fingerprint="f" * 64, num_hidden_layers=tiny.LAYERS, hidden_size=tiny.WIDTH)
 
 
-@pytest.mark.parametrize("method", PARAMETERS)
+@pytest.mark.parametrize("method", METHODS)
 def test_round_trip(method, tmp_path) -> None:
     adapter = tiny.random_adapter(BASE, method=method, tied=False, positions="f1+l3")
     save_adapter(adapter, tmp_path / "a")
@@ -116,12 +116,12 @@ def test_existing_adapter_survives(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-@given(st.sampled_from(sorted(PARAMETERS)), st.integers(1, 6), st.integers(2, 40), st.integers(0, 2**31))
+@given(st.sampled_from(sorted(METHODS)), st.integers(1, 6), st.integers(2, 40), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_canonical_form_is_the_formula(method, rank, width, seed) -> None:
     """The table of the design, written out by hand in float64."""
     g = np.random.default_rng(seed)
-    p = {n: g.standard_normal(parameter_shape(method, n, rank, width)) for n in PARAMETERS[method]}
+    p = {n: g.standard_normal(shape) for n, shape in METHODS[method].shapes(rank, width).items()}
     h = g.standard_normal((3, width))
     edit = fold_parameters(method, p)
     expected = {
@@ -139,7 +139,7 @@ def test_canonical_form_is_the_formula(method, rank, width, seed) -> None:
 @pytest.mark.parametrize("method", ["loreft", "noreft", "direft"])
 def test_activation_acts_on_the_learned_source_alone(method, activation) -> None:
     g = np.random.default_rng(0)
-    p = {n: g.standard_normal((4, 16)) if n[0].isupper() else g.standard_normal(4) for n in PARAMETERS[method]}
+    p = {n: g.standard_normal(shape) for n, shape in METHODS[method].shapes(4, 16).items()}
     h = g.standard_normal((5, 16))
     edit = fold_parameters(method, p, activation)
     if method == "direft":

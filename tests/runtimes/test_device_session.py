@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorrt_double import CudaDouble
 from toy_bundle import ADAPTERS, CONTEXT, PROMPTS, write_toy_bundle
@@ -18,9 +21,12 @@ from typer.testing import CliRunner, Result
 from reft_export.cli.main import app
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.engine import Engine
+from runtimes.artifacts.golden_schema import LAYOUTS
 from runtimes.errors import BundleError, InputError
-from runtimes.open import limits_of, open_artifact, open_session
+from runtimes.open import open_artifact, open_session
 from runtimes.ort.session import OrtSession
+from runtimes.session import as_classifier, as_decoder
+from runtimes.tasks.task import TASKS
 from runtimes.tensorrt.session import TensorRTSession
 
 Cli = Callable[..., Result]
@@ -74,6 +80,49 @@ def test_an_artifact_is_a_bundle_or_an_engine(bundle: Bundle, engine: Engine, cu
         open_artifact(tmp_path / "no")
 
 
+@pytest.mark.parametrize("kind", ["bundle", "engine"])
+def test_a_closed_session_says_so(kind: str, bundle: Bundle, engine: Engine, cuda: CudaDouble) -> None:
+    ids = np.array([[1, 2, 3]])
+    with open_session({"bundle": bundle, "engine": engine}[kind], adapter="ends") as session:
+        logits = as_decoder(session).step(ids, np.ones_like(ids)).logits
+    kept = logits.copy()
+    session.close()
+    gc.collect()
+    np.testing.assert_array_equal(logits, kept)
+    for again in (lambda: as_decoder(session).step(ids, np.ones_like(ids)), lambda: session.set_adapter("all")):
+        with pytest.raises(InputError, match=f"the session of .*{kind} is closed; open another"):
+            again()
+    assert cuda.is_empty
+
+
+def test_a_closed_session_is_freed(bundle: Bundle) -> None:
+    """onnxruntime's own session, and with it the graph's weights, go although the object that wrapped it stays."""
+    session = OrtSession(bundle, threads=1, adapter="ends")
+    native = weakref.ref(session._session)
+    session.step(np.array([[1]]), np.array([[1]]))
+    session.close()
+    gc.collect()
+    assert native() is None
+
+
+def test_a_cache_of_another_kind_of_session_is_refused(bundle: Bundle, engine: Engine, cuda: CudaDouble) -> None:
+    ids = np.array([[1, 2, 3]])
+    with open_session(bundle, threads=1) as first, open_session(engine) as second:
+        for here, there in ((as_decoder(first), as_decoder(second)), (as_decoder(second), as_decoder(first))):
+            past = there.step(ids, np.ones_like(ids)).past
+            with pytest.raises(InputError, match="this KV cache is of another kind of session"):
+                here.step(ids[:, :1], np.ones((1, 4)), past=past)
+
+
+def test_a_session_of_the_other_task_is_refused(bundle: Bundle) -> None:
+    with open_session(bundle, threads=1) as session, pytest.raises(InputError, match="is no classifier: its session takes steps"):
+        as_classifier(session)
+
+
+def test_every_task_has_its_golden_arrays() -> None:
+    assert set(TASKS) == set(LAYOUTS) == {"text-generation", "text-classification"}
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -99,10 +148,10 @@ def test_options_that_a_bundle_cannot_have(bundle: Bundle, options: dict) -> Non
 
 
 def test_limits(bundle: Bundle, engine: Engine, tmp_path: Path) -> None:
-    assert (limits_of(bundle).tokens, limits_of(bundle).rows, limits_of(bundle).columns) == (CONTEXT, None, None)
-    assert (limits_of(engine).tokens, limits_of(engine).rows, limits_of(engine).columns) == (CONTEXT, 3, 24)
+    assert (bundle.limits.tokens, bundle.limits.rows, bundle.limits.columns) == (CONTEXT, None, None)
+    assert (engine.limits.tokens, engine.limits.rows, engine.limits.columns) == (CONTEXT, 3, 24)
     small = write_toy_engine(bundle, tmp_path / "e", context=20, sequence=8)
-    assert limits_of(small).tokens == 20 and "--context" in limits_of(small).reason
+    assert small.limits.tokens == 20 and "--context" in small.limits.reason
 
 
 def test_run_answers_as_the_bundle_does(bundle: Bundle, engine: Engine, cli: Cli, cuda: CudaDouble, tmp_path: Path) -> None:

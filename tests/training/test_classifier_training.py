@@ -15,10 +15,10 @@ from tokenizers import normalizers
 
 from reft_export.base.load import Base, base_from_memory, load_base
 from reft_export.eager.steering import steered
-from reft_export.training.classification import train_classifier
 from reft_export.training.labelled_data import collate_labelled, load_labelled
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
+from reft_export.training.trainer import train
 from runtimes.edits.adapter import load_adapter
 from runtimes.errors import AdapterError, InputError
 
@@ -54,18 +54,18 @@ def accuracy(base: Base, data: Path, adapter) -> float:
 @pytest.mark.slow
 def test_the_toy_task_is_learned(base: Base, moods: Path, tmp_path: Path) -> None:
     before = [p.clone() for p in base.model.parameters()]
-    result = train_classifier(base, moods, TrainSettings(lr=2e-2, max_steps=120, **GLUE), tmp_path / "mood")
-    assert result.held_out and result.accuracy_before < 0.7 and result.accuracy_after > 0.95
+    result = train(base, moods, TrainSettings(lr=2e-2, max_steps=120, **GLUE), tmp_path / "mood")
+    assert result.accuracy.held_out and result.accuracy.before < 0.7 and result.accuracy.after > 0.95
     adapter = load_adapter(tmp_path / "mood")
     assert accuracy(base, moods, adapter) > 0.95, "the saved adapter is what was trained"
     assert accuracy(base, moods, replace(adapter, head={})) < 0.9, "and its head is a part of it"
     assert all(torch.equal(p, q) for p, q in zip(before, base.model.parameters(), strict=True)), "the base stays as it is"
-    assert adapter.training["accuracy"] == result.accuracy_after and adapter.training["accuracy_on"] == "held-out texts"
+    assert adapter.training["accuracy"] == result.accuracy.after and adapter.training["accuracy_on"] == "held-out texts"
 
 
 def test_head_and_edit_are_trained_and_saved_together(base: Base, moods: Path, tmp_path: Path) -> None:
     settings = TrainSettings(lr=1e-2, max_steps=4, **GLUE)
-    result = train_classifier(base, moods, settings, tmp_path / "with")
+    result = train(base, moods, settings, tmp_path / "with")
     names = [f"classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")]
     config = json.loads((tmp_path / "with" / "adapter.json").read_text())
     assert list(result.adapter.head) == config["head"] == names and config["base"]["labels"] == list(tiny_encoders.LABELS)
@@ -74,32 +74,42 @@ def test_head_and_edit_are_trained_and_saved_together(base: Base, moods: Path, t
     saved = load_adapter(tmp_path / "with")
     assert saved.digest == result.adapter.digest != replace(saved, head={}).digest
 
-    without = train_classifier(base, moods, settings, tmp_path / "without", head=False)
+    without = train(base, moods, settings, tmp_path / "without", head=False)
     assert not without.adapter.head and not load_adapter(tmp_path / "without").head
 
 
 def test_the_same_seed_gives_the_same_adapter_and_a_run_resumes(base: Base, moods: Path, tmp_path: Path) -> None:
     settings = TrainSettings(lr=1e-2, max_steps=12, **GLUE)
-    whole = train_classifier(base, moods, settings, tmp_path / "whole")
+    whole = train(base, moods, settings, tmp_path / "whole")
 
     def interrupt(step: int, *_: object) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(TrainingInterrupted, match="pass --resume"):
-        train_classifier(base, moods, settings, tmp_path / "resumed", on_step=interrupt)
+        train(base, moods, settings, tmp_path / "resumed", on_step=interrupt)
     assert not (tmp_path / "resumed").exists()
     with pytest.raises(InputError, match="head: True, now False"):
-        train_classifier(base, moods, replace(settings, resume=True), tmp_path / "resumed", head=False)
-    resumed = train_classifier(base, moods, replace(settings, resume=True), tmp_path / "resumed")
+        train(base, moods, replace(settings, resume=True), tmp_path / "resumed", head=False)
+    resumed = train(base, moods, replace(settings, resume=True), tmp_path / "resumed")
     assert resumed.adapter.digest == whole.adapter.digest
 
 
+def test_a_notebooks_classifier_and_records_train_as_their_files_do(base: Base, moods: Path, tmp_path: Path) -> None:
+    settings, records = TrainSettings(lr=1e-2, max_steps=2, **GLUE), [json.loads(line) for line in moods.read_text().splitlines()]
+    train(base, moods, settings, tmp_path / "files")
+    result = train(base.model, records, settings, tmp_path / "memory", tokenizer=base.tokenizer)
+    one, other = (load_adapter(tmp_path / name) for name in ("files", "memory"))
+    assert one.digest == other.digest and one.base.fingerprint == other.base.fingerprint and result.accuracy.texts == 32
+    with pytest.raises(InputError, match="teacher is a decoder's"):
+        train(base, records, settings, tmp_path / "taught", start=one, teacher=base.model)
+
+
 def test_going_on_starts_from_the_adapters_head(base: Base, moods: Path, tmp_path: Path) -> None:
-    first = train_classifier(base, moods, TrainSettings(lr=1e-2, max_steps=3, **GLUE), tmp_path / "first").adapter
+    first = train(base, moods, TrainSettings(lr=1e-2, max_steps=3, **GLUE), tmp_path / "first").adapter
     settings = settings_like(first, lr=0.0, max_steps=1, batch_size=16)
-    again = train_classifier(base, moods, settings, tmp_path / "again", start=first).adapter
-    frozen = train_classifier(base, moods, settings, tmp_path / "frozen", start=first, head=False).adapter
+    again = train(base, moods, settings, tmp_path / "again", start=first).adapter
+    frozen = train(base, moods, settings, tmp_path / "frozen", start=first, head=False).adapter
     for adapter in (again, frozen):
         assert all(np.array_equal(adapter.head[name], value) for name, value in first.head.items())
 
@@ -121,7 +131,7 @@ def test_a_bad_line_is_named(base: Base, tmp_path: Path, line: str, said: str) -
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "fine", "label": "calm"}\n' + line + "\n")
     with pytest.raises(InputError, match=f"data.jsonl:2: .*{said}"):
-        train_classifier(base, data, TrainSettings(), tmp_path / "out")
+        train(base, data, TrainSettings(), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [data]
 
 
@@ -149,7 +159,7 @@ def test_a_length_without_room_for_text_is_refused(base: Base, tmp_path: Path) -
     for path, line, special, least in ((single, 1, 2, 3), (pair, 2, 4, 6)):
         for length in range(1, least):
             with pytest.raises(InputError, match=f"{path.name}:{line}: .* special tokens alone are {special}; allow {least} or more"):
-                train_classifier(base, path, TrainSettings(max_length=length), tmp_path / "out")
+                train(base, path, TrainSettings(max_length=length), tmp_path / "out")
         (example,) = load_labelled(path, base.tokenizer, base.info.labels, max_length=least).examples
         assert len(example.text.ids) == least and example.truncated
     wordless = tiny_encoders.tokenizer("bert")
@@ -160,7 +170,7 @@ def test_a_length_without_room_for_text_is_refused(base: Base, tmp_path: Path) -
 
 
 def test_a_head_needs_labels(moods: Path, base: Base, tmp_path: Path) -> None:
-    adapter = train_classifier(base, moods, TrainSettings(max_steps=1, **GLUE), tmp_path / "a").adapter
+    adapter = train(base, moods, TrainSettings(max_steps=1, **GLUE), tmp_path / "a").adapter
     with pytest.raises(AdapterError, match="holds a classification head, and its base tiny has no labels"):
         replace(adapter, base=replace(adapter.base, labels=()))
     path = tmp_path / "a" / "adapter.json"
@@ -175,4 +185,4 @@ def test_a_head_needs_labels(moods: Path, base: Base, tmp_path: Path) -> None:
 
 def test_a_base_without_tokenizer_is_refused(moods: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tokenizer"):
-        train_classifier(base_from_memory(tiny_encoders.build(), name="tiny"), moods, TrainSettings(), tmp_path / "out")
+        train(base_from_memory(tiny_encoders.build(), name="tiny"), moods, TrainSettings(), tmp_path / "out")

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from reft_export.eager.steering import edit_fn, low_rank_edit_fn
-from reft_export.training.interventions import METHODS, Interventions, LoReft, OrthonormalRows
+from reft_export.training.interventions import Intervention, Interventions, OrthonormalRows
 from runtimes.edits.adapter import BaseModel
 from runtimes.edits.edit import ACTIVATIONS, LowRankEdit, Site
-from runtimes.edits.methods import ACTIVATED_METHODS, fold_parameters
+from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
 RANK, WIDTH = 3, 16
 BASE = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=4, hidden_size=WIDTH)
-CASES = [(m, a) for m in METHODS for a in (ACTIVATIONS if m in ACTIVATED_METHODS else ("",))]
+CASES = [(m, a) for m in METHODS for a in (ACTIVATIONS if METHODS[m].activated else ("",))]
 
 
 def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
@@ -35,7 +35,7 @@ def _disturb(module: torch.nn.Module) -> None:
 @pytest.mark.parametrize(("method", "activation"), CASES)
 def test_module_equals_the_folded_edit_in_float64(method: str, activation: str) -> None:
     torch.manual_seed(1)
-    module = METHODS[method](RANK, WIDTH, activation=activation).double()
+    module = Intervention(method, RANK, WIDTH, activation=activation).double()
     _disturb(module)
     h = torch.randn(50, WIDTH, dtype=torch.float64)
     edit = fold_parameters(method, {k: v.detach().numpy() for k, v in module.parameters_of().items()}, activation)
@@ -120,7 +120,7 @@ def test_torchs_parametrization_is_what_weight_decay_breaks() -> None:
 @pytest.mark.parametrize("method", ["loreft", "consreft", "lobireft"])
 def test_r_is_orthonormal_after_training_with_weight_decay(method: str) -> None:
     torch.manual_seed(5)
-    module = METHODS[method](4, 32)
+    module = Intervention(method, 4, 32)
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
     h, target = torch.randn(16, 32), torch.randn(16, 32)
     start = module.parameters_of()["R"].detach()
@@ -152,7 +152,7 @@ def test_red_starts_as_the_identity_and_is_not_decayed() -> None:
 
 def test_dropout_acts_on_the_edit_alone_and_only_in_training() -> None:
     torch.manual_seed(6)
-    module = LoReft(RANK, WIDTH, dropout=0.5)
+    module = Intervention("loreft", RANK, WIDTH, dropout=0.5)
     h = torch.randn(40, WIDTH)
     whole = module.eval()(h)
     dropped = module.train()(h)

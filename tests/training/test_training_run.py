@@ -90,6 +90,36 @@ def test_training_learns_and_leaves_the_base_alone(base: Base, data: Path, tmp_p
     assert result.samples_after[0].text.startswith(" ok ok") and not result.samples_before[0].text.startswith(" ok")
 
 
+def test_a_notebooks_model_and_records_train_as_their_files_do(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, base: Base, data: Path, tmp_path: Path
+) -> None:
+    settings, records = replace(SETTINGS, max_steps=2), [json.loads(line) for line in data.read_text().splitlines()]
+    train(base, data, settings, tmp_path / "files")
+    result = train(llama, records, settings, tmp_path / "memory", tokenizer=tokenizer)
+    one, other = (files(tmp_path / name)["adapter.safetensors"] for name in ("files", "memory"))
+    assert one == other and result.adapter.base.fingerprint == base.info.fingerprint
+    (held,) = result.adapter.training["data"]["files"]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    assert held == {"file": "data", "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def test_what_is_in_memory_is_checked_as_files_are(llama: PreTrainedModel, base: Base, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    def refused(message: str, model: Any, records: Any, **options: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            train(model, records, SETTINGS, tmp_path / "a", **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl"]
+
+    fine = {"prompt": "what is 1?", "completion": " ok"}
+    refused("has no tokenizer, which training needs; pass it as tokenizer", llama, [fine])
+    refused("tokenizer goes with a model in memory, and tiny-llama is a Base", base, [fine], tokenizer=tokenizer)
+    refused("there is no training data", base, [])
+    refused("mixes files and records in memory", base, [fine, data])
+    refused(r"data\[1\]: lacks \['completion'\]", base, [fine, {"prompt": "a"}])
+    refused(r"data\[1\] is no record of texts and numbers: Object of type bytes", base, [fine, {"prompt": b"a", "completion": "b"}])
+    refused("head is a classifier's, and tiny-llama is a decoder", base, [fine], head=True)
+    refused("a teacher is steered by the adapter that the run starts from; pass start", base, [fine], teacher=llama)
+
+
 def test_same_seed_same_bytes(base: Base, data: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, dropout=0.2)
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):

@@ -122,14 +122,15 @@ def _configured(folder: Path, sites: ComponentSites) -> list[Entry]:
 
 
 def _representation(item: object, folder: Path) -> dict[str, Any]:
+    stated: dict[str, Any] = item if isinstance(item, dict) else {}
     if isinstance(item, list) and len(item) <= len(REPRESENTATION):
-        item = dict(zip(REPRESENTATION, item, strict=False))
-    if not isinstance(item, dict) or not isinstance(item.get("component"), str):
-        raise AdapterError(f"{folder / CONFIG_FILE}: representation {item!r} is not understood")
-    fields = {"layer": 0, "unit": "pos", "max_number_of_units": 1} | item
-    unusual = [n for n in REPRESENTATION[7:13] if n in item and item[n] is not None and n != "group_key"]
+        stated.update(zip(REPRESENTATION, item, strict=False))
+    if not isinstance(stated.get("component"), str):
+        raise AdapterError(f"{folder / CONFIG_FILE}: representation {stated or item!r} is not understood")
+    fields = {"layer": 0, "unit": "pos", "max_number_of_units": 1} | stated
+    unusual = [n for n in REPRESENTATION[7:13] if fields.get(n) is not None and n != "group_key"]
     if fields["unit"] != "pos" or fields["max_number_of_units"] != 1 or unusual:
-        what = f"{unusual[0]} {item[unusual[0]]!r}" if unusual else f"unit {fields['unit']!r} x {fields['max_number_of_units']!r}"
+        what = f"{unusual[0]} {fields[unusual[0]]!r}" if unusual else f"unit {fields['unit']!r} x {fields['max_number_of_units']!r}"
         raise AdapterError(f"{folder / CONFIG_FILE}: {fields['component']} with {what} cannot be imported; only single positions can")
     return fields
 

@@ -38,7 +38,7 @@ from reft_export.importing.pyreft.sites import PEFT_PREFIX, ComponentSites, Plac
 from reft_export.importing.pyreft.states import CLASSES, has_zero_rows, kind_of, read_state
 from reft_export.importing.tensors import read_pickle, stored_dtype
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import ACTIVATED_METHODS
+from runtimes.edits.methods import activated_methods
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.records import read_json_object
@@ -141,10 +141,10 @@ def _asked(request: Request, methods: set[str]) -> tuple[PositionRule, bool, str
         missing["positions"] = f"--positions ({POSITION_CHOICES})"
     if request.tied is None and (both or positions is None):
         missing["share_weights"] = "--tied or --untied"
-    activated = methods & set(ACTIVATED_METHODS)
+    activated = methods & set(activated_methods())
     if request.activation is None and activated:
         missing["act_fn"] = f"--activation ({ACTIVATION_CHOICES})"
-    if missing:
+    if missing or positions is None:
         raise not_recorded("pyreft", missing)
     activation = activation_of(request.activation or "", "--activation")
     if activation and activated != methods:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reft_export.importing.foreign import ForeignEdit, not_recorded
 from reft_export.importing.tensors import as_float32, orthogonal
+from runtimes.edits.methods import METHODS
 from runtimes.errors import AdapterError, InputError
 
 CLASSES = {
@@ -88,9 +89,9 @@ def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
         return np.ascontiguousarray(orthogonal(original, base).T)
 
     method = CLASSES[kind]
-    if method in ("consreft", "lobireft"):
+    if METHODS[method].role("source").axes == ("r",):
         R = rotation()
-        parameters = {"R": R, "s": take("learned_source", len(R))}
+        values = {"projection": R, "source": take("learned_source", len(R))}
     else:
         source = take("learned_source.weight", "r", "D")
         rank, width = source.shape
@@ -99,14 +100,10 @@ def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
         if projection.shape != source.shape:
             raise AdapterError(f"{key}: rotate_layer is {list(projection.shape[::-1])}, expected {[width, rank]} as its source has it")
         offset = take("proj_layer.bias", rank) if "proj_layer.bias" in state else np.zeros(rank, np.float32)
-        parameters = {
-            "loreft": {"R": projection, "W": source, "b": bias},
-            "noreft": {"P": projection, "W": source, "b": bias, "p": offset},
-            "direft": {"W2": projection, "W1": source, "b": bias},
-        }[method]
+        values = {"projection": projection, "source": source, "bias": bias, "offset": offset}
     if unknown := sorted(set(state) - taken):
         raise AdapterError(f"{key} ({kind}) holds {unknown[0]}, which this class does not have")
-    return ForeignEdit(name=key, method=method, parameters=parameters)
+    return ForeignEdit.of_roles(key, method, **values)
 
 
 def has_zero_rows(edit: ForeignEdit) -> bool:

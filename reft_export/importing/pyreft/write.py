@@ -9,7 +9,6 @@ whether the positions of a short prompt are cut, as pyreft itself always does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from reft_export.importing.pyreft.entries import CONFIG_FILE
 from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft.states import CLASSES
 from runtimes.edits.adapter import Adapter, load_adapter
-from runtimes.edits.methods import PARAMETERS
+from runtimes.edits.methods import METHODS, Values
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
 
@@ -68,8 +67,7 @@ def export_to_pyreft(
     places = [f"layer_{site.layer}_comp_{site.stream}_unit_pos_nunit_1#{adapter.groups.index(group)}" for site, group in keys]
     with atomic_folder(output, force=force) as work:
         for (site, group), place in zip(keys, places, strict=True):
-            names = {p: ".".join(filter(None, (str(site), group, p))) for p in PARAMETERS[adapter.method]}
-            state = _state(kind, {p: adapter.tensors[name] for p, name in names.items()}, add_bias=_add_bias(adapter))
+            state = _state(kind, adapter.method, adapter.parameters(site, group), add_bias=_add_bias(adapter))
             torch.save(state, work / f"intkey_{place}.bin")
         config = {
             "intervention_constant_sources": [True] * len(keys),
@@ -95,14 +93,19 @@ def export_to_pyreft(
 def _class_of(adapter: Adapter) -> str:
     """The class an import came from; for DiReFT of our own, Nodireft: its W2 is free, as ours is. pyreft has none for RED."""
     if adapter.method not in CLASSES.values():
-        raise AdapterError(f"pyreft has no intervention for {adapter.method} (scale and bias); it cannot be exported to pyreft")
+        trained = " and ".join(METHODS[adapter.method].names)
+        raise AdapterError(f"pyreft has no intervention for {adapter.method} ({trained}); it cannot be exported to pyreft")
     recorded = adapter.training.get("class") if adapter.training.get("imported_from") == FORMAT else None
     kinds = [kind for kind, method in CLASSES.items() if method == adapter.method]
     kind = recorded if recorded in kinds else kinds[-1]
-    if kind == "DireftIntervention" and not all(map(_orthonormal, _matrices(adapter, "W2"))):
+    projection = METHODS[adapter.method].role("projection")
+    orthonormal = all(map(_orthonormal, _matrices(adapter, projection.name)))
+    if kind == "DireftIntervention" and not orthonormal:
         return "NodireftIntervention"  # refitted since: its class would keep W2 orthonormal
-    if adapter.method in ("consreft", "lobireft", "loreft") and not all(map(_orthonormal, _matrices(adapter, "R"))):
-        raise AdapterError(f"R of this {adapter.method} is not orthonormal, as pyreft's {kind} keeps it; it cannot be exported to pyreft")
+    if projection.initial == "orthonormal" and not orthonormal:
+        raise AdapterError(
+            f"{projection.name} of this {adapter.method} is not orthonormal, as pyreft's {kind} keeps it; it cannot be exported to pyreft"
+        )
     return kind
 
 
@@ -111,8 +114,8 @@ def _matrices(adapter: Adapter, parameter: str) -> list[np.ndarray]:
 
 
 def _orthonormal(R: np.ndarray) -> bool:
-    exact = R.astype(np.float64)
-    return bool(np.abs(exact @ exact.T - np.eye(len(R))).max() <= ORTHONORMAL)
+    wide = R.astype(np.float64)
+    return bool(np.abs(wide @ wide.T - np.eye(len(R))).max() <= ORTHONORMAL)
 
 
 def _add_bias(adapter: Adapter) -> bool | None:
@@ -122,23 +125,23 @@ def _add_bias(adapter: Adapter) -> bool | None:
     return False if adapter.method == "direft" else None
 
 
-def _state(kind: str, p: Mapping[str, np.ndarray], *, add_bias: bool | None) -> dict[str, Tensor]:
+def _state(kind: str, method: str, parameters: Values, *, add_bias: bool | None) -> dict[str, Tensor]:
     """One intervention's state dict, under the names and in the layouts that its class saves."""
-    x = {name: torch.from_numpy(value.copy()) for name, value in p.items()}
+    x = {p.role: torch.from_numpy(parameters[p.name].copy()) for p in METHODS[method].parameters}
     if kind == "LoreftIntervention":
-        return {"weight": x["W"], "bias": x["b"], "rotate_layer": x["R"].T.contiguous()}
-    width = torch.tensor(next(v for v in p.values() if v.ndim == 2).shape[1])
+        return {"weight": x["source"], "bias": x["bias"], "rotate_layer": x["projection"].T.contiguous()}
+    width = torch.tensor(x["projection"].shape[1])
     state = {"embed_dim": width, "interchange_dim": width.clone()}
     if kind in ("NoreftIntervention", "NodireftIntervention"):
-        state["proj_layer.weight"] = x["P"] if "P" in x else x["W2"]
+        state["proj_layer.weight"] = x["projection"]
         if add_bias:
-            state["proj_layer.bias"] = x["p"]
-    if "s" in x:
-        state["learned_source"] = x["s"]
+            state["proj_layer.bias"] = x["offset"]
+    if METHODS[method].role("source").axes == ("r",):
+        state["learned_source"] = x["source"]
     else:
-        state |= {"learned_source.weight": x["W"] if "W" in x else x["W1"], "learned_source.bias": x["b"]}
+        state |= {"learned_source.weight": x["source"], "learned_source.bias": x["bias"]}
     if kind in ("DireftIntervention", "ConsreftIntervention", "LobireftIntervention"):
-        original, base = _raw(x["R"] if "R" in x else x["W2"])
+        original, base = _raw(x["projection"])
         state |= {"rotate_layer.parametrizations.weight.original": original, "rotate_layer.parametrizations.weight.0.base": base}
     return state
 

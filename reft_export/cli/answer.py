@@ -1,0 +1,167 @@
+"""What ``reft-export run`` does with a decoder: prompts to the texts that continue them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from reft_export.cli.run_options import RunOptions, check_adapters
+from reft_export.console import err, escape
+from runtimes.artifacts.bundle import Artifact, Limits
+from runtimes.errors import InputError
+from runtimes.generation import Generation, GenerationSettings, generate
+from runtimes.session import Session
+from runtimes.text.chat import ChatTemplate, template_for
+from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
+from runtimes.text.tokenizer import Tokenizer
+
+OnText = Callable[[int, str], None]
+
+
+def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
+    """What is left to do in a session. Raises InputError and BundleError, with the line, for what can be refused before there is one."""
+    settings = GenerationSettings(**options.settings)
+    tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
+    requests = _requests(options)
+    check_adapters(opened, requests)
+    templates = _templates(opened, requests, options)
+    asks = _another_sample_each([_ask(request, settings, tokenizer, templates, options) for request in requests])
+    for ask in asks:
+        ask.check(opened.limits)
+    return partial(_answer, tokenizer=tokenizer, asks=asks, limits=opened.limits, options=options)
+
+
+def _requests(options: RunOptions) -> list[Request]:
+    if options.prompts is not None:
+        return read_requests(options.prompts)
+    messages = [[{"role": "user", "content": text}] for text in options.prompt]
+    return [Request(where=f"prompt {i}", messages=each) for i, each in enumerate(messages, 1)]
+
+
+def _templates(opened: Artifact, requests: Sequence[Request], options: RunOptions) -> dict[str | None, ChatTemplate | None]:
+    """The chat template by adapter, of those that answer. Raises InputError where one is asked for in vain."""
+    names = {options.adapter, *(r.options["adapter"] for r in requests if "adapter" in r.options)}
+    templates = {name: template_for(opened, name, options.chat) for name in names}
+    if options.chat == "always" and None in templates.values():
+        raise InputError(f"{opened.folder} has no chat template; drop --chat always")
+    if options.system and not any(templates.values()):
+        raise InputError(f"--system needs a chat template, which {opened.folder} {no_template(options.chat)}")
+    return templates
+
+
+def _answer(session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limits: Limits, options: RunOptions) -> None:
+    """Prints every answer as soon as those before it are there."""
+    alone = len(asks) == 1 and not options.as_json
+    on_text = (lambda _, piece: _write(piece)) if alone and options.stream else None
+    # An engine takes so many rows and columns in one call, whatever was asked for.
+    batch_size, prefill_chunk = min(options.batch_size, limits.rows or options.batch_size), options.prefill_chunk
+    if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
+        prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
+    _try_adapters(session, asks)
+    for index, answer in in_order(_answers(session, tokenizer, asks, batch_size, on_text, prefill_chunk)):
+        if options.as_json:
+            record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
+            record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+            _write(json.dumps(record, ensure_ascii=False) + "\n")
+        elif on_text:
+            _write("\n")  # the text is there already
+        else:
+            if not alone:
+                err.print(f"[dim]--- {escape(options.prompt[index])}[/]")
+            _write(answer.text + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One prompt as it is run; ``own`` names what its line says itself, in place of the options."""
+
+    where: str
+    tokens: list[int]
+    adapter: str | None
+    settings: GenerationSettings
+    own: frozenset[str]
+
+    def check(self, limits: Limits) -> None:
+        """Raises InputError for no tokens, and for more than fit."""
+        count = self.settings.max_new_tokens
+        if not self.tokens:
+            raise InputError(f"{self.where} is empty; a prompt needs at least one token")
+        if len(self.tokens) + count > limits.tokens:
+            option = "its max_new_tokens" if "max_new_tokens" in self.own else "--max-new-tokens"
+            raise InputError(
+                f"{self.where}: {len(self.tokens)} tokens and {count} new ones do not fit {limits.reason}; shorten it, or lower {option}"
+            )
+
+
+def _ask(
+    request: Request,
+    settings: GenerationSettings,
+    tokenizer: Tokenizer,
+    templates: Mapping[str | None, ChatTemplate | None],
+    options: RunOptions,
+) -> Ask:
+    """What a line says goes before what the options say. Raises InputError with the line."""
+    own = request.options
+    chosen = own.get("adapter", options.adapter)
+    try:
+        return Ask(
+            where=request.where,
+            tokens=encode(request.messages, tokenizer, templates[chosen], own.get("system", options.system), options.chat),
+            adapter=chosen,
+            settings=replace(settings, **_sampling(own)),
+            own=frozenset(own),
+        )
+    except InputError as e:
+        raise InputError(f"{request.where}: {e}") from None
+
+
+def _sampling(own: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's own settings of generation as GenerationSettings has them."""
+    changes = {key: own[key] for key in SAMPLING if key in own}
+    if "stop" in changes:
+        changes["stop"] = (changes["stop"],) if isinstance(changes["stop"], str) else tuple(changes["stop"])
+    return changes
+
+
+def _another_sample_each(asks: Sequence[Ask]) -> list[Ask]:
+    """The same prompt with the same settings again is another sample of the seed, in whichever batch it runs; a line's own seed means
+    the answer that the line has alone."""
+    seen: Counter[Any] = Counter()
+    numbered = []
+    for ask in asks:
+        if "seed" not in ask.own:
+            same = (ask.adapter, ask.settings, tuple(ask.tokens))
+            ask = replace(ask, settings=replace(ask.settings, sample=seen[same]))
+            seen[same] += 1
+        numbered.append(ask)
+    return numbered
+
+
+def _try_adapters(session: Session, asks: Sequence[Ask]) -> None:
+    """Every adapter once, before the first answer: an engine may not take one. Raises InputError, with the line that names it."""
+    for ask in {ask.adapter: ask for ask in reversed(asks)}.values():
+        try:
+            session.set_adapter(ask.adapter)
+        except InputError as e:
+            raise InputError(f"{ask.where}: {e}" if "adapter" in ask.own else str(e)) from None
+
+
+def _answers(
+    session: Session, tokenizer: Tokenizer, asks: Sequence[Ask], batch_size: int, on_text: OnText | None, prefill_chunk: int | None
+) -> Iterator[tuple[int, Generation]]:
+    """(number, answer) of every prompt, in batches of one adapter and one count of new tokens."""
+    for batch in batches_of_alike([(ask.adapter, ask.settings.max_new_tokens) for ask in asks], batch_size):
+        part = [asks[i] for i in batch]
+        session.set_adapter(part[0].adapter)
+        tokens, settings = [ask.tokens for ask in part], [ask.settings for ask in part]
+        yield from zip(batch, generate(session, tokenizer, tokens, settings, on_text=on_text, prefill_chunk=prefill_chunk), strict=True)

@@ -1,0 +1,138 @@
+"""Other adapters put into a quantized bundle while it is being made: their files, and the golden arrays that they are held to."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from graph_passes.external import load_graph
+from graph_passes.head import head_defaults
+from reft_export.base.adapters import check_fit
+from reft_export.base.load import Base, load_base, set_precision
+from reft_export.bundling.files import Report, head_tensors, write_adapter
+from reft_export.bundling.result import ExportResult
+from reft_export.eager.banks import bank_steerer
+from reft_export.eager.steering import steered
+from reft_export.evaluation.quantization_report import Measurements, Yardsticks, variant_name
+from reft_export.parity.gate import check_structure, gate
+from reft_export.parity.golden import fp32_logits, record_quantized
+from reft_export.parity.ladder import check_same_base, stored_inputs
+from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
+from reft_export.quantizing.settings import REMEDY
+from runtimes.artifacts.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, open_bundle, write_manifest
+from runtimes.edits.adapter import Adapter
+from runtimes.files.folders import atomic_folder
+
+
+def make_swapped(
+    bundle: Bundle,
+    model: str,
+    output: Path,
+    new: RefitPlan | Mapping[str, Adapter],
+    yardsticks: Yardsticks,
+    *,
+    accept_base: bool,
+    force: bool,
+    report: Report,
+) -> ExportResult:
+    """``swap_bundle``'s work, on a bundle that it has checked; ``new``: the adapters to put in, or how to refit the bundle's own."""
+    figures = Measurements(yardsticks, report)
+    refitted, saved = {}, {}
+    parity, note = None, ""
+    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
+        copy_bundle(bundle, work)
+        write_manifest(work, bundle.manifest)
+        runs = bundle.manifest.precision != "bf16"
+        if runs:
+            report("measuring the bundle as it is")
+            figures.add(variant_name(bundle), bundle)
+        if isinstance(new, RefitPlan):
+            refitted, manifest = refit_in(work, model, new, Path(proof), report)
+            how, remedy = "refit", REMEDY
+        else:
+            manifest = put_in(work, model, new, Path(proof), report, accept_base=accept_base)
+            how, remedy = "swap", ""
+        if runs:
+            report("holding the bundle against the eager model")
+            parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None, remedy=remedy)
+            figures.add(f"{variant_name(bundle)} + {how}", open_bundle(work))
+        else:
+            note = check_structure(work)
+        if isinstance(new, RefitPlan):
+            saved = new.save(refitted, force=force)
+    told = figures.report(output, refits=tuple(each.figures for each in refitted.values()), parity=parity)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=(), note=note, report=told, refitted=saved)
+
+
+def refit_in(work: Path, model: str, plan: RefitPlan, proof: Path, report: Report) -> tuple[dict[str, Refitted], Manifest]:
+    """Refits the adapters of the bundle that is being made in ``work``, and puts them into it. Eager models are gone when this returns."""
+    bundle = open_bundle(work)
+    refitted = refit_adapters(bundle, model, plan, report)
+    report("recording what the eager model says with the refitted adapters")
+    new = {name: each.adapter for name, each in refitted.items() if not each.figures.kept}
+    manifest = replace_adapters(work, load_base(model), new, stored_fp32_logits(bundle), proof)
+    gc.collect()  # the runtime is about to load the weights
+    return refitted, manifest
+
+
+def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path, report: Report, *, accept_base: bool = False) -> Manifest:
+    """Puts adapters that were trained elsewhere into the bundle that is being made in ``work``."""
+    bundle = open_bundle(work)
+    report("recording what the eager model says with the new adapters")
+    base = load_base(model)
+    check_same_base(bundle, base, model)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base, accept_base=accept_base)
+    steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    fp32 = stored_fp32_logits(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers)
+    manifest = replace_adapters(work, base, adapters, fp32, proof)
+    gc.collect()
+    return manifest
+
+
+def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp32: Mapping[str, np.ndarray], proof: Path) -> Manifest:
+    """Puts ``adapters`` into the bundle that is being made in ``work``, those of the same name being replaced.
+
+    ``base`` is fresh from disk; its weights are replaced by the bundle's. ``fp32``: the float32 model's logits by name, for the base and
+    every adapter, new and old: what delta parity is held to. ``proof`` takes arrays recorded with float activations, where the bundle
+    quantizes them. Raises AdapterError for an adapter that needs an edit node which the graph lacks.
+    """
+    bundle = open_bundle(work)
+    m, graph = bundle.manifest, load_graph(bundle.graph_path)
+    for name, adapter in adapters.items():
+        head = head_tensors(adapter, m.head, head_defaults(graph, m.head))
+        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
+    steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
+    steerers |= {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    set_precision(base.model, m.precision)
+    with tempfile.TemporaryDirectory() as recorded:
+        record_quantized(Path(recorded), proof, base.model, graph, m.weights, stored_inputs(bundle), steerers, fp32)
+        for name in adapters:
+            shutil.copyfile(Path(recorded) / f"{name}.npz", work / "golden" / f"{name}.npz")
+    manifest = replace(m, adapters=tuple(dict.fromkeys((*m.adapters, *adapters))))
+    write_manifest(work, manifest)
+    return manifest
+
+
+def stored_fp32_logits(bundle: Bundle) -> dict[str, np.ndarray]:
+    """The float32 model's logits that a quantized bundle was made with: of the base, and of every adapter as it was before any refit."""
+    golden = {name: bundle.golden(name) for name in bundle.adapter_names}
+    fp32 = {name: arrays["fp32_logits"] for name, arrays in golden.items()}
+    for arrays in golden.values():
+        fp32[BASE_GOLDEN] = arrays["fp32_base_logits"]
+    return fp32
+
+
+def copy_bundle(bundle: Bundle, work: Path) -> None:
+    """Every file of the bundle, session configs that its user may have edited among them."""
+    for name in (*bundle.manifest.files, *NOT_HASHED):
+        if (bundle.folder / name).is_file():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.folder / name, work / name)

@@ -1,0 +1,213 @@
+"""A float bundle's quantized one, made and measured. It is held against the eager model before it takes its place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
+from calibration.settings import QuantizationSettings
+from calibration.weights import WeightError
+from graph_passes.external import load_graph, write_graph
+from reft_export.base.dequantized import expert_matrices, load_dequantized
+from reft_export.base.load import load_base, set_precision
+from reft_export.base.memory import give_back
+from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
+from reft_export.bundling.genai import copy_genai_files, read_genai_config
+from reft_export.bundling.result import ExportResult, quantization_record
+from reft_export.eager.banks import bank_steerer
+from reft_export.eager.steering import Steerer
+from reft_export.evaluation.quantization_report import Measurements, variant_name
+from reft_export.folding.foreign_base import check_weights_known, completed
+from reft_export.parity.activation_ladder import step_rungs
+from reft_export.parity.gate import check_structure, gate
+from reft_export.parity.golden import fp32_logits, record_quantized
+from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
+from reft_export.quantizing.adapters import refit_in
+from reft_export.quantizing.calibrate import steered_ranges
+from reft_export.quantizing.refit import plan_refit
+from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, check_bundle
+from runtimes.artifacts.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.files.folders import atomic_folder
+from runtimes.parity.figures import ParityReport, Rung
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is decided before any work: the bundle, how it is quantized, and the ranges where the scheme fixes them."""
+
+    bundle: Bundle
+    model: str
+    settings: QuantizationSettings
+    ranges: Ranges | None = None
+    base_ranges: Ranges | None = None
+    """Of the same prompts without any adapter."""
+    calibration: CalibrationRecord | None = None
+
+
+def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRequest, *, force: bool, report: Report) -> ExportResult:
+    """``quantize_bundle``'s work, on a bundle that it has checked."""
+    if request.accept_base:
+        opened = made_from(opened, model)
+    with completed(opened, model, report) as bundle:
+        refit = plan_refit(bundle, model, request.refit, output, force=force) if request.refit else None
+        plan = planned(bundle, model, output, request.settings, request.calibration, report)
+        with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
+            manifest, errors = assemble(plan, work, Path(proof), report)
+            if manifest.precision == "bf16":
+                return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+            figures = _measured_before(plan, request, output, report)
+            refitted, saved = {}, {}
+            if refit:
+                report("measuring the quantized bundle before the refit")
+                figures.add(variant_name(open_bundle(work)), open_bundle(work))
+                refitted, manifest = refit_in(work, model, refit, Path(proof), report)
+            parity = _gate(work, output, Path(proof), plan, report, remedy=REMEDY if refit else "")
+            report("measuring the quantized bundle")
+            done = open_bundle(work)
+            figures.add(f"{variant_name(done)} + refit" if refit else variant_name(done), done)
+            if refit:
+                saved = refit.save(refitted, force=force)
+    told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, report=told, refitted=saved)
+
+
+def planned(
+    bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
+) -> Plan:
+    check_bundle(bundle, settings, request)
+    check_weights_known(load_graph(bundle.graph_path), bundle.manifest.weights, settings, str(bundle.folder))
+    if request is None:
+        return Plan(bundle=bundle, model=model, settings=settings)
+    ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
+    return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
+
+
+def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, tuple[WeightError, ...]]:
+    """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
+    graph, quantized = _record_and_quantize(plan, work, proof, report)
+    _copy_unchanged(plan.bundle, work)
+    manifest = _finish(plan, work, graph, quantized)
+    del graph
+    give_back()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+    return manifest, quantized.errors
+
+
+def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report: Report) -> Measurements:
+    """What the quantized bundle is compared with, measured, as far as it is asked for."""
+    figures = Measurements(request.yardsticks, report)
+    if figures.wanted:
+        report("measuring the float bundle")
+        figures.add(variant_name(plan.bundle), plan.bundle)
+    if request.compare:
+        report("quantizing with ranges of the base alone, to compare")
+        _measure_base_only(plan, output, figures)
+    return figures
+
+
+def _measure_base_only(plan: Plan, output: Path, figures: Measurements) -> None:
+    """The same bundle with the ranges that a calibration without adapters would have chosen; it is measured and thrown away."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
+        tempfile.TemporaryDirectory() as proof,
+    ):
+        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), lambda _: None)
+        bundle = open_bundle(work)
+        figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
+
+
+def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
+    """Graph and golden arrays into ``work``.
+
+    Eager model and float graph take turns: each is as large as the other, and together they would be more than the 1.5 times a model
+    that this may take. The model is loaded again for its second turn; no model is left when this returns.
+    """
+    bundle, settings = plan.bundle, plan.settings
+    steerers, inputs = _steerers(bundle), stored_inputs(bundle)
+    report(f"loading {plan.model}")
+    base = load_base(plan.model)
+    check_same_base(bundle, base, plan.model)
+    if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
+        copy_tokenizer(base.folder, base.tokenizer, work)
+    report("recording what the float32 model says")
+    fp32 = fp32_logits(base.model, inputs, steerers)
+    del base
+    give_back()
+    report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
+    graph = load_graph(bundle.graph_path)
+    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(bundle.manifest.weights))
+    write_graph(graph, work)
+    give_back()
+    report("recording what the eager model says with the quantized weights")
+    again = load_base(plan.model, checked=True).model
+    set_precision(again, bundle.manifest.precision)
+    record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, fp32)
+    return graph, quantized
+
+
+def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, remedy: str) -> ParityReport:
+    if plan.settings.kind.activations:
+        report("holding each quantized activation against the formula")
+    stepped = _stepped(open_bundle(work), plan.model)
+    report("holding the bundle against the eager model")
+    return gate(work, output, exact=proof if any(proof.iterdir()) else None, stepped=stepped, remedy=remedy)
+
+
+def _stepped(bundle: Bundle, model: str) -> list[Rung]:
+    """Every quantized activation against the formula, with the finished bundle and its own adapters."""
+
+    def dequantized() -> PreTrainedModel:
+        loaded = load_base(model, checked=True).model
+        set_precision(loaded, bundle.manifest.precision)
+        load_dequantized(loaded, load_graph(bundle.graph_path), bundle.manifest.weights)
+        return loaded
+
+    rungs = step_rungs(bundle, dequantized, stored_inputs(bundle), _steerers(bundle))
+    give_back()
+    return rungs
+
+
+def _steerers(bundle: Bundle) -> dict[str, Steerer]:
+    return {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
+
+
+def _copy_unchanged(bundle: Bundle, work: Path) -> None:
+    """Adapters, library, tokenizer, and of a folded genai folder what else onnxruntime-genai reads."""
+    for name in bundle.manifest.files:
+        if name in TOKENIZER_FILES or name.startswith(("adapters/", "lib/", f"{TEMPLATE_FOLDER}/")):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.folder / name, work / name)
+    if config := _own_config(bundle):
+        copy_genai_files(bundle.folder, work, config)
+
+
+def _own_config(bundle: Bundle) -> dict[str, Any]:
+    """The genai_config.json that a foreign folder brought along, which is kept; a bundle of ours gets one written anew."""
+    foreign = bundle.manifest.exporter == "foreign" and bundle.manifest.genai == "supported"
+    return read_genai_config(bundle.folder) if foreign else {}
+
+
+def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) -> Manifest:
+    m = plan.bundle.manifest
+    parts = BundleParts(
+        model=m.model,
+        precision=m.precision,
+        quantization=quantization_record(plan.settings, kept=quantized.float_weights, calibration=plan.calibration),
+        exporter=m.exporter,
+        logits=m.logits,
+        slots=m.slots,
+        nodes=plan.bundle.nodes,
+        adapters=plan.bundle.adapter_names,
+        weights=m.weights,
+        genai_config=_own_config(plan.bundle),
+        task=m.task,
+        labels=m.labels,
+        head=m.head,
+    )
+    return finish_bundle(work, graph, parts)

@@ -1,0 +1,140 @@
+"""A decoder's objective: the tokens of completions, or a teacher's distributions over them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from reft_export.base.load import Base
+from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
+from reft_export.eager.steering import Steering, greedy_tokens, steer, steered
+from reft_export.training.data import IGNORED, Data, Example, Examples, TrainingData, collate, load_data
+from reft_export.training.interventions import Interventions
+from reft_export.training.loop import TrainedModel
+from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
+from reft_export.training.settings import TrainSettings
+from reft_export.training.teacher import Teacher, teaching
+from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import PositionRule
+from runtimes.errors import InputError
+from runtimes.generation import PAD
+
+SAMPLE_TOKENS = 48
+
+
+class EditedModel(TrainedModel):
+    """A decoder's; the loss is on completions."""
+
+    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None) -> None:
+        super().__init__(interventions)
+        self._outside = (model, steering, teacher)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        prompt_length: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
+        num_items_in_batch (else by their number)."""
+        model, steering, teacher = self._outside
+        steering.prompt_length = prompt_length
+        # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
+        wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
+        keep = {"logits_to_keep": wanted} if self._keeps else {}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **keep}
+        targets = labels[:, 1 - wanted :]
+        counted = targets != IGNORED
+        logits = model(**inputs).logits[:, -wanted:-1][counted]
+        if teacher is None:
+            total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
+        else:
+            total = teacher.divergence(logits, counted, prompt_length, **inputs)
+        return self.counted(total / (counted.sum() if num_items_in_batch is None else num_items_in_batch))
+
+
+class CompletionObjective(Objective[Example]):
+    """Cross entropy of the completions; with a teacher, the divergence from what it says at the same tokens."""
+
+    def __init__(self, base: Base, settings: TrainSettings, origin: Origin) -> None:
+        super().__init__(base, settings, origin)
+        if origin.head is not None:
+            raise InputError(f"head is a classifier's, and {base.info.name} is a decoder; leave it out")
+        if origin.teacher is not None and origin.start is None:
+            raise InputError("a teacher is steered by the adapter that the run starts from; pass start")
+        self._stop = stop_tokens(base)
+
+    def limit(self, context: int) -> str:
+        return f"the context of {self.base.info.name} ends at {context}"
+
+    def read(self, data: Data, max_length: int) -> TrainingData[Example]:
+        template = self.settings.chat_template
+        read = load_data(data, tokenizer_of(self.base), max_length=max_length, chat_template=template, stop_tokens=self._stop)
+        _check_vocabulary(read, vocabulary_of(self.base))
+        return read
+
+    def record(self) -> dict[str, Any]:
+        return {"objective": "data" if self.origin.teacher is None else "teacher"}
+
+    def collate(self, examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
+        return collate(examples, pad_token_id=pad_token_id)
+
+    def train(self, interventions: Interventions, rule: PositionRule, examples: Examples[Example], loop: Loop, phase: Phase) -> Outcome:
+        model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
+        before = self.samples(examples, phase)
+        phase("training")
+        with (
+            steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
+            nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
+        ):
+            history = loop(EditedModel(model, interventions.to(model.device), steering, lesson))
+        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before)
+
+    def samples(self, examples: Examples[Example], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:
+        asked = examples.shown[: self.settings.samples]
+        if not asked:
+            return ()
+        phase("sampling the base" if adapter is None else "sampling the steered model")
+        with nullcontext() if adapter is None else steered(self.base.model, adapter):
+            return greedy_samples(self.base, asked)
+
+
+def greedy_samples(base: Base, examples: Sequence[Example]) -> tuple[Sample, ...]:
+    """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
+    tokenizer, device, stop = tokenizer_of(base), base.model.device, stop_tokens(base)
+    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*[PAD] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
+    answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, context_of(base) - width), eos=stop)
+
+    def text(tokens: Sequence[int]) -> str:
+        # Without the clean-up that some tokenizers ask for, which takes spaces out of answers: a stream cannot do it.
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    # A stop token need not be a special one, which decoding would leave out.
+    ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
+    return tuple(
+        Sample(prompt=text(prompt), text=text([*prompt, *answer])[len(text(prompt)) :])
+        for prompt, answer in zip(prompts, ended, strict=True)
+    )
+
+
+def _check_vocabulary(data: TrainingData[Example], vocab_size: int) -> None:
+    """A tokenizer with more tokens than the model: a device refuses such a prompt, too."""
+    for example in data.examples:
+        if max(example.input_ids) >= vocab_size:
+            raise InputError(
+                f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of {vocab_size}; "
+                "use the tokenizer that the base was made with"
+            )
