@@ -35,7 +35,9 @@ BOTTOM_TO_TOP = {
 
 LIGHT = (
     "reft_export.building.build",
+    "reft_export.exporting.export",
     "reft_export.folding.fold",
+    "reft_export.forecast",
     "reft_export.importing.importer",
     "reft_export.quantizing.quantize",
     "reft_export.quantizing.swap",
@@ -137,6 +139,18 @@ def test_what_refuses_brings_no_framework(entry: str) -> None:
 
 def test_no_module_imports_in_a_circle() -> None:
     tuple(TopologicalSorter(_graph()).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_task_is_asked_for_by_name_in_one_place_a_room() -> None:
+    """Everything else asks tasks/task.py; base/ decides which one it is."""
+    rooms = {"tasks", "exporting", "bundling", "parity"}
+    tells = {"is_classifier", "TEXT_CLASSIFICATION", "TEXT_GENERATION"}
+    where = {"tasks/generation.py", "tasks/classification.py", "exporting/routes.py"}
+    for path in _modules():
+        inside = path.relative_to(ROOT).as_posix().removeprefix("reft_export/")
+        if inside.partition("/")[0] in rooms and inside not in where:
+            used = {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
+            assert not used & tells, path
 
 
 def test_the_product_knows_nothing_of_its_tests() -> None:

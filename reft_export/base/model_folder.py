@@ -12,7 +12,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtimes.errors import InputError
-from runtimes.files.records import parse_json
+from runtimes.files.records import parse_json, read_json_object
 
 if TYPE_CHECKING:  # what a folder's files tell is told before torch is loaded
     import torch
@@ -113,13 +113,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: config.json is missing")
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return config
+    return read_json_object(path, InputError)
 
 
 def weight_files(folder: Path) -> list[Path]:

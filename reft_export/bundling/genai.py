@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graph_passes.cache_shapes import ATTENTION
 from runtimes.artifacts.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
-from runtimes.files.records import parse_json
+from runtimes.files.records import read_json
 from runtimes.text.stop_tokens import listed
 
 CONFIG_FILE = "genai_config.json"
@@ -126,17 +126,12 @@ def copy_genai_files(source: Path, folder: Path, config: Mapping[str, Any]) -> N
 
 def read_genai_config(folder: Path) -> dict[str, Any]:
     """Empty where there is none; raises InputError for a file that is not JSON."""
-    return read_json_object(folder / CONFIG_FILE)
+    return stated_json(folder / CONFIG_FILE)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Empty where the file is missing or holds something else; raises InputError for a file that is not JSON."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {e}") from None
+def stated_json(path: Path) -> dict[str, Any]:
+    """A configuration that may stand beside a graph: empty where it is missing or no object; InputError for a file that is not JSON."""
+    value = read_json(path, InputError) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
 
 

@@ -16,7 +16,6 @@ from reft_export.base.tokenizer import has_tokenizer, is_plain_tokenizer
 from reft_export.exporting.installed import check_exporter
 from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
@@ -91,11 +90,11 @@ def _checkpoint(model: str | Path, settings: ExportSettings, name: str | None) -
 def _is_settled(checkpoint: Checkpoint, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> bool:
     """Whether config.json, the tokenizer and the adapters leave nothing to ask of transformers but whether a known family can be built."""
     config = checkpoint.config
-    classifies = checkpoint.task == TEXT_CLASSIFICATION
-    known = classifies or (config["model_type"] in KEYS_AND_VALUES and None not in (checkpoint.layers, checkpoint.width))
+    decodes = TASKS[checkpoint.task].decodes
+    known = not decodes or (config["model_type"] in KEYS_AND_VALUES and None not in (checkpoint.layers, checkpoint.width))
     newer = config.get("rope_parameters") and int(importlib.metadata.version("transformers").partition(".")[0]) < 5
     tables = {tensor.digest for tensor in _tables(config, tensors).values()}
-    two_heads = len(tables) > 1 and config.get("tie_word_embeddings") is not False and not classifies
+    two_heads = len(tables) > 1 and config.get("tie_word_embeddings") is not False and decodes
     merged = not any(".lora_" in name for name in tensors)
     return (
         known

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reft_export.bundling.genai import CONFIG_FILE, FAMILIES, read_genai_config, read_json_object
+from reft_export.bundling.genai import CONFIG_FILE, FAMILIES, read_genai_config, stated_json
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import AdapterError
 
@@ -22,7 +22,7 @@ def check_family(adapters: Mapping[str, Adapter], source: Path) -> None:
     no evidence, nor is an adapter that was saved before adapters named theirs.
     """
     folder = source.parent
-    config = read_json_object(folder / "config.json")
+    config = stated_json(folder / "config.json")
     stated, where = _of_config(config), folder / "config.json"
     builders = read_genai_config(folder).get("model")
     genai = str(builders.get("type") or "") if isinstance(builders, Mapping) else ""

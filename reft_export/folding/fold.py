@@ -32,7 +32,7 @@ from reft_export.bundling.files import (
     head_tensors,
     write_adapter,
 )
-from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, read_json_object
+from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, stated_json
 from reft_export.folding.edge_llm import EdgeLLMFoldResult, fold_edge_llm_folder
 from reft_export.folding.family import check_family, check_same_family
 from reft_export.folding.graph_record import (
@@ -271,7 +271,7 @@ def _labels(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], voca
     """
     count = logit_count(model.graph)
     path = source.parent / "config.json"
-    stated = stated_labels(read_json_object(path), path)
+    stated = stated_labels(stated_json(path), path)
     if stated and len(stated) != count:
         raise GraphError(f"{path} names {len(stated)} labels, and the graph has {count} logits; correct the file")
     trained = next((adapter.base.labels for adapter in adapters.values()), ())

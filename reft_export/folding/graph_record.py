@@ -15,7 +15,7 @@ from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.find.streams import stream_types, stream_width
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
-from reft_export.bundling.genai import read_genai_config, read_json_object
+from reft_export.bundling.genai import read_genai_config, stated_json
 from runtimes.artifacts.bundle import ModelRecord
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.op import EditNode
@@ -78,7 +78,7 @@ def stated_stop_tokens(folder: Path, config: dict[str, Any], vocab_size: int) ->
     """By the rule of runtimes/text/stop_tokens.py, from the files beside the graph; ``config``: what they say of the model."""
     genai = read_genai_config(folder).get("model")
     # What genai_config.json states its owner's runtime stops at: no model class's default, of which words count for nothing.
-    stated = (read_json_object(folder / GENERATION_FILE), genai if isinstance(genai, dict) else {})
+    stated = (stated_json(folder / GENERATION_FILE), genai if isinstance(genai, dict) else {})
     generation = tuple(token for each in stated for token in _token_ids(each, "eos_token_id"))
     configured = _token_ids(config, "eos_token_id")
     if not (folder / TOKENIZER_FILE).is_file():
@@ -110,7 +110,7 @@ def _token_id(config: dict[str, Any], key: str) -> int | None:
 
 def stated_config(folder: Path) -> dict[str, Any]:
     """What config.json and genai_config.json say of the decoder; the latter wins, as it is about the graph."""
-    model, config = read_genai_config(folder).get("model"), read_json_object(folder / "config.json")
+    model, config = read_genai_config(folder).get("model"), stated_json(folder / "config.json")
     text = config.get("text_config")  # a multimodal model's decoder
     return config | (text if isinstance(text, dict) else {}) | (model if isinstance(model, dict) else {})
 

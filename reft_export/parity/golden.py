@@ -6,7 +6,8 @@ One npz per name, "base" and every adapter; runtimes/artifacts/golden_schema.py 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,41 @@ from transformers import PreTrainedModel
 
 from calibration.products import activation_quantization
 from reft_export.base.dequantized import activations_quantized, load_dequantized
-from reft_export.base.load import Base
+from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
-from reft_export.eager.steering import Steerer
+from reft_export.eager.steering import Steerer, steered
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
 from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
+from runtimes.edits.adapter import Adapter
 from runtimes.parity.figures import compare
 
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recorded:
+    """What a base was recorded on and said, carried to the recording of its quantized weights."""
+
+    inputs: Inputs
+    steerers: Mapping[str, Steerer]
+    fp32: Mapping[str, np.ndarray]
+    """Logits by name of the float32 model; empty of a bundle that is float32."""
+
+
+def record_base(folder: Path, base: Base, adapters: Mapping[str, Adapter], precision: str, *, quantized: bool) -> Recorded:
+    """Golden arrays of ``base`` into ``folder``; it is left in ``precision``, a bundle's float type.
+
+    ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then.
+    """
+    inputs = inputs_of(base)
+    steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    fp32 = fp32_logits(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
+    set_precision(base.model, precision)
+    if not quantized:
+        record_golden(folder, base.model, inputs, steerers, fp32=fp32 or None)
+    return Recorded(inputs=inputs, steerers=steerers, fp32=fp32)
 
 
 def inputs_of(base: Base) -> Inputs:

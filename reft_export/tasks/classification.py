@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from reft_export.base.classifiers import context_of, takes_token_types
+from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
+from runtimes.session import Session, as_classifier
 from runtimes.text.encoded_text import EncodedText, padded
 
 if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
@@ -78,8 +80,8 @@ class ClassifierRow:
     ids: np.ndarray
     types: np.ndarray
 
-    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
-        output = session.classify(self.ids, np.ones_like(self.ids), self.types)
+    def run(self, session: Session) -> tuple[np.ndarray, Mapping[str, Tensor]]:
+        output = as_classifier(session).classify(self.ids, np.ones_like(self.ids), self.types)
         return output.logits, output.outputs
 
     def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
@@ -96,6 +98,7 @@ class Classification:
 
     name = TEXT_CLASSIFICATION
     recorded = "logits"
+    decodes, swaps_head = False, True
     no_genai = "onnxruntime-genai generates text, and a classifier is no decoder"
 
     def inputs(self, base: Base) -> ClassifierInputs:

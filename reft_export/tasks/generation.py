@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
 from reft_export.base.token_rules import decoder_context, output_rows
+from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.artifacts.task_names import TEXT_GENERATION
+from runtimes.session import Session, as_decoder
 
 if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
     import onnx_ir as ir
@@ -84,8 +86,8 @@ class PromptRow:
     ids: np.ndarray
     prompt_length: int
 
-    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
-        output = session.step(self.ids, np.ones_like(self.ids), prompt_length=np.array([self.prompt_length]))
+    def run(self, session: Session) -> tuple[np.ndarray, Mapping[str, Tensor]]:
+        output = as_decoder(session).step(self.ids, np.ones_like(self.ids), prompt_length=np.array([self.prompt_length]))
         return output.logits[0], output.outputs
 
     def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
@@ -102,6 +104,7 @@ class Generation:
 
     name = TEXT_GENERATION
     recorded = "logits, greedy tokens"
+    decodes, swaps_head = True, False
     no_genai = ""
 
     def inputs(self, base: Base) -> GoldenInputs:

@@ -7,12 +7,14 @@ them. The graph's route is that of exporting/routes.py; the device's half is run
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from reft_export.tasks.classification import Classification
 from reft_export.tasks.generation import Generation
+from runtimes.artifacts.ort_adapter_file import Tensor
+from runtimes.session import Session
 
 if TYPE_CHECKING:  # what a task refuses, and what it would do, is said before torch is loaded
     import onnx_ir as ir
@@ -29,7 +31,7 @@ class Row(Protocol):
     @property
     def number(self) -> int: ...
 
-    def run(self, session: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
+    def run(self, session: Session) -> tuple[np.ndarray, Mapping[str, Tensor]]:
         """(logits [positions, V] or [1, labels], every output by name) of the task's session."""
         ...
 
@@ -63,6 +65,10 @@ class Task(Protocol):
     name: str
     recorded: str
     """What the eager model says, for a forecast."""
+    decodes: bool
+    """Whether its graphs keep a cache of keys and values, and go on from it."""
+    swaps_head: bool
+    """Whether an adapter may bring a head of its own."""
     no_genai: str
     """Why onnxruntime-genai opens none of its bundles; empty where it may."""
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtimes.errors import AdapterError
+from runtimes.errors import AdapterError, ReftError
 
 T = TypeVar("T")
 
@@ -91,14 +91,19 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises AdapterError, in one line, for what cannot be read, is not JSON, or is JSON other than an object."""
-    try:
-        value = parse_json(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise AdapterError(f"{path} cannot be read ({e.strerror})") from None
-    except ValueError as e:
-        raise AdapterError(f"{path} is not JSON: {e}") from None
+def read_json_object(path: Path, error: type[ReftError] = AdapterError) -> dict[str, Any]:
+    """Raises ``error``, in one line, for what cannot be read, is not JSON, or is JSON other than an object."""
+    value = read_json(path, error)
     if not isinstance(value, dict):
-        raise AdapterError(f"{path} does not hold a JSON object")
+        raise error(f"{path} does not hold a JSON object")
     return value
+
+
+def read_json(path: Path, error: type[ReftError] = AdapterError) -> Any:
+    """Raises ``error``, in one line, for what cannot be read or is not JSON."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise error(f"{path} cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        raise error(f"{path} is not JSON: {e}") from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
-from reft_export.base.load import load_base
+from reft_export.base.load import base_from_memory, load_base
 from reft_export.exporting import dynamo
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
@@ -146,6 +150,44 @@ def test_existing_output_is_kept(base_folder, tmp_path) -> None:
     with pytest.raises(InputError, match="--force"):
         export_bundle(str(base_folder("llama")), [], tmp_path / "b", ExportSettings(), **QUIET)
     assert (tmp_path / "b" / "precious").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_bundle_of_a_model_in_memory_is_that_of_its_folder(bundle_folder, base_folder, adapter_folders, tmp_path) -> None:
+    """Graph, adapters, golden arrays and manifest, but for the base's name and the hashes of what holds it; the model stays as it was."""
+    base = load_base(base_folder("llama"))
+    before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
+    arguments = [adapter_folders("llama"), tmp_path / "b", ExportSettings()]
+    result = export_bundle(base_from_memory(base.model, base.tokenizer, name="notebook"), *arguments, **QUIET)
+    assert result.parity.passed and [path.name for path in tmp_path.iterdir()] == ["b"]
+
+    ours, theirs = (open_bundle(folder) for folder in (tmp_path / "b", bundle_folder("llama")))
+    renamed = replace(ours.manifest.model, name=theirs.manifest.model.name)
+    assert replace(ours.manifest, model=renamed, files={}) == replace(theirs.manifest, files={})
+    for path in ("model.onnx", "model.onnx.data", *(f"adapters/{name}.onnx_adapter" for name in ours.adapter_names)):
+        assert (ours.folder / path).read_bytes() == (theirs.folder / path).read_bytes(), path
+    for name in ours.golden_names:
+        for array, value in theirs.golden(name).items():
+            assert np.array_equal(ours.golden(name)[array], value), (name, array)
+    assert dict.fromkeys(before, True) == {name: torch.equal(p, before[name]) for name, p in base.model.named_parameters()}
+
+
+def test_what_no_model_in_memory_can_be_exported_as(base_folder, adapter_folders, tmp_path) -> None:
+    def refused(match: str, model: Any, kind: type[Exception] = InputError, **more: Any) -> None:
+        with pytest.raises(kind, match=match):
+            export_bundle(model, more.pop("adapters", []), tmp_path / "b", ExportSettings(**more.pop("settings", {})), **more, **QUIET)
+        assert not list(tmp_path.iterdir())
+
+    model = tiny.build("llama")
+    refused("a tokenizer goes with a model in memory", base_folder("llama"), tokenizer=tiny.tokenizer())
+    refused("this is a Linear; load it with from_pretrained", torch.nn.Linear(2, 2))
+    refused("layer 9 does not exist in llama", model, settings={"sites": (Site(layer=9),)})
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.neg_()
+    adapters = adapter_folders("llama", ("untied",))
+    refused("this base is llama: it has other values in layers.1.mlp.up_proj.weight", model, AdapterError, adapters=adapters)
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        refused("has no tokenizer, which the builder reads", model, settings={"exporter": "builder"})
 
 
 def test_interrupt_leaves_nothing_and_loses_nothing(base_folder, tmp_path, monkeypatch) -> None:
