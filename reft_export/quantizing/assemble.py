@@ -106,18 +106,18 @@ def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report:
         report("measuring the float bundle")
         figures.add(variant_name(plan.bundle), plan.bundle)
     if request.compare:
-        report("quantizing with ranges of the base alone, to compare")
-        _measure_base_only(plan, output, figures)
+        _measure_base_only(plan, output, figures, lambda stage: report(f"with ranges of the base alone, to compare: {stage}"))
     return figures
 
 
-def _measure_base_only(plan: Plan, output: Path, figures: Measurements) -> None:
+def _measure_base_only(plan: Plan, output: Path, figures: Measurements, report: Report) -> None:
     """The same bundle with the ranges that a calibration without adapters would have chosen; it is measured and thrown away."""
     with (
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
         tempfile.TemporaryDirectory() as proof,
     ):
-        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), lambda _: None)
+        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), report)
+        report("measuring it")
         bundle = open_bundle(work)
         figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
 

@@ -48,10 +48,12 @@ def steered_ranges(
     mixture = shares(request.mixture, collected.header)
     kind, observer = ACTIVATION_OF[settings.scheme], request.observer
     report(f"choosing ranges ({observer})")
-    ranges = {
-        name: observer.range([(share, collected.histograms[source][name]) for source, share in mixture.items()], kind)
-        for name in collected.header.tensors
-    }
+    ranges: dict[str, tuple[float, float]] = {}
+    for name in collected.header.tensors:
+        ranges[name] = observer.range([(share, collected.histograms[source][name]) for source, share in mixture.items()], kind)
+        # Of most observers it is a moment's work: a log is told where it is not.
+        count(report, f"choosing ranges ({observer}): {len(ranges)} of {len(collected.header.tensors)}", 0, 1)
+    report("comparing them with the ranges of the base alone")
     rows = compare_with_base(collected, mixture, observer, kind, ranges)
     write_report(output, rows, load_graph(bundle.graph_path), mixture, str(observer))
     h = collected.header
