@@ -94,7 +94,7 @@ def generate(
         print(answers[0].text, answers[0].finish_reason)
     """
     encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
-    decoder, model = as_decoder(session), session.bundle.manifest.model
+    model = session.bundle.manifest.model
     encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
     rows: list[_Row] = []
     for i, (prompt, own) in enumerate(zip(encoded, _settings_of_each(settings, encoded), strict=True)):
@@ -104,6 +104,7 @@ def generate(
                 f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
             )
         rows.append(_Row(i, prompt, tokenizer, own, on_text))
+    decoder = as_decoder(session)
     # A batch is as many columns as its longest prompt and most new tokens: rows that want other counts could not fit together, though
     # each alone does.
     for count in dict.fromkeys(row.settings.max_new_tokens for row in rows):

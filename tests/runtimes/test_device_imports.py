@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_bundle import write_toy_bundle
+
+from reft_export.cli.main import VERBS
 
 FRAMEWORKS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda")
@@ -28,6 +31,17 @@ def test_no_framework_is_imported(module: str) -> None:
 
 def test_the_session_imports_onnxruntime_alone() -> None:
     assert loaded_by("import runtimes.ort.session") & set(FRAMEWORKS) == {"onnxruntime"}
+
+
+def test_a_verb_is_all_of_the_command_line_that_an_answer_imports(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "bundle")
+    arguments = ["reft-export", "run", str(bundle.folder), "-p", "Hi", "-n", "1"]
+    loaded = loaded_by(
+        f"sys.argv = {arguments}\nfrom reft_export.cli.main import main\ntry: main()\nexcept SystemExit as e: assert not e.code"
+    )
+    assert "reft_export.cli.answer" in loaded
+    assert loaded & set(VERBS.values()) == {"reft_export.cli.run"}
+    assert not loaded & {"rich.console", "numpy.random", "runtimes.golden", "runtimes.bench"}
 
 
 def test_without_onnxruntime_the_session_says_what_to_install() -> None:
