@@ -68,15 +68,6 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
     layers = _layers(units, config["layers"], outline)
     edits = {Site(layer=layer): tuple((_edit(units, layer, unit, method, config["orthogonality"]),) for unit in wanted) for layer in layers}
     head = _head(folder, outline, name)
-    notes = []
-    if outline.info.labels and not head:
-        notes.append(f"no prediction head lies beside the adapter: it is used with {outline.info.name}'s own")
-    if config["suffix_positions"] and not outline.info.labels:
-        n = config["suffix_positions"]
-        notes.append(
-            f"AdapterHub edits the last {n} of all tokens it is given, generated ones too; here the last {n} of the prompt are edited: "
-            "a prompt's logits agree, text generated from it may not"
-        )
     return ForeignAdapter(
         format=FORMAT,
         edits=edits,
@@ -86,8 +77,19 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
         dropout=config["dropout"],
         dtype=stored_dtype(next(iter(units.values()))["learned_source.weight"]),
         record={"imported_from": FORMAT, "source": folder.resolve().name, "name": name, "version": str(top.get("version", "unknown"))},
-        notes=tuple(notes),
+        notes=_notes(outline, config["suffix_positions"], head),
         head=head,
+    )
+
+
+def _notes(outline: Outline, last: int, head: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    if outline.info.labels:
+        return () if head else (f"no prediction head lies beside the adapter: it is used with {outline.info.name}'s own",)
+    if not last:
+        return ()
+    return (
+        f"AdapterHub edits the last {last} of all tokens it is given, generated ones too; here the last {last} of the prompt are edited: "
+        "a prompt's logits agree, text generated from it may not",
     )
 
 
@@ -103,6 +105,12 @@ def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[s
         raise AdapterError(f"{path}: architecture {kind!r} is not reft; only ReFT adapters can be imported")
     if unknown := sorted(set(config) - KNOWN):
         raise AdapterError(f"{path}: {listed(unknown)} is none of the keys of a ReftConfig, so what it changes is unknown")
+    _check_types(path, config)
+    _check_base(top, path, outline)
+    return top, config | {"dropout": float(config.get("dropout", 0.0)), "non_linearity": config.get("non_linearity")}
+
+
+def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     types = {"prefix_positions": int, "suffix_positions": int, "r": int, "orthogonality": bool, "tied_weights": bool}
     for name, kind in types.items():
         value = config.get(name)
@@ -115,8 +123,6 @@ def _read_config(folder: Path, outline: Outline) -> tuple[dict[str, Any], dict[s
         raise AdapterError(f'{path}: layers is {layers!r}, expected "all" or a list of numbers')
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not (function is None or isinstance(function, str)):
         raise AdapterError(f"{path}: dropout is {dropout!r} and non_linearity {function!r}; a number and a name or null are expected")
-    _check_base(top, path, outline)
-    return top, config | {"dropout": float(dropout), "non_linearity": function}
 
 
 def _check_base(recorded: Mapping[str, Any], path: Path, outline: Outline) -> None:

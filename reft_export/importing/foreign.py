@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from reft_export.training.settings import parse_layers
 from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
-from runtimes.errors import InputError
+from runtimes.errors import AdapterError, InputError
+
+if TYPE_CHECKING:  # torch takes seconds, and what is no adapter at all is refused without it
+    from reft_export.base.load import Outline
 
 Report = Callable[[str], None]
 """Told what is being done; the CLI shows it."""
@@ -95,6 +100,28 @@ class ForeignAdapter:
     """What the user should know and could not see."""
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     """A classifier's, saved with the adapter, by the base's parameter names."""
+
+
+T = TypeVar("T")
+
+
+def of_chosen_layers(path: Path, stored: Mapping[Site, T], request: Request, outline: Outline, *, what: str, made: str) -> dict[Site, T]:
+    """What the file holds for the layers that --layers names, or all of it; raises for layers that the base, or the file, does not have.
+
+    ``what`` it holds for a layer, and ``made``: what of it belongs to the base, both for messages.
+    """
+    count = outline.info.num_hidden_layers
+    if outside := [site.layer for site in stored if site.layer >= count]:
+        raise AdapterError(
+            f"{path}: layer {max(outside)} does not exist in {outline.info.name} ({count} layers, 0 to {count - 1}); pass the base that "
+            f"{made}"
+        )
+    if request.layers is None:
+        return dict(stored)
+    chosen = set(parse_layers(request.layers, count))
+    if absent := chosen - {site.layer for site in stored}:
+        raise InputError(f"--layers {request.layers}: the file has no {what} for layer {listed(sorted(absent))}")
+    return {site: value for site, value in stored.items() if site.layer in chosen}
 
 
 def not_recorded(format: str, missing: Mapping[str, str]) -> InputError:

@@ -31,7 +31,15 @@ import numpy as np
 from torch import Tensor
 
 from reft_export.base.load import Outline
-from reft_export.importing.foreign import POSITION_CHOICES, ForeignAdapter, ForeignEdit, Request, activation_of, listed, not_recorded
+from reft_export.importing.foreign import (
+    POSITION_CHOICES,
+    ForeignAdapter,
+    ForeignEdit,
+    Request,
+    activation_of,
+    not_recorded,
+    of_chosen_layers,
+)
 from reft_export.importing.pyreft.sites import ComponentSites
 from reft_export.importing.statements import SCALES_AND_SHIFTS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
@@ -77,24 +85,15 @@ def red_adapter(
         raise InputError("RED is one scale and bias a site: --method, --untied and --activation do not apply to it")
     if not tensors:
         raise AdapterError(f"{path} holds no arrays")
-    authors = {name: AUTHORS.fullmatch(name) for name in tensors}
-    if any(authors.values()):
-        pairs = _of_modules(path, tensors, outline)
-        if request.stream is not None:
-            raise InputError(f"--stream {request.stream} does not apply to {path}, which names the module of every edit")
-    elif set(tensors) <= set(ALONE):
-        pairs = _of_one_pair(path, tensors, request, outline)
-    else:
-        pairs = _of_layers(path, tensors, request)
-    _check_pairs(path, pairs)
-    stored = len(pairs)
-    pairs = _chosen(path, pairs, request, outline)
+    stored = _pairs(path, tensors, request, outline)
+    _check_pairs(path, stored)
+    pairs = of_chosen_layers(path, stored, request, outline, what="scale and bias", made="the adapter was trained on")
     positions = PositionRule.parse(request.positions or "all")
     meaning = Meaning(
         does="scales and shifts with a scale and a bias",
         operations=SCALES_AND_SHIFTS,
         sites=frozenset(pairs),
-        stored=stored,
+        stored=len(stored),
         positions=positions,
         scale=None,
         scalable=False,
@@ -110,6 +109,16 @@ def red_adapter(
         record={"imported_from": format, "source": path.resolve().name, "form": "red"},
         notes=notes,
     )
+
+
+def _pairs(path: Path, tensors: Mapping[str, Value], request: Request, outline: Outline) -> Pairs:
+    """By which of the ways of naming tensors the file follows."""
+    if any(AUTHORS.fullmatch(name) for name in tensors):
+        pairs = _of_modules(path, tensors, outline)
+        if request.stream is not None:
+            raise InputError(f"--stream {request.stream} does not apply to {path}, which names the module of every edit")
+        return pairs
+    return _of_one_pair(path, tensors, request, outline) if set(tensors) <= set(ALONE) else _of_layers(path, tensors, request)
 
 
 def _of_modules(path: Path, tensors: Mapping[str, Value], outline: Outline) -> Pairs:
@@ -194,22 +203,6 @@ def _check_pairs(path: Path, pairs: Pairs) -> None:
             raise AdapterError(
                 f"{path}: {pair[has][0]} has no {lacks} beside it ({site}); where the edit is a {has} alone, store {neutral} as its {lacks}"
             )
-
-
-def _chosen(path: Path, pairs: Pairs, request: Request, outline: Outline) -> Pairs:
-    """The pairs of the layers that --layers names, or all; raises for layers that the base, or the file, does not have."""
-    count = outline.info.num_hidden_layers
-    if outside := [site.layer for site in pairs if site.layer >= count]:
-        raise AdapterError(
-            f"{path}: layer {max(outside)} does not exist in {outline.info.name} ({count} layers, 0 to {count - 1}); pass the base that "
-            "the adapter was trained on"
-        )
-    if request.layers is None:
-        return pairs
-    chosen = set(parse_layers(request.layers, count))
-    if absent := chosen - {site.layer for site in pairs}:
-        raise InputError(f"--layers {request.layers}: the file has no scale and bias for layer {listed(sorted(absent))}")
-    return {site: pair for site, pair in pairs.items() if site.layer in chosen}
 
 
 def _edit(path: Path, pair: Mapping[str, tuple[str, Value]]) -> ForeignEdit:

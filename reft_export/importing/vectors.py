@@ -36,8 +36,8 @@ from reft_export.importing.foreign import (
     ForeignEdit,
     Request,
     activation_of,
-    listed,
     not_recorded,
+    of_chosen_layers,
     short,
 )
 from reft_export.importing.red import is_red, red_adapter
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 CONTROL_VECTOR = "controlvector"
 """general.architecture of llama.cpp's control vectors, and the first word of their own keys."""
 
+DIRECTION = "direction."
+"""What the names of a control vector's tensors begin with, before the layer."""
+
 NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d+)(?:[._]({'|'.join(STREAMS)}))?")
 
 OF_WEIGHTS = re.compile(
@@ -69,30 +72,7 @@ OF_ONE_LAYER = re.compile(r"(?:^|[._])(?:layers?|h|blocks?|blk|direction)[._]?(\
 def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
     """llama.cpp's semantics: every token, unless --positions says otherwise; --layers is its --control-vector-layer-range."""
     request.refuse("GGUF", {"stream": "llama.cpp adds a control vector to the block's output"})
-    from gguf import GGMLQuantizationType, GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
-        raise _no_gguf(path, e) from None
-    if not kinds:
-        raise AdapterError(f"{path} holds no direction.<layer> tensors; it is no control vector")
-    layers: dict[str, int] = {}
-    for name, kind in kinds.items():
-        match = re.fullmatch(r"direction\.(\d+)", name)
-        if not match:
-            raise AdapterError(f"{path} holds {name}; a control vector holds direction.<layer> tensors and nothing else")
-        if int(match[1]) == 0:
-            raise AdapterError(f"{path} holds {name}; llama.cpp numbers control vectors from layer 1")
-        if kind != GGMLQuantizationType.F32:
-            raise AdapterError(f"{path}: {name} is {kind.name}; control vectors are F32")
-        layers[name] = int(match[1])
-    try:
-        statements = {name: _gguf_value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        values = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    except Exception as e:  # as above
-        raise _no_gguf(path, e) from None
+    values, statements = _gguf(path)
     if statements.get("general.architecture") != CONTROL_VECTOR:
         raise AdapterError(
             f"{path}: general.architecture is {short(statements.get('general.architecture', 'missing'))}, expected {CONTROL_VECTOR!r}; "
@@ -100,12 +80,38 @@ def read_gguf(path: Path, request: Request, outline: Outline) -> ForeignAdapter:
         )
     vectors: dict[Site, tuple[str, np.ndarray]] = {}
     for name, value in values.items():
-        _put(path, vectors, Site(layer=layers[name]), name, value)
+        _put(path, vectors, Site(layer=int(name.removeprefix(DIRECTION))), name, value)
     positions = PositionRule.parse(request.positions or "all")
     hint = statements.get(f"{CONTROL_VECTOR}.model_hint")
     return _adapter(
         "gguf", path, vectors, positions, request, outline, {} if hint is None else {"model_hint": str(hint)}, statements=statements
     )
+
+
+def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """(the vectors by name, the keys); AdapterError for a damaged file, and for tensors that are not those of a control vector."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
+        raise _no_gguf(path, e) from None
+    if not kinds:
+        raise AdapterError(f"{path} holds no {DIRECTION}<layer> tensors; it is no control vector")
+    for name, kind in kinds.items():
+        layer = name.removeprefix(DIRECTION)
+        if layer == name or not re.fullmatch(r"\d+", layer):
+            raise AdapterError(f"{path} holds {name}; a control vector holds {DIRECTION}<layer> tensors and nothing else")
+        if int(layer) == 0:
+            raise AdapterError(f"{path} holds {name}; llama.cpp numbers control vectors from layer 1")
+        if kind != "F32":
+            raise AdapterError(f"{path}: {name} is {kind}; control vectors are F32")
+    try:
+        statements = {name: _gguf_value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        return {tensor.name: np.array(tensor.data) for tensor in reader.tensors}, statements
+    except Exception as e:  # as above
+        raise _no_gguf(path, e) from None
 
 
 def _no_gguf(path: Path, error: Exception) -> AdapterError:
@@ -226,7 +232,7 @@ def _stream(request: Request) -> str:
 def _adapter(
     format: str,
     path: Path,
-    vectors: Mapping[Site, tuple[str, np.ndarray]],
+    stored: Mapping[Site, tuple[str, np.ndarray]],
     positions: PositionRule,
     request: Request,
     outline: Outline,
@@ -240,23 +246,12 @@ def _adapter(
         raise InputError(f"--scale {scale} is not a strength; use a number other than 0 (negative steers the other way)")
     if request.method not in (None, "lobireft") or request.tied is False or activation_of(request.activation or "", "--activation"):
         raise InputError("a steering vector is added as it is: --method, --untied and --activation do not apply to it")
-    count = outline.info.num_hidden_layers
-    if outside := [site.layer for site in vectors if site.layer >= count]:
-        raise AdapterError(
-            f"{path}: layer {max(outside)} does not exist in {outline.info.name} ({count} layers, 0 to {count - 1}); pass the base that "
-            "the vectors were made for"
-        )
-    stored = len(vectors)
-    if request.layers is not None:
-        chosen = set(parse_layers(request.layers, count))
-        if absent := chosen - {site.layer for site in vectors}:
-            raise InputError(f"--layers {request.layers}: the file has no vector for layer {listed(sorted(absent))}")
-        vectors = {site: value for site, value in vectors.items() if site.layer in chosen}
+    vectors = of_chosen_layers(path, stored, request, outline, what="vector", made="the vectors were made for")
     meaning = Meaning(
         does="adds vectors",
         operations=ADDS,
         sites=frozenset(vectors),
-        stored=stored,
+        stored=len(stored),
         positions=positions,
         scale=request.scale,
         array=array,

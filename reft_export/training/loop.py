@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,18 @@ def run_loop(
         callbacks=[_Recorder(model, history, total, bool(examples.held_out), on_step)],
     )
     trainer.remove_callback(PrinterCallback)
-    try:
+    with _failures(model, base, settings, history, total, folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return history
+
+
+@contextmanager
+def _failures(
+    model: TrainedModel, base: Base, settings: TrainSettings, history: list[StepRecord], total: int, folder: Path
+) -> Iterator[None]:
+    """What can go wrong inside, said with the step at which it did and what to do."""
+    try:
+        yield
     except _NotFinite as e:
         discard(folder)
         raise ReftError(
@@ -158,10 +169,13 @@ def run_loop(
             "raise gradient accumulation by as much, or lower max_length"
         ) from None
     except KeyboardInterrupt:
-        raise _interrupted(folder, len(history), total) from None
+        last = last_checkpoint(folder)
+        remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
+        if last is None:
+            discard(folder)
+        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}") from None
     finally:
         model.zero_grad(set_to_none=True)
-    return history
 
 
 def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.device) -> TrainingArguments:
@@ -197,11 +211,3 @@ def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.
     assert args.device.type == device.type  # and asking for the device has counted the GPUs
     args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
     return args
-
-
-def _interrupted(folder: Path, step: int, total: int) -> TrainingInterrupted:
-    last = last_checkpoint(folder)
-    remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
-    if last is None:
-        discard(folder)
-    return TrainingInterrupted(f"stopped at step {step} of {total}; no adapter was written; {remedy}")

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from reft_export.base.classifiers import check_head
-from reft_export.base.load import DTYPES, Base, base_from_memory, check_device
+from reft_export.base.load import DTYPES, Base, base_from_memory, check_device, move
 from reft_export.base.token_rules import context_of
 from reft_export.training.checkpoints import StepRecord, check_working_folder, discard, open_working_folder
 from reft_export.training.classification import LabelObjective
@@ -231,7 +231,7 @@ def place(base: Base, settings: TrainSettings) -> torch.device:
     if settings.device != "auto":
         check_device(settings.device)
         if base.model.device.type != "meta":  # of a dry run
-            torch.nn.Module.to(base.model, settings.device)
+            move(base.model, settings.device)
     if base.model.device.type == "cuda" and base.model.device.index:
         raise InputError(f"the base is on {base.model.device}; train on the first GPU, chosen with CUDA_VISIBLE_DEVICES")
     return base.model.device

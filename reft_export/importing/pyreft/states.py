@@ -60,49 +60,57 @@ def kind_of(key: str, recorded: str, state: Mapping[str, Tensor], method: str | 
     return chosen[0]
 
 
+class _Saved:
+    """One intervention's state dict, of which everything has to be taken."""
+
+    def __init__(self, key: str, kind: str, state: Mapping[str, Tensor]) -> None:
+        self.key, self.kind, self.state = key, kind, state
+        self._taken: set[str] = set()
+
+    def take(self, name: str, *shape: int | str) -> np.ndarray:
+        if name not in self.state:
+            raise AdapterError(f"{self.key} ({self.kind}) lacks {name}; it holds {', '.join(sorted(self.state)) or 'nothing'}")
+        self._taken.add(name)
+        return as_float32(self.state[name], shape, f"{self.key}: {name}")
+
+    def rotation(self) -> np.ndarray:
+        """R [r, d] of the saved R^T, or of torch's raw parametrization."""
+        for plain in ("rotate_layer", "rotate_layer.weight"):
+            if plain in self.state:
+                return np.ascontiguousarray(self.take(plain, "D", "r").T)
+        raw = "rotate_layer.parametrizations.weight"
+        original = self.take(f"{raw}.original", "D", "r")
+        width, rank = original.shape
+        if rank > width:
+            raise AdapterError(f"{self.key}: {raw}.original is {[width, rank]}, a rank above the width")
+        base = self.take(f"{raw}.0.base", width, width) if f"{raw}.0.base" in self.state else None
+        return np.ascontiguousarray(orthogonal(original, base).T)
+
+    def check_all_taken(self) -> None:
+        if unknown := sorted(set(self.state) - self._taken):
+            raise AdapterError(f"{self.key} ({self.kind}) holds {unknown[0]}, which this class does not have")
+
+
 def read_state(key: str, kind: str, state: Mapping[str, Tensor]) -> ForeignEdit:
     """Raises AdapterError for tensors that are missing, unknown or of the wrong shape, and values that are not finite."""
     state = {name: value for name, value in state.items() if name not in UNUSED_KEYS}
     if kind == "LoreftIntervention" and "weight" in state:
         # Loreft alone flattens its state dict.
         state = {f"learned_source.{n}" if n in ("weight", "bias") else n: value for n, value in state.items()}
-    taken: set[str] = set()
-
-    def take(name: str, *shape: int | str) -> np.ndarray:
-        if name not in state:
-            raise AdapterError(f"{key} ({kind}) lacks {name}; it holds {', '.join(sorted(state)) or 'nothing'}")
-        taken.add(name)
-        return as_float32(state[name], shape, f"{key}: {name}")
-
-    def rotation() -> np.ndarray:
-        """R [r, d] of the saved R^T, or of torch's raw parametrization."""
-        if "rotate_layer" in state:
-            return np.ascontiguousarray(take("rotate_layer", "D", "r").T)
-        if "rotate_layer.weight" in state:
-            return np.ascontiguousarray(take("rotate_layer.weight", "D", "r").T)
-        raw = "rotate_layer.parametrizations.weight"
-        original = take(f"{raw}.original", "D", "r")
-        width, rank = original.shape
-        if rank > width:
-            raise AdapterError(f"{key}: {raw}.original is {[width, rank]}, a rank above the width")
-        base = take(f"{raw}.0.base", width, width) if f"{raw}.0.base" in state else None
-        return np.ascontiguousarray(orthogonal(original, base).T)
-
-    method = CLASSES[kind]
+    saved, method = _Saved(key, kind, state), CLASSES[kind]
     if METHODS[method].role("source").axes == ("r",):
-        R = rotation()
-        values = {"projection": R, "source": take("learned_source", len(R))}
+        projection = saved.rotation()
+        values = {"projection": projection, "source": saved.take("learned_source", len(projection))}
     else:
-        source = take("learned_source.weight", "r", "D")
+        source = saved.take("learned_source.weight", "r", "D")
         rank, width = source.shape
-        bias = take("learned_source.bias", rank)
-        projection = take("proj_layer.weight", rank, width) if kind in ("NoreftIntervention", "NodireftIntervention") else rotation()
+        bias, free = saved.take("learned_source.bias", rank), kind in ("NoreftIntervention", "NodireftIntervention")
+        projection = saved.take("proj_layer.weight", rank, width) if free else saved.rotation()
         if projection.shape != source.shape:
             raise AdapterError(f"{key}: rotate_layer is {list(projection.shape[::-1])}, expected {[width, rank]} as its source has it")
-        offset = take("proj_layer.bias", rank) if "proj_layer.bias" in state else np.zeros(rank, np.float32)
+        offset = saved.take("proj_layer.bias", rank) if "proj_layer.bias" in state else np.zeros(rank, np.float32)
         values = {"projection": projection, "source": source, "bias": bias, "offset": offset}
-    if unknown := sorted(set(state) - taken):
-        raise AdapterError(f"{key} ({kind}) holds {unknown[0]}, which this class does not have")
+    saved.check_all_taken()
     return ForeignEdit.of_roles(key, method, **values)
 
 

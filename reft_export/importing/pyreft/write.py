@@ -77,17 +77,21 @@ def export_to_pyreft(
             "representations": [[site.layer, site.stream, "pos", 1, adapter.rank, *[None] * 9] for site, _ in keys],
             "sorted_keys": places,
         }
-        side = {
-            "positions": str(adapter.positions),
-            "truncate": adapter.positions.truncate,
-            "share_weights": adapter.tied,
-            "act_fn": adapter.activation or "none",
-            "dropout": adapter.dropout,
-            "add_bias": _add_bias(adapter),
-        }
-        for name, content in ((CONFIG_FILE, config), (SIDE_FILE, side)):
+        for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter))):
             (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return PyreftExport(interventions=len(keys), kind=kind, notes=_notes(adapter))
+
+
+def _side(adapter: Adapter) -> dict[str, object]:
+    """What pyreft does not record."""
+    return {
+        "positions": str(adapter.positions),
+        "truncate": adapter.positions.truncate,
+        "share_weights": adapter.tied,
+        "act_fn": adapter.activation or "none",
+        "dropout": adapter.dropout,
+        "add_bias": _add_bias(adapter),
+    }
 
 
 def _class_of(adapter: Adapter) -> str:
