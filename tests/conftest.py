@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import shared_folders
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; tests in parallel need no threads of their own
@@ -32,6 +33,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here; --require-gpu makes this a failure"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # A worker's own folder lies in that of the run.
+    own = tmp_path_factory.getbasetemp()
+    shared_folders.ROOT = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_exports(_shared_folders: None) -> Iterator[None]:
+    import torch
+    from shared_exports import shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", shared(torch.onnx.export))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BASE, CASES
+from shared_folders import shared_folder
 
 from reft_export.base.load import Base, load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
@@ -27,16 +28,20 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="session")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("imported")
-    for case in CASES:
-        import_adapter(case.adapter, str(BASE), root / case.label, case.request, report=lambda _: None)
+def imported() -> dict[str, Path]:
+    def make(root: Path) -> None:
+        for case in CASES:
+            import_adapter(case.adapter, str(BASE), root / case.label, case.request, report=lambda _: None)
+
+    root = shared_folder("imported", make)
     return {case.label: root / case.label for case in CASES}
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, imported: dict[str, Path]) -> Path:
+def bundle(imported: dict[str, Path]) -> Path:
     """All of them in one graph: every stream, with and without each activation."""
-    output = tmp_path_factory.mktemp("bundles") / "all"
-    export_bundle(str(BASE), list(imported.values()), output, ExportSettings(), report=lambda _: None)
-    return output
+
+    def make(output: Path) -> None:
+        export_bundle(str(BASE), list(imported.values()), output, ExportSettings(), report=lambda _: None)
+
+    return shared_folder("bundles/imported", make)

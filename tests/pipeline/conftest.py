@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from shared_folders import shared_folder
 
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
@@ -31,13 +32,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
+def base_folder() -> Callable[[str], Path]:
     def folder(family: str = "llama") -> Path:
-        if family not in made:
-            made[family] = tiny.save_base(tmp_path_factory.mktemp("bases") / family, family)
-        return made[family]
+        return shared_folder(f"bases/{family}", lambda output: tiny.save_base(output, family))
 
     return folder
 
@@ -55,20 +52,15 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, base_folder: Calla
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(
-    tmp_path_factory: pytest.TempPathFactory, base_folder: Callable[[str], Path], adapter_folders: Callable[..., list[Path]]
-) -> Callable[..., Path]:
+def bundle_folder(base_folder: Callable[[str], Path], adapter_folders: Callable[..., list[Path]]) -> Callable[..., Path]:
     """A finished bundle by family and precision; tests copy it before they change anything."""
-    made: dict[tuple[str, str], Path] = {}
 
     def folder(family: str = "llama", precision: str = "fp32") -> Path:
-        key = (family, precision)
-        if key not in made:
-            output = tmp_path_factory.mktemp("bundles") / f"{family}-{precision}"
+        def make(output: Path) -> None:
             settings = ExportSettings(precision=precision)
             export_bundle(str(base_folder(family)), adapter_folders(family), output, settings, report=lambda _: None)
-            made[key] = output
-        return made[key]
+
+        return shared_folder(f"bundles/{family}-{precision}", make)
 
     return folder
 
@@ -82,16 +74,14 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def float_bundle(tmp_path_factory, base_folder, adapter_folders):
+def float_bundle(base_folder, adapter_folders):
     """(bundle, base) by family, with two adapters: untied ones, and ones with an activation."""
-    made: dict[tuple[str, str], Path] = {}
 
     def folder(family: str = "llama", precision: str = "fp32") -> tuple[Path, str]:
-        if (family, precision) not in made:
-            output = tmp_path_factory.mktemp("float") / family
+        def make(output: Path) -> None:
             adapters = adapter_folders(family, ("untied", "prompt-relu"))
             export_bundle(str(base_folder(family)), adapters, output, ExportSettings(precision=precision), report=lambda _: None)
-            made[family, precision] = output
-        return made[family, precision], str(base_folder(family))
+
+        return shared_folder(f"float/{precision}/{family}", make), str(base_folder(family))
 
     return folder

@@ -49,7 +49,7 @@ def made(tmp_path_factory, base_folder, bundle_folder) -> Made:
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(weights | {name: -weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
     save_adapter(tiny.random_adapter(outline_base(base).info), root / "style")
-    bundle, small = bundle_folder("llama"), bundle_folder("llama", "int8")
+    bundle, small = bundle_folder("llama"), bundle_folder("llama", "int4")
     graph = save_foreign(bundle, root / "graph")
     return Made(root=root, base=base, longer=longer, other=other, style=root / "style", bundle=bundle, small=small, graph=graph)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import rounding
 import tiny
 import tiny_encoders
 import torch
+from shared_folders import shared_folder
 from typer.testing import CliRunner
 
 from calibration.settings import settings_for
@@ -61,18 +63,17 @@ def write_adapters(base_folder: Path, root: Path, adapters: dict[str, dict]) -> 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle, Path, dict[str, Path]]]:
+def made() -> Callable[..., tuple[Bundle, Path, dict[str, Path]]]:
     """(bundle, base, adapter folders) by family; tests copy before they change anything."""
-    bundles: dict[str, tuple[Bundle, Path, dict[str, Path]]] = {}
 
+    @functools.cache
     def get(family: str = "roberta") -> tuple[Bundle, Path, dict[str, Path]]:
-        if family not in bundles:
-            root = tmp_path_factory.mktemp(family)
+        def make(root: Path) -> None:
             base = tiny_encoders.save_base(root / "base", family)
-            folders = write_adapters(base, root / "adapters", ADAPTERS)
-            export_bundle(str(base), folders, root / "bundle", ExportSettings(), report=quiet)
-            bundles[family] = open_bundle(root / "bundle"), base, {folder.name: folder for folder in folders}
-        return bundles[family]
+            export_bundle(str(base), write_adapters(base, root / "adapters", ADAPTERS), root / "bundle", ExportSettings(), report=quiet)
+
+        root = shared_folder(f"classifiers/{family}", make)
+        return open_bundle(root / "bundle"), root / "base", {name: root / "adapters" / name for name in ADAPTERS}
 
     return get
 

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from foreign_graphs import save_foreign
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.markup import render
@@ -65,15 +67,22 @@ SURFACE = {
 """Verbs and long flags; a change here is a change for every user."""
 
 
-def cli(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+def fresh(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as a user starts it; of every verb at least once, for what its imports say and set."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "reft_export.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
-def refused(*arguments: object, code: int, match: str) -> None:
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """In this process, which has torch loaded."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+def refused(*arguments: object, code: int, match: str, run: Callable[..., subprocess.CompletedProcess[str]] = cli) -> None:
     """One line on stderr that begins with "error:", nothing on stdout, the right exit code."""
-    done = cli(*arguments)
+    done = run(*arguments)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
@@ -126,8 +135,8 @@ def test_help_needs_no_framework() -> None:
 
 def test_run(bundle_folder, tmp_path) -> None:
     bundle = bundle_folder("llama")
-    plain = cli("run", bundle, "-p", "hello", "-n", 12)
-    steered = cli("run", bundle, "-p", "hello", "-n", 12, "-a", "tied")
+    plain = fresh("run", bundle, "-p", "hello", "-n", 12)
+    steered = fresh("run", bundle, "-p", "hello", "-n", 12, "-a", "tied")
     assert plain.returncode == steered.returncode == 0
     assert plain.stdout and plain.stdout != steered.stdout
     assert cli("run", bundle, "-p", "hello", "-n", 12, "--no-stream").stdout == plain.stdout
@@ -145,7 +154,7 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
     bundle = bundle_folder("llama")
     refused("run", tmp_path / "no", "-p", "x", code=2, match="is not a folder")
     refused("run", bundle, code=2, match="--prompt")
-    refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'")
+    refused("run", bundle, "-p", "x", "-a", "nope", code=2, match="has no adapter 'nope'", run=fresh)
     refused("run", bundle, "-p", "x" * 600, code=2, match="do not fit the context of llama (512)")
     refused("run", bundle, "-p", "x", "--provider", "cuda", code=4, match="pip")
     for verb in (["run", bundle, "-p", "x"], ["parity", bundle], ["bench", bundle]):
@@ -178,7 +187,7 @@ def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
 
     from runtimes.files.hashes import sha256_of
 
-    done = cli("parity", bundle_folder("llama"), "--json")
+    done = fresh("parity", bundle_folder("llama"), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["passed"]
     copy = Path(shutil.copytree(bundle_folder("llama"), tmp_path / "copy"))
     golden = copy / "golden" / "tied.npz"
@@ -205,7 +214,7 @@ def test_train_export_fold(base_folder, bundle_folder, tmp_path) -> None:
 
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
-    trained = cli(
+    trained = fresh(
         "train", "-m", base_folder("llama"), "-d", data, "-o", tmp_path / "yes", "--max-steps", 3, "--positions", "l1", "--layers", "1"
     )
     assert trained.returncode == 0, trained.stderr
@@ -215,14 +224,14 @@ def test_train_export_fold(base_folder, bundle_folder, tmp_path) -> None:
     (tmp_path / "plain").mkdir()
     ir.save(graph, tmp_path / "plain" / "decoder.onnx", external_data="decoder.data")
     shutil.copy(base_folder("llama") / "tokenizer.json", tmp_path / "plain")
-    folded = cli("fold", tmp_path / "plain", "-a", tmp_path / "yes", "-o", tmp_path / "folded")
+    folded = fresh("fold", tmp_path / "plain", "-a", tmp_path / "yes", "-o", tmp_path / "folded")
     assert folded.returncode == 0, folded.stderr
     answer = cli("run", tmp_path / "folded", "-p", "say 3", "-a", "yes", "-n", 8)
     assert answer.returncode == 0 and answer.stdout
     ladder = cli("parity", tmp_path / "folded", "-m", base_folder("llama"))
     assert ladder.returncode == 0, ladder.stderr
     for path in (tmp_path / "yes", tmp_path / "folded", tmp_path / "plain", tmp_path / "folded" / "adapters" / "yes.onnx_adapter"):
-        shown = cli("inspect", path)
+        shown = (fresh if path.name == "folded" else cli)("inspect", path)
         assert shown.returncode == 0 and shown.stdout, shown.stderr
         json.loads(cli("inspect", path, "--json").stdout)
     refused("inspect", tmp_path / "data.jsonl", code=2, match="is not an adapter folder")
@@ -237,7 +246,7 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     refused("train", "-m", model, "-d", data, "-o", output, "--layers", "31", code=2, match="layer 31 does not exist")
     refused("train", "-m", model, "-d", data, "-o", output, "--positions", "g3", code=2, match="positions 'g3'")
     refused("train", "-m", tmp_path, "-d", data, "-o", output, code=2, match="config.json is missing")
-    refused("train", "-m", "no/such-model", "-d", data, "-o", output, code=2, match="no/such-model")
+    refused("train", "-m", "no/such-model", "-d", data, "-o", output, code=2, match="no/such-model", run=fresh)
     assert not output.exists()
 
 
@@ -271,7 +280,7 @@ def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders
     refused(*wrong, "--checker", f"{checker}:broken", code=2, match="returned 'yes' for the prompt of")
     refused(*wrong, "--checker", f"{checker}:nothing", code=2, match="has no nothing")
     refused(*wrong, "--checker", f"{checker}:judge", "-p", "int8", code=2, match="keeps its graph, so --precision would do nothing")
-    refused(*wrong, code=2, match="--checker and --checker-data go together")
+    refused(*wrong, code=2, match="--checker and --checker-data go together", run=fresh)
     refused("train", "--base", bundle_folder("llama"), "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="train without --base")
     refused("train", "--start", started, "--rank", 9, "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="its rank is 4")
     refused("quantize", bundle_folder("llama"), "-m", model, "-a", started, "-o", tmp_path / "no", code=2, match="reft-export export")
@@ -304,13 +313,18 @@ def test_ctrl_c_in_mid_export(base_folder, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk(base_folder, tmp_path) -> None:
+@pytest.mark.parametrize("verb", ["fold", pytest.param("export", marks=pytest.mark.slow)])
+def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) -> None:
     """A real full file system, in a mount namespace of its own."""
     mount = tmp_path / "small"
     mount.mkdir()
+    if verb == "fold":
+        arguments = f"{save_foreign(bundle_folder('llama'), tmp_path / 'plain')} -a {adapter_folders('llama', ('tied',))[0]}"
+    else:
+        arguments = f"-m {base_folder('llama')}"
     unshare = ["unshare", "--user", "--map-root-user", "--mount"] if os.geteuid() else ["unshare", "--mount"]
-    export = f"{sys.executable} -m reft_export.cli.main export -m {base_folder('llama')} -o {mount}/b"
-    script = f"mount -t tmpfs -o size=400k none {mount} && {{ {export}; code=$?; ls -A {mount}; exit $code; }}"
+    command = f"{sys.executable} -m reft_export.cli.main {verb} {arguments} -o {mount}/b"
+    script = f"mount -t tmpfs -o size=400k none {mount} && {{ {command}; code=$?; ls -A {mount}; exit $code; }}"
     try:
         probe = subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs -o size=400k none {mount}"], capture_output=True, check=False)
     except FileNotFoundError:
@@ -324,9 +338,9 @@ def test_full_disk(base_folder, tmp_path) -> None:
 
 
 def test_doctor_and_bench(bundle_folder) -> None:
-    rows = json.loads(cli("doctor", "--json").stdout)
+    rows = json.loads(fresh("doctor", "--json").stdout)
     assert {"reft-export", "onnxruntime", "providers", "edit kernel"} <= {r["what"] for r in rows}
-    done = cli("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
+    done = fresh("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
     result = json.loads(done.stdout)
     adapters = json.loads((bundle_folder("llama") / "manifest.json").read_text())["adapters"]
     assert [m["name"] for m in result["measurements"]] == ["base", *adapters]
@@ -356,7 +370,7 @@ def test_wrong_base_of_a_folded_graph_is_refused(base_folder, bundle_folder, ada
     ir.save(graph, tmp_path / "plain" / "model.onnx", external_data="model.onnx.data")
     done = cli("fold", tmp_path / "plain", "-a", adapter_folders("gpt2", ("tied",))[0], "-o", tmp_path / "folded")
     assert done.returncode == 0 and "fingerprints are not checked" in done.stdout
-    refused("parity", tmp_path / "folded", "-m", base_folder("llama"), code=2, match="adapter tied was trained on gpt2")
+    refused("parity", tmp_path / "folded", "-m", base_folder("llama"), code=2, match="adapter tied was trained on gpt2", run=fresh)
     refused("fold", tmp_path / "plain", "-o", tmp_path / "folded" / "sub", code=2, match="lies inside")
 
 

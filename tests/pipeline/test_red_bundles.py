@@ -16,6 +16,7 @@ import pytest
 import rounding
 import tiny
 import torch
+from shared_folders import shared_folder
 from test_genai import check_stock_genai
 from test_genai import python as python
 from test_schemes import request_for
@@ -86,15 +87,12 @@ def red_folders(base_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def red_bundle(base_folder, red_folders, tmp_path_factory):
-    made: dict[tuple[str, str], Path] = {}
-
+def red_bundle(base_folder, red_folders):
     def folder(family: str = "llama", precision: str = "fp32") -> Path:
-        if (family, precision) not in made:
-            output = tmp_path_factory.mktemp("red-bundles") / f"{family}-{precision}"
+        def make(output: Path) -> None:
             export_bundle(str(base_folder(family)), red_folders(family), output, ExportSettings(precision=precision), **QUIET)
-            made[family, precision] = output
-        return made[family, precision]
+
+        return shared_folder(f"red-bundles/{family}-{precision}", make)
 
     return folder
 
