@@ -47,9 +47,14 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
         return "the graph does not declare the heads of its KV cache"
     if not (folder / "tokenizer.json").is_file():
         return "the bundle has no tokenizer"
-    names = {"input_ids", "attention_mask", "position_ids"} & set(inputs)
+    _write(folder, _config(graph, model, heads=heads, head_size=head_size))
+    return "supported"
+
+
+def _config(graph: ir.Model, model: ModelRecord, *, heads: int, head_size: int) -> dict[str, Any]:
+    names = {value.name for value in graph.graph.inputs}
     eos = model.eos_token_ids
-    config = {
+    return {
         "model": {
             "bos_token_id": model.bos_token_id if model.bos_token_id is not None else (eos[:1] or [0])[0],
             **_eos(model),
@@ -66,7 +71,7 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
                 "num_hidden_layers": model.num_hidden_layers,
                 "num_key_value_heads": heads,
                 "inputs": {
-                    **{name: name for name in sorted(names)},
+                    **{name: name for name in ("attention_mask", "input_ids", "position_ids") if name in names},
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -85,8 +90,6 @@ def write_genai_config(folder: Path, graph: ir.Model, model: ModelRecord, *, slo
             "past_present_share_buffer": any(node.op_type == ATTENTION for node in graph.graph),
         },
     }
-    _write(folder, config)
-    return "supported"
 
 
 def _eos(model: ModelRecord) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def assemble(
         report("recording what the eager model says with the quantized weights")
         fresh = load_base(plan.checkpoint.folder, checked=True)  # exporting rearranged the first one's weights
         record_quantized(work / "golden", proof, fresh.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
+    shutil.rmtree(work / SCRATCH, ignore_errors=True)
     parts = BundleParts(
         model=model,
         task=base.task,
@@ -100,7 +101,6 @@ def assemble(
         labels=base.info.labels,
         head=head,
     )
-    shutil.rmtree(work / SCRATCH, ignore_errors=True)
     manifest = write_bundle(work, graph, parts, plan.adapters, base)
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in graph.graph.initializers.values():

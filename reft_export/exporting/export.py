@@ -102,5 +102,5 @@ def _make(
             return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         report("holding the bundle against the eager model")
-        parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None)
+        parity = gate(work, output, proof=Path(proof))
         return ExportResult(manifest=manifest, parity=parity, weight_errors=errors)

@@ -12,12 +12,12 @@ from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
 
 
-def gate(folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = "") -> ParityReport:
+def gate(folder: Path, output: Path, *, proof: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = "") -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
-    ``exact``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization. ``stepped``: rungs that were taken already. ``remedy``: what to try where a budget is missed; "" is the
-    quantization's own advice.
+    ``proof``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
+    their quantization; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``remedy``: what to try
+    where a budget is missed; "" is the quantization's own advice.
     """
     from reft_export.parity.changed_bundle import quantization_of
     from reft_export.parity.ladder import check, float_label, with_float_activations
@@ -25,25 +25,25 @@ def gate(folder: Path, output: Path, *, exact: Path | None = None, stepped: Sequ
 
     bundle = open_bundle(folder)
     rungs: list[Rung] = list(stepped)
-    if exact is not None:
+    if proof is not None and any(proof.iterdir()):
         with with_float_activations(bundle) as changed:
-            rungs += check(changed, exact, float_label(quantization_of(bundle)))
+            rungs += check(changed, proof, float_label(quantization_of(bundle)))
     shipped = check_golden(bundle, ort_session(bundle)).rungs
     if bundle.manifest.quantization is not None:
         shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
     rungs += shipped
     report = ParityReport(rungs=tuple(rungs))
-    kept = output.with_name(f"{output.name}.parity.json")
+    figures = output.with_name(f"{output.name}.parity.json")
     if not report.passed:
-        kept.write_text(report.to_json() + "\n", encoding="utf-8")
+        figures.write_text(report.to_json() + "\n", encoding="utf-8")
         try:
             report.require()
         except ParityError as e:
             if not remedy and bundle.manifest.quantization is not None:
                 remedy = _remedy(bundle.manifest.quantization)
             remedy = "; ".join(filter(None, (lost_adapters(report, bundle.adapter_names), remedy)))
-            raise ParityError(f"{e}; no bundle was written, the figures are in {kept}{remedy and '; '}{remedy}", report) from None
-    kept.unlink(missing_ok=True)  # of an earlier attempt
+            raise ParityError(f"{e}; no bundle was written, the figures are in {figures}{remedy and '; '}{remedy}", report) from None
+    figures.unlink(missing_ok=True)  # of an earlier attempt
     return report
 
 

@@ -21,8 +21,8 @@ from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
-from reft_export.base.model_record import model_record
 from reft_export.base.same_base import Named, require_same
+from reft_export.base.token_rules import context_of
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
@@ -61,10 +61,7 @@ def host_ladder(
     report(f"loading {model}")
     base = load_base(model)
     check_same_base(bundle, base, model, accept_base=accept_base)
-    if not bundle.manifest.model.fingerprint:  # folded without its base, and maybe without a config.json that says how many tokens fit
-        record = bundle.manifest.model
-        context = min(record.context_length, model_record(base).context_length)
-        bundle = replace(bundle, manifest=replace(bundle.manifest, model=replace(record, context_length=context)))
+    bundle = _within_context(bundle, base)
     rungs: list[Rung] = []
     for name in bundle.adapter_names:
         report(f"edit by edit: {name}")
@@ -80,7 +77,33 @@ def host_ladder(
     if quantized:
         rungs += quantized_rungs(bundle, base, inputs, steerers, fp32, provider=provider, kernel=kernel, report=report)
         return ParityReport(rungs=tuple(rungs))
+    rungs += _float_rungs(bundle, base, inputs, steerers, fp32, provider=provider, kernel=kernel, report=report)
+    return ParityReport(rungs=tuple(rungs))
+
+
+def _within_context(bundle: Bundle, base: Base) -> Bundle:
+    """One that was folded without its base, and maybe without a config.json that says how many tokens fit, has the base's context."""
+    record = bundle.manifest.model
+    if record.fingerprint:
+        return bundle
+    context = min(record.context_length, context_of(base))
+    return replace(bundle, manifest=replace(bundle.manifest, model=replace(record, context_length=context)))
+
+
+def _float_rungs(
+    bundle: Bundle,
+    base: Base,
+    inputs: Inputs,
+    steerers: Mapping[str, Steerer],
+    fp32: Mapping[str, np.ndarray],
+    *,
+    provider: str,
+    kernel: str | None,
+    report: Report,
+) -> list[Rung]:
+    """The graph without its edits, and with them."""
     set_precision(base.model, bundle.manifest.precision)
+    rungs: list[Rung] = []
     with tempfile.TemporaryDirectory() as folder:
         report("recording what the eager model says")
         record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32 or None)
@@ -89,7 +112,7 @@ def host_ladder(
             rungs += check(exported, Path(folder), "exported", names=(BASE_GOLDEN,), provider=provider)
         report("running the folded graph")
         rungs += check(bundle, Path(folder), "folded", provider=provider, kernel=kernel)
-    return ParityReport(rungs=tuple(rungs))
+    return rungs
 
 
 def check_same_base(bundle: Bundle, base: Base | Outline, model: str, *, accept_base: bool = False) -> None:

@@ -61,7 +61,7 @@ def make_swapped(
             how, remedy = "swap", ""
         if runs:
             report("holding the bundle against the eager model")
-            parity = gate(work, output, exact=Path(proof) if any(Path(proof).iterdir()) else None, remedy=remedy)
+            parity = gate(work, output, proof=Path(proof), remedy=remedy)
             figures.add(f"{variant_name(bundle)} + {how}", open_bundle(work))
         else:
             note = check_structure(work)

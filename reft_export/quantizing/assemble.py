@@ -156,7 +156,7 @@ def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, 
         report("holding each quantized activation against the formula")
     stepped = _stepped(open_bundle(work), plan.model)
     report("holding the bundle against the eager model")
-    return gate(work, output, exact=proof if any(proof.iterdir()) else None, stepped=stepped, remedy=remedy)
+    return gate(work, output, proof=proof, stepped=stepped, remedy=remedy)
 
 
 def _stepped(bundle: Bundle, model: str) -> list[Rung]:
