@@ -13,7 +13,7 @@ from test_genai import check_stock_genai
 from test_genai import python as python
 
 from reft_export.base.load import load_base
-from reft_export.exporting import builder
+from reft_export.exporting import builder, installed
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import BackendUnavailable, ExportError, InputError, ParityError
@@ -122,11 +122,11 @@ def test_missing_package(base_folder, tmp_path, monkeypatch) -> None:
 
 
 def test_base_without_tokenizer(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(builder, "check_builder", lambda: None)
+    monkeypatch.setitem(installed.CHECKS, "builder", lambda: None)
     tiny.build("llama").save_pretrained(tmp_path / "llama")
     with pytest.raises(InputError, match="has no tokenizer, which the builder reads"):
-        builder.export_builder(load_base(tmp_path / "llama"), tmp_path / "scratch")
-    assert not (tmp_path / "scratch").exists()
+        export_bundle(tmp_path / "llama", [], tmp_path / "bundle", ExportSettings(exporter="builder"))
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(("settings", "match"), [({"opset": 23}, "chooses the opset itself"), ({"precision": "bf16"}, "dynamo only")])

@@ -267,7 +267,7 @@ def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 3)
     checker.write_text("def judge(prompt, answer):\n    return 'e' in answer\n\ndef broken(prompt, answer):\n    return 'yes'\n")
     asked = ("--refit", data, "-a", started, "--refit-steps", 5, "--perplexity", text, "--checker-data", data, "--checker-tokens", 8)
-    shown = cli("quantize", bundle, "-m", model, "-o", tmp_path / "re", *asked, "--checker", f"{checker}:judge")
+    shown = fresh("quantize", bundle, "-m", model, "-o", tmp_path / "re", *asked, "--checker", f"{checker}:judge")  # with its wide table
     assert shown.returncode == 0, shown.stderr
     assert "int4 + refit" in shown.stdout and "ppl" in shown.stdout and "refit of tied: 5 steps" in shown.stdout
     report = json.loads((tmp_path / "re.quantization.json").read_text())

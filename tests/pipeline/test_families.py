@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 import numpy as np
@@ -204,7 +205,8 @@ def test_dynamo_names_the_exporter_that_takes_experts(small_base, tmp_path) -> N
 
 
 def test_transformers_without_exporters(small_base, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(route, "__version__", "4.57.6")
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6" if name == "transformers" else real(name))
     with pytest.raises(BackendUnavailable, match=r"needs transformers 5.23, here is 4.57.6; pip install") as caught:
         export_bundle(small_base("llama")[0], [], tmp_path / "b", ExportSettings(exporter="transformers"), **QUIET)
     assert caught.value.exit_code == 4 and not list(tmp_path.iterdir())

@@ -353,16 +353,10 @@ def test_an_adapter_for_another_base_of_the_same_size(verb, stage) -> None:
     refused(stage, command(stage, verb), rf"adapter style was trained on other \(fingerprint {theirs}\), this base is base \({ours}\)")
 
 
-@pytest.mark.parametrize(
-    ("verb", "match"),
-    [
-        ("fold", r"was trained on other \(2 layers, width 32\); .* has 3 layers, width 64"),
-        ("export", r"trained on other \(fingerprint \w{12}\), this base is base \(\w{12}\)"),
-    ],
-)
-def test_an_adapter_for_another_size(verb, match, stage) -> None:
+@pytest.mark.parametrize("verb", ["fold", "export"])
+def test_an_adapter_for_another_size(verb, stage) -> None:
     _adapter_for(stage, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
-    refused(stage, command(stage, verb), match)
+    refused(stage, command(stage, verb), r"was trained on other \(2 layers, width 32\); .* has 3 layers, width 64")
 
 
 def test_sites_out_of_range(stage) -> None:
