@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_export.base.model_folder import first_line
 from runtimes.errors import InputError
-from runtimes.files.records import parse_json
+from runtimes.files.records import read_json_object
 
 if TYPE_CHECKING:  # whether there is a tokenizer is told before torch is loaded
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +74,7 @@ def is_plain_tokenizer(folder: Path) -> bool:
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, empty where there is none; InputError for what is no JSON object."""
     path = folder / TOKENIZER_CONFIG
-    try:
-        config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {first_line(e)}; download it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a JSON {type(config).__name__}, expected an object; download it again")
-    return config
+    return read_json_object(path, InputError, "download it again") if path.is_file() else {}
 
 
 def _check_tokenizer_file(config: Mapping[str, Any], folder: Path) -> None:

@@ -30,7 +30,7 @@ from runtimes.edits.op import OP_VERSION, EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.files.hashes import sha256_of
-from runtimes.files.records import parse_json
+from runtimes.files.records import read_json_object
 
 RECORD_FILE = "reft.json"
 """What was folded. The engine builder copies the files that it knows by name, and leaves this one where it is."""
@@ -184,12 +184,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: TensorRT-Edge-LLM's builder reads it, and so does fold; pass the folder as it was exported")
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object; pass the folder as it was exported")
+    config = read_json_object(path, InputError, "pass the folder as it was exported")
     if (role := config.get("engine_role", "llm")) != "llm":
         raise InputError(f"{path}: engine_role is {role!r}; only plain decoders (llm) can be folded, not speculative or diffusion ones")
     return config

@@ -32,7 +32,7 @@ from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.files.hashes import sha256_of
-from runtimes.files.records import RecordError, from_json, parse_json, to_json
+from runtimes.files.records import RecordError, from_json, read_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -298,7 +298,7 @@ class Artifact(ABC):
             raise BundleError(f"{self.folder} has no adapter {name!r}; it has: {known}")
         path = self.folder / "adapters" / f"{name}.json"
         try:
-            return from_json(AdapterRecord, read_json(path))
+            return from_json(AdapterRecord, read_json(path, BundleError))
         except RecordError as e:
             raise BundleError(f"{path}: {e}") from None
 
@@ -386,7 +386,7 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder} is an engine, which run, parity, bench and inspect take; pass the bundle that it was built from")
     if not (folder / MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
-    raw = read_json(folder / MANIFEST_FILE)
+    raw = read_json(folder / MANIFEST_FILE, BundleError)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(f"{folder / MANIFEST_FILE}: schema version {version!r}; this version reads {SCHEMA_VERSION}; export again")
@@ -459,10 +459,3 @@ def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, 
         raise BundleError(f"{path} has {size} bytes, expected {record.size}; it is truncated or was changed; copy the folder again")
     if sha256_of(path, remember=not verify) != record.sha256:
         raise BundleError(f"{path} does not match its sha256 in {listed_in}; it was changed or damaged; copy the folder again")
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BundleError(f"{path} cannot be read as JSON: {e}") from None

@@ -31,11 +31,10 @@ from runtimes.artifacts.bundle import (
     check_files,
     context_limits,
     hash_files,
-    read_json,
 )
 from runtimes.artifacts.engine_adapter import read_engine_adapter
 from runtimes.errors import BundleError, ReftError
-from runtimes.files.records import RecordError, from_json, to_json
+from runtimes.files.records import RecordError, from_json, read_json, to_json
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "engine.plan"
@@ -148,13 +147,13 @@ def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
     folder = Path(path)
     if not is_engine(folder):
         raise BundleError(f"{folder} is not an engine: {ENGINE_MANIFEST} is missing; make one with `reft-export build`")
-    raw = read_json(folder / ENGINE_MANIFEST)
+    raw = read_json(folder / ENGINE_MANIFEST, BundleError)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(f"{folder / ENGINE_MANIFEST}: schema version {version!r}; this version reads {SCHEMA_VERSION}; build it again")
     try:
         engine = from_json(EngineManifest, raw)
-        manifest = from_json(Manifest, read_json(folder / MANIFEST_FILE))
+        manifest = from_json(Manifest, read_json(folder / MANIFEST_FILE, BundleError))
         nodes = [record.node for record in manifest.nodes]
     except (RecordError, ReftError) as e:
         raise BundleError(f"{folder}: {e}; build it again") from None

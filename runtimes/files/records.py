@@ -91,19 +91,23 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def read_json_object(path: Path, error: type[ReftError] = AdapterError) -> dict[str, Any]:
-    """Raises ``error``, in one line, for what cannot be read, is not JSON, or is JSON other than an object."""
-    value = read_json(path, error)
+def read_json_object(path: Path, error: type[ReftError] = AdapterError, remedy: str = "") -> dict[str, Any]:
+    """Raises ``error``, in one line that ends in ``remedy``, for what cannot be read, is not JSON, or is JSON other than an object."""
+    value = read_json(path, error, remedy)
     if not isinstance(value, dict):
-        raise error(f"{path} does not hold a JSON object")
+        raise error(_with(f"{path} holds a JSON {type(value).__name__}, expected an object", remedy))
     return value
 
 
-def read_json(path: Path, error: type[ReftError] = AdapterError) -> Any:
-    """Raises ``error``, in one line, for what cannot be read or is not JSON."""
+def read_json(path: Path, error: type[ReftError] = AdapterError, remedy: str = "") -> Any:
+    """Raises ``error``, in one line that ends in ``remedy``, for what cannot be read or is not JSON."""
     try:
         return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise error(f"{path} cannot be read ({e.strerror})") from None
+        raise error(_with(f"{path} cannot be read ({e.strerror})", remedy)) from None
     except ValueError as e:
-        raise error(f"{path} is not JSON: {e}") from None
+        raise error(_with(f"{path} is not JSON: {e}", remedy)) from None
+
+
+def _with(what: str, remedy: str) -> str:
+    return f"{what}; {remedy}" if remedy else what

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from runtimes.errors import BundleError, InputError
-from runtimes.files.records import parse_json
+from runtimes.files.records import read_json_object
 from runtimes.text.encoded_text import EncodedText
 from runtimes.text.stop_tokens import listed, stop_token_ids, without_added_end
 
@@ -63,7 +63,7 @@ class Tokenizer:
         named = {name: backend.token_to_id(token) for name, token in special_tokens(config).items()}
         bos, eos, pad = (named.get(f"{kind}_token") for kind in ("bos", "eos", "pad"))
         # What the manifest records is all of it, except in bundles that were written when it held the generation config's only.
-        stated = _eos_ids(read_json_object(folder / GENERATION_FILE), folder / GENERATION_FILE)
+        stated = _eos_ids(_stated(folder / GENERATION_FILE), folder / GENERATION_FILE)
         recorded = () if model is None else model.eos_token_ids
         stop = {*recorded, *stop_token_ids(generation=stated, config=None, tokenizer=eos)}
         if model is not None:
@@ -144,7 +144,7 @@ class Detokenizer:
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with the special tokens of an older special_tokens_map.json where it does not name them."""
-    return read_json_object(folder / SPECIAL_TOKENS_FILE) | read_json_object(folder / CONFIG_FILE)
+    return _stated(folder / SPECIAL_TOKENS_FILE) | _stated(folder / CONFIG_FILE)
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -155,17 +155,9 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in contents.items() if isinstance(v, str)}
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is absent. Raises BundleError where it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BundleError(f"{path} cannot be read as JSON: {e}; copy the bundle again") from None
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} holds a JSON {type(content).__name__}, expected an object; copy the bundle again")
-    return content
+def _stated(path: Path) -> dict[str, Any]:
+    """The file's JSON object, empty where it is absent. Raises BundleError where it is damaged."""
+    return read_json_object(path, BundleError, "copy the bundle again") if path.is_file() else {}
 
 
 def _eos_ids(config: dict[str, Any], path: Path) -> tuple[int, ...]:

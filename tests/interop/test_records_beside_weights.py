@@ -126,7 +126,7 @@ def test_a_byte_order_mark(tmp_path) -> None:
         ('{"label2id": {"sad": "0", "calm": 1}}', "label2id is .*'0', 'calm': 1}, expected a number for each label"),
         ('{"config": {"label2id": {"sad": 0, "calm": null}}}', "config.label2id is .*None}, expected a number for each label"),
         ('{"label2id": {"sad": 0, "calm": true}}', "label2id is .*True}, expected a number for each label"),
-        ("[1]", "head_config.json does not hold a JSON object"),
+        ("[1]", "head_config.json holds a JSON list, expected an object"),
         ("[" * 100_000, "head_config.json is not JSON: it is nested too deeply"),
     ],
 )

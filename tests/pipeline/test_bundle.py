@@ -114,7 +114,7 @@ def test_manifest_is_strict(copy) -> None:
             open_bundle(copy)
         (copy / "manifest.json").write_text(original)
     (copy / "manifest.json").write_text("{")
-    with pytest.raises(BundleError, match="cannot be read as JSON"):
+    with pytest.raises(BundleError, match="manifest.json is not JSON"):
         open_bundle(copy)
 
 

@@ -165,7 +165,7 @@ def _config(export: Path, **changed: object) -> None:
     [
         (lambda export: (export / "config.json").unlink(), "config.json is missing: TensorRT-Edge-LLM's builder reads it"),
         (lambda export: (export / "config.json").write_text("{"), "is not JSON"),
-        (lambda export: (export / "config.json").write_text("[]"), "is not a JSON object"),
+        (lambda export: (export / "config.json").write_text("[]"), "config.json holds a JSON list, expected an object"),
         (lambda export: (export / "model.onnx.data").write_bytes(b""), "the file is cut short"),
         (lambda export: (export / "model.onnx").rename(export / "model_tp2_rank0.onnx"), "builds model.onnx or lora_model.onnx"),
         (lambda export: _config(export, engine_role="draft"), "engine_role is 'draft'; only plain decoders"),

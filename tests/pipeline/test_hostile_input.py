@@ -446,9 +446,9 @@ def _linked(bundle: Path) -> None:
 MODEL, STORED = "model.onnx", "model.onnx.data"
 BUNDLES = {
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "is not a bundle: manifest.json is missing|holds|not an adapter"),
-    "manifest is not JSON": (lambda b: (b / "manifest.json").write_text("{"), "cannot be read as JSON"),
+    "manifest is not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json is not JSON"),
     "manifest is a list": (lambda b: (b / "manifest.json").write_text("[]"), "schema version None"),
-    "manifest of 100,000 levels": (lambda b: (b / "manifest.json").write_text("[" * 100_000), "cannot be read as JSON"),
+    "manifest of 100,000 levels": (lambda b: (b / "manifest.json").write_text("[" * 100_000), "manifest.json is not JSON"),
     "unknown key": (_manifest(lambda m: m.update(surprise=1)), "surprise"),
     "a file outside": (_manifest(lambda m: m["files"].update({"../base/config.json": m["files"][MODEL]})), "leaves the folder"),
     "a file outside, .. inside": (_manifest(lambda m: m["files"].update({"golden/../../x": m["files"][MODEL]})), "leaves the folder"),

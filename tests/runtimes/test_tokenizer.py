@@ -172,7 +172,7 @@ def test_the_manifest_fills_in_what_the_files_do_not_say(tmp_path: Path) -> None
     [
         ("tokenizer.json", None, "tokenizer.json is missing"),
         ("tokenizer.json", "{", "tokenizer.json cannot be read"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[]", "expected an object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ],

@@ -216,7 +216,7 @@ def scramble(folder: Path) -> None:
 REFUSALS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a JSON list, expected an object"),
     "no model type": (lambda f: edit_config(f, model_type="removed"), "lacks model_type"),
     "unknown model type": (
         lambda f: edit_config(f, model_type="martian"),
