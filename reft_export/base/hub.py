@@ -1,4 +1,4 @@
-"""Where a base lies: a local folder, or a Hugging Face id that is downloaded."""
+"""Where a base lies: a local folder, a GGUF file that becomes one, or a Hugging Face id that is downloaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reft_export.base.gguf import checkpoint_of, is_gguf
 from reft_export.base.model_folder import first_line
 from runtimes.errors import InputError
 
@@ -15,9 +16,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def locate(model: str | Path) -> tuple[Path, str]:
-    """The base's folder, downloaded where it is a hub id, and its name. Raises InputError for what is neither."""
+    """The base's folder, downloaded where it is a hub id, and its name. Raises InputError for what is no base."""
     if Path(model).is_file():
-        raise InputError(f"{model} is a file; a base is given by its folder, or by its Hugging Face id")
+        if not is_gguf(Path(model)):
+            raise InputError(f"{model} is a file; a base is given by its folder, by a .gguf file, or by its Hugging Face id")
+        with without_progress_bars():
+            return checkpoint_of(Path(model)), Path(model).stem
     if Path(model).is_dir():
         return Path(model), Path(model).resolve().name
     return _download(str(model)), str(model)

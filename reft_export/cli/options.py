@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from runtimes.edits.edit import Site
 
-Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local folder or a Hugging Face id.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local folder, a .gguf file or a Hugging Face id.")]
 Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", "-a", help="An adapter folder; repeat for several. An adapter's name is its folder's."),

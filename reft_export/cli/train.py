@@ -145,7 +145,9 @@ def train(
     check_destination(output, force=force, inputs=[Path(model), *data, *filter(None, (sources.base_bundle, sources.start))])
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
     with progress() as report:
-        report(f"loading {model}")
+        from reft_export.base.gguf import described
+
+        report(f"loading {described(model)}")
         if bundle is not None and sources.accept_base:
             from reft_export.parity.ladder import made_from
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reft_export.base.gguf import described
 from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
 from runtimes.errors import InputError
@@ -95,7 +96,7 @@ def _make(
     from reft_export.parity.gate import check_structure, gate
 
     plan = check_model(plan, settings, accept_base=accept_base)
-    report(f"loading {plan.source}")
+    report(f"loading {described(plan.source)}")
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
         manifest, errors = assemble(work, Path(proof), plan, settings, report)
         if settings.float_type == "bf16":

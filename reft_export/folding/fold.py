@@ -22,6 +22,7 @@ from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
 from reft_export.base.adapters import check_fit, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
+from reft_export.base.gguf import described
 from reft_export.base.same_base import require_same_size
 from reft_export.base.token_rules import stated_context
 from reft_export.bundling.files import (
@@ -237,7 +238,7 @@ def _with_base(
 
     source = foreign.source
     refuse_quantized(foreign.model, str(source), "there is nothing to hold against the base: leave --model out")
-    report(f"loading {model}")
+    report(f"loading {described(model)}")
     base = load_base(model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)

@@ -14,6 +14,7 @@ from calibration.selection import quantized_weights, select, weight_name
 from calibration.settings import QuantizationSettings
 from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
+from reft_export.base.gguf import described
 from reft_export.base.load import Base, load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.base.model_record import model_record
@@ -96,7 +97,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
         return
     graph = load_graph(bundle.graph_path)
     refuse_quantized(graph, str(bundle.folder), "nothing is left that could be quantized against the base")
-    report(f"loading {model}")
+    report(f"loading {described(model)}")
     base = load_base(model)
     check_same_base(bundle, base, model)
     made_from = known_model(bundle.manifest.model, base, context=bundle.manifest.model.context_length)

@@ -20,6 +20,7 @@ from calibration.products import activation_quantization, float_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
+from reft_export.base.gguf import described
 from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
 from reft_export.base.same_base import Named, require_same
 from reft_export.base.token_rules import context_of
@@ -58,7 +59,7 @@ def host_ladder(
 
     Raises AdapterError when ``model`` is not the base that the bundle was made from; with ``accept_base`` one of equal weights will do.
     """
-    report(f"loading {model}")
+    report(f"loading {described(model)}")
     base = load_base(model)
     check_same_base(bundle, base, model, accept_base=accept_base)
     bundle = _within_context(bundle, base)

@@ -16,6 +16,7 @@ from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
 from reft_export.base.dequantized import expert_matrices, load_dequantized
+from reft_export.base.gguf import described
 from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
@@ -130,7 +131,7 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     """
     bundle, settings = plan.bundle, plan.settings
     steerers, inputs = _steerers(bundle), stored_inputs(bundle)
-    report(f"loading {plan.model}")
+    report(f"loading {described(plan.model)}")
     base = load_base(plan.model)
     check_same_base(bundle, base, plan.model)
     if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
