@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reft_export.base.model_folder import first_line
+from reft_export.base.tokenizer import errors_only
 from runtimes.errors import InputError
 from runtimes.files.hashes import sha256_of
 
@@ -192,7 +193,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Mapping[str, Any], PreTrainedTok
     decoder: Any = AutoModelForCausalLM  # whose annotations do not know that a report comes with the model
     source = {"gguf_file": path.name, "local_files_only": True}
     try:
-        with redirect_stderr(io.StringIO()):  # its own progress bar knows no switch; what it fails on is raised
+        with errors_only(), redirect_stderr(io.StringIO()):  # its own progress bar knows no switch; what it fails on is raised
             model, report = decoder.from_pretrained(
                 path.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
             )
