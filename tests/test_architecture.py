@@ -41,6 +41,7 @@ LIGHT = (
     "reft_export.importing.importer",
     "reft_export.quantizing.quantize",
     "reft_export.quantizing.swap",
+    "reft_export.training.data",
 )
 """What verbs call. They refuse what they can before they import what takes seconds."""
 

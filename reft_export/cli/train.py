@@ -127,6 +127,7 @@ def train(
 
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
+    from reft_export.training.data import check_file
     from reft_export.training.settings import TrainSettings
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
     from runtimes.edits.adapter import load_adapter
@@ -143,6 +144,8 @@ def train(
         refuse_download(model)
     check_adapter_name(output.resolve().name)
     check_destination(output, force=force, inputs=[Path(model), *data, *filter(None, (sources.base_bundle, sources.start))])
+    for path in data:
+        check_file(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
     with progress() as report:
         from reft_export.base.gguf import described

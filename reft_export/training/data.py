@@ -23,14 +23,15 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from reft_export.base.token_rules import end_token, prompt_tokens
 from runtimes.errors import InputError
 from runtimes.files.records import unique_keys
+
+if TYPE_CHECKING:  # a file that is not there is said before torch is loaded
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -156,11 +157,16 @@ class Source:
             yield Line(raw=raw, number=index + 1, where=where)
 
     def _of_file(self, path: Path) -> Iterator[Line]:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file; training data is a JSONL file")
+        check_file(path)
         with path.open("rb") as f:
             for number, raw in enumerate(f, start=1):
                 yield Line(raw=raw, number=number, where=f"{path}:{number}")
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError where there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; training data is a JSONL file")
 
 
 def joined(data: Data, read: Callable[[Source], Iterator[E]], *, templated: bool = False) -> TrainingData[E]:
@@ -248,6 +254,8 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64."""
     width = max(len(example.input_ids) for example in examples)
+
+    import torch
 
     def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

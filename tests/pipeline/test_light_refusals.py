@@ -41,6 +41,7 @@ def test_refusals_need_no_framework(bundle_folder, base_folder, tmp_path: Path) 
         ["quantize", bundle, "-m", base, "--scheme", "static", *to],
         ["quantize", bundle, "-m", base, "--refit", str(data), *to],
         ["quantize", quantized, "-m", base, "-a", str(tmp_path / "missing"), *to],
+        ["train", "-m", base, "-d", str(tmp_path / "missing.jsonl"), *to],
         ["import", str(taken), "-m", base, *to],
         ["import", str(tmp_path / "missing"), "-m", base, *to],
         ["fold", str(tmp_path / "missing.onnx"), *to],
