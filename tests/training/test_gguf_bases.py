@@ -36,7 +36,9 @@ def test_a_file_is_the_base_that_it_was_made_of(family, tmp_path, cache) -> None
     base = load_base(gguf_files.write(tmp_path / "small.gguf", model), require_tokenizer=True)
     with torch.no_grad():
         assert torch.equal(base.model(IDS).logits, model(IDS).logits)
-    assert base.info.name == "small" and base.tokenizer is not None and base.tokenizer.encode("ab") == [gguf_files.VOCABULARY - 1]
+    assert base.info.name == "small" and base.tokenizer is not None
+    if family != "gemma3_text":  # whose tokenizer is of another kind than the bytes here
+        assert base.tokenizer.encode("baab", add_special_tokens=False) == [gguf_files.VOCABULARY - 1, gguf_files.VOCABULARY - 2]
     assert base.info.parts.weights == base_from_memory(model).info.parts.weights, "the fingerprint is of the file's tensors"
     made = list(cache.iterdir())
     assert outline_base(tmp_path / "small.gguf").info.fingerprint == base.info.fingerprint and list(cache.iterdir()) == made
