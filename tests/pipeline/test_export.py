@@ -250,9 +250,8 @@ def test_damaged_adapter_is_refused(adapter_folders, tmp_path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_host_ladder(precision, base_folder, bundle_folder, tmp_path) -> None:
-    folder = shutil.copytree(
-        bundle_folder("llama", precision), tmp_path / "bundle"
-    )  # the first lies among those that others make meanwhile
+    # Its own: beside the shared one, other workers make theirs meanwhile.
+    folder = shutil.copytree(bundle_folder("llama", precision), tmp_path / "bundle")
     siblings = set(folder.parent.iterdir())
     report = host_ladder(open_bundle(folder), str(base_folder("llama")), **QUIET)
     assert report.passed
