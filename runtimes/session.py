@@ -3,6 +3,7 @@ inputs that follow from the mask."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -121,11 +122,11 @@ def _classifies(session: Session) -> TypeGuard[ClassifierSession]:
     return hasattr(session, "classify")
 
 
-class ClosedAtEnd:
+class ClosedAtEnd(ABC):
     """``with``: closed at the end."""
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
     def __enter__(self: T) -> T:
         return self

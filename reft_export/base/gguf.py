@@ -97,9 +97,9 @@ def _header(path: Path) -> _Header:
 
     try:
         reader = GGUFReader(path)
-        architecture = str(_value(reader.fields["general.architecture"]))
+        architecture = str(field_value(reader.fields["general.architecture"]))
         start = f"{architecture}."
-        keys = {name.removeprefix(start): _value(field) for name, field in reader.fields.items() if name.startswith(start)}
+        keys = {name.removeprefix(start): field_value(field) for name, field in reader.fields.items() if name.startswith(start)}
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
         raise InputError(f"{path} is damaged, cut short or no GGUF file ({first_line(e)}); download it again") from None
@@ -108,7 +108,7 @@ def _header(path: Path) -> _Header:
     return _Header(architecture, keys, types)
 
 
-def _value(field: ReaderField) -> Any:
+def field_value(field: ReaderField) -> Any:
     """A string, a number, or a list of either; gguf's own ``contents`` came later than the versions that are supported."""
     from gguf import GGUFValueType
 

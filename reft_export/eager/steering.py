@@ -362,7 +362,11 @@ def greedy_tokens(
 
 
 Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]
-"""Switches an adapter's edits on in an eager model: ``partial(steered, adapter=...)``, or ``bank_steerer`` of a bundle."""
+"""Switches an adapter's edits on in an eager model: one of ``steerers_of``, or ``bank_steerer`` of a bundle."""
+
+
+def steerers_of(adapters: Mapping[str, Adapter]) -> dict[str, Steerer]:
+    return {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
 
 
 def steering_of(model: PreTrainedModel, steerer: Steerer | None) -> AbstractContextManager[Steering | None]:

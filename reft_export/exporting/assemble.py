@@ -18,6 +18,7 @@ from reft_export.base.load import Base, load_base, load_without_weights
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, write_bundle
 from reft_export.bundling.result import quantization_record
+from reft_export.eager.steering import steerers_of
 from reft_export.exporting.dynamo import cache_shapes
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
@@ -72,7 +73,9 @@ def assemble(
     if task.decodes:
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
-    recorded = record_base(work / "golden", base, plan.adapters, settings.float_type, quantized=settings.weight_only is not None)
+    recorded = record_base(
+        work / "golden", base, steerers_of(plan.adapters), settings.float_type, quantized=settings.weight_only is not None
+    )
 
     report("exporting the graph")
     exported = ROUTES[base.task, settings.exporter](base, work / SCRATCH, settings)

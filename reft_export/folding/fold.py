@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,12 +249,12 @@ def _with_base(
 
 def _record_reference(work: Path, base: Base, adapters: Mapping[str, Adapter], precision: str, report: Report) -> None:
     from reft_export.base.memory import give_back
-    from reft_export.eager.steering import steered
-    from reft_export.folding.foreign_base import record_reference
+    from reft_export.eager.steering import steerers_of
+    from reft_export.parity.golden import record_base
 
     report("recording what the eager model says")
     copy_tokenizer(None if (work / "tokenizer.json").is_file() else base.folder, base.tokenizer, work)
-    record_reference(work / "golden", base, {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}, precision)
+    record_base(work / "golden", base, steerers_of(adapters), precision)
     give_back()
 
 

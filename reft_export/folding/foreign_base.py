@@ -15,14 +15,13 @@ from calibration.settings import QuantizationSettings
 from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
 from reft_export.base.gguf import described
-from reft_export.base.load import Base, load_base, set_precision
+from reft_export.base.load import Base, load_base
 from reft_export.base.memory import give_back
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import Report
 from reft_export.eager.banks import bank_steerer
-from reft_export.eager.steering import Steerer
 from reft_export.exporting.weight_sources import find_weight_sources
-from reft_export.parity.golden import fp32_logits, inputs_of, record_golden
+from reft_export.parity.golden import record_base
 from reft_export.parity.ladder import RecordedBundle, check, check_same_base
 from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
@@ -74,14 +73,6 @@ def known_model(record: ModelRecord, base: Base, *, context: int | None) -> Mode
     return replace(full, context_length=min(context or full.context_length, full.context_length), eos_token_ids=stop)
 
 
-def record_reference(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str) -> None:
-    """Golden arrays of the base and every adapter into ``folder``; afterwards the base has the float type ``precision``."""
-    inputs = inputs_of(base)
-    fp32 = None if precision == "fp32" else fp32_logits(base.model, inputs, steerers)
-    set_precision(base.model, precision)
-    record_golden(folder, base.model, inputs, steerers, fp32=fp32)
-
-
 @contextmanager
 def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
     """The bundle with everything that ours have: a fingerprint, every weight's parameter, golden arrays. Its folder stays as it is.
@@ -108,7 +99,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as folder:
         report("recording what the eager model says")
         steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-        record_reference(Path(folder), base, steerers, bundle.manifest.precision)
+        record_base(Path(folder), base, steerers, bundle.manifest.precision)
         del base
         give_back()
         full = RecordedBundle(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from reft_export.base.gguf import field_value
 from reft_export.base.load import Outline
 from reft_export.base.model_folder import first_line
 from reft_export.importing.foreign import (
@@ -49,7 +50,7 @@ from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
 if TYPE_CHECKING:
-    from gguf import ReaderField
+    pass
 
 CONTROL_VECTOR = "controlvector"
 """general.architecture of llama.cpp's control vectors, and the first word of their own keys."""
@@ -108,7 +109,7 @@ def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
         if kind != "F32":
             raise AdapterError(f"{path}: {name} is {kind}; control vectors are F32")
     try:
-        statements = {name: _gguf_value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        statements = {name: field_value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         return {tensor.name: np.array(tensor.data) for tensor in reader.tensors}, statements
     except Exception as e:  # as above
         raise _no_gguf(path, e) from None
@@ -116,15 +117,6 @@ def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 
 def _no_gguf(path: Path, error: Exception) -> AdapterError:
     return AdapterError(f"{path} is damaged, or not GGUF ({first_line(error)})")
-
-
-def _gguf_value(field: ReaderField) -> object:
-    """A string, a number, or a list of either; gguf's own ``contents`` came later than the versions that are supported."""
-    from gguf import GGUFValueType
-
-    parts = [field.parts[i] for i in field.data]
-    values = [bytes(part).decode(errors="replace") if field.types[-1] == GGUFValueType.STRING else part.tolist()[0] for part in parts]
-    return values if field.types[0] == GGUFValueType.ARRAY else values[0]
 
 
 def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapter:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,10 @@ from calibration.products import activation_quantization
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
-from reft_export.eager.steering import Steerer, steered
+from reft_export.eager.steering import Steerer
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
 from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
-from runtimes.edits.adapter import Adapter
 from runtimes.parity.figures import compare
 
 NOISE, NOISE_DRAWS = 1e-5, 3
@@ -40,13 +38,12 @@ class Recorded:
     """Logits by name of the float32 model; empty of a bundle that is float32."""
 
 
-def record_base(folder: Path, base: Base, adapters: Mapping[str, Adapter], precision: str, *, quantized: bool) -> Recorded:
-    """Golden arrays of ``base`` into ``folder``; it is left in ``precision``, a bundle's float type.
+def record_base(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str, *, quantized: bool = False) -> Recorded:
+    """Golden arrays of the base and every adapter into ``folder``; the base is left in ``precision``, a bundle's float type.
 
     ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then.
     """
     inputs = inputs_of(base)
-    steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
     fp32 = fp32_logits(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
     set_precision(base.model, precision)
     if not quantized:

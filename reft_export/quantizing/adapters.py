@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from reft_export.base.load import Base, load_base, set_precision
 from reft_export.bundling.files import Report, head_tensors, write_adapter
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.banks import bank_steerer
-from reft_export.eager.steering import steered
+from reft_export.eager.steering import steerers_of
 from reft_export.evaluation.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits, record_quantized
@@ -90,7 +89,7 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
     check_same_base(bundle, base, model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    steerers = {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    steerers = steerers_of(adapters)
     fp32 = stored_fp32_logits(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers)
     manifest = replace_adapters(work, base, adapters, fp32, proof)
     gc.collect()
@@ -110,7 +109,7 @@ def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp
         head = head_tensors(adapter, m.head, head_defaults(graph, m.head))
         write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
     steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
-    steerers |= {name: partial(steered, adapter=adapter) for name, adapter in adapters.items()}
+    steerers |= steerers_of(adapters)
     set_precision(base.model, m.precision)
     with tempfile.TemporaryDirectory() as recorded:
         record_quantized(Path(recorded), proof, base.model, graph, m.weights, stored_inputs(bundle), steerers, fp32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,9 +107,9 @@ class OrtGraph(ClosedAtEnd):
     def kernel(self) -> str:
         return "fused" if self.library else "function"
 
+    @abstractmethod
     def _check_contract(self) -> None:
         """Raises GraphError where the graph's inputs and outputs are not those of the task."""
-        raise NotImplementedError
 
     def _other_than_tensorrt(self) -> str:
         """The options that run edits on a GPU."""
