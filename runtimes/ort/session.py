@@ -220,7 +220,9 @@ class OrtSession(OrtGraph):
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
-        arrays = step_inputs(self._taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
+        arrays = step_inputs(
+            self._taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids, last_logits=last_logits
+        )
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         feeds |= self._empty_past(batch) if past is None else past.values
         outputs = self._run(feeds)

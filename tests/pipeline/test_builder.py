@@ -64,7 +64,7 @@ def test_precisions(family, precision, base_folder, adapter_folders, tmp_path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("genai_installed")
-@pytest.mark.parametrize("settings", [{"logits": "last"}, {"slots": "input"}], ids=str)
+@pytest.mark.parametrize("settings", [{"logits": "last"}, {}], ids=str)
 def test_batches_and_chunks(settings, base_folder, adapter_folders, tmp_path) -> None:
     """GroupQueryAttention cannot share a batch between rows of unequal length, nor take a chunk for several: answers must not show it."""
     folders = adapter_folders("llama", ("untied",))
