@@ -140,7 +140,7 @@ def _strip_defaults(graph: ir.Graph) -> None:
         else:
             graph.inputs.remove(value)
             if not value.uses():
-                del graph.initializers[value.name]
+                del graph.initializers[name_of(value)]
 
 
 def _ours(graph: ir.Graph) -> set[str]:
