@@ -138,4 +138,4 @@ def _copy_bundle(plan: BuildPlan, settings: BuildSettings, work: Path) -> None:
     if plan.plugin is not None:
         (work / "lib").mkdir()
         shutil.copyfile(plan.plugin, work / "lib" / plan.plugin.name)
-    seal_manifest(work, replace(bundle.manifest, adapters=tuple(plan.adapters)))
+    seal_manifest(work, replace(bundle.manifest, adapters=tuple(plan.adapters), files={}))  # engine.json lists them

@@ -193,6 +193,10 @@ class FileRecord:
     sha256: str
     size: int
 
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        return cls(sha256=sha256_of(path), size=path.stat().st_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -541,7 +545,7 @@ def first_version(content: Mapping[str, Any]) -> dict[str, Any]:
 def hash_files(folder: Path, without: Collection[str]) -> dict[str, FileRecord]:
     """size and sha256 of every file under ``folder``, by its path relative to it."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in without)
-    return {p.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(p), size=p.stat().st_size) for p in paths}
+    return {p.relative_to(folder).as_posix(): FileRecord.of(p) for p in paths}
 
 
 def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None:

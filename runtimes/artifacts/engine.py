@@ -2,7 +2,7 @@
 
     engine.json                  EngineManifest below, sealed (runtimes/files/sealed.py), with the sha256 of every hashed file
     engine.plan                  the serialized engine
-    manifest.json                the bundle's manifest: model, nodes, adapters, parity budget
+    manifest.json                the bundle's manifest: model, nodes, adapters, parity budget; its files are in engine.json
     adapters/<name>.safetensors  every bank and rule of one adapter, under the engine's input names
     adapters/<name>.json         as in the bundle
     lib/                         the plugin that the engine was built with, where it was
@@ -195,5 +195,10 @@ def read_engine_manifest(path: Path) -> EngineManifest:
 def write_engine_manifest(folder: Path, engine: EngineManifest) -> EngineManifest:
     """Hashes every file under ``folder`` and writes engine.json; called last, inside the atomic write."""
     complete = replace(engine, schema_version=SCHEMA_VERSION, files=hash_files(folder, (ENGINE_MANIFEST,)))
-    write_sealed(folder / ENGINE_MANIFEST, to_json(complete))
+    seal_engine_manifest(folder, complete)
     return complete
+
+
+def seal_engine_manifest(folder: Path, engine: EngineManifest) -> None:
+    """Writes engine.json with the files that ``engine`` lists."""
+    write_sealed(folder / ENGINE_MANIFEST, to_json(replace(engine, schema_version=SCHEMA_VERSION)))

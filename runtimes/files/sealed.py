@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ FIRST_VERSION = 1
 """Of all our files; it has no digest."""
 
 _noted: set[Path] = set()
+_expecting = ContextVar("expecting", default=False)
+"""Whether somebody reads version 1 because it is that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +104,19 @@ def _lines(text: str) -> list[str]:
     return [*text.splitlines(keepends=True), ""]
 
 
+@contextmanager
+def expected() -> Iterator[None]:
+    """Within, files of version 1 are read without a note."""
+    token = _expecting.set(True)
+    try:
+        yield
+    finally:
+        _expecting.reset(token)
+
+
 def _note_first_version(path: Path) -> None:
     resolved = path.resolve()
-    if resolved not in _noted:
+    if resolved not in _noted and not _expecting.get():
         _noted.add(resolved)
         # Without a handler of anybody's, logging says a warning on stderr.
         logging.getLogger(__name__).warning("%s: version 1, without digests; `reft-export upgrade %s` writes version 2", path, path.parent)

@@ -63,6 +63,7 @@ SURFACE = {
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
+    "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 """Verbs and long flags; a change here is a change for every user."""

@@ -74,7 +74,7 @@ def write_toy_engine(
     others = [n for n in ("base", *bundle.adapter_names) if n not in answers and not (n == "base" and freeze in (None, "base"))]
     without = shutil.ignore_patterns("model.onnx*", "*.onnx_adapter", "genai_config.json", *(f"{n}.*" for n in others))
     shutil.copytree(bundle.folder, folder, ignore=without)
-    seal_manifest(folder, replace(bundle.manifest, adapters=answers))
+    seal_manifest(folder, replace(bundle.manifest, adapters=answers, files={}))
     model = onnx.ModelProto.FromString(ir.to_proto(graph.model).SerializeToString())
     if perturbed:
         head = next(t for t in model.graph.initializer if t.name == "head")
