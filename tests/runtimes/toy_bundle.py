@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
-from graph_passes.slots.add import rule_names
+from graph_passes.slots.add import rule_names, rules_of
 from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.artifacts.bundle import (
     AdapterRecord,
@@ -232,17 +232,7 @@ def write_toy_bundle(
         take_slots(model)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
-        record = AdapterRecord(
-            method=adapter.method,
-            rank=adapter.rank,
-            sites=tuple(map(str, adapter.sites)),
-            positions=str(adapter.positions),
-            truncate=adapter.positions.truncate,
-            tied=adapter.tied,
-            activation=adapter.activation,
-            base=adapter.base,
-        )
-        write_adapter_record(folder, name, record)
+        write_adapter_record(folder, name, AdapterRecord.of(adapter))
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
         tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rule_names(model.graph)}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
@@ -265,11 +255,12 @@ def write_toy_bundle(
         ),
         precision=precision,
         quantization=None,
-        exporter="tests",
+        exporter="foreign",
         opset=20,
         ir_version=10,
         logits=logits,
         slots=slot_mode,
+        rules=rules_of(model.graph),
         inputs=(),
         outputs=(),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
