@@ -169,6 +169,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
         padding=TASKS[parts.task].padding(graph.graph),
+        kv_cache=TASKS[parts.task].kv_cache(graph.graph),
         task=parts.task,
         labels=parts.labels,
         head=dict(parts.head),

@@ -194,6 +194,9 @@ class Manifest:
     padding: str = "left"
     """Where pads may stand in a batch of rows of unequal length: left, or none (GroupQueryAttention takes a row's cache as full); a
     classifier's stand on the right."""
+    kv_cache: str = "appended"
+    """How a step's keys and values join those before: in-place (every attention is a GroupQueryAttention that reads the graph's own past
+    and writes its own present, so that both may be one buffer), appended (the graph returns a longer copy), or none: a classifier's."""
     task: str = TEXT_GENERATION
     labels: tuple[str, ...] = ()
     """A classifier's, in the order of its logits."""
