@@ -82,8 +82,9 @@ class HostBuffer:
         return self.array.ctypes.data
 
     def widened(self, shape: tuple[int, int, int, int]) -> HostBuffer:
-        wider, (_, _, columns, _) = HostBuffer(shape, self._element), self.array.shape
-        wider.array[:, :, :columns] = self.array
+        wider = HostBuffer(shape, self._element)
+        held = np.moveaxis(self.array, 2, 0)
+        np.moveaxis(wider.array, 2, 0)[: len(held)] = held
         return wider
 
 
