@@ -53,8 +53,6 @@ NO_PACKING = ("session.disable_prepacking", "1")
 PAST = "past_key_values."
 IN_PLACE = "in-place"
 """The manifest's word for a cache that a step can write in place."""
-FIRST_LOGIT = "reft.first_logit"
-"""An overridable initializer, int64 [1]: the first of a call's columns that the graph gives logits of. Graphs made before it lack it."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -271,9 +269,8 @@ class OrtSession(OrtGraph):
             request.prompt_length,
             placement=self._placement,
             position_ids=request.position_ids,
+            last_logits=request.ids.shape[1] - first_logit,
         )
-        if FIRST_LOGIT in self._taken:
-            arrays[FIRST_LOGIT] = np.array([first_logit], np.int64)
         return {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
 
     def _step_appended(self, request: StepRequest, past: OrtPast | None) -> StepOutput:

@@ -66,7 +66,7 @@ def test_precisions(family, precision, base_folder, adapter_folders, tmp_path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("genai_installed")
-@pytest.mark.parametrize("settings", [{"logits": "last"}, {"slots": "input"}], ids=str)
+@pytest.mark.parametrize("settings", [{"logits": "last"}, {}], ids=str)
 @pytest.mark.parametrize(("cache", "padding"), [("in-place", "right"), ("appended", "none")])
 def test_batches_and_chunks(settings, cache, padding, base_folder, adapter_folders, tmp_path) -> None:
     """GroupQueryAttention takes a chunk for one row only, and where its cache is copied no rows of unequal length: answers must not show

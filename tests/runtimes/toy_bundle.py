@@ -15,9 +15,13 @@ import onnx.parser
 import onnx_ir as ir
 import rounding
 import tokenizers
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
+from graph_passes.slots.add import rule_names
+from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.artifacts.bundle import (
     AdapterRecord,
     Bundle,
@@ -31,7 +35,7 @@ from runtimes.artifacts.bundle import (
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.op import EditNode
+from runtimes.edits.op import OVERRIDABLE_NUMBERS, SLOT_INPUT, EditNode
 from runtimes.edits.positions import PositionRule, slots
 
 WIDTH = 16
@@ -242,15 +246,17 @@ def write_toy_bundle(
     float32_arrays: bool = False,
     in_place: bool = False,
 ) -> Bundle:
-    """``in_place``: as of ToyDecoder.graph. ``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision
-    has them anyway."""
+    """``slot_mode``: "input" is a graph of version 1 that takes its slots. ``float32_arrays``: the golden arrays of a bundle that is not
+    float32, as one in half precision has them anyway. ``in_place``: as of ToyDecoder.graph."""
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
     linear = {EditNode(site=Site(layer=i)) for i in range(LAYERS)}
     nodes = tuple(sorted(linear | {node for adapter in adapters.values() for node in adapter.nodes()}))
     model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids, in_place=in_place))
-    fold_graph(model, nodes, slots=slot_mode)
+    fold_graph(model, nodes)
+    if slot_mode == "input":
+        take_slots(model)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
         record = AdapterRecord(
@@ -265,7 +271,7 @@ def write_toy_bundle(
         )
         write_adapter_record(folder, name, record)
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
-        tensors |= adapter.rule_tensors() if slot_mode == "graph" else {}
+        tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rule_names(model.graph)}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
     (folder / "golden").mkdir()
     half = float32_arrays or precision != "fp32"
@@ -303,6 +309,20 @@ def write_toy_bundle(
     )
     write_manifest(folder, manifest)
     return open_bundle(folder)
+
+
+def take_slots(model: ir.Model) -> None:
+    """Makes of a folded graph what ``export --slots input`` made in version 1: no rule, an input reft_slot."""
+    graph = model.graph
+    remove_first_logit(graph)
+    rule = next(value for node in graph for value in node.outputs if value.name == SLOT_VALUE)
+    slot = ir.Value(name=SLOT_INPUT, type=rule.type, shape=rule.shape)
+    ir.convenience.replace_all_uses_with(rule, slot)
+    RemoveUnusedNodesPass()(model)
+    for value in [value for value in graph.inputs if value.name in OVERRIDABLE_NUMBERS]:
+        graph.inputs.remove(value)
+        graph.initializers.pop(value.name, None)
+    graph.inputs.append(slot)
 
 
 def change_manifest(bundle: Bundle, **changes: object) -> Bundle:
