@@ -259,17 +259,7 @@ def write_toy_bundle(
         take_slots(model)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
-        record = AdapterRecord(
-            method=adapter.method,
-            rank=adapter.rank,
-            sites=tuple(map(str, adapter.sites)),
-            positions=str(adapter.positions),
-            truncate=adapter.positions.truncate,
-            tied=adapter.tied,
-            activation=adapter.activation,
-            base=adapter.base,
-        )
-        write_adapter_record(folder, name, record)
+        write_adapter_record(folder, name, AdapterRecord.of(adapter))
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
         tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rule_names(model.graph)}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
@@ -292,7 +282,7 @@ def write_toy_bundle(
         ),
         precision=precision,
         quantization=None,
-        exporter="tests",
+        exporter="foreign",
         opset=20,
         ir_version=10,
         logits=logits,
