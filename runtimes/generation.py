@@ -175,7 +175,7 @@ def prefill_columns(session: DecoderSession, chunk: int | None = None) -> int | 
         return chunk or None
     if (columns := session.bundle.limits.columns) is not None:
         return columns
-    if session.bundle.manifest.logits == "last":
+    if session.cuts_logits:
         return PREFILL_CHUNK
     return max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (4 * session.bundle.manifest.model.vocab_size)))
 

@@ -16,9 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
+from runtimes.artifacts.bundle import TensorRecord
 from runtimes.errors import InputError
 from runtimes.memory import available_memory
-from runtimes.precision import ElementType
+from runtimes.precision import ELEMENT_TYPES, ElementType
 
 LEAST_CAPACITY = 64
 """Columns of a cache whose caller did not say how many it will need."""
@@ -44,6 +45,13 @@ class CacheTensor:
 def bytes_per_token(tensors: Sequence[CacheTensor]) -> int:
     """Of one row's token, in all layers."""
     return sum(tensor.size(1, 1) for tensor in tensors)
+
+
+def stated_bytes_per_token(inputs: Sequence[TensorRecord]) -> int:
+    """The same, by a manifest's records of the graph's inputs."""
+    types = {e.name: e.dtype.itemsize for e in ELEMENT_TYPES.values()}
+    caches = [record for record in inputs if record.name.startswith("past_key_values.")]
+    return sum(record.shape[1] * record.shape[3] * types[record.dtype] for record in caches)
 
 
 class Buffer(Protocol):

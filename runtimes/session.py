@@ -81,6 +81,11 @@ class DecoderSession(Session, Protocol):
     def takes_position_ids(self) -> bool: ...
 
     @property
+    def cuts_logits(self) -> bool:
+        """Whether logits that ``last_logits`` leaves out are not computed at all."""
+        ...
+
+    @property
     def writes_in_place(self) -> bool:
         """Whether a step writes into the KV cache that it was given; then pads stand on the right, and take no room in it."""
         ...

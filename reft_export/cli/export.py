@@ -164,11 +164,12 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
 
 
 def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
-    from reft_export.console import size
+    from reft_export.console import cache_size, size
 
     free = shutil.disk_usage(Path.cwd()).free
     if as_json:
-        print_json({"steps": list(forecast.steps), "parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk})
+        sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk}
+        print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
         return
     for number, step in enumerate(forecast.steps, 1):
         out.print(f"{number}. {step}")
@@ -176,3 +177,5 @@ def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
         f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
         f"{size(forecast.disk)} disk ({size(free)} free)"
     )
+    if forecast.token is not None and forecast.context is not None:
+        out.print(f"KV cache of a row: {cache_size(forecast.token, forecast.context)}")

@@ -18,7 +18,7 @@ import numpy as np
 
 from runtimes.artifacts.bundle import Bundle, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
-from runtimes.edits.op import SLOT_INPUT
+from runtimes.edits.op import FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.in_place import Call, StepRequest, step_in_place
 from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
@@ -205,6 +205,11 @@ class OrtSession(OrtGraph):
 
     def _other_than_tensorrt(self) -> str:
         return f"--provider cuda, or build an engine: reft-export build {self.bundle.folder} --target tensorrt"
+
+    @property
+    def cuts_logits(self) -> bool:
+        """Whether logits that ``last_logits`` leaves out are not computed at all."""
+        return self.bundle.manifest.logits == "last" or FIRST_LOGIT in self._taken
 
     @property
     def writes_in_place(self) -> bool:

@@ -98,6 +98,11 @@ class TensorRTSession(ClosedAtEnd):
         return "position_ids" in self._open.inputs
 
     @property
+    def cuts_logits(self) -> bool:
+        """Not in an engine, which computes what its bundle was exported with."""
+        return self.bundle.manifest.logits == "last"
+
+    @property
     def writes_in_place(self) -> bool:
         """Never: a step writes the other one of two buffers."""
         return False
