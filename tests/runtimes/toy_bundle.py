@@ -5,6 +5,7 @@ The numpy side is float64, one unpadded row at a time: it knows nothing of cache
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from runtimes.artifacts.bundle import (
     Manifest,
     ModelRecord,
     NodeRecord,
+    TensorRecord,
     open_bundle,
     write_adapter_record,
     write_manifest,
@@ -253,8 +255,8 @@ def write_toy_bundle(
         ir_version=10,
         logits=logits,
         slots=slot_mode,
-        inputs=(),
-        outputs=(),
+        inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
+        outputs=records(model.graph.outputs),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
         adapters=tuple(adapters),
         parity_budget={},
@@ -263,6 +265,13 @@ def write_toy_bundle(
     )
     write_manifest(folder, manifest)
     return open_bundle(folder)
+
+
+def records(values: Iterable[ir.Value]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=v.name, dtype=v.dtype.name.lower(), shape=tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
+    )
 
 
 def change_manifest(bundle: Bundle, **changes: object) -> Bundle:
