@@ -48,6 +48,8 @@ def _content(path: Path) -> dict[str, Any]:
         return inspect_graph(path)
     if path.suffix == ".onnx_adapter":
         return inspect_banks(path)
+    if path.suffix == ".gguf":
+        raise InputError(f"{path} is GGUF: a model goes to -m of train, import, export and quantize, a control vector to import")
     raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
 
 
