@@ -20,14 +20,13 @@ from reft_export.cli.options import (
     Model,
     Output,
     Sites,
-    Slots,
     check_choice,
     parse_sites,
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ def export(
             "(transformers 5); optimum: optimum-onnx's (transformers 4.57).",
         ),
     ] = "dynamo",
-    slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
@@ -79,7 +77,6 @@ def export(
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
-        slots=slots,
         logits=logits,
         sites=parse_sites(sites),
         opset=opset,

@@ -20,7 +20,6 @@ class ExportSettings:
 
     precision: str = "fp32"
     exporter: str = "dynamo"
-    slots: str = "graph"
     logits: str = "all"
     opset: int = DEFAULT_OPSET
     sites: tuple[Site, ...] = ()
@@ -31,7 +30,6 @@ class ExportSettings:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
             ("exporter", self.exporter, EXPORTERS),
-            ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
         ):
             if value not in known:
