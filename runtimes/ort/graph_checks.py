@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from runtimes.artifacts.bundle import Bundle, TensorRecord
-from runtimes.edits.op import RULE_DEFAULTS
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_SLOT
 from runtimes.errors import BundleError
 from runtimes.precision import FLOAT_TYPES
 
@@ -51,12 +51,8 @@ def _differences(bundle: Bundle, graph: Graph) -> Iterator[tuple[str, str]]:
         yield from _tensors(kind, records, arguments)
     yield from _nodes(bundle, overridable)
     yield from _sizes(bundle, inputs, {value.name: value for value in outputs})
-    if bundle.manifest.rules == "row":
-        yield from (
-            ("rules row", f"{name} of shape {list(overridable[name].shape)}")
-            for name in RULE_DEFAULTS
-            if name in overridable and list(overridable[name].shape) == [1]
-        )
+    if bundle.manifest.rules == "row" and not {EXPLICIT_SLOTS, FIRST_SLOT} & {*overridable, *(value.name for value in inputs)}:
+        yield "rules row", f"neither {EXPLICIT_SLOTS} nor {FIRST_SLOT}"
 
 
 def _tensors(kind: str, records: Sequence[TensorRecord], arguments: Sequence[Argument]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from reseal import reseal
 
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
-from runtimes.edits.op import RULE_DEFAULTS
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, RULE_DEFAULTS
 from runtimes.errors import AdapterError, BundleError
 
 
@@ -51,6 +51,7 @@ def test_every_adapter_file_carries_every_bank_and_rule(copy) -> None:
         tensors = read_onnx_adapter(bundle.adapter(name).file)
         assert set(tensors) == banks | (set(RULE_DEFAULTS) - {"reft.prompt_length"})
         assert all(np.isfinite(t).all() for t in tensors.values())
+    assert (bundle.manifest.rules, bundle.manifest.slots) == ("row", "graph")
 
 
 def test_graph_is_no_edit_by_default(copy) -> None:
@@ -60,7 +61,7 @@ def test_graph_is_no_edit_by_default(copy) -> None:
     options.log_severity_level = 3
     session = ort.InferenceSession(str(copy / "model.onnx"), options, providers=["CPUExecutionProvider"])
     overridable = {v.name for v in session.get_overridable_initializers()}
-    assert set(RULE_DEFAULTS) <= overridable
+    assert {*RULE_DEFAULTS, EXPLICIT_SLOTS, FIRST_LOGIT} <= overridable
     assert {v.name for v in session.get_inputs()} & overridable == set()
 
 

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
-from graph_passes.slots.add import rule_names
+from graph_passes.slots.add import rule_names, rules_of
 from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.artifacts.bundle import (
     AdapterRecord,
@@ -289,6 +289,7 @@ def write_toy_bundle(
         ir_version=10,
         logits=logits,
         slots=slot_mode,
+        rules=rules_of(model.graph),
         inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
         outputs=records(model.graph.outputs),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
