@@ -14,6 +14,7 @@ from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
 from reft_export.building.plugin import check_kernels, check_ops, choose_plugin
 from reft_export.building.settings import BuildSettings
+from reft_export.bundling.recorded import check_recorded
 from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, Bundle, open_bundle
 from runtimes.artifacts.engine import Profile, is_engine
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
@@ -88,7 +89,9 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         bundle.adapter_record(settings.freeze)  # refuses a name that the bundle does not have
     plugin = None if settings.freeze == BASE_GOLDEN else choose_plugin(settings, notes)
     banks = None if settings.freeze is None else {BASE_GOLDEN: {}, **tensors}[settings.freeze]
-    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=banks)
+    model = load_graph(bundle.graph_path)
+    check_recorded(bundle, model)
+    graph = derive_tensorrt_graph(model, plugin=plugin is not None, freeze=banks)
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         check_kernels(plugin, capabilities)

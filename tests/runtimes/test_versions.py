@@ -16,7 +16,7 @@ from reseal import as_version_1, reseal
 from toy_bundle import write_toy_bundle
 from toy_engine import write_toy_engine
 
-from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle, write_manifest
 from runtimes.artifacts.engine import open_engine
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.errors import AdapterError, BundleError, InputError, ReftError
@@ -171,6 +171,13 @@ def test_version_1_has_no_keys_of_version_2(name: str, key: str, own: Path) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "row"}))
     with pytest.raises(ReftError, match="unknown keys"):
         (load_adapter if name == "adapter" else open_bundle)(own / name)
+
+
+def test_what_is_copied_from_version_1_is_written_as_version_2(made: Path, own: Path) -> None:
+    """As quantize and build copy records of adapters."""
+    as_version_1(own / "bundle")
+    write_manifest(own / "bundle", open_bundle(own / "bundle").manifest)
+    assert content(own / "bundle") == content(made / "bundle")
 
 
 # --- upgrade --------------------------------------------------------------------------------------
