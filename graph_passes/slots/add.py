@@ -24,7 +24,8 @@ from graph_passes.find.contract import read_contract
 from graph_passes.find.edge_llm import is_edge_llm
 from graph_passes.slots.edge_llm import add_edge_llm_rule
 from graph_passes.slots.rule import SLOT_VALUE, RuleNodes, add_overridable, add_rule_values, apply_rule
-from runtimes.edits.op import EXPLICIT_SLOTS, NOT_EXPLICIT, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
+from runtimes.artifacts.values import Rules, Slots
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_SLOT, NOT_EXPLICIT, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
 
 
 def add_slots(graph: ir.Graph) -> ir.Value:
@@ -44,10 +45,15 @@ def add_slots(graph: ir.Graph) -> ir.Value:
     return _add_rule(graph, contract.input_ids, mask)
 
 
-def slot_mode(graph: ir.Graph) -> str:
+def slot_mode(graph: ir.Graph) -> Slots:
     """Of a folded graph, what a manifest says: "graph" where it computes the slots, "input" where it takes them at every call."""
     taken = {value.name for value in graph.inputs if not value.is_initializer()}
     return "input" if taken & {EXPLICIT_SLOTS, SLOT_INPUT} else "graph"
+
+
+def rules_of(graph: ir.Graph) -> Rules:
+    """Of a folded graph, what a manifest says: "row" where every row of a batch may be steered otherwise, "shared" in version 1."""
+    return "row" if {EXPLICIT_SLOTS, FIRST_SLOT} & {value.name for value in graph.inputs} else "shared"
 
 
 def rule_names(graph: ir.Graph) -> frozenset[str]:

@@ -16,6 +16,7 @@ from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
 from reft_export.building.plugin import check_kernels, check_ops, choose_plugin
 from reft_export.building.settings import BuildSettings
+from reft_export.bundling.recorded import check_recorded
 from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, Bundle, open_bundle
 from runtimes.artifacts.engine import Profile, is_engine
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
@@ -92,6 +93,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     banks = None if settings.freeze is None else {BASE_GOLDEN: {}, **tensors}[settings.freeze]
     model = load_graph(bundle.graph_path)
     _refuse_in_place(bundle, model)
+    check_recorded(bundle, model)
     graph = derive_tensorrt_graph(model, plugin=plugin is not None, freeze=banks)
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graph_passes.accessors import dtype_of, name_of
 from graph_passes.head import head_defaults
-from graph_passes.slots.add import rule_names, slot_mode
+from graph_passes.slots.add import rule_names, rules_of, slot_mode
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
 from reft_export.tasks.task import TASKS
@@ -32,7 +32,7 @@ from runtimes.artifacts.bundle import (
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
-from runtimes.artifacts.values import Exporter, KvCache, Logits, Padding, Precision, Slots, TaskName, known
+from runtimes.artifacts.values import Exporter, KvCache, Logits, Padding, Precision, TaskName, known
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
@@ -148,7 +148,8 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         opset=graph.opset_imports[""],
         ir_version=graph.ir_version,
         logits=known(Logits, parts.logits, "logits"),
-        slots=known(Slots, slot_mode(graph.graph), "slots"),
+        slots=slot_mode(graph.graph),
+        rules=rules_of(graph.graph),
         inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
         outputs=tuple(_tensor(v) for v in graph.graph.outputs),
         nodes=tuple(map(NodeRecord.of, parts.nodes)),

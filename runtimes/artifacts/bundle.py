@@ -528,7 +528,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write."""
+    """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write. Records of adapters that were
+    copied from version 1 are written anew."""
+    renew_records(folder, manifest.adapters)
     seal_manifest(folder, replace(manifest, files=hash_files(folder, NOT_HASHED)))
 
 
@@ -554,6 +556,14 @@ def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None
     path = folder / "adapters" / f"{check_adapter_name(name)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(canonical_text(to_json(record)), encoding="ascii", newline="\n")
+
+
+def renew_records(folder: Path, adapters: Collection[str]) -> None:
+    """Writes each adapter's record as it is written today."""
+    for name in adapters:
+        path = folder / "adapters" / f"{name}.json"
+        if path.is_file():
+            write_adapter_record(folder, name, read_adapter_record(path))
 
 
 def read_adapter_record(path: Path) -> AdapterRecord:

@@ -24,6 +24,7 @@ from runtimes.in_place import Call, StepRequest, step_in_place
 from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
+from runtimes.ort.graph_checks import check_graph
 from runtimes.precision import BFLOAT16, FLOAT_TYPES
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
@@ -101,7 +102,7 @@ class OrtGraph(ClosedAtEnd):
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._outputs = [o.name for o in session.get_outputs()]
         self._check_contract()
-        _check_precision(bundle, session)
+        check_graph(bundle, session)
         self._in_place: tuple[str, ...] = ()
         """Outputs that lie in memory of their own, bound before the others."""
         self._taken = {*self._inputs, *(i.name for i in session.get_overridable_initializers())}
@@ -321,19 +322,6 @@ class OrtSession(OrtGraph):
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {tensor.name: _empty(tensor, batch) for tensor in self.cache_tensors}
-
-
-def _check_precision(bundle: Bundle, session: ort.InferenceSession) -> None:
-    """Raises BundleError where the edits have another float type than the manifest says: its parity budget follows from that."""
-    banks = {bank for node in bundle.nodes for bank in node.bank_names}
-    precision = bundle.manifest.precision
-    expected = f"tensor({FLOAT_TYPES[precision].name})" if precision in FLOAT_TYPES else None
-    for value in session.get_overridable_initializers():
-        if value.name in banks and value.type != expected:
-            raise BundleError(
-                f"{bundle.folder}: manifest.json says precision {precision}, and {value.name} in {bundle.graph_path.name} is "
-                f"{value.type}; export the bundle again"
-            )
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:

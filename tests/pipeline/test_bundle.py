@@ -12,7 +12,7 @@ from reseal import reseal
 
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
-from runtimes.edits.op import RULE_DEFAULTS
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, RULE_DEFAULTS
 from runtimes.errors import AdapterError, BundleError
 
 
@@ -51,6 +51,7 @@ def test_every_adapter_file_carries_every_bank_and_rule(copy) -> None:
         tensors = read_onnx_adapter(bundle.adapter(name).file)
         assert set(tensors) == banks | (set(RULE_DEFAULTS) - {"reft.prompt_length"})
         assert all(np.isfinite(t).all() for t in tensors.values())
+    assert (bundle.manifest.rules, bundle.manifest.slots) == ("row", "graph")
 
 
 def test_graph_is_no_edit_by_default(copy) -> None:
@@ -60,7 +61,7 @@ def test_graph_is_no_edit_by_default(copy) -> None:
     options.log_severity_level = 3
     session = ort.InferenceSession(str(copy / "model.onnx"), options, providers=["CPUExecutionProvider"])
     overridable = {v.name for v in session.get_overridable_initializers()}
-    assert set(RULE_DEFAULTS) <= overridable
+    assert {*RULE_DEFAULTS, EXPLICIT_SLOTS, FIRST_LOGIT} <= overridable
     assert {v.name for v in session.get_inputs()} & overridable == set()
 
 
@@ -171,3 +172,19 @@ def test_large_files_are_hashed_once(copy, tmp_path, monkeypatch) -> None:
     path.write_bytes(content)
     with pytest.raises(BundleError, match="sha256"):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("opset", 19), ("ir_version", 9), ("kv_cache", "other")])
+def test_a_host_holds_the_manifest_against_the_graph(key, value, copy) -> None:
+    """What no session can see: both ways for the KV cache."""
+    from graph_passes.external import load_graph
+    from reft_export.bundling.recorded import check_recorded
+
+    bundle = open_bundle(copy)
+    check_recorded(bundle, load_graph(bundle.graph_path))
+    if value == "other":
+        value = {"appended": "in-place", "in-place": "appended"}[bundle.manifest.kv_cache]
+    reseal(copy, **{key: value})
+    changed = open_bundle(copy)
+    with pytest.raises(BundleError, match=rf"manifest.json says {key} {value}, and model.onnx has {getattr(bundle.manifest, key)};"):
+        check_recorded(changed, load_graph(changed.graph_path))

@@ -5,6 +5,7 @@ The numpy side is float64, one unpadded row at a time: it knows nothing of cache
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
-from graph_passes.slots.add import rule_names
+from graph_passes.slots.add import rule_names, rules_of
 from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.artifacts.bundle import (
     AdapterRecord,
@@ -28,6 +29,7 @@ from runtimes.artifacts.bundle import (
     Manifest,
     ModelRecord,
     NodeRecord,
+    TensorRecord,
     open_bundle,
     write_adapter_record,
     write_manifest,
@@ -287,8 +289,9 @@ def write_toy_bundle(
         ir_version=10,
         logits=logits,
         slots=slot_mode,
-        inputs=(),
-        outputs=(),
+        rules=rules_of(model.graph),
+        inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
+        outputs=records(model.graph.outputs),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
         adapters=tuple(adapters),
         parity_budget={},
@@ -299,6 +302,13 @@ def write_toy_bundle(
     )
     write_manifest(folder, manifest)
     return open_bundle(folder)
+
+
+def records(values: Iterable[ir.Value]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=v.name, dtype=v.dtype.name.lower(), shape=tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
+    )
 
 
 def take_slots(model: ir.Model) -> None:
