@@ -80,6 +80,16 @@ class DecoderSession(Session, Protocol):
     @property
     def takes_position_ids(self) -> bool: ...
 
+    @property
+    def cuts_logits(self) -> bool:
+        """Whether logits that ``last_logits`` leaves out are not computed at all."""
+        ...
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a step writes into the KV cache that it was given; then pads stand on the right, and take no room in it."""
+        ...
+
     def step(
         self,
         input_ids: np.ndarray,
@@ -88,6 +98,7 @@ class DecoderSession(Session, Protocol):
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
         last_logits: int | None = None,
+        capacity: int | None = None,
     ) -> StepOutput: ...
 
 

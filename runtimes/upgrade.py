@@ -12,10 +12,9 @@ from runtimes.artifacts.bundle import (
     MANIFEST_FILE,
     FileRecord,
     open_bundle,
-    read_adapter_record,
     read_manifest,
+    renew_records,
     seal_manifest,
-    write_adapter_record,
 )
 from runtimes.artifacts.engine import open_engine, read_engine_manifest, seal_engine_manifest
 from runtimes.edits.adapter import CONFIG_FILE, load_adapter, read_adapter_config, write_adapter_config
@@ -126,9 +125,6 @@ def _kind_of(source: Path, path: Path) -> _Kind:
 
 def _rewrite_records(folder: Path, adapters: tuple[str, ...], files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """Writes each adapter's record anew; the list of files with their hashes. All others keep those that they had."""
-    new = dict(files)
-    for name in adapters:
-        path = folder / "adapters" / f"{name}.json"
-        write_adapter_record(folder, name, read_adapter_record(path))
-        new[f"adapters/{name}.json"] = FileRecord.of(path)
-    return new
+    renew_records(folder, adapters)
+    names = [f"adapters/{name}.json" for name in adapters]
+    return {**files, **{name: FileRecord.of(folder / name) for name in names}}

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from reft_export.building.plan import BuildPlan, plan_build
 from reft_export.building.settings import BuildSettings
-from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, seal_manifest
+from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, renew_records, seal_manifest
 from runtimes.artifacts.engine import PLAN_FILE, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
 from runtimes.artifacts.values import Target, known
@@ -133,6 +133,7 @@ def _copy_bundle(plan: BuildPlan, settings: BuildSettings, work: Path) -> None:
     for name in files:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.folder / name, work / name)
+    renew_records(work, tuple(plan.adapters))
     for name, tensors in plan.adapters.items():
         write_engine_adapter(work / "adapters" / f"{name}.safetensors", tensors)
     if plan.plugin is not None:

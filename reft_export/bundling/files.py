@@ -32,7 +32,7 @@ from runtimes.artifacts.bundle import (
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
-from runtimes.artifacts.values import Exporter, Logits, Padding, Precision, TaskName, known
+from runtimes.artifacts.values import Exporter, KvCache, Logits, Padding, Precision, TaskName, known
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
@@ -158,7 +158,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
         padding=known(Padding, TASKS[parts.task].padding(graph.graph), "padding"),
-        kv_cache="none" if parts.labels else "appended",
+        kv_cache=known(KvCache, TASKS[parts.task].kv_cache(graph.graph), "kv_cache"),
         task=known(TaskName, parts.task, "task"),
         labels=parts.labels,
         head=dict(parts.head),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ from reft_export.cli.options import (
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -51,6 +51,14 @@ def export(
             "(transformers 5); optimum: optimum-onnx's (transformers 4.57).",
         ),
     ] = "dynamo",
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="onnxruntime: fused attention over a KV cache that can be written in place, where the family allows it; "
+            "tensorrt: ONNX's own operators, which `build` takes.",
+        ),
+    ] = "onnxruntime",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
@@ -82,6 +90,7 @@ def export(
         opset=opset,
         block_size=block_size,
         accuracy_level=accuracy_level,
+        target=checked_target(target),
     )
     if dry_run:
         from reft_export.exporting.plan import plan_export
@@ -102,6 +111,12 @@ def export(
         parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
+
+
+def checked_target(target: str) -> Literal["onnxruntime", "tensorrt"]:
+    """Raises InputError for a target that is none."""
+    check_choice("--target", target, ("onnxruntime", "tensorrt"))
+    return "tensorrt" if target == "tensorrt" else "onnxruntime"
 
 
 def export_adapter(model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool) -> None:
@@ -164,11 +179,12 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
 
 
 def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
-    from reft_export.console import size
+    from reft_export.console import cache_size, size
 
     free = shutil.disk_usage(Path.cwd()).free
     if as_json:
-        print_json({"steps": list(forecast.steps), "parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk})
+        sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk}
+        print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
         return
     for number, step in enumerate(forecast.steps, 1):
         out.print(f"{number}. {step}")
@@ -176,3 +192,5 @@ def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
         f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
         f"{size(forecast.disk)} disk ({size(free)} free)"
     )
+    if forecast.token is not None and forecast.context is not None:
+        out.print(f"KV cache of a row: {cache_size(forecast.token, forecast.context)}")

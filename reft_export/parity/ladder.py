@@ -24,6 +24,7 @@ from reft_export.base.gguf import described
 from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
 from reft_export.base.same_base import Named, require_same
 from reft_export.base.token_rules import context_of
+from reft_export.bundling.recorded import check_recorded
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
@@ -158,6 +159,7 @@ def quantized_rungs(
     """
     quantization, sources = quantization_of(bundle), bundle.manifest.weights
     graph = load_graph(bundle.graph_path)
+    check_recorded(bundle, graph)
     set_precision(base.model, bundle.manifest.precision)
     load_dequantized(base.model, graph, sources)
     rungs: list[Rung] = []

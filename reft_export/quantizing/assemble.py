@@ -21,6 +21,7 @@ from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
+from reft_export.bundling.recorded import check_recorded
 from reft_export.bundling.result import ExportResult, quantization_record
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import Steerer
@@ -83,7 +84,9 @@ def planned(
     bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
 ) -> Plan:
     check_bundle(bundle, settings, request)
-    check_weights_known(load_graph(bundle.graph_path), bundle.manifest.weights, settings, str(bundle.folder))
+    graph = load_graph(bundle.graph_path)
+    check_recorded(bundle, graph)
+    check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
     if request is None:
         return Plan(bundle=bundle, model=model, settings=settings)
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)

@@ -229,6 +229,8 @@ class Manifest:
     padding: Padding = "left"
     """none: GroupQueryAttention takes a row's cache as full. A classifier's pads stand on the right."""
     kv_cache: KvCache = "appended"
+    """How a step's keys and values join those before: in-place (every attention is a GroupQueryAttention that reads the graph's own past
+    and writes its own present, so that both may be one buffer), appended (the graph returns a longer copy), or none: a classifier's."""
     rules: Rules = "shared"
     """Version 1 is always so."""
     embeddings: Embeddings | None = None
@@ -526,7 +528,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write."""
+    """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write. Records of adapters that were
+    copied from version 1 are written anew."""
+    renew_records(folder, manifest.adapters)
     seal_manifest(folder, replace(manifest, files=hash_files(folder, NOT_HASHED)))
 
 
@@ -552,6 +556,14 @@ def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None
     path = folder / "adapters" / f"{check_adapter_name(name)}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(canonical_text(to_json(record)), encoding="ascii", newline="\n")
+
+
+def renew_records(folder: Path, adapters: Collection[str]) -> None:
+    """Writes each adapter's record as it is written today."""
+    for name in adapters:
+        path = folder / "adapters" / f"{name}.json"
+        if path.is_file():
+            write_adapter_record(folder, name, read_adapter_record(path))
 
 
 def read_adapter_record(path: Path) -> AdapterRecord:

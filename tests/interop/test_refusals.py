@@ -383,3 +383,16 @@ def test_safetensors_of_adapterhub(tmp_path) -> None:
     refused(copy, tmp_path / "out", request, "adapter.safetensors is damaged")
     save_file({"x": torch.zeros(1)}, copy / "adapter.safetensors")
     refused(copy, tmp_path / "out", request, "holds x, which is no part of a ReFT")
+
+
+def test_a_gguf_model_is_no_adapter(tmp_path) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((4, 8), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    refused(tmp_path / "model.gguf", tmp_path / "out", Request(), "is a GGUF model, not an adapter: a base goes to -m$")
+    done = cli("inspect", tmp_path / "model.gguf")
+    assert done.returncode == 2 and "is GGUF: a model goes to -m of train, import, export and quantize" in done.stderr

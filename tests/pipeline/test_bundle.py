@@ -172,3 +172,19 @@ def test_large_files_are_hashed_once(copy, tmp_path, monkeypatch) -> None:
     path.write_bytes(content)
     with pytest.raises(BundleError, match="sha256"):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("opset", 19), ("ir_version", 9), ("kv_cache", "other")])
+def test_a_host_holds_the_manifest_against_the_graph(key, value, copy) -> None:
+    """What no session can see: both ways for the KV cache."""
+    from graph_passes.external import load_graph
+    from reft_export.bundling.recorded import check_recorded
+
+    bundle = open_bundle(copy)
+    check_recorded(bundle, load_graph(bundle.graph_path))
+    if value == "other":
+        value = {"appended": "in-place", "in-place": "appended"}[bundle.manifest.kv_cache]
+    reseal(copy, **{key: value})
+    changed = open_bundle(copy)
+    with pytest.raises(BundleError, match=rf"manifest.json says {key} {value}, and model.onnx has {getattr(bundle.manifest, key)};"):
+        check_recorded(changed, load_graph(changed.graph_path))

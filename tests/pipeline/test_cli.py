@@ -17,7 +17,7 @@ import typer
 from foreign_graphs import save_foreign
 from hypothesis import example, given
 from hypothesis import strategies as st
-from reseal import reseal
+from reseal import as_version_1, reseal
 from rich.markup import render
 from rich.text import Text
 from typer.testing import CliRunner
@@ -42,7 +42,7 @@ SURFACE = {
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
-        "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
+        "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
@@ -179,6 +179,26 @@ def test_run_without_tokenizer(bundle_folder, tmp_path) -> None:
         (copy / name).unlink()
         reseal(copy, lambda manifest, name=name: manifest["files"].pop(name))
     refused("run", copy, "-p", "x", code=2, match="tokenizer.json is missing")
+
+
+def test_upgrade(adapter_folders, tmp_path) -> None:
+    """In place, then there is nothing left to do; what was changed is refused by name, and nothing is written."""
+    folder = Path(shutil.copytree(adapter_folders("llama", ("tied",))[0], tmp_path / "tied"))
+    as_version_1(folder)
+    done = fresh("inspect", folder)
+    note = f"{folder}/adapter.json: version 1, without digests; `reft-export upgrade {folder}` writes version 2\n"
+    assert done.returncode == 0 and "version: 1, without digests" in done.stdout and done.stderr == note
+    done = fresh("upgrade", folder)
+    assert (done.returncode, done.stdout) == (0, f"{folder}: the adapter, version 2, every hash checked\n"), done.stderr
+    assert "version: 2, digest " in cli("inspect", folder).stdout
+    done = cli("upgrade", folder, "-o", tmp_path / "other")
+    assert done.returncode == 0 and "is of version 2 already" in done.stdout and not (tmp_path / "other").exists()
+    assert json.loads(cli("upgrade", folder, "--json").stdout) == {"kind": "adapter", "written": None}
+    before = (folder / "adapter.json").read_text()
+    (folder / "adapter.json").write_text(before.replace('"rank": 4', '"rank": 5'))
+    for verb in ("upgrade", "inspect"):
+        refused(verb, folder, code=2, match="adapter.json was changed after it was written")
+    refused("upgrade", tmp_path, code=2, match="is not an adapter folder")
 
 
 def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
@@ -318,7 +338,9 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
     mount = tmp_path / "small"
     mount.mkdir()
     if verb == "fold":
-        arguments = f"{save_foreign(bundle_folder('llama'), tmp_path / 'plain')} -a {adapter_folders('llama', ('tied',))[0]}"
+        arguments = (
+            f"{save_foreign(bundle_folder('llama', target='tensorrt'), tmp_path / 'plain')} -a {adapter_folders('llama', ('tied',))[0]}"
+        )
     else:
         arguments = f"-m {base_folder('llama')}"
     unshare = ["unshare", "--user", "--map-root-user", "--mount"] if os.geteuid() else ["unshare", "--mount"]
@@ -338,7 +360,7 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
 
 def test_doctor_and_bench(bundle_folder) -> None:
     rows = json.loads(fresh("doctor", "--json").stdout)
-    assert {"reft-export", "onnxruntime", "providers", "edit kernel"} <= {r["what"] for r in rows}
+    assert {"reft-export", "onnxruntime", "providers", "edit kernel", "memory left"} <= {r["what"] for r in rows}
     done = fresh("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
     result = json.loads(done.stdout)
     adapters = json.loads((bundle_folder("llama") / "manifest.json").read_text())["adapters"]

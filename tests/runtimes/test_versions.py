@@ -16,7 +16,7 @@ from reseal import as_version_1, reseal
 from toy_bundle import write_toy_bundle
 from toy_engine import write_toy_engine
 
-from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.bundle import open_bundle, write_manifest
 from runtimes.artifacts.engine import open_engine
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.errors import AdapterError, BundleError, InputError, ReftError
@@ -32,7 +32,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter, a bundle and an engine."""
     root = tmp_path_factory.mktemp("made")
     save_adapter(replace(tiny.random_adapter(BASE, rank=2), training={"steps": 3, "lr": 1e-3, "é": [None, True]}), root / "adapter")
-    write_toy_engine(write_toy_bundle(root / "bundle"), root / "engine")
+    write_toy_bundle(root / "bundle")
+    reseal(root / "bundle", rules="shared")  # which is what version 1 is read as
+    write_toy_engine(open_bundle(root / "bundle"), root / "engine")
     return root
 
 
@@ -171,6 +173,13 @@ def test_version_1_has_no_keys_of_version_2(name: str, key: str, own: Path) -> N
         (load_adapter if name == "adapter" else open_bundle)(own / name)
 
 
+def test_what_is_copied_from_version_1_is_written_as_version_2(made: Path, own: Path) -> None:
+    """As quantize and build copy records of adapters."""
+    as_version_1(own / "bundle")
+    write_manifest(own / "bundle", open_bundle(own / "bundle").manifest)
+    assert content(own / "bundle") == content(made / "bundle")
+
+
 # --- upgrade --------------------------------------------------------------------------------------
 
 READ: dict[str, Callable[[Path], object]] = {"adapter": load_adapter, "bundle": open_bundle, "engine": open_engine}
@@ -187,7 +196,8 @@ def test_upgrade_gives_what_is_written_today(name: str, elsewhere: bool, made: P
     output = own / "new" if elsewhere else None
     upgraded = upgrade_folder(folder, output)
     assert (upgraded.kind, upgraded.written) == (name, output or folder) and not notes.said
-    assert content(output or folder) == content(made / name) | {"notes.txt": b"mine"}
+    expected = content(made / name) | {"notes.txt": b"mine"}
+    assert content(output or folder) == expected
     if elsewhere:
         assert content(folder) == former
     again = upgrade_folder(output or folder, own / "third")
@@ -332,3 +342,50 @@ def test_engines_that_are_refused(own: Path) -> None:
     reseal(own / "engine" / "manifest.json", precision="fp8")
     with pytest.raises(BundleError, match="precision is 'fp8'"):
         open_engine(own / "engine")
+
+
+# --- the manifest against the graph ---------------------------------------------------------------
+
+
+def _tensor(kind: str, name: str, /, **changes: object) -> Callable[[dict], object]:
+    return lambda m: next(t for t in m[kind] if t["name"] == name).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.update(precision="fp16"), r"says precision fp16, and model.onnx has reft\.0\.block_output\.U of tensor\(float\)"),
+        (
+            lambda m: m.update(adapters=[], nodes=[], files={k: v for k, v in m["files"].items() if "/" not in k}),
+            "says no such edit node, and model.onnx has reft.0.block_output.A",
+        ),
+        (
+            lambda m: m["nodes"].append({"layer": 1, "stream": "mlp_output"}),
+            "says edit node reft.1.mlp_output, and .* has no reft.1",
+        ),
+        (lambda m: m["model"].update(vocab_size=7), "says vocab_size 7, and model.onnx has"),
+        (lambda m: m["model"].update(hidden_size=7), "says hidden_size 7, and model.onnx has reft.0.block_output.U of width"),
+        (lambda m: m["model"].update(num_hidden_layers=9), "says num_hidden_layers 9, and model.onnx has a KV cache of 2"),
+        (lambda m: m.update(logits="last"), r"says logits last, and model.onnx has logits of shape \['B', '"),
+        (_tensor("inputs", "input_ids", dtype="int32"), r"says input input_ids int32 .*, and model.onnx has tensor\(int64\)"),
+        (_tensor("inputs", "past_key_values.0.key", shape=["B", 2, "P", 8]), r"says input past_key_values.0.key float \['B', 2, 'P', 8\]"),
+        (_tensor("outputs", "logits", shape=["B", "V"]), "says output logits float"),
+        (_tensor("inputs", "input_ids", name="tokens"), "says input tokens, and model.onnx has none of that name"),
+        (lambda m: m.update(inputs=m["inputs"][1:]), "says nothing of input input_ids, and model.onnx has it"),
+    ],
+)
+def test_a_manifest_that_promises_another_graph_is_refused(change: Callable[[dict], object], said: str, own: Path) -> None:
+    from runtimes.ort.session import OrtSession
+
+    reseal(own / "bundle", change)
+    with pytest.raises(BundleError, match=said):
+        OrtSession(open_bundle(own / "bundle"), threads=1)
+
+
+def test_rows_are_not_promised_of_a_graph_that_cannot(tmp_path: Path) -> None:
+    from runtimes.ort.session import OrtSession
+
+    write_toy_bundle(tmp_path / "b", slot_mode="input")
+    reseal(tmp_path / "b", rules="row")
+    with pytest.raises(BundleError, match=r"says rules row, and model.onnx has neither reft.slots nor reft.first_slot"):
+        OrtSession(open_bundle(tmp_path / "b"), threads=1)

@@ -5,6 +5,7 @@ The numpy side is float64, one unpadded row at a time: it knows nothing of cache
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from runtimes.artifacts.bundle import (
     Manifest,
     ModelRecord,
     NodeRecord,
+    TensorRecord,
     open_bundle,
     write_adapter_record,
     write_manifest,
@@ -110,17 +112,19 @@ class ToyDecoder:
             tokens.append(int(self.logits(tokens, adapter, len(prompt))[-1].argmax()))
         return tokens[len(prompt) :]
 
-    def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True) -> onnx.ModelProto:
+    def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True, in_place: bool = False) -> onnx.ModelProto:
+        """``in_place``: its attention is GroupQueryAttention, over which a session can write the KV cache in place."""
         t = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[precision]
         inputs = ["int64[B, S] input_ids", "int64[B, T] attention_mask", *(["int64[B, S] position_ids"] if position_ids else [])]
         inputs += [f'{t}[B, 1, P, {WIDTH}] "past_key_values.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
         outputs = [f"{t}[B, {'S' if logits == 'all' else 1}, {VOCABULARY}] logits"]
         outputs += [f'{t}[B, 1, T, {WIDTH}] "present.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
         column = "Range(before, all, one)"
-        where = "position_ids" if position_ids else "columns"
-        blocks = "".join(_block(i) for i in range(LAYERS))
+        # GroupQueryAttention takes a row's tokens as the first ones of its cache, wherever they stand in the mask.
+        where = "position_ids" if position_ids else "ranks" if in_place else "columns"
+        blocks = "".join((_fused_block if in_place else _block)(i) for i in range(LAYERS))
         keep = f"out = Slice(h{LAYERS}, minus_ones, ends, axis)" if logits == "last" else f"out = Identity(h{LAYERS})"
-        text = f"""<ir_version: 10, opset_import: ["" : 20]>
+        text = f"""<ir_version: 10, opset_import: ["" : 20{', "com.microsoft" : 1' if in_place else ""}]>
             toy ({", ".join(inputs)}) => ({", ".join(outputs)}) {{
               zero = Constant<value_int = 0>()  one = Constant<value_int = 1>()  axis1 = Constant<value_ints = [1]>()
               axis = Constant<value_ints = [1]>()  axis2 = Constant<value_ints = [2]>()  axis3 = Constant<value_ints = [3]>()
@@ -130,6 +134,7 @@ class ToyDecoder:
               query = Unsqueeze(columns, axis1)  causal = LessOrEqual(every, query)
               bool_mask = Cast<to = 9>(attention_mask)  keys = Unsqueeze(bool_mask, axis1)  seen2 = And(keys, causal)
               seen = Unsqueeze(seen2, axis1)
+              {_LENGTHS if in_place else ""}
               word = Gather(embed, input_ids)  place = Gather(places, {where})  h0 = Add(word, place)
               {blocks}
               {keep}
@@ -144,6 +149,14 @@ class ToyDecoder:
         return model
 
 
+_LENGTHS = """
+    zero1 = Constant<value_ints = [0]>()  counted = CumSum(attention_mask, one)  rank = Sub(counted, one)
+    positive = Max(rank, zero)  first = Unsqueeze(before, zero1)  ranks = Slice(positive, first, ends, axis1)
+    tokens = ReduceSum<keepdims = 0>(attention_mask, axis1)  last = Sub(tokens, one)
+    past_lengths = Cast<to = 6>(last)  total = Cast<to = 6>(all)"""
+"""What GroupQueryAttention is told of every row: its tokens less one, and how wide the mask is."""
+
+
 def _block(i: int) -> str:
     x, past = f"h{i}", f"past_key_values.{i}"
     return f"""
@@ -152,7 +165,22 @@ def _block(i: int) -> str:
         "present.{i}.key" = Concat<axis = 2>("{past}.key", kh{i})  "present.{i}.value" = Concat<axis = 2>("{past}.value", vh{i})
         kt{i} = Transpose<perm = [0, 1, 3, 2]>("present.{i}.key")  raw{i} = MatMul(qh{i}, kt{i})  scaled{i} = Mul(raw{i}, scale)
         masked{i} = Where(seen, scaled{i}, never)  share{i} = Softmax<axis = -1>(masked{i})
-        context{i} = MatMul(share{i}, "present.{i}.value")  flat{i} = Squeeze(context{i}, axis1)  attended{i} = MatMul(flat{i}, "{i}.o")
+        context{i} = MatMul(share{i}, "present.{i}.value")  flat{i} = Squeeze(context{i}, axis1)
+        {_rest(i)}"""
+
+
+def _fused_block(i: int) -> str:
+    past, present = f"past_key_values.{i}", f"present.{i}"
+    return f"""
+        q{i} = MatMul(h{i}, "{i}.q")  k{i} = MatMul(h{i}, "{i}.k")  v{i} = MatMul(h{i}, "{i}.v")
+        flat{i}, "{present}.key", "{present}.value" = com.microsoft.GroupQueryAttention<num_heads = 1, kv_num_heads = 1>(
+          q{i}, k{i}, v{i}, "{past}.key", "{past}.value", past_lengths, total)
+        {_rest(i)}"""
+
+
+def _rest(i: int) -> str:
+    x = f"h{i}"
+    return f"""attended{i} = MatMul(flat{i}, "{i}.o")
         x{i} = Add({x}, attended{i})  up{i} = MatMul(x{i}, "{i}.up")  act{i} = Tanh(up{i})  mlp{i} = MatMul(act{i}, "{i}.down")
         h{i + 1} = Add(x{i}, mlp{i})"""
 
@@ -228,15 +256,17 @@ def write_toy_bundle(
     decoder: ToyDecoder | None = None,
     float32_arrays: bool = False,
     one_rule: bool = False,
+    in_place: bool = False,
 ) -> Bundle:
     """``slot_mode``: "input" is a graph of version 1 that takes its slots. ``one_rule``: one of version 1 with the rule.
-    ``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision has them anyway."""
+    ``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision has them anyway. ``in_place``: as of
+    ToyDecoder.graph."""
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
     linear = {EditNode(site=Site(layer=i)) for i in range(LAYERS)}
     nodes = tuple(sorted(linear | {node for adapter in adapters.values() for node in adapter.nodes()}))
-    model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids))
+    model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids, in_place=in_place))
     fold_graph(model, nodes)
     if slot_mode == "input":
         take_slots(model)
@@ -273,16 +303,25 @@ def write_toy_bundle(
         logits=logits,
         slots=slot_mode,
         rules=rules_of(model.graph),
-        inputs=(),
-        outputs=(),
+        inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
+        outputs=records(model.graph.outputs),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
         adapters=tuple(adapters),
         parity_budget={},
         weights={},
         genai="a toy",
+        padding="none" if in_place else "left",
+        kv_cache="in-place" if in_place else "appended",
     )
     write_manifest(folder, manifest)
     return open_bundle(folder)
+
+
+def records(values: Iterable[ir.Value]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=v.name, dtype=v.dtype.name.lower(), shape=tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
+    )
 
 
 def take_slots(model: ir.Model) -> None:
