@@ -48,7 +48,7 @@ def as_version_1(folder: Path) -> None:
         if not path.is_file():
             continue
         content = json.loads(path.read_text())
-        for key in ("digest", "kv_cache", "rules", "embeddings", "retention", "loss"):
+        for key in ("digest", "kv_cache", "rules", "embeddings", "retention", "loss", "not_held"):
             content.pop(key, None)
         for file in content["files"]:
             if (folder / file).is_file():
