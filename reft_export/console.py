@@ -255,6 +255,11 @@ def worst_rows(report: Any) -> list[tuple[str, ...]]:
     return ParityReport(rungs=tuple(merged)).rows()
 
 
+def cache_size(token: int, context: int) -> str:
+    """What the KV cache of one row takes, by the bytes of a token."""
+    return f"{size(token)} a token, {size(token * context)} at the full context of {context} tokens"
+
+
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

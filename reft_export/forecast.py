@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from reft_export.base.checkpoint import LAYER_KEYS, WIDTH_KEYS
 from reft_export.base.gguf import described
 from reft_export.base.hub import HUB_ID
+from reft_export.base.token_rules import stated_context
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
@@ -27,6 +30,7 @@ EXPORTERS = {
     "optimum": "optimum-onnx",
     "transformers": "transformers.exporters",
 }
+HEAD_KEYS = ("num_attention_heads", "n_head")
 LIBRARIES = 0.9e9
 """Memory of torch, transformers and onnxruntime themselves, as measured on a tiny model."""
 
@@ -39,6 +43,10 @@ class Forecast:
     parameters: int
     memory: float
     disk: float
+    token: int | None = None
+    """Of a decoder: the KV cache of one row's token. None where its config leaves that to its family."""
+    context: int | None = None
+    """Tokens that a row can have at most."""
 
 
 def _cache(settings: ExportSettings) -> str:
@@ -66,14 +74,32 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
         steps=(
             f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}{cache}",
-            f"fold the edits, slots {settings.slots}",
+            "fold the edits",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",
         ),
         parameters=total,
         memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + rounded + copy,
         disk=disk + copy,
+        token=cache_token(plan.checkpoint.config, settings.float_type) if task.decodes else None,
+        context=stated_context(_decoder(plan.checkpoint.config)) if task.decodes else None,
     )
+
+
+def cache_token(config: Mapping[str, Any], precision: str) -> int | None:
+    """2 x layers x KV heads x head width x bytes of the float type: of one row's token. A head's width is by default width / heads."""
+    stated = _decoder(config)
+    heads = next((stated[key] for key in HEAD_KEYS if type(stated.get(key)) is int), None)
+    layers, width = (next((stated[key] for key in keys if type(stated.get(key)) is int), None) for keys in (LAYER_KEYS, WIDTH_KEYS))
+    if heads is None or layers is None or width is None:
+        return None
+    dim = stated.get("head_dim")
+    return int(2 * layers * (stated.get("num_key_value_heads") or heads) * (dim or width // heads) * BYTES[precision])
+
+
+def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")  # a multimodal model's decoder
+    return text if isinstance(text, dict) else config
 
 
 def forecast_training(model: str, base: Base, examples: int, settings: TrainSettings) -> Forecast:

@@ -51,7 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
         )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         rows.append(("conflict", "", "onnxruntime and onnxruntime-gpu share a folder: pip uninstall both, then install one"))
-    rows += [_providers(), _kernel(), _plugin(), _gpu(), _compiler()]
+    rows += [_providers(), _kernel(), _plugin(), _gpu(), _memory(), _compiler()]
     if as_json:
         print_json([{"what": a, "found": b, "note": c} for a, b, c in rows])
     else:
@@ -113,6 +113,15 @@ def _gpu() -> tuple[str, str, str]:
     done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
     lines = done.stdout.strip().splitlines()
     return ("GPU", lines[0] if done.returncode == 0 and lines else "not reachable", "name, driver, compute capability")
+
+
+def _memory() -> tuple[str, str, str]:
+    from reft_export.console import size
+    from runtimes.memory import available_memory
+
+    left = available_memory()
+    note = "for weights and KV cache; `inspect BUNDLE` says what a token of the cache takes, and the full context"
+    return ("memory left", "unknown" if left is None else size(left), note)
 
 
 def _compiler() -> tuple[str, str, str]:

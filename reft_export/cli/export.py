@@ -20,14 +20,13 @@ from reft_export.cli.options import (
     Model,
     Output,
     Sites,
-    Slots,
     check_choice,
     parse_sites,
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "target", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def export(
             "tensorrt: ONNX's own operators, which `build` takes.",
         ),
     ] = "onnxruntime",
-    slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
@@ -87,7 +85,6 @@ def export(
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
-        slots=slots,
         logits=logits,
         sites=parse_sites(sites),
         opset=opset,
@@ -182,11 +179,12 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
 
 
 def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
-    from reft_export.console import size
+    from reft_export.console import cache_size, size
 
     free = shutil.disk_usage(Path.cwd()).free
     if as_json:
-        print_json({"steps": list(forecast.steps), "parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk})
+        sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk}
+        print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
         return
     for number, step in enumerate(forecast.steps, 1):
         out.print(f"{number}. {step}")
@@ -194,3 +192,5 @@ def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
         f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
         f"{size(forecast.disk)} disk ({size(free)} free)"
     )
+    if forecast.token is not None and forecast.context is not None:
+        out.print(f"KV cache of a row: {cache_size(forecast.token, forecast.context)}")

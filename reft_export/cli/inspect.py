@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson
-from reft_export.console import escape, out, print_json, print_table, size
+from reft_export.console import cache_size, escape, out, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from runtimes.artifacts.bundle import Manifest
 
 SENTENCES = ("sites", "not found")
 """Shown line by line: a tensor's name must not be cut."""
@@ -90,6 +93,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "quantization": "none" if q is None else quantization(q),
         "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}",
         **head,
+        **_kv_cache(m),
         "genai": m.genai,
         "golden": list(bundle.golden_names),
         "parity budget": to_json(m.parity_budget),
@@ -97,6 +101,13 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def _kv_cache(manifest: Manifest) -> dict[str, str]:
+    from runtimes.kv_cache import stated_bytes_per_token
+
+    token = stated_bytes_per_token(manifest.inputs)
+    return {"KV cache of a row": f"{manifest.kv_cache}, {cache_size(token, manifest.model.context_length)}"} if token else {}
 
 
 def _rank(adapter: Any) -> int | None:

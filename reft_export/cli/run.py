@@ -63,7 +63,9 @@ def run(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts of a JSONL file that run together.")] = 8,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option("--prefill-chunk", min=1, help="Prompt tokens per call; bounds the memory of a long prompt."),
+        typer.Option(
+            "--prefill-chunk", min=0, help="Prompt tokens per call, which bounds the memory of a long prompt; default: 512. 0: all at once."
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answers as JSONL on stdout.")] = False,

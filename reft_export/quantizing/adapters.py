@@ -13,6 +13,7 @@ import numpy as np
 
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
+from graph_passes.slots.add import rule_names
 from reft_export.base.adapters import check_fit
 from reft_export.base.load import Base, load_base, set_precision
 from reft_export.bundling.files import Report, head_tensors, write_adapter
@@ -107,7 +108,7 @@ def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp
     m, graph = bundle.manifest, load_graph(bundle.graph_path)
     for name, adapter in adapters.items():
         head = head_tensors(adapter, m.head, head_defaults(graph, m.head))
-        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
+        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, rules=rule_names(graph.graph), head=head)
     steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
     steerers |= steerers_of(adapters)
     set_precision(base.model, m.precision)

@@ -17,6 +17,7 @@ import typer
 from foreign_graphs import save_foreign
 from hypothesis import example, given
 from hypothesis import strategies as st
+from reseal import reseal
 from rich.markup import render
 from rich.text import Text
 from typer.testing import CliRunner
@@ -40,10 +41,10 @@ SURFACE = {
         "--force", "--json",
     },
     "export": {
-        "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--opset",
+        "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
-    "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
+    "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
@@ -62,6 +63,7 @@ SURFACE = {
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
+    "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 """Verbs and long flags; a change here is a change for every user."""
@@ -173,11 +175,9 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
 
 def test_run_without_tokenizer(bundle_folder, tmp_path) -> None:
     copy = Path(shutil.copytree(bundle_folder("llama"), tmp_path / "copy"))
-    manifest = json.loads((copy / "manifest.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
-        del manifest["files"][name]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+        reseal(copy, lambda manifest, name=name: manifest["files"].pop(name))
     refused("run", copy, "-p", "x", code=2, match="tokenizer.json is missing")
 
 
@@ -195,9 +195,8 @@ def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
         changed = dict(arrays)
     changed["logits"] = changed["logits"] + 1e-3
     np.savez_compressed(golden, **changed)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["golden/tied.npz"] = {"sha256": sha256_of(golden), "size": golden.stat().st_size}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    seal = {"sha256": sha256_of(golden), "size": golden.stat().st_size}
+    reseal(copy, lambda manifest: manifest["files"].update({"golden/tied.npz": seal}))
     done = cli("parity", copy, "--report", tmp_path / "report.json")
     assert done.returncode == 3
     assert "FAIL" in done.stdout and done.stderr.startswith("error: ") and "budget" in done.stderr
@@ -341,7 +340,7 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
 
 def test_doctor_and_bench(bundle_folder) -> None:
     rows = json.loads(fresh("doctor", "--json").stdout)
-    assert {"reft-export", "onnxruntime", "providers", "edit kernel"} <= {r["what"] for r in rows}
+    assert {"reft-export", "onnxruntime", "providers", "edit kernel", "memory left"} <= {r["what"] for r in rows}
     done = fresh("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
     result = json.loads(done.stdout)
     adapters = json.loads((bundle_folder("llama") / "manifest.json").read_text())["adapters"]
