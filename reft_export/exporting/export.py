@@ -111,5 +111,5 @@ def _make(
 
 def _remedy(manifest: Manifest, settings: ExportSettings) -> str:
     """Where a budget is missed, beside the quantization's own advice: the family's attention may not be what the operator computes."""
-    fused = manifest.padding == "none" and settings.weight_only is None
+    fused = manifest.kv_cache == "in-place" and settings.weight_only is None
     return "try --target tensorrt, whose graph writes attention out" if fused and settings.exporter == "dynamo" else ""

@@ -164,7 +164,7 @@ class _Family:
         """A quantized bundle has the cache of its float one."""
         if result.manifest.task != TEXT_GENERATION or result.manifest.quantization is not None:
             return
-        self.cache = "in place" if result.manifest.padding == "none" else "copied"
+        self.cache = "in place" if result.manifest.kv_cache == "in-place" else "copied"
         self.copied = result.note.partition("; ")[0] if self.cache == "copied" else ""
 
     def _done(self, dtype: str, outcome: str, *, relative: float | None = None, reason: str = "", told: bool = True) -> Cell:
