@@ -43,8 +43,12 @@ def _transformers(base: Base, scratch: Path, settings: ExportSettings) -> Export
 
 def _dynamo(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     from reft_export.exporting.dynamo import export_dynamo
+    from reft_export.exporting.repeated import export_repeated
 
-    return export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+    return export_repeated(
+        base.model,
+        lambda model, variable: export_dynamo(model, opset=settings.opset, last_logits=settings.logits == "last", variable=variable),
+    )
 
 
 ROUTES: dict[tuple[str, str], Route] = {
