@@ -79,7 +79,7 @@ def repeat_blocks(exported: ExportedGraph, shallow: Shallow, model: PreTrainedMo
         use.node.replace_input_with(use.idx, stream)
     builder.order_cache()
     exported.model.graph.sort()
-    return ExportedGraph(model=exported.model, weights=builder.weights)
+    return replace(exported, weights=builder.weights)
 
 
 def fold_weights(graph: ir.Model) -> None:

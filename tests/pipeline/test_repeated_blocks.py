@@ -33,15 +33,15 @@ def _llama(layers: int = 5) -> PreTrainedModel:
     return _model("llama", num_hidden_layers=layers, **SMALL)
 
 
-def _export(model: PreTrainedModel, variable=()) -> ExportedGraph:
-    return export_dynamo(model, variable=variable)
+def _export(model: PreTrainedModel, variable=(), *, in_place: bool = False) -> ExportedGraph:
+    return export_dynamo(model, variable=variable, in_place=in_place)
 
 
-def _shallow(model: PreTrainedModel) -> tuple[Shallow, ExportedGraph]:
+def _shallow(model: PreTrainedModel, *, in_place: bool = False) -> tuple[Shallow, ExportedGraph]:
     shallow = shallow_copy(model)
     assert shallow is not None
     own = [name for name, _ in shallow.model.named_parameters(remove_duplicate=False) if name.startswith(f"{shallow.blocks}.")]
-    return shallow, _export(shallow.model, own)
+    return shallow, _export(shallow.model, own, in_place=in_place)
 
 
 def _session(graph: ir.Model, folder) -> ort.InferenceSession:
@@ -72,11 +72,13 @@ def _check_same(model: PreTrainedModel, tmp_path) -> None:
         np.testing.assert_array_equal(mine, other)
 
 
-def test_the_graph_says_what_the_model_says(tmp_path) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_graph_says_what_the_model_says(tmp_path, in_place) -> None:
     model = _llama()
-    shallow, exported = _shallow(model)
+    shallow, exported = _shallow(model, in_place=in_place)
     assert shallow.traced == (0, 1, 2)
     graph = repeat_blocks(exported, shallow, model).model
+    assert sum(node.op_type == "GroupQueryAttention" for node in graph.graph) == (5 if in_place else 0)
     ids = np.arange(6)[None].repeat(2, 0)
     feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids}
     feeds |= {f"past_key_values.{layer}.{part}": np.zeros((2, 1, 0, 8), np.float32) for layer in range(5) for part in ("key", "value")}
