@@ -2,7 +2,8 @@
 
     logits[:, 0] .. are those of column reft.first_logit and of all behind it; by default, [0], of every column
 
-A prompt of 512 tokens needs one column of logits. The other 511 are 100 MB at a vocabulary of 49,152, and an eighth of the prefill's time.
+A prompt of 512 tokens needs one column of logits. The other 511 are 100 MB at a vocabulary of 49,152; without them its prefill takes 0.82
+(float32) or 0.87 (int4) of the processor time, and the last column is the same to the bit (SmolLM2-135M, onnxruntime, one thread).
 """
 
 from __future__ import annotations

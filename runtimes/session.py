@@ -191,8 +191,8 @@ def step_inputs(
         arrays["position_ids"] = np.asarray(ranks, np.int64)
     if PROMPT_LENGTH in taken:
         arrays[PROMPT_LENGTH] = prompt_length
-    if FIRST_LOGIT in taken and last_logits is not None:
-        arrays[FIRST_LOGIT] = np.array([max(width - last_logits, 0)], np.int64)
+    if FIRST_LOGIT in taken:  # fed at every step: what one step binds would serve the next
+        arrays[FIRST_LOGIT] = np.array([0 if last_logits is None else max(width - last_logits, 0)], np.int64)
     if SLOT_INPUT in taken:
         rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
         arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)

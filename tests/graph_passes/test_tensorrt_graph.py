@@ -83,6 +83,19 @@ def test_same_results_with_banks_and_rules_as_inputs(positions: str, tied: bool)
     _assert_same(model, derived.model, values, values)
 
 
+def test_rules_of_the_rows_are_inputs_too() -> None:
+    model = _folded()
+    derived = derive_tensorrt_graph(_copy(model), plugin=False)
+    rows = [PositionRule.parse("f1").tensors(tied=True), PositionRule.parse("l2").tensors(tied=True, first_slot=1)]
+    mixed = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} | {PROMPT_LENGTH: np.array([5, 3])}
+    values = small_feeds(model) | _banks(model) | mixed
+    _assert_same(model, derived.model, values, values)
+    for row, rule in enumerate(rows):
+        alone = {name: values[name][row : row + 1] for name in (*small_feeds(model), PROMPT_LENGTH)} | _banks(model) | rule
+        for got, want in zip(_run(derived.model, alone), _run(model, values), strict=True):
+            rounding.check(got[0], want[row], ROUNDING)
+
+
 def test_zero_banks_and_rules_off_are_the_base() -> None:
     """What a session binds where no adapter is active: TensorRT knows no defaults."""
     model = _folded()

@@ -13,10 +13,12 @@ import torch
 from test_genai import check_stock_genai
 from test_genai import python as python
 
+from graph_passes.external import load_graph
 from reft_export.base.load import load_base
 from reft_export.exporting import builder, installed
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.op import FIRST_LOGIT
 from runtimes.errors import BackendUnavailable, ExportError, InputError, ParityError
 from runtimes.generation import GenerationSettings, generate, greedy_tokens, padding_of
 from runtimes.ort.session import OrtSession
@@ -77,6 +79,7 @@ def test_batches_and_chunks(settings, cache, padding, base_folder, adapter_folde
     bundle = replace(bundle, manifest=replace(bundle.manifest, kv_cache=cache))
     session = OrtSession(bundle, threads=1, adapter="untied")
     assert padding_of(session) == padding
+    assert (FIRST_LOGIT in load_graph(bundle.graph_path).graph.initializers) == ("logits" not in settings)
     golden = bundle.golden("untied")
     prompts = [row[:n].tolist() for row, n in zip(golden["input_ids"], golden["prompt_length"], strict=True)]
     prompts += [prompts[0][::-1], prompts[1]]

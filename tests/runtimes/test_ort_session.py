@@ -14,6 +14,7 @@ import rounding
 from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, change_manifest, write_toy_bundle
 
 from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.ort import session as ort_session
 from runtimes.ort.session import OrtSession
@@ -87,6 +88,33 @@ def test_last_logits_are_one_column(tmp_path: Path) -> None:
     logits = forward(session)
     assert logits.shape == (1, VOCABULARY) and logits.dtype == np.float32
     rounding.check(logits[0], DECODER.logits(TOKENS)[-1], ROUNDING)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_last_logits_of_a_step(bundle: Bundle, bound: bool) -> None:
+    """The graph makes no others; the step after it has all of its own again."""
+    session = OrtSession(bundle, threads=1)
+    session._bound = bound
+    session.set_adapter("ends")
+    expected = DECODER.logits(TOKENS, ADAPTERS["ends"])
+    ids, mask = np.array([TOKENS]), np.ones((1, len(TOKENS)), np.int64)
+    for last in (99, len(TOKENS), 3, 1):
+        output = session.step(ids, mask, last_logits=last)
+        rounding.check(output.logits[0], expected[-last:], ROUNDING)
+        assert output.outputs["logits"].shape()[1] == min(last, len(TOKENS))
+    rounding.check(forward(session), expected, ROUNDING)
+
+
+def test_a_version_1_graph_with_one_rule_for_all_rows(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "b", one_rule=True)
+    assert bundle.manifest.rules == "shared"
+    assert "reft.first_slot" not in read_onnx_adapter(bundle.adapter("ends").file)
+    session = OrtSession(bundle, threads=1)
+    for name in (None, *ADAPTERS):
+        session.set_adapter(name)
+        rounding.check(forward(session), DECODER.logits(TOKENS, ADAPTERS.get(name)), ROUNDING)
+    ids, mask = np.array([TOKENS]), np.ones((1, len(TOKENS)), np.int64)
+    assert session.step(ids, mask, last_logits=1).logits.shape[1] == 1
 
 
 def test_half_precision_comes_back_as_float32(tmp_path: Path) -> None:

@@ -37,7 +37,16 @@ from runtimes.artifacts.bundle import (
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.op import OVERRIDABLE_NUMBERS, SLOT_INPUT, EditNode
+from runtimes.edits.op import (
+    EXPLICIT_SLOTS,
+    FIRST_LOGIT,
+    FIRST_SLOT,
+    OVERRIDABLE_NUMBERS,
+    PROMPT_LENGTH,
+    RULE_DEFAULTS,
+    SLOT_INPUT,
+    EditNode,
+)
 from runtimes.edits.positions import PositionRule, slots
 
 WIDTH = 16
@@ -247,9 +256,11 @@ def write_toy_bundle(
     decoder: ToyDecoder | None = None,
     float32_arrays: bool = False,
     in_place: bool = False,
+    one_rule: bool = False,
 ) -> Bundle:
-    """``slot_mode``: "input" is a graph of version 1 that takes its slots. ``float32_arrays``: the golden arrays of a bundle that is not
-    float32, as one in half precision has them anyway. ``in_place``: as of ToyDecoder.graph."""
+    """``slot_mode``: "input" is a graph of version 1 that takes its slots. ``one_rule``: one of version 1 with the rule.
+    ``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision has them anyway. ``in_place``: as of
+    ToyDecoder.graph."""
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
@@ -259,6 +270,8 @@ def write_toy_bundle(
     fold_graph(model, nodes)
     if slot_mode == "input":
         take_slots(model)
+    if one_rule:
+        share_rule(model.graph)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
         write_adapter_record(folder, name, AdapterRecord.of(adapter))
@@ -323,6 +336,15 @@ def take_slots(model: ir.Model) -> None:
         graph.inputs.remove(value)
         graph.initializers.pop(value.name, None)
     graph.inputs.append(slot)
+
+
+def share_rule(graph: ir.Graph) -> None:
+    """Makes of a folded graph one as of version 1: a rule [1] for all rows, and nothing that came later can be overridden."""
+    for value in list(graph.inputs):
+        if value.name in (FIRST_SLOT, EXPLICIT_SLOTS, FIRST_LOGIT):
+            graph.inputs.remove(value)
+        elif value.name in RULE_DEFAULTS and value.name != PROMPT_LENGTH:
+            value.shape = ir.Shape([1])
 
 
 def change_manifest(bundle: Bundle, **changes: object) -> Bundle:
