@@ -304,13 +304,15 @@ class OrtSession(OrtGraph):
         outputs: dict[str, ort.OrtValue] = {}
 
         def run(cache: KvCache, call: Call, first_logit: int) -> np.ndarray:
-            nonlocal outputs
+            # Of large logits two in turn would both be in memory: those of the call before go first.
+            outputs.clear()
             self._bind_cache(cache, call.rows)
-            outputs = self._run(self._feeds(call.request(request), first_logit))
+            outputs.update(self._run(self._feeds(call.request(request), first_logit)))
             return host_view(outputs["logits"])
 
         logits, new_past = step_in_place(request, past, cache, run)
-        return StepOutput(logits=logits, past=new_past, outputs=outputs)
+        own = {"logits", *self._in_place}
+        return StepOutput(logits=logits, past=new_past, outputs={name: v for name, v in outputs.items() if name not in own})
 
     def _bind_cache(self, cache: KvCache, rows: slice) -> None:
         if self._binding is None:
