@@ -14,7 +14,21 @@ from runtimes.version import VERSION
 
 VERBS = {
     name: f"reft_export.cli.{name.replace('import', 'import_')}"
-    for name in ("quickstart", "train", "import", "export", "fold", "quantize", "build", "run", "parity", "bench", "inspect", "doctor")
+    for name in (
+        "quickstart",
+        "train",
+        "import",
+        "export",
+        "fold",
+        "quantize",
+        "add",
+        "build",
+        "run",
+        "parity",
+        "bench",
+        "inspect",
+        "doctor",
+    )
 }
 """The module of each, in the order of --help."""
 

@@ -50,6 +50,7 @@ SURFACE = {
         "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },
+    "add": {"--adapter", "--model", "--output", "--remove", "--accept-base", "--force", "--dry-run", "--json"},
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
