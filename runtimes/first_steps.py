@@ -14,10 +14,9 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, Manifest
+from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, read_manifest
 from runtimes.edits.op import SLOT_INPUT
-from runtimes.errors import BackendUnavailable, BundleError, GraphError, ReftError
-from runtimes.files.records import from_json, read_json
+from runtimes.errors import BackendUnavailable, GraphError, ReftError
 from runtimes.open import ort_session
 from runtimes.tasks.task import task_of
 
@@ -72,7 +71,7 @@ def _check_fed(bundle: Bundle, own_inputs: Collection[str]) -> None:
 
 def main(folder: Path) -> None:
     # Not open_bundle, which would hash again what was hashed when it was written a moment ago.
-    bundle = Bundle(folder=folder, manifest=from_json(Manifest, read_json(folder / MANIFEST_FILE, BundleError)))
+    bundle = Bundle(folder=folder, manifest=read_manifest(folder / MANIFEST_FILE))
     told = {"left": ""}
     try:
         take_first_steps(bundle)

@@ -10,7 +10,7 @@ from pathlib import Path
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
 from reft_export.bundling.files import head_tensors, write_adapter
-from runtimes.artifacts.bundle import MANIFEST_FILE, NOT_HASHED, Bundle
+from runtimes.artifacts.bundle import MANIFEST_FILE, NOT_HASHED, Bundle, Manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError
 from runtimes.files.folders import copy_file
@@ -61,7 +61,8 @@ def write_adapters(bundle: Bundle, adapters: Mapping[str, Adapter]) -> Bundle:
         head = head_tensors(adapter, m.head, defaults)
         write_adapter(bundle.folder, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
     names = tuple(dict.fromkeys((*m.adapters, *adapters)))
-    return replace(bundle, manifest=replace(m, adapters=names, not_held=_listed(names, {*m.not_held, *adapters})))
+    measured = without_figures(m, adapters)
+    return replace(bundle, manifest=replace(measured, adapters=names, not_held=_listed(names, {*m.not_held, *adapters})))
 
 
 def held(bundle: Bundle, names: Collection[str]) -> Bundle:
@@ -73,7 +74,16 @@ def held(bundle: Bundle, names: Collection[str]) -> Bundle:
 def without_adapters(bundle: Bundle, names: Collection[str]) -> Bundle:
     m = bundle.manifest
     left = tuple(name for name in m.adapters if name not in names)
-    return replace(bundle, manifest=replace(m, adapters=left, not_held=_listed(left, m.not_held)))
+    return replace(bundle, manifest=replace(without_figures(m, names), adapters=left, not_held=_listed(left, m.not_held)))
+
+
+def without_figures(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """Without what was measured of the adapters ``names``."""
+    retention, loss = (
+        None if figures is None else {name: value for name, value in figures.items() if name not in names}
+        for figures in (manifest.retention, manifest.loss)
+    )
+    return replace(manifest, retention=retention, loss=loss)
 
 
 def _listed(names: Collection[str], chosen: Collection[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ folder takes its place when it is complete. Weights are read where they lie; not
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,12 +18,12 @@ import onnx_ir as ir
 
 from reft_export.building.plan import BuildPlan, plan_build
 from reft_export.building.settings import BuildSettings
-from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, MANIFEST_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES
+from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, seal_manifest
 from runtimes.artifacts.engine import PLAN_FILE, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
+from runtimes.artifacts.values import Target, known
 from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.files.hashes import sha256_of
-from runtimes.files.records import to_json
 from runtimes.tensorrt.builder import BuildResult, BuildSpec
 from runtimes.tensorrt.builder_process import run_builder, run_trtexec
 from runtimes.version import VERSION
@@ -83,7 +82,7 @@ def build_engine(
 def _manifest(plan: BuildPlan, settings: BuildSettings, result: BuildResult, graph_digest: str, *, rebuild: str) -> EngineManifest:
     return EngineManifest(
         created_by=f"reft-export {VERSION}",
-        target=settings.target,
+        target=known(Target, settings.target, "target"),
         tensorrt_version=result.tensorrt_version,
         compute_capabilities=plan.compute_capabilities,
         plugin=None if plan.plugin is None else PluginRecord(file=plan.plugin.name, sha256=sha256_of(plan.plugin)),
@@ -139,5 +138,4 @@ def _copy_bundle(plan: BuildPlan, settings: BuildSettings, work: Path) -> None:
     if plan.plugin is not None:
         (work / "lib").mkdir()
         shutil.copyfile(plan.plugin, work / "lib" / plan.plugin.name)
-    manifest = replace(bundle.manifest, adapters=tuple(plan.adapters))
-    (work / MANIFEST_FILE).write_text(json.dumps(to_json(manifest), indent=1) + "\n", encoding="utf-8")
+    seal_manifest(work, replace(bundle.manifest, adapters=tuple(plan.adapters), files={}))  # engine.json lists them

@@ -31,6 +31,7 @@ from runtimes.artifacts.bundle import (
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
+from runtimes.artifacts.values import Exporter, Logits, Padding, Precision, Slots, TaskName, known
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
@@ -83,19 +84,7 @@ def write_adapter(
 
     ``head``: of a classifier, what ``head_tensors`` gives for the adapter.
     """
-    record = AdapterRecord(
-        method=adapter.method,
-        rank=adapter.rank,
-        sites=tuple(map(str, adapter.sites)),
-        positions=str(adapter.positions),
-        truncate=adapter.positions.truncate,
-        tied=adapter.tied,
-        activation=adapter.activation,
-        base=adapter.base,
-        trained_on=adapter.trained_on,
-        training=dict(adapter.training),
-    )
-    write_adapter_record(folder, name, record)
+    write_adapter_record(folder, name, AdapterRecord.of(adapter))
     tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
     if slots == "graph":
         tensors |= adapter.rule_tensors()
@@ -154,13 +143,13 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
     manifest = Manifest(
         created_by=f"reft-export {VERSION}",
         model=parts.model,
-        precision=parts.precision,
+        precision=known(Precision, parts.precision, "precision"),
         quantization=parts.quantization,
-        exporter=parts.exporter,
+        exporter=known(Exporter, parts.exporter, "exporter"),
         opset=graph.opset_imports[""],
         ir_version=graph.ir_version,
-        logits=parts.logits,
-        slots=parts.slots,
+        logits=known(Logits, parts.logits, "logits"),
+        slots=known(Slots, parts.slots, "slots"),
         inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
         outputs=tuple(_tensor(v) for v in graph.graph.outputs),
         nodes=tuple(map(NodeRecord.of, parts.nodes)),
@@ -168,8 +157,9 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         parity_budget={},
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
-        padding=TASKS[parts.task].padding(graph.graph),
-        task=parts.task,
+        padding=known(Padding, TASKS[parts.task].padding(graph.graph), "padding"),
+        kv_cache="none" if parts.labels else "appended",
+        task=known(TaskName, parts.task, "task"),
         labels=parts.labels,
         head=dict(parts.head),
     )

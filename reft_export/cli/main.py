@@ -27,6 +27,7 @@ VERBS = {
         "parity",
         "bench",
         "inspect",
+        "upgrade",
         "doctor",
     )
 }

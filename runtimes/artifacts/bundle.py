@@ -1,6 +1,6 @@
 """The bundle folder: everything a device needs to run a steered decoder or classifier, and nothing else; and what an engine shares with it.
 
-manifest.json                 Manifest below, with the sha256 of every other hashed file
+manifest.json                 Manifest below, sealed (runtimes/files/sealed.py), with the sha256 of every other hashed file
 model.onnx, model.onnx.data   the folded graph
 adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
 adapters/<name>.json          AdapterRecord below
@@ -13,10 +13,9 @@ tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.js
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,25 +25,42 @@ import numpy as np
 from runtimes.artifacts.golden_schema import LAYOUTS, GoldenSchema, read_golden
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.artifacts.task_names import TEXT_GENERATION
-from runtimes.edits.adapter import BaseModel, BaseParts
+from runtimes.artifacts.values import (
+    Embeddings,
+    Exporter,
+    KvCache,
+    Logits,
+    Padding,
+    Precision,
+    QuantizationMethod,
+    Rules,
+    Scheme,
+    Slots,
+    TaskName,
+)
+from runtimes.edits.adapter import Adapter, BaseModel, BaseParts
+from runtimes.edits.adapter_records import RuleRecord, SiteRecord, from_version_1, rule_record, site_records, sites_of
 from runtimes.edits.edit import Site
+from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.files.hashes import sha256_of
-from runtimes.files.records import RecordError, from_json, read_json, to_json
+from runtimes.files.records import RecordError, from_json, read_json_object, to_json
+from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, canonical_text, read_sealed, write_sealed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = Format(version_key="schema_version", version=SCHEMA_VERSION, error=BundleError, remedy="copy the folder or export again")
 ENGINE_MANIFEST = "engine.json"
 """Of an engine's folder, which is read by ``runtimes.artifacts.engine``."""
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
 NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
-WEIGHT_ONLY_SCHEMES = ("weight-only", "qdq-int4")
+WEIGHT_ONLY_SCHEMES: tuple[Scheme, ...] = ("weight-only", "qdq-int4")
 """Schemes that leave activations in the graph's float type."""
-ACTIVATION_SCHEMES = ("dynamic", "static", "qdq-int8", "fp8")
+ACTIVATION_SCHEMES: tuple[Scheme, ...] = ("dynamic", "static", "qdq-int8", "fp8")
 """Those that quantize them too."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 TOKENIZER_FILES = (
@@ -74,6 +90,11 @@ class ModelRecord:
     parts: BaseParts | None = None
     """What the fingerprint was made of; older bundles lack it."""
 
+    def check(self) -> None:
+        """Raises RecordError for a size that no model has."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "context_length", "num_attention_heads", "sliding_window"):
+            _check_number(f"model.{name}", getattr(self, name), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
@@ -96,21 +117,28 @@ class CalibrationRecord:
 class Quantization:
     """How the base's weights are stored, and whether what they are multiplied by is quantized too.
 
-    ``scheme``: weight-only, dynamic, static, qdq-int4, qdq-int8 or fp8. ``accuracy_level``: MatMulNBits, 4 quantizes activations too.
+    ``accuracy_level``: MatMulNBits, 4 quantizes activations too.
     """
 
-    scheme: str
+    scheme: Scheme
     bits: int
     block_size: int
     """Input values that share a scale; 0 is one scale per output column."""
     symmetric: bool
     accuracy_level: int
-    method: str = "rtn"
+    method: QuantizationMethod = "rtn"
     embeddings: int = 0
     """Bits of the token embedding; 0 is float."""
     kept: tuple[str, ...] = ()
     """Weights that stayed in float by choice."""
     calibration: CalibrationRecord | None = None
+
+    def check(self) -> None:
+        """Raises RecordError for numbers that no scheme has."""
+        _check_number("quantization.bits", self.bits, 4, 8)
+        _check_number("quantization.block_size", self.block_size, 0)
+        _check_number("quantization.accuracy_level", self.accuracy_level, 0, 4)
+        _check_number("quantization.embeddings", self.embeddings, 0, 8)
 
     @property
     def label(self) -> str:
@@ -165,23 +193,30 @@ class FileRecord:
     sha256: str
     size: int
 
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        return cls(sha256=sha256_of(path), size=path.stat().st_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """``precision`` is the graph's float type; ``logits`` all or last; ``slots`` graph or input; ``task`` one of
-    runtimes/tasks/task.py."""
+    """manifest.json. What its enumerations may say, and mean: runtimes/artifacts/values.py.
+
+    ``schema_version`` is the one that was read; the current one is written, whatever it says."""
 
     schema_version: int = SCHEMA_VERSION
+    digest: str = ""
+    """Of the file that was read; the writer makes it anew."""
     op_version: int = OP_VERSION
     created_by: str
     model: ModelRecord
-    precision: str
+    precision: Precision
     quantization: Quantization | None
-    exporter: str
+    exporter: Exporter
     opset: int
     ir_version: int
-    logits: str
-    slots: str
+    logits: Logits
+    slots: Slots
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     nodes: tuple[NodeRecord, ...]
@@ -191,10 +226,18 @@ class Manifest:
     """Initializer name in the unquantized graph -> the parameter it came from; refit and dequantized parity use only this."""
     genai: str
     """"supported", or why stock onnxruntime-genai cannot open this folder."""
-    padding: str = "left"
-    """Where pads may stand in a batch of rows of unequal length: left, or none (GroupQueryAttention takes a row's cache as full); a
-    classifier's stand on the right."""
-    task: str = TEXT_GENERATION
+    padding: Padding = "left"
+    """none: GroupQueryAttention takes a row's cache as full. A classifier's pads stand on the right."""
+    kv_cache: KvCache = "appended"
+    rules: Rules = "shared"
+    """Version 1 is always so."""
+    embeddings: Embeddings | None = None
+    """None: not recorded."""
+    retention: dict[str, float] | None = None
+    """By adapter: the share of its training that quantization left, measured on its probes. None: not measured."""
+    loss: dict[str, float] | None = None
+    """By adapter: what quantization cost it, in nats a token of its probes' completions, where that was accepted."""
+    task: TaskName = TEXT_GENERATION
     labels: tuple[str, ...] = ()
     """A classifier's, in the order of its logits."""
     head: dict[str, WeightSource] = field(default_factory=dict)
@@ -203,6 +246,51 @@ class Manifest:
     """Adapters that were added without their base: no golden arrays say what the eager model does with them."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the rows of one batch may be steered by different adapters."""
+        return self.rules == "row"
+
+    def check(self) -> None:
+        """Raises ReftError for what no bundle has: numbers out of range, tasks that do not fit, nodes and adapters that cannot be."""
+        if self.op_version != OP_VERSION:
+            raise RecordError(f"op version {self.op_version}; this version runs {OP_VERSION}; export again")
+        self.model.check()
+        if self.quantization is not None:
+            self.quantization.check()
+        for name in ("opset", "ir_version"):
+            _check_number(name, getattr(self, name), 1)
+        if LAYOUTS[self.task].has_labels != bool(self.labels):
+            raise RecordError(f"task {self.task} with {len(self.labels)} labels, which is unknown")
+        if LAYOUTS[self.task].has_labels != (self.kv_cache == "none"):
+            raise RecordError(f"kv_cache is {self.kv_cache!r}, which {self.task} does not have")
+        self._check_nodes()
+        for name in self.adapters:
+            check_adapter_name(name)
+        for records in (self.inputs, self.outputs):
+            _check_once("tensors", [record.name for record in records])
+        for key in ("retention", "loss"):
+            if unknown := sorted(set(getattr(self, key) or {}) - set(self.adapters)):
+                raise RecordError(f"{key} of adapter {unknown[0]!r}, which is not listed")
+
+    def _check_nodes(self) -> None:
+        nodes = [record.node for record in self.nodes]
+        _check_once("nodes", [node.name for node in nodes])
+        if beyond := [node.name for node in nodes if node.site.layer >= self.model.num_hidden_layers]:
+            raise RecordError(f"node {beyond[0]} is beyond the model's {self.model.num_hidden_layers} layers")
+        if self.adapters and not nodes:
+            raise RecordError(f"no edit nodes, and adapters that need them ({', '.join(self.adapters)})")
+
+
+def _check_number(name: str, value: int | None, lowest: int, highest: int | None = None) -> None:
+    if value is not None and (value < lowest or (highest is not None and value > highest)):
+        raise RecordError(f"{name} is {value}, expected {f'at least {lowest}' if highest is None else f'{lowest} to {highest}'}")
+
+
+def _check_once(what: str, names: Sequence[str]) -> None:
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise RecordError(f"{what} list {twice[0]} twice")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
@@ -210,14 +298,40 @@ class AdapterRecord:
 
     method: str
     rank: int
-    sites: tuple[str, ...]
-    positions: str
-    truncate: bool
-    tied: bool
+    sites: tuple[SiteRecord, ...]
+    rules: tuple[RuleRecord, ...]
     activation: str
     base: BaseModel
     trained_on: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> AdapterRecord:
+        return cls(
+            method=adapter.method,
+            rank=adapter.rank,
+            sites=site_records(adapter.sites),
+            rules=(rule_record(adapter.positions, tied=adapter.tied),),
+            activation=adapter.activation,
+            base=adapter.base,
+            trained_on=adapter.trained_on,
+            training=dict(adapter.training),
+        )
+
+    @property
+    def positions(self) -> str:
+        return self.rules[0].positions
+
+    @property
+    def tied(self) -> bool:
+        return self.rules[0].tied
+
+    def check(self) -> None:
+        """Raises AdapterError or InputError for a method, sites or rules that this version does not know."""
+        if self.method not in METHODS:
+            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        sites_of(self.sites, self.rules, self.rank)
+        self.rules[0].rule  # noqa: B018  # parses the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,10 +413,11 @@ class Artifact(ABC):
             known = ", ".join(self.adapter_names) or "none"
             raise BundleError(f"{self.folder} has no adapter {name!r}; it has: {known}")
         path = self.folder / "adapters" / f"{name}.json"
-        try:
-            return from_json(AdapterRecord, read_json(path, BundleError))
-        except RecordError as e:
-            raise BundleError(f"{path}: {e}") from None
+        record = read_adapter_record(path)
+        here = {str(node.site) for node in self.nodes}
+        if missing := [site.site for site in record.sites if str(Site.parse(site.site)) not in here]:
+            raise BundleError(f"{path}: site {missing[0]} has no edit node in this artifact; export it with the adapter again")
+        return record
 
     def adapter(self, name: str) -> StoredAdapter:
         """Raises BundleError for an adapter that it does not hold."""
@@ -310,7 +425,7 @@ class Artifact(ABC):
         return StoredAdapter(
             name=name,
             file=self.adapter_file(name),
-            positions=replace(PositionRule.parse(record.positions), truncate=record.truncate),
+            positions=record.rules[0].rule,
             tied=record.tied,
             rank=record.rank,
             method=record.method,
@@ -398,45 +513,69 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder} is an engine, which run, parity, bench and inspect take; pass the bundle that it was built from")
     if not (folder / MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
-    raw = read_json(folder / MANIFEST_FILE, BundleError)
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(f"{folder / MANIFEST_FILE}: schema version {version!r}; this version reads {SCHEMA_VERSION}; export again")
-    try:
-        manifest = from_json(Manifest, raw)
-        nodes = [record.node for record in manifest.nodes]
-    except (RecordError, ReftError) as e:
-        raise BundleError(f"{folder / MANIFEST_FILE}: {e}") from None
-    if manifest.op_version != OP_VERSION:
-        raise BundleError(f"{folder}: op version {manifest.op_version}; this version runs {OP_VERSION}; export again")
-    if manifest.task not in LAYOUTS or LAYOUTS[manifest.task].has_labels != bool(manifest.labels):
-        raise BundleError(f"{folder / MANIFEST_FILE}: task {manifest.task!r} with {len(manifest.labels)} labels is unknown; export again")
+    manifest = read_manifest(folder / MANIFEST_FILE)
     expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
     unlisted = sorted(expected - set(manifest.files))
-    if unlisted or len(set(nodes)) != len(nodes):
-        raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted or 'a node listed twice'}; export again")
+    if unlisted:
+        raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted}; export again")
     check_adapters(folder / MANIFEST_FILE, manifest.files, manifest.adapters)
     check_not_held(folder / MANIFEST_FILE, manifest)
     check_files(folder, manifest.files, MANIFEST_FILE, verify=verify)
     return Bundle(folder=folder, manifest=manifest)
 
 
+def read_manifest(path: Path) -> Manifest:
+    """A bundle's manifest, which an engine holds too; raises BundleError for one that was changed, is of another version, or says what
+    cannot be."""
+    content = read_sealed(path, MANIFEST_FORMAT)
+    try:
+        if content["schema_version"] == FIRST_VERSION:
+            content = first_version(content)
+        manifest = from_json(Manifest, content)
+        manifest.check()
+    except (RecordError, ReftError) as e:
+        raise BundleError(f"{path}: {e}") from None
+    return manifest
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hashes every file under ``folder`` and writes manifest.json; called last, inside the atomic write."""
-    content = to_json(manifest) | {"files": to_json(hash_files(folder, NOT_HASHED))}
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    seal_manifest(folder, replace(manifest, files=hash_files(folder, NOT_HASHED)))
+
+
+def seal_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json with the files that ``manifest`` lists."""
+    write_sealed(folder / MANIFEST_FILE, to_json(replace(manifest, schema_version=SCHEMA_VERSION)))
+
+
+def first_version(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 with version 2's keys as they were then; those that it cannot have are refused as unknown."""
+    if unknown := sorted({DIGEST, "kv_cache", "rules", "embeddings", "retention", "loss", "not_held"} & set(content)):
+        raise RecordError(f"unknown keys {unknown} in a file of version {FIRST_VERSION}")
+    return {**content, "kv_cache": "none" if content.get("labels") else "appended", "rules": "shared"}
 
 
 def hash_files(folder: Path, without: Collection[str]) -> dict[str, FileRecord]:
     """size and sha256 of every file under ``folder``, by its path relative to it."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in without)
-    return {p.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(p), size=p.stat().st_size) for p in paths}
+    return {p.relative_to(folder).as_posix(): FileRecord.of(p) for p in paths}
 
 
 def write_adapter_record(folder: Path, name: str, record: AdapterRecord) -> None:
     path = folder / "adapters" / f"{check_adapter_name(name)}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+    path.write_text(canonical_text(to_json(record)), encoding="ascii", newline="\n")
+
+
+def read_adapter_record(path: Path) -> AdapterRecord:
+    """An artifact's adapters/<name>.json, whose hash its manifest holds; of version 1 too. Raises BundleError."""
+    content = read_json_object(path, BundleError)
+    try:
+        record = from_json(AdapterRecord, from_version_1(content) if "positions" in content else content)
+        record.check()
+    except (RecordError, ReftError) as e:
+        raise BundleError(f"{path}: {e}") from None
+    return record
 
 
 def check_adapters(listed_in: Path, files: Collection[str], adapters: Collection[str]) -> None:

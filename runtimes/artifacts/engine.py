@@ -1,8 +1,8 @@
 """The engine folder: a bundle that `build` turned into a TensorRT engine, for one TensorRT version and a list of GPUs.
 
-    engine.json                  EngineManifest below, with the sha256 of every hashed file
+    engine.json                  EngineManifest below, sealed (runtimes/files/sealed.py), with the sha256 of every hashed file
     engine.plan                  the serialized engine
-    manifest.json                the bundle's manifest: model, nodes, adapters, parity budget
+    manifest.json                the bundle's manifest: model, nodes, adapters, parity budget; its files are in engine.json
     adapters/<name>.safetensors  every bank and rule of one adapter, under the engine's input names
     adapters/<name>.json         as in the bundle
     lib/                         the plugin that the engine was built with, where it was
@@ -13,32 +13,37 @@ An engine answers to every verb that runs a bundle; it has a plan in place of th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from runtimes.artifacts.bundle import (
+    BASE_GOLDEN,
     ENGINE_MANIFEST,
     MANIFEST_FILE,
     Artifact,
     FileRecord,
     Limits,
-    Manifest,
     TensorRecord,
     check_adapters,
     check_files,
     context_limits,
     hash_files,
+    read_manifest,
 )
 from runtimes.artifacts.engine_adapter import read_engine_adapter
-from runtimes.errors import BundleError, ReftError
-from runtimes.files.records import RecordError, from_json, read_json, to_json
+from runtimes.artifacts.values import Target
+from runtimes.errors import BundleError
+from runtimes.files.records import RecordError, from_json, to_json
+from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, read_sealed, write_sealed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ENGINE_FORMAT = Format(version_key="schema_version", version=SCHEMA_VERSION, error=BundleError, remedy="copy the folder or build it again")
 PLAN_FILE = "engine.plan"
-TARGETS = ("tensorrt", "tensorrt-rtx")
+PROFILES = ("prefill", "decode")
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +74,11 @@ class PluginRecord:
 @dataclass(frozen=True, kw_only=True)
 class EngineManifest:
     schema_version: int = SCHEMA_VERSION
+    """The one that was read; the current one is written, whatever it says."""
+    digest: str = ""
+    """Of the file that was read; the writer makes it anew."""
     created_by: str
-    target: str
-    """One of TARGETS."""
+    target: Target
     tensorrt_version: str
     """Of the builder, as its package states it (1.7.1.116)."""
     compute_capabilities: tuple[str, ...]
@@ -92,6 +99,17 @@ class EngineManifest:
     rebuild: str
     """The command that builds this engine again."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises RecordError for profiles that no engine has."""
+        names = [profile.name for profile in self.profiles]
+        if sorted(names) != sorted(PROFILES):
+            raise RecordError(f"profiles {names}, expected {list(PROFILES)}")
+        for profile in self.profiles:
+            for name, shape in profile.shapes.items():
+                sizes = (shape.min, shape.opt, shape.max)
+                if len(set(map(len, sizes))) != 1 or not all(0 <= a <= b <= c for a, b, c in zip(*sizes, strict=True)):
+                    raise RecordError(f"profile {profile.name} has {name} from {shape.min} over {shape.opt} to {shape.max}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,29 +165,40 @@ def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
     folder = Path(path)
     if not is_engine(folder):
         raise BundleError(f"{folder} is not an engine: {ENGINE_MANIFEST} is missing; make one with `reft-export build`")
-    raw = read_json(folder / ENGINE_MANIFEST, BundleError)
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(f"{folder / ENGINE_MANIFEST}: schema version {version!r}; this version reads {SCHEMA_VERSION}; build it again")
-    try:
-        engine = from_json(EngineManifest, raw)
-        manifest = from_json(Manifest, read_json(folder / MANIFEST_FILE, BundleError))
-        nodes = [record.node for record in manifest.nodes]
-    except (RecordError, ReftError) as e:
-        raise BundleError(f"{folder}: {e}; build it again") from None
+    engine, manifest = read_engine_manifest(folder / ENGINE_MANIFEST), read_manifest(folder / MANIFEST_FILE)
     needed = {PLAN_FILE, MANIFEST_FILE, *(f"adapters/{name}.{suffix}" for name in manifest.adapters for suffix in ("safetensors", "json"))}
     if engine.plugin is not None:
         needed.add(f"lib/{engine.plugin.file}")
     unlisted = sorted(needed - set(engine.files))
-    if unlisted or len(set(nodes)) != len(nodes):
-        raise BundleError(f"{folder / ENGINE_MANIFEST}: no hash for {unlisted or 'a node listed twice'}; build it again")
+    if unlisted:
+        raise BundleError(f"{folder / ENGINE_MANIFEST}: no hash for {unlisted}; build it again")
+    if engine.frozen not in (None, BASE_GOLDEN, *manifest.adapters):
+        raise BundleError(f"{folder / ENGINE_MANIFEST}: frozen adapter {engine.frozen!r} is not listed; build it again")
     check_adapters(folder / ENGINE_MANIFEST, engine.files, manifest.adapters)
     check_files(folder, engine.files, ENGINE_MANIFEST, verify=verify)
     return Engine(folder=folder, manifest=replace(manifest, files=engine.files), engine=engine)
 
 
+def read_engine_manifest(path: Path) -> EngineManifest:
+    """Raises BundleError for an engine.json that was changed, is of another version, or says what this version does not know."""
+    content = read_sealed(path, ENGINE_FORMAT)
+    try:
+        if content["schema_version"] == FIRST_VERSION and DIGEST in content:
+            raise RecordError(f"unknown keys ['{DIGEST}'] in a file of version {FIRST_VERSION}")
+        engine = from_json(EngineManifest, content)
+        engine.check()
+    except RecordError as e:
+        raise BundleError(f"{path}: {e}; build it again") from None
+    return engine
+
+
 def write_engine_manifest(folder: Path, engine: EngineManifest) -> EngineManifest:
     """Hashes every file under ``folder`` and writes engine.json; called last, inside the atomic write."""
-    complete = replace(engine, files=hash_files(folder, (ENGINE_MANIFEST,)))
-    (folder / ENGINE_MANIFEST).write_text(json.dumps(to_json(complete), indent=1) + "\n", encoding="utf-8")
+    complete = replace(engine, schema_version=SCHEMA_VERSION, files=hash_files(folder, (ENGINE_MANIFEST,)))
+    seal_engine_manifest(folder, complete)
     return complete
+
+
+def seal_engine_manifest(folder: Path, engine: EngineManifest) -> None:
+    """Writes engine.json with the files that ``engine`` lists."""
+    write_sealed(folder / ENGINE_MANIFEST, to_json(replace(engine, schema_version=SCHEMA_VERSION)))

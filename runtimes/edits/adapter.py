@@ -1,5 +1,8 @@
 """The adapter folder: ``adapter.json`` + ``adapter.safetensors``. Nothing is pickled, nothing is implied, unknown keys are refused.
 
+adapter.json is sealed (runtimes/files/sealed.py) and holds the sha256 of every other file of the adapter, so that one changed bit of any
+is refused. Version 1 had no digests; it is read, and ``reft-export upgrade`` writes version 2.
+
 Tensors are the trained parameters in float32, named ``<layer>.<stream>[.prefix|.suffix].<parameter>`` (the middle part only when
 untied). Their parameters: runtimes/edits/methods.py.
 """
@@ -7,26 +10,30 @@ untied). Their parameters: runtimes/edits/methods.py.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtimes.edits.adapter_records import ProbesRecord, RuleRecord, SiteRecord, from_version_1, rule_record, site_records, sites_of
 from runtimes.edits.edit import ACTIVATIONS, Edit, Site
 from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, ReftError
 from runtimes.files.folders import atomic_folder
-from runtimes.files.records import RecordError, from_json, parse_json, to_json
+from runtimes.files.hashes import sha256_of
+from runtimes.files.records import RecordError, from_json, to_json
+from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, read_sealed, write_sealed
 
 FORMAT = "reft-export adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
+PROBES_FILE = "probes.jsonl"
+ADAPTER_FORMAT = Format(version_key="format_version", version=FORMAT_VERSION, error=AdapterError, remedy="copy the adapter again")
 HEAD = "head."
 """What the names of a classification head's tensors begin with."""
 
@@ -193,17 +200,20 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
+class AdapterConfig:
     """adapter.json, key by key."""
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
+    digest: str = ""
+    """Of this file (runtimes/files/sealed.py)."""
+    tensors_sha256: str | None = None
+    """Of adapter.safetensors; None in version 1 alone."""
     method: str
     rank: int
-    sites: tuple[str, ...]
-    positions: str
-    truncate: bool
-    tied: bool
+    sites: tuple[SiteRecord, ...]
+    rules: tuple[RuleRecord, ...]
+    """Of positions; exactly one, until a version knows what to do with more."""
     activation: str
     dropout: float
     dtype: str
@@ -212,19 +222,19 @@ class _Config:
     training: dict[str, Any]
     head: tuple[str, ...] = ()
     """Parameter names of the head, in the order in which they are applied."""
+    probes: ProbesRecord | None = None
+    """Prompts and completions of the adapter's own task, in probes.jsonl."""
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None:
     """Writes the adapter atomically; an existing folder is kept unless ``force``."""
     from safetensors.numpy import save_file
 
-    config = _Config(
+    config = AdapterConfig(
         method=adapter.method,
         rank=adapter.rank,
-        sites=tuple(map(str, adapter.sites)),
-        positions=str(adapter.positions),
-        truncate=adapter.positions.truncate,
-        tied=adapter.tied,
+        sites=site_records(adapter.sites),
+        rules=(rule_record(adapter.positions, tied=adapter.tied),),
         activation=adapter.activation,
         dropout=adapter.dropout,
         dtype=adapter.dtype,
@@ -234,32 +244,35 @@ def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None
         head=tuple(adapter.head),
     )
     with atomic_folder(folder, force=force) as work:
-        (work / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
         save_file({k: np.ascontiguousarray(v) for k, v in adapter.stored().items()}, work / TENSOR_FILE)
+        write_adapter_config(work, config)
+
+
+def write_adapter_config(folder: Path, config: AdapterConfig) -> None:
+    """adapter.json over the tensors that lie in ``folder`` already. Raises AdapterError for what JSON cannot hold."""
+    content = to_json(config) | {"format_version": FORMAT_VERSION, "tensors_sha256": sha256_of(folder / TENSOR_FILE)}
+    try:
+        write_sealed(folder / CONFIG_FILE, content)
+    except ValueError as e:
+        raise AdapterError(f"{folder / CONFIG_FILE} cannot be written: {e}; train again with finite settings") from None
 
 
 def load_adapter(folder: Path) -> Adapter:
     """Reads and checks an adapter folder; raises AdapterError naming the file and what is wrong with it."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; another library's is read by reft-export import")
+    config = read_adapter_config(folder)
     try:
-        config = from_json(_Config, parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    except RecordError as e:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {e}") from None
-    except ValueError as e:  # of json, and of UTF-8
-        raise AdapterError(f"{folder / CONFIG_FILE} is not JSON: {e}") from None
-    if (config.format, config.format_version) != (FORMAT, FORMAT_VERSION):
-        found = f"{config.format!r}, version {config.format_version}"
-        raise AdapterError(f"{folder / CONFIG_FILE} is {found}; this version reads {FORMAT!r}, version {FORMAT_VERSION}")
-    try:
-        tensors = load_file(folder / TENSOR_FILE)
-    except (SafetensorError, OSError) as e:
+        tensors = load(_read_hashed(folder / TENSOR_FILE, config.tensors_sha256))
+    except (SafetensorError, ValueError, KeyError) as e:  # KeyError: a dtype that numpy has not
         raise AdapterError(f"{folder / TENSOR_FILE} is damaged ({e}); copy it again from where it was trained") from None
+    if config.probes is not None:
+        _read_hashed(folder / PROBES_FILE, config.probes.sha256)
     if missing := [name for name in config.head if f"{HEAD}{name}" not in tensors]:
         raise AdapterError(f"{folder / TENSOR_FILE} lacks {HEAD}{missing[0]}, which {CONFIG_FILE} names; copy the adapter again")
     head = {name: tensors.pop(f"{HEAD}{name}") for name in config.head}
@@ -267,9 +280,9 @@ def load_adapter(folder: Path) -> Adapter:
         return Adapter(
             method=config.method,
             rank=config.rank,
-            sites=tuple(map(Site.parse, config.sites)),
-            positions=replace(PositionRule.parse(config.positions), truncate=config.truncate),
-            tied=config.tied,
+            sites=sites_of(config.sites, config.rules, config.rank),
+            positions=config.rules[0].rule,
+            tied=config.rules[0].tied,
             activation=config.activation,
             dropout=config.dropout,
             dtype=config.dtype,
@@ -281,3 +294,33 @@ def load_adapter(folder: Path) -> Adapter:
         )
     except ReftError as e:
         raise AdapterError(f"{folder}: {e}") from None
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """adapter.json, whose own digest is right where it has one; raises AdapterError."""
+    path = folder / CONFIG_FILE
+    content = read_sealed(path, ADAPTER_FORMAT)
+    try:
+        if content["format_version"] == FIRST_VERSION:
+            if unknown := sorted({DIGEST, "tensors_sha256", "probes"} & set(content)):
+                raise RecordError(f"unknown keys {unknown} in a file of version {FIRST_VERSION}")
+            content = from_version_1(content)
+        config = from_json(AdapterConfig, content)
+    except (RecordError, AdapterError) as e:
+        raise AdapterError(f"{path}: {e}") from None
+    if config.tensors_sha256 is None and config.format_version != FIRST_VERSION:
+        raise AdapterError(f"{path} lacks the sha256 of {TENSOR_FILE}; copy the adapter again")
+    if config.format != FORMAT:
+        raise AdapterError(f"{path} is {config.format!r}, expected {FORMAT!r}; pass the folder of an adapter")
+    return config
+
+
+def _read_hashed(path: Path, sha256: str | None) -> bytes:
+    """The bytes of ``path``, of that ``sha256`` where there is one. Raises AdapterError."""
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise AdapterError(f"{path} cannot be read ({e.strerror}); copy the adapter again") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise AdapterError(f"{path} is damaged: it does not match its sha256 in {CONFIG_FILE}; copy the adapter again")
+    return content

@@ -49,7 +49,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
-    """``value`` as ``kind``: a dataclass, scalar, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Any.
+    """``value`` as ``kind``: a dataclass, scalar, Literal, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Any.
 
     Keys with a default may be absent; unknown keys raise RecordError.
     """
@@ -60,6 +60,10 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
         if value is None:
             return None  # type: ignore[return-value]
         return from_json(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if not any(value == known and type(value) is type(known) for known in arguments):
+            raise RecordError(f"{where or 'value'} is {value!r}, which is unknown; known: {', '.join(map(str, arguments))}")
+        return value
     if origin is tuple:
         return tuple(from_json(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(_typed(list, value, where)))  # type: ignore[return-value]
     if origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 from foreign_graphs import save_foreign
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -127,18 +128,14 @@ def former_bundle(made: Made, source: Path, folder: Path) -> Path:
         path.write_text(json.dumps(record))
     model = replace(bundle.manifest.model, fingerprint=fingerprint_v1(made.base), parts=None)
     write_manifest(folder, replace(bundle.manifest, model=model))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["model"]["parts"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder, lambda manifest: manifest["model"].pop("parts"))
     return folder
 
 
 def former_adapter(made: Made, folder: Path) -> Path:
-    path = Path(shutil.copytree(made.style, folder)) / "adapter.json"
-    adapter = json.loads(path.read_text())
-    adapter["base"]["fingerprint"] = fingerprint_v1(made.base)
-    del adapter["base"]["parts"]
-    path.write_text(json.dumps(adapter))
+    shutil.copytree(made.style, folder)
+    former = {"fingerprint": fingerprint_v1(made.base)}
+    reseal(folder, lambda adapter: (adapter["base"].update(former), adapter["base"].pop("parts")))
     return folder
 
 

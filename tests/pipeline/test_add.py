@@ -15,6 +15,7 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import tiny
+from reseal import reseal
 from typer.testing import CliRunner
 
 from reft_export.adding import add as module
@@ -294,8 +295,15 @@ def test_on_the_command_line(bundle, new, base_folder) -> None:
 
 def test_what_is_said_not_to_be_held_is_true(bundle) -> None:
     folder = bundle()
-    manifest = json.loads((folder / "manifest.json").read_text())
     for name, said in (("tied", "has golden arrays"), ("nobody", "is no adapter of it")):
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"not_held": [name]}))
+        reseal(folder, not_held=[name])
         with pytest.raises(BundleError, match=f"'{name}' is listed as not held, and {said}"):
             open_bundle(folder)
+
+
+def test_what_was_measured_of_an_adapter_goes_with_it(bundle, new) -> None:
+    folder = bundle()
+    reseal(folder, retention={"tied": 0.9, "untied": 0.8}, loss={"tied": 0.1})
+    remove_adapter(folder, ["tied"], **QUIET)
+    manifest = open_bundle(folder).manifest
+    assert (manifest.retention, manifest.loss) == ({"untied": 0.8}, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reseal import reseal
 
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
@@ -21,8 +22,7 @@ def copy(bundle_folder, tmp_path) -> Path:
 
 
 def _edit_manifest(folder: Path, **changes: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    reseal(folder, **changes)
 
 
 def test_contents(copy) -> None:

@@ -17,6 +17,7 @@ import typer
 from foreign_graphs import save_foreign
 from hypothesis import example, given
 from hypothesis import strategies as st
+from reseal import reseal
 from rich.markup import render
 from rich.text import Text
 from typer.testing import CliRunner
@@ -63,6 +64,7 @@ SURFACE = {
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
     "inspect": {"--json"},
+    "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip
 """Verbs and long flags; a change here is a change for every user."""
@@ -174,11 +176,9 @@ def test_run_refusals(bundle_folder, tmp_path) -> None:
 
 def test_run_without_tokenizer(bundle_folder, tmp_path) -> None:
     copy = Path(shutil.copytree(bundle_folder("llama"), tmp_path / "copy"))
-    manifest = json.loads((copy / "manifest.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
-        del manifest["files"][name]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+        reseal(copy, lambda manifest, name=name: manifest["files"].pop(name))
     refused("run", copy, "-p", "x", code=2, match="tokenizer.json is missing")
 
 
@@ -196,9 +196,8 @@ def test_parity_exit_codes(bundle_folder, base_folder, tmp_path) -> None:
         changed = dict(arrays)
     changed["logits"] = changed["logits"] + 1e-3
     np.savez_compressed(golden, **changed)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["golden/tied.npz"] = {"sha256": sha256_of(golden), "size": golden.stat().st_size}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    seal = {"sha256": sha256_of(golden), "size": golden.stat().st_size}
+    reseal(copy, lambda manifest: manifest["files"].update({"golden/tied.npz": seal}))
     done = cli("parity", copy, "--report", tmp_path / "report.json")
     assert done.returncode == 3
     assert "FAIL" in done.stdout and done.stderr.startswith("error: ") and "budget" in done.stderr

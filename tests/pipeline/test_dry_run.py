@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_encoders
 from models.bases import FAMILIES
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
@@ -63,6 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(root / "not-finite" / "adapter.safetensors")
     first = next(iter(tensors))
     save_file(tensors | {first: tensors[first] * float("nan")}, root / "not-finite" / "adapter.safetensors")
+    reseal(root / "not-finite")
     for name in ("cut", "bad-tokenizer", "no-tokenizer", "no-config"):
         shutil.copytree(root / "base", root / name)
     weights = root / "cut" / "model.safetensors"

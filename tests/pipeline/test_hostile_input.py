@@ -23,6 +23,7 @@ import pytest
 import tiny
 import torch
 from foreign_graphs import save_foreign
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -271,6 +272,15 @@ def _tensors(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -
     def damage(stage: Stage) -> None:
         path = stage.adapter / "adapter.safetensors"
         save_file(change(load_file(path)), path)
+        reseal(stage.adapter)
+
+    return damage
+
+
+def _bytes_of_tensors(content: bytes) -> Callable[[Stage], object]:
+    def damage(stage: Stage) -> None:
+        (stage.adapter / "adapter.safetensors").write_bytes(content)
+        reseal(stage.adapter)
 
     return damage
 
@@ -281,8 +291,7 @@ def _first(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Stage], obje
 
 def _config(**keys: object) -> Callable[[Stage], object]:
     def damage(stage: Stage) -> None:
-        path = stage.adapter / "adapter.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+        reseal(stage.adapter, **keys)
 
     return damage
 
@@ -299,10 +308,10 @@ LYING = b'{"x":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,
 OWN = "adapter.safetensors"
 ADAPTERS = {
     "no tensors": (lambda s: (s.adapter / OWN).unlink(), f"{OWN} is missing"),
-    "tensors of zero bytes": (lambda s: (s.adapter / OWN).write_bytes(b""), "is damaged"),
+    "tensors of zero bytes": (_bytes_of_tensors(b""), "is damaged"),
     "half of the tensors": (lambda s: os.truncate(s.adapter / OWN, 800), "is damaged"),
-    "header longer than the file": (lambda s: (s.adapter / OWN).write_bytes(lying_header(2**63)), "is damaged"),
-    "header of other shapes": (lambda s: (s.adapter / OWN).write_bytes(lying_header(len(LYING), LYING) + bytes(16)), "is damaged"),
+    "header longer than the file": (_bytes_of_tensors(lying_header(2**63)), "is damaged"),
+    "header of other shapes": (_bytes_of_tensors(lying_header(len(LYING), LYING) + bytes(16)), "is damaged"),
     "tensors are a folder": (lambda s: _replace_by_folder(s.adapter / OWN), f"{OWN} is missing"),
     "a pickle for tensors": (lambda s: torch.save({"x": Hostile(s.root / "ran")}, s.adapter / OWN), "is damaged"),
     "NaN": (_first(_nan), "not finite"),
@@ -313,8 +322,8 @@ ADAPTERS = {
     "another shape": (_first(lambda a: a[..., :-1]), "shape"),
     "a tensor too few": (_tensors(lambda t: dict(sorted(t.items())[1:])), "lacks|missing"),
     "a tensor too many": (_tensors(lambda t: t | {"more": np.zeros(3, np.float32)}), "more"),
-    "layers out of range": (_config(sites=["0.block_output", "7.block_output"]), "layer 7|7.block_output"),
-    "layers below zero": (_config(sites=["0.block_output", "-1.block_output"]), "-1"),
+    "layers out of range": (_config(sites=[{"site": "0.block_output"}, {"site": "7.block_output"}]), "layer 7|7.block_output"),
+    "layers below zero": (_config(sites=[{"site": "0.block_output"}, {"site": "-1.block_output"}]), "-1"),
     "unknown key": (_config(surprise=1), "surprise"),
     "rank that lies": (_config(rank=2**40), "rank|shape"),
     "config is a list": (lambda s: (s.adapter / "adapter.json").write_text("[]"), "adapter.json"),
@@ -431,9 +440,7 @@ def test_bases_that_are_files_or_nothing(verb, stage) -> None:
 
 def _manifest(change: Callable[[dict], object]) -> Callable[[Path], object]:
     def damage(bundle: Path) -> None:
-        content = json.loads((bundle / "manifest.json").read_text())
-        change(content)
-        (bundle / "manifest.json").write_text(json.dumps(content))
+        reseal(bundle, change)
 
     return damage
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from runtimes.artifacts.bundle import NOT_HASHED, hash_files
 from runtimes.files.records import to_json
+from runtimes.files.sealed import write_sealed
 
 Random = np.random.Generator
 Arrays = dict[str, np.ndarray]
@@ -254,7 +255,10 @@ class Mutator:
                 with suppress(TypeError):  # a change to what an earlier one has taken away
                     MANIFEST_CHANGES[random.integers(len(MANIFEST_CHANGES))](random, manifest)
         manifest["files"] = to_json(hash_files(self.folder, NOT_HASHED))
-        (self.folder / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            write_sealed(self.folder / "manifest.json", manifest)
+        except ValueError:  # a number that canonical JSON does not have: somebody wrote it all the same
+            (self.folder / "manifest.json").write_text(json.dumps(manifest))
 
     def _change_arrays(self, random: Random, name: str) -> None:
         path = self.folder / "golden" / f"{name}.npz"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
@@ -39,11 +39,21 @@ def test_round_trip(method, tmp_path) -> None:
         ({"mystery": 1}, "unknown keys"),
         ({"rank": True}, "rank is True, expected int"),
         ({"rank": 5}, "expected \\[5, 64\\]"),
-        ({"sites": ["0.block_output"]}, "unknown"),
-        ({"sites": ["0.nowhere"]}, "stream 'nowhere' is unknown"),
+        ({"sites": [{"site": "0.block_output"}]}, "unknown"),
+        ({"sites": [{"site": "0.nowhere"}]}, "stream 'nowhere' is unknown"),
+        ({"sites": [{"site": "0.block_output", "rule": 1}]}, "follows rule 1, and the adapter has rule 0 alone"),
+        ({"sites": [{"site": "0.block_output", "rank": 2}]}, "rank 2 of its own, which this version does not know"),
+        ({"sites": [{"site": "0.block_output", "form": "folded"}]}, "form 'folded' of its own, which this version does not know"),
         ({"method": "magic"}, "method 'magic' is unknown"),
-        ({"positions": "f0+l0"}, "positions"),
-        ({"format_version": 2}, "version 2"),
+        ({"rules": [{"positions": "f0+l0", "truncate": True, "tied": True}]}, "positions"),
+        ({"rules": [{"positions": "all", "truncate": True, "tied": True}] * 2}, "2 position rules, and this version knows adapters of one"),
+        ({"rules": []}, "0 position rules"),
+        ({"positions": "all"}, "unknown keys"),
+        ({"format_version": 3}, "version 3"),
+        ({"format_version": True}, "version True"),
+        ({"format": "another"}, "is 'another', expected 'reft-export adapter'"),
+        ({"tensors_sha256": None}, "lacks the sha256 of adapter.safetensors"),
+        ({"probes": {"count": 1, "sha256": "0" * 64}}, "probes.jsonl cannot be read"),
         ({"activation": "gelu", "method": "consreft"}, "no learned source"),
         ({"rank": 0}, "rank 0 does not fit loreft, whose rank is at least 1"),
         ({"method": "red"}, "rank 4 does not fit red, whose rank is 0"),
@@ -51,8 +61,7 @@ def test_round_trip(method, tmp_path) -> None:
 )
 def test_config_is_strict(change, message, tmp_path) -> None:
     save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
-    path = tmp_path / "a" / "adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    reseal(tmp_path / "a", **change)
     with pytest.raises((AdapterError, InputError), match=message):
         load_adapter(tmp_path / "a")
 
@@ -61,19 +70,14 @@ def test_the_family_of_the_base_may_be_absent(tmp_path) -> None:
     """Adapters that were saved before it was recorded load, and say none."""
     save_adapter(tiny.random_adapter(replace(BASE, model_type="llama")), tmp_path / "a")
     assert load_adapter(tmp_path / "a").base.model_type == "llama"
-    path = tmp_path / "a" / "adapter.json"
-    content = json.loads(path.read_text())
-    assert content["base"].pop("model_type") == "llama"
-    path.write_text(json.dumps(content))
+    reseal(tmp_path / "a", lambda content: content["base"].pop("model_type"))
     assert load_adapter(tmp_path / "a").base == BASE
 
 
 def test_missing_key_and_broken_json(tmp_path) -> None:
     save_adapter(tiny.random_adapter(BASE), tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
-    content = json.loads(path.read_text())
-    del content["tied"]
-    path.write_text(json.dumps(content))
+    reseal(path, lambda content: content["rules"][0].pop("tied"))
     with pytest.raises(AdapterError, match=r"lacks \['tied'\]"):
         load_adapter(tmp_path / "a")
     path.write_bytes(b"\xff{")
@@ -101,6 +105,7 @@ def test_damaged_tensors(damage, tmp_path) -> None:
         else:
             tensors["9.block_output.W"] = tensors[name]
         save_file(tensors, path)
+    reseal(tmp_path / "a")
     with pytest.raises(AdapterError, match="a: |damaged"):
         load_adapter(tmp_path / "a")
 

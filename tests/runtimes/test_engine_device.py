@@ -62,7 +62,7 @@ def _manifest(**changes: object) -> EngineManifest:
 def _engine(folder: Path, **changes: object) -> Engine:
     model = ModelRecord(name="toy", model_type="toy", fingerprint="", vocab_size=2, hidden_size=64, num_hidden_layers=1, context_length=8)
     bundle = Manifest(
-        created_by="tests", model=model, precision="fp16", quantization=None, exporter="tests", opset=20, ir_version=10, logits="all",
+        created_by="tests", model=model, precision="fp16", quantization=None, exporter="foreign", opset=20, ir_version=10, logits="all",
         slots="graph", inputs=(), outputs=(), nodes=(), adapters=(), parity_budget={}, weights={}, genai="no",
     )  # fmt: skip
     return Engine(folder=folder, manifest=bundle, engine=_manifest(**changes))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from golden_mutations import Mutator
+from reseal import reseal
 from toy_bundle import ADAPTERS, VOCABULARY, ToyDecoder, golden_arrays, write_toy_bundle
 
 from runtimes.artifacts.bundle import Bundle, open_bundle
@@ -113,9 +114,7 @@ def _classifier_bundle(folder: Path) -> None:
     base, steered = (ClassifierDouble.true(*inputs, steered).astype(np.float32) for steered in (False, True))
     np.savez(folder / "golden" / "base.npz", **arrays, logits=base)
     np.savez(folder / "golden" / "ends.npz", **arrays, logits=steered, base_logits=base)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"task": "text-classification", "labels": ["a", "b", "c"], "padding": "right"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder, task="text-classification", labels=["a", "b", "c"], padding="right", kv_cache="none")
 
 
 def _hold_classifier(folder: Path, report: ParityReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reseal import reseal
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, golden_arrays, toy_adapter, write_toy_bundle
 
 from runtimes.artifacts import golden_schema
@@ -184,10 +184,7 @@ def test_nothing_is_unpacked_before_its_size_is_known(recorded: Arrays, tmp_path
 
 def resealed(bundle: Bundle, change: Callable[[dict], object]) -> Bundle:
     """The manifest as somebody edits it."""
-    path = bundle.folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    reseal(bundle.folder, change)
     return open_bundle(bundle.folder)
 
 

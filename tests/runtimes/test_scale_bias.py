@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reseal import reseal
 from safetensors.numpy import load_file, save_file
 
 from runtimes.artifacts.bundle import NodeRecord, TensorRecord
@@ -155,6 +156,7 @@ def test_damaged_folders(damage, tmp_path) -> None:
     else:
         del tensors[name]
     save_file(tensors, path)
+    reseal(tmp_path / "a")
     expected = {"nan": "not finite", "matrix": r"shape \[1, 64\], expected \[64\]", "rank one": r"\[1\], expected \[64\]"}
     with pytest.raises(AdapterError, match=expected.get(damage, "missing")):
         load_adapter(tmp_path / "a")

@@ -225,17 +225,7 @@ def write_toy_bundle(
     fold_graph(model, nodes, slots=slot_mode)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
-        record = AdapterRecord(
-            method=adapter.method,
-            rank=adapter.rank,
-            sites=tuple(map(str, adapter.sites)),
-            positions=str(adapter.positions),
-            truncate=adapter.positions.truncate,
-            tied=adapter.tied,
-            activation=adapter.activation,
-            base=adapter.base,
-        )
-        write_adapter_record(folder, name, record)
+        write_adapter_record(folder, name, AdapterRecord.of(adapter))
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
         tensors |= adapter.rule_tensors() if slot_mode == "graph" else {}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
@@ -258,7 +248,7 @@ def write_toy_bundle(
         ),
         precision=precision,
         quantization=None,
-        exporter="tests",
+        exporter="foreign",
         opset=20,
         ir_version=10,
         logits=logits,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_encoders
 import torch
+from reseal import reseal
 from tokenizers import normalizers
 
 from reft_export.base.load import Base, base_from_memory, load_base
@@ -175,10 +176,10 @@ def test_a_head_needs_labels(moods: Path, base: Base, tmp_path: Path) -> None:
         replace(adapter, base=replace(adapter.base, labels=()))
     path = tmp_path / "a" / "adapter.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"head": [*config["head"], "classifier.more"]}))
+    reseal(path, head=[*config["head"], "classifier.more"])
     with pytest.raises(AdapterError, match=r"lacks head\.classifier\.more"):
         load_adapter(tmp_path / "a")
-    path.write_text(json.dumps(config | {"head": []}))
+    reseal(path, head=[])
     with pytest.raises(AdapterError, match=r"unknown \['head\."):
         load_adapter(tmp_path / "a")
 

@@ -15,6 +15,7 @@ import tiny_encoders
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reseal import reseal
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -267,11 +268,8 @@ def test_thirty_layers_take_a_line_for_each_kind_of_weight() -> None:
 
 def former(folder: Path, adapter: Path) -> None:
     """Writes the adapter as it was written before fingerprints had a version."""
-    path = adapter / "adapter.json"
-    config = json.loads(path.read_text())
-    config["base"]["fingerprint"] = fingerprint_v1(folder)
-    del config["base"]["parts"]
-    path.write_text(json.dumps(config))
+    fingerprint = {"fingerprint": fingerprint_v1(folder)}
+    reseal(adapter, lambda config: (config["base"].update(fingerprint), config["base"].pop("parts")))
 
 
 def test_fingerprints_are_what_they_were() -> None:
