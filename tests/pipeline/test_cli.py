@@ -29,7 +29,7 @@ from runtimes.errors import InputError
 from runtimes.text.prompts import read_prompts, read_requests
 
 SURFACE = {
-    "quickstart": {"--output", "--force"},
+    "quickstart": {"--output", "--model", "--force"},
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
