@@ -88,7 +88,7 @@ def _refuse_foreign_operators(model: ir.Model) -> None:
         listed = ", ".join(f"{op} ({count})" for op, count in foreign.most_common(4))
         raise EngineError(
             f"the graph has operators that TensorRT lacks: {listed} of domain {next(n.domain for n in nodes if n.op_type in foreign)}; "
-            "export the model with `reft-export export --exporter dynamo` (opset 20)"
+            "export the model with `reft-export export --exporter dynamo --target tensorrt` (opset 20)"
         )
     if counts["Attention"]:
         raise EngineError(

@@ -47,6 +47,15 @@ class Forecast:
     disk: float
 
 
+def _cache(settings: ExportSettings) -> str:
+    """How the KV cache grows, as far as the settings tell: whether an attention is the fused operator's, only the model shows."""
+    if settings.exporter == "builder":
+        return ", KV cache written in place"
+    if settings.target == "tensorrt" or settings.exporter != "dynamo" or settings.precision == "bf16":
+        return ", KV cache copied at every step"
+    return ", KV cache written in place where the family's attention allows it"
+
+
 def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
     """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
     linear, other = plan.parameters
@@ -55,13 +64,14 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
     disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
     quantized = settings.weight_only is not None
     opset = "" if settings.exporter == "builder" else f", opset {settings.opset}"
+    cache = _cache(settings) if task.decodes else ""
     rounded = 4.0 * total if settings.float_type != "fp32" else 0.0
     # Other projects' exporters load the model in a process of their own, and their graph lies on the disk until the bundle is finished.
     copy = 0.0 if settings.exporter in ("dynamo", "transformers") else BYTES[settings.float_type] * total
     return Forecast(
         steps=(
             f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
-            f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}",
+            f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}{cache}",
             f"fold the edits, slots {settings.slots}",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
+from graph_passes.cache_shapes import ATTENTION
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import EngineGraph, derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
@@ -88,7 +90,9 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
         bundle.adapter_record(settings.freeze)  # refuses a name that the bundle does not have
     plugin = None if settings.freeze == BASE_GOLDEN else choose_plugin(settings, notes)
     banks = None if settings.freeze is None else {BASE_GOLDEN: {}, **tensors}[settings.freeze]
-    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=plugin is not None, freeze=banks)
+    model = load_graph(bundle.graph_path)
+    _refuse_in_place(bundle, model)
+    graph = derive_tensorrt_graph(model, plugin=plugin is not None, freeze=banks)
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         check_kernels(plugin, capabilities)
@@ -122,6 +126,16 @@ def _open_decoder(source: Path) -> Bundle:
     if bundle.manifest.task == TEXT_CLASSIFICATION:
         raise InputError(f"{source} is a classifier, and engines are built of decoders only; run the bundle itself, in onnxruntime")
     return bundle
+
+
+def _refuse_in_place(bundle: Bundle, model: ir.Model) -> None:
+    """The graph that onnxruntime likes best has no counterpart in TensorRT."""
+    if count := sum(node.op_type == ATTENTION for node in model.graph):
+        adapters = "".join(f" -a {name}" for name in bundle.adapter_names)
+        raise EngineError(
+            f"{bundle.folder} was exported for onnxruntime ({count} {ATTENTION} nodes, which TensorRT does not have); export it for "
+            f"TensorRT: `reft-export export -m {bundle.manifest.model.name}{adapters} -o OUT --target tensorrt`"
+        )
 
 
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:

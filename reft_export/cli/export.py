@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,7 +27,7 @@ from reft_export.cli.options import (
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "target", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -52,6 +52,14 @@ def export(
             "(transformers 5); optimum: optimum-onnx's (transformers 4.57).",
         ),
     ] = "dynamo",
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="onnxruntime: fused attention over a KV cache that can be written in place, where the family allows it; "
+            "tensorrt: ONNX's own operators, which `build` takes.",
+        ),
+    ] = "onnxruntime",
     slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
@@ -85,6 +93,7 @@ def export(
         opset=opset,
         block_size=block_size,
         accuracy_level=accuracy_level,
+        target=checked_target(target),
     )
     if dry_run:
         from reft_export.exporting.plan import plan_export
@@ -105,6 +114,12 @@ def export(
         parity_failed(e, as_json=as_json)
         raise
     show_result(output, result, as_json=as_json)
+
+
+def checked_target(target: str) -> Literal["onnxruntime", "tensorrt"]:
+    """Raises InputError for a target that is none."""
+    check_choice("--target", target, ("onnxruntime", "tensorrt"))
+    return "tensorrt" if target == "tensorrt" else "onnxruntime"
 
 
 def export_adapter(model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool) -> None:

@@ -65,8 +65,11 @@ def _nodes(plan: ExportPlan, base: Base, settings: ExportSettings) -> tuple[Edit
 
 def assemble(
     work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings, report: Report
-) -> tuple[Manifest, tuple[WeightError, ...]]:
-    """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
+) -> tuple[Manifest, tuple[WeightError, ...], str]:
+    """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``.
+
+    The text is the exported graph's note.
+    """
     base = load_base(plan.checkpoint.folder, name=plan.checkpoint.name)
     task = TASKS[base.task]
     nodes, model = _nodes(plan, base, settings), model_record(base)  # before exporters rearrange the base
@@ -108,7 +111,7 @@ def assemble(
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in graph.graph.initializers.values():
         value.const_value = None
-    return manifest, errors
+    return manifest, errors, exported.note
 
 
 def _quantize_and_write(work: Path, exported: ExportedGraph, settings: ExportSettings, report: Report) -> tuple[WeightError, ...]:

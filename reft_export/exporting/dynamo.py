@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -23,6 +23,15 @@ from graph_passes.accessors import name_of
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.bfloat16 import widen_bfloat16
 from reft_export.exporting.exported_graph import ExportedGraph
+from reft_export.exporting.grouped_attention import (
+    GroupedCache,
+    LayerAttention,
+    NotGroupedError,
+    check_in_place,
+    grouped_attention,
+    grouped_step,
+    probe,
+)
 from runtimes.artifacts.bundle import WeightSource
 from runtimes.errors import ExportError
 
@@ -78,6 +87,20 @@ class FlatCacheDecoder(Wrapper):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions, **self.keep
         )
         return (out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
+
+
+class InPlaceDecoder(FlatCacheDecoder):
+    """Every layer's attention is one operator, which appends to the cache itself; traced inside ``grouped_attention``."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[LayerAttention], *, last_logits: bool) -> None:
+        super().__init__(model, last_logits=last_logits)
+        self.layers = layers
+
+    def forward(self, input_ids, attention_mask, position_ids, past):
+        cache = GroupedCache(past, attention_mask, input_ids.shape[1], self.layers)
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        logits = grouped_step(self.model, cache, input_ids=input_ids, attention_mask=attention_mask, **positions, **self.keep)
+        return (logits, *cache.presents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +176,11 @@ def _check_rotary(model: PreTrainedModel) -> None:
             )
 
 
-def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False) -> ExportedGraph:
+def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False, in_place: bool = False) -> ExportedGraph:
     """Exports ``model`` in the dtype it has. **Rearranges the model's linear weights in place**: record eager results before.
+
+    ``in_place``: attention as GroupQueryAttention, whose cache can be written in place, where that computes the same; else the plain
+    graph, whose ``note`` says why.
 
     Raises ExportError with torch's own reason when the family cannot be traced; for a mixture of experts, which torch cannot translate,
     before anything is traced.
@@ -164,8 +190,31 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
             f"{model.config.model_type} is a mixture of experts, which torch's exporter cannot translate; use --exporter transformers"
         )
     inputs = trace_inputs(model, last_logits=last_logits)
-    graph = trace(
-        inputs.decoder,
+    note = ""
+    if in_place:
+        try:
+            return _export_in_place(inputs, opset)
+        except NotGroupedError as e:
+            note = f"the KV cache is copied at every step, not written in place: {e}"
+    return replace(inputs.finish(_trace(inputs, inputs.decoder, opset)), note=note)
+
+
+def _export_in_place(inputs: TraceInputs, opset: int) -> ExportedGraph:
+    """Raises NotGroupedError before tracing where the family's attention is not the operator's, and where torch cannot trace it so."""
+    model = inputs.decoder.model
+    layers = probe(model, list(inputs.arguments["past"]), takes_positions=inputs.decoder.takes_positions)
+    with grouped_attention(model):
+        try:
+            graph = _trace(inputs, InPlaceDecoder(model, layers, last_logits=inputs.last_logits).eval(), opset)
+        except ExportError as e:
+            raise NotGroupedError(str(e)) from e
+    check_in_place(graph.graph, inputs.past_names)
+    return inputs.finish(graph)
+
+
+def _trace(inputs: TraceInputs, decoder: FlatCacheDecoder, opset: int) -> ir.Model:
+    return trace(
+        decoder,
         inputs.arguments,
         inputs.dynamic_shapes,
         inputs.input_names,
@@ -173,7 +222,6 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
         opset=opset,
         remedy="; try --exporter transformers",
     )
-    return inputs.finish(graph)
 
 
 def trace(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from reft_export.base.load import Base
     from reft_export.bundling.result import ExportResult
+    from runtimes.artifacts.bundle import Manifest
 
 
 def export_bundle(
@@ -98,10 +99,17 @@ def _make(
     plan = check_model(plan, settings, accept_base=accept_base)
     report(f"loading {described(plan.source)}")
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        manifest, errors = assemble(work, Path(proof), plan, settings, report)
+        manifest, errors, note = assemble(work, Path(proof), plan, settings, report)
         if settings.float_type == "bf16":
-            return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+            note = "; ".join(filter(None, (note, check_structure(work))))
+            return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         report("holding the bundle against the eager model")
-        parity = gate(work, output, proof=Path(proof))
-        return ExportResult(manifest=manifest, parity=parity, weight_errors=errors)
+        parity = gate(work, output, proof=Path(proof), remedy=_remedy(manifest, settings))
+        return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=note)
+
+
+def _remedy(manifest: Manifest, settings: ExportSettings) -> str:
+    """Where a budget is missed, beside the quantization's own advice: the family's attention may not be what the operator computes."""
+    fused = manifest.padding == "none" and settings.weight_only is None
+    return "try --target tensorrt, whose graph writes attention out" if fused and settings.exporter == "dynamo" else ""

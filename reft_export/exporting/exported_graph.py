@@ -15,3 +15,5 @@ class ExportedGraph:
 
     model: ir.Model
     weights: dict[str, WeightSource]
+    note: str = ""
+    """Why the graph is not the one that the target would like best; "" where it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,19 +33,27 @@ def _builder(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGra
 def _optimum(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     from reft_export.exporting.optimum import export_optimum
 
-    return export_optimum(base, scratch, opset=settings.opset)
+    return _plain(export_optimum(base, scratch, opset=settings.opset), settings)
 
 
 def _transformers(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     from reft_export.exporting.transformers import export_transformers
 
-    return export_transformers(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+    return _plain(export_transformers(base.model, opset=settings.opset, last_logits=settings.logits == "last"), settings)
 
 
 def _dynamo(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     from reft_export.exporting.dynamo import export_dynamo
 
-    return export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last")
+    in_place = settings.target == "onnxruntime"
+    return export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last", in_place=in_place)
+
+
+def _plain(exported: ExportedGraph, settings: ExportSettings) -> ExportedGraph:
+    """An exporter's own graph, which writes attention out whatever the target."""
+    if settings.target == "tensorrt":
+        return exported
+    return replace(exported, note=f"the KV cache is copied at every step, as in every graph of --exporter {settings.exporter}")
 
 
 ROUTES: dict[tuple[str, str], Route] = {

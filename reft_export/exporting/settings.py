@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from calibration.settings import QuantizationSettings, settings_for
 from runtimes.edits.edit import Site
@@ -11,12 +12,17 @@ from runtimes.precision import TORCH_DTYPES
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 EXPORTERS = ("dynamo", "builder", "optimum", "transformers")
+TARGETS = ("onnxruntime", "tensorrt")
 DEFAULT_OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs."""
+    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs.
+
+    ``target``: onnxruntime takes attention as GroupQueryAttention, whose KV cache can be written in place, wherever the family allows it;
+    tensorrt takes ONNX's own operators, which ``build`` reads and onnxruntime runs too, slower as the context grows.
+    """
 
     precision: str = "fp32"
     exporter: str = "dynamo"
@@ -26,6 +32,7 @@ class ExportSettings:
     sites: tuple[Site, ...] = ()
     block_size: int = 32
     accuracy_level: int = 4
+    target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -33,6 +40,7 @@ class ExportSettings:
             ("exporter", self.exporter, EXPORTERS),
             ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
+            ("target", self.target, TARGETS),
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
@@ -44,6 +52,8 @@ class ExportSettings:
             raise InputError(
                 "bf16 is exported by dynamo only: no CPU runs the builder's bfloat16 graph, so nothing here could show it right"
             )
+        if self.exporter == "builder" and self.target == "tensorrt":
+            raise InputError("TensorRT does not know the builder's GroupQueryAttention; use --exporter dynamo for --target tensorrt")
         if self.exporter == "optimum" and (self.float_type != "fp32" or self.logits != "all"):
             raise InputError(
                 "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"

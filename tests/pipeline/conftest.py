@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny
@@ -14,6 +15,8 @@ from shared_folders import shared_folder
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.edits.adapter import save_adapter
+
+Target = Literal["onnxruntime", "tensorrt"]
 
 ADAPTERS = {
     "tied": {},
@@ -53,14 +56,14 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, base_folder: Calla
 
 @pytest.fixture(scope="session")
 def bundle_folder(base_folder: Callable[[str], Path], adapter_folders: Callable[..., list[Path]]) -> Callable[..., Path]:
-    """A finished bundle by family and precision; tests copy it before they change anything."""
+    """A finished bundle by family, precision and target; tests copy it before they change anything."""
 
-    def folder(family: str = "llama", precision: str = "fp32") -> Path:
+    def folder(family: str = "llama", precision: str = "fp32", *, target: Target = "onnxruntime") -> Path:
         def make(output: Path) -> None:
-            settings = ExportSettings(precision=precision)
+            settings = ExportSettings(precision=precision, target=target)
             export_bundle(str(base_folder(family)), adapter_folders(family), output, settings, report=lambda _: None)
 
-        return shared_folder(f"bundles/{family}-{precision}", make)
+        return shared_folder(f"bundles/{target}/{family}-{precision}", make)
 
     return folder
 
@@ -77,11 +80,12 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def float_bundle(base_folder, adapter_folders):
     """(bundle, base) by family, with two adapters: untied ones, and ones with an activation."""
 
-    def folder(family: str = "llama", precision: str = "fp32") -> tuple[Path, str]:
+    def folder(family: str = "llama", precision: str = "fp32", *, target: Target = "onnxruntime") -> tuple[Path, str]:
         def make(output: Path) -> None:
             adapters = adapter_folders(family, ("untied", "prompt-relu"))
-            export_bundle(str(base_folder(family)), adapters, output, ExportSettings(precision=precision), report=lambda _: None)
+            settings = ExportSettings(precision=precision, target=target)
+            export_bundle(str(base_folder(family)), adapters, output, settings, report=lambda _: None)
 
-        return shared_folder(f"float/{precision}/{family}", make), str(base_folder(family))
+        return shared_folder(f"float/{target}/{precision}/{family}", make), str(base_folder(family))
 
     return folder

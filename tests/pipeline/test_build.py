@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,12 @@ def _run(environment: dict[str, str], *arguments: object) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.fixture(scope="session")
+def bundle_folder(bundle_folder: Callable[..., Path]) -> Callable[..., Path]:
+    """Bundles that TensorRT can be built from."""
+    return partial(bundle_folder, target="tensorrt")
+
+
 @pytest.fixture
 def cli(tensorrt_rtx: dict[str, str]) -> Cli:
     return lambda *arguments: _run(_environment(tensorrt_rtx), *arguments)
@@ -75,7 +82,7 @@ def _build(cli: Cli, bundle: Path, output: Path, *options: object) -> dict[str, 
 def quickstart_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's own base in fp16, an edit node behind every block."""
     output = tmp_path_factory.mktemp("quickstart") / "bundle"
-    export_bundle(str(base_path()), [], output, ExportSettings(precision="fp16"), report=lambda _: None)
+    export_bundle(str(base_path()), [], output, ExportSettings(precision="fp16", target="tensorrt"), report=lambda _: None)
     return output
 
 
@@ -174,7 +181,7 @@ def test_quantized_quickstart_engines(cli, tensorrt_plugin, prompts_file, scheme
     """int4 block DequantizeLinear and int8 Q/DQ, from the verbs that a user calls."""
     calibrate = ["--calibrate", prompts_file] if scheme == "qdq-int8" else []
     for arguments in (
-        ("export", "-m", base_path(), "-p", precision, "-o", tmp_path / "float"),
+        ("export", "-m", base_path(), "-p", precision, "--target", "tensorrt", "-o", tmp_path / "float"),
         ("quantize", tmp_path / "float", "-m", base_path(), "--scheme", scheme, *calibrate, "-o", tmp_path / "quantized"),
     ):
         done = cli(*arguments)

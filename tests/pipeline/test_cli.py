@@ -42,7 +42,7 @@ SURFACE = {
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--opset",
-        "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
+        "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {

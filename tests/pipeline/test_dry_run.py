@@ -220,8 +220,14 @@ def test_build(bundle_folder, files, tmp_path, more, code, match) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     output = [] if "-o" in more else ["-o", "{work}/out"]
-    arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", *output, *more]
+    arguments = ["build", str(bundle_folder("llama", target="tensorrt")), "--target", "tensorrt-rtx", *output, *more]
     refused_alike(arguments, files, tmp_path, code, match)
+
+
+def test_build_of_a_bundle_for_onnxruntime(bundle_folder, files, tmp_path) -> None:
+    """The command that makes the other one is named, with the adapters that go into it."""
+    arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", "-o", "{work}/out"]
+    refused_alike(arguments, files, tmp_path, 4, "-a last-consreft -o OUT --target tensorrt`")
 
 
 def test_build_of_what_is_no_bundle(files, tmp_path) -> None:
@@ -237,7 +243,7 @@ def test_build_plans_the_shapes(bundle_folder, files, tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr("reft_export.building.plan._builder", lambda settings, notes: ("python", ("8.6",)))
     monkeypatch.setattr("reft_export.building.plan.engine_profiles", refuse)
-    arguments = ["build", str(bundle_folder("llama")), "--target", "tensorrt-rtx", "--no-plugin", "-o", "{work}/out"]
+    arguments = ["build", str(bundle_folder("llama", target="tensorrt")), "--target", "tensorrt-rtx", "--no-plugin", "-o", "{work}/out"]
     refused_alike(arguments, files, tmp_path, 4, "graph input x varies")
 
 
@@ -250,6 +256,9 @@ def forbidden(*_: object, **__: object) -> None:
     [
         ([*EXPORT, "-a", "{files}/good", "-p", "int4"], "base and 1 adapters"),
         (["export", "-m", "{files}/encoder", "-o", "{work}/out"], "logits one row a text"),
+        (EXPORT, "KV cache written in place where the family's attention allows it"),
+        ([*EXPORT, "--target", "tensorrt"], "KV cache copied at every step"),
+        ([*EXPORT, "-p", "bf16"], "KV cache copied at every step"),
         ([*TRAIN, "--start", "{files}/good"], "4 examples"),
         ([*TRAIN, "--eval-fraction", "0.25", "--device", "cpu"], "3 examples"),
         (on("texts.jsonl", "--positions", "f1", model="encoder"), "4 examples"),
@@ -285,6 +294,8 @@ def test_refusals_and_dry_runs_of_known_families_load_no_torch(files, tmp_path) 
         ([*EXPORT, "-a", "{files}/of-another"], 2, "was trained on other (3 layers, width 32); base has 3 layers, width 64; pass the base"),
         ([*EXPORT, "-a", "{files}/of-twin"], 2, "this base is base: it has other values in layers.1.mlp.up_proj.weight; pass the base"),
         ([*EXPORT, "--sites", "9"], 2, "layer 9 does not exist in base (3 layers, 0 to 2)"),
+        ([*EXPORT, "--target", "coreml"], 2, "--target 'coreml' is unknown; known: onnxruntime, tensorrt"),
+        ([*EXPORT, "--target", "tensorrt", "--exporter", "builder"], 2, "use --exporter dynamo for --target tensorrt"),
         ([*EXPORT, "--exporter", "tvm"], 2, "exporter 'tvm' is unknown"),
         ([*EXPORT, "-p", "int3"], 2, "precision 'int3' is unknown"),
         ([*EXPORT, "-p", "int4", "--block-size", "17"], 2, "17"),

@@ -46,10 +46,10 @@ def _check_rows_alone(folder) -> None:
             assert greedy_tokens(session, [ids[:length].tolist()], 64)[0].tolist() == tokens.tolist(), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
+@pytest.mark.parametrize(("family", "target"), [("llama", "onnxruntime"), ("gpt2", "tensorrt")])
+def test_fp32_bundle_is_what_eager_says(family, target, bundle_folder) -> None:
     """Every adapter and the base: logits within 2e-5, 64 greedy tokens equal, cache continuity in every layout."""
-    bundle = open_bundle(bundle_folder(family))
+    bundle = open_bundle(bundle_folder(family, target=target))
     session = OrtSession(bundle, threads=1)
 
     report = check_golden(bundle, session)
@@ -59,8 +59,9 @@ def test_fp32_bundle_is_what_eager_says(family, bundle_folder) -> None:
     assert greedy == [True] * 7
     assert all(bundle.golden(name)["greedy_tokens"].shape[1] == 64 for name in bundle.golden_names)
     ways = {r.name.partition(": ")[2] for r in report.rungs}
-    assert ways == {"full forward", "prefill and decode", "chunked prefill", "single rows", "left padding", "right padding"}
-    _check_rows_alone(bundle_folder(family))
+    assert ways >= {"full forward", "prefill and decode", "chunked prefill", "single rows"}
+    assert ("left padding" in ways) == (target == "tensorrt")
+    _check_rows_alone(bundle.folder)
     # The adapters change the answer: an edit that did nothing would pass everything above.
     base = bundle.golden("base")["logits"]
     assert all(np.abs(bundle.golden(n)["logits"] - base).max() > 0.1 for n in bundle.adapter_names)

@@ -39,7 +39,7 @@ def build(environment: dict[str, str], graph: ir.Model, folder: Path, capability
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_builds(family, scheme, precision, options, capability, tensorrt_rtx, float_bundle, tmp_path) -> None:
     """MatMuls with dequantized operands, LoReFT in its per-token form."""
-    source, _ = float_bundle(family, precision)
+    source, _ = float_bundle(family, precision, target="tensorrt")
     graph = load_graph(source / "model.onnx")
     ranges = {node.inputs[0].name: (-4.0, 4.0) for node in weight_products(graph.graph)}
     quantize_graph(graph, settings_for(scheme, **options), ranges)

@@ -21,6 +21,7 @@ from reft_export.bundling.result import ExportResult
 from reft_export.eager.steering import site_module
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.quantizing.quantize import quantize_bundle
+from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.edit import Site
 from runtimes.errors import GraphError, InputError, ParityError, ReftError
@@ -50,6 +51,10 @@ class Cell:
     """Where the adapters' edits stood."""
     missing: str = ""
     """Why not at all of STREAMS."""
+    cache: str = ""
+    """How a decoder's KV cache grows: in place, or copied."""
+    copied: str = ""
+    """Why copied, where the target would rather have it in place."""
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -71,6 +76,7 @@ class _Family:
         self.family, self.route, self.folder, self.on_cell = family, route, folder, on_cell
         self.streams: tuple[str, ...] = STREAMS
         self.missing = ""
+        self.cache = self.copied = ""
 
     def run(self, dtypes: Sequence[str]) -> None:
         try:
@@ -147,9 +153,17 @@ class _Family:
             return self._done(dtype, "refused", reason=self._words(e), told=told)
         except Exception as e:  # a traceback that a user would see; the table is there to show it
             return self._done(dtype, "crashed", reason=f"{type(e).__name__}: {self._words(e)}", told=told)
+        self._note_cache(result)
         if result.parity is None:
             return self._done(dtype, "structure", told=told)
         return self._done(dtype, "ok", relative=_worst(result.parity, dtype), told=told)
+
+    def _note_cache(self, result: ExportResult) -> None:
+        """A quantized bundle has the cache of its float one."""
+        if result.manifest.task != TEXT_GENERATION or result.manifest.quantization is not None:
+            return
+        self.cache = "in place" if result.manifest.padding == "none" else "copied"
+        self.copied = result.note.partition("; ")[0] if self.cache == "copied" else ""
 
     def _done(self, dtype: str, outcome: str, *, relative: float | None = None, reason: str = "", told: bool = True) -> Cell:
         cell = Cell(
@@ -161,6 +175,8 @@ class _Family:
             reason=reason,
             streams=self.streams if outcome in ("ok", "structure") else (),
             missing=self.missing if outcome in ("ok", "structure") else "",
+            cache=self.cache if outcome in ("ok", "structure") else "",
+            copied=self.copied if outcome in ("ok", "structure") else "",
             date=datetime.date.today().isoformat(),
             versions=versions(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,17 +103,23 @@ weights, at accuracy level 1. Budgets: {budgets}.
 | . | not run yet |
 
 Where fp32 is refused or wrong, the other precisions of that row are not tried. "Edits" says where adapters can stand: at the output of the
-**b**lock, of its **a**ttention, of its **m**LP.
+**b**lock, of its **a**ttention, of its **m**LP. "KV cache" says how it grows in the graph for `--target onnxruntime`, the default:
+**in place** (one com.microsoft::GroupQueryAttention a layer), or **copied** at every step, as in every graph for
+`--target tensorrt` and at bf16.
 """
 
 
 def _route(cells: Mapping[tuple[str, str, str], Cell], known: Iterable[str]) -> str:
     notes: dict[str, int] = {}
     families = [family for family in known if any(key[0] == family for key in cells)]
-    lines = ["| family | edits | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    with_cache = any(cell.cache for cell in cells.values())
+    lines = ["| family | edits | " + " | ".join(COLUMNS) + " |" + " KV cache |" * with_cache]
+    lines.append("|---|---|" + "---|" * (len(COLUMNS) + with_cache))
     for family in families:
         row = {dtype: cell for (name, _, dtype), cell in cells.items() if name == family}
         lines.append(f"| {family} | {_edits(row.values(), notes)} | " + " | ".join(_cell(row.get(d), notes) for d in COLUMNS) + " |")
+        if with_cache:
+            lines[-1] += f" {_cache(tuple(row.values()), notes)} |"
     versions = sorted({", ".join(f"{k} {v}" for k, v in cell.versions.items()) for cell in cells.values()})
     told = [f"{number}. {reason}" for reason, number in notes.items()]
     return "\n".join([*lines, "", *told, *([""] if told else []), "Versions: " + "; ".join(versions) + ".", ""])
@@ -125,6 +131,14 @@ def _edits(row: Iterable[Cell], notes: dict[str, int]) -> str:
         return ""
     letters = " ".join(stream[0] for stream in STREAMS if stream in shown.streams)
     return f"{letters} {_note(shown.missing, notes)}" if shown.missing else letters
+
+
+def _cache(row: Sequence[Cell], notes: dict[str, int]) -> str:
+    """By the first column that has a graph: bfloat16's is always copied."""
+    shown = next((cell for dtype in COLUMNS for cell in row if cell.dtype == dtype and cell.cache), None)
+    if shown is None:
+        return ""
+    return f"{shown.cache} {_note(shown.copied, notes)}" if shown.copied else shown.cache
 
 
 def _cell(cell: Cell | None, notes: dict[str, int]) -> str:
