@@ -1,10 +1,11 @@
-"""Heads and head width of the KV cache, as integers: a session that makes an empty cache reads them off the graph's inputs."""
+"""The KV cache of a graph: its heads and head width as integers, which a session that makes one reads off the graph's inputs, and whether
+a step can write it in place."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.accessors import describe, input_of, int_of
+from graph_passes.accessors import describe, input_of, int_of, name_of
 from graph_passes.find.streams import value_width
 from runtimes.errors import GraphError
 
@@ -12,6 +13,8 @@ ATTENTION = "GroupQueryAttention"
 PAST_KEY = 3
 """Index of its input past_key_values.<layer>.key; the values' cache is the next one."""
 _QUERY, _VALUE = 0, 2
+_DOMAIN = "com.microsoft"
+_CACHES = "past_key_values."
 
 
 def fix_cache_shapes(model: ir.Model) -> None:
@@ -29,6 +32,27 @@ def fix_cache_shapes(model: ir.Model) -> None:
             _write(value, heads, width, "past")
         for value in node.outputs[1:3]:
             _write(value, heads, width, "total")
+
+
+def writes_in_place(graph: ir.Graph) -> bool:
+    """Whether every cache past_key_values.* goes into a GroupQueryAttention and nowhere else, whose present.* the graph returns.
+
+    That operator writes the new keys and values alone where its past and its present are one buffer.
+    """
+    caches = {name_of(value): value for value in graph.inputs if name_of(value).startswith(_CACHES)}
+    return bool(caches) and all(_one_buffer(graph, name, value) for name, value in caches.items())
+
+
+def _one_buffer(graph: ir.Graph, name: str, past: ir.Value) -> bool:
+    uses = list(past.uses())
+    if len(uses) != 1:
+        return False
+    node, index = uses[0]
+    attends = node.op_type == ATTENTION and node.domain == _DOMAIN and index in (PAST_KEY, PAST_KEY + 1)
+    if not attends or len(node.outputs) <= index - PAST_KEY + 1:
+        return False
+    present = node.outputs[index - PAST_KEY + 1]
+    return present.name == name.replace(_CACHES, "present.", 1) and any(present is value for value in graph.outputs)
 
 
 def _heads(node: ir.Node) -> tuple[int, int]:

@@ -13,10 +13,19 @@ from graph_passes.find.sites import SiteLocation, locate_sites
 from graph_passes.find.skip_norms import refuse_training_norm, split_skip_norm
 from graph_passes.find.streams import StreamType, stream_types
 from graph_passes.function_body import function_of
-from graph_passes.slots.add import SLOT_MODES, add_slots
+from graph_passes.slots.add import add_slots
 from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.edits.edit import STREAMS, Site
-from runtimes.edits.op import DOMAIN, OP_VERSION, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, RULE_DEFAULTS, SLOT_INPUT, EditNode, no_edit_bank
+from runtimes.edits.op import (
+    DOMAIN,
+    OP_VERSION,
+    OPS,
+    OVERRIDABLE_NUMBERS,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    EditNode,
+    no_edit_bank,
+)
 from runtimes.errors import GraphError
 
 FUNCTION_IR_VERSION = 8
@@ -24,21 +33,21 @@ FUNCTION_IR_VERSION = 8
 OVERLOAD_IR_VERSION = 10
 
 
-def insert_edits(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "graph", per_token: bool = False) -> None:
+def insert_edits(model: ir.Model, nodes: Sequence[EditNode], *, per_token: bool = False) -> None:
     """Inserts one LoReFT or RED node per entry of ``nodes``, in place.
 
         stream -> consumers    becomes    stream -> LoReFT [-> LoReFT .. -> RED] -> the same consumers, at the same input index
 
     Nodes of one site stand in series in the order given; where an edit of block i's output and one of block i+1's input share a
     value, the output's comes first. Banks hold no edit (``runtimes.edits.op.no_edit_bank``), and a runtime may override them with any N
-    and r; slots come from the graph's attention_mask (``slots="graph"``) or from the input reft_slot ("input"). As inserted, nothing is
+    and r; slots come from the graph's attention_mask, or without one from the input reft.slots. As inserted, nothing is
     edited. Where a stream is hidden inside a fused skip norm, that node is split.
 
     Raises SiteNotFound or SiteAmbiguous for a site the graph does not show, GraphError for a graph that carries edits already, that
     uses the names reft.* itself, whose opset is below 15 or whose stream is not float32, float16 or bfloat16.
     """
     try:
-        InsertEdits(nodes, slots=slots, per_token=per_token)(model)
+        InsertEdits(nodes, per_token=per_token)(model)
     except ir.passes.InvariantError as error:
         if isinstance(error.__cause__, GraphError):
             raise error.__cause__ from None
@@ -48,14 +57,11 @@ def insert_edits(model: ir.Model, nodes: Sequence[EditNode], *, slots: str = "gr
 class InsertEdits(ir.passes.InPlacePass):
     """``insert_edits`` as an onnx-ir pass."""
 
-    def __init__(self, nodes: Sequence[EditNode], *, slots: str = "graph", per_token: bool = False) -> None:
+    def __init__(self, nodes: Sequence[EditNode], *, per_token: bool = False) -> None:
         self.nodes = tuple(nodes)
-        self.slots = slots
         self.per_token = per_token
 
     def requires(self, model: ir.Model) -> None:
-        if self.slots not in SLOT_MODES:
-            raise GraphError(f"slots {self.slots!r} is unknown; use one of: {', '.join(SLOT_MODES)}")
         if not self.nodes:
             raise GraphError("no edit to insert; name at least one site")
         if len(set(self.nodes)) != len(self.nodes):
@@ -77,7 +83,7 @@ class InsertEdits(ir.passes.InPlacePass):
             if location.is_skip_norm:
                 refuse_training_norm(location.node)
         groups = _by_value(self.nodes, located)
-        slot_by_rank = {3: add_slots(graph, self.slots)}
+        slot_by_rank = {3: add_slots(graph)}
         if any(types[node.site].rank == 2 for node in self.nodes):
             slot_by_rank[2] = _flattened(graph, slot_by_rank[3])
 
@@ -134,7 +140,7 @@ def refuse_folded(model: ir.Model) -> None:
 def _refuse_taken_names(model: ir.Model, nodes: Sequence[EditNode]) -> None:
     graph = model.graph
     used = {value.name for node in graph for value in node.outputs} | set(graph.initializers) | {v.name for v in graph.inputs}
-    wanted = {name for node in nodes for name in (*node.bank_names, node.name)} | {SLOT_VALUE, SLOT_INPUT, *RULE_DEFAULTS}
+    wanted = {name for node in nodes for name in (*node.bank_names, node.name)} | OVERRIDABLE_NUMBERS | {SLOT_VALUE}
     if taken := sorted(wanted & used):
         raise GraphError(f"the graph uses the name {taken[0]!r} itself, which an edit needs; rename that value")
 

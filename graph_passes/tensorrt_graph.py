@@ -6,7 +6,10 @@ operators of other domains than ONNX's, but for its plugins and the functions th
     banks and rules    plain inputs, bound anew for every adapter; U, A [N, r, D], b [N, r], and RED's scale, bias [N, D], with dynamic
                        N and r
                        or, frozen, constants: one adapter's, for good
+                       rules [rows], which is 1 or the batch's rows
     reft.prompt_length a plain input [rows] in both cases: it belongs to the prompt, not to the adapter
+    reft.slots         no input, where the graph has the rule: the session's rules select what a row reads
+    reft.first_logit   none either, and its Slice goes: every column has logits, and the session takes the last ones off the device
     LoReFT, RED        the plugin's (without a function to fall back to), or the function in its per-token form
     all else           as it was: the KV cache is ordinary inputs and outputs, casts around float32 islands are explicit in the graph,
                        which is what a strongly typed network wants, and DequantizeLinear and QuantizeLinear pass through
@@ -22,11 +25,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.accessors import dtype_of, name_of
+from graph_passes.first_logit import remove_first_logit
 from graph_passes.function_body import use_bodies
 from graph_passes.insert import banks_of, is_edit
 from graph_passes.unfold import unfold_graph
 from runtimes.artifacts.bundle import TensorRecord
-from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT
+from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import EngineError, GraphError
 
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -58,9 +62,9 @@ def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str,
     _refuse_foreign_operators(model)
     if freeze is not None and not freeze:
         unfold_graph(model)
-        _drop_inputs(model.graph, [SLOT_INPUT])
     elif freeze is not None:
         _freeze(model.graph, freeze)
+    remove_first_logit(model.graph)
     _strip_defaults(model.graph)
     if plugin:
         # Without a function a plugin that is not found is an error of the parser, rather than an edit that is silently expanded.
@@ -126,8 +130,8 @@ def _freeze(graph: ir.Graph, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _strip_defaults(graph: ir.Graph) -> None:
-    """Banks and rules lose the defaults that would make constants of them. Other initializers that old exporters list as inputs are
-    constants, and stop being inputs."""
+    """Banks and rules lose the defaults that would make constants of them. Other initializers that are listed as inputs, by old exporters
+    or by the fold (reft.slots), are constants, and stop being inputs."""
     ours = _ours(graph)
     for value in [value for value in graph.inputs if value.is_initializer()]:
         if value.name in ours:
@@ -135,6 +139,8 @@ def _strip_defaults(graph: ir.Graph) -> None:
             value.const_value = None
         else:
             graph.inputs.remove(value)
+            if not value.uses():
+                del graph.initializers[name_of(value)]
 
 
 def _ours(graph: ir.Graph) -> set[str]:

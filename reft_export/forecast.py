@@ -72,7 +72,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
         steps=(
             f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}{cache}",
-            f"fold the edits, slots {settings.slots}",
+            "fold the edits",
             *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
             "write the bundle and hold it against the eager model",
         ),

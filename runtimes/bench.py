@@ -200,7 +200,7 @@ def _alternate(
 
 def _timed(session: DecoderSession, name: str, prompt: Sequence[int], new_tokens: int) -> _Run:
     session.set_adapter(None if name == BASE else name)
-    batch = DecodeBatch(session, [prompt])
+    batch = DecodeBatch(session, [prompt], new_tokens=new_tokens + 1)
     started = time.perf_counter()
     logits = batch.prefill()
     prefilled = time.perf_counter()

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, read_manifest
-from runtimes.edits.op import SLOT_INPUT
+from runtimes.edits.op import EXPLICIT_SLOTS, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, GraphError, ReftError
 from runtimes.open import ort_session
 from runtimes.tasks.task import task_of
@@ -66,6 +66,8 @@ def _check_fed(bundle: Bundle, own_inputs: Collection[str]) -> None:
     if other or "attention_mask" not in names:
         OpenGraph(bundle, mapped=True).close()
         why = f"the graph takes {', '.join(other)}, which" if other else "the graph takes no attention_mask, without which"
+        if EXPLICIT_SLOTS in other:
+            why = f"the graph has no attention_mask [batch, total] to compute slots from, and takes {', '.join(other)}, which"
         raise BackendUnavailable(f"{why} no session of reft-export {'feeds' if other else 'runs'}: run it in the runtime that it is for")
 
 

@@ -1,8 +1,8 @@
 """The generation loop: padded batches, chunked prefill, a small sampler, stop strings and streaming.
 
 A batch is one rectangle of columns. Prompts are padded to the longest one, and every later token is one more column of all rows:
-a row's pads stay in the KV cache as columns whose mask is 0, and positions count real tokens only. So a row of a batch computes what
-it would compute alone.
+a row's pads stay as columns whose mask is 0 (in a KV cache that is written in place they take no room), and positions count real tokens
+only. So a row of a batch computes what it would compute alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 PAD = 0
 """Token id under a mask of 0. Any id of the vocabulary will do; a tokenizer's own pad token may lie outside the model's."""
+
+
+PREFILL_CHUNK = 512
+"""Prompt columns per call where nobody says otherwise: attention of a whole prompt takes memory by its square."""
+LOGIT_BYTES = 2**27
+"""A call whose graph gives logits of every column has fewer of them, where the logits would take more than this: 512 columns of a
+vocabulary of 65,536."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,8 @@ def generate(
 
     A prompt is text, or its token ids. Text is continued as it is; ``runtimes.text.chat`` renders messages by the chat template first.
     ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
-    ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None feeds the prompt at once.
+    ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None is what ``prefill_columns`` says, 0 feeds
+    the prompt at once.
     Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; ReftError where
     logits are not finite.
 
@@ -109,7 +117,7 @@ def generate(
     # each alone does.
     for count in dict.fromkeys(row.settings.max_new_tokens for row in rows):
         alike = [row for row in rows if row.settings.max_new_tokens == count]
-        for group in batches([row.prompt for row in alike], padding_of(decoder), chunked=prefill_chunk is not None):
+        for group in batches([row.prompt for row in alike], padding_of(decoder), chunk=prefill_columns(decoder, prefill_chunk)):
             _generate_batch(decoder, [alike[i] for i in group], count, prefill_chunk)
     return [row.result() for row in rows]
 
@@ -130,7 +138,7 @@ def _settings_of_each(
 
 
 def _generate_batch(session: DecoderSession, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
-    batch = DecodeBatch(session, [row.prompt for row in rows])
+    batch = DecodeBatch(session, [row.prompt for row in rows], new_tokens=count)
     logits = batch.prefill(prefill_chunk)
     for step in range(count):
         for row, row_logits in zip(rows, logits, strict=True):
@@ -144,26 +152,46 @@ def _generate_batch(session: DecoderSession, rows: list[_Row], count: int, prefi
 
 
 def padding_of(session: DecoderSession) -> str:
-    """How rows of unequal length share a batch: "left", or "none" (they do not).
+    """Where the pads of rows of unequal length stand in a batch: "left", "right", or "none" (such rows do not share one).
 
     With pads on the left a row's tokens stay in consecutive columns: right for sliding windows, which count columns, and for graphs that
     return the last column's logits only. A graph without position_ids counts columns itself, or compacts rows by their token count, and
-    pads would move its positions; GroupQueryAttention does so whether it is told positions or not, which the manifest says.
+    pads would move its positions; GroupQueryAttention does so whether it is told positions or not, which the manifest says. A cache that
+    is written in place has no pads: its session takes them on the right.
     """
+    if session.writes_in_place:
+        return "right"
     return session.bundle.manifest.padding if session.takes_position_ids else "none"
 
 
-def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunked: bool = False) -> list[list[int]]:
+def prefill_columns(session: DecoderSession, chunk: int | None = None) -> int | None:
+    """Prompt columns per call: ``chunk``; by default (None) PREFILL_CHUNK, or as many as an engine was built for; for 0 None: all at once.
+
+    Raises InputError for a negative number.
+    """
+    if chunk is not None and chunk < 0:
+        raise InputError(f"prefill chunk is {chunk}, expected at least 1 column per call, or 0 for the prompt at once")
+    if chunk is not None:
+        return chunk or None
+    if (columns := session.bundle.limits.columns) is not None:
+        return columns
+    if session.bundle.manifest.logits == "last":
+        return PREFILL_CHUNK
+    return max(1, min(PREFILL_CHUNK, LOGIT_BYTES // (4 * session.bundle.manifest.model.vocab_size)))
+
+
+def batches(prompts: Sequence[Sequence[int]], padding: str, *, chunk: int | None = None) -> list[list[int]]:
     """Row numbers of each batch: one batch, or without padding one per prompt length.
 
-    Without padding a chunked prompt is alone: onnxruntime's GroupQueryAttention takes several new tokens after a past for one row only.
+    Without padding a prompt that is fed in several calls of ``chunk`` columns is alone: onnxruntime's GroupQueryAttention takes several
+    new tokens after a past for one row only. (Where the cache is written in place, the session feeds such rows one by one.)
     """
     if padding != "none":
         return [list(range(len(prompts)))] if prompts else []
-    if chunked:
-        return [[row] for row in range(len(prompts))]
-    lengths = sorted({len(p) for p in prompts})
-    return [[i for i, p in enumerate(prompts) if len(p) == n] for n in lengths]
+    alone = [[row] for row, prompt in enumerate(prompts) if chunk is not None and len(prompt) > chunk]
+    short = [row for row in range(len(prompts)) if [row] not in alone]
+    lengths = sorted({len(prompts[row]) for row in short})
+    return [[row for row in short if len(prompts[row]) == n] for n in lengths] + alone
 
 
 def columns(
@@ -174,40 +202,61 @@ def columns(
     widths: Sequence[int],
     *,
     last_logits: int | None = None,
+    capacity: int | None = None,
 ) -> Iterator[tuple[int, StepOutput]]:
     """Feeds ids [B, S] in consecutive calls of ``widths`` columns; yields (columns before, StepOutput) of each call.
 
-    ``last_logits``: logits of each call's last so many columns only. What nobody reads need not leave the device.
+    ``last_logits``: logits of each call's last so many columns only. What nobody reads need not leave the device. ``capacity``: tokens
+    of a row in the end, by default those that ``mask`` holds.
     """
     past, start = None, 0
+    capacity = int(np.sum(mask, 1).max()) if capacity is None else capacity
     for width in widths:
         stop = start + width
-        output = session.step(ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length, last_logits=last_logits)
+        output = session.step(
+            ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length, last_logits=last_logits, capacity=capacity
+        )
         yield start, output
         past, start = output.past, stop
 
 
-class DecodeBatch:
-    """Prompts decoded together, one column per call after the prefill. Both calls return the next token's logits, [B, V]."""
+def call_widths(total: int, chunk: int | None) -> list[int]:
+    """Columns of each call that feeds ``total`` of them, ``chunk`` at once or all."""
+    size = chunk or total
+    return [min(size, total - start) for start in range(0, total, size)]
 
-    def __init__(self, session: DecoderSession, prompts: Sequence[Sequence[int]]) -> None:
+
+class DecodeBatch:
+    """Prompts decoded together, one column per call after the prefill. Both calls return the next token's logits, [B, V].
+
+    ``new_tokens``: how many will follow a prompt, where the caller knows: a cache that is written in place is then allocated once.
+    """
+
+    def __init__(self, session: DecoderSession, prompts: Sequence[Sequence[int]], *, new_tokens: int = 1) -> None:
         self._session = session
         self.prompt_length = np.array([len(p) for p in prompts], np.int64)
         width = int(self.prompt_length.max())
+        self._capacity = width + new_tokens - 1  # the last token is said, and not fed
         self._ids = np.full((len(prompts), width), PAD, np.int64)
         self._mask = np.zeros((len(prompts), width), np.int64)
-        for row, prompt in enumerate(prompts):
-            self._ids[row, width - len(prompt) :], self._mask[row, width - len(prompt) :] = prompt, 1
+        self._ends = np.full(len(prompts), width) if padding_of(session) != "right" else self.prompt_length
+        for row, (prompt, end) in enumerate(zip(prompts, self._ends, strict=True)):
+            self._ids[row, end - len(prompt) : end], self._mask[row, end - len(prompt) : end] = prompt, 1
         self._past: Past | None = None
 
     def prefill(self, chunk: int | None = None) -> np.ndarray:
-        width = self._ids.shape[1]
-        if chunk is not None and chunk < 1:
-            raise InputError(f"prefill chunk is {chunk}, expected at least 1 column per call")
-        widths = [width] if chunk is None else [min(chunk, width - start) for start in range(0, width, chunk)]
-        for _, output in columns(self._session, self._ids, self._mask, self.prompt_length, widths, last_logits=1):
+        """``chunk``: as of ``generate``."""
+        widths = call_widths(self._ids.shape[1], prefill_columns(self._session, chunk))
+        logits: np.ndarray | None = None
+        fed = columns(self._session, self._ids, self._mask, self.prompt_length, widths, last_logits=1, capacity=self._capacity)
+        for start, output in fed:
             self._past = output.past
-        return output.logits[:, -1].copy()
+            if logits is None:
+                logits = np.zeros((len(self._ids), output.logits.shape[2]), np.float32)
+            ended = (self._ends > start) & (self._ends <= output.past.width)
+            logits[ended] = output.logits[ended, -1]
+        assert logits is not None
+        return logits
 
     def append(self, tokens: Sequence[int | None]) -> np.ndarray:
         """One more column; None is a row that has ended: a pad, with mask 0."""
@@ -222,8 +271,8 @@ class DecodeBatch:
 def greedy_tokens(session: DecoderSession, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """[B, count]: the likeliest continuation of each prompt, going on after eos."""
     tokens = np.zeros((len(prompts), count), np.int64)
-    for group in batches(prompts, padding_of(session)):
-        batch = DecodeBatch(session, [prompts[i] for i in group])
+    for group in batches(prompts, padding_of(session), chunk=prefill_columns(session)):
+        batch = DecodeBatch(session, [prompts[i] for i in group], new_tokens=count)
         logits = batch.prefill()
         for step in range(count):
             tokens[group, step] = logits.argmax(1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtimes.artifacts.bundle import Artifact, ModelRecord, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor
-from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
+from runtimes.edits.op import FIRST_LOGIT, PROMPT_LENGTH, SLOT_INPUT
 from runtimes.edits.positions import slots
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText
@@ -80,6 +80,11 @@ class DecoderSession(Session, Protocol):
     @property
     def takes_position_ids(self) -> bool: ...
 
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a step writes into the KV cache that it was given; then pads stand on the right, and take no room in it."""
+        ...
+
     def step(
         self,
         input_ids: np.ndarray,
@@ -88,6 +93,7 @@ class DecoderSession(Session, Protocol):
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
         last_logits: int | None = None,
+        capacity: int | None = None,
     ) -> StepOutput: ...
 
 
@@ -165,11 +171,13 @@ def step_inputs(
     *,
     placement: StoredAdapter | None,
     position_ids: np.ndarray | None = None,
+    last_logits: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Every input of the step but banks, rule and cache, by name, of those that the graph takes (``taken``).
 
     ids, mask and position_ids int64 as given; position_ids [B, S] by default a token's rank among its row's real tokens;
-    reft.prompt_length int64 [B]; reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing).
+    reft.prompt_length int64 [B]; reft.first_logit int64 [1] so that the ``last_logits`` last columns have logits (None: all of them); of
+    version 1, reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing).
     """
     width = ids.shape[1]
     arrays = {"input_ids": ids, "attention_mask": mask}
@@ -178,6 +186,8 @@ def step_inputs(
         arrays["position_ids"] = np.asarray(ranks, np.int64)
     if PROMPT_LENGTH in taken:
         arrays[PROMPT_LENGTH] = prompt_length
+    if FIRST_LOGIT in taken and last_logits is not None:
+        arrays[FIRST_LOGIT] = np.array([max(width - last_logits, 0)], np.int64)
     if SLOT_INPUT in taken:
         rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
         arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)

@@ -25,9 +25,10 @@ BACKENDS = {
 }
 """A backend is imported only by its own folder of runtimes; onnxruntime also writes and reads its own adapter files."""
 BOTTOM_TO_TOP = {
-    "runtimes": "errors version precision native_library native files edits artifacts text session ort tensorrt generation parity "
-    "bench tasks golden open first_steps upgrade",
-    "graph_passes": "accessors graph_file function_body find external cache_shapes head slots insert unfold tensorrt_graph fold edge_llm",
+    "runtimes": "errors version precision native_library native files edits artifacts text session memory kv_cache in_place ort tensorrt "
+    "generation parity bench tasks golden open first_steps upgrade",
+    "graph_passes": "accessors graph_file function_body find external cache_shapes head slots first_logit insert unfold tensorrt_graph "
+    "fold edge_llm",
     "reft_export": "console base eager evaluation tasks bundling training importing parity exporting folding adding quantizing building "
     "quickstart forecast op_bench cli",
 }

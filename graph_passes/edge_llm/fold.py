@@ -29,7 +29,7 @@ def fold_edge_llm_graph(model: ir.Model, nodes: Sequence[EditNode], constants: M
     """
     refuse_folded(model)
     check_scopes(model)
-    insert_edits(model, nodes, slots="graph", per_token=True)
+    insert_edits(model, nodes, per_token=True)
     if lora_slots:
         use_lora_inputs(model.graph, slots=lora_slots)
     for value in [value for value in model.graph.inputs if value.name in constants]:

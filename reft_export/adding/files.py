@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
+from graph_passes.slots.add import rule_names
 from reft_export.bundling.files import head_tensors, write_adapter
 from runtimes.artifacts.bundle import MANIFEST_FILE, NOT_HASHED, Bundle, Manifest
 from runtimes.edits.adapter import Adapter
@@ -55,11 +56,11 @@ def write_adapters(bundle: Bundle, adapters: Mapping[str, Adapter]) -> Bundle:
 
     They count as not held until their golden arrays are there.
     """
-    m = bundle.manifest
-    defaults = head_defaults(load_graph(bundle.graph_path), m.head) if m.head else {}
+    m, graph = bundle.manifest, load_graph(bundle.graph_path)
+    defaults, rules = head_defaults(graph, m.head), rule_names(graph.graph)
     for name, adapter in adapters.items():
         head = head_tensors(adapter, m.head, defaults)
-        write_adapter(bundle.folder, name, adapter, bundle.nodes, precision=m.precision, slots=m.slots, head=head)
+        write_adapter(bundle.folder, name, adapter, bundle.nodes, precision=m.precision, rules=rules, head=head)
     names = tuple(dict.fromkeys((*m.adapters, *adapters)))
     measured = without_figures(m, adapters)
     return replace(bundle, manifest=replace(measured, adapters=names, not_held=_listed(names, {*m.not_held, *adapters})))

@@ -2,10 +2,11 @@
 
 input                       shape                       prefill                      decode
 input_ids, position_ids,    [batch, sequence]           sequence 1 .. max_sequence   sequence 1
-  reft_slot
+  reft.slots (reft_slot)
 attention_mask              [batch, past + sequence]
 past_key_values.*           [batch, heads, past, dim]   past 0 .. context - 1        past 0 .. context - 1
 reft.prompt_length          [batch]
+the other rules             [batch], or [1] for all rows
 banks                       [N, r, D], [N, r]; RED's    N 1 .. max_slots, r 1 .. max_rank in both
                             [N, D]
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Profile, ShapeRange
-from runtimes.edits.op import PROMPT_LENGTH, SLOT_INPUT
+from runtimes.edits.op import EXPLICIT_SLOTS, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import EngineError, InputError
 
 PLUGIN_MAX_RANK = 256
@@ -99,11 +100,11 @@ def _bounds(tensor: TensorRecord, banks: Collection[str], ranges: dict[str, tupl
 
 
 def _meanings(name: str, banks: Collection[str]) -> tuple[str | None, ...]:
-    if name in ("input_ids", "position_ids", SLOT_INPUT):
+    if name in ("input_ids", "position_ids", EXPLICIT_SLOTS, SLOT_INPUT):
         return "batch", "sequence"
     if name == "attention_mask":
         return "batch", "total"
-    if name == PROMPT_LENGTH:
+    if name in RULE_DEFAULTS:
         return ("batch",)
     if name in banks:
         return "slots", "rank", None  # RED's second axis is the width, a number, which no range is asked for

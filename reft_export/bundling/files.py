@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graph_passes.accessors import dtype_of, name_of
 from graph_passes.head import head_defaults
+from graph_passes.slots.add import rule_names, slot_mode
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import write_as_read
 from reft_export.tasks.task import TASKS
@@ -31,7 +32,7 @@ from runtimes.artifacts.bundle import (
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
-from runtimes.artifacts.values import Exporter, Logits, Padding, Precision, Slots, TaskName, known
+from runtimes.artifacts.values import Exporter, KvCache, Logits, Padding, Precision, Slots, TaskName, known
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
@@ -58,7 +59,6 @@ class BundleParts:
     quantization: Quantization | None
     exporter: str
     logits: str
-    slots: str
     nodes: tuple[EditNode, ...]
     adapters: tuple[str, ...]
     weights: Mapping[str, WeightSource]
@@ -77,17 +77,16 @@ def write_adapter(
     nodes: tuple[EditNode, ...],
     *,
     precision: str,
-    slots: str,
+    rules: Collection[str],
     head: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """adapters/<name>.onnx_adapter with every bank and, where the graph computes slots, every rule; and its record.
+    """adapters/<name>.onnx_adapter with every bank and every number of the rule that the graph takes (``rules``); and its record.
 
     ``head``: of a classifier, what ``head_tensors`` gives for the adapter.
     """
     write_adapter_record(folder, name, AdapterRecord.of(adapter))
     tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
-    if slots == "graph":
-        tensors |= adapter.rule_tensors()
+    tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rules}
     tensors |= head or {}
     write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
 
@@ -130,10 +129,10 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
 
 def write_bundle(folder: Path, graph: ir.Model, parts: BundleParts, adapters: Mapping[str, Adapter], base: Base) -> Manifest:
     """Everything beside the graph and its golden arrays, which lie in ``folder`` already: adapters, tokenizer, records."""
-    defaults = head_defaults(graph, parts.head)
+    defaults, rules = head_defaults(graph, parts.head), rule_names(graph.graph)
     for name, adapter in adapters.items():
         head = head_tensors(adapter, parts.head, defaults)
-        write_adapter(folder, name, adapter, parts.nodes, precision=parts.precision, slots=parts.slots, head=head)
+        write_adapter(folder, name, adapter, parts.nodes, precision=parts.precision, rules=rules, head=head)
     copy_tokenizer(base.folder, base.tokenizer, folder)
     return finish_bundle(folder, graph, parts)
 
@@ -149,7 +148,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         opset=graph.opset_imports[""],
         ir_version=graph.ir_version,
         logits=known(Logits, parts.logits, "logits"),
-        slots=known(Slots, parts.slots, "slots"),
+        slots=known(Slots, slot_mode(graph.graph), "slots"),
         inputs=tuple(_tensor(v) for v in graph.graph.inputs if not v.is_initializer()),
         outputs=tuple(_tensor(v) for v in graph.graph.outputs),
         nodes=tuple(map(NodeRecord.of, parts.nodes)),
@@ -158,7 +157,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         weights=dict(parts.weights),
         genai=_genai(folder, graph, parts),
         padding=known(Padding, TASKS[parts.task].padding(graph.graph), "padding"),
-        kv_cache="none" if parts.labels else "appended",
+        kv_cache=known(KvCache, TASKS[parts.task].kv_cache(graph.graph), "kv_cache"),
         task=known(TaskName, parts.task, "task"),
         labels=parts.labels,
         head=dict(parts.head),
@@ -173,8 +172,8 @@ def _genai(folder: Path, graph: ir.Model, parts: BundleParts) -> str:
     if no_genai := TASKS[parts.task].no_genai:
         return no_genai
     if parts.genai_config:
-        return keep_genai_config(folder, parts.genai_config, parts.model, slots=parts.slots)
-    return write_genai_config(folder, graph, parts.model, slots=parts.slots, logits=parts.logits)
+        return keep_genai_config(folder, parts.genai_config, parts.model, slots=slot_mode(graph.graph))
+    return write_genai_config(folder, graph, parts.model, slots=slot_mode(graph.graph), logits=parts.logits)
 
 
 def _tensor(value: ir.Value) -> TensorRecord:

@@ -18,7 +18,7 @@ from runtimes.text.stop_tokens import listed
 
 CONFIG_FILE = "genai_config.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-NO_SLOTS = "onnxruntime-genai does not compute slots; use --slots graph"
+NO_SLOTS = "the graph takes its slots as an input, which onnxruntime-genai does not compute; export it with attention_mask [batch, total]"
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
 """model_type values that onnxruntime-genai 0.18 loads as a decoder and whose I/O our graphs share."""

@@ -20,14 +20,13 @@ from reft_export.cli.options import (
     Model,
     Output,
     Sites,
-    Slots,
     check_choice,
     parse_sites,
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "target", "slots", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def export(
             "tensorrt: ONNX's own operators, which `build` takes.",
         ),
     ] = "onnxruntime",
-    slots: Slots = "graph",
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
@@ -87,7 +85,6 @@ def export(
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
-        slots=slots,
         logits=logits,
         sites=parse_sites(sites),
         opset=opset,

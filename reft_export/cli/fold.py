@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_export.cli.guard import guarded, parity_failed
-from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output, Sites, Slots, parse_sites
+from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output, Sites, parse_sites
 from reft_export.console import out, print_json, print_parity, progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def fold(
             help="The base that the graph was exported from: fingerprints and parity are checked, and the bundle can be quantized.",
         ),
     ] = None,
-    slots: Slots = "graph",
     sites: Sites = "",
     as_lora: Annotated[
         bool, typer.Option("--as-lora", help="TensorRT-Edge-LLM: weight files that its runtime switches, in place of constants.")
@@ -57,7 +56,6 @@ def fold(
                 graph,
                 folders,
                 output,
-                slots=slots,
                 sites=chosen,
                 as_lora=as_lora,
                 model=model,

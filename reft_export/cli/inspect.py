@@ -48,6 +48,8 @@ def _content(path: Path) -> dict[str, Any]:
         return inspect_graph(path)
     if path.suffix == ".onnx_adapter":
         return inspect_banks(path)
+    if path.suffix == ".gguf":
+        raise InputError(f"{path} is GGUF: a model goes to -m of train, import, export and quantize, a control vector to import")
     raise InputError(f"{path} is not an adapter folder (adapter.json), a bundle (manifest.json), an engine or an ONNX graph (.onnx)")
 
 
@@ -81,6 +83,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     head = {"head": f"{len(m.head)} parameters that adapters bring: {', '.join(m.head)}"} if m.head else {}
     return {
         "bundle": str(path),
+        "version": _version(m.schema_version, m.digest),
         "digest": bundle.digest,
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
         "task": m.task if not m.labels else f"{m.task}: {', '.join(m.labels)}",
@@ -88,15 +91,27 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "context": m.model.context_length,
         "precision": m.precision,
         "quantization": "none" if q is None else quantization(q),
-        "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}",
+        "graph": f"exporter {m.exporter}, opset {m.opset}, IR {m.ir_version}, slots {m.slots}, logits {m.logits}, KV cache {m.kv_cache}, "
+        f"rules {'of every row' if m.mixes_rows else 'shared by the rows of a batch'}",
         **head,
         "genai": m.genai,
         "golden": list(bundle.golden_names),
         "parity budget": to_json(m.parity_budget),
+        **({"retention": _shares(m.retention)} if m.retention else {}),
+        **({"accepted loss": ", ".join(f"{name} {nats:.3g} nats a token" for name, nats in m.loss.items())} if m.loss else {}),
         "adapters": adapters,
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def _version(version: int, digest: str) -> str:
+    """Of the file that says what the others are, and its own digest."""
+    return f"{version}, digest {digest[:12]}" if digest else f"{version}, without digests: `reft-export upgrade` writes version 2"
+
+
+def _shares(retention: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in retention.items())
 
 
 def _rank(adapter: Any) -> int | None:
@@ -120,6 +135,7 @@ def inspect_engine(path: Path) -> dict[str, Any]:
     ranges = [(name, {p.name: _range(p.shapes[name]) for p in e.profiles if name in p.shapes}) for name in names]
     return {
         "engine": str(path),
+        "version": _version(e.schema_version, e.digest),
         "target": f"{e.target} {e.tensorrt_version}",
         "compute capability": list(e.compute_capabilities),
         "model": f"{m.model.name} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
@@ -178,11 +194,12 @@ def quantization(q: Any) -> str:
 
 
 def inspect_adapter(path: Path) -> dict[str, Any]:
-    from runtimes.edits.adapter import load_adapter
+    from runtimes.edits.adapter import load_adapter, read_adapter_config
 
-    a = load_adapter(path)
+    a, config = load_adapter(path), read_adapter_config(path)
     return {
         "adapter": str(path),
+        "version": _version(config.format_version, config.digest),
         "method": a.method,
         "rank": _rank(a),
         "positions": str(a.positions),
@@ -193,6 +210,7 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
         "sites": [str(s) for s in a.sites],
         "parameters": sum(t.size for t in a.tensors.values()),
         **({"labels": list(a.base.labels), "head": sum(t.size for t in a.head.values()) or "the base's"} if a.base.labels else {}),
+        **({"probes": config.probes.count} if config.probes else {}),
         "training": ", ".join(f"{k} {v}" for k, v in a.training.items() if not isinstance(v, dict)),
         "tensors": [
             {"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.stored().items()

@@ -26,7 +26,6 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Make every check that needs no weights, print the plan and a memory and disk forecast; write nothing."),
 ]
-Slots = Annotated[str, typer.Option("--slots", help="graph: any runtime steers; input: the session computes reft_slot.")]
 Sites = Annotated[
     str, typer.Option("--sites", help="Further places for edits, for example 3;5.mlp_output: adapters trained later can use them.")
 ]

@@ -84,7 +84,7 @@ def assemble(
     exported = ROUTES[base.task, settings.exporter](base, work / SCRATCH, settings)
     graph = exported.model
     report(f"folding {len(nodes)} edit nodes")
-    fold_graph(graph, nodes, slots=settings.slots)
+    fold_graph(graph, nodes)
     head = expose_head(graph, exported.weights, head_parameters(base.model) if task.swaps_head else ())
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
     errors = _quantize_and_write(work, exported, settings, report)
@@ -100,7 +100,6 @@ def assemble(
         quantization=None if settings.weight_only is None else quantization_record(settings.weight_only),
         exporter=settings.exporter,
         logits=settings.logits,
-        slots=settings.slots,
         nodes=nodes,
         adapters=tuple(plan.adapters),
         weights=weights,

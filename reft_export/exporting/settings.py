@@ -26,7 +26,6 @@ class ExportSettings:
 
     precision: str = "fp32"
     exporter: str = "dynamo"
-    slots: str = "graph"
     logits: str = "all"
     opset: int = DEFAULT_OPSET
     sites: tuple[Site, ...] = ()
@@ -38,7 +37,6 @@ class ExportSettings:
         for name, value, known in (
             ("precision", self.precision, PRECISIONS),
             ("exporter", self.exporter, EXPORTERS),
-            ("slots", self.slots, ("graph", "input")),
             ("logits", self.logits, ("all", "last")),
             ("target", self.target, TARGETS),
         ):

@@ -19,6 +19,7 @@ from graph_passes.find.sites import locate_sites, survey_sites
 from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
+from graph_passes.slots.add import rule_names
 from reft_export.base.adapters import check_fit, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
 from reft_export.base.gguf import described
@@ -94,7 +95,6 @@ def fold_bundle(
     adapter_folders: list[Path],
     output: Path,
     *,
-    slots: str = "graph",
     sites: tuple[Site, ...] = (),
     as_lora: bool = False,
     model: str | None = None,
@@ -109,9 +109,9 @@ def fold_bundle(
     steps in onnxruntime. With the base's folder or hub id, the bundle is what an export makes: fingerprints are checked, every weight's
     parameter is found by its values, and the graph must answer as eager PyTorch does, or ParityError is raised.
 
-    ``graph``: the .onnx file or its folder, with or without external data. ``slots``: "graph" computes in the graph which token is edited,
-    "input" takes it as reft_slot int32 [B, S]. ``sites``: sites to fold beyond the adapters' own, for adapters to come. ``as_lora``: of
-    TensorRT-Edge-LLM, an adapter as a LoRA that its runtime swaps. Edits act on streams [B, S, D], in the graph's own float type.
+    ``graph``: the .onnx file or its folder, with or without external data. ``sites``: sites to fold beyond the adapters' own, for adapters
+    to come. ``as_lora``: of TensorRT-Edge-LLM, an adapter as a LoRA that its runtime swaps. Edits act on streams [B, S, D], in the graph's
+    own float type. Which tokens they edit, the graph computes from its attention_mask; one without it takes reft.slots int32 [B, S].
 
     Raises InputError for options that do not go together, GraphError for a graph without the contract of a decoder and for a stream that
     is not found in it, AdapterError for adapters of another width, depth, family or base, ParityError for a missed budget.
@@ -121,8 +121,6 @@ def fold_bundle(
         result = fold_bundle(Path("genai-model"), [Path("pirate")], Path("pirate-bundle"), model="base")
         print(result.found)
     """
-    if slots not in ("graph", "input"):
-        raise InputError(f"slots {slots!r} is unknown; known: graph, input")
     check_destination(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])])
     adapters = load_adapters(adapter_folders)
     source = _source(graph)
@@ -131,8 +129,8 @@ def fold_bundle(
     if is_edge_llm(read.graph):
         if model is not None:
             raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
-        if sites or slots != "graph":
-            raise InputError("--sites and --slots input add graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave them out")
+        if sites:
+            raise InputError("--sites adds graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave it out")
         return fold_edge_llm_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
     if as_lora:
         raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
@@ -144,7 +142,7 @@ def fold_bundle(
     base = None
     if model is not None:
         base, foreign = _with_base(model, foreign, adapters, report, accept_base=accept_base)
-    parts = _fold(foreign, adapters, nodes, precision, slots, report)
+    parts = _fold(foreign, adapters, nodes, precision, report)
     with atomic_folder(output, force=force) as work:
         _write(work, foreign, adapters, parts, report)
         if base is not None:
@@ -190,13 +188,13 @@ def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *,
 
 
 def _fold(
-    foreign: ForeignGraph, adapters: Mapping[str, Adapter], nodes: tuple[EditNode, ...], precision: str, slots: str, report: Report
+    foreign: ForeignGraph, adapters: Mapping[str, Adapter], nodes: tuple[EditNode, ...], precision: str, report: Report
 ) -> BundleParts:
     """Edits and, of adapters with a head, the head's inputs into the graph, in place; what the bundle's manifest says of it."""
     model = foreign.model
     head_sources = _head_sources(model, adapters)
     report(f"folding {len(nodes)} edit nodes")
-    fold_graph(model, nodes, slots=slots)
+    fold_graph(model, nodes)
     head = expose_head(model, head_sources, [source.parameter for source in head_sources.values()])
     logits = logits_of(model.graph)
     return BundleParts(
@@ -205,7 +203,6 @@ def _fold(
         quantization=None,
         exporter="foreign",
         logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
-        slots=slots,
         nodes=nodes,
         adapters=tuple(adapters),
         weights={name: source for name, source in foreign.weights.items() if name in model.graph.initializers},
@@ -220,9 +217,10 @@ def _write(work: Path, foreign: ForeignGraph, adapters: Mapping[str, Adapter], p
     """Everything of the bundle but its golden arrays and its manifest."""
     report("writing the graph")
     write_graph(foreign.model, work)
+    rules = rule_names(foreign.model.graph)
     for name, adapter in adapters.items():
         head = head_tensors(adapter, parts.head, head_defaults(foreign.model, parts.head))
-        write_adapter(work, name, adapter, parts.nodes, precision=parts.precision, slots=parts.slots, head=head)
+        write_adapter(work, name, adapter, parts.nodes, precision=parts.precision, rules=rules, head=head)
     copy_tokenizer(foreign.source.parent, None, work)
     if parts.genai_config:
         copy_genai_files(foreign.source.parent, work, parts.genai_config)

@@ -103,6 +103,8 @@ def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     for name, kind in kinds.items():
         layer = name.removeprefix(DIRECTION)
         if layer == name or not re.fullmatch(r"\d+", layer):
+            if any(each.startswith(("token_embd.", "blk.")) for each in kinds):
+                raise AdapterError(f"{path} is a GGUF model, not an adapter: a base goes to -m")
             raise AdapterError(f"{path} holds {name}; a control vector holds {DIRECTION}<layer> tensors and nothing else")
         if int(layer) == 0:
             raise AdapterError(f"{path} holds {name}; llama.cpp numbers control vectors from layer 1")

@@ -202,7 +202,6 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
         quantization=quantization_record(plan.settings, kept=quantized.float_weights, calibration=plan.calibration),
         exporter=m.exporter,
         logits=m.logits,
-        slots=m.slots,
         nodes=plan.bundle.nodes,
         adapters=plan.bundle.adapter_names,
         weights=m.weights,

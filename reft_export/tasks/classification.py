@@ -115,6 +115,9 @@ class Classification:
     def logits_shape(self, logits: str) -> str:
         return "logits one row a text"
 
+    def kv_cache(self, graph: ir.Graph) -> str:
+        return "none"
+
     def padding(self, graph: ir.Graph) -> str:
         return "right"
 

@@ -124,6 +124,11 @@ class Generation:
 
         return "none" if any(node.op_type == ATTENTION for node in graph) else "left"
 
+    def kv_cache(self, graph: ir.Graph) -> str:
+        from graph_passes.cache_shapes import writes_in_place
+
+        return "in-place" if writes_in_place(graph) else "appended"
+
 
 def golden_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     """A few prompts of different lengths, one of them very short; random tokens for a base without tokenizer."""

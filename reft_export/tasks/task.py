@@ -90,6 +90,10 @@ class Task(Protocol):
         """The manifest's: on which side a batch may be padded."""
         ...
 
+    def kv_cache(self, graph: ir.Graph) -> str:
+        """The manifest's: how a step's keys and values join those before."""
+        ...
+
 
 GENERATION: Task = Generation()
 CLASSIFICATION: Task = Classification()

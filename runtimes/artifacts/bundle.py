@@ -229,6 +229,8 @@ class Manifest:
     padding: Padding = "left"
     """none: GroupQueryAttention takes a row's cache as full. A classifier's pads stand on the right."""
     kv_cache: KvCache = "appended"
+    """How a step's keys and values join those before: in-place (every attention is a GroupQueryAttention that reads the graph's own past
+    and writes its own present, so that both may be one buffer), appended (the graph returns a longer copy), or none: a classifier's."""
     rules: Rules = "shared"
     """Version 1 is always so."""
     embeddings: Embeddings | None = None

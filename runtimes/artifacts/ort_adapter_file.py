@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import ml_dtypes
 import numpy as np
 
-from runtimes.precision import BFLOAT16
+from runtimes.precision import BFLOAT16, ELEMENT_TYPES
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -63,8 +62,12 @@ def open_onnx_adapter(path: Path) -> ort.AdapterFormat:
 
 def host_array(value: Tensor) -> np.ndarray:
     """A tensor in host memory; bfloat16, which numpy() refuses, is a view of the two-byte words and lives as long as ``value``."""
-    if value.data_type() != "tensor(bfloat16)":
-        return value.numpy()
+    return host_view(value) if value.data_type() == "tensor(bfloat16)" else value.numpy()
+
+
+def host_view(value: Tensor) -> np.ndarray:
+    """A tensor in host memory where it lies, without a copy: it lives as long as ``value``."""
+    element = ELEMENT_TYPES[value.data_type().removeprefix("tensor(").removesuffix(")")]
     shape = value.shape()
-    words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.ctypeslib.as_array(words).view(ml_dtypes.bfloat16).reshape(shape)
+    words = (ctypes.c_uint8 * (math.prod(shape) * element.dtype.itemsize)).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(words).view(element.dtype).reshape(shape)

@@ -28,7 +28,10 @@ OP_VERSION = 1
 PLUGIN_NAMESPACE = "ai.reft"
 PLUGIN_VERSION = "1"
 SLOT_INPUT = "reft_slot"
-"""Graph input that carries the slots when the bundle was made with ``--slots input``."""
+"""Graph input that carries the slots in bundles of version 1 that were made with ``--slots input``; newer graphs have EXPLICIT_SLOTS."""
+
+PROMPT_LENGTH = "reft.prompt_length"
+FIRST_SLOT = "reft.first_slot"
 
 RULE_DEFAULTS = {
     "reft.first": 0,
@@ -37,11 +40,24 @@ RULE_DEFAULTS = {
     "reft.everywhere": 0,
     "reft.truncate": 1,
     "reft.suffix_slot": 0,
-    "reft.prompt_length": -1,
+    FIRST_SLOT: 0,
+    PROMPT_LENGTH: -1,
 }
-"""Overridable initializers of the in-graph slot rule, int64 of shape [1]; these defaults edit nothing."""
+"""Overridable initializers of the in-graph slot rule, int64 of shape [1], or [B] for a rule of each row; these defaults edit nothing.
 
-PROMPT_LENGTH = "reft.prompt_length"
+In a version 1 bundle ``reft.first_slot`` is missing, and all but ``reft.prompt_length`` are [1]."""
+
+EXPLICIT_SLOTS = "reft.slots"
+"""Slots that win over the rule where they are -1 (no edit) or more: int32, broadcast to [B, S]. Overridable, by default [[-2]], in a graph
+with the rule; a plain input [B, S] in a graph without attention_mask, which cannot have the rule."""
+NOT_EXPLICIT = -2
+"""The value of ``reft.slots`` that leaves a token to the rule."""
+
+FIRST_LOGIT = "reft.first_logit"
+"""Overridable initializer int64 [1], by default [0]: the columns of a step before it get no logits."""
+
+OVERRIDABLE_NUMBERS = frozenset({*RULE_DEFAULTS, EXPLICIT_SLOTS, FIRST_LOGIT})
+"""Every overridable initializer of a folded graph but its banks and a classifier's head."""
 
 
 @dataclass(frozen=True, kw_only=True)

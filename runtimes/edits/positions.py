@@ -6,11 +6,12 @@ Grammar: ``f7+l7`` (first 7 and last 7 prompt tokens), ``f3``, ``l1``, ``prompt`
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS
+from runtimes.edits.op import FIRST_SLOT, NOT_EXPLICIT, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import InputError
 
 LARGEST = 2**63 - 1
@@ -67,8 +68,12 @@ class PositionRule:
     def has_suffix(self) -> bool:
         return self.last > 0
 
-    def tensors(self, *, tied: bool) -> dict[str, np.ndarray]:
-        """The rule as the graph's overridable initializers, int64 [1] each; ``prompt_length`` is the session's and is left out."""
+    def tensors(self, *, tied: bool, first_slot: int = 0) -> dict[str, np.ndarray]:
+        """The rule as the graph's overridable initializers, int64 [1] each; ``prompt_length`` is the session's and is left out.
+
+        ``first_slot``: where the adapter's edits begin in its banks. Rows of a batch have rules of their own where the tensors of
+        theirs are concatenated to [B].
+        """
         values = {
             "reft.first": self.first,
             "reft.last": self.last,
@@ -76,6 +81,7 @@ class PositionRule:
             "reft.everywhere": self.everywhere,
             "reft.truncate": self.truncate,
             "reft.suffix_slot": 0 if tied else 1,
+            FIRST_SLOT: first_slot,
         }
         assert set(values) == set(RULE_DEFAULTS) - {PROMPT_LENGTH}
         return {name: np.array([int(value)], np.int64) for name, value in values.items()}
@@ -91,32 +97,44 @@ def slots(
 ) -> np.ndarray:
     """int32 [B, S]: the slot of each of the ``width`` = S tokens of one call; -1 where the token is not edited.
 
-    ``attention_mask`` [B, T] covers past and current tokens (1 real, 0 pad) and may be wider than both (a static cache).
+    ``rule`` is every row's, and ``slots_of`` says what follows from it; the suffix slot is 0 when ``tied``, else 1. ``prompt_length`` [B]
+    is needed where a prompt does not come in one call.
+    """
+    tensors = {} if rule is None else rule.tensors(tied=tied)
+    if prompt_length is not None:
+        tensors[PROMPT_LENGTH] = prompt_length
+    return slots_of(tensors, attention_mask, width)
+
+
+def slots_of(rule: Mapping[str, np.ndarray], attention_mask: np.ndarray, width: int, *, explicit: np.ndarray | None = None) -> np.ndarray:
+    """int32 [B, S]: the slots of one call by a rule in the graph's own terms.
+
+    ``rule``: int64 [1] or [B] by name, of ``runtimes.edits.op.RULE_DEFAULTS``, which stand in for what is left out: every row may have a
+    rule of its own. ``attention_mask`` [B, T] covers past and current tokens (1 real, 0 pad) and may be wider than both (a static cache).
     With S = width, end = max(last real column + 1, S), start = end - S, win = mask[:, start:end]:
 
         p = sum(mask) - sum(win) + cumsum(win) - 1          a token's rank among its row's real tokens
-        L = prompt_length, else (sum(mask) if start == 0 else 0)
-        f, l = first, last, each cut to L // 2 when ``truncate``
-        slot = suffix slot if L - l <= p < L; else 0 if p < f or (prompt and p < L) or everywhere; else -1; -1 at pads
+        L = prompt_length where >= 0, else (sum(mask) if start == 0 else 0)
+        f, l = first, last, each cut to L // 2 where truncate
+        slot = first_slot + suffix_slot if L - l <= p < L; else first_slot if p < f or (prompt and p < L) or everywhere; else -1
+        slot = -1 at pads; explicit where explicit >= -1
 
-    The suffix slot is 0 when ``tied``, else 1. ``prompt_length`` [B] is needed where a prompt does not come in one call.
+    ``explicit``: int32, broadcast to [B, S]; see ``runtimes.edits.op.EXPLICIT_SLOTS``.
     Source: the design's slot rule; the same arithmetic stands in the graph (graph_passes/slots/add.py).
     """
     mask = np.asarray(attention_mask, np.int64)
-    batch, columns = mask.shape
-    if rule is None:
-        return np.full((batch, width), -1, np.int32)
-    end = max(int((mask * (np.arange(columns) + 1)).max(initial=0)), width)
+    number = {name: np.asarray(rule.get(name, default), np.int64).reshape(-1, 1) for name, default in RULE_DEFAULTS.items()}
+    end = max(int((mask * (np.arange(mask.shape[1]) + 1)).max(initial=0)), width)
     start = end - width
     window = mask[:, start:end]
     total = mask.sum(1, keepdims=True)
     p = total - window.sum(1, keepdims=True) + np.cumsum(window, 1) - 1
-    if prompt_length is not None:
-        length = np.asarray(prompt_length, np.int64).reshape(-1, 1)
-    else:
-        length = total if start == 0 else np.zeros_like(total)
-    limit = length // 2 if rule.truncate else np.full_like(length, np.iinfo(np.int64).max)
-    first, last = np.minimum(rule.first, limit), np.minimum(rule.last, limit)
-    slot = np.where((p < first) | (rule.prompt & (p < length)) | rule.everywhere, 0, -1)
-    slot = np.where((p >= length - last) & (p < length), 0 if tied else 1, slot)
-    return np.where(window > 0, slot, -1).astype(np.int32)
+    derived = total if start == 0 else np.zeros_like(total)
+    length = np.where(number[PROMPT_LENGTH] >= 0, number[PROMPT_LENGTH], derived)
+    limit = np.where(number["reft.truncate"] > 0, length // 2, LARGEST)
+    first, last = np.minimum(number["reft.first"], limit), np.minimum(number["reft.last"], limit)
+    whole_prompt = (number["reft.prompt"] > 0) & (p < length)
+    slot = np.where((p < first) | whole_prompt | (number["reft.everywhere"] > 0), number[FIRST_SLOT], -1)
+    slot = np.where((p >= length - last) & (p < length), number[FIRST_SLOT] + number["reft.suffix_slot"], slot)
+    slot = np.where(window > 0, slot, -1).astype(np.int32)
+    return slot if explicit is None else np.where(explicit > NOT_EXPLICIT, explicit, slot).astype(np.int32)

@@ -1,4 +1,8 @@
-"""Runs a bundle in onnxruntime: one session, adapters swapped per run, the KV cache kept as OrtValues."""
+"""Runs a bundle in onnxruntime: one session, adapters swapped per run.
+
+A graph whose manifest says so has its KV cache written in place, in buffers of the session's (runtimes/kv_cache.py); any other graph
+returns a longer cache at every step, which is kept as OrtValues.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakSet
 
 import numpy as np
 
 from runtimes.artifacts.bundle import Bundle, StoredAdapter
-from runtimes.artifacts.ort_adapter_file import Tensor, host_array, open_onnx_adapter
+from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
 from runtimes.edits.op import SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
+from runtimes.in_place import Call, StepRequest, step_in_place
+from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
 from runtimes.native_library import find_op_library, library_name
+from runtimes.ort.bound_cache import BoundCache, memory_of
+from runtimes.ort.graph_checks import check_graph
 from runtimes.precision import BFLOAT16, FLOAT_TYPES
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
@@ -42,6 +51,9 @@ not say."""
 NO_PAIRS = ("session.disable_quant_qdq", "1")
 """onnxruntime 1.31 turns the E4M3 pairs around a MatMul into MatMulIntegerToFloat, which takes no E4M3: the graph would not load."""
 NO_PACKING = ("session.disable_prepacking", "1")
+PAST = "past_key_values."
+IN_PLACE = "in-place"
+"""The manifest's word for a cache that a step can write in place."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -90,17 +102,21 @@ class OrtGraph(ClosedAtEnd):
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._outputs = [o.name for o in session.get_outputs()]
         self._check_contract()
-        _check_precision(bundle, session)
+        check_graph(bundle, session)
+        self._in_place: tuple[str, ...] = ()
+        """Outputs that lie in memory of their own, bound before the others."""
         self._taken = {*self._inputs, *(i.name for i in session.get_overridable_initializers())}
         # Off the CPU the cache must stay on the device, which takes bound outputs, and with those onnxruntime ignores an active
-        # adapter without a word: there the adapter's tensors are bound as inputs.
-        self._bound = provider != "cpu"
+        # adapter without a word: there the adapter's tensors are bound as inputs. So it is where the cache is written in place.
+        self._bound = provider != "cpu" or bundle.manifest.kv_cache == IN_PLACE
         self._device = "cpu" if provider == "cpu" else "cuda"
         self._active: dict[str, ort.LoraAdapter] = {}
         self._tensors: dict[str, ort.AdapterFormat] = {}
         self._run_options = ort.RunOptions()
         self._binding: ort.IOBinding | None = None
         self._placement: StoredAdapter | None = None
+        self._bound_cache: BoundCache | None = None
+        self._caches: WeakSet[KvCache] = WeakSet()
         self.set_adapter(adapter)
 
     @property
@@ -136,7 +152,7 @@ class OrtGraph(ClosedAtEnd):
 
     def close(self) -> None:
         """onnxruntime frees its session, and what its adapters were read into, as soon as nothing refers to them."""
-        self._session = self._binding = None
+        self._session = self._binding = self._bound_cache = None
         self._run_options = ort.RunOptions()
         self._active.clear()
         self._tensors.clear()
@@ -162,10 +178,11 @@ class OrtGraph(ClosedAtEnd):
         else:
             for name, value in feeds.items():
                 self._binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
+            outputs = [name for name in self._outputs if name not in self._in_place]
+            for name in outputs:
                 self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
             session.run_with_iobinding(self._binding)
-            values = self._binding.get_outputs()
+            return dict(zip((*self._in_place, *outputs), self._binding.get_outputs(), strict=True))
         return dict(zip(self._outputs, values, strict=True))
 
 
@@ -184,15 +201,21 @@ class OrtSession(OrtGraph):
         """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
         return "position_ids" in self._inputs
 
-    @cached_property
-    def _cache_inputs(self) -> list[str]:
-        return [name for name in self._inputs if name.startswith("past_key_values.")]
-
     def _check_contract(self) -> None:
         _check_contract(self.bundle, self._inputs, self._outputs)
 
     def _other_than_tensorrt(self) -> str:
         return f"--provider cuda, or build an engine: reft-export build {self.bundle.folder} --target tensorrt"
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a step writes its keys and values into the cache that it was given."""
+        return self.bundle.manifest.kv_cache == IN_PLACE
+
+    @cached_property
+    def cache_tensors(self) -> tuple[CacheTensor, ...]:
+        """Every layer's keys and values, as the graph takes them."""
+        return tuple(_cache_tensor(node) for name, node in self._inputs.items() if name.startswith(PAST))
 
     def step(
         self,
@@ -203,47 +226,97 @@ class OrtSession(OrtGraph):
         prompt_length: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
         last_logits: int | None = None,
+        capacity: int | None = None,
     ) -> StepOutput:
         """Logits of S new tokens after ``past``. input_ids [B, S]; attention_mask [B, past width + S], 1 real, 0 pad.
 
         ``prompt_length`` [B]: tokens of each row's whole prompt; needed at the first step where the prompt comes in several, and
         remembered in ``past``. Without it all of the first step is prompt. ``position_ids`` [B, S]: by default a token's rank among
         its row's real tokens. ``last_logits``: logits of the last so many columns only; None is all that the graph returns.
-        Raises InputError for shapes, token ids or lengths that do not fit.
+        ``capacity``: tokens that a row will hold in the end, where the caller knows; a cache that is written in place then never grows.
+
+        In place, a past is refused once a column of it has been overwritten; pads take no room, wherever they stand; logits at them are
+        zeros, and ``last_logits`` are those of a row's last real tokens in this step.
+
+        Raises InputError for shapes, token ids or lengths that do not fit, and for a cache that does not fit in memory.
         """
         ids, mask = np.asarray(input_ids, np.int64), np.asarray(attention_mask, np.int64)
-        if past is not None and not isinstance(past, OrtPast):
+        if past is not None and not isinstance(past, CachePast if self.writes_in_place else OrtPast):
             raise InputError("this KV cache is of another kind of session; feed the tokens again")
         before = 0 if past is None else past.width
-        check_step(self.bundle.manifest.model, ids, mask, before, takes_position_ids=self.takes_position_ids)
+        # In place pads are no columns of the cache, whatever the graph knows of positions.
+        check_step(self.bundle.manifest.model, ids, mask, before, takes_position_ids=self.takes_position_ids or self.writes_in_place)
         batch = ids.shape[0]
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
-        arrays = step_inputs(self._taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        request = StepRequest(
+            ids=ids,
+            mask=mask,
+            prompt_length=prompt_length,
+            position_ids=None if position_ids is None else np.asarray(position_ids, np.int64),
+            last=last_logits,
+            only_last=self.bundle.manifest.logits == "last",
+        )
+        if isinstance(past, CachePast) or (past is None and self.writes_in_place):
+            return self._step_in_place(request, past, capacity)
+        return self._step_appended(request, past)
+
+    def _feeds(self, request: StepRequest, first_logit: int) -> dict[str, ort.OrtValue]:
+        arrays = step_inputs(
+            self._taken,
+            request.ids,
+            request.mask,
+            request.prompt_length,
+            placement=self._placement,
+            position_ids=request.position_ids,
+            last_logits=request.ids.shape[1] - first_logit,
+        )
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+    def _step_appended(self, request: StepRequest, past: OrtPast | None) -> StepOutput:
+        """A step whose cache is a longer copy."""
+        batch, width = request.ids.shape
+        last = width if request.last is None else min(request.last, width)
+        feeds = self._feeds(request, width - last)
         feeds |= self._empty_past(batch) if past is None else past.values
         outputs = self._run(feeds)
-        cache = {name: outputs[name.replace("past_key_values.", "present.", 1)] for name in self._cache_inputs}
-        new_past = OrtPast(values=cache, width=mask.shape[1], prompt_length=prompt_length)
-        logits = to_float32(outputs["logits"])
-        return StepOutput(logits=logits if last_logits is None else logits[:, -last_logits:], past=new_past, outputs=outputs)
+        cache = {tensor.name: outputs[tensor.output] for tensor in self.cache_tensors}
+        new_past = OrtPast(values=cache, width=request.mask.shape[1], prompt_length=request.prompt_length)
+        logits = host_view(outputs["logits"])[:, -last:].astype(np.float32)  # a copy of what is asked for, alone
+        return StepOutput(logits=logits, past=new_past, outputs=outputs)
+
+    def _step_in_place(self, request: StepRequest, past: CachePast | None, capacity: int | None) -> StepOutput:
+        if past is None:
+            limit = self.bundle.manifest.model.context_length
+            columns = max(int(request.mask.sum(1).max()), min(LEAST_CAPACITY, limit) if capacity is None else capacity)
+            cache = KvCache(self.cache_tensors, len(request.ids), columns, limit=limit, memory=memory_of(self._device))
+            self._caches.add(cache)
+        elif past.cache not in self._caches:
+            raise InputError("this KV cache is of another session; feed the tokens again")
+        else:
+            cache = past.cache
+        outputs: dict[str, ort.OrtValue] = {}
+
+        def run(cache: KvCache, call: Call, first_logit: int) -> np.ndarray:
+            nonlocal outputs
+            self._bind_cache(cache, call.rows)
+            outputs = self._run(self._feeds(call.request(request), first_logit))
+            return host_view(outputs["logits"])
+
+        logits, new_past = step_in_place(request, past, cache, run)
+        return StepOutput(logits=logits, past=new_past, outputs=outputs)
+
+    def _bind_cache(self, cache: KvCache, rows: slice) -> None:
+        if self._binding is None:
+            raise closed(self.bundle)
+        if self._bound_cache is None or self._bound_cache.binding is not self._binding:  # a swap of adapters begins another
+            self._bound_cache = BoundCache(self._binding, self._device)
+        self._in_place = tuple(tensor.output for tensor in cache.tensors)
+        self._bound_cache.bind(cache, range(cache.rows)[rows])
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
-        return {name: _empty(self._inputs[name], batch) for name in self._cache_inputs}
-
-
-def _check_precision(bundle: Bundle, session: ort.InferenceSession) -> None:
-    """Raises BundleError where the edits have another float type than the manifest says: its parity budget follows from that."""
-    banks = {bank for node in bundle.nodes for bank in node.bank_names}
-    precision = bundle.manifest.precision
-    expected = f"tensor({FLOAT_TYPES[precision].name})" if precision in FLOAT_TYPES else None
-    for value in session.get_overridable_initializers():
-        if value.name in banks and value.type != expected:
-            raise BundleError(
-                f"{bundle.folder}: manifest.json says precision {precision}, and {value.name} in {bundle.graph_path.name} is "
-                f"{value.type}; export the bundle again"
-            )
+        return {tensor.name: _empty(tensor, batch) for tensor in self.cache_tensors}
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:
@@ -364,15 +437,22 @@ def _check_contract(bundle: Bundle, inputs: Mapping[str, ort.NodeArg], outputs: 
         )
 
 
-def _empty(node: ort.NodeArg, batch: int) -> ort.OrtValue:
-    """A cache of no tokens, [B, heads, 0, dim]: heads and dim are the graph's."""
-    shape = [batch, node.shape[1], 0, node.shape[3]] if len(node.shape) == 4 else []
+def _cache_tensor(node: ort.NodeArg) -> CacheTensor:
+    """Raises GraphError for a cache input that is not [batch, heads, past, dim] of a float type, heads and dim fixed."""
     element = next((e for e in FLOAT_TYPES.values() if node.type == f"tensor({e.name})"), None)
-    if not all(isinstance(n, int) for n in shape) or not shape or element is None:
+    fixed = len(node.shape) == 4 and isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
+    if not fixed or element is None:
         raise GraphError(
             f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed"
         )
-    return ort.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16 if element.name == "bfloat16" else element.dtype)
+    output = node.name.replace(PAST, "present.", 1)
+    return CacheTensor(name=node.name, output=output, heads=node.shape[1], dim=node.shape[3], element=element)
+
+
+def _empty(tensor: CacheTensor, batch: int) -> ort.OrtValue:
+    """A cache of no tokens."""
+    element = BFLOAT16 if tensor.element.name == "bfloat16" else tensor.element.dtype
+    return ort.OrtValue.ortvalue_from_shape_and_type([batch, tensor.heads, 0, tensor.dim], element)
 
 
 def to_float32(value: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtimes.artifacts.bundle import Artifact
 from runtimes.errors import BundleError
-from runtimes.generation import columns, greedy_tokens, padding_of
+from runtimes.generation import call_widths, columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
 from runtimes.session import DecoderSession
@@ -68,8 +68,7 @@ class _Layout:
         if self.decode:
             width = max(prompt) + self.pads
             return [width, *[1] * (total - width)]
-        size = self.chunk or total
-        return [min(size, total - start) for start in range(0, total, size)]
+        return call_widths(total, self.chunk)
 
 
 def _run(session: DecoderSession, golden: DecoderGolden, layout: _Layout) -> dict[int, np.ndarray]:
@@ -112,15 +111,17 @@ def _run_batch(session: DecoderSession, golden: DecoderGolden, layout: _Layout, 
 
 def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layout]:
     """Every way that the session's graph takes, by what its rung is called; the first one feeds the tokens as they stand."""
-    alone = padding_of(session) == "none"
+    padding = padding_of(session)
+    alone = padding != "left"
     only_last = session.bundle.manifest.logits == "last"
+    # In place several rows share calls of one column, and a first one that is right padded; chunks of them are fed row by row.
     layouts = {
         "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
-        "prefill and decode": _Layout(side="left", decode=True, alone=alone),
+        "prefill and decode": _Layout(side="right" if padding == "right" else "left", decode=True, alone=padding == "none"),
         "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": _Layout(alone=True),
+        "single rows": _Layout(alone=True, decode=padding == "right"),
     }
-    if not alone:
+    if padding == "left":
         layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
         right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
         window = session.bundle.manifest.model.sliding_window

@@ -97,6 +97,11 @@ class TensorRTSession(ClosedAtEnd):
         """Without this input the graph counts columns or masked tokens itself, and padding inside a row may not be right."""
         return "position_ids" in self._open.inputs
 
+    @property
+    def writes_in_place(self) -> bool:
+        """Never: a step writes the other one of two buffers."""
+        return False
+
     def set_adapter(self, name: str | None) -> None:
         """Every later step is steered by this adapter of the engine; None is the base. Uploads each adapter once.
 
@@ -117,11 +122,13 @@ class TensorRTSession(ClosedAtEnd):
         prompt_length: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
         last_logits: int | None = None,
+        capacity: int | None = None,
     ) -> StepOutput:
         """Logits of S new tokens after ``past``. input_ids [B, S]; attention_mask [B, past width + S], 1 real, 0 pad.
 
-        Arguments as in OrtSession.step; but a ``past`` is good for one more step only, the next one: its memory is used again. Raises
-        InputError for shapes, token ids or lengths that do not fit the model or the engine, and for an older ``past``.
+        Arguments as in OrtSession.step (``capacity`` is that of the engine, whatever is asked for); but a ``past`` is good for one more
+        step only, the next one: its memory is used again. Raises InputError for shapes, token ids or lengths that do not fit the model or
+        the engine, and for an older ``past``.
         """
         taken = self._open.inputs
         if past is not None and not isinstance(past, DevicePast):

@@ -8,12 +8,14 @@ import numpy as np
 import onnx_ir as ir
 import rounding
 
-from runtimes.edits.op import RULE_DEFAULTS
+from runtimes.edits.op import EXPLICIT_SLOTS, OVERRIDABLE_NUMBERS, SLOT_INPUT
 
 WIDTH = 8
 VOCABULARY = 11
 ROUNDING = 2 * rounding.logits(2 * WIDTH, layers=3)
 """How far two runs of one such decoder, computed in another order, may be apart."""
+EVERY_TOKEN = {EXPLICIT_SLOTS: np.zeros((1, 1), np.int32)}
+"""Fed to a folded model: bank 0 edits every token."""
 
 
 class _Builder:
@@ -104,13 +106,14 @@ def small_decoder(
     opset: int = 18,
     seed: int = 0,
     typed: bool = True,
+    mask: bool = True,
 ) -> ir.Model:
     """input_ids, attention_mask, past_key_values.<i>.key -> logits, present.<i>.key.
 
     ``block``: pre_norm, pre_norm_fused (skip norms, the last without its sum), post_norm, parallel, parallel_late (x + attention
     first), after_norm (a norm on each branch), scaled (a scalar on each branch), experts, shared_experts, reshaped_experts,
     scaled_experts (a sum over experts for an MLP; with a shared one beside it, a Reshape or a scalar behind it). ``typed=False``
-    leaves types and shapes of inner values out, as optimized graphs do.
+    leaves types and shapes of inner values out, as optimized graphs do. ``mask=False`` leaves attention_mask out, which nothing reads.
     """
     build = _Builder(dtype, opset, seed)
     build.head_axis = build.constant("head_axis", np.array([1]), ir.DataType.INT64)
@@ -119,7 +122,7 @@ def small_decoder(
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     ids = graph_input("input_ids", ir.DataType.INT64, "batch", "sequence")
-    mask = graph_input("attention_mask", ir.DataType.INT64, "batch", "total")
+    masks = [graph_input("attention_mask", ir.DataType.INT64, "batch", "total")] if mask else []
     pasts = [graph_input(f"past_key_values.{layer}.key", dtype, "batch", 1, "past", WIDTH) for layer in range(layers)]
     table = build.weight("embedding.weight", VOCABULARY, WIDTH, scale=1.0)
     x = build.add("Gather", table, ids, name="embedding")
@@ -164,7 +167,7 @@ def small_decoder(
                 if value.name and value.type is None and (node.op_type in ("Add", "Gather") or "Norm" in node.op_type):
                     value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", "sequence", WIDTH])
     graph = ir.Graph(
-        [ids, mask, *pasts], [logits, *presents], nodes=build.nodes, initializers=build.initializers,
+        [ids, *masks, *pasts], [logits, *presents], nodes=build.nodes, initializers=build.initializers,
         opset_imports={"": opset, "com.microsoft": 1}, name="decoder",
     )  # fmt: skip
     return ir.Model(graph, ir_version=10)
@@ -179,14 +182,17 @@ def _behind(build: _Builder, branch: ir.Value, name: str, block: str) -> ir.Valu
 
 
 def small_feeds(model: ir.Model, *, batch: int = 2, sequence: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of a prefill without padding; slots of a graph with reft_slot select bank 0 everywhere."""
+    """Inputs of a prefill without padding; slots of a graph that takes them select bank 0 everywhere."""
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (batch, sequence))
-    feeds = {"input_ids": ids, "attention_mask": np.ones((batch, sequence), np.int64)}
+    taken = {value.name for value in model.graph.inputs if not value.is_initializer()}
+    feeds = {"input_ids": ids}
+    if "attention_mask" in taken:
+        feeds["attention_mask"] = np.ones((batch, sequence), np.int64)
     for value in model.graph.inputs:
         if (value.name or "").startswith("past_key_values."):
             feeds[value.name] = np.zeros((batch, 1, 0, WIDTH), value.dtype.numpy())
-    if any(value.name == "reft_slot" for value in model.graph.inputs):
-        feeds["reft_slot"] = np.zeros((batch, sequence), np.int32)
+    for name in taken & {EXPLICIT_SLOTS, SLOT_INPUT}:
+        feeds[name] = np.zeros((batch, sequence), np.int32)
     return feeds
 
 
@@ -194,7 +200,7 @@ def random_banks(model: ir.Model, *, seed: int = 0, slots: int = 1, rank: int = 
     """Values for every bank of a folded model; a bank's values depend on its name and the seed alone."""
     banks = {}
     for value in model.graph.inputs:
-        if value.name and value.is_initializer() and value.name not in RULE_DEFAULTS:
+        if value.name and value.is_initializer() and value.name not in OVERRIDABLE_NUMBERS:
             random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
             sizes = iter((slots, rank))
             shape = [dim if isinstance(dim, int) else next(sizes) for dim in value.shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from graph_passes.cache_shapes import fix_cache_shapes
+from graph_passes.cache_shapes import fix_cache_shapes, writes_in_place
 from graph_passes.find.domains import check_domains
 from runtimes.errors import GraphError
 
@@ -57,3 +57,32 @@ def test_unknown_operator_domain_is_refused() -> None:
     check_domains(_decoder(packed=True, columns=128))
     with pytest.raises(GraphError, match=r"GroupQueryAttention\('y'\) is an operator of 'my.ops'"):
         check_domains(_decoder(packed=True, columns=128, domain="my.ops"))
+
+
+def test_a_cache_that_one_buffer_can_hold() -> None:
+    assert writes_in_place(_decoder(packed=True, columns=128).graph)
+
+
+def _read_again(graph: ir.Graph) -> None:
+    node = ir.node("Neg", [next(v for v in graph.inputs if v.name == "past_key_values.0.value")])
+    graph.append(node)
+
+
+def _not_returned(graph: ir.Graph) -> None:
+    graph.outputs.pop()
+
+
+def _keys_for_values(graph: ir.Graph) -> None:
+    graph.outputs[1].name, graph.outputs[2].name = graph.outputs[2].name, graph.outputs[1].name
+
+
+def _another_attention(graph: ir.Graph) -> None:
+    next(node for node in graph if node.op_type == "GroupQueryAttention").op_type = "MultiHeadAttention"
+
+
+@pytest.mark.parametrize("change", [_read_again, _not_returned, _keys_for_values, _another_attention])
+def test_a_cache_that_has_to_be_copied(change) -> None:
+    model = _decoder(packed=True, columns=128)
+    change(model.graph)
+    assert not writes_in_place(model.graph)
+    assert not writes_in_place(ir.Graph([], [], nodes=[], name="without"))

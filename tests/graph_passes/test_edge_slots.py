@@ -30,7 +30,7 @@ RULES = st.one_of(
 def _session(layout: str, fault: tuple[str, str] = ("", "")) -> onnxruntime.InferenceSession:
     """The rule alone; ``fault`` changes the first of one kind of operator into another."""
     model = edge_decoder(layout)
-    slot = add_slots(model.graph, "graph")
+    slot = add_slots(model.graph)
     wrong, right = fault[1], fault[0]
     if right:
         next(node for node in model.graph if node.op_type == right and node.name.startswith("reft.rule")).op_type = wrong
@@ -146,7 +146,7 @@ def test_missing_lengths(name):
     model = edge_decoder()
     model.graph.inputs.remove(next(value for value in model.graph.inputs if value.name == name))
     with pytest.raises(GraphError, match=f"input '{name}' missing"):
-        add_slots(model.graph, "graph")
+        add_slots(model.graph)
 
 
 def test_lengths_are_those_of_the_layout():

@@ -27,7 +27,7 @@ from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, GraphError, ReftError
 from runtimes.ort.session import OrtSession
 
-QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
+QUIET = {"sites": (), "force": False, "report": lambda _: None}
 
 
 def _save(model: ir.Model, folder: Path) -> Path:
@@ -133,9 +133,9 @@ def test_what_cannot_run_here_is_folded_and_said(tmp_path: Path) -> None:
     maskless = small_decoder()
     del maskless.graph.inputs[1]
     source = _save(maskless, tmp_path / "maskless")
-    assert "takes no attention_mask" in _folded(source, tmp_path / "c", slots="input").not_run
-    done = CliRunner().invoke(app, ["fold", str(source), "--slots", "input", "-o", str(tmp_path / "d")])
-    assert done.exit_code == 0 and "no step of it was run here: the graph takes no attention_mask" in " ".join(done.output.split())
+    assert "and takes reft.slots, which no session" in _folded(source, tmp_path / "c").not_run
+    done = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "d")])
+    assert done.exit_code == 0 and "no step of it was run here: the graph has no attention_mask" in " ".join(done.output.split())
     said = CliRunner().invoke(app, ["fold", str(half), "-o", str(tmp_path / "e"), "--json"])
     assert "bfloat16" in json.loads(said.stdout)["not_run"]
     for source in (half, tmp_path / "maskless"):
@@ -143,7 +143,7 @@ def test_what_cannot_run_here_is_folded_and_said(tmp_path: Path) -> None:
         _ir_version(model)
         onnx.save(model, source / "model.onnx")
         with pytest.raises(GraphError, match="does not load in onnxruntime"):
-            _folded(source, tmp_path / "f", slots="input")
+            _folded(source, tmp_path / "f")
 
 
 def test_every_adapter_takes_a_step(tmp_path: Path) -> None:

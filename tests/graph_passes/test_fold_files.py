@@ -12,13 +12,13 @@ import pytest
 from decoders import session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_decoders import random_banks, small_decoder, small_feeds
+from small_decoders import EVERY_TOKEN, random_banks, small_decoder, small_feeds
 
 from graph_passes.external import DATA_FILE, MODEL_FILE, load_graph, write_graph
 from graph_passes.fold import fold_file
 from graph_passes.insert import insert_edits
 from runtimes.edits.edit import Site
-from runtimes.edits.op import EditNode
+from runtimes.edits.op import EXPLICIT_SLOTS, RULE_DEFAULTS, EditNode
 from runtimes.errors import GraphError
 
 NODES = [EditNode(site=Site(layer=1)), EditNode(site=Site(layer=2, stream="mlp_output"), activation="silu")]
@@ -45,12 +45,12 @@ def _file_session(path: Path) -> onnxruntime.InferenceSession:
 
 def test_fold_file_steers_and_leaves_the_source_alone(source, tmp_path):
     before = _bytes(source.parent)
-    fold_file(source, NODES, tmp_path / "folded", slots="input")
+    fold_file(source, NODES, tmp_path / "folded")
     assert _bytes(source.parent) == before
     assert {path.name for path in (tmp_path / "folded").iterdir()} == {MODEL_FILE, DATA_FILE}
     in_memory = small_decoder()
-    insert_edits(in_memory, NODES, slots="input")
-    feeds = {**small_feeds(in_memory), **random_banks(in_memory)}
+    insert_edits(in_memory, NODES)
+    feeds = {**small_feeds(in_memory), **random_banks(in_memory), **EVERY_TOKEN}
     written = _file_session(tmp_path / "folded" / MODEL_FILE)
     for left, right in zip(session(in_memory).run(None, feeds), written.run(None, feeds), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -59,12 +59,12 @@ def test_fold_file_steers_and_leaves_the_source_alone(source, tmp_path):
 def test_banks_stored_beside_the_graph_can_be_overridden(tmp_path):
     # Banks of real widths are written to the data file too; axes and shapes must stay inside the graph for onnxruntime.
     model = small_decoder()
-    insert_edits(model, NODES, slots="input")
+    insert_edits(model, NODES)
     ir.save(model, tmp_path / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=16)
     written = _file_session(tmp_path / MODEL_FILE)
     banks = random_banks(model)
-    assert {value.name for value in written.get_overridable_initializers()} == set(banks)
-    base, steered = (written.run(["logits"], {**small_feeds(model), **extra})[0] for extra in ({}, banks))
+    assert {value.name for value in written.get_overridable_initializers()} == {*banks, *RULE_DEFAULTS, EXPLICIT_SLOTS}
+    base, steered = (written.run(["logits"], {**small_feeds(model), **extra})[0] for extra in ({}, banks | EVERY_TOKEN))
     assert np.abs(base - steered).max() > 0.1
 
 

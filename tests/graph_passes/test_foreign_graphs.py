@@ -20,7 +20,7 @@ from runtimes.edits.adapter import BaseModel, save_adapter
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.errors import AdapterError, GraphError, SiteAmbiguous
 
-QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
+QUIET = {"sites": (), "force": False, "report": lambda _: None}
 
 
 def _save(model: ir.Model, folder: Path) -> Path:

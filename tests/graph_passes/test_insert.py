@@ -8,11 +8,12 @@ import onnx_ir as ir
 import pytest
 import rounding
 from decoders import session
-from small_decoders import ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
+from small_decoders import EVERY_TOKEN, ROUNDING, WIDTH, random_banks, small_decoder, small_feeds
 
 from graph_passes.find.sites import find_sites
 from graph_passes.fold import fold_graph
 from graph_passes.insert import InsertEdits, insert_edits, is_edit
+from graph_passes.slots.add import rule_names, slot_mode
 from runtimes.edits.edit import LowRankEdit, Site
 from runtimes.edits.op import DOMAIN, RULE_DEFAULTS, EditNode
 from runtimes.errors import GraphError, SiteNotFound
@@ -40,10 +41,10 @@ def _node(model: ir.Model, name: str) -> ir.Node:
 def test_exact_wiring_behind_a_residual_add():
     model = small_decoder()
     before = _wires(model)
-    insert_edits(model, [_edit(1)], slots="input")
+    insert_edits(model, [_edit(1)])
     edit = _node(model, "reft.1.block_output")
     assert [value.name for value in edit.inputs] == [
-        "layers.1.output", "reft_slot", "reft.1.block_output.U", "reft.1.block_output.A", "reft.1.block_output.b",
+        "layers.1.output", "reft.slot", "reft.1.block_output.U", "reft.1.block_output.A", "reft.1.block_output.b",
     ]  # fmt: skip
     assert {name: attribute.value for name, attribute in edit.attributes.items()} == {
         "activation": "", "activated": "all", "plugin_namespace": "ai.reft", "plugin_version": "1",
@@ -61,7 +62,7 @@ def test_a_consumer_that_reads_the_stream_twice():
     model = small_decoder()
     middle = _node(model, "layers.2.middle")
     middle.replace_input_with(1, middle.inputs[0])
-    insert_edits(model, [_edit(1)], slots="input")
+    insert_edits(model, [_edit(1)])
     assert [value.name for value in middle.inputs] == ["reft.1.block_output", "reft.1.block_output"]
 
 
@@ -79,14 +80,14 @@ def test_nodes_of_one_site_stand_in_series_as_given():
 
 def test_a_blocks_output_is_edited_before_the_next_blocks_input():
     model = small_decoder()
-    insert_edits(model, [_edit(1, "block_input"), _edit(0, "block_output")], slots="input")
+    insert_edits(model, [_edit(1, "block_input"), _edit(0, "block_output")])
     assert _node(model, "reft.0.block_output").inputs[0].name == "layers.0.output"
     assert _node(model, "reft.1.block_input").inputs[0].name == "reft.0.block_output"
 
 
 def test_a_fused_skip_norm_is_split():
     model = small_decoder(block="pre_norm_fused")
-    insert_edits(model, [_edit(1), _edit(2)], slots="input")
+    insert_edits(model, [_edit(1), _edit(2)])
     add, norm = _node(model, "layers.1.next_norm.add"), _node(model, "layers.1.next_norm.norm")
     edit = _node(model, "reft.1.block_output")
     assert [value.name for value in add.inputs] == ["layers.1.norm_2.3", "layers.1.mlp.output"]
@@ -133,8 +134,8 @@ def test_splitting_a_skip_layer_norm_keeps_its_numbers(optional):
 def test_as_folded_the_graph_computes_what_it_computed(block, per_token, slots):
     base = small_decoder(block=block)
     expected = session(base).run(None, small_feeds(base))
-    model = small_decoder(block=block)
-    fold_graph(model, [EditNode(site=site) for site in find_sites(model)], slots=slots, per_token=per_token)
+    model = small_decoder(block=block, mask=slots == "graph")
+    fold_graph(model, [EditNode(site=site) for site in find_sites(model)], per_token=per_token)
     for left, right in zip(expected, session(model).run(None, small_feeds(model)), strict=True):
         rounding.check(left, right, ROUNDING)
 
@@ -143,8 +144,8 @@ def test_a_fused_graph_and_its_unfused_twin_are_steered_alike():
     results = []
     for block in ("pre_norm", "pre_norm_fused"):
         model = small_decoder(block=block)
-        fold_graph(model, [_edit(layer, stream) for layer in range(3) for stream in ("block_output", "mlp_output")], slots="input")
-        results.append(session(model).run(None, {**small_feeds(model), **random_banks(model)}))
+        fold_graph(model, [_edit(layer, stream) for layer in range(3) for stream in ("block_output", "mlp_output")])
+        results.append(session(model).run(None, {**small_feeds(model), **random_banks(model), **EVERY_TOKEN}))
     for left, right in zip(*results, strict=True):
         rounding.check(left, right, ROUNDING)
 
@@ -152,11 +153,11 @@ def test_a_fused_graph_and_its_unfused_twin_are_steered_alike():
 def test_the_edit_acts_on_the_named_stream():
     # The stream before and after the edit, read as graph outputs, against the formula.
     model = small_decoder()
-    fold_graph(model, [_edit(1)], slots="input")
+    fold_graph(model, [_edit(1)])
     edit = _node(model, "reft.1.block_output")
     model.graph.outputs.extend([edit.inputs[0], edit.outputs[0]])
     banks = random_banks(model, slots=2, rank=3)
-    feeds = {**small_feeds(model), **banks, "reft_slot": np.array([[0, 1, -1, 2, 1]] * 2, np.int32)}
+    feeds = {**small_feeds(model), **banks, "reft.slots": np.array([[0, 1, -1, 2, 1]] * 2, np.int32)}
     h, y = session(model).run(["layers.1.output", "reft.1.block_output"], feeds)
     for token, slot in enumerate([0, 1, None, None, 1]):
         if slot is None:
@@ -169,11 +170,11 @@ def test_the_edit_acts_on_the_named_stream():
 def test_a_stream_that_is_a_graph_output_stays_one_under_its_name():
     model = small_decoder()
     model.graph.outputs.append(_node(model, "layers.1.output").outputs[0])
-    fold_graph(model, [_edit(1, activation="tanh"), _edit(1)], slots="input")
+    fold_graph(model, [_edit(1, activation="tanh"), _edit(1)])
     names = [value.name for value in model.graph.outputs]
     assert names[-1] == "layers.1.output"
     assert model.graph.outputs[-1].producer().name == "reft.1.block_output"
-    feeds = {**small_feeds(model), **random_banks(model)}
+    feeds = {**small_feeds(model), **random_banks(model), **EVERY_TOKEN}
     untouched = small_decoder()
     untouched.graph.outputs.append(_node(untouched, "layers.1.output").outputs[0])
     assert not np.allclose(session(model).run(None, feeds)[-1], session(untouched).run(None, small_feeds(untouched))[-1])
@@ -181,10 +182,10 @@ def test_a_stream_that_is_a_graph_output_stays_one_under_its_name():
 
 @pytest.mark.parametrize("slots", ["graph", "input"])
 def test_banks_and_rules_are_overridable(slots):
-    model = small_decoder(dtype=ir.DataType.FLOAT16)
-    insert_edits(model, [_edit(0), _edit(2, activation="relu")], slots=slots)
+    model = small_decoder(dtype=ir.DataType.FLOAT16, mask=slots == "graph")
+    insert_edits(model, [_edit(0), _edit(2, activation="relu")])
     inputs = {value.name: value for value in model.graph.inputs}
-    expected = set(RULE_DEFAULTS) if slots == "graph" else set()
+    expected = {*RULE_DEFAULTS, "reft.slots"} if slots == "graph" else set()
     expected |= {f"reft.0.block_output.{bank}" for bank in "UAb"} | {f"reft.2.block_output.relu.{bank}" for bank in "UAb"}
     assert {name for name, value in inputs.items() if value.is_initializer()} == expected
     bank = inputs["reft.2.block_output.relu.A"]
@@ -194,7 +195,12 @@ def test_banks_and_rules_are_overridable(slots):
     if slots == "graph":
         for name, default in RULE_DEFAULTS.items():
             assert inputs[name].const_value.numpy().tolist() == [default] and inputs[name].dtype == ir.DataType.INT64
-    assert ("reft_slot" in inputs) == (slots == "input")
+    slot = inputs["reft.slots"]
+    assert slot.dtype == ir.DataType.INT32 and slot_mode(model.graph) == slots
+    if slots == "graph":
+        assert slot.const_value.numpy().tolist() == [[-2]] and not {"batch", "sequence"} & set(map(str, slot.shape))
+    else:
+        assert [str(dim) for dim in slot.shape] == ["batch", "sequence"] and not rule_names(model.graph)
 
 
 @pytest.mark.parametrize("activation", [{}, {"activation": "gelu", "activated": "first_half"}])
@@ -225,7 +231,6 @@ def test_a_second_fold_is_refused_and_a_reloaded_graph_still_shows_its_sites():
     [
         ({"nodes": []}, "no edit to insert"),
         ({"nodes": [_edit(1), _edit(1)]}, r"reft\.1\.block_output is asked for twice"),
-        ({"nodes": [_edit(1)], "slots": "mask"}, "slots 'mask' is unknown"),
         ({"nodes": [_edit(9)]}, "layer 9 does not exist in this graph"),
     ],
 )
@@ -253,10 +258,6 @@ def _taken_name(model: ir.Model) -> None:
     _node(model, "layers.0.middle").outputs[0].name = "reft.1.block_output.U"
 
 
-def _no_mask(model: ir.Model) -> None:
-    model.graph.inputs.pop(1)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -264,7 +265,6 @@ def _no_mask(model: ir.Model) -> None:
         (_double_stream, "holds DOUBLE, expected FLOAT, FLOAT16, BFLOAT16"),
         (_old_opset, "opset 13, the edit needs 15"),
         (_taken_name, r"uses the name 'reft\.1\.block_output\.U' itself"),
-        (_no_mask, "attention_mask"),
     ],
 )
 def test_refused_graphs_are_left_as_they_were(damage, message):
@@ -381,7 +381,7 @@ def test_a_consumer_left_behind_is_noticed():
             return result
 
     with pytest.raises(ir.passes.PostconditionError) as failure:
-        ForgetsOne([_edit(1)], slots="input")(small_decoder())
+        ForgetsOne([_edit(1)])(small_decoder())
     assert "Add('layers.2.middle') still reads 'layers.1.output'" in str(failure.value.__cause__)
 
 

@@ -10,7 +10,7 @@ import rounding
 from decoders import session
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_decoders import ROUNDING, random_banks, small_decoder, small_feeds
+from small_decoders import EVERY_TOKEN, ROUNDING, random_banks, small_decoder, small_feeds
 
 from graph_passes.find.sites import find_sites
 from graph_passes.insert import insert_edits
@@ -158,7 +158,7 @@ def test_readers_keep_their_operands(model, nodes):
         (location.node.name, location.output_index): location for site, location in located.items() if site in {n.site for n in nodes}
     }
     named = {key: location.value.name for key, location in streams.items()}
-    insert_edits(model, nodes, slots="input")
+    insert_edits(model, nodes)
 
     edits = {node.name for node in nodes}
     kept = {node.name for node in model.graph.all_nodes()}
@@ -192,11 +192,11 @@ def test_readers_compute_with_the_edited_streams(block, nodes, readers, seed):
         model.graph.append(node)
     model.graph.outputs.extend(finals.values())
     results = [add_reader(model, f"r.{i}", replace(r, is_output=True), *chosen[i]) for i, r in enumerate(readers)]
-    insert_edits(model, nodes, slots="input")
+    insert_edits(model, nodes)
     run = session(model)
     names = [value.name for value in run.get_outputs()]
     with np.errstate(all="ignore"):
-        got = dict(zip(names, run.run(None, {**small_feeds(model), **random_banks(model, seed=seed)}), strict=True))
+        got = dict(zip(names, run.run(None, {**small_feeds(model), **random_banks(model, seed=seed), **EVERY_TOKEN}), strict=True))
         for reader, result, (left, right) in zip(readers, results, chosen, strict=True):
             a, b = (got[finals[id(value)].name] for value in (left, right))
             expected = OPERATORS[reader.op](a, b.swapaxes(1, 2) if reader.op == "MatMul" else b)
@@ -213,7 +213,7 @@ def test_the_order_of_sites_does_not_matter(block, nodes, seed):
     # Nodes of one site are in series in the order given, so only the order of sites may change.
     for ordered in (nodes, sorted(nodes, key=lambda node: node.site), sorted(nodes, key=lambda node: node.site, reverse=True)):
         model = small_decoder(block=block)
-        insert_edits(model, ordered, slots="input")
-        results.append(session(model).run(None, {**small_feeds(model), **random_banks(model, seed=seed)})[0])
+        insert_edits(model, ordered)
+        results.append(session(model).run(None, {**small_feeds(model), **random_banks(model, seed=seed), **EVERY_TOKEN})[0])
     for other in results[1:]:
         rounding.check(other, results[0], ROUNDING)

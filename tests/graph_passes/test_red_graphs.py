@@ -174,9 +174,9 @@ def test_bodies_are_exchanged_in_place():
 # --- in a decoder ---------------------------------------------------------------------------------
 
 
-def _folded(nodes: tuple[EditNode, ...] = (LOREFT, GELU, RED), slots: str = "input", **decoder: object) -> ir.Model:
+def _folded(nodes: tuple[EditNode, ...] = (LOREFT, GELU, RED), **decoder: object) -> ir.Model:
     model = small_decoder(opset=20, **decoder)
-    fold_graph(model, nodes, slots=slots)
+    fold_graph(model, nodes)
     return model
 
 
@@ -195,7 +195,7 @@ def test_exact_wiring():
     assert [node.op_type for node in series] == ["LoReFT", "LoReFT", "RED"]
     assert series[2].inputs[0] is series[1].outputs[0] and series[1].inputs[0] is series[0].outputs[0]
     assert [value.name for value in series[2].inputs[1:]] == [
-        "reft_slot", "reft.1.block_output.red.scale", "reft.1.block_output.red.bias",
+        "reft.slot", "reft.1.block_output.red.scale", "reft.1.block_output.red.bias",
     ]  # fmt: skip
     assert {name: a.value for name, a in series[2].attributes.items()} == {"plugin_namespace": "ai.reft", "plugin_version": "1"}
     scale, bias = series[2].inputs[2:]
@@ -210,7 +210,7 @@ def test_series_at_one_site_is_one_edit_after_the_other():
     model.graph.outputs.extend([where, next(node for node in model.graph if node.name == RED.name).outputs[0]])
     slot = np.array([[0, 1, -1, 7, 1], [1, -1, 0, 0, -1]], np.int32)
     banks = random_banks(model, slots=2)
-    before, after = _run(model, small_feeds(model) | banks | {"reft_slot": slot}, [where.name, RED.name])
+    before, after = _run(model, small_feeds(model) | banks | {"reft.slots": slot}, [where.name, RED.name])
     want = before.astype(np.float64)
     for node in (LOREFT, GELU, RED):
         edits: tuple[Edit, ...] = edits_of(node, [banks[name] for name in node.bank_names])
@@ -224,15 +224,13 @@ def test_series_at_one_site_is_one_edit_after_the_other():
 @pytest.mark.parametrize("slots", ["graph", "input"])
 @pytest.mark.parametrize("block", ["pre_norm", "pre_norm_fused", "parallel"])
 def test_as_folded_nothing_is_edited(block, slots):
-    base, model = small_decoder(opset=20, block=block), _folded(slots=slots, block=block)
-    feeds = small_feeds(model) | ({"reft_slot": np.zeros((2, 5), np.int32)} if slots == "input" else {})
-    want = _run(base, {name: value for name, value in feeds.items() if name != "reft_slot"})
-    for a, b in zip(_run(model, feeds), want, strict=True):
+    base, model = small_decoder(opset=20, block=block), _folded(block=block, mask=slots == "graph")
+    for a, b in zip(_run(model, small_feeds(model)), _run(base, small_feeds(base)), strict=True):
         rounding.check(a, b, ROUNDING)
 
 
 def test_unfold_leaves_the_decoder():
-    base, model = small_decoder(opset=20), _folded(slots="graph")
+    base, model = small_decoder(opset=20), _folded()
     assert unfold_graph(model) == 3
     assert not model.functions and not [v.name for v in model.graph.inputs if v.name.startswith("reft.")]
     for a, b in zip(_run(model, small_feeds(model)), _run(base, small_feeds(base)), strict=True):
@@ -243,7 +241,7 @@ def test_unfold_leaves_the_decoder():
 @pytest.mark.parametrize("freeze", [False, True])
 def test_tensorrts_graph_says_the_same(positions, freeze):
     """Banks as plain inputs, or constants; slots in the graph; the per-token body."""
-    model = _folded(slots="graph")
+    model = _folded()
     rule = PositionRule.parse(positions).tensors(tied=positions != "f2+l1")
     adapter = random_banks(model, slots=2) | rule
     derived = derive_tensorrt_graph(_copy(model), plugin=False, freeze=adapter if freeze else None)
@@ -261,7 +259,7 @@ def test_tensorrts_graph_says_the_same(positions, freeze):
 
 def test_no_edit_banks_and_rules_off_are_the_base():
     """What a TensorRT session binds where no adapter is active: RED's scale is one, not zero."""
-    model = _folded(slots="graph")
+    model = _folded()
     derived = derive_tensorrt_graph(_copy(model), plugin=False)
     off = {name: np.array([value]) for name, value in RULE_DEFAULTS.items()}
     for node in (LOREFT, GELU, RED):
@@ -271,20 +269,20 @@ def test_no_edit_banks_and_rules_off_are_the_base():
 
 
 def test_with_the_plugin_no_function_is_left():
-    derived = derive_tensorrt_graph(_folded(slots="graph"), plugin=True)
+    derived = derive_tensorrt_graph(_folded(), plugin=True)
     assert not derived.model.functions and derived.edit_nodes == 3
 
 
 def test_lora_inputs_are_refused():
-    model = _folded(slots="graph", dtype=ir.DataType.FLOAT16)
+    model = _folded(dtype=ir.DataType.FLOAT16)
     with pytest.raises(GraphError, match=r"block_output.red is a scale and bias \(RED\), which no LoRA weight can hold"):
         use_lora_inputs(model.graph, slots=1)
 
 
 def test_float16_streams_take_float16_banks():
     model = small_decoder(opset=20, dtype=ir.DataType.FLOAT16)
-    insert_edits(model, [RED], slots="input")
-    banks = {v.name: v for v in model.graph.inputs if v.name.startswith("reft.")}
+    insert_edits(model, [RED])
+    banks = {v.name: v for v in model.graph.inputs if v.name in RED.bank_names}
     assert {v.dtype for v in banks.values()} == {ir.DataType.FLOAT16}
     assert (banks[RED.bank_names[0]].const_value.numpy() == 1).all() and not banks[RED.bank_names[1]].const_value.numpy().any()
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from graph_passes.slots.add import add_slots
 from runtimes.edits.op import RULE_DEFAULTS
-from runtimes.edits.positions import PositionRule, slots
-from runtimes.errors import GraphError
+from runtimes.edits.positions import PositionRule, slots, slots_of
 
 STATIC_WIDTH = 40
 
@@ -43,9 +42,16 @@ def _graph(opset: int = 20, *, mask: ir.DataType | None = ir.DataType.INT64, mas
 @functools.cache
 def _session(opset: int = 20, mask: ir.DataType = ir.DataType.INT64, fault: str = "") -> onnxruntime.InferenceSession:
     model = _graph(opset, mask=mask)
-    slot = add_slots(model.graph, "graph")
+    slot = add_slots(model.graph)
     model.graph.outputs.append(slot)
-    if fault:
+    if fault == "columns":
+        first_axis = next(
+            node for node in model.graph if node.op_type == "Constant" and node.attributes["value"].value.numpy().tolist() == [0]
+        )
+        for node in model.graph:
+            if node.op_type == "Unsqueeze" and node.inputs[0].name in RULE_DEFAULTS:
+                node.replace_input_with(1, first_axis.outputs[0])
+    elif fault:
         wrong = next(node for node in model.graph if node.op_type == "Less")
         wrong.op_type = fault
     proto = ir.to_proto(model)
@@ -95,19 +101,30 @@ def layouts(draw: st.DrawFn, *, chunks: bool) -> Layout:
     return Layout(rows=tuple(rows), prompt_lengths=tuple(lengths), calls=tuple(calls), static=draw(st.booleans()))
 
 
+Rule = dict[str, int]
+
 RULES = st.fixed_dictionaries(
     {
         "first": st.integers(0, 6),
         "last": st.integers(0, 6),
-        "prompt": st.booleans(),
-        "everywhere": st.booleans(),
-        "truncate": st.booleans(),
-        "tied": st.booleans(),
+        "prompt": st.integers(0, 1),
+        "everywhere": st.integers(0, 1),
+        "truncate": st.integers(0, 1),
+        "suffix_slot": st.integers(0, 1),
+        "first_slot": st.integers(0, 5),
     }
 )
 
 
-def expected_slot(token: Token, length: int, rule: dict[str, int | bool]) -> int:
+@st.composite
+def mixed(draw: st.DrawFn, *, chunks: bool) -> tuple[Layout, list[Rule]]:
+    """A layout, and one rule for all of its rows or one for each."""
+    layout = draw(layouts(chunks=chunks))
+    rows = len(layout.rows) if draw(st.booleans()) else 1
+    return layout, draw(st.lists(RULES, min_size=rows, max_size=rows))
+
+
+def expected_slot(token: Token, length: int, rule: Rule) -> int:
     """One token by the rule in words; ``length`` is the prompt's length as the call can know it."""
     if token.rank is None:
         return -1
@@ -116,9 +133,9 @@ def expected_slot(token: Token, length: int, rule: dict[str, int | bool]) -> int
         first, last = min(first, length // 2), min(last, length // 2)
     is_prompt = token.rank < length
     if is_prompt and token.rank >= length - last:
-        return 0 if rule["tied"] else 1
+        return rule["first_slot"] + rule["suffix_slot"]
     if token.rank < first or rule["everywhere"] or (rule["prompt"] and is_prompt):
-        return 0
+        return rule["first_slot"]
     return -1
 
 
@@ -127,56 +144,83 @@ def _mask(layout: Layout, end: int) -> np.ndarray:
     return np.pad(mask, ((0, 0), (0, STATIC_WIDTH - end))) if layout.static else mask
 
 
-def _rule_feeds(rule: dict[str, int | bool]) -> dict[str, np.ndarray]:
-    values = {**rule, "suffix_slot": 0 if rule["tied"] else 1}
-    return {name: np.array([int(values[name.removeprefix("reft.")])], np.int64) for name in RULE_DEFAULTS if name != "reft.prompt_length"}
+def _rule_feeds(rules: list[Rule]) -> dict[str, np.ndarray]:
+    return {f"reft.{name}": np.array([rule[name] for rule in rules], np.int64) for name in rules[0]}
 
 
-def _wrong_calls(session: onnxruntime.InferenceSession, layout: Layout, rule: dict[str, int | bool], given_length: bool) -> list[str]:
+def _wrong_calls(session: onnxruntime.InferenceSession, layout: Layout, rules: list[Rule], *, given_length: bool) -> list[str]:
+    """Calls in which the graph, or the rule in numpy, selects another slot than the rule in words."""
     wrong = []
     for start, end in layout.calls:
-        mask = _mask(layout, end)
-        feeds = {"input_ids": np.zeros((len(layout.rows), end - start), np.int64), "attention_mask": mask, **_rule_feeds(rule)}
+        width = end - start
+        feeds = {"input_ids": np.zeros((len(layout.rows), width), np.int64), "attention_mask": _mask(layout, end), **_rule_feeds(rules)}
         if given_length:
             feeds["reft.prompt_length"] = np.array(layout.prompt_lengths, np.int64)
             lengths = layout.prompt_lengths
         else:
             lengths = layout.prompt_lengths if start == 0 else [0] * len(layout.rows)
-        want = [[expected_slot(token, length, rule) for token in row[start:end]] for row, length in zip(layout.rows, lengths, strict=True)]
+        each = rules * (len(layout.rows) // len(rules))
+        want = [
+            [expected_slot(token, length, rule) for token in row[start:end]]
+            for row, length, rule in zip(layout.rows, lengths, each, strict=True)
+        ]
         got = session.run(["reft.slot"], feeds)[0]
-        assert got.dtype == np.int32
-        if not np.array_equal(got, want):
-            wrong.append(f"columns {start}..{end}: got {got.tolist()}, expected {want}")
+        in_numpy = slots_of({name: feeds[name] for name in feeds.keys() & RULE_DEFAULTS}, feeds["attention_mask"], width)
+        assert got.dtype == in_numpy.dtype == np.int32
+        for who, found in (("graph", got), ("numpy", in_numpy)):
+            if not np.array_equal(found, want):
+                wrong.append(f"{who}, columns {start}..{end}: got {found.tolist()}, expected {want}")
     return wrong
 
 
 @settings(deadline=None, max_examples=400)
-@given(layout=layouts(chunks=False), rule=RULES)
-def test_prompt_length_derived_from_the_first_call(layout, rule):
-    assert not _wrong_calls(_session(), layout, rule, given_length=False)
+@given(drawn=mixed(chunks=False))
+def test_prompt_length_derived_from_the_first_call(drawn):
+    assert not _wrong_calls(_session(), *drawn, given_length=False)
 
 
 @settings(deadline=None, max_examples=400)
-@given(layout=layouts(chunks=True), rule=RULES)
-def test_prompt_length_given_with_chunked_prompts(layout, rule):
-    assert not _wrong_calls(_session(), layout, rule, given_length=True)
+@given(drawn=mixed(chunks=True))
+def test_prompt_length_given_with_chunked_prompts(drawn):
+    assert not _wrong_calls(_session(), *drawn, given_length=True)
 
 
 @settings(deadline=None, max_examples=100)
-@given(layout=layouts(chunks=True), rule=RULES, given_length=st.booleans())
-def test_agrees_with_the_device_side_rule(layout, rule, given_length):
-    numbers = {name: rule[name] for name in ("first", "last", "prompt", "everywhere", "truncate")}
-    device_rule = object.__new__(PositionRule)  # the numpy rule takes any mix; the class allows one kind at a time
-    for name, value in numbers.items():
-        object.__setattr__(device_rule, name, value)
-    lengths = np.array(layout.prompt_lengths, np.int64) if given_length else None
+@given(drawn=mixed(chunks=True), data=st.data())
+def test_explicit_slots_win_where_they_say_something(drawn, data):
+    """Of one token, one row, one column or of all; what is below -1 leaves the token to the rule."""
+    layout, rules = drawn
     for start, end in layout.calls:
-        mask = _mask(layout, end)
-        feeds = {"input_ids": np.zeros((len(layout.rows), end - start), np.int64), "attention_mask": mask, **_rule_feeds(rule)}
-        if lengths is not None:
-            feeds["reft.prompt_length"] = lengths
-        want = slots(device_rule, mask, end - start, tied=rule["tied"], prompt_length=lengths)
-        np.testing.assert_array_equal(_session().run(["reft.slot"], feeds)[0], want)
+        shape = [data.draw(st.sampled_from([1, size])) for size in (len(layout.rows), end - start)]
+        count = shape[0] * shape[1]
+        explicit = np.array(data.draw(st.lists(st.integers(-3, 4), min_size=count, max_size=count))).reshape(shape)
+        feeds = {"input_ids": np.zeros((len(layout.rows), end - start), np.int64), "attention_mask": _mask(layout, end)}
+        feeds |= _rule_feeds(rules)
+        ruled = _session().run(["reft.slot"], feeds)[0]
+        want = np.where(explicit >= -1, explicit, ruled)
+        got = _session().run(["reft.slot"], {**feeds, "reft.slots": explicit.astype(np.int32)})[0]
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(slots_of(_rule_feeds(rules), feeds["attention_mask"], end - start, explicit=explicit), want)
+
+
+def _alike(count: int, length: int) -> Layout:
+    """``count`` rows of as many tokens, all of them prompt, in one call."""
+    row = tuple(Token(rank=rank) for rank in range(length))
+    return Layout(rows=(row,) * count, prompt_lengths=(length,) * count, calls=((0, length),), static=False)
+
+
+OFF = {"first": 0, "last": 0, "prompt": 0, "everywhere": 0, "truncate": 0, "suffix_slot": 0, "first_slot": 0}
+
+
+@pytest.mark.parametrize("number", ["first", "last", "prompt", "everywhere", "truncate", "suffix_slot", "first_slot"])
+def test_as_many_rows_as_columns(number):
+    """B = S: a rule [B] that is not turned into [B, 1] would be read as one number a column, and nothing would say so."""
+    edits = {**OFF, "first": 2, "last": 1} if number in ("truncate", "suffix_slot", "first_slot") else OFF
+    rules = [{**edits, number: row % 2} for row in range(4)]
+    layout = _alike(4, 4) if number != "truncate" else _alike(3, 3)
+    assert not _wrong_calls(_session(), layout, rules[: len(layout.rows)], given_length=True)
+    # The fault that this is about: columns in place of rows.
+    assert _wrong_calls(_session(fault="columns"), layout, rules[: len(layout.rows)], given_length=True)
 
 
 def test_defaults_edit_nothing():
@@ -214,28 +258,28 @@ def test_opsets_and_mask_types(opset, mask):
 def test_a_planted_fault_is_seen():
     # Less -> LessOrEqual moves the first comparison by one token.
     layout = Layout(rows=(tuple(Token(rank=rank) for rank in range(7)),), prompt_lengths=(5,), calls=((0, 5), (5, 6), (6, 7)), static=False)
-    rule = {"first": 2, "last": 1, "prompt": True, "everywhere": False, "truncate": True, "tied": True}
-    assert not _wrong_calls(_session(), layout, rule, given_length=True)
-    assert _wrong_calls(_session(fault="LessOrEqual"), layout, rule, given_length=True)
+    rules = [{**OFF, "first": 2, "last": 1, "prompt": 1, "truncate": 1}]
+    assert not _wrong_calls(_session(), layout, rules, given_length=True)
+    assert _wrong_calls(_session(fault="LessOrEqual"), layout, rules, given_length=True)
 
 
-def test_the_slot_input_takes_the_shape_of_input_ids():
-    graph = _graph().graph
-    slot = add_slots(graph, "input")
-    assert slot.name == "reft_slot" and slot.dtype == ir.DataType.INT32
+def test_a_rule_of_one_adapter_says_what_its_class_says():
+    """``PositionRule.tensors`` of several rows, concatenated, are the rules of a batch."""
+    rules = [("f2+l1", False, 3), ("prompt", True, 0), ("all", True, 7), ("l2", True, 2)]
+    tensors = [PositionRule.parse(positions).tensors(tied=tied, first_slot=at) for positions, tied, at in rules]
+    batch = {name: np.concatenate([each[name] for each in tensors]) for name in tensors[0]}
+    mask = np.array([[0, 1, 1, 1, 1, 1], [1] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
+    want = [[-1, 3, 3, -1, -1, 4], [0] * 6, [7, 7, 7, -1, -1, -1], [-1, -1, -1, -1, 2, 2]]
+    assert slots_of(batch, mask, 6).tolist() == want
+    for row, (positions, tied, at) in enumerate(rules):
+        alone = slots(PositionRule.parse(positions), mask[row : row + 1], 6, tied=tied)
+        assert np.where(alone < 0, alone, alone + at).tolist() == [want[row]]
+
+
+@pytest.mark.parametrize(("mask", "rank"), [(None, 2), (ir.DataType.FLOAT, 4)])
+def test_without_a_mask_of_rows_and_columns_the_slots_are_an_input(mask, rank):
+    graph = _graph(mask=mask, mask_rank=rank).graph
+    slot = add_slots(graph)
+    assert slot.name == "reft.slots" and slot.dtype == ir.DataType.INT32
     assert [str(dim) for dim in slot.shape] == ["batch", "sequence"]
     assert graph.inputs[-1] is slot and not any(name in graph.initializers for name in RULE_DEFAULTS)
-
-
-@pytest.mark.parametrize(
-    ("mask", "rank", "message"),
-    [(None, 2, "no such input; use --slots input"), (ir.DataType.FLOAT, 4, "attention_mask has rank 4")],
-)
-def test_refused_masks(mask, rank, message):
-    with pytest.raises(GraphError, match=message):
-        add_slots(_graph(mask=mask, mask_rank=rank).graph, "graph")
-
-
-def test_unknown_mode():
-    with pytest.raises(GraphError, match="slots 'mask' is unknown"):
-        add_slots(_graph().graph, "mask")

@@ -18,7 +18,7 @@ from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
 from runtimes.edits.edit import Site
-from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS, EditNode
+from runtimes.edits.op import DOMAIN, EXPLICIT_SLOTS, OVERRIDABLE_NUMBERS, PROMPT_LENGTH, RULE_DEFAULTS, SLOT_INPUT, EditNode
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import EngineError, GraphError
 
@@ -37,9 +37,16 @@ def _copy(model: ir.Model) -> ir.Model:
 
 
 def _folded(*, slots: str = "graph", **decoder: object) -> ir.Model:
-    model = small_decoder(opset=20, **decoder)
-    fold_graph(model, NODES, slots=slots)
+    """``slots``: "graph" by the rule; "input" without attention_mask, and so an input; "version 1" the input of such a bundle."""
+    model = small_decoder(opset=20, mask=slots == "graph", **decoder)
+    fold_graph(model, NODES)
+    if slots == "version 1":
+        next(value for value in model.graph.inputs if value.name == EXPLICIT_SLOTS).name = SLOT_INPUT
     return model
+
+
+def _slots_fed(slots: str) -> str:
+    return SLOT_INPUT if slots == "version 1" else EXPLICIT_SLOTS
 
 
 def _banks(model: ir.Model, rank: int = 4, slots: int = 2) -> dict[str, np.ndarray]:
@@ -47,7 +54,7 @@ def _banks(model: ir.Model, rank: int = 4, slots: int = 2) -> dict[str, np.ndarr
     random = np.random.default_rng(7)
     banks = {}
     for value in model.graph.inputs:
-        if value.is_initializer() and value.name not in RULE_DEFAULTS:
+        if value.is_initializer() and value.name not in OVERRIDABLE_NUMBERS:
             shape = (slots, rank, *(dim for dim in value.shape if isinstance(dim, int)))
             banks[value.name] = (random.standard_normal(shape) * 0.5).astype(value.dtype.numpy())
     return banks
@@ -86,43 +93,39 @@ def test_zero_banks_and_rules_off_are_the_base() -> None:
         np.testing.assert_array_equal(got, want)
 
 
-def test_slots_as_an_input() -> None:
-    model = _folded(slots="input")
+@pytest.mark.parametrize("slots", ["input", "version 1"])
+def test_slots_as_an_input(slots: str) -> None:
+    model = _folded(slots=slots)
     derived = derive_tensorrt_graph(_copy(model), plugin=False)
-    assert {"reft_slot"} == {t.name for t in derived.inputs if t.name.startswith("reft") and t.dtype == "int32"}
+    assert {_slots_fed(slots)} == {t.name for t in derived.inputs if t.name.startswith("reft") and t.dtype == "int32"}
     assert not [t.name for t in derived.inputs if t.name in RULE_DEFAULTS]
     slot = np.array([[0, 1, -1, 7, 1], [1, -1, 0, 0, -1]], np.int32)
-    values = small_feeds(model) | _banks(model) | {"reft_slot": slot}
+    values = small_feeds(model) | _banks(model) | {_slots_fed(slots): slot}
     _assert_same(model, derived.model, values, values)
 
 
-@pytest.mark.parametrize("slots", ["graph", "input"])
+@pytest.mark.parametrize("slots", ["graph", "input", "version 1"])
 def test_a_frozen_adapter(slots: str) -> None:
     """Its banks and rule are constants; the prompt's length, or the slots, stay inputs."""
     model = _folded(slots=slots)
     adapter = _banks(model) | (_rule("f1+l3", tied=False) if slots == "graph" else {})
     derived = derive_tensorrt_graph(_copy(model), plugin=False, freeze=adapter)
-    left = PROMPT_LENGTH if slots == "graph" else "reft_slot"
+    left = PROMPT_LENGTH if slots == "graph" else _slots_fed(slots)
     assert [t.name for t in derived.inputs if t.name.startswith("reft")] == [left]
-    given = {PROMPT_LENGTH: np.array([4])} if slots == "graph" else {"reft_slot": np.full((2, 5), 1, np.int32)}
+    given = {PROMPT_LENGTH: np.array([4])} if slots == "graph" else {_slots_fed(slots): np.full((2, 5), 1, np.int32)}
     fed = small_feeds(model) | given
     _assert_same(model, derived.model, fed | adapter, fed)
 
 
-@pytest.mark.parametrize("slots", ["graph", "input"])
+@pytest.mark.parametrize("slots", ["graph", "input", "version 1"])
 def test_a_frozen_base_has_no_edit_left(slots: str) -> None:
     model = _folded(slots=slots)
     derived = derive_tensorrt_graph(_copy(model), plugin=True, freeze={})
     assert derived.edit_nodes == 0 and not [t for t in derived.inputs if t.name.startswith("reft")]
-    fed = {name: value for name, value in small_feeds(model).items() if name != "reft_slot"}
     base = _copy(model)
     unfold_graph(base)
-    _assert_same(base, derived.model, {v.name: fed[v.name] for v in base.graph.inputs if v.name in fed} | _unused(base), fed)
-
-
-def _unused(model: ir.Model) -> dict[str, np.ndarray]:
-    """The slots that nothing reads any more."""
-    return {value.name: np.zeros((2, 5), np.int32) for value in model.graph.inputs if value.name == "reft_slot"}
+    fed = small_feeds(base)
+    _assert_same(base, derived.model, fed, fed)
 
 
 def test_exact_inputs() -> None:
@@ -131,8 +134,7 @@ def test_exact_inputs() -> None:
     name = "reft.1.block_output.relu_first_half"
     assert found[f"{name}.U"] == found[f"{name}.A"] == ("float16", (f"{name}.N", f"{name}.r", WIDTH))
     assert found[f"{name}.b"] == ("float16", (f"{name}.N", f"{name}.r"))
-    assert found[PROMPT_LENGTH] == ("int64", (f"{PROMPT_LENGTH}.rows",))
-    assert all(found[rule] == ("int64", (1,)) for rule in RULE_DEFAULTS if rule != PROMPT_LENGTH)
+    assert all(found[rule] == ("int64", (f"{rule}.rows",)) for rule in RULE_DEFAULTS)
     assert len(found) == 2 + 3 + len(RULE_DEFAULTS) + 3 * len(NODES)
     assert [t.name for t in derived.outputs] == ["logits", *(f"present.{i}.key" for i in range(3))]
     assert not set(derived.model.graph.initializers) & set(found), "no input has a default left"

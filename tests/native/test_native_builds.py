@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from native_op import as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
 from op_library import NATIVE, compile_library, compiler, rows_here, run
+from other_onnxruntime import python_with
 
 ROOT = Path(__file__).parent.parent.parent
 ONNXRUNTIMES = ("1.18.1", "1.20.1", "1.23.2", "1.24.4", "1.25.1", "1.28.0", "1.31.1")
@@ -201,17 +202,4 @@ def check_in(python: Path, library: Path, folder: Path) -> None:
 @pytest.mark.parametrize("version", ONNXRUNTIMES)
 def test_one_binary_on_every_onnxruntime(version, tmp_path) -> None:
     library = installed_library()
-    environment = ROOT / f".venv-onnxruntime-{version}"
-    python = environment / "bin" / "python"
-    if not (environment / "ready").exists():
-        shutil.rmtree(environment, ignore_errors=True)
-        run(sys.executable, "-m", "venv", environment)
-        # Wheels before 1.19 were compiled against numpy 1.
-        numpy = "numpy<2" if version.startswith("1.18.") else "numpy"
-        done = subprocess.run(
-            [python, "-m", "pip", "-q", "install", f"onnxruntime=={version}", numpy], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"onnxruntime {version} does not install here: {done.stderr.strip().splitlines()[-1]}")
-        (environment / "ready").touch()
-    check_in(python, library, tmp_path)
+    check_in(python_with(version), library, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +42,7 @@ def test_every_family_that_the_builder_gets_right(family, base_folder, adapter_f
     assert max(r.figures.max_relative for r in result.parity.rungs) < 2e-5
     assert [r.figures.greedy_equal for r in result.parity.rungs if r.figures.greedy_equal is not None] == [True] * 3
     assert (manifest.exporter, manifest.padding, manifest.genai) == ("builder", "none", "supported")
+    assert manifest.kv_cache == "in-place"
     assert {source.parameter for source in manifest.weights.values()} == _parameters(base_folder(family))
     operators = [node.op_type for node in ir.load(tmp_path / "b" / "model.onnx").graph]
     assert operators.count("GroupQueryAttention") == tiny.LAYERS
@@ -64,14 +66,17 @@ def test_precisions(family, precision, base_folder, adapter_folders, tmp_path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("genai_installed")
-@pytest.mark.parametrize("settings", [{"logits": "last"}, {"slots": "input"}], ids=str)
-def test_batches_and_chunks(settings, base_folder, adapter_folders, tmp_path) -> None:
-    """GroupQueryAttention cannot share a batch between rows of unequal length, nor take a chunk for several: answers must not show it."""
+@pytest.mark.parametrize("settings", [{"logits": "last"}, {}], ids=str)
+@pytest.mark.parametrize(("cache", "padding"), [("in-place", "right"), ("appended", "none")])
+def test_batches_and_chunks(settings, cache, padding, base_folder, adapter_folders, tmp_path) -> None:
+    """GroupQueryAttention takes a chunk for one row only, and where its cache is copied no rows of unequal length: answers must not show
+    it."""
     folders = adapter_folders("llama", ("untied",))
     export_bundle(str(base_folder("llama")), folders, tmp_path / "b", ExportSettings(exporter="builder", **settings), **QUIET)
     bundle = open_bundle(tmp_path / "b")
+    bundle = replace(bundle, manifest=replace(bundle.manifest, kv_cache=cache))
     session = OrtSession(bundle, threads=1, adapter="untied")
-    assert padding_of(session) == "none"
+    assert padding_of(session) == padding
     golden = bundle.golden("untied")
     prompts = [row[:n].tolist() for row, n in zip(golden["input_ids"], golden["prompt_length"], strict=True)]
     prompts += [prompts[0][::-1], prompts[1]]
@@ -79,7 +84,7 @@ def test_batches_and_chunks(settings, base_folder, adapter_folders, tmp_path) ->
     assert np.array_equal(together[:4], golden["greedy_tokens"])
     options = GenerationSettings(max_new_tokens=8)
     tokenizer = Tokenizer.load(bundle.folder)
-    whole, chunked = (generate(session, tokenizer, prompts, options, prefill_chunk=c) for c in (None, 3))
+    whole, chunked = (generate(session, tokenizer, prompts, options, prefill_chunk=c) for c in (0, 3))
     assert [g.tokens for g in whole] == [g.tokens for g in chunked]
 
 

@@ -239,12 +239,11 @@ def test_every_family(made, family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", ["graph", "input"])
-def test_every_activation_and_slot_mode(made, tmp_path: Path, slots: str) -> None:
+def test_every_activation(made, tmp_path: Path) -> None:
     _, base, _ = made()
     forms = {f"a-{a}": {"activation": a, "seed": i} for i, a in enumerate(filter(None, ACTIVATIONS))} | {"all": {"positions": "all"}}
     folders = write_adapters(base, tmp_path / "adapters", forms)
-    result = export_bundle(str(base), folders, tmp_path / "b", ExportSettings(slots=slots), report=quiet)
+    result = export_bundle(str(base), folders, tmp_path / "b", ExportSettings(), report=quiet)
     assert result.parity.passed and len(result.parity.rungs) == 3 * (1 + len(forms))
 
 

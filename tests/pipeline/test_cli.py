@@ -41,10 +41,10 @@ SURFACE = {
         "--force", "--json",
     },
     "export": {
-        "--model", "--adapter", "--output", "--precision", "--exporter", "--slots", "--logits", "--sites", "--opset",
+        "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
-    "fold": {"--adapter", "--output", "--model", "--slots", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
+    "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",

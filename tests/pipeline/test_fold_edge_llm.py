@@ -200,7 +200,7 @@ def test_adapters_that_are_refused(export, adapter, tmp_path):
     _refused(_fold(twice, "-a", tmp_path / "wide", "-o", out), r"tiny \(width 32\); the streams that it edits in .* are 16 wide, whatever")
     _refused(_fold(export, "-a", _adapter(tmp_path / "deep", layers=4), "-o", out), r"\(4 layers, width 16\); .* has 3 layers")
     _refused(_fold(export, "-a", adapter, "-o", out, "--sites", "1"), "which TensorRT-Edge-LLM's runtime refuses; leave them out")
-    _refused(_fold(export, "-a", adapter, "-o", out, "--slots", "input"), "which TensorRT-Edge-LLM's runtime refuses; leave them out")
+    _refused(_fold(export, "-a", adapter, "-o", out, "--sites", "1"), "which TensorRT-Edge-LLM's runtime refuses; leave it out")
     _refused(_fold(export, "-a", adapter, "-o", export / "out"), "lies inside .*, which is copied whole")
     assert not out.exists() and sorted(path.name for path in export.iterdir())[-1] == "tokenizer.json"
 

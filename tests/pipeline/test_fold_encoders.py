@@ -77,7 +77,7 @@ def check(family: str, opset: int, root: Path) -> None:
         head = tiny_encoders.random_head(base.model) if stream == "block_output" else {}
         save_adapter(replace(adapter, head=head), root / stream)
         folders.append(root / stream)
-    fold_bundle(graph, folders, root / "bundle", slots="graph", sites=(), force=False, report=lambda _: None)
+    fold_bundle(graph, folders, root / "bundle", sites=(), force=False, report=lambda _: None)
     bundle = open_bundle(root / "bundle")
     assert bundle.manifest.labels == tiny_encoders.LABELS and bundle.manifest.model.context_length == (64 if "roberta" in family else 66)
     inputs = classifier_inputs(base.model, base.tokenizer)
@@ -183,11 +183,11 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
     two = replace(adapter, base=replace(base.info, labels=("no", "yes")))
     save_adapter(two, tmp_path / "two")
     with pytest.raises(AdapterError, match="adapter two was trained on base with labels no, yes; .* has 3: sad, calm, happy"):
-        fold_bundle(graph, [tmp_path / "two"], tmp_path / "out", slots="graph", sites=(), force=False, report=lambda _: None)
+        fold_bundle(graph, [tmp_path / "two"], tmp_path / "out", sites=(), force=False, report=lambda _: None)
     decoder = replace(adapter, base=replace(base.info, labels=()))
     save_adapter(decoder, tmp_path / "decoder")
     with pytest.raises(AdapterError, match="with labels none"):
-        fold_bundle(graph, [tmp_path / "decoder"], tmp_path / "out", slots="graph", sites=(), force=False, report=lambda _: None)
+        fold_bundle(graph, [tmp_path / "decoder"], tmp_path / "out", sites=(), force=False, report=lambda _: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,5 +198,5 @@ def test_a_head_of_other_layers_is_refused(tmp_path: Path) -> None:
     wide = {"classifier.weight": np.zeros((3, 65), np.float32), "classifier.bias": np.zeros(3, np.float32)}
     save_adapter(replace(tiny.random_adapter(base.info), head=wide), tmp_path / "wide")
     with pytest.raises(GraphError, match=r"are \[out, in\] \[3, 64\] and \[3\], the adapter's classifier.weight is \[3, 65\]"):
-        fold_bundle(graph, [tmp_path / "wide"], tmp_path / "out", slots="graph", sites=(), force=False, report=lambda _: None)
+        fold_bundle(graph, [tmp_path / "wide"], tmp_path / "out", sites=(), force=False, report=lambda _: None)
     assert not (tmp_path / "out").exists()

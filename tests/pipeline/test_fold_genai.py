@@ -21,7 +21,7 @@ from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import GraphError, InputError
 from runtimes.ort.session import OrtSession
 
-QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
+QUIET = {"sites": (), "force": False, "report": lambda _: None}
 
 
 @pytest.fixture

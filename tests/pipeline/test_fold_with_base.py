@@ -31,7 +31,7 @@ from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, CalibrationError, GraphError, InputError, ParityError
 from runtimes.text.tokenizer import Tokenizer
 
-QUIET = {"slots": "graph", "sites": (), "force": False, "report": lambda _: None}
+QUIET = {"sites": (), "force": False, "report": lambda _: None}
 SILENT = {"report": lambda _: None}
 INT4 = settings_for("weight-only", bits=4, block_size=16)
 

@@ -47,7 +47,7 @@ def test_fold(family, base_folder, adapter_folders, tmp_path) -> None:
     done = subprocess.run([str(part) for part in [*command, tmp_path / "onnx"]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     folders = adapter_folders(family, ("untied", "prompt-relu"))
-    fold_bundle(tmp_path / "onnx", folders, tmp_path / "b", slots="graph", sites=(), force=False, **QUIET)
+    fold_bundle(tmp_path / "onnx", folders, tmp_path / "b", sites=(), force=False, **QUIET)
     bundle = open_bundle(tmp_path / "b")
     assert bundle.manifest.model.context_length == 512
     assert host_ladder(bundle, str(base_folder(family)), **QUIET).passed

@@ -257,9 +257,9 @@ def test_families(family, red_bundle) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_every_stream_and_slots_as_an_input(family, base_folder, red_folders, tmp_path) -> None:
+def test_every_stream(family, base_folder, red_folders, tmp_path) -> None:
     folders = red_folders(family, (*ADAPTERS, *MORE))
-    export_bundle(str(base_folder(family)), folders, tmp_path / "b", ExportSettings(slots="input"), **QUIET)
+    export_bundle(str(base_folder(family)), folders, tmp_path / "b", ExportSettings(), **QUIET)
     _check(tmp_path / "b", 6)
 
 
@@ -326,7 +326,7 @@ def test_fold_of_a_plain_graph_and_genai(red_bundle, base_folder, red_folders, g
     for name in ("model.onnx.data", "tokenizer.json", "tokenizer_config.json", "genai_config.json"):
         shutil.copyfile(plain / name, folder / name)
     shutil.copyfile(base_folder() / "config.json", folder / "config.json")
-    fold_bundle(folder, red_folders(), tmp_path / "out", slots="graph", sites=(), force=False, **QUIET)
+    fold_bundle(folder, red_folders(), tmp_path / "out", sites=(), force=False, **QUIET)
     bundle = open_bundle(tmp_path / "out")
     assert bundle.nodes == open_bundle(red_bundle()).nodes
     assert host_ladder(bundle, str(base_folder()), **QUIET).passed

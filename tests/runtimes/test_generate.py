@@ -32,12 +32,16 @@ DECODER = ToyDecoder.random()
 IDS = [toy_tokenizer().encode(p).ids for p in PROMPTS]
 GREEDY = GenerationSettings(max_new_tokens=10)
 VARIANTS = [("all", "graph", True), ("all", "input", True), ("last", "graph", True), ("all", "graph", False), ("last", "input", False)]
+IN_PLACE = [(*VARIANTS[i], "in place") for i in (0, 2, 4)]
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Bundle]:
     folder = tmp_path_factory.mktemp("toy")
-    return {v: write_toy_bundle(folder / f"{i}", logits=v[0], slot_mode=v[1], position_ids=v[2]) for i, v in enumerate(VARIANTS)}
+    return {
+        v: write_toy_bundle(folder / f"{i}", logits=v[0], slot_mode=v[1], position_ids=v[2], in_place="in place" in v)
+        for i, v in enumerate(VARIANTS + IN_PLACE)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +55,24 @@ def tokenizer(bundles: dict[tuple, Bundle]) -> Tokenizer:
     return Tokenizer.load(bundle.folder, bundle.manifest.model)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2, 5])
+@pytest.mark.parametrize("chunk", [None, 0, 1, 2, 5])
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + IN_PLACE, ids=str)
 def test_batches_chunks_and_paddings_equal_the_numpy_decoder(
     bundles: dict[tuple, Bundle], variant: tuple, name: str | None, chunk: int | None
 ) -> None:
     session = OrtSession(bundles[variant], threads=1, adapter=name)
     tokenizer = Tokenizer.load(session.bundle.folder)
-    assert padding_of(session) == ("left" if variant[2] else "none")
+    assert padding_of(session) == ("right" if variant in IN_PLACE else "left" if variant[2] else "none")
     generations = generate(session, tokenizer, IDS, GREEDY, prefill_chunk=chunk)
     for prompt, generation in zip(IDS, generations, strict=True):
         assert list(generation.tokens) == DECODER.greedy(prompt, 10, ADAPTERS.get(name))
         assert (generation.finish_reason, generation.prompt_tokens) == ("length", len(prompt))
 
 
-def test_prefill_and_append_give_the_last_real_tokens_logits(session: OrtSession) -> None:
-    batch = DecodeBatch(session, IDS)
+@pytest.mark.parametrize("variant", [VARIANTS[0], *IN_PLACE], ids=str)
+def test_prefill_and_append_give_the_last_real_tokens_logits(bundles: dict[tuple, Bundle], variant: tuple) -> None:
+    batch = DecodeBatch(OrtSession(bundles[variant], threads=1), IDS)
     for logits, prompt in zip(batch.prefill(), IDS, strict=True):
         rounding.check(logits, DECODER.logits(prompt)[-1], ROUNDING)
     batch.append([4, None, 6])
@@ -78,9 +83,9 @@ def test_prefill_and_append_give_the_last_real_tokens_logits(session: OrtSession
 
 def test_which_rows_share_a_batch() -> None:
     prompts = [[1, 2], [3], [4, 5]]
-    assert batches(prompts, "left", chunked=True) == batches(prompts, "left") == [[0, 1, 2]]
-    assert batches(prompts, "none") == [[1], [0, 2]]
-    assert batches(prompts, "none", chunked=True) == [[0], [1], [2]]
+    assert batches(prompts, "left", chunk=1) == batches(prompts, "left") == batches(prompts, "right", chunk=1) == [[0, 1, 2]]
+    assert batches(prompts, "none") == batches(prompts, "none", chunk=2) == [[1], [0, 2]]
+    assert batches(prompts, "none", chunk=1) == [[1], [0], [2]]  # a prompt in several calls is alone
     assert batches([], "left") == batches([], "none") == []
 
 
@@ -189,8 +194,8 @@ def test_prompts_are_checked(session: OrtSession, tokenizer: Tokenizer) -> None:
         generate(session, tokenizer, [""], GREEDY)
     with pytest.raises(InputError, match=f"token id {VOCABULARY}"):
         generate(session, tokenizer, [[VOCABULARY]], GREEDY)
-    with pytest.raises(InputError, match="prefill chunk is 0"):
-        generate(session, tokenizer, IDS, GREEDY, prefill_chunk=0)
+    with pytest.raises(InputError, match="prefill chunk is -1, expected at least 1 column per call, or 0"):
+        generate(session, tokenizer, IDS, GREEDY, prefill_chunk=-1)
     assert generate(session, tokenizer, [], GREEDY) == []
 
 

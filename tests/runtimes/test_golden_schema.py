@@ -230,7 +230,7 @@ def test_a_tighter_budget_is_the_one_that_counts(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"precision": "bf16"}, "says precision bf16, and reft.0.block_output.* in model.onnx is tensor"),
+        ({"precision": "bf16"}, "says precision bf16, and model.onnx has reft.0.block_output.* of tensor"),
         ({"precision": "fp64"}, "says precision fp64"),
         ({"quantization": replace(LEVEL_4, scheme="anything")}, "quantization 'anything' of 4 bits is unknown"),
         ({"quantization": replace(LEVEL_4, bits=3, accuracy_level=1)}, "quantization 'weight-only' of 3 bits is unknown"),

@@ -332,3 +332,42 @@ def test_engines_that_are_refused(own: Path) -> None:
     reseal(own / "engine" / "manifest.json", precision="fp8")
     with pytest.raises(BundleError, match="precision is 'fp8'"):
         open_engine(own / "engine")
+
+
+# --- the manifest against the graph ---------------------------------------------------------------
+
+
+def _tensor(kind: str, name: str, /, **changes: object) -> Callable[[dict], object]:
+    return lambda m: next(t for t in m[kind] if t["name"] == name).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.update(precision="fp16"), r"says precision fp16, and model.onnx has reft\.0\.block_output\.U of tensor\(float\)"),
+        (
+            lambda m: m.update(adapters=[], nodes=[], files={k: v for k, v in m["files"].items() if "/" not in k}),
+            "says no such edit node, and model.onnx has reft.0.block_output.A",
+        ),
+        (
+            lambda m: m["nodes"].append({"layer": 1, "stream": "mlp_output"}),
+            "says edit node reft.1.mlp_output, and .* has no reft.1",
+        ),
+        (lambda m: m["model"].update(vocab_size=7), "says vocab_size 7, and model.onnx has"),
+        (lambda m: m["model"].update(hidden_size=7), "says hidden_size 7, and model.onnx has reft.0.block_output.U of width"),
+        (lambda m: m["model"].update(num_hidden_layers=9), "says num_hidden_layers 9, and model.onnx has a KV cache of 2"),
+        (lambda m: m.update(logits="last"), r"says logits last, and model.onnx has logits of shape \['B', 'S'"),
+        (_tensor("inputs", "input_ids", dtype="int32"), r"says input input_ids int32 .*, and model.onnx has tensor\(int64\)"),
+        (_tensor("inputs", "past_key_values.0.key", shape=["B", 2, "P", 8]), r"says input past_key_values.0.key float \['B', 2, 'P', 8\]"),
+        (_tensor("outputs", "logits", shape=["B", "V"]), "says output logits float"),
+        (_tensor("inputs", "input_ids", name="tokens"), "says input tokens, and model.onnx has none of that name"),
+        (lambda m: m.update(inputs=m["inputs"][1:]), "says nothing of input input_ids, and model.onnx has it"),
+        (lambda m: m.update(rules="row"), r"says rules row, and model.onnx has reft.first of shape \[1\]"),
+    ],
+)
+def test_a_manifest_that_promises_another_graph_is_refused(change: Callable[[dict], object], said: str, own: Path) -> None:
+    from runtimes.ort.session import OrtSession
+
+    reseal(own / "bundle", change)
+    with pytest.raises(BundleError, match=said):
+        OrtSession(open_bundle(own / "bundle"), threads=1)

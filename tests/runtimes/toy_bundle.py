@@ -5,6 +5,7 @@ The numpy side is float64, one unpadded row at a time: it knows nothing of cache
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +16,20 @@ import onnx.parser
 import onnx_ir as ir
 import rounding
 import tokenizers
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
+from graph_passes.slots.add import rule_names
+from graph_passes.slots.rule import SLOT_VALUE
 from runtimes.artifacts.bundle import (
     AdapterRecord,
     Bundle,
     Manifest,
     ModelRecord,
     NodeRecord,
+    TensorRecord,
     open_bundle,
     write_adapter_record,
     write_manifest,
@@ -31,7 +37,7 @@ from runtimes.artifacts.bundle import (
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.op import EditNode
+from runtimes.edits.op import OVERRIDABLE_NUMBERS, SLOT_INPUT, EditNode
 from runtimes.edits.positions import PositionRule, slots
 
 WIDTH = 16
@@ -97,17 +103,19 @@ class ToyDecoder:
             tokens.append(int(self.logits(tokens, adapter, len(prompt))[-1].argmax()))
         return tokens[len(prompt) :]
 
-    def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True) -> onnx.ModelProto:
+    def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True, in_place: bool = False) -> onnx.ModelProto:
+        """``in_place``: its attention is GroupQueryAttention, over which a session can write the KV cache in place."""
         t = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[precision]
         inputs = ["int64[B, S] input_ids", "int64[B, T] attention_mask", *(["int64[B, S] position_ids"] if position_ids else [])]
         inputs += [f'{t}[B, 1, P, {WIDTH}] "past_key_values.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
         outputs = [f"{t}[B, {'S' if logits == 'all' else 1}, {VOCABULARY}] logits"]
         outputs += [f'{t}[B, 1, T, {WIDTH}] "present.{i}.{n}"' for i in range(LAYERS) for n in ("key", "value")]
         column = "Range(before, all, one)"
-        where = "position_ids" if position_ids else "columns"
-        blocks = "".join(_block(i) for i in range(LAYERS))
+        # GroupQueryAttention takes a row's tokens as the first ones of its cache, wherever they stand in the mask.
+        where = "position_ids" if position_ids else "ranks" if in_place else "columns"
+        blocks = "".join((_fused_block if in_place else _block)(i) for i in range(LAYERS))
         keep = f"out = Slice(h{LAYERS}, minus_ones, ends, axis)" if logits == "last" else f"out = Identity(h{LAYERS})"
-        text = f"""<ir_version: 10, opset_import: ["" : 20]>
+        text = f"""<ir_version: 10, opset_import: ["" : 20{', "com.microsoft" : 1' if in_place else ""}]>
             toy ({", ".join(inputs)}) => ({", ".join(outputs)}) {{
               zero = Constant<value_int = 0>()  one = Constant<value_int = 1>()  axis1 = Constant<value_ints = [1]>()
               axis = Constant<value_ints = [1]>()  axis2 = Constant<value_ints = [2]>()  axis3 = Constant<value_ints = [3]>()
@@ -117,6 +125,7 @@ class ToyDecoder:
               query = Unsqueeze(columns, axis1)  causal = LessOrEqual(every, query)
               bool_mask = Cast<to = 9>(attention_mask)  keys = Unsqueeze(bool_mask, axis1)  seen2 = And(keys, causal)
               seen = Unsqueeze(seen2, axis1)
+              {_LENGTHS if in_place else ""}
               word = Gather(embed, input_ids)  place = Gather(places, {where})  h0 = Add(word, place)
               {blocks}
               {keep}
@@ -131,6 +140,14 @@ class ToyDecoder:
         return model
 
 
+_LENGTHS = """
+    zero1 = Constant<value_ints = [0]>()  counted = CumSum(attention_mask, one)  rank = Sub(counted, one)
+    positive = Max(rank, zero)  first = Unsqueeze(before, zero1)  ranks = Slice(positive, first, ends, axis1)
+    tokens = ReduceSum<keepdims = 0>(attention_mask, axis1)  last = Sub(tokens, one)
+    past_lengths = Cast<to = 6>(last)  total = Cast<to = 6>(all)"""
+"""What GroupQueryAttention is told of every row: its tokens less one, and how wide the mask is."""
+
+
 def _block(i: int) -> str:
     x, past = f"h{i}", f"past_key_values.{i}"
     return f"""
@@ -139,7 +156,22 @@ def _block(i: int) -> str:
         "present.{i}.key" = Concat<axis = 2>("{past}.key", kh{i})  "present.{i}.value" = Concat<axis = 2>("{past}.value", vh{i})
         kt{i} = Transpose<perm = [0, 1, 3, 2]>("present.{i}.key")  raw{i} = MatMul(qh{i}, kt{i})  scaled{i} = Mul(raw{i}, scale)
         masked{i} = Where(seen, scaled{i}, never)  share{i} = Softmax<axis = -1>(masked{i})
-        context{i} = MatMul(share{i}, "present.{i}.value")  flat{i} = Squeeze(context{i}, axis1)  attended{i} = MatMul(flat{i}, "{i}.o")
+        context{i} = MatMul(share{i}, "present.{i}.value")  flat{i} = Squeeze(context{i}, axis1)
+        {_rest(i)}"""
+
+
+def _fused_block(i: int) -> str:
+    past, present = f"past_key_values.{i}", f"present.{i}"
+    return f"""
+        q{i} = MatMul(h{i}, "{i}.q")  k{i} = MatMul(h{i}, "{i}.k")  v{i} = MatMul(h{i}, "{i}.v")
+        flat{i}, "{present}.key", "{present}.value" = com.microsoft.GroupQueryAttention<num_heads = 1, kv_num_heads = 1>(
+          q{i}, k{i}, v{i}, "{past}.key", "{past}.value", past_lengths, total)
+        {_rest(i)}"""
+
+
+def _rest(i: int) -> str:
+    x = f"h{i}"
+    return f"""attended{i} = MatMul(flat{i}, "{i}.o")
         x{i} = Add({x}, attended{i})  up{i} = MatMul(x{i}, "{i}.up")  act{i} = Tanh(up{i})  mlp{i} = MatMul(act{i}, "{i}.down")
         h{i + 1} = Add(x{i}, mlp{i})"""
 
@@ -214,20 +246,24 @@ def write_toy_bundle(
     adapters: dict[str, Adapter] | None = None,
     decoder: ToyDecoder | None = None,
     float32_arrays: bool = False,
+    in_place: bool = False,
 ) -> Bundle:
-    """``float32_arrays``: the golden arrays of a bundle that is not float32, as one in half precision has them anyway."""
+    """``slot_mode``: "input" is a graph of version 1 that takes its slots. ``float32_arrays``: the golden arrays of a bundle that is not
+    float32, as one in half precision has them anyway. ``in_place``: as of ToyDecoder.graph."""
     decoder = decoder or ToyDecoder.random()
     adapters = ADAPTERS if adapters is None else adapters
     folder.mkdir(parents=True)
     linear = {EditNode(site=Site(layer=i)) for i in range(LAYERS)}
     nodes = tuple(sorted(linear | {node for adapter in adapters.values() for node in adapter.nodes()}))
-    model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids))
-    fold_graph(model, nodes, slots=slot_mode)
+    model = ir.from_proto(decoder.graph(precision=precision, logits=logits, position_ids=position_ids, in_place=in_place))
+    fold_graph(model, nodes)
+    if slot_mode == "input":
+        take_slots(model)
     ir.save(model, folder / "model.onnx")
     for name, adapter in adapters.items():
         write_adapter_record(folder, name, AdapterRecord.of(adapter))
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
-        tensors |= adapter.rule_tensors() if slot_mode == "graph" else {}
+        tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rule_names(model.graph)}
         write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
     (folder / "golden").mkdir()
     half = float32_arrays or precision != "fp32"
@@ -253,16 +289,39 @@ def write_toy_bundle(
         ir_version=10,
         logits=logits,
         slots=slot_mode,
-        inputs=(),
-        outputs=(),
+        inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
+        outputs=records(model.graph.outputs),
         nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
         adapters=tuple(adapters),
         parity_budget={},
         weights={},
         genai="a toy",
+        padding="none" if in_place else "left",
+        kv_cache="in-place" if in_place else "appended",
     )
     write_manifest(folder, manifest)
     return open_bundle(folder)
+
+
+def records(values: Iterable[ir.Value]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=v.name, dtype=v.dtype.name.lower(), shape=tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
+    )
+
+
+def take_slots(model: ir.Model) -> None:
+    """Makes of a folded graph what ``export --slots input`` made in version 1: no rule, an input reft_slot."""
+    graph = model.graph
+    remove_first_logit(graph)
+    rule = next(value for node in graph for value in node.outputs if value.name == SLOT_VALUE)
+    slot = ir.Value(name=SLOT_INPUT, type=rule.type, shape=rule.shape)
+    ir.convenience.replace_all_uses_with(rule, slot)
+    RemoveUnusedNodesPass()(model)
+    for value in [value for value in graph.inputs if value.name in OVERRIDABLE_NUMBERS]:
+        graph.inputs.remove(value)
+        graph.initializers.pop(value.name, None)
+    graph.inputs.append(slot)
 
 
 def change_manifest(bundle: Bundle, **changes: object) -> Bundle:
