@@ -139,7 +139,7 @@ def _unheld(made: Bundle, names: Sequence[str], shown: Path, report: Report) -> 
     write_manifest(made.folder, made.manifest)
     report("taking the first steps")
     left = first_steps(made.folder, shown)
-    notes = [not_held(shown, name) for name in names] + ([f"no step was taken here: {left}"] if left else [])
+    notes = [not_held(shown, *names)] + ([f"no step was taken here: {left}"] if left else [])
     return ExportResult(manifest=made.manifest, parity=None, weight_errors=(), note="; ".join(notes))
 
 

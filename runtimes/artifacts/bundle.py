@@ -491,11 +491,14 @@ class Bundle(Artifact):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def not_held(folder: Path, name: str) -> str:
-    """What is to be said of an adapter in ``Manifest.not_held``."""
+def not_held(folder: Path, *names: str) -> str:
+    """What is to be said of adapters in ``Manifest.not_held``."""
+    if len(names) == 1:
+        which, added, them = f"adapter {names[0]} is", "it was", "it"
+    else:
+        which, added, them = f"adapters {', '.join(names)} are", "they were", "them"
     return (
-        f"adapter {name} is not held against the eager model: it was added to {folder} without its base; add it again with --model and "
-        "--force"
+        f"{which} not held against the eager model: {added} added to {folder} without the base; add {them} again with --model and --force"
     )
 
 
