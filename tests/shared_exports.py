@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -38,7 +37,7 @@ def shared(export: Callable[..., Any]) -> Callable[..., Any]:
             ir.save(programs[0].model, folder / "model.onnx")
 
         folder = shared_folder(f"exports/{_digest(model, options)}", make)
-        return programs[0] if programs else SimpleNamespace(model=ir.from_proto(onnx.load(folder / "model.onnx")))
+        return programs[0] if programs else torch.onnx.ONNXProgram(ir.from_proto(onnx.load(folder / "model.onnx")), None)
 
     return exported
 

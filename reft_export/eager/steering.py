@@ -109,6 +109,8 @@ class Steering:
         self.rule, self.tied = rule, tied
         self.prompt_length: Tensor | np.ndarray | Sequence[int] | None = None
         """[B], how many of each row's real tokens are prompt; needed when a prompt does not come alone in one call."""
+        self.rows: slice | None = None
+        """The rows that are edited, where others of the batch are another adapter's or the base's; None: all of them."""
         self.slot: Tensor | None = None
         """int32 [B, S] during a forward, else None."""
         self._signature = inspect.signature(model.forward)
@@ -122,9 +124,12 @@ class Steering:
             raise InputError("a steered forward needs input_ids or inputs_embeds")
         batch, width = tokens.shape[:2]
         mask = self._mask(call, batch, width)
-        self.slot = torch.from_numpy(slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch))).to(
-            tokens.device
-        )
+        slot = slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch))
+        if self.rows is not None:
+            others = np.ones(batch, bool)
+            others[self.rows] = False
+            slot[others] = -1
+        self.slot = torch.from_numpy(slot).to(tokens.device)
 
     def after_forward(self, *_: Any) -> None:
         self.slot = None

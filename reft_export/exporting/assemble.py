@@ -19,6 +19,7 @@ from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, write_bundle
 from reft_export.bundling.result import quantization_record
 from reft_export.eager.steering import steerers_of
+from reft_export.exporting.alike import share_weights
 from reft_export.exporting.dynamo import cache_shapes
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
@@ -72,7 +73,7 @@ def assemble(
     """
     base = load_base(plan.checkpoint.folder, name=plan.checkpoint.name)
     task = TASKS[base.task]
-    nodes, model = _nodes(plan, base, settings), model_record(base)  # before exporters rearrange the base
+    nodes, model = _nodes(plan, base, settings), model_record(base)
     if task.decodes:
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
@@ -81,7 +82,9 @@ def assemble(
     )
 
     report("exporting the graph")
-    exported = ROUTES[base.task, settings.exporter](base, work / SCRATCH, settings)
+    shared = replace(base, model=share_weights(base.model))  # exporters rearrange modules in place
+    exported = ROUTES[base.task, settings.exporter](shared, work / SCRATCH, settings)
+    del shared
     graph = exported.model
     report(f"folding {len(nodes)} edit nodes")
     fold_graph(graph, nodes)
@@ -90,8 +93,7 @@ def assemble(
     errors = _quantize_and_write(work, exported, settings, report)
     if settings.weight_only is not None:
         report("recording what the eager model says with the quantized weights")
-        fresh = load_base(plan.checkpoint.folder, checked=True)  # exporting rearranged the first one's weights
-        record_quantized(work / "golden", proof, fresh.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
+        record_quantized(work / "golden", proof, base.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     parts = BundleParts(
         model=model,

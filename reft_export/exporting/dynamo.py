@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +114,8 @@ class TraceInputs:
     weights: dict[str, WeightSource]
     """By the parameter names of the rearranged model."""
     last_logits: bool
+    variable: Collection[str] = ()
+    """As of ``trace``."""
 
     @property
     def input_names(self) -> list[str]:
@@ -132,7 +134,7 @@ class TraceInputs:
         return ExportedGraph(model=graph, weights=name_weights(graph, self.weights))
 
 
-def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
+def trace_inputs(model: PreTrainedModel, *, last_logits: bool, variable: Collection[str] = ()) -> TraceInputs:
     """**Rearranges the model's linear weights in place.** Raises ExportError for a model without a KV cache, or without last logits."""
     if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ExportError(f"{model.config.model_type} cannot compute the last token's logits alone; use --logits all")
@@ -161,6 +163,7 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool) -> TraceInputs:
         past_names=names,
         weights=weights,
         last_logits=last_logits,
+        variable=variable,
     )
 
 
@@ -176,8 +179,15 @@ def _check_rotary(model: PreTrainedModel) -> None:
             )
 
 
-def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool = False, in_place: bool = False) -> ExportedGraph:
-    """Exports ``model`` in the dtype it has. **Rearranges the model's linear weights in place**: record eager results before.
+def export_dynamo(
+    model: PreTrainedModel,
+    *,
+    opset: int = 20,
+    last_logits: bool = False,
+    in_place: bool = False,
+    variable: Collection[str] = (),
+) -> ExportedGraph:
+    """Exports ``model`` in the dtype it has. **Rearranges the model's linear weights in place**; ``variable``: as of ``trace``.
 
     ``in_place``: attention as GroupQueryAttention, whose cache can be written in place, where that computes the same; else the plain
     graph, whose ``note`` says why.
@@ -189,7 +199,7 @@ def export_dynamo(model: PreTrainedModel, *, opset: int = 20, last_logits: bool 
         raise ExportError(
             f"{model.config.model_type} is a mixture of experts, which torch's exporter cannot translate; use --exporter transformers"
         )
-    inputs = trace_inputs(model, last_logits=last_logits)
+    inputs = trace_inputs(model, last_logits=last_logits, variable=variable)
     note = ""
     if in_place:
         try:
@@ -221,6 +231,7 @@ def _trace(inputs: TraceInputs, decoder: FlatCacheDecoder, opset: int) -> ir.Mod
         inputs.output_names,
         opset=opset,
         remedy="; try --exporter transformers",
+        variable=inputs.variable,
     )
 
 
@@ -233,8 +244,13 @@ def trace(
     *,
     opset: int,
     remedy: str = "",
+    variable: Collection[str] = (),
 ) -> ir.Model:
-    """The graph of ``wrapper``; raises ExportError with torch's own reason and the remedy."""
+    """The graph of ``wrapper``; raises ExportError with torch's own reason and the remedy.
+
+    ``variable``: parameters of the wrapped model that the optimizer takes for inputs, so that it neither computes with their values nor
+    joins those that are equal.
+    """
     kind = wrapper.model.config.model_type
     with quiet(), torch.no_grad():
         try:
@@ -248,14 +264,26 @@ def trace(
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
-                optimize=True,
+                optimize=not variable,
                 external_data=True,
             )
         except torch.onnx.OnnxExporterError as e:
             raise ExportError(f"torch could not export {kind}: {first_reason(e)}{remedy}") from e
     if program is None:
         raise ExportError(f"torch could not export {kind}: its exporter gave no program back{remedy}")
+    if variable:
+        _optimize_around(program, [f"{PREFIX}{name}" for name in variable])
     return program.model
+
+
+def _optimize_around(program: torch.onnx.ONNXProgram, names: Iterable[str]) -> None:
+    graph = program.model.graph
+    own = list(graph.inputs)
+    graph.inputs.extend(value for name in names if (value := graph.initializers.get(name)) is not None)
+    with quiet():
+        program.optimize()
+    graph.inputs.clear()
+    graph.inputs.extend(own)
 
 
 def has_experts(model: PreTrainedModel) -> bool:

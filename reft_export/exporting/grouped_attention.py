@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -30,7 +30,7 @@ HARMLESS = frozenset(
     {"cache_position", "dropout", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids",
      "return_dict", "scaling", "sliding_window", "softcap", "use_cache"}
 )  # fmt: skip
-"""Arguments of an attention function that the operator has, or that change nothing it computes."""
+"""Arguments of an attention function that the operator has, or that change nothing it computes; ``is_causal`` is false beside a mask."""
 PROMPTS, STEPS = (21, 6), 2
 """Tokens of the two rows that the decoder is probed with, and how many decode steps follow them."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
@@ -91,16 +91,16 @@ class GroupedCache(Cache):
         super().__init__(layers=list(self.grouped))
         self.known = known
         self.found: list[LayerAttention | None] = [None] * len(self.grouped)
-        self.windows: dict[int, int] = {}
-        """By the identity of a mask that was made."""
-        self.masks: list[torch.Tensor] = []
+        self.masks: list[tuple[torch.Tensor, int]] = []
+        """Those that were made, each with its window."""
         self.lengths = (mask.sum(1) - 1).to(torch.int32)
         self.total_tensor = torch.full((), self.total, dtype=torch.int32)
 
     def window_of(self, mask: torch.Tensor | None) -> int:
-        if mask is None or id(mask) not in self.windows:
+        window = next((window for made, window in self.masks if made is mask), None)
+        if window is None:
             raise NotGroupedError("its attention takes a mask of the family's own")
-        return self.windows[id(mask)]
+        return window
 
     @property
     def presents(self) -> list[torch.Tensor]:
@@ -142,20 +142,19 @@ def _make_mask(*arguments: Any, mask_function: Any = None, config: Any = None, *
     cache = _ACTIVE.get()
     mask = torch.zeros((), dtype=torch.bool)
     if not cache.known:
-        cache.windows[id(mask)] = _window(mask_function, getattr(config, "sliding_window", None))
-        cache.masks.append(mask)  # kept, so that no other tensor gets its identity
+        context = getattr(config, "max_position_embeddings", None)
+        cache.masks.append((mask, _window(mask_function, getattr(config, "sliding_window", None), context or 0)))
     return mask
 
 
-def _window(allows: Any, window: int | None) -> int:
-    """-1 for a causal mask, ``window`` for one that slides over so many tokens."""
-    for size in (None, window):
-        if size is not None and size < 1:
-            continue
-        last = 2 * (size or window or 8)
-        queries = torch.tensor(sorted({0, 1, *range(last // 2 - 2, last // 2 + 3), last}))[:, None].clamp(min=0)
-        keys = torch.arange(last + 2)[None]
-        zero = torch.zeros(1, 1, dtype=torch.long)
+def _window(allows: Any, window: int | None, context: int) -> int:
+    """-1 for a causal mask, ``window`` for one that slides over so many tokens; told by the keys that some queries are allowed."""
+    last = max(context, 2 * (window or 8))
+    around = () if window is None else range(max(window - 2, 0), window + 3)
+    queries = torch.tensor(sorted({0, 1, *around, last // 2, last}))[:, None]
+    keys = torch.arange(last + 2)[None]
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    for size in (None, window) if window else (None,):
         expected = (keys <= queries) & (keys > queries - (size or last + 2))
         try:
             found = torch.as_tensor(allows(zero, zero, queries, keys))
@@ -199,8 +198,6 @@ def _attributes(cache: GroupedCache, query: torch.Tensor, mask: torch.Tensor | N
     unknown = sorted(name for name, value in options.items() if name not in HARMLESS and value is not None)
     if unknown:
         raise NotGroupedError(f"its attention takes {', '.join(unknown)}")
-    if options.get("is_causal") is False:
-        raise NotGroupedError("its attention is not causal")
     scale = options.get("scaling")
     return LayerAttention(
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
@@ -259,7 +256,7 @@ class _Rows:
 
     tokens: torch.Tensor
     lengths: torch.Tensor
-    steps: int = field(default=0)
+    steps: int = 0
 
     @classmethod
     def random(cls, vocabulary: int) -> _Rows:

@@ -44,9 +44,14 @@ def _transformers(base: Base, scratch: Path, settings: ExportSettings) -> Export
 
 def _dynamo(base: Base, scratch: Path, settings: ExportSettings) -> ExportedGraph:
     from reft_export.exporting.dynamo import export_dynamo
+    from reft_export.exporting.repeated import export_repeated
 
     in_place = settings.target == "onnxruntime"
-    return export_dynamo(base.model, opset=settings.opset, last_logits=settings.logits == "last", in_place=in_place)
+    last = settings.logits == "last"
+    return export_repeated(
+        base.model,
+        lambda model, variable: export_dynamo(model, opset=settings.opset, last_logits=last, in_place=in_place, variable=variable),
+    )
 
 
 def _plain(exported: ExportedGraph, settings: ExportSettings) -> ExportedGraph:

@@ -102,10 +102,12 @@ def record_golden(
         float32=fp32 is None,
         noisy=noisy,
     )
-    for name, steerer in {**({BASE_GOLDEN: None} if of_base else {}), **steerers}.items():
+    names: dict[str, Steerer | None] = {**({BASE_GOLDEN: None} if of_base else {}), **steerers}
+    answers = inputs.answers(model, names)
+    for name, steerer in names.items():
         if on_name:
             on_name(name)
-        arrays = inputs.arrays | inputs.answers(model, steerer)
+        arrays = inputs.arrays | answers[name]
         arrays["logits"] = base_logits if steerer is None else inputs.logits(model, steerer)
         if noisy:
             arrays["noise"] = reference_noise(model, inputs, steerer, arrays["logits"])

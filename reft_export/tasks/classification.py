@@ -64,8 +64,8 @@ class ClassifierInputs:
         with torch.no_grad(), steering_of(model, steerer):
             return model(**model_inputs(model, *tensors)).logits.float().cpu().numpy()
 
-    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
-        return {}
+    def answers(self, model: PreTrainedModel, steerers: Mapping[str, Steerer | None]) -> dict[str, dict[str, np.ndarray]]:
+        return {name: {} for name in steerers}
 
     def rows(self) -> Iterator[ClassifierRow]:
         for number, real in enumerate(self.attention_mask > 0):

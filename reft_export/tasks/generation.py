@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
     from reft_export.eager.steering import Steerer, Steering
 
 GREEDY_TOKENS = 64
+NAMES_AT_ONCE = 8
+"""Base and adapters that are decoded in one batch."""
 CONTINUATION = 12
 """How many tokens of the continuation stand in input_ids, so that the decode steps are compared too."""
 LOGIT_BYTES = 16 * 2**20
@@ -70,8 +73,8 @@ class GoldenInputs:
         rows, columns = torch.from_numpy(self.logit_positions).to(device).unbind(1)
         return logits[rows, columns].float().cpu().numpy()
 
-    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
-        return {"greedy_tokens": eager_greedy(model, self, steerer)}
+    def answers(self, model: PreTrainedModel, steerers: Mapping[str, Steerer | None]) -> dict[str, dict[str, np.ndarray]]:
+        return {name: {"greedy_tokens": tokens} for name, tokens in eager_greedy(model, self, steerers).items()}
 
     def rows(self) -> Iterator[PromptRow]:
         for number, real in enumerate(self.attention_mask > 0):
@@ -188,22 +191,33 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def eager_greedy(
-    model: PreTrainedModel, inputs: GoldenInputs, steerer: Steerer | None = None, *, max_tokens: int = GREEDY_TOKENS
-) -> np.ndarray:
-    """The greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare."""
+    model: PreTrainedModel, inputs: GoldenInputs, steerers: Mapping[str, Steerer | None], *, max_tokens: int = GREEDY_TOKENS
+) -> dict[str, np.ndarray]:
+    """By name the greedy continuation [B, G] of every prompt; end tokens are ignored, so that every row has G tokens to compare.
+
+    A step reads every weight, however many rows it is for: the rows of NAMES_AT_ONCE names go together, each name's edits on its own.
+    """
     from reft_export.eager.steering import steering_of
 
     prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.prompt_length, strict=True)]
-    with steering_of(model, steerer) as handle:
-        return _greedy(model, prompts, max_tokens, handle)
+    found: dict[str, np.ndarray] = {}
+    for start in range(0, len(steerers), NAMES_AT_ONCE):
+        names = list(steerers)[start : start + NAMES_AT_ONCE]
+        with ExitStack() as steered:
+            for number, name in enumerate(names):
+                if (handle := steered.enter_context(steering_of(model, steerers[name]))) is not None:
+                    handle.rows = slice(number * len(prompts), (number + 1) * len(prompts))
+            tokens = _greedy(model, prompts * len(names), max_tokens)
+        found |= zip(names, np.split(tokens, len(names)), strict=True)
+    return found
 
 
-def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int, steering: Steering | None = None) -> np.ndarray:
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     import torch
 
     from reft_export.eager.steering import greedy_tokens
 
     # Pads stand on the left: a sliding window counts columns, so pads between a prompt and its answer would fill it.
     ids, mask = (np.fliplr(x) for x in pad_right([row[::-1] for row in prompts]))
-    tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count, steering=steering)
+    tokens = greedy_tokens(model, torch.from_numpy(ids.copy()), torch.from_numpy(mask.copy()), count)
     return np.asarray(tokens, np.int64)

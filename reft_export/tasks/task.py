@@ -54,8 +54,8 @@ class Inputs(Protocol):
         """Float32 [recorded positions, V] or [B, labels], from one full forward."""
         ...
 
-    def answers(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
-        """What is recorded beside the logits: a decoder's greedy tokens."""
+    def answers(self, model: PreTrainedModel, steerers: Mapping[str, Steerer | None]) -> dict[str, dict[str, np.ndarray]]:
+        """By name what is recorded beside the logits: a decoder's greedy tokens."""
         ...
 
     def rows(self) -> Iterator[Row]: ...

@@ -319,7 +319,9 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
     mount = tmp_path / "small"
     mount.mkdir()
     if verb == "fold":
-        arguments = f"{save_foreign(bundle_folder('llama'), tmp_path / 'plain')} -a {adapter_folders('llama', ('tied',))[0]}"
+        arguments = (
+            f"{save_foreign(bundle_folder('llama', target='tensorrt'), tmp_path / 'plain')} -a {adapter_folders('llama', ('tied',))[0]}"
+        )
     else:
         arguments = f"-m {base_folder('llama')}"
     unshare = ["unshare", "--user", "--map-root-user", "--mount"] if os.geteuid() else ["unshare", "--mount"]

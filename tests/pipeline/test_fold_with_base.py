@@ -39,7 +39,7 @@ INT4 = settings_for("weight-only", bits=4, block_size=16)
 @pytest.fixture
 def joined(bundle_folder, tmp_path) -> Path:
     """A llama whose q, k, v and whose gate, up are one product each, its weights named by number."""
-    return save_foreign(bundle_folder("llama"), tmp_path / "foreign", join=True)
+    return save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", join=True)
 
 
 def test_folded_with_its_base_and_quantized(joined, base_folder, adapter_folders, tmp_path) -> None:
@@ -90,7 +90,7 @@ def test_a_cache_that_only_comes_out_is_refused(
     def change(model: ir.Model) -> None:
         _without_past(model, *layers, declared=declared)
 
-    source = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=change)
+    source = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=change)
     base = str(base_folder("llama")) if with_base else None
     with pytest.raises(GraphError, match=match) as caught:
         fold_bundle(source, adapter_folders("llama", ("untied",)), tmp_path / "b", model=base, **QUIET)
@@ -106,7 +106,7 @@ def _renamed_cache(model: ir.Model) -> None:
 
 def test_a_cache_of_other_names_answers_as_eager_does(bundle_folder, base_folder, adapter_folders, tmp_path) -> None:
     """And says of which family it is: with the config.json of its base beside it the fold goes through, with another's not."""
-    source = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=_renamed_cache)
+    source = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=_renamed_cache)
     assert "past_key_0" in {value.name for value in load_graph(source).graph.inputs}
     folders, config = adapter_folders("llama", ("untied",)), source.parent / "config.json"
     config.write_text('{"model_type": "mistral"}')
@@ -141,7 +141,7 @@ def test_the_weights_tell_the_width(bundle_folder, base_folder, tmp_path) -> Non
         for value in (v for node in model.graph for v in node.outputs if not v.is_graph_output()):
             value.shape = None
 
-    graph = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=undeclare)
+    graph = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=undeclare)
     options = {**QUIET, "sites": (Site(layer=1),)}
     fold_bundle(graph, [], tmp_path / "alone", **options)
     assert open_bundle(tmp_path / "alone").manifest.model.hidden_size == load_base(str(base_folder("llama"))).info.hidden_size
@@ -211,7 +211,7 @@ def test_weights_in_a_few_bits(bundle_folder, base_folder, tmp_path) -> None:
         model.graph.insert_before(node, restore)
         node.replace_input_with(1, restore.outputs[0])
 
-    graph = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=quantize_one)
+    graph = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=quantize_one)
     with pytest.raises(GraphError, match=r"1 weights were quantized .*\.q, INT8, of DequantizeLinear"):
         fold_bundle(graph, [], tmp_path / "b", model=str(base_folder("llama")), **QUIET)
 
@@ -248,7 +248,7 @@ def _scale(model: ir.Model) -> None:
 @pytest.mark.slow
 def test_a_weight_that_the_exporter_scaled(bundle_folder, base_folder, adapter_folders, tmp_path) -> None:
     base = str(base_folder("llama"))
-    graph = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=_scale)
+    graph = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=_scale)
     assert fold_bundle(graph, adapter_folders("llama", ("untied",)), tmp_path / "b", model=base, **QUIET).parity.passed
     with pytest.raises(CalibrationError, match=r"1 weights to quantize are no parameters .*--keep-high: onnx::MatMul_\d+$") as caught:
         quantize_bundle(tmp_path / "b", base, tmp_path / "q", INT4, **SILENT)
@@ -268,7 +268,7 @@ def test_a_graph_that_computes_something_else(bundle_folder, base_folder, adapte
         second.replace_input_with(1, one)
 
     base, adapters = str(base_folder("llama")), adapter_folders("llama", ("untied",))
-    graph = save_foreign(bundle_folder("llama"), tmp_path / "foreign", change=swap)
+    graph = save_foreign(bundle_folder("llama", target="tensorrt"), tmp_path / "foreign", change=swap)
     with pytest.raises(ParityError, match="was it exported from another checkpoint"):
         fold_bundle(graph, adapters, tmp_path / "b", model=base, **QUIET)
     assert not (tmp_path / "b").exists()

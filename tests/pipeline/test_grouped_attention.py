@@ -39,7 +39,6 @@ def probed(family: str, **overrides: object) -> list[LayerAttention]:
         ("gemma2", [LayerAttention(scale=SCALE, window=bases.WINDOW, softcap=50.0), LayerAttention(scale=SCALE, softcap=50.0)]),
         ("gemma3_text", [LayerAttention(scale=SCALE, window=bases.WINDOW)] * 2),
         ("granite", [LayerAttention(scale=0.015)] * 2),
-        ("opt", [LayerAttention(scale=1.0)] * 2),
         ("gpt2", [LayerAttention(scale=SCALE)] * 2),
     ],
 )
@@ -51,8 +50,7 @@ def test_every_layer_is_read_off_the_model(family, layers) -> None:
     ("family", "overrides", "why"),
     [
         ("bloom", {}, "does not go through transformers' attention interface"),
-        ("diffllama", {}, "changes keys or values after they are cached"),
-        ("deepseek_v3", {}, "changes keys or values after they are cached"),
+        ("deepseek_v3", {}, "changes keys or values after they are cached|its keys are 24 wide and its values 16"),
         ("gpt_oss", {}, "its attention takes s_aux"),
         ("doge", {}, "its own code does not run with another attention"),
         ("llama", {"head_dim": 12}, "its heads are 12 wide, no multiple of 8"),
@@ -68,7 +66,6 @@ def test_what_the_operator_cannot_say_is_told_before_tracing(family, overrides, 
     [
         (lambda options: options | {"scaling": options["scaling"] * 1.01}, "computes something else"),
         (lambda options: options | {"softcap": 20.0}, "computes something else"),
-        (lambda options: options | {"is_causal": False}, "is not causal"),
         (lambda options: options | {"alibi": torch.ones(1)}, "its attention takes alibi"),
     ],
 )
@@ -82,7 +79,7 @@ def test_an_attention_that_says_something_else_of_itself(fault, why, monkeypatch
 
 @pytest.mark.parametrize(("allows", "window"), [(lambda b, h, q, k: k <= q, -1), (lambda b, h, q, k: (k <= q) & (k > q - 40), 40)])
 def test_masks_are_told_by_what_they_allow(allows, window) -> None:
-    assert grouped_attention._window(allows, 40) == window
+    assert grouped_attention._window(allows, 40, 512) == window
 
 
 @pytest.mark.parametrize(
@@ -91,12 +88,13 @@ def test_masks_are_told_by_what_they_allow(allows, window) -> None:
         lambda b, h, q, k: q >= 0 * k,  # bidirectional
         lambda b, h, q, k: (k <= q) & (k > q - 41),  # another window than the config's
         lambda b, h, q, k: (k <= q) & (k // 40 == q // 40),  # chunks
+        lambda b, h, q, k: (k <= q) & (k > q - 400),  # one that the config does not tell
         lambda b, h, q, k: (k <= q) | (k < 5),  # a prefix
     ],
 )
 def test_other_masks_are_refused(allows) -> None:
     with pytest.raises(NotGroupedError, match="neither causal nor a sliding window"):
-        grouped_attention._window(allows, 40)
+        grouped_attention._window(allows, 40, 512)
 
 
 def run_graph(graph: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -130,7 +128,7 @@ def beyond_the_window(model: PreTrainedModel, graph: ir.Model) -> float:
 
 @pytest.mark.parametrize(
     "family",
-    ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "mistral", "gemma3_text", "gpt2", "opt", "cohere2", "cwm"))],
+    ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "mistral", "gemma3_text", "gpt2", "phi", "cohere2"))],
 )
 def test_the_traced_graph_is_the_eager_model(family) -> None:
     """Sliding windows, soft caps, heads of keys shared or not: rows of unequal length, prefilled and decoded together."""

@@ -64,7 +64,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, bundle_folder, base_folder) -> Stage:
     root = tmp_path_factory.mktemp("hostile")
-    graph = save_foreign(bundle_folder("llama"), root / "graph")
+    graph = save_foreign(bundle_folder("llama", target="tensorrt"), root / "graph")
     save_adapter(tiny.random_adapter(load_base(base_folder("llama")).info), root / "style")
     return Stage(root=root, graph=graph, adapter=root / "style", base=base_folder("llama"), bundle=bundle_folder("llama"))
 

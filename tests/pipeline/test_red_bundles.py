@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -89,11 +90,12 @@ def red_folders(base_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def red_bundle(base_folder, red_folders):
-    def folder(family: str = "llama", precision: str = "fp32") -> Path:
+    def folder(family: str = "llama", precision: str = "fp32", *, target: Literal["onnxruntime", "tensorrt"] = "onnxruntime") -> Path:
         def make(output: Path) -> None:
-            export_bundle(str(base_folder(family)), red_folders(family), output, ExportSettings(precision=precision), **QUIET)
+            settings = ExportSettings(precision=precision, target=target)
+            export_bundle(str(base_folder(family)), red_folders(family), output, settings, **QUIET)
 
-        return shared_folder(f"red-bundles/{family}-{precision}", make)
+        return shared_folder(f"red-bundles/{target}/{family}-{precision}", make)
 
     return folder
 
@@ -337,7 +339,7 @@ def test_fold_of_a_plain_graph_and_genai(red_bundle, base_folder, red_folders, g
 
 def test_plan_of_an_engine(red_bundle) -> None:
     """Widths are no ranks: limits and profiles come from the low-rank banks and the slots alone."""
-    opened = open_bundle(red_bundle())
+    opened = open_bundle(red_bundle(target="tensorrt"))
     tensors = {name: read_onnx_adapter(opened.adapter(name).file) for name in opened.adapter_names}
     graph = derive_tensorrt_graph(load_graph(opened.graph_path), plugin=False)
     limits = plan_module._limits(opened, BuildSettings(target="tensorrt-rtx", use_plugin=False), tensors, plugin=False)
@@ -349,7 +351,7 @@ def test_plan_of_an_engine(red_bundle) -> None:
 
 
 def test_a_plugin_from_before_is_refused(red_bundle, tmp_path, monkeypatch) -> None:
-    graph = derive_tensorrt_graph(load_graph(open_bundle(red_bundle()).graph_path), plugin=True)
+    graph = derive_tensorrt_graph(load_graph(open_bundle(red_bundle(target="tensorrt")).graph_path), plugin=True)
     monkeypatch.setattr(plugin_module, "plugin_details", lambda library: ("LoReFT 1, RED 1, TensorRT 10.3.0", ("86",)))
     plugin_module.check_ops(tmp_path / "libreft_trt.so", graph)
     monkeypatch.setattr(plugin_module, "plugin_details", lambda library: ("LoReFT 1, TensorRT 10.3.0", ("86",)))
@@ -362,7 +364,15 @@ def test_a_plugin_from_before_is_refused(red_bundle, tmp_path, monkeypatch) -> N
 def test_tensorrt_engines(freeze, plugin, red_bundle, tensorrt_rtx, request, tmp_path) -> None:
     """The real TensorRT-RTX builds both bodies, and both plugins; adapters stay inputs, or one is part of the engine."""
     how = ["--plugin", request.getfixturevalue("tensorrt_plugin")] if plugin else ["--no-plugin"]
-    command = [sys.executable, "-m", "reft_export.cli.main", "build", red_bundle("llama", "fp16"), "--target", "tensorrt-rtx"]
+    command = [
+        sys.executable,
+        "-m",
+        "reft_export.cli.main",
+        "build",
+        red_bundle("llama", "fp16", target="tensorrt"),
+        "--target",
+        "tensorrt-rtx",
+    ]
     command += ["--sm", "86", *how, "-o", tmp_path / "engine", *(["--freeze", freeze] if freeze else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": tensorrt_rtx["PYTHONPATH"]}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -372,7 +382,7 @@ def test_tensorrt_engines(freeze, plugin, red_bundle, tensorrt_rtx, request, tmp
     names = {record.name for record in engine.engine.inputs if ".red." in record.name}
     assert names == (set() if freeze else {name for node in engine.nodes if node.op == RED_TYPE for name in node.bank_names})
     assert set(engine.adapter_names) == ({freeze} if freeze else set(ADAPTERS))
-    source = open_bundle(red_bundle("llama", "fp16"))
+    source = open_bundle(red_bundle("llama", "fp16", target="tensorrt"))
     for name in () if freeze else engine.adapter_names:
         bound, stored = read_engine_adapter(engine.adapter_file(name)), read_onnx_adapter(source.adapter(name).file)
         assert all(np.array_equal(bound[key], stored[key]) for key in stored)

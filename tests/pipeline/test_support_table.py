@@ -101,6 +101,17 @@ def test_the_page_shows_every_outcome() -> None:
     assert text.count("Not run yet.") == len(ROUTES)  # one route was, of the decoders; the classifiers were not
 
 
+def test_the_page_says_how_caches_grow() -> None:
+    shown = [
+        _cell(relative=5.4e-7, streams=STREAMS, cache="in place"),
+        _cell(dtype="int4", relative=2e-7, streams=STREAMS, target="tensorrt"),
+        _cell(family="bloom", relative=3e-7, streams=STREAMS, cache="copied", copied="its attention is its own"),
+    ]
+    text = page({cell.key: cell for cell in shown})
+    assert "| llama | b a m | 5e-07 | . | . | . | 2e-07 (t) | . | in place |" in text
+    assert r"| bloom | b a m | 3e-07 | . | . | . | . | . | copied \[1\] |" in text and "1. its attention is its own" in text
+
+
 def test_classifiers_have_a_section_of_their_own() -> None:
     shown = [_cell(relative=1e-7, streams=STREAMS), _cell(family="bert", relative=2e-6, streams=STREAMS)]
     text = page({cell.key: cell for cell in shown})

@@ -10,7 +10,17 @@ import rounding
 import torch
 from transformers import PreTrainedModel
 
-from reft_export.eager.steering import decoder_layers, greedy_tokens, low_rank_edit_fn, site_module, steer, steered
+from reft_export.eager.steering import (
+    decoder_layers,
+    greedy_tokens,
+    low_rank_edit_fn,
+    site_module,
+    steer,
+    steered,
+    steerers_of,
+    steering_of,
+)
+from reft_export.tasks.generation import GoldenInputs, eager_greedy, pad_right
 from reft_export.training.interventions import Interventions
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import STREAMS, LowRankEdit, Site
@@ -246,3 +256,20 @@ def test_refused_forwards_and_adapters(llama: PreTrainedModel) -> None:
         pass
     with pytest.raises(InputError, match="layer 3 does not exist in this base .3 layers, 0 to 2."):
         site_module(llama, Site(layer=3))
+
+
+def test_base_and_adapters_are_decoded_in_one_batch_as_alone(llama) -> None:
+    """Prefix and suffix, all positions, and the base, whose prompts differ in length: each name's rows are its own."""
+    ids, mask = pad_right([[5, 9, 17, 33, 65], [8, 6], [70, 71, 72, 12]])
+    inputs = GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=mask.sum(1), logit_positions=np.zeros((1, 2), np.int64))
+    ends, everywhere = PositionRule(first=1, last=1), EVERYWHERE
+    adapters = {"ends": lobireft(Site(layer=0), rule=ends, size=3), "all": lobireft(Site(layer=1), rule=everywhere, size=3)}
+    steerers = {"base": None, **steerers_of(adapters)}
+    together = eager_greedy(llama, inputs, steerers, max_tokens=12)
+    assert len({together[name].tobytes() for name in steerers}) == 3
+    for name, steerer in steerers.items():
+        np.testing.assert_array_equal(together[name], eager_greedy(llama, inputs, {name: steerer}, max_tokens=12)[name])
+        for row, length in enumerate(inputs.prompt_length):
+            prompt = torch.from_numpy(ids[row : row + 1, :length])
+            with steering_of(llama, steerer) as handle:
+                assert greedy_tokens(llama, prompt, None, 12, steering=handle) == [together[name][row].tolist()]

@@ -51,6 +51,8 @@ class Cell:
     """Where the adapters' edits stood."""
     missing: str = ""
     """Why not at all of STREAMS."""
+    target: str = "onnxruntime"
+    """What the graph was exported for; the table runs the default."""
     cache: str = ""
     """How a decoder's KV cache grows: in place, or copied."""
     copied: str = ""

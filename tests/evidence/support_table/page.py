@@ -97,6 +97,7 @@ weights, at accuracy level 1. Budgets: {budgets}.
 | cell | means |
 |---|---|
 | 5e-07 | exported at this parity |
+| 5e-07 (t) | the same of the graph for `--target tensorrt`, run before there was another; its cache is copied |
 | structure only | bfloat16: written and accepted by ONNX's checker; no CPU runs it |
 | **wrong** 3e-01 \\[1\\] | misses a budget, which the note names: stopped by the parity gate, no bundle is written |
 | no \\[1\\] | refused in one line, quoted below the table |
@@ -145,7 +146,7 @@ def _cell(cell: Cell | None, notes: dict[str, int]) -> str:
     if cell is None:
         return "."
     if cell.outcome == "ok":
-        return f"{cell.relative:.0e}"
+        return f"{cell.relative:.0e}" + " (t)" * (cell.target == "tensorrt")
     if cell.outcome == "structure":
         return "structure only"
     if cell.outcome == "wrong":
