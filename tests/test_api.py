@@ -21,6 +21,7 @@ import runtimes
 ROOT = Path(__file__).parent.parent
 API = {
     reft_export: {
+        "add_adapter",
         "build_engine",
         "check_parity",
         "export_bundle",
@@ -28,6 +29,7 @@ API = {
         "import_adapter",
         "load_base",
         "quantize_bundle",
+        "remove_adapter",
         "steered",
         "train",
     },

@@ -81,7 +81,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
         row = {"name": name, "method": r.method, "rank": _rank(r), "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
-        adapters.append(row | {"trained on": (r.trained_on or "the base")[:12]})
+        adapters.append(row | {"trained on": (r.trained_on or "the base")[:12], "held": name not in m.not_held})
     q = m.quantization
     head = {"head": f"{len(m.head)} parameters that adapters bring: {', '.join(m.head)}"} if m.head else {}
     return {

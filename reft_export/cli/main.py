@@ -21,6 +21,7 @@ VERBS = {
         "export",
         "fold",
         "quantize",
+        "add",
         "build",
         "run",
         "parity",

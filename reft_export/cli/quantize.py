@@ -129,9 +129,7 @@ def quantize(
             raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
         make = partial(swap_bundle, adapters=() if refitting else adapters or ())
     elif adapters and refit is None:
-        raise InputError(
-            f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export export`"
-        )
+        raise InputError(f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export add`")
     else:
         from calibration.settings import settings_for
         from reft_export.quantizing.quantize import quantize_bundle

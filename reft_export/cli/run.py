@@ -10,6 +10,7 @@ import typer
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import Kernel, Provider, Threads, check_choice, check_session_options, refuse_given
 from reft_export.cli.run_options import RunOptions
+from reft_export.console import err, escape
 
 GENERATION = (
     "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
@@ -75,6 +76,7 @@ def run(
     A classifier says the label of each text, and the probabilities of all labels.
     """
     from reft_export.cli import answer, classify
+    from runtimes.artifacts.bundle import not_held
     from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
     from runtimes.errors import InputError
     from runtimes.open import open_artifact, open_session
@@ -107,6 +109,8 @@ def run(
     opened = open_artifact(bundle, verify=verify)
     if adapter is not None:
         opened.adapter(adapter)
+        if adapter in opened.manifest.not_held:
+            err.print(f"[yellow]note:[/] {escape(not_held(bundle, adapter))}")
     prepare, refused, why = {
         TEXT_GENERATION: (answer.prepare, ("pair",), f"a classifier's, and {bundle} generates text"),
         TEXT_CLASSIFICATION: (classify.prepare, GENERATION, f"for text generation, and {bundle} is a classifier"),

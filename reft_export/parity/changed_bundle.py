@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graph_passes.external import load_graph
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Quantization
 from runtimes.errors import BundleError
+from runtimes.files.folders import copy_file
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
         change(graph)
         ir.save(graph, folder / GRAPH_FILE)
         if (bundle.folder / DATA_FILE).is_file():
-            shutil.copyfile(bundle.folder / DATA_FILE, folder / DATA_FILE)
+            copy_file(bundle.folder / DATA_FILE, folder / DATA_FILE)
         for name in bundle.adapter_names:
             (folder / "adapters").mkdir(exist_ok=True)
             for suffix in (".onnx_adapter", ".json"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,20 @@ from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
 
 
-def gate(folder: Path, output: Path, *, proof: Path | None = None, stepped: Sequence[Rung] = (), remedy: str = "") -> ParityReport:
+def gate(
+    folder: Path,
+    output: Path,
+    *,
+    proof: Path | None = None,
+    stepped: Sequence[Rung] = (),
+    names: Collection[str] | None = None,
+    remedy: str = "",
+) -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
     ``proof``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``remedy``: what to try
-    where a budget is missed; "" is the quantization's own advice.
+    their quantization; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``names``: of base and adapters
+    those to hold; None is all. ``remedy``: what to try where a budget is missed; "" is the quantization's own advice.
     """
     from reft_export.parity.changed_bundle import quantization_of
     from reft_export.parity.ladder import check, float_label, with_float_activations
@@ -27,8 +35,8 @@ def gate(folder: Path, output: Path, *, proof: Path | None = None, stepped: Sequ
     rungs: list[Rung] = list(stepped)
     if proof is not None and any(proof.iterdir()):
         with with_float_activations(bundle) as changed:
-            rungs += check(changed, proof, float_label(quantization_of(bundle)))
-    shipped = check_golden(bundle, ort_session(bundle)).rungs
+            rungs += check(changed, proof, float_label(quantization_of(bundle)), names=names)
+    shipped = check_golden(bundle, ort_session(bundle), names=names).rungs
     if bundle.manifest.quantization is not None:
         shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
     rungs += shipped

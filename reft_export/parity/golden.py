@@ -84,11 +84,13 @@ def record_golden(
     *,
     fp32: Mapping[str, np.ndarray] | None = None,
     noisy: bool = False,
+    of_base: bool = True,
     on_name: Callable[[str], None] | None = None,
 ) -> None:
     """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32`` holds the float32 model's logits by name.
 
-    ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too.
+    ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too. ``of_base``: the base's arrays,
+    too, which a bundle may have already.
     """
     folder.mkdir(exist_ok=True)
     base_logits = inputs.logits(model)
@@ -100,7 +102,7 @@ def record_golden(
         float32=fp32 is None,
         noisy=noisy,
     )
-    names: dict[str, Steerer | None] = {BASE_GOLDEN: None, **steerers}
+    names: dict[str, Steerer | None] = {**({BASE_GOLDEN: None} if of_base else {}), **steerers}
     answers = inputs.answers(model, names)
     for name, steerer in names.items():
         if on_name:
@@ -130,13 +132,16 @@ def record_quantized(
     inputs: Inputs,
     steerers: Mapping[str, Steerer],
     fp32: Mapping[str, np.ndarray],
+    *,
+    of_base: bool = True,
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
 
-    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty.
+    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty. ``of_base``: as of
+    ``record_golden``.
     """
     load_dequantized(model, graph, sources)
     if activation_quantization(graph):
-        record_golden(proof, model, inputs, steerers, fp32=fp32)
+        record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
     with activations_quantized(model, graph, sources):
-        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=bool(activation_quantization(graph)))
+        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=bool(activation_quantization(graph)), of_base=of_base)

@@ -9,7 +9,7 @@ eager, fake-quantized -> shipped     where the bundle quantizes activations too:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,17 +183,17 @@ def check(
     recorded: Path,
     rung: str,
     *,
-    names: tuple[str, ...] | None = None,
+    names: Collection[str] | None = None,
     provider: str = "cpu",
     kernel: str | None = None,
 ) -> list[Rung]:
-    """``check_golden`` against arrays recorded just now, under the rung's name."""
+    """``check_golden`` against arrays recorded just now, under the rung's name: of ``names``, whatever was recorded when it was made."""
     from runtimes.open import ort_session
 
-    manifest = bundle.manifest if names is None else replace(bundle.manifest, adapters=tuple(n for n in names if n != BASE_GOLDEN))
-    live = RecordedBundle(folder=bundle.folder, manifest=manifest, recorded=recorded)
+    adapters = bundle.adapter_names if names is None else tuple(name for name in bundle.adapter_names if name in names)
+    live = RecordedBundle(folder=bundle.folder, manifest=replace(bundle.manifest, adapters=adapters, not_held=()), recorded=recorded)
     session = ort_session(live, provider=provider, kernel=kernel)
-    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session).rungs]
+    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session, names=names).rungs]
 
 
 @contextmanager

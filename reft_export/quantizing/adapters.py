@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from graph_passes.external import load_graph
-from graph_passes.head import head_defaults
-from graph_passes.slots.add import rule_names
+from reft_export.adding.files import copy_bundle, held, write_adapters
+from reft_export.adding.held import record_adapters
 from reft_export.base.adapters import check_fit
-from reft_export.base.load import Base, load_base, set_precision
-from reft_export.bundling.files import Report, head_tensors, write_adapter
+from reft_export.base.load import Base, load_base
+from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import steerers_of
 from reft_export.evaluation.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_logits, record_quantized
+from reft_export.parity.golden import fp32_logits
 from reft_export.parity.ladder import check_same_base, stored_inputs
 from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
 from reft_export.quantizing.settings import REMEDY
-from runtimes.artifacts.bundle import BASE_GOLDEN, NOT_HASHED, Bundle, Manifest, open_bundle, write_manifest
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Manifest, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.files.folders import atomic_folder
 
@@ -90,8 +87,7 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
     check_same_base(bundle, base, model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    steerers = steerers_of(adapters)
-    fp32 = stored_fp32_logits(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers)
+    fp32 = stored_fp32_logits(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers_of(adapters))
     manifest = replace_adapters(work, base, adapters, fp32, proof)
     gc.collect()
     return manifest
@@ -100,23 +96,14 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
 def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp32: Mapping[str, np.ndarray], proof: Path) -> Manifest:
     """Puts ``adapters`` into the bundle that is being made in ``work``, those of the same name being replaced.
 
-    ``base`` is fresh from disk; its weights are replaced by the bundle's. ``fp32``: the float32 model's logits by name, for the base and
-    every adapter, new and old: what delta parity is held to. ``proof`` takes arrays recorded with float activations, where the bundle
-    quantizes them. Raises AdapterError for an adapter that needs an edit node which the graph lacks.
+    ``base``, ``fp32`` and ``proof``: as of ``record_adapters``, for the base and every adapter, new and old, all of which are held again.
+    Raises AdapterError for an adapter that needs an edit node which the graph lacks.
     """
-    bundle = open_bundle(work)
-    m, graph = bundle.manifest, load_graph(bundle.graph_path)
-    for name, adapter in adapters.items():
-        head = head_tensors(adapter, m.head, head_defaults(graph, m.head))
-        write_adapter(work, name, adapter, bundle.nodes, precision=m.precision, rules=rule_names(graph.graph), head=head)
-    steerers = {name: bank_steerer(bundle, name) for name in m.adapters if name not in adapters}
-    steerers |= steerers_of(adapters)
-    set_precision(base.model, m.precision)
-    with tempfile.TemporaryDirectory() as recorded:
-        record_quantized(Path(recorded), proof, base.model, graph, m.weights, stored_inputs(bundle), steerers, fp32)
-        for name in adapters:
-            shutil.copyfile(Path(recorded) / f"{name}.npz", work / "golden" / f"{name}.npz")
-    manifest = replace(m, adapters=tuple(dict.fromkeys((*m.adapters, *adapters))))
+    before = open_bundle(work)
+    bundle = write_adapters(before, adapters)
+    others = {name: bank_steerer(before, name) for name in before.adapter_names if name not in adapters}
+    record_adapters(bundle, base, steerers_of(adapters), fp32, proof, again=others)
+    manifest = held(bundle, tuple(adapters)).manifest
     write_manifest(work, manifest)
     return manifest
 
@@ -128,11 +115,3 @@ def stored_fp32_logits(bundle: Bundle) -> dict[str, np.ndarray]:
     for arrays in golden.values():
         fp32[BASE_GOLDEN] = arrays["fp32_base_logits"]
     return fp32
-
-
-def copy_bundle(bundle: Bundle, work: Path) -> None:
-    """Every file of the bundle, session configs that its user may have edited among them."""
-    for name in (*bundle.manifest.files, *NOT_HASHED):
-        if (bundle.folder / name).is_file():
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.folder / name, work / name)

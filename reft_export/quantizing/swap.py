@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from reft_export.adding.checks import check_addition
 from reft_export.base.adapters import load_adapters
-from reft_export.base.same_base import comparable, require_same
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.quantizing.settings import RefitSettings, check_task
-from runtimes.artifacts.bundle import Bundle, check_adapter_name, open_bundle
-from runtimes.edits.adapter import Adapter
-from runtimes.errors import AdapterError, CalibrationError
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.errors import CalibrationError
 from runtimes.files.folders import check_destination
-from runtimes.precision import NUMPY_DTYPES
 
 
 def swap_bundle(
@@ -44,7 +42,7 @@ def swap_bundle(
     bundle = open_bundle(source)
     if bundle.manifest.quantization is None:
         raise CalibrationError(
-            f"{source} is a float bundle: adapters get into it with `reft-export export`, and are trained with `reft-export train`"
+            f"{source} is a float bundle: adapters get into it with `reft-export add`, and are trained with `reft-export train`"
         )
     check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks())
     if accept_base:
@@ -53,7 +51,7 @@ def swap_bundle(
         bundle = made_from(bundle, model)
     given = {} if refit else load_adapters(adapters)
     for name, adapter in given.items():
-        check_swap(bundle, name, adapter, accept_base=accept_base)
+        check_addition(bundle, name, adapter, accept_base=accept_base)
 
     # torch comes with these, and takes seconds: nothing is left that could be refused without it
     from reft_export.quantizing.adapters import make_swapped
@@ -61,24 +59,3 @@ def swap_bundle(
 
     new = plan_refit(bundle, model, refit, output, force=force) if refit else given
     return make_swapped(bundle, model, output, new, yardsticks, accept_base=accept_base, force=force, report=report)
-
-
-def check_swap(bundle: Bundle, name: str, adapter: Adapter, *, accept_base: bool = False) -> None:
-    """Raises AdapterError for an adapter of another base, for other sites, or trained on the weights of another bundle."""
-    check_adapter_name(name)
-    of = bundle.manifest.model
-    if of.fingerprint and comparable(adapter.base, of):  # else the base tells, which ``put_in`` loads
-        require_same(
-            f"adapter {name} was trained on",
-            adapter.base,
-            f"{bundle.folder} was made from",
-            of,
-            "use the base it was trained on",
-            accept=accept_base,
-        )
-    if adapter.trained_on not in (None, bundle.digest):
-        raise AdapterError(
-            f"adapter {name} was trained on the weights of a bundle with digest {adapter.trained_on[:12]}, {bundle.folder} has "
-            f"{bundle.digest[:12]}; train it on this one with --base"
-        )
-    adapter.banks(bundle.nodes, NUMPY_DTYPES[bundle.manifest.precision])

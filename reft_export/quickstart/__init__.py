@@ -3,6 +3,8 @@
 story    the run: train, export, calibrate, quantize, refit, compare
 report   report.html
 task     the steering task: pirate training examples, held-out prompts and the checker
+upper    the task on a real model: answers in upper case
+subjects the built-in base or a real model, each with its task and settings
 base/    a Llama-architecture model of about a million parameters, with its tokenizer
 """
 

@@ -30,13 +30,20 @@ th { color: #566070; font-weight: 600 } .fail { color: #d9480f; font-weight: 700
 """
 
 
+COMPARED = (
+    "Static int8 fixes the ranges of activations: measured on the base alone, or with the edits on. A refit re-trains the adapter for a "
+    "few steps on the int4 weights. Agreement: the share of fp32's steered answers that the bundle would say, token by token."
+)
+GATED = "(Steered - base) in the quantized bundle against float32 eager PyTorch; what keeps too little of it makes no bundle."
+
+
 def write_report(path: Path, story: Any) -> None:
     """Writes ``story`` (quickstart.story.Story) to ``path``."""
     plots = (
         (_loss, "Training loss of the adapter; the base is frozen."),
         (_parity, "Largest logit error of every rung, relative to the largest logit, beside its budget. Left is better."),
         (_delta, "Delta parity: how much of (steered - base) in float32 eager PyTorch is left on the device. 1 is all of it."),
-        (_success, "Held-out prompts whose answer talks like a pirate."),
+        (_success, f"Held-out prompts whose answer {story.says}."),
         (_sizes, "Size of the graph and its weights, and time per decoded token."),
     )
     figures = "".join(f"<figure>{_svg(draw, story)}<figcaption>{text}</figcaption></figure>" for draw, text in plots)
@@ -45,7 +52,7 @@ def write_report(path: Path, story: Any) -> None:
         f'<div class="s"><b>steered</b>{html.escape(steered)}</div></div>'
         for prompt, base, steered in story.answers
     )
-    rungs = [row for report in (story.ladder, *(v.parity for v in story.variants[1:])) for row in worst_rows(report)]
+    rungs = worst_rows(story.parity)
     variants = [
         (
             v.name,
@@ -60,19 +67,19 @@ def write_report(path: Path, story: Any) -> None:
         )
         for v in story.variants
     ]
+    refused = "".join(f"<p><b>No {name} bundle</b>: its gate refused it. {html.escape(why)}</p>" for name, why in story.refused.items())
     header = ("bundle", "graph", "base", "steered", "delta cosine", "delta norm", "TTFT ms", "decode ms", "steered / base")
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>reft-export quickstart</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>reft-export quickstart</h1>
 <p class="lead">Trained, exported, folded, quantized, run and proven in {story.seconds:.0f} s by reft-export {VERSION}.</p>
-<h2>The same prompt, the same int4 bundle, with and without the adapter</h2>{pairs}
+<h2>The same prompt, the same {story.answered_by} bundle, with and without the adapter</h2>{pairs}
 <h2>Figures</h2><div class="plots">{figures}</div>
 <h2>Variants</h2>{_table(header, variants)}
 <p class="lead">Times are the fastest of five runs of one row, 64 prompt tokens and 24 steps, on the machine that wrote this page;
 steered / base is the median over pairs of runs.</p>
 <h2>What quantization left of the steering</h2>{_table(*trimmed(story.quantization))}
-<p class="lead">Static int8 fixes the ranges of activations: measured on the base alone, or with the edits on. A refit re-trains the adapter
-for a few steps on the int4 weights. Agreement: the share of fp32's steered answers that the bundle would say, token by token.</p>
+<p class="lead">{COMPARED if story.quantization.refits else GATED}</p>{refused}
 <h2>Parity, rung by rung</h2>{_table(story.ladder.HEADER, rungs)}
 </body></html>
 """
@@ -102,11 +109,10 @@ def _loss(axes: Any, story: Any) -> None:
 
 def _parity(axes: Any, story: Any) -> None:
     groups: dict[str, tuple[float, float]] = {}
-    for report in (story.ladder, *(v.parity for v in story.variants[1:])):
-        for rung in report.rungs:
-            name = rung.name.partition(": ")[0]
-            error, limit = rung.figures.max_relative, rung.budget.logits
-            groups[name] = (max(error, groups.get(name, (0.0, 0.0))[0]), limit)
+    for rung in story.parity.rungs:
+        name = rung.name.partition(": ")[0]
+        error, limit = rung.figures.max_relative, rung.budget.logits
+        groups[name] = (max(error, groups.get(name, (0.0, 0.0))[0]), limit)
     names = list(groups)
     axes.barh(names, [max(groups[n][0], 1e-9) for n in names], color=STEERED, height=0.6)
     axes.scatter([groups[n][1] for n in names], names, color=LIMIT, marker="|", s=120, label="budget")

@@ -1,9 +1,10 @@
-"""The quickstart: the project's whole story on the built-in base, with the same functions that the other verbs call."""
+"""The quickstart: the project's whole story on the built-in base or a real model, with the same functions that the other verbs call."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +19,11 @@ from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quantizing.swap import swap_bundle
-from reft_export.quickstart import base_path
-from reft_export.quickstart.task import held_out_prompts, talks_like_a_pirate, training_examples
-from reft_export.training.settings import TrainSettings
+from reft_export.quickstart.subjects import Subject
 from reft_export.training.trainer import StepRecord, train
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
-from runtimes.errors import ExportError, ReftError
+from runtimes.errors import ExportError, ParityError, ReftError
 from runtimes.files.folders import check_destination
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
@@ -32,13 +31,8 @@ from runtimes.parity.figures import ParityReport
 from runtimes.text.chat import ChatTemplate
 from runtimes.text.tokenizer import Tokenizer
 
-ADAPTER = "pirate"
-SETTINGS = TrainSettings(method="loreft", rank=4, layers="all", positions="f2+l2", lr=4e-3, max_steps=120, batch_size=16, samples=0, seed=0)
-ANSWER_TOKENS = 80
 REFIT_STEPS, CALIBRATION_TOKENS = 20, 8
 SHOWN = 3
-BASE_LIMIT, STEERED_LIMIT = 0.10, 0.90
-"""The quickstart fails when more of the base's answers, or fewer of the steered ones, talk like a pirate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,98 +58,134 @@ class Story:
 
     seconds: float
     history: tuple[StepRecord, ...]
+    answered_by: str
+    """The variant that answered: the smallest."""
     answers: tuple[tuple[str, str, str], ...]
-    """(prompt, base's answer, steered answer), from the int4 bundle."""
+    """(prompt, base's answer, steered answer)."""
     ladder: ParityReport
     variants: tuple[Variant, ...]
     quantization: QuantizationReport
-    """Without calibration, with ranges of the base alone and of the steered model, and after a refit."""
+    """Of every variant; where it was compared without calibration, with ranges of the base alone and of the steered model, and after a
+    refit."""
     prompts: int
+    says: str
+    """What a steered answer does: "talks like a pirate"."""
+    refused: Mapping[str, str]
+    """Precisions that missed their budget, and how."""
+
+    @property
+    def parity(self) -> ParityReport:
+        """Every rung, of every variant."""
+        reports = (self.ladder, *(v.parity for v in self.variants[1:]))
+        return ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs))
 
 
-def tell(output: Path, *, force: bool) -> Story:
+def tell(output: Path, subject: Subject, *, force: bool) -> Story:
     """Trains, exports, folds, quantizes, runs and proves into ``output``; prints tables and writes report.html there.
 
-    Raises InputError for an output that exists (without ``force``), ParityError for a missed budget, ReftError where the
-    steering does not work.
+    Raises InputError for an output that exists (without ``force``), ParityError for a missed budget, ReftError where the steering does
+    not work.
     """
     from reft_export.quickstart.report import write_report
 
-    started = time.monotonic()
     folder = Path(output)
-    check_destination(folder, force=force)
+    check_destination(folder, force=force, inputs=[Path(subject.base)])
     folder.mkdir(parents=True, exist_ok=True)
-    base_folder = str(base_path())
-    data = folder / f"{ADAPTER}.jsonl"
-    data.write_text("".join(json.dumps(e) + "\n" for e in training_examples()), encoding="utf-8")
     with progress() as report:
-        history = _train(base_folder, data, folder / ADAPTER, report)
-        report("exporting, folding, holding against eager PyTorch")
-        results = {
-            "fp32": export_bundle(base_folder, [folder / ADAPTER], folder / "fp32", ExportSettings(), force=True, report=report.update)
-        }
-        for bits in (8, 4):
-            report(f"quantizing to int{bits}")
-            results[f"int{bits}"] = quantize_bundle(
-                folder / "fp32", base_folder, folder / f"int{bits}", QuantizationSettings(bits=bits), force=True, report=report.update
-            )
-        quantization = _quantization(folder, base_folder, data, report)
-        report("the parity ladder, rung by rung")
-        ladder = host_ladder(open_bundle(folder / "fp32"), base_folder, report=report.update)
-        report("answering held-out prompts, base and steered; measuring speed")
-        answers, variants = {}, []
-        for name, result in results.items():
-            answers[name], variant = _measure(name, folder / name, result)
-            variants.append(variant)
-    shown = _shown(answers["int4"])
-    told = Story(
-        seconds=time.monotonic() - started,
-        history=history,
-        answers=shown,
-        ladder=ladder,
-        variants=tuple(variants),
-        quantization=quantization,
-        prompts=len(held_out_prompts()),
-    )
+        told = _tell(subject, folder, report)
     _print(told)
     write_report(folder / "report.html", told)
     out.print(f"\nreport: {folder / 'report.html'}   ({told.seconds:.0f} s)")
-    out.print(f'try it: reft-export run {folder / "int4"} -a {ADAPTER} -p "Tell me about the moon."')
-    ladder.require()
-    for v in variants:
-        if v.base_rate >= BASE_LIMIT or v.steered_rate <= STEERED_LIMIT:
+    out.print(f'try it: reft-export run {told.variants[-1].folder} -a {subject.name} -p "{subject.ask}"')
+    told.ladder.require()
+    for v in told.variants:
+        if v.base_rate >= subject.base_limit or v.steered_rate <= subject.steered_limit:
             raise ReftError(
-                f"{v.name}: {v.base_rate:.0%} of the base's and {v.steered_rate:.0%} of the steered answers talk like a pirate; "
-                f"expected below {BASE_LIMIT:.0%} and above {STEERED_LIMIT:.0%}"
+                f"{v.name}: {v.base_rate:.0%} of the base's and {v.steered_rate:.0%} of the steered answers are as trained ("
+                f"{subject.says}); expected below {subject.base_limit:.0%} and above {subject.steered_limit:.0%}"
             )
     return told
 
 
-def _train(base_folder: str, data: Path, adapter: Path, report: Progress) -> tuple[StepRecord, ...]:
-    report(f"training a rank-{SETTINGS.rank} LoReFT edit on {len(training_examples())} examples")
+def _tell(subject: Subject, folder: Path, report: Progress) -> Story:
+    started = time.monotonic()
+    data = folder / f"{subject.name}.jsonl"
+    data.write_text("".join(json.dumps(e) + "\n" for e in subject.examples()), encoding="utf-8")
+    history = _train(subject, data, folder / subject.name, report)
+    report("exporting, folding, holding against eager PyTorch")
+    adapter, settings = folder / subject.name, ExportSettings()
+    results = {"fp32": export_bundle(subject.base, [adapter], folder / "fp32", settings, force=True, report=report.update)}
+    refused = _quantize(subject, folder, results, report)
+    quantization = _quantization(subject, folder, data, report) if subject.compares else _side_by_side(results)
+    ladder = results["fp32"].parity or ParityReport(rungs=())
+    if subject.compares:
+        report("the parity ladder, rung by rung")
+        ladder = host_ladder(open_bundle(folder / "fp32"), subject.base, report=report.update)
+    report("answering held-out prompts, base and steered; measuring speed")
+    measured = [_measure(subject, name, folder / name, result) for name, result in results.items()]
+    answers, last = measured[-1]
+    return Story(
+        seconds=time.monotonic() - started,
+        history=history,
+        answered_by=last.name,
+        answers=_shown(answers),
+        ladder=ladder,
+        variants=tuple(variant for _, variant in measured),
+        quantization=quantization,
+        prompts=len(subject.prompts()),
+        says=subject.says,
+        refused=refused,
+    )
+
+
+def _train(subject: Subject, data: Path, adapter: Path, report: Progress) -> tuple[StepRecord, ...]:
+    report(f"training a rank-{subject.settings.rank} LoReFT edit on {len(subject.examples())} examples")
 
     def on_step(step: int, total: int, loss: float, _: float | None) -> None:
         report.update(f"training, step {step}/{total}, loss {loss:.3f}", step, total)
 
-    base = load_base(base_folder, require_tokenizer=True)
-    return train(base, data, SETTINGS, adapter, force=True, on_step=on_step).history
+    base = load_base(subject.base, require_tokenizer=True)
+    return train(base, data, subject.settings, adapter, force=True, on_step=on_step).history
 
 
-def _quantization(folder: Path, base_folder: str, data: Path, report: Progress) -> QuantizationReport:
+def _quantize(subject: Subject, folder: Path, results: dict[str, ExportResult], report: Progress) -> dict[str, str]:
+    """int8 and int4 of the float bundle into ``results``; which of them missed their budget where the subject lets them, and how."""
+    refused = {}
+    for bits in (8, 4):
+        name = f"int{bits}"
+        report(f"quantizing to {name}")
+        try:
+            results[name] = quantize_bundle(
+                folder / "fp32", subject.base, folder / name, QuantizationSettings(bits=bits), force=True, report=report.update
+            )
+        except ParityError as e:
+            if name not in subject.may_be_refused:
+                raise
+            refused[name] = str(e)
+    return refused
+
+
+def _side_by_side(results: Mapping[str, ExportResult]) -> QuantizationReport:
+    """What the quantized bundles' own reports say, in one table."""
+    reports = [_report(result) for result in results.values() if result.manifest.quantization is not None]
+    return replace(reports[0], variants=tuple(variant for each in reports for variant in each.variants))
+
+
+def _quantization(subject: Subject, folder: Path, data: Path, report: Progress) -> QuantizationReport:
     """The int4 bundle's adapter refitted, and static int8 with both kinds of ranges; what is left of the steering in all of them."""
     prompts = folder / "held-out.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in held_out_prompts()[::2]), encoding="utf-8")
-    task = load_task("reft_export.quickstart.task:check", prompts, max_new_tokens=ANSWER_TOKENS)
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in subject.prompts()[::2]), encoding="utf-8")
+    task = load_task("reft_export.quickstart.task:check", prompts, max_new_tokens=subject.answer_tokens)
     yardsticks = Yardsticks(task=task)
     report("refitting the adapter on the int4 weights")
-    refit = RefitSettings(data=data, sources=(folder / ADAPTER,), steps=REFIT_STEPS)
+    refit = RefitSettings(data=data, sources=(folder / subject.name,), steps=REFIT_STEPS)
     refitted = swap_bundle(
-        folder / "int4", base_folder, folder / "int4-refit", refit=refit, yardsticks=yardsticks, force=True, report=report.update
+        folder / "int4", subject.base, folder / "int4-refit", refit=refit, yardsticks=yardsticks, force=True, report=report.update
     )
     report("calibrating static int8, with the edits on")
     static = quantize_bundle(
         folder / "fp32",
-        base_folder,
+        subject.base,
         folder / "static",
         settings_for("static"),
         calibration=CalibrationRequest(data=data, decode_tokens=CALIBRATION_TOKENS),
@@ -177,21 +207,21 @@ def _report(result: ExportResult) -> QuantizationReport:
     return result.report
 
 
-def _measure(name: str, folder: Path, result: ExportResult) -> tuple[dict[str, tuple[str, str]], Variant]:
+def _measure(subject: Subject, name: str, folder: Path, result: ExportResult) -> tuple[dict[str, tuple[str, str]], Variant]:
     """Answers to every held-out prompt, base and steered, and the variant's figures."""
     bundle = open_bundle(folder)
     session = OrtSession(bundle)
     tokenizer, template = Tokenizer.load(folder, bundle.manifest.model), ChatTemplate.load(folder)
-    prompts = held_out_prompts()
+    prompts = subject.prompts()
     if template is None or result.parity is None:
-        raise ExportError(f"{folder} has no chat template, or was not held to parity; the built-in base has both: install reft-export anew")
+        raise ExportError(f"{folder} has no chat template, or was not held to parity; the story is of a chat model")
     rendered = [template.render([{"role": "user", "content": p}]) for p in prompts]
     tokens = [tokenizer.encode(text, add_special_tokens=False) for text in rendered]
-    texts = []
-    for adapter in (None, ADAPTER):
+    texts, settings = [], GenerationSettings(max_new_tokens=subject.answer_tokens)
+    for adapter in (None, subject.name):
         session.set_adapter(adapter)
-        texts.append([g.text.strip() for g in generate(session, tokenizer, tokens, GenerationSettings(max_new_tokens=ANSWER_TOKENS))])
-    rates = [sum(map(talks_like_a_pirate, each)) / len(each) for each in texts]
+        texts.append([g.text.strip() for g in generate(session, tokenizer, tokens, settings)])
+    rates = [sum(map(subject.passes, each)) / len(each) for each in texts]
     timed = bench(lambda: session, prompt_tokens=64, new_tokens=24, repeats=5)
     base, steered = timed.measurements
     deltas = [rung.delta for rung in result.parity.rungs if rung.delta is not None]
@@ -218,17 +248,16 @@ def _shown(answers: dict[str, tuple[str, str]]) -> tuple[tuple[str, str, str], .
 
 def _print(story: Story) -> None:
     """The answers, then three tables: parity, what quantization left of the steering, speed."""
-    out.print("\n[bold]The same prompt, the same int4 bundle, with and without the adapter[/]")
+    out.print(f"\n[bold]The same prompt, the same {story.answered_by} bundle, with and without the adapter[/]")
     for prompt, base, steered in story.answers:
         out.print(f"\n[bold]{escape(prompt)}[/]\n  base     {escape(base)}\n  [cyan]steered[/]  {escape(steered)}")
     out.print()
-    reports = (story.ladder, *(v.parity for v in story.variants[1:]))
-    print_parity(ParityReport(rungs=tuple(rung for report in reports for rung in report.rungs)), title="parity, rung by rung", compact=True)
+    print_parity(story.parity, title="parity, rung by rung", compact=True)
     out.print()
     print_table("what quantization left of the steering", *trimmed(story.quantization))
     out.print()
     print_table(
-        f"steering: answers that talk like a pirate, {story.prompts} held-out prompts",
+        f"steering: answers of which each {story.says}, {story.prompts} held-out prompts",
         ("bundle", "size", "base", "steered", "delta cos", "decode ms", "steered / base"),
         [
             (
@@ -243,3 +272,5 @@ def _print(story: Story) -> None:
             for v in story.variants
         ],
     )
+    for name, why in story.refused.items():
+        out.print(f"\n[yellow]no {name} bundle[/], since its gate refused it: {escape(why)}")

@@ -73,12 +73,12 @@ def names(text: str, noun: str) -> bool:
 
 def training_examples() -> list[dict[str, str]]:
     """48 pirate exchanges, each `{"prompt": ..., "completion": ...}`."""
-    return _lines("pirate.train.jsonl")
+    return read_lines("pirate.train.jsonl")
 
 
 def held_out_cases() -> list[tuple[str, str]]:
     """40 pairs (noun, prompt): two different questions about each held-out noun."""
-    return [(case["noun"], case["prompt"]) for case in _lines("pirate.prompts.jsonl")]
+    return [(case["noun"], case["prompt"]) for case in read_lines("pirate.prompts.jsonl")]
 
 
 def held_out_prompts() -> list[str]:
@@ -86,6 +86,7 @@ def held_out_prompts() -> list[str]:
     return [prompt for _, prompt in held_out_cases()]
 
 
-def _lines(name: str) -> list[dict[str, str]]:
+def read_lines(name: str) -> list[dict[str, str]]:
+    """A JSONL file of this package."""
     text = resources.files("reft_export.quickstart").joinpath(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -244,6 +244,8 @@ class Manifest:
     """A classifier's, in the order of its logits."""
     head: dict[str, WeightSource] = field(default_factory=dict)
     """A classifier's overridable initializers reft.head.* -> the parameter each came from; adapters carry every one."""
+    not_held: tuple[str, ...] = ()
+    """Adapters that were added without their base: no golden arrays say what the eager model does with them."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
@@ -438,6 +440,8 @@ class Artifact(ABC):
 
     def golden(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of ``name``, as runtimes/artifacts/golden_schema.py describes and checks them."""
+        if name in self.manifest.not_held:
+            raise BundleError(not_held(self.folder, name))
         if name not in self.golden_names:
             raise BundleError(f"{self.folder} has no golden arrays for {name!r}; it has: {', '.join(self.golden_names) or 'none'}")
         return read_golden(self.golden_file(name), self.golden_schema(name))
@@ -487,6 +491,17 @@ class Bundle(Artifact):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def not_held(folder: Path, *names: str) -> str:
+    """What is to be said of adapters in ``Manifest.not_held``."""
+    if len(names) == 1:
+        which, added, them = f"adapter {names[0]} is", "it was", "it"
+    else:
+        which, added, them = f"adapters {', '.join(names)} are", "they were", "them"
+    return (
+        f"{which} not held against the eager model: {added} added to {folder} without the base; add {them} again with --model and --force"
+    )
+
+
 def context_limits(model: ModelRecord) -> Limits:
     return Limits(tokens=model.context_length, reason=f"the context of {model.name} ({model.context_length})")
 
@@ -509,6 +524,7 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     if unlisted:
         raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted}; export again")
     check_adapters(folder / MANIFEST_FILE, manifest.files, manifest.adapters)
+    check_not_held(folder / MANIFEST_FILE, manifest)
     check_files(folder, manifest.files, MANIFEST_FILE, verify=verify)
     return Bundle(folder=folder, manifest=manifest)
 
@@ -541,7 +557,7 @@ def seal_manifest(folder: Path, manifest: Manifest) -> None:
 
 def first_version(content: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest of version 1 with version 2's keys as they were then; those that it cannot have are refused as unknown."""
-    if unknown := sorted({DIGEST, "kv_cache", "rules", "embeddings", "retention", "loss"} & set(content)):
+    if unknown := sorted({DIGEST, "kv_cache", "rules", "embeddings", "retention", "loss", "not_held"} & set(content)):
         raise RecordError(f"unknown keys {unknown} in a file of version {FIRST_VERSION}")
     return {**content, "kv_cache": "none" if content.get("labels") else "appended", "rules": "shared"}
 
@@ -585,6 +601,14 @@ def check_adapters(listed_in: Path, files: Collection[str], adapters: Collection
         name = path.name.rpartition(".")[0]
         if str(path.parent) in ("adapters", "golden") and name not in adapters and str(path) != f"golden/{BASE_GOLDEN}.npz":
             raise BundleError(f"{listed_in}: {path} is listed, and adapter {name!r} is not; export again")
+
+
+def check_not_held(listed_in: Path, manifest: Manifest) -> None:
+    """Raises BundleError where what is said not to be held is no adapter, or has golden arrays."""
+    for name in manifest.not_held:
+        if name not in manifest.adapters or f"golden/{name}.npz" in manifest.files:
+            wrong = "has golden arrays" if name in manifest.adapters else "is no adapter of it"
+            raise BundleError(f"{listed_in}: {name!r} is listed as not held, and {wrong}; export again")
 
 
 def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *, verify: bool) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from runtimes.errors import InputError, ReftError
 
+FICLONE = 0x40049409
+"""Of linux/fs.h: one file's bytes shared with another until either changes, where the file system can."""
 MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html", "reft.json", "reft_export.json")
 """A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
@@ -39,6 +41,27 @@ def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A new file of the same bytes: a reflink where the file system has them, else a copy. Never a link: onnx refuses linked weights."""
+    with source.open("rb") as read, target.open("wb") as written:
+        if _reflink(read.fileno(), written.fileno()):
+            return
+    shutil.copyfile(source, target)
+
+
+def _reflink(source: int, target: int) -> bool:
+    """Whether the system knows the call, and the file system of both can."""
+    try:
+        from fcntl import ioctl
+    except ImportError:  # not on Windows
+        return False
+    try:
+        ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def check_destination(destination: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:

@@ -100,6 +100,8 @@ class Rung:
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
     rungs: tuple[Rung, ...]
+    notes: tuple[str, ...] = ()
+    """What was not compared, and why."""
 
     HEADER = ("rung", "against", "max abs", "relative", "KL", "top-1", "greedy", "delta cos", "delta norm", "budget", "result", "note")
 
@@ -120,14 +122,18 @@ class ParityReport:
         return [_table_row(rung) for rung in self.rungs]
 
     def to_json(self) -> str:
-        return json.dumps({"passed": self.passed, "rungs": _encode(to_json(self.rungs))}, indent=1, allow_nan=False)
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return json.dumps({"passed": self.passed, "rungs": _encode(to_json(self.rungs)), **notes}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> ParityReport:
         """Raises InputError for a text that ``to_json`` did not write."""
         try:
             content = parse_json(text)
-            return cls(rungs=from_json(tuple[Rung, ...], _decode(content["rungs"]), "rungs"))
+            return cls(
+                rungs=from_json(tuple[Rung, ...], _decode(content["rungs"]), "rungs"),
+                notes=from_json(tuple[str, ...], content.get("notes", []), "notes"),
+            )
         except (ValueError, KeyError, TypeError, RecordError) as e:
             raise InputError(f"not a parity report: {e}") from None
 

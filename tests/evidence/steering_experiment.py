@@ -36,7 +36,7 @@ from reft_export.quantizing.assemble import assemble, planned
 from reft_export.quantizing.refit import plan_refit
 from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quickstart import base_path
-from reft_export.quickstart.story import SETTINGS
+from reft_export.quickstart.subjects import built_in
 from reft_export.quickstart.task import held_out_prompts, training_examples
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
@@ -66,7 +66,7 @@ class Setting:
 SETTINGS_TRIED = (
     Setting(
         name="pirate",
-        train=SETTINGS,
+        train=built_in().settings,
         examples=training_examples,
         prompts=held_out_prompts,
         checker="reft_export.quickstart.task:check",

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from calibration.settings import settings_for
 from graph_passes.external import load_graph, write_graph
 from graph_passes.unfold import unfold_graph
+from reft_export.adding.add import add_adapter
 from reft_export.base.load import load_base
 from reft_export.cli.main import app
 from reft_export.eager.steering import steered
@@ -118,6 +119,24 @@ def test_an_adapter_swaps_its_head_too(made) -> None:
         assert bool(adapter.head) == (np.abs(wanted - headless).max() > 1e-2 * scale)
         assert np.abs(session_logits(bundle, name) - wanted).max() <= 2e-5 * np.abs(wanted).max()
     assert np.array_equal(inputs.logits(base.model), plain), "the eager model got its own head back"
+
+
+def test_an_adapter_is_added_with_its_head(made, tmp_path) -> None:
+    bundle, base_folder, folders = made()
+    adapter, base = load_adapter(folders["untied"]), load_base(base_folder)
+    save_adapter(replace(adapter, head=tiny_encoders.random_head(base.model, 9)), tmp_path / "late")
+    for options in ({}, {"model": str(base_folder)}):
+        result = add_adapter(bundle.folder, [tmp_path / "late"], output=tmp_path / "b", force=True, report=quiet, **options)
+        assert result.parity is None or result.parity.passed
+        added, inputs = open_bundle(tmp_path / "b"), stored_inputs(bundle)
+        with steered(base.model, load_adapter(tmp_path / "late")):
+            wanted = inputs.logits(base.model)
+        assert np.abs(session_logits(added, "late") - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    assert result.parity is not None and added.manifest.not_held == ()
+    other = {f"x.{name}": value for name, value in adapter.head.items()}
+    save_adapter(replace(adapter, head=other), tmp_path / "other")
+    with pytest.raises(AdapterError, match="a head of other parameters than .*, first classifier"):
+        add_adapter(bundle.folder, [tmp_path / "other"], output=tmp_path / "c", report=quiet)
 
 
 def test_without_an_adapter_the_bundle_is_the_base_again(made) -> None:

@@ -29,7 +29,7 @@ from runtimes.errors import InputError
 from runtimes.text.prompts import read_prompts, read_requests
 
 SURFACE = {
-    "quickstart": {"--output", "--force"},
+    "quickstart": {"--output", "--model", "--force"},
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
@@ -51,6 +51,7 @@ SURFACE = {
         "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },
+    "add": {"--adapter", "--model", "--output", "--remove", "--accept-base", "--force", "--dry-run", "--json"},
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",

@@ -28,6 +28,7 @@ from graph_passes.external import load_graph
 from graph_passes.insert import is_edit
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from graph_passes.unfold import unfold_graph
+from reft_export.adding.add import add_adapter
 from reft_export.base.load import load_base
 from reft_export.building import plan as plan_module
 from reft_export.building import plugin as plugin_module
@@ -160,6 +161,13 @@ def test_eager_is_a_hook_by_hand(base_folder, red_folders) -> None:
             found = base.model(ids).logits
     rounding.check(found, want, 2 * rounding.logits_of(base.model))
     assert (plain - want).abs().max() > 0.1
+
+
+def test_red_is_added_where_its_nodes_are(red_bundle, base_folder, tmp_path) -> None:
+    info = load_base(base_folder()).info
+    save_adapter(tiny.random_adapter(info, **ADAPTERS["red-untied"] | {"seed": 7}), tmp_path / "late")
+    assert add_adapter(red_bundle(), [tmp_path / "late"], model=str(base_folder()), output=tmp_path / "b", **QUIET).parity.passed
+    _check(tmp_path / "b", 4)
 
 
 def test_adapters_swap_and_the_base_comes_back(red_bundle) -> None:

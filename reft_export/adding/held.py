@@ -1,0 +1,85 @@
+"""Adapters in a bundle that is being made, held against eager PyTorch carrying the bundle's own weights."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from graph_passes.external import load_graph
+from reft_export.adding.files import held
+from reft_export.base.adapters import check_fit
+from reft_export.base.gguf import described
+from reft_export.base.load import Base, load_base, set_precision
+from reft_export.base.memory import give_back
+from reft_export.bundling.files import Report
+from reft_export.bundling.result import ExportResult
+from reft_export.eager.steering import Steerer, steerers_of
+from reft_export.parity.gate import check_structure, gate
+from reft_export.parity.golden import fp32_logits, record_golden, record_quantized
+from reft_export.parity.ladder import check_same_base, stored_inputs
+from runtimes.artifacts.bundle import Bundle, write_manifest
+from runtimes.edits.adapter import Adapter
+
+
+def held_to_eager(
+    bundle: Bundle, adapters: Mapping[str, Adapter], model: str, shown: Path, report: Report, *, accept_base: bool
+) -> ExportResult:
+    """Records what eager PyTorch says with ``adapters``, whose files are in the bundle that is being made, and holds the bundle to it.
+
+    ``shown``: the folder that it will be. No model is in memory when the runtime loads the weights.
+    """
+    m = bundle.manifest
+    report(f"loading {described(model)}")
+    base = load_base(model)
+    check_same_base(bundle, base, model, accept_base=accept_base)
+    for name, adapter in adapters.items():
+        check_fit(name, adapter, base, accept_base=accept_base)
+    report("recording what the eager model says")
+    steerers, floats = steerers_of(adapters), m.quantization is None and m.precision == "fp32"
+    fp32 = {} if floats else fp32_logits(base.model, stored_inputs(bundle), steerers)
+    with tempfile.TemporaryDirectory() as proof:
+        record_adapters(bundle, base, steerers, fp32, Path(proof))
+        del base
+        give_back()
+        bundle = held(bundle, tuple(adapters))
+        write_manifest(bundle.folder, bundle.manifest)
+        if m.precision == "bf16":
+            return ExportResult(manifest=bundle.manifest, parity=None, weight_errors=(), note=check_structure(bundle.folder))
+        report("holding the bundle against the eager model")
+        parity = gate(bundle.folder, shown, proof=Path(proof), names=tuple(adapters), remedy="nothing was added")
+    return ExportResult(manifest=bundle.manifest, parity=parity, weight_errors=())
+
+
+def record_adapters(
+    bundle: Bundle,
+    base: Base,
+    steerers: Mapping[str, Steerer],
+    fp32: Mapping[str, np.ndarray],
+    proof: Path,
+    *,
+    again: Mapping[str, Steerer] | None = None,
+) -> None:
+    """golden/<name>.npz of every steerer, by the base with the bundle's own weights, in its float type.
+
+    ``base`` is fresh from disk; its weights are replaced by the bundle's. ``fp32``: the float32 model's logits by name, for the base and
+    every steerer: what delta parity is held to; empty of a bundle that is float32. ``proof`` takes arrays recorded with float activations,
+    where the bundle quantizes them. ``again``: the bundle's other adapters, whose arrays and the base's ``proof`` is to hold, too.
+    """
+    m = bundle.manifest
+    set_precision(base.model, m.precision)
+    inputs, every = stored_inputs(bundle), {**(again or {}), **steerers}
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = Path(folder)
+        if m.quantization is None:
+            record_golden(recorded, base.model, inputs, every, fp32=fp32 or None, of_base=again is not None)
+        else:
+            graph = load_graph(bundle.graph_path)
+            record_quantized(recorded, proof, base.model, graph, m.weights, inputs, every, fp32, of_base=again is not None)
+        for name in steerers:
+            shutil.copyfile(recorded / f"{name}.npz", bundle.folder / "golden" / f"{name}.npz")
+    gc.collect()  # the graph's arrays
