@@ -42,7 +42,7 @@ def export_bundle(
     """Writes a bundle to ``output``, atomically. Refusals come before any work; a missed parity budget leaves no bundle.
 
     ``model``: the base's folder or hub id; or a transformers model in memory, with its ``tokenizer``. The latter is saved beside
-    ``output`` for as long as the export takes, which reads it again where exporters rearrange weights; it stays as it is, in eval mode.
+    ``output`` for as long as the export takes; it stays as it is, in eval mode.
     ``accept_base``: as for ``plan_export``. ``report`` is told each stage.
     The bundle's graph takes input_ids [B, S], attention_mask [B, past + S] and the KV cache, and answers logits [B, S, V].
 
