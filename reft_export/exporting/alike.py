@@ -99,6 +99,8 @@ def _described(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_described(each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_described(each)) for each in value)
     if isinstance(value, dict):
         return [(_described(key), _described(each)) for key, each in value.items()]
     if isinstance(value, partial):
