@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from graph_passes.accessors import name_of
 from graph_passes.external import load_graph
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Quantization
+from graph_passes.slots.add import rules_of
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Manifest, Quantization
 from runtimes.errors import BundleError
 from runtimes.files.folders import copy_file
 
@@ -33,9 +36,20 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
             (folder / "adapters").mkdir(exist_ok=True)
             for suffix in (".onnx_adapter", ".json"):
                 shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
-        yield Bundle(folder=folder, manifest=bundle.manifest)
+        yield Bundle(folder=folder, manifest=_as_changed(bundle.manifest, graph.graph))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_changed(manifest: Manifest, graph: ir.Graph) -> Manifest:
+    """Without the edit nodes, rules and inputs that the graph has no more: a session holds one against the other."""
+    left = {name_of(value) for value in (*graph.inputs, *graph.initializers.values())}
+    return replace(
+        manifest,
+        inputs=tuple(record for record in manifest.inputs if record.name in left),
+        nodes=tuple(record for record in manifest.nodes if left.issuperset(record.node.bank_names)),
+        rules=rules_of(graph),
+    )
 
 
 def quantization_of(bundle: Bundle) -> Quantization:
