@@ -15,6 +15,7 @@ from typing import TypeVar
 from weakref import WeakSet
 
 import numpy as np
+import onnxruntime as ort
 
 from runtimes.artifacts.bundle import Bundle, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
@@ -27,11 +28,6 @@ from runtimes.ort.bound_cache import BoundCache, memory_of
 from runtimes.ort.graph_checks import check_graph
 from runtimes.precision import BFLOAT16, FLOAT_TYPES
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
-
-try:
-    import onnxruntime as ort
-except ImportError:
-    raise BackendUnavailable("onnxruntime is not installed; pip install onnxruntime (or onnxruntime-gpu, never both)") from None
 
 A = TypeVar("A")
 

@@ -225,4 +225,4 @@ def test_a_model_in_gguf_is_no_control_vector(tmp_path) -> None:
     writer.add_tensor("token_embd.weight", np.zeros((4, 64), np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    refused(tmp_path / "m.gguf", tmp_path / "out", Request(), "holds token_embd.weight; a control vector holds")
+    refused(tmp_path / "m.gguf", tmp_path / "out", Request(), "is a GGUF model, not an adapter: a base goes to -m")

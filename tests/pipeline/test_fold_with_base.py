@@ -286,7 +286,7 @@ def test_join_is_what_it_says(bundle_folder) -> None:
 def test_fold_needs_no_torch_without_a_base(joined, adapter_folders, tmp_path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom reft_export.folding.fold import fold_bundle\n"
-        "fold_bundle(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), slots='graph', sites=(), force=False, report=print)\n"
+        "fold_bundle(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), sites=(), force=False, report=print)\n"
         "bad = {'torch', 'transformers', 'onnxruntime.quantization'} & set(sys.modules)\nassert not bad, bad"
     )
     adapter = adapter_folders("llama", ("untied",))[0]

@@ -511,7 +511,7 @@ PARITY = {
     "logits of NaN": (_golden(logits=lambda a: a * np.nan), "values in logits that are not finite"),
     "a wider budget": (_manifest(lambda m: m["parity_budget"].update(logits=1.0)), "a manifest may only tighten the budget of fp32"),
     "a renamed budget": (_manifest(lambda m: m.update(parity_budget={"relative": 1.0})), "parity_budget has 'relative'; known: logits"),
-    "another precision": (_manifest(lambda m: m.update(precision="bf16")), "says precision bf16, and .* is tensor.float."),
+    "another precision": (_manifest(lambda m: m.update(precision="bf16")), "says precision bf16, and .* has .* of tensor.float."),
     "an adapter less": (_manifest(lambda m: m["adapters"].remove("tied")), "tied.json is listed, and adapter 'tied' is not"),
 }
 

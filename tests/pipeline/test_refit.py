@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,9 +156,9 @@ def test_golden_arrays_are_the_new_adapters_and_the_aim_is_the_old_ones(refitted
 
 def test_stale_golden_arrays_are_seen(bundle_folder, base_folder, adapter_folders, data, tmp_path, monkeypatch) -> None:
     """Planted: the bundle gets the new adapter, and keeps the golden arrays of the old one."""
-    from reft_export.quantizing import adapters as module
+    from reft_export.adding import held as module
 
-    monkeypatch.setattr(module.shutil, "copyfile", _except_golden(module.shutil.copyfile))
+    monkeypatch.setattr(module, "shutil", SimpleNamespace(copyfile=_except_golden(module.shutil.copyfile)))
     settings = RefitSettings(data=data, sources=tuple(adapter_folders("llama", ("tied",))), steps=40, lr=5e-3)
     with pytest.raises(ParityError, match=r"int4 level 4, tied: .* against eager: relative logit error"):
         swap_bundle(bundle_folder("llama", "int4"), str(base_folder("llama")), tmp_path / "o", refit=settings, **QUIET)

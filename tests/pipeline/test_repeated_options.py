@@ -14,7 +14,8 @@ COMMAND = typer.main.get_command(app)
 OPTIONS = [(verb, p) for verb, command in COMMAND.commands.items() for p in command.params if p.param_type_name == "option"]
 SINGLE = [(verb, p) for verb, p in OPTIONS if not p.multiple]
 SEVERAL = {
-    ("train", "--data"), ("export", "--adapter"), ("fold", "--adapter"), ("quantize", "--adapter"), ("quantize", "--keep-high"),
+    ("train", "--data"), ("export", "--adapter"), ("add", "--adapter"), ("add", "--remove"), ("fold", "--adapter"),
+    ("quantize", "--adapter"), ("quantize", "--keep-high"),
     ("build", "--sm"), ("run", "--prompt"), ("run", "--pair"), ("run", "--stop"), ("bench", "--adapter"),
 }  # fmt: skip
 """Every option that takes several values, and uses them all."""

@@ -60,7 +60,7 @@ def test_scheme(family, job, float_bundle, prompts_file, tmp_path) -> None:
     exact = [r for r in result.parity.rungs if r.budget.name.startswith("weight-only")]
     shipped = [r for r in result.parity.rungs if r.budget.name == "activation-quantized"]
     layouts = {r.name.rpartition(": ")[2] for r in exact}
-    assert {"full forward", "prefill and decode", "chunked prefill", "left padding"} <= layouts
+    assert {"full forward", "prefill and decode", "chunked prefill", "single rows"} <= layouts
     assert all(r.figures.greedy_equal is not False for r in exact)
     graph = load_graph(bundle.graph_path)
     activations = activation_quantization(graph)
