@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -39,10 +40,15 @@ class Golden:
             raise InputError(f"the golden arrays of {self.name} hold no steering; ask for an adapter's")
         return self.steering
 
-    def widened(self, budget: Budget) -> Budget:
-        """``budget``, and what the reference differs from itself, up to MOST_NOISE."""
-        error, top1 = min(self.noise[0], MOST_NOISE[0]), max(self.noise[1], MOST_NOISE[1])
-        return replace(budget, logits=budget.logits + error, top1=budget.top1 + top1 - 1)
+    def widened(self, budget: Budget, *, compared: int) -> Budget:
+        """``budget``, and what the reference differs from itself, up to MOST_NOISE.
+
+        Top-1 agreement is a share of the K tokens ``compared``, of which few differ: another draw of the same noise differs in as many,
+        give or take sqrt(d / K), d the share that differed. Three of that are allowed for.
+        """
+        differed = 1 - self.noise[1]
+        top1 = max(1 - differed - 3 * math.sqrt(differed / max(compared, 1)), MOST_NOISE[1])
+        return replace(budget, logits=budget.logits + min(self.noise[0], MOST_NOISE[0]), top1=budget.top1 + top1 - 1)
 
 
 class CommonFields(TypedDict):

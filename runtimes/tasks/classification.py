@@ -33,7 +33,7 @@ class ClassifierGolden(Golden):
 def check_classifier(session: ClassifierSession, golden: ClassifierGolden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes the steering."""
     session.set_adapter(golden.adapter)
-    budget = golden.widened(budget)
+    budget = golden.widened(budget, compared=len(golden.logits))
     every = list(range(len(golden.texts)))
     layouts = {
         "one batch": ([every], 0),

@@ -49,6 +49,8 @@ class _Layout:
     """The prompts in one call, then one column per call."""
     alone: bool = False
     """Every row in a batch of its own."""
+    only: int | None = None
+    """The row that is run; None is all."""
 
     def columns(self, lengths: Sequence[int], prompt: Sequence[int]) -> list[np.ndarray]:
         """The column of every token, for rows of ``lengths`` tokens of which the first ``prompt`` are the prompt."""
@@ -76,7 +78,7 @@ def _run(session: DecoderSession, golden: DecoderGolden, layout: _Layout) -> dic
 
     Every position that the layout has to show is there: NaN, where the session gave no logits for it.
     """
-    every = range(len(golden.rows))
+    every = range(len(golden.rows)) if layout.only is None else [layout.only]
     logits: dict[int, np.ndarray] = {}
     for chosen in [[row] for row in every] if layout.alone else [list(every)]:
         logits |= _run_batch(session, golden, layout, chosen)
@@ -119,8 +121,10 @@ def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layou
         "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
         "prefill and decode": _Layout(side="right" if padding == "right" else "left", decode=True, alone=padding == "none"),
         "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": _Layout(alone=True, decode=padding == "right"),
+        "single rows": _Layout(alone=True),
     }
+    if padding == "right":  # of one row: a call a token of each would take most of the time
+        layouts["single rows"] = _Layout(alone=True, decode=True, only=int(np.argmax(golden.prompt_length)))
     if padding == "left":
         layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
         right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
@@ -134,21 +138,22 @@ def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layou
 def check_decoder(session: DecoderSession, golden: DecoderGolden, budget: Budget) -> list[Rung]:
     """All rungs of the base or of one adapter; the first one also takes greedy tokens and steering."""
     session.set_adapter(golden.adapter)
-    budget = golden.widened(budget)
     rungs: list[Rung] = []
     for name, layout in _layouts(session, golden).items():
         logits = _run(session, golden, layout)
         found = sorted(logits)
         figures = compare(_stacked(logits, found), golden.logits[found]) if found else NOTHING
         given = sum(not np.isnan(row).all() for row in logits.values())
-        note = "" if given == len(golden.logits) else f"{given} of {len(golden.logits)} positions have logits"
+        expected = len(golden.logits) if layout.only is None else len(found)
+        note = "" if given == expected else f"{given} of {expected} positions have logits"
         delta, unmoved = None, ""
         if not rungs:
             differs = _greedy_difference(session, golden)
             if golden.steering is not None:
                 delta, unmoved = steering_shown(session, golden.name, _delta(session, golden, golden.steering, logits, layout))
             figures, note = replace(figures, greedy_equal=not differs), differs or unmoved or note
-        rungs.append(judge(f"{golden.name}: {name}", "eager", figures, budget, delta=delta, note=note))
+        widened = golden.widened(budget, compared=len(found))
+        rungs.append(judge(f"{golden.name}: {name}", "eager", figures, widened, delta=delta, note=note))
     return rungs
 
 

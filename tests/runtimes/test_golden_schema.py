@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -251,13 +252,15 @@ def test_an_unknown_precision_has_no_row(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(("noise", "bounds"), [([0.05, 0.98], (0.07, 0.96)), ([1.0, 0.0], (0.12, 0.78)), (None, (0.02, 0.98))])
 def test_noise_widens_a_row_so_far_and_no_further(tmp_path: Path, noise: list[float] | None, bounds: tuple[float, float]) -> None:
+    """The share of tokens that differ is that of a sample: three standard deviations of it are allowed, down to 80 %."""
     bundle = own(tmp_path, float32_arrays=True)
     for name in bundle.golden_names:
         arrays = bundle.golden(name) | ({} if noise is None else {"noise": np.array(noise, np.float32)})
         np.savez(bundle.golden_file(name), **arrays)
     bundle = change_manifest(bundle, quantization=LEVEL_4)
     for rung in check_golden(bundle, OrtSession(bundle, threads=1)).rungs:
-        assert (rung.budget.logits, rung.budget.top1) == pytest.approx(bounds)
+        chance = 3 * math.sqrt(0.02 / rung.figures.compared) if noise and noise[1] else 0
+        assert (rung.budget.logits, rung.budget.top1) == pytest.approx((bounds[0], max(bounds[1] - chance, 0.78)))
 
 
 def test_a_quantized_bundle_may_not_drop_what_its_delta_is_held_to(tmp_path: Path) -> None:
