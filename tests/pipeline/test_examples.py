@@ -93,7 +93,7 @@ def test_an_adapter_is_trained_exported_and_run_by_every_runtime(trained, genai_
     folder, printed = trained
     losses = [float(loss) for loss in re.findall(r"step \d+ of 120, loss (\S+)", printed)]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    assert "MISS" not in printed and printed.count(", pass\n") == 12
+    assert "MISS" not in printed and printed.count(", pass\n") == 8
     for line in re.findall(r"(?m)^  (?:base|steered) .*", printed):
         assert bool(PIRATE.search(line)) == line.startswith("  steered"), line
     said = [answers(run(name, cwd=folder), "base", "pirate") for name in ("device.py", "stock_onnxruntime.py", "stock_genai.py")]
