@@ -121,10 +121,11 @@ def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layou
         "token by token" if only_last else "full forward": _Layout(chunk=1 if only_last else None, alone=alone),
         "prefill and decode": _Layout(side="right" if padding == "right" else "left", decode=True, alone=padding == "none"),
         "chunked prefill": _Layout(side="left", chunk=-(-int(golden.prompt_length.max()) // 3), alone=alone),
-        "single rows": _Layout(alone=True),
+        "single rows": _Layout(alone=True, decode=padding == "right"),
     }
-    if padding == "right":  # of one row: a call a token of each would take most of the time
-        layouts["single rows"] = _Layout(alone=True, decode=True, only=int(np.argmax(golden.prompt_length)))
+    if padding == "right" and session.bundle.manifest.quantization is not None:
+        # One row shows it: without quantized activations a call unpacks every weight anew, and each row takes a call a token.
+        layouts["single rows"] = replace(layouts["single rows"], only=int(np.argmax(golden.prompt_length)))
     if padding == "left":
         layouts["left padding"] = _Layout(side="left", pads=2, decode=only_last)
         right = _Layout(side="right", pads=2, chunk=1 if only_last else None)
