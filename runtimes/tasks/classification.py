@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtimes.artifacts.bundle import Artifact
-from runtimes.parity.figures import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.errors import BundleError
+from runtimes.parity.figures import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
 from runtimes.parity.retention import Quality, Recorded, quality, recorded
 from runtimes.session import ClassifierSession
