@@ -80,7 +80,8 @@ def hold_quality(
         figures.write_text(report.to_json() + "\n", encoding="utf-8")
         lost = "; ".join(f"{name}: {why}" for name, why in short.items())
         steps = f"; tried: {'; '.join(map(str, tried))}" if tried else ""
-        advice = "; ".join(filter(None, (remedy, "--accept-loss writes it as it is, with the loss in its manifest")))
+        weak = "" if any("retention" in why for why in short.values()) else "train it further, or leave it out"
+        advice = "; ".join(filter(None, (remedy, weak, "--accept-loss writes it as it is, with the loss in its manifest")))
         raise ParityError(
             f"quantization leaves too little of the steering: {lost}{steps}; no bundle was written, the figures are in {figures}; {advice}",
             report,

@@ -264,7 +264,7 @@ def test_deltas_are_held_to_the_float32_model_where_there_is_one(tmp_path: Path)
 
 def test_a_quantized_bundle_is_held_to_its_own_row(tmp_path: Path) -> None:
     bundle = change_manifest(write_toy_bundle(tmp_path / "b", float32_arrays=True), quantization=quantized("weight-only", 4, 4))
-    assert {r.budget.name for r in check_golden(bundle, OrtSession(bundle, threads=1)).rungs} == {"activation-quantized"}
+    assert {r.budget.name for r in check_golden(bundle, OrtSession(bundle, threads=1)).rungs} == {"accuracy level 4"}
 
 
 def test_golden_arrays_that_are_missing(tmp_path: Path) -> None:
