@@ -1,11 +1,13 @@
-"""A folded graph's weights, and where the scheme says so its activations, quantized in place; one weight in memory at a time.
+"""A folded graph's weights, and where the scheme says so its activations, quantized in place; a weight in memory for each core.
 
 The edit keeps its float type: its arithmetic lives in the model-local function, which no rewrite enters, and its banks are graph inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,9 @@ from runtimes.errors import CalibrationError
 
 Ranges = Mapping[str, tuple[float, float]]
 """(lowest, highest) by the name of the value."""
+
+MOST_WORKERS = 16
+"""onnxruntime's own quantizer starts as many threads again for each weight."""
 
 BLOCKED_OPSET = 21
 """The first opset whose DequantizeLinear takes blocks and int4."""
@@ -57,21 +62,22 @@ def quantize_graph(
         missing = [name for name in inputs if name not in (ranges or {})]
         if missing:
             raise CalibrationError(f"there is no range for {missing[0]} and {len(missing) - 1} more inputs; calibrate this graph again")
-    _raise_opset(model, settings)
-    errors: list[WeightError] = []
+    weights = {weight_name(node): input_of(node, 1) for node in selection.products}
+    # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
-    rewrite = _Rewrite(graph, settings, ranges or {}, frozenset(float_inputs))
-    for index, node in enumerate(selection.products):
-        weight, name = input_of(node, 1), weight_name(node)
-        if name not in done:
-            done[name], error = _quantize_one(weight, settings)
-            errors.append(error)
-            unmap(weight)
-            for value in done[name].values:
-                graph.register_initializer(value)
-        rewrite(node, done[name])
+    errors: list[WeightError] = []
+    for count, (quantized, error) in enumerate(_quantized(list(weights.values()), settings), 1):
+        done[error.name] = quantized
+        errors.append(error)
         if on_weight:
-            on_weight(index + 1, len(selection.products))
+            on_weight(count, len(weights))
+    _raise_opset(model, settings)
+    rewrite = _Rewrite(graph, settings, ranges or {}, frozenset(float_inputs))
+    for name in weights:
+        for value in done[name].values:
+            graph.register_initializer(value)
+    for node in selection.products:
+        rewrite(node, done[weight_name(node)])
     if settings.embeddings:
         errors.append(_quantize_table(graph, settings))
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
@@ -113,6 +119,22 @@ class _Rewrite:
         return self.inputs[x]
 
 
+def _quantized(weights: Sequence[ir.Value], settings: QuantizationSettings) -> Iterator[tuple[QuantizedWeight, WeightError]]:
+    """In order, on all cores: numpy and onnxruntime let go of Python while they compute. Each worker has one weight in memory."""
+    with ThreadPoolExecutor(max(1, min(_cores(), len(weights)))) as pool:
+        try:
+            yield from pool.map(lambda weight: _quantize_one(weight, settings), weights)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _cores() -> int:
+    """Those that this process may use, up to ``MOST_WORKERS``."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_WORKERS)
+
+
 def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[QuantizedWeight, WeightError]:
     name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
@@ -131,6 +153,7 @@ def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[Qua
         bytes_before=array.nbytes,
         bytes_after=sum(int(tensor_of(value).nbytes) for value in quantized.values),
     )
+    unmap(weight)
     # Only what replaces the weight is kept: the restored one is as large as the original.
     return QuantizedWeight(values=quantized.values, restored=np.empty(0), shape=quantized.shape), error
 

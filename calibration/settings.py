@@ -10,7 +10,7 @@ from runtimes.errors import CalibrationError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 SchemeName = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"]
-Method = Literal["rtn", "hqq"]
+Method = Literal["rtn", "hqq", "k_quant"]
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -45,7 +45,9 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 """Activations are quantized in float32 graphs only: float16's own rounding moves values across the levels of the grid, and no reference
 could tell that from a fault (measured: 3 to 10 % of the largest logit, where 2 % is the budget)."""
 
-METHODS: tuple[Method, ...] = ("rtn", "hqq")
+METHODS: tuple[Method, ...] = ("rtn", "hqq", "k_quant")
+ASYMMETRIC: tuple[Method, ...] = ("hqq", "k_quant")
+"""Methods whose blocks always have a zero point."""
 ELSEWHERE = {
     "gptq": "onnxruntime's GPTQ returns weights without their scales and feeds a graph that it loads whole; quantize the checkpoint with "
     "GPTQModel, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
@@ -105,6 +107,8 @@ class QuantizationSettings:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
+        if self.symmetric and self.method in ASYMMETRIC:
+            raise CalibrationError(f"--method {self.method} chooses a zero point for every block; leave out --symmetric, or use --method rtn")
 
     def _check_embeddings(self, scheme: Scheme) -> None:
         if self.embeddings not in EMBEDDINGS:
@@ -143,21 +147,25 @@ def settings_for(
     *,
     method: str = "rtn",
     block_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     accuracy_level: int | None = None,
     keep_high: tuple[str, ...] = (),
     lm_head: bool | None = None,
     embeddings: int = 0,
 ) -> QuantizationSettings:
-    """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do."""
+    """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
+
+    Blocks of 4 bits have a zero point unless asked otherwise: a quarter of the squared error less, for 4 bits a block.
+    """
     name = check_scheme(scheme)
-    kind, fast = SCHEMES[name], name == "weight-only" and method == "rtn"
+    kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
+    width = kind.bits[0] if bits is None else bits
     return QuantizationSettings(
         scheme=name,
-        bits=kind.bits[0] if bits is None else bits,
+        bits=width,
         method=check_method(method),
         block_size=(32 if kind.blockwise else 0) if block_size is None else block_size,
-        symmetric=symmetric,
+        symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,
         lm_head=kind.lm_head if lm_head is None else lm_head,

@@ -26,6 +26,8 @@ from graph_passes.accessors import array_of, input_of, int_of, name_of, optional
 from runtimes.errors import CalibrationError
 
 CONTRIB = "com.microsoft"
+_SEARCHED_AT_ONCE = 4096
+"""Blocks of a k_quant search, whose twenty passes then stay in a core's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +43,8 @@ def quantize_blocks(weight: np.ndarray, *, bits: int, block_size: int, symmetric
     """``weight`` [K, N] float32."""
     if method == "hqq":
         return _hqq(weight, bits, block_size)
+    if method == "k_quant":
+        return _k_quant(weight, bits, block_size)
     with _root_logger_kept():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
@@ -64,6 +68,43 @@ def _hqq(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     shape = (weight.shape[1], -1)
     return Blocks(packed=arrays[f"w_Q{bits}"], scales=arrays["w_scales"].reshape(shape), zero_points=arrays["w_zero_points"].reshape(shape))
+
+
+def _k_quant(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
+    """llama.cpp's search of a scale and a minimum for each block, in onnxruntime's numpy: 200 ns a weight and core, rtn takes 50.
+
+    The search minimises sum_i (a + |w_i|) (w'_i - w_i)^2, a the block's root mean square; only then is the minimum rounded to a zero point
+    in [0, 2^bits), and the scale is not fitted again. Where that makes the sum larger than rtn's, above all in blocks of one sign, whose
+    zero point would lie outside, the block is rtn's: at blocks of 32 in about half of them.
+    """
+    with _root_logger_kept():
+        from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    rounded = quantize_blocks(weight, bits=bits, block_size=block_size, symmetric=False)
+    columns, blocks = rounded.scales.shape
+    padded = np.zeros((columns, blocks * block_size), np.float32)
+    padded[:, : weight.shape[0]] = weight.T
+    original = padded.reshape(-1, block_size)
+    packed, scales = rounded.packed.reshape(columns * blocks, -1).copy(), rounded.scales.reshape(-1).copy()
+    points = unpack(np.asarray(rounded.zero_points).reshape(columns, -1), bits)[:, :blocks].reshape(-1).copy()
+    for start in range(0, len(original), _SEARCHED_AT_ONCE):
+        part = slice(start, start + _SEARCHED_AT_ONCE)
+        w = original[part]
+        with np.errstate(all="ignore"):  # a block of one value divides by 0, and its result is not taken
+            q, scale, point = quant_tensor_k_quant_cpu(w, bits, block_size)
+            found = ((q - point) * scale).astype(np.float32)
+            scale = scale[:, 0].astype(np.float32)
+        importance = np.sqrt(np.mean(w**2, axis=1, keepdims=True)) + np.abs(w)
+        before = (unpack(packed[part], bits).astype(np.float32) - points[part, None]) * scales[part, None]
+        better = np.flatnonzero(np.sum(importance * (found - w) ** 2, axis=1) < np.sum(importance * (before - w) ** 2, axis=1))
+        packed[start + better] = _pack(q[better].astype(np.uint8), bits)
+        scales[start + better], points[start + better] = scale[better], point[better, 0]
+    zero_points = points.reshape(columns, blocks)
+    if bits == 4 and blocks % 2:
+        zero_points = np.pad(zero_points, ((0, 0), (0, 1)), constant_values=8)
+    return Blocks(
+        packed=packed.reshape(columns, blocks, -1), scales=scales.reshape(columns, blocks), zero_points=_pack(zero_points, bits)
+    )
 
 
 def to_matmul_nbits(
@@ -177,3 +218,8 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return packed
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse, of an even number of entries."""
+    return q if bits == 8 else q[..., ::2] | q[..., 1::2] << 4

@@ -48,11 +48,14 @@ def quantize(
             "TensorRT: qdq-int4 (weights), qdq-int8, fp8 (weights and calibrated activations).",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn or hqq.")] = "rtn",
+    method: Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn, hqq or k_quant.")] = "rtn",
     block_size: Annotated[
         int | None, typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default 32.")
     ] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point.")] = True,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: those of 8 bits have none."),
+    ] = None,
     accuracy_level: Annotated[
         int | None, typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact.")
     ] = None,
