@@ -5,28 +5,28 @@ The edit keeps its float type: its arithmetic lives in the model-local function,
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration import per_token, qdq
 from calibration.activations import ACTIVATION_OF
-from calibration.selection import select, weight_name
+from calibration.selection import select
 from calibration.settings import QuantizationSettings
-from calibration.weight_only import CONTRIB, nbits_weight, quantize_embedding, to_matmul_nbits
-from calibration.weights import QuantizedWeight, WeightError, relative_error, unmap
+from calibration.tables import TablePlan, plan_table, quantize_table
+from calibration.weight_only import CONTRIB, nbits_weight, to_matmul_nbits
+from calibration.weights import QuantizedWeight, WeightError, relative_error
+from calibration.workers import on_all_cores
 from graph_passes.accessors import array_of, dtype_of, input_of, name_of, tensor_of
+from graph_passes.external import unmap
+from graph_passes.find.weights import head_product, weight_name, weight_products
+from graph_passes.tied_head import tie_head, untie_head
 from runtimes.errors import CalibrationError
 
 Ranges = Mapping[str, tuple[float, float]]
 """(lowest, highest) by the name of the value."""
-
-MOST_WORKERS = 16
-"""onnxruntime's own quantizer starts as many threads again for each weight."""
 
 BLOCKED_OPSET = 21
 """The first opset whose DequantizeLinear takes blocks and int4."""
@@ -37,6 +37,12 @@ class QuantizedGraph:
     errors: tuple[WeightError, ...]
     float_weights: tuple[str, ...]
     """Those that were left in float by choice."""
+    embeddings: int
+    """Bits of the token embedding; 0 is float."""
+    tied: bool
+    """Whether embedding and head are stored once."""
+    note: str = ""
+    """What was done otherwise than a user may expect."""
 
 
 def quantize_graph(
@@ -45,18 +51,22 @@ def quantize_graph(
     ranges: Ranges | None = None,
     *,
     float_inputs: Collection[str] = (),
+    parameters: Collection[str] | None = None,
     on_weight: Callable[[int, int], None] | None = None,
 ) -> QuantizedGraph:
     """Quantizes the chosen MatMul weights of ``model`` in place, and their inputs by ``ranges`` where the scheme fixes them.
 
     ``float_inputs``: weights whose inputs are never quantized. A weight-only scheme takes them at accuracy level 1; schemes that
-    quantize activations leave them in float.
+    quantize activations leave them in float. ``parameters``: initializers that are known to be parameters of the base; an embedding that
+    is none stays in float unless asked for. None: all are.
 
     Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
     """
     graph = model.graph
+    untie_head(graph)
     left = float_inputs if settings.kind.activations else ()
-    selection = select(graph, settings.keep_high, lm_head=settings.lm_head, float_weights=left)
+    plan = _plan(graph, settings, left, parameters)
+    selection = select(graph, settings.keep_high, lm_head=settings.quantizes_head, float_weights=left, apart=plan.head_name)
     if settings.kind.activations == "static":
         inputs = [name_of(input_of(node, 0)) for node in selection.products]
         missing = [name for name in inputs if name not in (ranges or {})]
@@ -66,11 +76,13 @@ def quantize_graph(
     # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
     errors: list[WeightError] = []
-    for count, (quantized, error) in enumerate(_quantized(list(weights.values()), settings), 1):
+    for count, (quantized, error) in enumerate(on_all_cores(lambda w: _quantize_one(w, settings), list(weights.values())), 1):
         done[error.name] = quantized
         errors.append(error)
         if on_weight:
             on_weight(count, len(weights))
+    if plan.format is not None:
+        errors.append(quantize_table(graph, plan, settings))
     _raise_opset(model, settings)
     rewrite = _Rewrite(graph, settings, ranges or {}, frozenset(float_inputs))
     for name in weights:
@@ -78,13 +90,25 @@ def quantize_graph(
             graph.register_initializer(value)
     for node in selection.products:
         rewrite(node, done[weight_name(node)])
-    if settings.embeddings:
-        errors.append(_quantize_table(graph, settings))
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
         del graph.initializers[name]
-    if settings.scheme == "weight-only" or settings.embeddings:
+    if settings.scheme == "weight-only" or plan.format is not None:
         model.opset_imports[CONTRIB] = 1
-    return QuantizedGraph(errors=tuple(errors), float_weights=selection.float_weights)
+    tied = tie_head(model, fused=settings.kind.runtime == "onnxruntime") is not None or plan.head is not None
+    return QuantizedGraph(
+        errors=tuple(errors),
+        float_weights=selection.float_weights,
+        embeddings=0 if plan.format is None else plan.format.bits,
+        tied=tied,
+        note=plan.note,
+    )
+
+
+def _plan(graph: ir.Graph, settings: QuantizationSettings, left: Collection[str], parameters: Collection[str] | None) -> TablePlan:
+    """What becomes of embedding and head; a head that the scheme leaves in float by its own default may still share a quantized table."""
+    head = head_product(graph, weight_products(graph))
+    kept = select(graph, settings.keep_high, lm_head=settings.lm_head is not False, float_weights=left).float_weights
+    return plan_table(graph, settings, head_float=head is None or weight_name(head) in kept, parameters=parameters)
 
 
 class _Rewrite:
@@ -99,7 +123,7 @@ class _Rewrite:
     def __call__(self, node: ir.Node, weight: QuantizedWeight) -> None:
         x, scheme = input_of(node, 0), self.settings.scheme
         if scheme == "weight-only":
-            to_matmul_nbits(self.graph, node, weight, self.settings, float_input=weight_name(node) in self.float_inputs)
+            to_matmul_nbits(self.graph, node, weight, 1 if weight_name(node) in self.float_inputs else self.settings.accuracy_level)
         elif scheme == "dynamic":
             if x not in self.tokens:
                 self.tokens[x] = per_token.quantize_tokens(self.graph, node, x)
@@ -119,29 +143,13 @@ class _Rewrite:
         return self.inputs[x]
 
 
-def _quantized(weights: Sequence[ir.Value], settings: QuantizationSettings) -> Iterator[tuple[QuantizedWeight, WeightError]]:
-    """In order, on all cores: numpy and onnxruntime let go of Python while they compute. Each worker has one weight in memory."""
-    with ThreadPoolExecutor(max(1, min(_cores(), len(weights)))) as pool:
-        try:
-            yield from pool.map(lambda weight: _quantize_one(weight, settings), weights)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _cores() -> int:
-    """Those that this process may use, up to ``MOST_WORKERS``."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_WORKERS)
-
-
 def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[QuantizedWeight, WeightError]:
     name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(original).all():
         raise CalibrationError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
     if settings.scheme == "weight-only":
-        quantized = nbits_weight(name, array, original, settings)
+        quantized = nbits_weight(name, array, original, settings.format)
     elif settings.scheme == "qdq-int4":
         quantized = qdq.block_weight(name, array, original, settings.block_size)
     else:
@@ -155,13 +163,7 @@ def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[Qua
     )
     unmap(weight)
     # Only what replaces the weight is kept: the restored one is as large as the original.
-    return QuantizedWeight(values=quantized.values, restored=np.empty(0), shape=quantized.shape), error
-
-
-def _quantize_table(graph: ir.Graph, settings: QuantizationSettings) -> WeightError:
-    name, original, restored, after = quantize_embedding(graph, settings.embeddings, settings.block_size or 32)
-    before = original.size * 4
-    return WeightError(name=name, relative=relative_error(original, restored), bytes_before=before, bytes_after=after)
+    return replace(quantized, restored=np.empty(0)), error
 
 
 def _raise_opset(model: ir.Model, settings: QuantizationSettings) -> None:

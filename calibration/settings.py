@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from runtimes.errors import CalibrationError
@@ -56,7 +56,17 @@ ELSEWHERE = {
 }
 """Methods that are asked for and are not served: why, and what to use."""
 
-EMBEDDINGS = (0, 4, 8)
+EMBEDDINGS = (None, 0, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat:
+    """How one weight [K, N] is stored: ``block_size`` values along K share a scale, and a zero point unless ``symmetric``."""
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+    method: Method = "rtn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +85,10 @@ class QuantizationSettings:
     accuracy_level: int = 4
     keep_high: tuple[str, ...] = ()
     """Layers ("0", "0-3") and name patterns ("*.mlp.down_proj") that stay in float."""
-    lm_head: bool = True
-    embeddings: int = 0
-    """Bits of the token embedding; 0 leaves it in float."""
+    lm_head: bool | None = None
+    """Whether the head is quantized; None is the scheme's default. One that is tied to a quantized embedding always is, unless False."""
+    embeddings: int | None = None
+    """Bits of the token embedding, and of a head that is tied to it; 0 is float. None: 8 where onnxruntime looks it up, else float."""
 
     def __post_init__(self) -> None:
         scheme = SCHEMES[check_scheme(self.scheme)]
@@ -108,7 +119,7 @@ class QuantizationSettings:
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
         if self.symmetric and self.method in ASYMMETRIC:
-            raise CalibrationError(f"--method {self.method} chooses a zero point for every block; leave out --symmetric, or use --method rtn")
+            raise CalibrationError(f"--method {self.method} chooses a zero point for every block; leave out --symmetric, or use rtn")
 
     def _check_embeddings(self, scheme: Scheme) -> None:
         if self.embeddings not in EMBEDDINGS:
@@ -122,6 +133,31 @@ class QuantizationSettings:
     @property
     def kind(self) -> Scheme:
         return SCHEMES[self.scheme]
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether the head is one of the scheme's own products."""
+        return self.kind.lm_head if self.lm_head is None else self.lm_head
+
+    @property
+    def format(self) -> BlockFormat:
+        """Of MatMulNBits' weights."""
+        return BlockFormat(bits=self.bits, block_size=self.block_size, symmetric=self.symmetric, method=self.method)
+
+    @property
+    def embedding_bits(self) -> int:
+        if self.embeddings is None:
+            return 8 if self.kind.runtime == "onnxruntime" else 0
+        return self.embeddings
+
+    @property
+    def table_format(self) -> BlockFormat:
+        """Of the embedding's rows and of a head tied to them. Other bits than the weights' are rounded: GatherBlockQuantized takes no
+        fractions for zero points, and at 8 bits a search gains nothing."""
+        bits, block_size = self.embedding_bits, self.block_size or 32
+        if self.scheme == "weight-only" and bits == self.bits and self.method != "hqq":
+            return replace(self.format, block_size=block_size)
+        return BlockFormat(bits=bits, block_size=block_size, symmetric=bits == 8)
 
 
 def check_scheme(name: str) -> SchemeName:
@@ -151,7 +187,7 @@ def settings_for(
     accuracy_level: int | None = None,
     keep_high: tuple[str, ...] = (),
     lm_head: bool | None = None,
-    embeddings: int = 0,
+    embeddings: int | None = None,
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
@@ -168,7 +204,7 @@ def settings_for(
         symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,
-        lm_head=kind.lm_head if lm_head is None else lm_head,
+        lm_head=lm_head,
         embeddings=embeddings,
     )
 

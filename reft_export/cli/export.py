@@ -16,17 +16,25 @@ from reft_export.cli.options import (
     AsJson,
     BlockSize,
     DryRun,
+    Embeddings,
     Force,
+    KeepHigh,
+    Method,
     Model,
     Output,
     Sites,
+    Symmetric,
     check_choice,
+    embedding_bits,
+    parse_patterns,
     parse_sites,
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level")
+QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "embeddings")
+"""Parameters of -p int8 and int4."""
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED)
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -63,7 +71,11 @@ def export(
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = 32,
-    accuracy_level: AccuracyLevel = 4,
+    accuracy_level: AccuracyLevel = None,
+    method: Method = "rtn",
+    symmetric: Symmetric = None,
+    keep_high: KeepHigh = None,
+    embeddings: Embeddings = None,
     format: Annotated[
         str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
     ] = "bundle",
@@ -82,6 +94,8 @@ def export(
         refuse_given(context, GRAPHS, "a graph's, and --format pyreft writes an adapter alone")
         export_adapter(model, list(adapters or []), output, accept_base=accept_base, force=force, dry_run=dry_run, as_json=as_json)
         return
+    if precision not in ("int8", "int4"):
+        refuse_given(context, QUANTIZED, "of quantized weights: -p int8 or int4, which is not asked for")
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
@@ -90,6 +104,10 @@ def export(
         opset=opset,
         block_size=block_size,
         accuracy_level=accuracy_level,
+        method=method,
+        symmetric=symmetric,
+        keep_high=parse_patterns(keep_high),
+        embeddings=embedding_bits(embeddings),
         target=checked_target(target),
     )
     if dry_run:

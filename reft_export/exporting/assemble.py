@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.quantize import quantize_graph
@@ -11,12 +11,13 @@ from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.head import expose_head
+from graph_passes.tied_head import tie_head
 from reft_export.base.adapters import check_fit, check_layers, union_nodes
 from reft_export.base.classifiers import head_parameters
 from reft_export.base.dequantized import expert_matrices
 from reft_export.base.load import Base, load_base, load_without_weights
 from reft_export.base.model_record import model_record
-from reft_export.bundling.files import BundleParts, Report, write_bundle
+from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
 from reft_export.bundling.result import quantization_record
 from reft_export.eager.steering import steerers_of
 from reft_export.exporting.alike import share_weights
@@ -27,7 +28,7 @@ from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.golden import record_base, record_quantized
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.bundle import Manifest
+from runtimes.artifacts.bundle import Manifest, Quantization
 from runtimes.edits.op import EditNode
 from runtimes.errors import ExportError
 
@@ -90,7 +91,7 @@ def assemble(
     fold_graph(graph, nodes)
     head = expose_head(graph, exported.weights, head_parameters(base.model) if task.swaps_head else ())
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
-    errors = _quantize_and_write(work, exported, settings, report)
+    quantized = _quantize_and_write(work, exported, settings, report)
     if settings.weight_only is not None:
         report("recording what the eager model says with the quantized weights")
         record_quantized(work / "golden", proof, base.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
@@ -99,7 +100,8 @@ def assemble(
         model=model,
         task=base.task,
         precision=settings.float_type,
-        quantization=None if settings.weight_only is None else quantization_record(settings.weight_only),
+        quantization=quantized.record,
+        embeddings=quantized.embeddings,
         exporter=settings.exporter,
         logits=settings.logits,
         nodes=nodes,
@@ -112,14 +114,31 @@ def assemble(
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in graph.graph.initializers.values():
         value.const_value = None
-    return manifest, errors, exported.note
+    return manifest, quantized.errors, "; ".join(filter(None, (exported.note, quantized.note)))
 
 
-def _quantize_and_write(work: Path, exported: ExportedGraph, settings: ExportSettings, report: Report) -> tuple[WeightError, ...]:
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """How the weights were written."""
+
     errors: tuple[WeightError, ...] = ()
+    record: Quantization | None = None
+    embeddings: str | None = None
+    note: str = ""
+
+
+def _quantize_and_write(work: Path, exported: ExportedGraph, settings: ExportSettings, report: Report) -> _Stored:
     if settings.weight_only is not None:
         report(f"quantizing weights to {settings.precision}")
-        errors = quantize_graph(exported.model, settings.weight_only, float_inputs=expert_matrices(exported.weights)).errors
+        done = quantize_graph(
+            exported.model, settings.weight_only, float_inputs=expert_matrices(exported.weights), parameters=exported.weights
+        )
+        record = quantization_record(settings.weight_only, done)
+        stored = _Stored(errors=done.errors, record=record, embeddings=stored_how(exported.model.graph, tied=done.tied), note=done.note)
+    else:
+        # bfloat16 is checked by ONNX's checker, which knows no operators of onnxruntime's.
+        tied = tie_head(exported.model, fused=settings.target == "onnxruntime" and settings.float_type != "bf16") is not None
+        stored = _Stored(embeddings=stored_how(exported.model.graph, tied=tied))
     report("writing the graph")
     write_graph(exported.model, work)
-    return errors
+    return stored

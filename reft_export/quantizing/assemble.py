@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings
-from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
+from graph_passes.tied_head import untie_head
 from reft_export.base.dequantized import expert_matrices, load_dequantized
 from reft_export.base.gguf import described
 from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
-from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
+from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle, stored_how
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
 from reft_export.bundling.recorded import check_recorded
 from reft_export.bundling.result import ExportResult, quantization_record
@@ -61,9 +61,11 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
         refit = plan_refit(bundle, model, request.refit, output, force=force) if request.refit else None
         plan = planned(bundle, model, output, request.settings, request.calibration, report)
         with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-            manifest, errors = assemble(plan, work, Path(proof), report)
+            manifest, quantized = assemble(plan, work, Path(proof), report)
+            errors = quantized.errors
             if manifest.precision == "bf16":
-                return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+                note = "; ".join(filter(None, (quantized.note, check_structure(work))))
+                return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
             figures = _measured_before(plan, request, output, report)
             refitted, saved = {}, {}
             if refit:
@@ -77,7 +79,7 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
             if refit:
                 saved = refit.save(refitted, force=force)
     told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
-    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, report=told, refitted=saved)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=quantized.note, report=told, refitted=saved)
 
 
 def planned(
@@ -86,6 +88,7 @@ def planned(
     check_bundle(bundle, settings, request)
     graph = load_graph(bundle.graph_path)
     check_recorded(bundle, graph)
+    untie_head(graph.graph)
     check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
     if request is None:
         return Plan(bundle=bundle, model=model, settings=settings)
@@ -93,14 +96,14 @@ def planned(
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
 
 
-def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, tuple[WeightError, ...]]:
+def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, QuantizedGraph]:
     """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
     graph, quantized = _record_and_quantize(plan, work, proof, report)
     _copy_unchanged(plan.bundle, work)
     manifest = _finish(plan, work, graph, quantized)
     del graph
     give_back()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
-    return manifest, quantized.errors
+    return manifest, quantized
 
 
 def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report: Report) -> Measurements:
@@ -145,7 +148,8 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
     graph = load_graph(bundle.graph_path)
-    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(bundle.manifest.weights))
+    sources = bundle.manifest.weights
+    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
     write_graph(graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
@@ -202,7 +206,8 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
     parts = BundleParts(
         model=m.model,
         precision=m.precision,
-        quantization=quantization_record(plan.settings, kept=quantized.float_weights, calibration=plan.calibration),
+        quantization=quantization_record(plan.settings, quantized, calibration=plan.calibration),
+        embeddings=stored_how(graph.graph, tied=quantized.tied),
         exporter=m.exporter,
         logits=m.logits,
         nodes=plan.bundle.nodes,
