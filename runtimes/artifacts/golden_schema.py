@@ -4,8 +4,11 @@ One npz per name, "base" and every adapter: inputs, and what the eager model ans
 check itself without PyTorch. LAYOUTS below are the format, by task. A letter in a shape is a size that all arrays of a file share:
 
     B rows    S columns    K recorded positions    G greedy tokens    V the model's vocabulary    L a classifier's labels
+    T tokens of all rows' completions, one row behind the other
 
-Rows are right padded. A decoder's are prompts, each followed by the first tokens of the base's greedy continuation.
+Rows are right padded. A decoder's are prompts, each followed by the first tokens of the base's greedy continuation. Of an adapter with
+probes they are its probes, each prompt followed by its completion: there ``log_probabilities`` tell, for every token of a completion, what
+it had after all tokens before it (a classifier: ``targets``, the labels of its probes).
 
 Logits are those of the eager model with the weights that the bundle ships, so that export errors show alone; the fp32 ones are of the
 float32 model before any quantization or rounding, and delta parity is measured against them, so that it says what quantization left of
@@ -18,7 +21,7 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -37,6 +40,7 @@ UNREADABLE = (
 """What zipfile and numpy raise over a file that is none of theirs: headers are Python literals, which numpy parses."""
 
 ALWAYS, ADAPTERS, FLOAT32, NOISE = "always", "adapters", "adapters, of a bundle that is not float32", "where activations are quantized"
+PROBES, FLOAT32_PROBES = "adapters with probes", "adapters with probes, of a bundle that is not float32"
 """When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise."""
 
 
@@ -71,8 +75,21 @@ def _logits(rows: str, width: str) -> tuple[GoldenArray, ...]:
     )
 
 
-def _integers(name: str, shape: tuple[str | int, ...], lowest: int, below: float | str, holds: str) -> GoldenArray:
-    return GoldenArray(name=name, dtype="int64", shape=shape, lowest=lowest, below=below, holds=holds)
+def _log_probabilities() -> tuple[GoldenArray, ...]:
+    kinds = {
+        "log_probabilities": (PROBES, "of every token of the completions, in nats, under this name"),
+        "base_log_probabilities": (PROBES, "the same under the base"),
+        "fp32_log_probabilities": (FLOAT32_PROBES, "under this name, by the float32 model"),
+        "fp32_base_log_probabilities": (FLOAT32_PROBES, "under the base, by the float32 model"),
+    }
+    return tuple(
+        GoldenArray(name=name, dtype="float32", shape=("T",), when=when, holds=holds, lowest=-math.inf, below=1e-3)
+        for name, (when, holds) in kinds.items()
+    )
+
+
+def _integers(name: str, shape: tuple[str | int, ...], lowest: int, below: float | str, holds: str, when: str = ALWAYS) -> GoldenArray:
+    return GoldenArray(name=name, dtype="int64", shape=shape, lowest=lowest, below=below, holds=holds, when=when)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +111,14 @@ DECODER = (
     _integers("logit_positions", ("K", 2), 0, math.inf, "(row, column) of the recorded logits, each once, on tokens, one behind a prompt"),
     _integers("greedy_tokens", ("B", "G"), -1, "V", "each prompt's greedy continuation under this name, end tokens ignored; -1 behind it"),
     *_logits("K", "V"),
+    *_log_probabilities(),
     _NOISE,
 )
 CLASSIFIER = (
     _integers("input_ids", ("B", "S"), 0, "V", "a text or a pair of texts"),
     _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
     _integers("token_type_ids", ("B", "S"), 0, 2, "which text of a pair each token is of"),
+    _integers("targets", ("B",), -1, "L", "the label of each text that is a probe; -1 of others", PROBES),
     *_logits("B", "L"),
     _NOISE,
 )
@@ -129,19 +148,28 @@ class GoldenSchema:
     @property
     def table(self) -> dict[str, GoldenArray]:
         """Every array that may be there, by name."""
-        absent = {*(() if self.adapter else (ADAPTERS, FLOAT32)), *(() if self.noisy else (NOISE,))}
+        absent = {*(() if self.adapter else (ADAPTERS, FLOAT32, PROBES, FLOAT32_PROBES)), *(() if self.noisy else (NOISE,))}
         return {array.name: array for array in self.layout.arrays if array.when not in absent}
 
     @property
     def required(self) -> set[str]:
-        optional = {NOISE, FLOAT32} if self.float32 else {NOISE}
+        optional = {NOISE, PROBES, FLOAT32_PROBES, *((FLOAT32,) if self.float32 else ())}
         return {name for name, array in self.table.items() if array.when not in optional}
+
+    def required_with(self, names: Collection[str]) -> set[str]:
+        """``required`` of a file that holds the arrays ``names``: of some kinds all are there or none."""
+        table = self.table
+        kinds = {table[name].when for name in names if name in table}
+        if FLOAT32_PROBES in kinds or (PROBES in kinds and not self.float32):
+            kinds |= {PROBES, FLOAT32_PROBES}
+        if FLOAT32_PROBES in kinds:
+            kinds |= {FLOAT32}
+        return self.required | {name for name, array in table.items() if array.when in kinds - {NOISE}}
 
     def check_headers(self, headers: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Raises GoldenError unless names, dtypes and shapes are the table's, and sizes agree; needs no values."""
         table = self.table
-        float32 = {name for name, array in table.items() if array.when == FLOAT32}
-        if missing := sorted((self.required | (float32 if float32 & set(headers) else set())) - set(headers)):
+        if missing := sorted(self.required_with(headers) - set(headers)):
             raise GoldenError(f"lacks {missing}")
         if unknown := sorted(set(headers) - set(table)):
             raise GoldenError(f"holds {unknown}, which no golden arrays of this kind have")
@@ -182,7 +210,7 @@ class GoldenSchema:
             raise GoldenError(f"has values in {name} that are not finite")
         if entry.lowest is None or entry.below is None:
             return
-        below = {"V": self.vocabulary, "S": mask.shape[1]}[entry.below] if isinstance(entry.below, str) else entry.below
+        below = {"V": self.vocabulary, "S": mask.shape[1], "L": self.labels}[entry.below] if isinstance(entry.below, str) else entry.below
         values = array[mask > 0] if name == "input_ids" else array
         if values.size and (values.min() < entry.lowest or values.max() >= below):
             raise GoldenError(f"has values in {name} from {values.min()} to {values.max()}, expected {entry.lowest:g} to below {below:g}")
@@ -197,6 +225,9 @@ def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
     prompt, positions, greedy = (arrays[name] for name in ("prompt_length", "logit_positions", "greedy_tokens"))
     if (prompt >= lengths).any():
         raise GoldenError("has a prompt_length that leaves no token of its row's continuation")
+    said, tokens = arrays.get("log_probabilities"), int((lengths - prompt).sum())
+    if said is not None and len(said) != tokens:
+        raise GoldenError(f"has {len(said)} log_probabilities, and its completions are {tokens} tokens")
     rows, columns = positions.T
     if rows.max() >= len(lengths) or (columns >= lengths[rows]).any():
         raise GoldenError("has logit_positions that are no token's")

@@ -33,12 +33,12 @@ SURFACE = {
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
-        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
-        "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
+        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
+        "--device", "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
-        "--force", "--json",
+        "--probes", "--force", "--json",
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
