@@ -57,6 +57,8 @@ ELSEWHERE = {
 """Methods that are asked for and are not served: why, and what to use."""
 
 EMBEDDINGS = (None, 0, 4, 8)
+DEFAULT_BLOCK = {4: 32, 8: 64}
+"""By bits. A float32 scale for 32 weights of 8 bits is a ninth of the file, and what it buys is not to be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ def settings_for(
         scheme=name,
         bits=width,
         method=check_method(method),
-        block_size=(32 if kind.blockwise else 0) if block_size is None else block_size,
+        block_size=(DEFAULT_BLOCK[width] if kind.blockwise else 0) if block_size is None else block_size,
         symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,

@@ -70,7 +70,7 @@ def export(
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
-    block_size: BlockSize = 32,
+    block_size: BlockSize = None,
     accuracy_level: AccuracyLevel = None,
     method: Method = "rtn",
     symmetric: Symmetric = None,

@@ -46,7 +46,10 @@ Kernel = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of onnxruntime; default: its own choice.")]
-BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share a scale, along the input dimension.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default: 32 of int4, 64 of int8."),
+]
 AccuracyLevel = Annotated[
     int | None,
     typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact."),

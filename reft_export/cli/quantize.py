@@ -15,6 +15,7 @@ from reft_export.cli.options import (
     AcceptBase,
     AccuracyLevel,
     AsJson,
+    BlockSize,
     Embeddings,
     Force,
     KeepHigh,
@@ -64,9 +65,7 @@ def quantize(
         ),
     ] = None,
     method: Method = "rtn",
-    block_size: Annotated[
-        int | None, typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default 32.")
-    ] = None,
+    block_size: BlockSize = None,
     symmetric: Symmetric = None,
     accuracy_level: AccuracyLevel = None,
     keep_high: KeepHigh = None,

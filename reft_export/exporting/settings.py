@@ -30,7 +30,7 @@ class ExportSettings:
     logits: str = "all"
     opset: int = DEFAULT_OPSET
     sites: tuple[Site, ...] = ()
-    block_size: int = 32
+    block_size: int | None = None
     accuracy_level: int | None = None
     method: str = "rtn"
     symmetric: bool | None = None

@@ -42,7 +42,8 @@ SURFACE = {
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
-        "--target", "--block-size", "--accuracy-level", "--method", "--symmetric", "--keep-high", "--embeddings", "--format", "--accept-base", "--force", "--dry-run", "--json",
+        "--target", "--block-size", "--accuracy-level",
+        "--method", "--symmetric", "--keep-high", "--embeddings", "--format", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
