@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from calibration import per_token, qdq
 from calibration.activations import ACTIVATION_OF
-from calibration.selection import select
-from calibration.settings import QuantizationSettings
+from calibration.selection import Selection, matching, select
+from calibration.settings import BlockFormat, QuantizationSettings
 from calibration.tables import TablePlan, plan_table, quantize_table
 from calibration.weight_only import CONTRIB, nbits_weight, to_matmul_nbits
 from calibration.weights import QuantizedWeight, WeightError, relative_error
@@ -41,6 +41,8 @@ class QuantizedGraph:
     """Bits of the token embedding; 0 is float."""
     tied: bool
     """Whether embedding and head are stored once."""
+    int8: tuple[str, ...] = ()
+    """Weights of 8 bits among those of 4."""
     note: str = ""
     """What was done otherwise than a user may expect."""
 
@@ -64,19 +66,22 @@ def quantize_graph(
     """
     graph = model.graph
     untie_head(graph)
-    left = float_inputs if settings.kind.activations else ()
-    plan = _plan(graph, settings, left, parameters)
-    selection = select(graph, settings.keep_high, lm_head=settings.quantizes_head, float_weights=left, apart=plan.head_name)
+    plan, selection = plan_graph(graph, settings, float_inputs, parameters)
     if settings.kind.activations == "static":
         inputs = [name_of(input_of(node, 0)) for node in selection.products]
         missing = [name for name in inputs if name not in (ranges or {})]
         if missing:
             raise CalibrationError(f"there is no range for {missing[0]} and {len(missing) - 1} more inputs; calibrate this graph again")
     weights = {weight_name(node): input_of(node, 1) for node in selection.products}
+    int8 = int8_weights(graph, selection, settings)
+
+    def quantized_one(name: str) -> tuple[QuantizedWeight, WeightError]:
+        return _quantize_one(weights[name], settings, settings.int8_format if name in int8 else settings.format)
+
     # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
     errors: list[WeightError] = []
-    for count, (quantized, error) in enumerate(on_all_cores(lambda w: _quantize_one(w, settings), list(weights.values())), 1):
+    for count, (quantized, error) in enumerate(on_all_cores(quantized_one, list(weights)), 1):
         done[error.name] = quantized
         errors.append(error)
         if on_weight:
@@ -100,15 +105,32 @@ def quantize_graph(
         float_weights=selection.float_weights,
         embeddings=0 if plan.format is None else plan.format.bits,
         tied=tied,
+        int8=tuple(name for name in weights if name in int8),
         note=plan.note,
     )
 
 
-def _plan(graph: ir.Graph, settings: QuantizationSettings, left: Collection[str], parameters: Collection[str] | None) -> TablePlan:
-    """What becomes of embedding and head; a head that the scheme leaves in float by its own default may still share a quantized table."""
+def plan_graph(
+    graph: ir.Graph, settings: QuantizationSettings, float_inputs: Collection[str] = (), parameters: Collection[str] | None = None
+) -> tuple[TablePlan, Selection]:
+    """What becomes of embedding and tied head, and which other products are quantized; of a graph whose head is untied.
+
+    A head that the scheme leaves in float by its own default may still share a quantized table.
+    """
+    left = float_inputs if settings.kind.activations else ()
     head = head_product(graph, weight_products(graph))
     kept = select(graph, settings.keep_high, lm_head=settings.lm_head is not False, float_weights=left).float_weights
-    return plan_table(graph, settings, head_float=head is None or weight_name(head) in kept, parameters=parameters)
+    plan = plan_table(graph, settings, head_float=head is None or weight_name(head) in kept, parameters=parameters)
+    return plan, select(graph, settings.keep_high, lm_head=settings.quantizes_head, float_weights=left, apart=plan.head_name)
+
+
+def int8_weights(graph: ir.Graph, selection: Selection, settings: QuantizationSettings) -> set[str]:
+    """Names of the weights that ``settings.int8`` means. Raises CalibrationError for a pattern that fits none of the quantized ones."""
+    if not settings.int8:
+        return set()
+    head = head_product(graph, weight_products(graph))
+    names = list(dict.fromkeys(map(weight_name, selection.products)))
+    return matching(settings.int8, names, None if head is None else weight_name(head), "int8")
 
 
 class _Rewrite:
@@ -143,13 +165,13 @@ class _Rewrite:
         return self.inputs[x]
 
 
-def _quantize_one(weight: ir.Value, settings: QuantizationSettings) -> tuple[QuantizedWeight, WeightError]:
+def _quantize_one(weight: ir.Value, settings: QuantizationSettings, format: BlockFormat) -> tuple[QuantizedWeight, WeightError]:
     name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(original).all():
         raise CalibrationError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
     if settings.scheme == "weight-only":
-        quantized = nbits_weight(name, array, original, settings.format)
+        quantized = nbits_weight(name, array, original, format)
     elif settings.scheme == "qdq-int4":
         quantized = qdq.block_weight(name, array, original, settings.block_size)
     else:

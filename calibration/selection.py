@@ -51,13 +51,7 @@ def select(
     head = None if head_node is None else weight_name(head_node)
     names = [weight_name(node) for node in products]
     high = set(float_weights) if lm_head or head is None else {head, *float_weights}
-    for pattern in keep_high:
-        fits = _matcher(pattern, head)
-        found = {name for name in names if fits(name)}
-        if not found:
-            shown = ", ".join(names[:3])
-            raise CalibrationError(f"--keep-high {pattern!r} fits none of the {len(names)} weights; they are called {shown}, ..")
-        high |= found
+    high |= matching(keep_high, names, head, "--keep-high")
     high.discard(apart or "")
     chosen = tuple(node for node in products if weight_name(node) not in high and weight_name(node) != apart)
     if not chosen:
@@ -71,6 +65,19 @@ def token_embedding(graph: ir.Graph) -> ir.Node:
     if found is None:
         raise CalibrationError("the graph looks token ids up in no constant table [V, D]; leave out --embeddings")
     return found
+
+
+def matching(patterns: Sequence[str], names: Sequence[str], head: str | None, option: str) -> set[str]:
+    """Those of ``names`` that a pattern of ``option`` fits; ``lm_head`` is ``head``. Raises CalibrationError for one that fits none."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        fits = _matcher(pattern, head)
+        found = {name for name in names if fits(name)}
+        if not found:
+            shown = ", ".join(names[:3])
+            raise CalibrationError(f"{option} {pattern!r} fits none of the {len(names)} weights; they are called {shown}, ..")
+        matched |= found
+    return matched
 
 
 def layer_of(name: str) -> int | None:

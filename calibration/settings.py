@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from runtimes.errors import CalibrationError
@@ -87,6 +87,8 @@ class QuantizationSettings:
     accuracy_level: int = 4
     keep_high: tuple[str, ...] = ()
     """Layers ("0", "0-3") and name patterns ("*.mlp.down_proj") that stay in float."""
+    int8: tuple[str, ...] = ()
+    """As ``keep_high``, weights that are stored in 8 bits where the others have 4."""
     lm_head: bool | None = None
     """Whether the head is quantized; None is the scheme's default. One that is tied to a quantized embedding always is, unless False."""
     embeddings: int | None = None
@@ -104,6 +106,8 @@ class QuantizationSettings:
             raise CalibrationError(f"block size {self.block_size} is not a power of two from 16 on")
         if not scheme.blockwise and self.block_size:
             raise CalibrationError(f"--scheme {self.scheme} has one scale per output column and takes no block size")
+        if self.int8 and (self.scheme != "weight-only" or self.bits != 4):
+            raise CalibrationError("int8 weights stand among int4 ones: use --scheme weight-only -p int4, or leave them out")
         self._check_products()
         self._check_embeddings(scheme)
 
@@ -147,6 +151,11 @@ class QuantizationSettings:
         return BlockFormat(bits=self.bits, block_size=self.block_size, symmetric=self.symmetric, method=self.method)
 
     @property
+    def int8_format(self) -> BlockFormat:
+        """Of the weights that ``int8`` names."""
+        return BlockFormat(bits=8, block_size=DEFAULT_BLOCK[8])
+
+    @property
     def embedding_bits(self) -> int:
         if self.embeddings is None:
             return 8 if self.kind.runtime == "onnxruntime" else 0
@@ -156,10 +165,10 @@ class QuantizationSettings:
     def table_format(self) -> BlockFormat:
         """Of the embedding's rows and of a head tied to them. Other bits than the weights' are rounded: GatherBlockQuantized takes no
         fractions for zero points, and at 8 bits a search gains nothing."""
-        bits, block_size = self.embedding_bits, self.block_size or 32
+        bits = self.embedding_bits
         if self.scheme == "weight-only" and bits == self.bits and self.method != "hqq":
-            return replace(self.format, block_size=block_size)
-        return BlockFormat(bits=bits, block_size=block_size, symmetric=bits == 8)
+            return self.format
+        return BlockFormat(bits=bits, block_size=DEFAULT_BLOCK[bits], symmetric=bits == 8)
 
 
 def check_scheme(name: str) -> SchemeName:
@@ -188,6 +197,7 @@ def settings_for(
     symmetric: bool | None = None,
     accuracy_level: int | None = None,
     keep_high: tuple[str, ...] = (),
+    int8: tuple[str, ...] = (),
     lm_head: bool | None = None,
     embeddings: int | None = None,
 ) -> QuantizationSettings:
@@ -206,6 +216,7 @@ def settings_for(
         symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,
+        int8=int8,
         lm_head=lm_head,
         embeddings=embeddings,
     )

@@ -5,7 +5,7 @@
     fused        FusedMatMul(x, T, transB = 1)      of onnxruntime, which is named after the weight that it stands for
     transposed   MatMul(x, Transpose(T))            of ONNX alone; the Transpose's output has the weight's name
 
-MEASURED
+A Transpose of a constant is computed when onnxruntime loads the graph, at the price of a second table; FusedMatMul reads the one there is.
 """
 
 from __future__ import annotations

@@ -39,5 +39,6 @@ def quantization_record(
         method=settings.method,
         embeddings=quantized.embeddings,
         kept=quantized.float_weights,
+        int8=quantized.int8,
         calibration=calibration,
     )

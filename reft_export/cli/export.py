@@ -15,6 +15,7 @@ from reft_export.cli.options import (
     Adapters,
     AsJson,
     BlockSize,
+    BudgetMB,
     DryRun,
     Embeddings,
     Force,
@@ -24,6 +25,7 @@ from reft_export.cli.options import (
     Output,
     Sites,
     Symmetric,
+    asks_auto,
     check_choice,
     embedding_bits,
     parse_patterns,
@@ -32,7 +34,7 @@ from reft_export.cli.options import (
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 
-QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "embeddings")
+QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings")
 """Parameters of -p int8 and int4."""
 GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED)
 """Parameters that mean nothing for an adapter alone."""
@@ -75,6 +77,7 @@ def export(
     method: Method = "rtn",
     symmetric: Symmetric = None,
     keep_high: KeepHigh = None,
+    budget_mb: BudgetMB = None,
     embeddings: Embeddings = None,
     format: Annotated[
         str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
@@ -108,6 +111,8 @@ def export(
         symmetric=symmetric,
         keep_high=parse_patterns(keep_high),
         embeddings=embedding_bits(embeddings),
+        mixed=asks_auto(keep_high) or budget_mb is not None,
+        budget_mb=budget_mb,
         target=checked_target(target),
     )
     if dry_run:

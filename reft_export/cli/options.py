@@ -59,6 +59,8 @@ Symmetric = Annotated[
     bool | None,
     typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: those of 8 bits have none."),
 ]
+AUTO = "auto"
+"""Of --keep-high: chosen by measurement."""
 EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 Embeddings = Annotated[
     str | None,
@@ -70,7 +72,17 @@ Embeddings = Annotated[
 ]
 KeepHigh = Annotated[
     list[str] | None,
-    typer.Option("--keep-high", help="Layers or weights that stay in float: 0;31, 4-7, *.mlp.down_proj; repeat for several."),
+    typer.Option(
+        "--keep-high",
+        help="Layers or weights that stay in float: 0;31, 4-7, *.mlp.down_proj; repeat for several. auto: the weights of int4 that cost "
+        "most become int8.",
+    ),
+]
+BudgetMB = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-mb", min=0.001, help="--keep-high auto up to about so many MB (10^6 bytes) of the whole bundle; default: 15 % more"
+    ),
 ]
 
 
@@ -99,8 +111,13 @@ def embedding_bits(value: str | None) -> int | None:
 
 
 def parse_patterns(values: list[str] | None) -> tuple[str, ...]:
-    """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high."""
-    return tuple(part.strip() for value in values or () for part in value.split(";") if part.strip())
+    """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high; without its ``auto``."""
+    parts = (part.strip() for value in values or () for part in value.split(";"))
+    return tuple(part for part in parts if part and part != AUTO)
+
+
+def asks_auto(values: list[str] | None) -> bool:
+    return any(part.strip() == AUTO for value in values or () for part in value.split(";"))
 
 
 def check_session_options(provider: str | None, kernel: str | None) -> None:

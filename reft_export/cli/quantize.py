@@ -16,6 +16,7 @@ from reft_export.cli.options import (
     AccuracyLevel,
     AsJson,
     BlockSize,
+    BudgetMB,
     Embeddings,
     Force,
     KeepHigh,
@@ -23,6 +24,7 @@ from reft_export.cli.options import (
     Model,
     Output,
     Symmetric,
+    asks_auto,
     check_choice,
     embedding_bits,
     given,
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
     from reft_export.quantizing.settings import CalibrationRequest
 
 QUANTIZES = (
-    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "lm_head", "embeddings", "calibrate",
-    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
+    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "budget_mb", "lm_head", "embeddings",
+    "calibrate",    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
 )  # fmt: skip
 """Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
@@ -69,6 +71,7 @@ def quantize(
     symmetric: Symmetric = None,
     accuracy_level: AccuracyLevel = None,
     keep_high: KeepHigh = None,
+    budget_mb: BudgetMB = None,
     lm_head: Annotated[
         bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the head; default: not where activations have fixed ranges.")
     ] = None,
@@ -154,7 +157,8 @@ def quantize(
             embeddings=embedding_bits(embeddings),
         )
         request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens)
-        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
+        mixed = asks_auto(keep_high) or budget_mb is not None
+        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare, mixed=mixed, budget_mb=budget_mb)
     make = partial(make, refit=refitting, yardsticks=yardsticks, accept_base=accept_base, force=force)
     run_and_show(lambda report: make(bundle, model, output, report=report), output, as_json=as_json)
 

@@ -36,6 +36,9 @@ class ExportSettings:
     symmetric: bool | None = None
     keep_high: tuple[str, ...] = ()
     embeddings: int | None = None
+    mixed: bool = False
+    """int4 with the most sensitive weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about."""
+    budget_mb: float | None = None
     target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
 
     def __post_init__(self) -> None:
@@ -60,6 +63,11 @@ class ExportSettings:
         if self.exporter == "optimum" and (self.float_type != "fp32" or self.logits != "all"):
             raise InputError(
                 "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
+            )
+
+        if (self.mixed or self.budget_mb is not None) and self.precision != "int4":
+            raise InputError(
+                f"--keep-high auto and --budget-mb choose int8 weights among int4 ones, and -p is {self.precision}; use -p int4"
             )
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from calibration.mixed import check_budget, sizes
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings
 from graph_passes.external import load_graph, write_graph
@@ -26,6 +27,7 @@ from reft_export.bundling.result import ExportResult, quantization_record
 from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import Steerer
 from reft_export.evaluation.quantization_report import Measurements, variant_name
+from reft_export.evaluation.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.folding.foreign_base import check_weights_known, completed
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
@@ -35,7 +37,16 @@ from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.refit import plan_refit
 from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, check_bundle
-from runtimes.artifacts.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.artifacts.bundle import (
+    BASE_GOLDEN,
+    DATA_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    Bundle,
+    CalibrationRecord,
+    Manifest,
+    open_bundle,
+)
 from runtimes.files.folders import atomic_folder
 from runtimes.parity.figures import ParityReport, Rung
 
@@ -51,6 +62,7 @@ class Plan:
     base_ranges: Ranges | None = None
     """Of the same prompts without any adapter."""
     calibration: CalibrationRecord | None = None
+    mixed: MixedPrecision | None = None
 
 
 def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRequest, *, force: bool, report: Report) -> ExportResult:
@@ -60,6 +72,8 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
     with completed(opened, model, report) as bundle:
         refit = plan_refit(bundle, model, request.refit, output, force=force) if request.refit else None
         plan = planned(bundle, model, output, request.settings, request.calibration, report)
+        if request.mixed:
+            plan = replace(plan, mixed=_asked(plan, request.budget_mb))
         with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
             manifest, quantized = assemble(plan, work, Path(proof), report)
             errors = quantized.errors
@@ -94,6 +108,18 @@ def planned(
         return Plan(bundle=bundle, model=model, settings=settings)
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
+
+
+def _asked(plan: Plan, budget_mb: float | None) -> MixedPrecision:
+    """What mixed precision is asked for; CalibrationError for a budget below the smallest bundle, before any model is loaded."""
+    if budget_mb is None:
+        return MixedPrecision()
+    graph = load_graph(plan.bundle.graph_path)
+    untie_head(graph.graph)
+    rest = sum(record.size for name, record in plan.bundle.manifest.files.items() if name != DATA_FILE)
+    asked = MixedPrecision(budget=int(budget_mb * 1e6) - rest)
+    check_budget(sizes(graph.graph, plan.settings, (), plan.bundle.manifest.weights), asked.budget)
+    return asked
 
 
 def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, QuantizedGraph]:
@@ -144,10 +170,14 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
         copy_tokenizer(base.folder, base.tokenizer, work)
     report("recording what the float32 model says")
     fp32 = fp32_logits(base.model, inputs, steerers)
+    graph, chosen = load_graph(bundle.graph_path), ""
+    if plan.mixed is not None:
+        report("measuring what each weight costs in int4")
+        rows = rows_of(dict.fromkeys((BASE_GOLDEN, *steerers), inputs.arrays), steerers)
+        settings, chosen = mixed(base.model, graph, bundle.manifest.weights, settings, rows, plan.mixed)
     del base
     give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
-    graph = load_graph(bundle.graph_path)
     sources = bundle.manifest.weights
     quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
     write_graph(graph, work)
@@ -156,7 +186,7 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     again = load_base(plan.model, checked=True).model
     set_precision(again, bundle.manifest.precision)
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, fp32)
-    return graph, quantized
+    return graph, replace(quantized, note="; ".join(filter(None, (chosen, quantized.note))))
 
 
 def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, remedy: str) -> ParityReport:

@@ -31,6 +31,8 @@ def quantize_bundle(
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
     compare: bool = False,
+    mixed: bool = False,
+    budget_mb: float | None = None,
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -40,6 +42,7 @@ def quantize_bundle(
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
     quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+    ``mixed``: the most sensitive of int4's weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about.
     ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
@@ -57,9 +60,20 @@ def quantize_bundle(
     check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks())
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
+    if (mixed or budget_mb is not None) and (settings.scheme, settings.bits) != ("weight-only", 4):
+        raise CalibrationError(
+            "--keep-high auto and --budget-mb choose int8 weights among int4 ones; use --scheme weight-only -p int4, or leave them out"
+        )
     check_bundle(opened, settings, calibration)
     request = QuantizeRequest(
-        settings=settings, calibration=calibration, refit=refit, yardsticks=yardsticks, compare=compare, accept_base=accept_base
+        settings=settings,
+        calibration=calibration,
+        refit=refit,
+        yardsticks=yardsticks,
+        compare=compare,
+        mixed=mixed or budget_mb is not None,
+        budget_mb=budget_mb,
+        accept_base=accept_base,
     )
 
     from reft_export.quantizing.assemble import make_quantized

@@ -74,6 +74,8 @@ class QuantizeRequest:
     refit: RefitSettings | None = None
     yardsticks: Yardsticks = Yardsticks()
     compare: bool = False
+    mixed: bool = False
+    budget_mb: float | None = None
     accept_base: bool = False
 
 
