@@ -11,6 +11,7 @@ import typer
 from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import (
     AcceptBase,
+    AcceptLoss,
     AccuracyLevel,
     Adapters,
     AsJson,
@@ -21,6 +22,7 @@ from reft_export.cli.options import (
     Force,
     KeepHigh,
     Method,
+    MinRetention,
     Model,
     Output,
     Sites,
@@ -33,10 +35,11 @@ from reft_export.cli.options import (
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
+from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
 QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings")
 """Parameters of -p int8 and int4."""
-GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED)
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED, "min_retention", "accept_loss")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ def export(
     keep_high: KeepHigh = None,
     budget_mb: BudgetMB = None,
     embeddings: Embeddings = None,
+    min_retention: MinRetention = MIN_RETENTION,
+    accept_loss: AcceptLoss = False,
     format: Annotated[
         str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
     ] = "bundle",
@@ -115,6 +120,7 @@ def export(
         budget_mb=budget_mb,
         target=checked_target(target),
     )
+    quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     if dry_run:
         from reft_export.exporting.plan import plan_export
         from reft_export.forecast import forecast_export, refuse_download
@@ -129,7 +135,9 @@ def export(
         return
     try:
         with progress() as report:
-            result = export_bundle(model, list(adapters or []), output, settings, accept_base=accept_base, force=force, report=report)
+            result = export_bundle(
+                model, list(adapters or []), output, settings, quality=quality, accept_base=accept_base, force=force, report=report
+            )
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise

@@ -84,6 +84,13 @@ BudgetMB = Annotated[
         "--budget-mb", min=0.001, help="--keep-high auto up to about so many MB (10^6 bytes) of the whole bundle; default: 15 % more"
     ),
 ]
+MinRetention = Annotated[
+    float,
+    typer.Option("--min-retention", help="The least share of its training that quantization may leave an adapter, measured on its probes."),
+]
+AcceptLoss = Annotated[
+    bool, typer.Option("--accept-loss", help="Write the bundle though an adapter lost more; its manifest says what. It must be exact.")
+]
 
 
 def parse_sites(text: str) -> tuple[Site, ...]:

@@ -23,7 +23,6 @@ from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
 from reft_export.bundling.result import quantization_record
 from reft_export.eager.steering import steerers_of
-from reft_export.evaluation.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.exporting.alike import share_weights
 from reft_export.exporting.dynamo import cache_shapes
 from reft_export.exporting.exported_graph import ExportedGraph
@@ -31,6 +30,7 @@ from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.golden import record_base, record_quantized
+from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import BASE_GOLDEN, TOKENIZER_FILES, Manifest, Quantization
 from runtimes.edits.op import EditNode

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from calibration.settings import QuantizationSettings
 from reft_export.evaluation.quantization_report import Yardsticks
+from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle, check_task
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
@@ -33,6 +34,7 @@ def quantize_bundle(
     compare: bool = False,
     mixed: bool = False,
     budget_mb: float | None = None,
+    quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -41,12 +43,13 @@ def quantize_bundle(
 
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
-    quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+    quantized weights. ``quality``: what quantization may cost the adapters; where it costs more, what was measured to help is done first.
+    ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
     ``mixed``: the most sensitive of int4's weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about.
     ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
-    for adapters that are not the bundle's, ParityError for a missed budget.
+    for adapters that are not the bundle's, ParityError for a missed budget and for adapters that lost too much.
 
     Of weights [K, N], ``settings.block_size`` counts the values along K that share a scale; ``settings.bits`` is per weight.
 
@@ -73,6 +76,7 @@ def quantize_bundle(
         compare=compare,
         mixed=mixed or budget_mb is not None,
         budget_mb=budget_mb,
+        quality=quality,
         accept_base=accept_base,
     )
 
