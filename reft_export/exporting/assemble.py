@@ -25,7 +25,7 @@ from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
-from reft_export.parity.golden import record_base, record_quantized
+from reft_export.parity.golden import inputs_of, record_base, record_quantized
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import Manifest
 from runtimes.edits.op import EditNode
@@ -78,7 +78,12 @@ def assemble(
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
     recorded = record_base(
-        work / "golden", base, steerers_of(plan.adapters), settings.float_type, quantized=settings.weight_only is not None
+        work / "golden",
+        base,
+        inputs_of(base, plan.adapters),
+        steerers_of(plan.adapters),
+        settings.float_type,
+        quantized=settings.weight_only is not None,
     )
 
     report("exporting the graph")

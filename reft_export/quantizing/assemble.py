@@ -29,8 +29,8 @@ from reft_export.evaluation.quantization_report import Measurements, variant_nam
 from reft_export.folding.foreign_base import check_weights_known, completed
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_logits, record_quantized
-from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
+from reft_export.parity.golden import fp32_answers, record_quantized
+from reft_export.parity.ladder import check_same_base, known_inputs, made_from, stored_inputs
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.refit import plan_refit
@@ -133,14 +133,15 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     that this may take. The model is loaded again for its second turn; no model is left when this returns.
     """
     bundle, settings = plan.bundle, plan.settings
-    steerers, inputs = _steerers(bundle), stored_inputs(bundle)
+    steerers = _steerers(bundle)
     report(f"loading {described(plan.model)}")
     base = load_base(plan.model)
     check_same_base(bundle, base, plan.model)
     if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
         copy_tokenizer(base.folder, base.tokenizer, work)
     report("recording what the float32 model says")
-    fp32 = fp32_logits(base.model, inputs, steerers)
+    inputs = known_inputs(bundle, base)
+    fp32 = fp32_answers(base.model, inputs, steerers)
     del base
     give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")

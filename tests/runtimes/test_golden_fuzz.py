@@ -57,6 +57,12 @@ def _steering(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return arrays[f"{prefix}logits"].astype(np.float64) - arrays[f"{prefix}base_logits"]
 
 
+def _spoken(logits: np.ndarray, tokens: list[int], prompt: int) -> np.ndarray:
+    """log p of the tokens behind the prompt."""
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return log_p[np.arange(prompt - 1, len(tokens) - 1), tokens[prompt:]]
+
+
 def _hold_decoder(folder: Path, report: ParityReport) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in NAMES:
@@ -71,9 +77,17 @@ def _hold_decoder(folder: Path, report: ParityReport) -> None:
             return np.stack([whole[row][column] for row, column in positions])
 
         bound, lowest = _right(manifest, arrays)
-        _hold(true(adapter), arrays["logits"], bound)
+        said = true(adapter)
+        _hold(np.take_along_axis(said, arrays["logit_columns"], 1), arrays["logits"], bound)
+        _hold(np.take_along_axis(said, arrays["best_tokens"], 1), arrays["best_logits"], bound)
+        assert np.abs(np.log(np.exp(said).sum(1)) - arrays["logsumexp"]).max() <= 1.01 * bound * np.abs(arrays["best_logits"]).max()
+        if "log_probabilities" in arrays:
+            scale = max(np.abs(arrays["logits"]).max(), np.abs(arrays["best_logits"]).max())
+            spoken = [_spoken(DECODER.logits(tokens, adapter, prompt), tokens, prompt) for tokens, prompt in rows]
+            assert np.abs(np.concatenate(spoken) - arrays["log_probabilities"]).max() <= 2.02 * bound * scale
         if adapter is not None:
-            _hold_delta(true(adapter) - true(None), _steering(arrays), lowest)
+            moved = np.take_along_axis(said - true(None), arrays["logit_columns"], 1)
+            _hold_delta(moved, _steering(arrays), lowest)
         greedy = arrays["greedy_tokens"]
         assert (greedy >= 0).any(1).all()
         if bound <= 1e-4:
