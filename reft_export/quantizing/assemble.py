@@ -87,8 +87,9 @@ def planned(
     graph = load_graph(bundle.graph_path)
     check_recorded(bundle, graph)
     check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
-    if request is None:
+    if settings.kind.activations != "static":
         return Plan(bundle=bundle, model=model, settings=settings)
+    request = request or CalibrationRequest()  # the probes
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
 
