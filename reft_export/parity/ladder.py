@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration.products import activation_quantization, float_activations
+from calibration.products import float_activations, stored_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
@@ -166,7 +166,9 @@ def quantized_rungs(
         record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
         with with_float_activations(bundle) as changed:
             rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
-    if not activation_quantization(graph):
+        if quantization.rounds_inside:
+            rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+    if not stored_activations(graph):
         return rungs
     with tempfile.TemporaryDirectory() as folder:
         report("holding the bundle against the eager model's fake quantization")
@@ -191,7 +193,7 @@ def check(
     adapters = bundle.adapter_names if names is None else tuple(name for name in bundle.adapter_names if name in names)
     live = RecordedBundle(folder=bundle.folder, manifest=replace(bundle.manifest, adapters=adapters, not_held=()), recorded=recorded)
     session = ort_session(live, provider=provider, kernel=kernel)
-    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session, names=names).rungs]
+    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session, names=names, with_quality=False).rungs]
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Holds a decoder against its golden arrays: logits, greedy tokens, steering, the KV cache fed in every way, and of an adapter with probes
-the log-probabilities of all their completions.
+the log-probabilities of all their completions; and what is left of those where the bundle is quantized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from runtimes.errors import BundleError
 from runtimes.generation import call_widths, columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
-from runtimes.parity.sampled_logits import SampledLogits, compare_sampled, logsumexp
+from runtimes.parity.perplexity import log_likelihoods
+from runtimes.parity.retention import Quality, Recorded, quality, recorded
+from runtimes.parity.sampled_logits import SampledLogits, compare_sampled
 from runtimes.session import DecoderSession
 
 
@@ -29,8 +31,8 @@ class DecoderGolden(Golden):
     """``logits`` and what goes with them."""
     unquantized: SampledLogits
     """The same of the float32 model where it was recorded, else ``reference``."""
-    log_probabilities: np.ndarray | None
-    """Of all tokens of all completions, row by row; None where the rows are no probes."""
+    recorded: Recorded | None
+    """Of the completions' tokens; None where they are no probes."""
 
     @classmethod
     def read(cls, artifact: Artifact, name: str, *, steering: bool = True) -> DecoderGolden:
@@ -43,7 +45,7 @@ class DecoderGolden(Golden):
             greedy=arrays["greedy_tokens"],
             reference=reference,
             unquantized=sampled(arrays, "fp32_") if "fp32_logits" in arrays else reference,
-            log_probabilities=arrays.get("log_probabilities"),
+            recorded=recorded(name, arrays),
             **fields,
         )
 
@@ -165,22 +167,9 @@ def _check_width(session: DecoderSession, logits: np.ndarray) -> None:
 
 
 def completions(session: DecoderSession, golden: DecoderGolden) -> np.ndarray:
-    """log p [T] of every token of all completions after all before it, each row alone, under the session's adapter; NaN where the session
-    gives no logits."""
-    said = []
-    last = session.bundle.manifest.logits == "last"
-    for row, prompt in zip(golden.rows, golden.prompt_length.tolist(), strict=True):
-        ids, found = row[None, :-1], np.full(len(row) - prompt, np.nan)
-        widths = [prompt, *[1] * (ids.shape[1] - prompt)] if last else [ids.shape[1]]
-        keep = 1 if last else len(found)
-        for _, output in columns(session, ids, np.ones_like(ids), np.array([prompt]), widths, last_logits=keep):
-            _check_width(session, output.logits)
-            first = output.past.width - output.logits.shape[1]
-            for column in range(max(first, prompt - 1), output.past.width):
-                logits = np.asarray(output.logits[0, column - first], np.float64)
-                found[column - prompt + 1] = logits[row[column + 1]] - logsumexp(logits)
-        said.append(found)
-    return np.concatenate(said)
+    """log p [T] of every token of all completions after all before it, each row alone, under the session's adapter."""
+    pairs = zip(golden.rows, golden.prompt_length.tolist(), strict=True)
+    return np.concatenate([log_likelihoods(session, row.tolist(), prompt) for row, prompt in pairs])
 
 
 def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layout]:
@@ -228,8 +217,8 @@ def check_decoder(session: DecoderSession, golden: DecoderGolden, budget: Budget
             figures, note = replace(figures, greedy_equal=not differs), differs or unmoved or note
         widened = golden.widened(budget, compared=len(wanted))
         rungs.append(judge(f"{golden.name}: {name}", "eager", figures, widened, delta=delta, note=note))
-    if golden.log_probabilities is not None:
-        figures = _compare_completions(completions(session, golden), golden.log_probabilities, golden.reference.scale)
+    if golden.recorded is not None and session.bundle.manifest.quantization is None:  # else they are what its quality is measured on
+        figures = _compare_completions(completions(session, golden), golden.recorded.exact, golden.reference.scale)
         rungs.append(judge(f"{golden.name}: completions", "eager", figures, golden.widened(budget, compared=figures.compared)))
     return rungs
 
@@ -271,3 +260,11 @@ def decoder_figures(session: DecoderSession, golden: DecoderGolden) -> tuple[Fig
     found = _run(session, golden, layout, golden.unquantized)
     figures = compare_sampled(found.logits.at(found.wanted), golden.unquantized.at(found.wanted))
     return figures, _delta(session, golden, steering, found, layout)
+
+
+def decoder_quality(session: DecoderSession, golden: DecoderGolden) -> Quality | None:
+    """What is left of ``golden``'s name on its completions; None where no likelihood of them was recorded."""
+    if golden.recorded is None:
+        return None
+    session.set_adapter(golden.adapter)
+    return quality(golden.name, completions(session, golden), golden.recorded)

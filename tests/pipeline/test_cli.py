@@ -42,16 +42,20 @@ SURFACE = {
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
-        "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
+        "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
+        "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
-        "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
+        "--min-retention", "--accept-loss", "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },
-    "add": {"--adapter", "--model", "--output", "--remove", "--accept-base", "--force", "--dry-run", "--json"},
+    "add": {
+        "--adapter", "--model", "--output", "--remove", "--min-retention", "--accept-loss", "--accept-base", "--force",
+        "--dry-run", "--json",
+    },
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
