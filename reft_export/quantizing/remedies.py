@@ -16,7 +16,7 @@ from reft_export.parity.quality import Attempt, QualityGate, hold_quality, short
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.refit import RefitPlan, Refitted, plan_refit
 from reft_export.quantizing.settings import RefitSettings
-from runtimes.artifacts.bundle import BASE_GOLDEN, Manifest, open_bundle
+from runtimes.artifacts.bundle import Manifest, open_bundle
 from runtimes.edits.adapter import PROBES_FILE
 from runtimes.parity.figures import ParityReport
 
@@ -69,7 +69,7 @@ def _refitted(
     force: bool,
 ) -> tuple[ParityReport, Attempt]:
     started = time.monotonic()
-    settings = RefitSettings(data=folder / PROBES_FILE, sources=(folder,))
+    settings = RefitSettings(data=None, sources=(folder,))
     plan = plan_refit(open_bundle(work), model, settings, output, force=force)
     refitted, _ = refit_in(work, model, plan, proof, report)
     refits.append((plan, refitted))
@@ -84,8 +84,3 @@ def _refitted(
         how="refit on its probes", retention={} if share is None else {folder.name: share}, seconds=time.monotonic() - started
     )
     return replace(parity, rungs=(*rungs, *again.rungs), quality=known), attempt
-
-
-def measured_here(parity: ParityReport) -> dict[str, float]:
-    """By adapter the retention of the bundle as it ships."""
-    return {each.name: each.retention for each in parity.quality if each.name != BASE_GOLDEN and each.retention is not None}
