@@ -107,7 +107,7 @@ def quantize(
         typer.Option(
             "--adapter",
             "-a",
-            help="Folders of the adapters to refit, or that may be where they lose too much; of a quantized bundle without --refit: to put into it.",
+            help="Adapters to refit, or that may be where they lose too much; or to put into a quantized bundle.",
         ),
     ] = None,
     refit_steps: Annotated[int, typer.Option("--refit-steps", help="Optimizer steps of the refit.")] = 40,
