@@ -143,7 +143,7 @@ def test_quantizing_keeps_the_probes_and_calibrates_on_them(bundle, base_folder,
     texts = {e.input_ids[: e.prompt_length]: p for e, p in zip(probe_examples(base, load_base_adapter(bundle)), PROBES, strict=True)}
     prompts.write_text("".join(json.dumps(texts[tuple(row.prompt)]) + "\n" for row in rows))
     given = CalibrationRequest(data=prompts)
-    again = quantize_bundle(bundle.folder, model, tmp_path / "given", settings_for("static"), calibration=given, **QUIET)
+    quantize_bundle(bundle.folder, model, tmp_path / "given", settings_for("static"), calibration=given, **QUIET)
     assert open_bundle(tmp_path / "given").digest == made.digest
 
 
