@@ -291,8 +291,8 @@ def fixes_ranges(scheme: str | None, precision: str | None) -> bool:
     """Whether activation ranges are measured before anything is quantized."""
     from calibration.settings import SCHEMES
 
-    kind = SCHEMES.get(scheme_and_bits(scheme, precision)[0])
-    return kind is not None and kind.activations == "static"
+    asked = scheme_and_bits(scheme, precision)[0]
+    return any(name == asked and kind.activations == "static" for name, kind in SCHEMES.items())
 
 
 def parse_mixture(text: str) -> dict[str, float]:
