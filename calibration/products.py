@@ -45,6 +45,11 @@ def activation_quantization(model: ir.Model) -> dict[str, ActivationQuantization
     return found
 
 
+def stored_activations(model: ir.Model) -> dict[str, ActivationQuantization]:
+    """Of ``activation_quantization`` those whose integers are values of the graph; what MatMulNBits rounds inside is not seen."""
+    return {name: how for name, how in activation_quantization(model).items() if how.kind != "block"}
+
+
 def quantized_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
     """By the name of the weight, the values from which ``ActivationQuantization.restore`` makes x'; MatMulNBits keeps its own inside."""
     return {name: tuple(map(name_of, values)) for name, values in _stored_inputs(model.graph)}

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact, not_held
 from runtimes.errors import BundleError
 from runtimes.parity.figures import Delta, Figures, ParityReport, Rung, budget_for
+from runtimes.parity.retention import Quality
 from runtimes.session import Session
 from runtimes.tasks.task import task_of
 
@@ -25,6 +26,7 @@ def check_golden(artifact: Artifact, session: Session, *, names: Collection[str]
     between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
     Logits are float32 [K, V] over the K golden tokens; figures are relative to the largest reference logit, KL is in nats. A missed budget
     is in the report, whose ``require`` raises ParityError.
+    Of a quantized bundle the report also says what is left of its quality (runtimes/parity/retention.py), to which no rung is held.
     Leaves the session's adapter as it was. ``names``: of base and adapters those to hold; None is all. Adapters that were added without
     their base cannot be held, and the report's ``notes`` name them.
     Raises BundleError where there are no golden arrays, and for a frozen adapter that cannot be held.
@@ -49,12 +51,15 @@ def check_golden(artifact: Artifact, session: Session, *, names: Collection[str]
         raise BundleError(f"{artifact.folder} has no golden arrays for {unchecked[-1]}; export it again, or pass the model with -m")
     budget, active = budget_for(artifact.manifest), session.adapter
     rungs: list[Rung] = []
+    quality: list[Quality | None] = []
     try:
         for name in wanted:
             rungs += task_of(artifact).check_golden(artifact, session, name, budget, steering=frozen is None)
+            if artifact.manifest.quantization is not None:
+                quality.append(task_of(artifact).quality(artifact, session, name))
     finally:
         session.set_adapter(active)
-    return ParityReport(rungs=tuple(rungs), notes=notes)
+    return ParityReport(rungs=tuple(rungs), notes=notes, quality=tuple(each for each in quality if each is not None))
 
 
 def steering_figures(artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:

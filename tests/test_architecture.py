@@ -29,7 +29,7 @@ BOTTOM_TO_TOP = {
     "generation parity bench tasks golden open first_steps upgrade",
     "graph_passes": "accessors graph_file function_body find external cache_shapes fuse head slots first_logit insert unfold "
     "tensorrt_graph fold edge_llm",
-    "reft_export": "console base eager evaluation tasks bundling training importing parity exporting folding adding quantizing building "
+    "reft_export": "console base eager evaluation tasks bundling training importing parity folding adding quantizing exporting building "
     "quickstart forecast op_bench cli",
 }
 """Folders, and files beside them: each imports itself and those that are named before it."""

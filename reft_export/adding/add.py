@@ -14,6 +14,7 @@ from reft_export.adding.files import copy_bundle, copy_unlisted, without_adapter
 from reft_export.base.adapters import load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
+from reft_export.parity.quality import QualityGate
 from runtimes.artifacts.bundle import Bundle, not_held, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError, InputError
@@ -27,6 +28,7 @@ def add_adapter(
     *,
     model: str | None = None,
     output: Path | None = None,
+    quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -37,12 +39,13 @@ def add_adapter(
     With ``model``, the base's folder, .gguf file or hub id, eager PyTorch records what each adapter does to the bundle's weights, and the
     bundle is held to that: logits [K, V] over K golden tokens, relative to the largest reference logit, within its budget. Without it the
     first steps are taken (finite logits, a decode step) and the adapters are marked as not held, which ``inspect``, ``run`` and ``parity``
-    say. ``force`` replaces adapters of the same names, and an ``output`` that exists. ``accept_base``: a base that differs in its config
-    alone will do. ``report`` is told each stage.
+    say. ``quality``: what a quantized bundle may cost the new adapters. ``force`` replaces adapters of the same names, and an ``output``
+    that exists. ``accept_base``: a base that differs in its config alone will do. ``report`` is told each stage.
 
     Raises InputError for a name that is taken and an ``output`` that cannot be written; AdapterError for an adapter of another base or
     size, or with edit nodes that the graph lacks; BundleError for a bundle that is damaged, or that ``model`` cannot be held to; GraphError
-    where the first steps fail; ParityError for a missed budget. The bundle is then as it was.
+    where the first steps fail; ParityError for a missed budget and for an adapter of which the bundle's weights leave
+    too little. The bundle is then as it was.
 
     Example::
 
@@ -58,7 +61,7 @@ def add_adapter(
         if model is None:
             result = _unheld(made, tuple(given), target, report)
         else:
-            result = _held(made, given, model, target, report, accept_base=accept_base)
+            result = _held(made, given, model, target, quality, report, accept_base=accept_base)
         if in_place:
             copy_unlisted(opened, work)
     return result
@@ -143,8 +146,17 @@ def _unheld(made: Bundle, names: Sequence[str], shown: Path, report: Report) -> 
     return ExportResult(manifest=made.manifest, parity=None, weight_errors=(), note="; ".join(notes))
 
 
-def _held(made: Bundle, adapters: Mapping[str, Adapter], model: str, shown: Path, report: Report, *, accept_base: bool) -> ExportResult:
+def _held(
+    made: Bundle,
+    adapters: Mapping[str, Adapter],
+    model: str,
+    shown: Path,
+    quality: QualityGate,
+    report: Report,
+    *,
+    accept_base: bool,
+) -> ExportResult:
     # torch comes with these, and takes seconds: nothing is left that could be refused without it
     from reft_export.adding.held import held_to_eager
 
-    return held_to_eager(made, adapters, model, shown, report, accept_base=accept_base)
+    return held_to_eager(made, adapters, model, shown, quality, report, accept_base=accept_base)

@@ -22,12 +22,22 @@ from reft_export.eager.steering import Steerer, steerers_of
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits, record_golden, record_quantized
 from reft_export.parity.ladder import check_same_base, stored_inputs
+from reft_export.parity.quality import QualityGate, hold_quality
 from runtimes.artifacts.bundle import Bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 
+REFIT = "nothing was added; `reft-export quantize BUNDLE -m MODEL --refit DATA.jsonl -a ADAPTER` trains it on the bundle's weights"
+
 
 def held_to_eager(
-    bundle: Bundle, adapters: Mapping[str, Adapter], model: str, shown: Path, report: Report, *, accept_base: bool
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    model: str,
+    shown: Path,
+    quality: QualityGate,
+    report: Report,
+    *,
+    accept_base: bool,
 ) -> ExportResult:
     """Records what eager PyTorch says with ``adapters``, whose files are in the bundle that is being made, and holds the bundle to it.
 
@@ -52,7 +62,8 @@ def held_to_eager(
             return ExportResult(manifest=bundle.manifest, parity=None, weight_errors=(), note=check_structure(bundle.folder))
         report("holding the bundle against the eager model")
         parity = gate(bundle.folder, shown, proof=Path(proof), names=tuple(adapters), remedy="nothing was added")
-    return ExportResult(manifest=bundle.manifest, parity=parity, weight_errors=())
+        manifest = hold_quality(bundle.folder, shown, parity, quality, remedy=REFIT)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=())
 
 
 def record_adapters(

@@ -9,10 +9,11 @@ import typer
 
 from reft_export.cli.export import show_forecast, show_result
 from reft_export.cli.guard import guarded, parity_failed
-from reft_export.cli.options import AcceptBase, Adapters, AsJson, DryRun, refuse_given
+from reft_export.cli.options import AcceptBase, AcceptLoss, Adapters, AsJson, DryRun, MinRetention, refuse_given
 from reft_export.console import progress
+from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
-GOES_IN = ("adapters", "model", "accept_base")
+GOES_IN = ("adapters", "model", "min_retention", "accept_loss", "accept_base")
 """Parameters that are of adapters that come, by what typer calls them."""
 
 
@@ -36,6 +37,8 @@ def add(
         Path | None, typer.Option("--output", "-o", help="The folder to write; default: the bundle itself, replaced in one step.")
     ] = None,
     remove: Annotated[list[str] | None, typer.Option("--remove", help="An adapter to take out, by name; repeat for several.")] = None,
+    min_retention: MinRetention = MIN_RETENTION,
+    accept_loss: AcceptLoss = False,
     accept_base: AcceptBase = False,
     force: Annotated[bool, typer.Option("--force", help="Replace adapters of the same names, and an existing output.")] = False,
     dry_run: DryRun = False,
@@ -62,9 +65,19 @@ def add(
         plan = plan_addition(bundle, adapters or [], model=model, output=output, accept_base=accept_base, force=force)
         show_forecast(forecast_addition(*plan, model), as_json=as_json)
         return
+    quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     try:
         with progress() as report:
-            result = add_adapter(bundle, adapters or [], model=model, output=output, accept_base=accept_base, force=force, report=report)
+            result = add_adapter(
+                bundle,
+                adapters or [],
+                model=model,
+                output=output,
+                quality=quality,
+                accept_base=accept_base,
+                force=force,
+                report=report,
+            )
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise

@@ -11,12 +11,14 @@ import typer
 from reft_export.cli.guard import guarded, parity_failed
 from reft_export.cli.options import (
     AcceptBase,
+    AcceptLoss,
     AccuracyLevel,
     Adapters,
     AsJson,
     BlockSize,
     DryRun,
     Force,
+    MinRetention,
     Model,
     Output,
     Sites,
@@ -25,8 +27,9 @@ from reft_export.cli.options import (
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
+from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
-GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level")
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level", "min_retention", "accept_loss")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ def export(
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = 32,
     accuracy_level: AccuracyLevel = 4,
+    min_retention: MinRetention = MIN_RETENTION,
+    accept_loss: AcceptLoss = False,
     format: Annotated[
         str, typer.Option("--format", help="bundle: an ONNX bundle; pyreft: the adapter alone, as pyreft saves and loads it.")
     ] = "bundle",
@@ -92,6 +97,7 @@ def export(
         accuracy_level=accuracy_level,
         target=checked_target(target),
     )
+    quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     if dry_run:
         from reft_export.exporting.plan import plan_export
         from reft_export.forecast import forecast_export, refuse_download
@@ -106,7 +112,9 @@ def export(
         return
     try:
         with progress() as report:
-            result = export_bundle(model, list(adapters or []), output, settings, accept_base=accept_base, force=force, report=report)
+            result = export_bundle(
+                model, list(adapters or []), output, settings, quality=quality, accept_base=accept_base, force=force, report=report
+            )
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise

@@ -41,17 +41,21 @@ def import_(
     ] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="Vectors, RED: the layers to edit, 3, 8-16 or 3;9.")] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="Steering vectors: their strength; default 1.")] = None,
+    probes: Annotated[
+        Path | None,
+        typer.Option("--probes", help="JSONL as train reads it: up to 32 lines that it is measured on. Also for an adapter of ours."),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn another library's adapter into an adapter folder. What its format does not record is asked for, never guessed."""
     from reft_export.importing.foreign import Request
-    from reft_export.importing.importer import import_adapter
+    from reft_export.importing.importer import OWN, import_adapter
     from runtimes.edits.methods import form_of
 
     request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale, stream=stream)
     with progress() as report:
-        result = import_adapter(foreign, model, output, request, format=format, force=force, report=report)
+        result = import_adapter(foreign, model, output, request, format=format, probes=probes, force=force, report=report)
     a = result.adapter
     if as_json:
         print_json(
@@ -65,12 +69,17 @@ def import_(
                 "activation": a.activation,
                 "sites": [str(s) for s in a.sites],
                 "base": a.base.name,
+                "probes": len(a.probes),
                 "notes": list(result.notes),
             }
         )
         return
     for note in result.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
+    if result.format == OWN:
+        out.print(escape(f"{output}: the adapter, with {len(a.probes)} probes of {probes}"))
+        return
     form = f"{form_of(a.method, a.rank)}{f', {a.activation}' if a.activation else ''}, {'tied' if a.tied else 'untied'}"
-    out.print(escape(f"{output}: {form}, positions {a.positions}, {len(a.sites)} sites; from {result.format}, for {a.base.name}"))
+    said = f", {len(a.probes)} probes" if a.probes else ""
+    out.print(escape(f"{output}: {form}, positions {a.positions}, {len(a.sites)} sites{said}; from {result.format}, for {a.base.name}"))
     out.print(f"{result.format} does not fingerprint its base: that this one has its width and layers is all that could be checked")

@@ -46,6 +46,13 @@ Kernel = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of onnxruntime; default: its own choice.")]
+MinRetention = Annotated[
+    float,
+    typer.Option("--min-retention", help="The least share of its training that quantization may leave an adapter, measured on its probes."),
+]
+AcceptLoss = Annotated[
+    bool, typer.Option("--accept-loss", help="Write the bundle though an adapter lost more; its manifest says what. It must be exact.")
+]
 BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share a scale, along the input dimension.")]
 AccuracyLevel = Annotated[int, typer.Option("--accuracy-level", help="4: int8 products, fast; 1: float32 products, exact.")]
 

@@ -11,8 +11,9 @@ import typer
 
 from reft_export.cli.export import show_result
 from reft_export.cli.guard import guarded, parity_failed
-from reft_export.cli.options import AcceptBase, AsJson, Force, Model, Output, check_choice, given, refuse_given
+from reft_export.cli.options import AcceptBase, AcceptLoss, AsJson, Force, MinRetention, Model, Output, check_choice, given, refuse_given
 from reft_export.console import Progress, out, print_table, progress
+from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
 if TYPE_CHECKING:
     from reft_export.bundling.result import ExportResult
@@ -103,6 +104,8 @@ def quantize(
     ] = None,
     checker_data: Annotated[Path | None, typer.Option("--checker-data", help="Prompts for --checker: JSONL, as for train.")] = None,
     checker_tokens: Annotated[int, typer.Option("--checker-tokens", min=1, help="Tokens of an answer, at most.")] = 64,
+    min_retention: MinRetention = MIN_RETENTION,
+    accept_loss: AcceptLoss = False,
     accept_base: AcceptBase = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -147,7 +150,8 @@ def quantize(
         )
         request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens)
         make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
-    make = partial(make, refit=refitting, yardsticks=yardsticks, accept_base=accept_base, force=force)
+    quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
+    make = partial(make, refit=refitting, yardsticks=yardsticks, quality=quality, accept_base=accept_base, force=force)
     run_and_show(lambda report: make(bundle, model, output, report=report), output, as_json=as_json)
 
 

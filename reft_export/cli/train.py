@@ -72,6 +72,9 @@ class Reading:
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per example; default: the base's context.")] = None
     chat_template: Annotated[str, typer.Option("--chat-template", help="For prompt/completion lines: auto, always, never.")] = "auto"
     samples: Annotated[int, typer.Option("--samples", help="Prompts answered before and after.")] = 3
+    probes: Annotated[
+        int, typer.Option("--probes", help="Lines that the adapter carries, to be measured on: held-out ones, if any. 0 to 32.")
+    ] = 32
 
 
 @dataclass(frozen=True, kw_only=True)

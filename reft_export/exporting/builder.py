@@ -15,10 +15,10 @@ from graph_passes.accessors import describe, input_of, name_of
 from graph_passes.cache_shapes import ATTENTION, PAST_KEY, fix_cache_shapes
 from graph_passes.external import load_graph
 from reft_export.base.load import Base
+from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.installed import check_builder
 from reft_export.exporting.process import folder_of, run_exporter
-from reft_export.exporting.weight_sources import find_weight_sources
 from runtimes.errors import GraphError
 
 PROVIDER = {"fp32": "cpu", "fp16": "cuda"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from reft_export.base.gguf import described
 from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
+from reft_export.parity.quality import QualityGate, hold_quality
 from runtimes.errors import InputError
 from runtimes.files.folders import atomic_folder, check_destination
 
@@ -35,6 +36,7 @@ def export_bundle(
     settings: ExportSettings,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
     report: Callable[[str], None] = print,
@@ -43,12 +45,13 @@ def export_bundle(
 
     ``model``: the base's folder or hub id; or a transformers model in memory, with its ``tokenizer``. The latter is saved beside
     ``output`` for as long as the export takes; it stays as it is, in eval mode.
+    ``quality``: what int8 and int4 may cost the adapters; where they cost more, what was measured to help is done first.
     ``accept_base``: as for ``plan_export``. ``report`` is told each stage.
     The bundle's graph takes input_ids [B, S], attention_mask [B, past + S] and the KV cache, and answers logits [B, S, V].
 
     Raises InputError for settings, a base or an ``output`` that cannot be used, AdapterError for adapters of another base,
     BackendUnavailable for an exporter that is not installed, ExportError and GraphError where a graph cannot be exported or a stream not
-    found in it, ParityError for a missed budget.
+    found in it, ParityError for a missed budget and for adapters that lost too much.
 
     Example::
 
@@ -57,7 +60,7 @@ def export_bundle(
     """
     with _on_disk(model, tokenizer, adapter_folders, output, force=force) as (source, name):
         plan = plan_export(source, adapter_folders, output, settings, accept_base=accept_base, force=force, name=name)
-        return _make(plan, output, settings, report, accept_base=accept_base, force=force)
+        return _make(plan, output, settings, quality, report, accept_base=accept_base, force=force)
 
 
 @contextmanager
@@ -89,7 +92,14 @@ def _on_disk(
 
 
 def _make(
-    plan: ExportPlan, output: Path, settings: ExportSettings, report: Callable[[str], None], *, accept_base: bool, force: bool
+    plan: ExportPlan,
+    output: Path,
+    settings: ExportSettings,
+    quality: QualityGate,
+    report: Callable[[str], None],
+    *,
+    accept_base: bool,
+    force: bool,
 ) -> ExportResult:
     # torch, and all that needs it, when the files have nothing more to refuse.
     from reft_export.bundling.result import ExportResult
@@ -105,7 +115,8 @@ def _make(
             return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         report("holding the bundle against the eager model")
-        parity = gate(work, output, proof=Path(proof), remedy=_remedy(manifest, settings))
+        parity = gate(work, output, proof=Path(proof), remedy=_remedy(manifest, settings), settles=True)
+        manifest = hold_quality(work, output, parity, quality)
         return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=note)
 
 

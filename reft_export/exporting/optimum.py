@@ -9,10 +9,10 @@ from pathlib import Path
 
 from graph_passes.external import load_graph
 from reft_export.base.load import Base
+from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.installed import check_optimum
 from reft_export.exporting.process import folder_of, run_exporter
-from reft_export.exporting.weight_sources import find_weight_sources
 
 
 def export_optimum(base: Base, scratch: Path, *, opset: int) -> ExportedGraph:

@@ -19,8 +19,8 @@ from reft_export.base.load import Base, load_base
 from reft_export.base.memory import give_back
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import Report
+from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.eager.banks import bank_steerer
-from reft_export.exporting.weight_sources import find_weight_sources
 from reft_export.parity.golden import record_base
 from reft_export.parity.ladder import RecordedBundle, check, check_same_base
 from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
+from reft_export.training.data import check_file
 from runtimes.artifacts.bundle import check_adapter_name
-from runtimes.edits.adapter import CONFIG_FILE, Adapter, save_adapter
+from runtimes.edits.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
@@ -19,13 +20,15 @@ from runtimes.files.folders import check_destination
 from runtimes.files.records import parse_json
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
+OWN = "reft-export"
+"""An adapter of this project, which is imported for nothing but other probes."""
 ARRAYS = (".npz", ".safetensors")
 """Steering vectors, or RED's scales and biases: their names tell."""
 PICKLES = (".pth", ".pt")
 """What a file of RED is called; a .bin is more often a part of a folder, and needs --format red."""
 
 if TYPE_CHECKING:  # torch takes seconds, and what is no adapter at all is refused without it
-    from reft_export.base.load import Outline
+    from reft_export.base.load import Base, Outline
 
 Reader = Callable[[Path, Request, "Outline"], ForeignAdapter]
 
@@ -35,7 +38,7 @@ class ImportResult:
     adapter: Adapter
     format: str
     notes: tuple[str, ...]
-    """What the user should know: where the foreign library does something that an adapter of ours does not."""
+    """What the user should know: where the foreign library does something that an adapter of ours does not, and what came of its probes."""
 
 
 def import_adapter(
@@ -45,6 +48,7 @@ def import_adapter(
     request: Request = Request(),
     *,
     format: str | None = None,
+    probes: Path | None = None,
     force: bool = False,
     report: Report = print,
 ) -> ImportResult:
@@ -55,6 +59,9 @@ def import_adapter(
     ``model``: the base's folder or hub id, whose weights are not loaded. ``request``: what the files do not say, as positions and method.
     ``format``: one of FORMATS; None tells it by the files. Parameters become float32, as ``runtimes.edits.methods.METHODS`` shapes
     them: R [r, D] of a low-rank edit, a vector [D].
+
+    ``probes``: JSONL as ``train`` reads it, of which the adapter carries up to 32 lines: what it is measured on from then on. With them
+    ``source`` may be an adapter of this project, which is copied with those in place of its own.
 
     Raises InputError for options, formats and folders that do not go together, and AdapterError for files that are damaged, of another
     base's width or depth, or that say what no adapter of ours can.
@@ -77,6 +84,10 @@ def import_adapter(
     if request.stream is not None and request.stream not in STREAMS:
         raise InputError(f"--stream {request.stream!r} is unknown; known: {', '.join(STREAMS)}")
     activation_of(request.activation or "", "--activation")
+    if probes is not None:
+        check_file(probes)
+    if probes is not None and format is None and (source / CONFIG_FILE).is_file() and not _has_interventions(source / "config.json"):
+        return _with_other_probes(source, model, output, request, probes, force=force, report=report)
     format = format or detect(source)
     _check_kind(source, format)
 
@@ -90,15 +101,53 @@ def import_adapter(
         adapter = assemble(foreign, outline.info)
     except ReftError as e:
         raise AdapterError(f"{source}: {e}") from None
+    notes = foreign.notes
+    if probes is not None:
+        adapter, said = _with_probes(adapter, probes, _unloaded(model), report)
+        notes = (*notes, *said)
     save_adapter(adapter, output, force=force)
-    return ImportResult(adapter=adapter, format=format, notes=foreign.notes)
+    return ImportResult(adapter=adapter, format=format, notes=notes)
+
+
+def _with_other_probes(
+    source: Path, model: str, output: Path, request: Request, probes: Path, *, force: bool, report: Report
+) -> ImportResult:
+    """An adapter of ours, copied with those of a file in place of its own probes."""
+    if given := [f.name for f in fields(request) if getattr(request, f.name) is not None]:
+        raise InputError(f"{source} is an adapter of this project, which records its {given[0]}; leave --{given[0]} out")
+    adapter = load_adapter(source)
+
+    from reft_export.base.adapters import check_fit
+
+    report(f"reading {model}")
+    base = _unloaded(model)
+    check_fit(output.resolve().name, adapter, base)
+    adapter, notes = _with_probes(adapter, probes, base, report)
+    save_adapter(adapter, output, force=force)
+    return ImportResult(adapter=adapter, format=OWN, notes=notes)
+
+
+def _unloaded(model: str) -> Base:
+    from reft_export.base.load import load_without_weights
+
+    return load_without_weights(model, require_tokenizer=True)
+
+
+def _with_probes(adapter: Adapter, file: Path, base: Base, report: Report) -> tuple[Adapter, tuple[str, ...]]:
+    """(the adapter with probes of ``file``, what to say of them)."""
+    from reft_export.training.probes import read_probe_file
+
+    report(f"reading {file}")
+    probes, lines = read_probe_file(file, base, adapter)
+    notes = () if lines == len(probes) else (f"{len(probes)} of the {lines} lines of {file} are its probes, spread over the file",)
+    return replace(adapter, probes=probes), notes
 
 
 def detect(source: Path) -> str:
     """The format that ``source``'s files are of; raises InputError where they are of none."""
     if source.is_dir():
         if (source / CONFIG_FILE).is_file():
-            raise InputError(f"{source} is an adapter of this project already; use it as it is")
+            raise InputError(f"{source} is an adapter of this project already; use it as it is, or give it other probes with --probes")
         if (source / "adapter_config.json").is_file():
             return "adapterhub"
         if any(source.glob("intkey_*.bin")) or _has_interventions(source / "config.json"):

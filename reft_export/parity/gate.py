@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runtimes.artifacts.bundle import WEIGHT_ONLY_SCHEMES, Quantization, open_bundle
+from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
 from runtimes.errors import ExportError, ParityError
 from runtimes.golden import check_golden
-from runtimes.parity.figures import ParityReport, Rung
+from runtimes.parity.figures import ParityReport, Rung, budget_for
 
 
 def gate(
@@ -20,39 +20,76 @@ def gate(
     stepped: Sequence[Rung] = (),
     names: Collection[str] | None = None,
     remedy: str = "",
+    settles: bool = False,
 ) -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
     ``proof``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
     their quantization; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``names``: of base and adapters
-    those to hold; None is all. ``remedy``: what to try where a budget is missed; "" is the quantization's own advice.
+    those to hold; None is all. ``remedy``: what to try where a budget is missed; "" is the quantization's own advice. ``settles``: where
+    accuracy level 4 costs too much, the bundle gets level 1, and the report says so.
     """
-    from reft_export.parity.changed_bundle import quantization_of
-    from reft_export.parity.ladder import check, float_label, with_float_activations
-    from runtimes.open import ort_session
-
     bundle = open_bundle(folder)
-    rungs: list[Rung] = list(stepped)
-    if proof is not None and any(proof.iterdir()):
-        with with_float_activations(bundle) as changed:
-            rungs += check(changed, proof, float_label(quantization_of(bundle)), names=names)
-    shipped = check_golden(bundle, ort_session(bundle), names=names).rungs
-    if bundle.manifest.quantization is not None:
-        shipped = tuple(replace(rung, name=f"{bundle.manifest.quantization.label}, {rung.name}") for rung in shipped)
-    rungs += shipped
-    report = ParityReport(rungs=tuple(rungs))
+    rungs = [*stepped, *_proven(bundle, proof, names)]
+    shipped = _shipped(bundle, names)
+    notes = shipped.notes
+    if settles and (costly := [each for each in shipped.quality if each.rounded_away]):
+        multiply_in_float(bundle)
+        shipped = _shipped(open_bundle(folder), names)
+        worst = max(costly, key=lambda each: each.here - each.exact)
+        notes = (*notes, f"accuracy level 1: level 4 costs {worst.name} {worst.here - worst.exact:.3f} nats a token more")
+    report = ParityReport(rungs=(*rungs, *shipped.rungs), notes=notes, quality=shipped.quality)
     figures = output.with_name(f"{output.name}.parity.json")
     if not report.passed:
         figures.write_text(report.to_json() + "\n", encoding="utf-8")
         try:
             report.require()
         except ParityError as e:
-            if not remedy and bundle.manifest.quantization is not None:
-                remedy = _remedy(bundle.manifest.quantization)
             remedy = "; ".join(filter(None, (lost_adapters(report, bundle.adapter_names), remedy)))
             raise ParityError(f"{e}; no bundle was written, the figures are in {figures}{remedy and '; '}{remedy}", report) from None
     figures.unlink(missing_ok=True)  # of an earlier attempt
     return report
+
+
+def _proven(bundle: Bundle, proof: Path | None, names: Collection[str] | None) -> list[Rung]:
+    """The bundle without its quantization of activations, where it has one; what MatMulNBits rounds inside was recorded without it."""
+    from reft_export.parity.ladder import check, float_label, with_float_activations
+
+    q = bundle.manifest.quantization
+    if q is None:
+        return []
+    recorded = bundle.folder / "golden" if q.rounds_inside else proof
+    if recorded is None or not any(recorded.iterdir()):
+        return []
+    with with_float_activations(bundle) as changed:
+        return check(changed, recorded, float_label(q), names=names)
+
+
+def _shipped(bundle: Bundle, names: Collection[str] | None) -> ParityReport:
+    from runtimes.open import ort_session
+
+    report = check_golden(bundle, ort_session(bundle), names=names)
+    if (q := bundle.manifest.quantization) is None:
+        return report
+    return replace(report, rungs=tuple(replace(rung, name=f"{q.label}, {rung.name}") for rung in report.rungs))
+
+
+def multiply_in_float(bundle: Bundle) -> None:
+    """The bundle in ``bundle.folder``, which is being made, at accuracy level 1."""
+    import onnx_ir as ir
+
+    from calibration.products import float_activations
+    from graph_passes.external import load_graph
+
+    graph = load_graph(bundle.graph_path)
+    float_activations(graph)
+    ir.save(graph, bundle.graph_path)  # the weights' file stays as it is
+    m = bundle.manifest
+    if m.quantization is None:
+        raise ValueError(f"{bundle.folder} is a float bundle")
+    m = replace(m, quantization=replace(m.quantization, accuracy_level=1), parity_budget={})
+    budget = budget_for(m)
+    write_manifest(bundle.folder, replace(m, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta}))
 
 
 def lost_adapters(report: ParityReport, adapters: Sequence[str]) -> str:
@@ -66,12 +103,6 @@ def lost_adapters(report: ParityReport, adapters: Sequence[str]) -> str:
         return ""
     it = "it" if len(lost) == 1 else "them"
     return f"only the delta is missed by {', '.join(lost)}, as by a barely trained edit: train {it} further, or export without {it}"
-
-
-def _remedy(q: Quantization) -> str:
-    if q.scheme in WEIGHT_ONLY_SCHEMES:
-        return "try -p int8, a smaller --block-size or --accuracy-level 1"
-    return "keep the worst layers in float (--keep-high), try --observer minmax, or --scheme weight-only"
 
 
 def check_structure(folder: Path) -> str:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from calibration.products import activation_quantization
+from calibration.products import stored_activations
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
@@ -135,13 +135,15 @@ def record_quantized(
     *,
     of_base: bool = True,
 ) -> None:
-    """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where it has any.
+    """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where a scheme has any.
 
-    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty. ``of_base``: as of
-    ``record_golden``.
+    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty: what MatMulNBits
+    rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``.
     """
     load_dequantized(model, graph, sources)
-    if activation_quantization(graph):
-        record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
+    if not stored_activations(graph):
+        record_golden(golden, model, inputs, steerers, fp32=fp32, of_base=of_base)
+        return
+    record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
     with activations_quantized(model, graph, sources):
-        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=bool(activation_quantization(graph)), of_base=of_base)
+        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=True, of_base=of_base)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.products import activation_quantization, float_activations
+from calibration.products import float_activations, stored_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
@@ -168,7 +168,9 @@ def quantized_rungs(
         record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
         with with_float_activations(bundle) as changed:
             rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
-    if not activation_quantization(graph):
+        if quantization.rounds_inside:
+            rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+    if not stored_activations(graph):
         return rungs
     with tempfile.TemporaryDirectory() as folder:
         report("holding the bundle against the eager model's fake quantization")

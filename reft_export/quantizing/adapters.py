@@ -21,6 +21,7 @@ from reft_export.evaluation.quantization_report import Measurements, Yardsticks,
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits
 from reft_export.parity.ladder import check_same_base, stored_inputs
+from reft_export.parity.quality import QualityGate, hold_quality
 from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
 from reft_export.quantizing.settings import REMEDY
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Manifest, open_bundle, write_manifest
@@ -34,6 +35,7 @@ def make_swapped(
     output: Path,
     new: RefitPlan | Mapping[str, Adapter],
     yardsticks: Yardsticks,
+    quality: QualityGate,
     *,
     accept_base: bool,
     force: bool,
@@ -59,6 +61,7 @@ def make_swapped(
         if runs:
             report("holding the bundle against the eager model")
             parity = gate(work, output, proof=Path(proof), remedy=remedy)
+            manifest = hold_quality(work, output, parity, quality, remedy=remedy)
             figures.add(f"{variant_name(bundle)} + {how}", open_bundle(work))
         else:
             note = check_structure(work)

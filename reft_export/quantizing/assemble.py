@@ -31,6 +31,7 @@ from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_logits, record_quantized
 from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
+from reft_export.parity.quality import hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.refit import plan_refit
@@ -71,6 +72,7 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
                 figures.add(variant_name(open_bundle(work)), open_bundle(work))
                 refitted, manifest = refit_in(work, model, refit, Path(proof), report)
             parity = _gate(work, output, Path(proof), plan, report, remedy=REMEDY if refit else "")
+            manifest = hold_quality(work, output, parity, request.quality, remedy=REMEDY if refit else "")
             report("measuring the quantized bundle")
             done = open_bundle(work)
             figures.add(f"{variant_name(done)} + refit" if refit else variant_name(done), done)
@@ -160,7 +162,7 @@ def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, 
         report("holding each quantized activation against the formula")
     stepped = _stepped(open_bundle(work), plan.model)
     report("holding the bundle against the eager model")
-    return gate(work, output, proof=proof, stepped=stepped, remedy=remedy)
+    return gate(work, output, proof=proof, stepped=stepped, remedy=remedy, settles=True)
 
 
 def _stepped(bundle: Bundle, model: str) -> list[Rung]:

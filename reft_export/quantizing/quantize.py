@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from calibration.settings import QuantizationSettings
 from reft_export.evaluation.quantization_report import Yardsticks
+from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle, check_task
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
@@ -31,6 +32,7 @@ def quantize_bundle(
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
     compare: bool = False,
+    quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -39,11 +41,12 @@ def quantize_bundle(
 
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
-    quantized weights. ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+    quantized weights. ``quality``: what quantization may cost the adapters; where it costs more, what was measured to help is done first.
+    ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
     ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
-    for adapters that are not the bundle's, ParityError for a missed budget.
+    for adapters that are not the bundle's, ParityError for a missed budget and for adapters that lost too much.
 
     Of weights [K, N], ``settings.block_size`` counts the values along K that share a scale; ``settings.bits`` is per weight.
 
@@ -59,7 +62,13 @@ def quantize_bundle(
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
     check_bundle(opened, settings, calibration)
     request = QuantizeRequest(
-        settings=settings, calibration=calibration, refit=refit, yardsticks=yardsticks, compare=compare, accept_base=accept_base
+        settings=settings,
+        calibration=calibration,
+        refit=refit,
+        yardsticks=yardsticks,
+        compare=compare,
+        quality=quality,
+        accept_base=accept_base,
     )
 
     from reft_export.quantizing.assemble import make_quantized

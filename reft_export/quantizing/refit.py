@@ -18,7 +18,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -162,6 +162,7 @@ def _refit(
         batch_size=settings.batch_size,
         seed=settings.seed,
         samples=0,
+        probes=0,
         dtype="float32",
         device="cpu",
         max_length=min(context_of(base), bundle.manifest.model.context_length),
@@ -181,7 +182,7 @@ def _refit(
             )
         except TrainingInterrupted:
             raise KeyboardInterrupt("interrupted while refitting; nothing was written") from None
-    new = trained.adapter
+    new = replace(trained.adapter, probes=adapter.probes)  # its task is what it was
     lesson = None if teacher is None else (teacher, adapter)
     before, after = (adapter_loss(base, each, examples, teacher=lesson) for each in (adapter, new))
     figures = RefitFigures(

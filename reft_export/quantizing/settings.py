@@ -9,6 +9,7 @@ from pathlib import Path
 from calibration.observers import Observer
 from calibration.settings import SCHEMES, QuantizationSettings, check_source
 from reft_export.evaluation.quantization_report import Yardsticks
+from reft_export.parity.quality import QualityGate
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import CalibrationError, InputError
@@ -74,6 +75,7 @@ class QuantizeRequest:
     refit: RefitSettings | None = None
     yardsticks: Yardsticks = Yardsticks()
     compare: bool = False
+    quality: QualityGate = QualityGate()
     accept_base: bool = False
 
 

@@ -14,6 +14,7 @@ from reft_export.base.adapters import load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.evaluation.quantization_report import Yardsticks
+from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import RefitSettings, check_task
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
@@ -28,6 +29,7 @@ def swap_bundle(
     adapters: Sequence[Path] = (),
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
+    quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -35,7 +37,7 @@ def swap_bundle(
     """Writes to ``output`` the quantized bundle ``source`` with other adapters: those of ``adapters``, or its own refitted.
 
     Raises CalibrationError for a float bundle, AdapterError for adapters of another base, of other sites, or trained on another bundle's
-    weights, ParityError for a missed budget.
+    weights, ParityError for a missed budget and for adapters that lost more than ``quality`` lets them.
     """
     folders = refit.sources if refit else adapters
     check_destination(output, force=force, inputs=[source, Path(model), *folders])
@@ -58,4 +60,4 @@ def swap_bundle(
     from reft_export.quantizing.refit import plan_refit
 
     new = plan_refit(bundle, model, refit, output, force=force) if refit else given
-    return make_swapped(bundle, model, output, new, yardsticks, accept_base=accept_base, force=force, report=report)
+    return make_swapped(bundle, model, output, new, yardsticks, quality, accept_base=accept_base, force=force, report=report)

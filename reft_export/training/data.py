@@ -171,14 +171,14 @@ def check_file(path: Path) -> None:
 
 def joined(data: Data, read: Callable[[Source], Iterator[E]], *, templated: bool = False) -> TrainingData[E]:
     """One file, or several in their order, or records in memory, as one. ``read``: the examples of one source, at least one."""
-    sources, examples = _sources(data), []
+    sources, examples = sources_of(data), []
     for source in sources:
         examples += read(source)
     files = tuple(DataFile(file=source.name, sha256=source.sha256) for source in sources)
     return TrainingData(files=files, examples=tuple(examples), templated=templated)
 
 
-def _sources(data: Data) -> list[Source]:
+def sources_of(data: Data) -> list[Source]:
     if isinstance(data, (str, Path)):
         return [Source(data)]
     given = list(data)

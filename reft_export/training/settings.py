@@ -11,6 +11,7 @@ from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.edits.methods import METHODS, activated_methods
 from runtimes.edits.positions import PositionRule
+from runtimes.edits.probes import MOST
 from runtimes.errors import AdapterError, InputError
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -57,6 +58,8 @@ class TrainSettings:
     """Whether prompt/completion lines are rendered through the tokenizer's chat template; auto: where there is one."""
     samples: int = 3
     """Prompts that are answered before and after training; 0 for none."""
+    probes: int = MOST
+    """Lines of the data, held-out ones where there are any, that the adapter carries: what it is measured on from then on."""
     seed: int = 42
     dtype: str = "auto"
     """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
@@ -84,6 +87,7 @@ class TrainSettings:
                 _in_range(name, getattr(self, name), 1)
         for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "seed"):
             _in_range(name, getattr(self, name), 0)
+        _in_range("probes", self.probes, 0, below=MOST + 1)
         for name in ("dropout", "warmup", "eval_fraction"):
             _in_range(name, getattr(self, name), 0, below=1)
         rule = self.rule
@@ -113,7 +117,7 @@ class TrainSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings that decide the result, as they are written into the adapter and compared on resume."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples")}
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples", "probes")}
 
 
 def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:

@@ -24,10 +24,12 @@ from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Objective, Origin, Phase, Sample, tokenizer_of
+from reft_export.training.probes import probes_of
 from reft_export.training.settings import TrainSettings
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
+from runtimes.edits.probes import Probe
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
 
@@ -130,6 +132,8 @@ class Preparation:
     examples: Examples[Any]
     run: dict[str, Any]
     """What the run's checkpoints belong to."""
+    probes: tuple[Probe, ...] = ()
+    """What the adapter will carry."""
 
 
 def prepare(
@@ -154,7 +158,7 @@ def prepare(
     phase("reading the data")
     read = objective.read(data, settings.max_length or context)
     check_positions(read, rule)
-    training, held_out = split(read.examples, settings.eval_fraction, settings.seed)
+    examples = Examples(**dict(zip(("training", "held_out"), split(read.examples, settings.eval_fraction, settings.seed), strict=True)))
     run = {
         **settings.record(),
         "data": read.digest,
@@ -173,8 +177,9 @@ def prepare(
         interventions=interventions,
         rule=rule,
         read=read,
-        examples=Examples(training=training, held_out=held_out),
+        examples=examples,
         run=run,
+        probes=probes_of(data, examples.shown, settings.probes),
     )
 
 
@@ -211,6 +216,7 @@ def _train(
         adapter = ready.interventions.to_adapter(
             base.info, ready.rule, dtype=base.dtype, trained_on=ready.origin.trained_on, training=record, head=outcome.head
         )
+        adapter = replace(adapter, probes=ready.probes)
         save_adapter(adapter, output, force=force)
         discard(folder)
         samples_after = objective.samples(ready.examples, phase, adapter)

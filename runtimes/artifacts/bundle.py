@@ -149,6 +149,11 @@ class Quantization:
     def quantizes_activations(self) -> bool:
         return self.scheme not in WEIGHT_ONLY_SCHEMES or self.accuracy_level == 4
 
+    @property
+    def rounds_inside(self) -> bool:
+        """Whether activations are rounded inside MatMulNBits, where no reference can follow; its level 1, of the same weights, is exact."""
+        return self.scheme == "weight-only" and self.accuracy_level == 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeRecord:

@@ -1,4 +1,5 @@
-"""The adapter folder: ``adapter.json`` + ``adapter.safetensors``. Nothing is pickled, nothing is implied, unknown keys are refused.
+"""The adapter folder: ``adapter.json`` + ``adapter.safetensors``, and ``probes.jsonl`` where it has probes. Nothing is pickled, nothing is
+implied, unknown keys are refused.
 
 adapter.json is sealed (runtimes/files/sealed.py) and holds the sha256 of every other file of the adapter, so that one changed bit of any
 is refused. Version 1 had no digests; it is read, and ``reft-export upgrade`` writes version 2.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from runtimes.edits.edit import ACTIVATIONS, Edit, Site
 from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.edits.positions import PositionRule
+from runtimes.edits.probes import Probe, check_probes, probes_bytes, read_probes
 from runtimes.errors import AdapterError, ReftError
 from runtimes.files.folders import atomic_folder
 from runtimes.files.hashes import sha256_of
@@ -88,6 +90,8 @@ class Adapter:
     """Data and settings it was trained with; provenance only."""
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     """A classifier's head that was trained with the edit, by the base's parameter names; empty: the base's own."""
+    probes: tuple[Probe, ...] = ()
+    """Lines of its own task (runtimes/edits/probes.py): what it is measured on. They are no part of its digest."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -112,6 +116,7 @@ class Adapter:
             raise AdapterError(f"an untied adapter needs a prefix and a suffix (f<n>+l<n>); its positions are {self.positions}")
         self._check_tensors()
         self._check_head()
+        check_probes(self.probes, self.base.labels)
 
     def _check_head(self) -> None:
         if self.head and not self.base.labels:
@@ -243,8 +248,13 @@ def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None
         training=dict(adapter.training),
         head=tuple(adapter.head),
     )
+    probes = probes_bytes(adapter.probes)
+    if adapter.probes:
+        config = replace(config, probes=ProbesRecord(count=len(adapter.probes), sha256=hashlib.sha256(probes).hexdigest()))
     with atomic_folder(folder, force=force) as work:
         save_file({k: np.ascontiguousarray(v) for k, v in adapter.stored().items()}, work / TENSOR_FILE)
+        if config.probes is not None:
+            (work / PROBES_FILE).write_bytes(probes)
         write_adapter_config(work, config)
 
 
@@ -271,8 +281,11 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load(_read_hashed(folder / TENSOR_FILE, config.tensors_sha256))
     except (SafetensorError, ValueError, KeyError) as e:  # KeyError: a dtype that numpy has not
         raise AdapterError(f"{folder / TENSOR_FILE} is damaged ({e}); copy it again from where it was trained") from None
+    probes: tuple[Probe, ...] = ()
     if config.probes is not None:
-        _read_hashed(folder / PROBES_FILE, config.probes.sha256)
+        probes = read_probes(_read_hashed(folder / PROBES_FILE, config.probes.sha256), str(folder / PROBES_FILE))
+        if len(probes) != config.probes.count:
+            raise AdapterError(f"{folder / PROBES_FILE} has {len(probes)} lines, expected {config.probes.count}; copy the adapter again")
     if missing := [name for name in config.head if f"{HEAD}{name}" not in tensors]:
         raise AdapterError(f"{folder / TENSOR_FILE} lacks {HEAD}{missing[0]}, which {CONFIG_FILE} names; copy the adapter again")
     head = {name: tensors.pop(f"{HEAD}{name}") for name in config.head}
@@ -291,6 +304,7 @@ def load_adapter(folder: Path) -> Adapter:
             training=config.training,
             tensors=tensors,
             head=head,
+            probes=probes,
         )
     except ReftError as e:
         raise AdapterError(f"{folder}: {e}") from None

@@ -39,13 +39,13 @@ def perplexity(session: Session, tokenizer: Tokenizer, text: str) -> float:
     total, count = 0.0, 0
     for start in range(0, len(tokens) - half, half):
         window = [*lead, *tokens[start : start + 2 * half]]
-        scored = _log_likelihoods(session, window, len(lead) + half)
+        scored = log_likelihoods(session, window, len(lead) + half)
         total, count = total + math.fsum(scored), count + len(scored)
     return math.exp(-total / count)
 
 
-def _log_likelihoods(session: Session, window: Sequence[int], prompt: int) -> list[float]:
-    """log p of each token of the window from column ``prompt`` on, in nats."""
+def log_likelihoods(session: Session, window: Sequence[int], prompt: int) -> list[float]:
+    """log p of each token of the window from column ``prompt`` on, given those before it, in nats; under the session's active adapter."""
     return [float(_log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt)]
 
 

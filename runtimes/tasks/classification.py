@@ -6,14 +6,16 @@ head: (steered - base) is what edit and head change together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtimes.artifacts.bundle import Artifact
+from runtimes.errors import BundleError
 from runtimes.parity.figures import Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
+from runtimes.parity.retention import Quality, Recorded, quality, recorded
 from runtimes.session import ClassifierSession
 from runtimes.text.encoded_text import EncodedText, padded, rows_of
 
@@ -23,11 +25,25 @@ EXTRA_PADS = 3
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassifierGolden(Golden):
     texts: Sequence[EncodedText]
+    targets: np.ndarray | None
+    """The label of each text, -1 where it has none; None where none has."""
+    recorded: Recorded | None
 
     @classmethod
     def read(cls, artifact: Artifact, name: str, *, steering: bool = True) -> ClassifierGolden:
         arrays, fields = read_arrays(artifact, name, steering=steering)
-        return cls(texts=rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"]), **fields)
+        targets = arrays.get("targets")
+        texts = rows_of(arrays["input_ids"], arrays["attention_mask"], arrays["token_type_ids"])
+        return cls(texts=texts, targets=targets, recorded=None if targets is None else _recorded(name, arrays, targets), **fields)
+
+
+def _recorded(name: str, arrays: Mapping[str, np.ndarray], targets: np.ndarray) -> Recorded:
+    """The labels' log-probabilities, which the recorded logits hold."""
+    kinds = {key.replace("logits", "log_probabilities"): arrays[key] for key in arrays if key.endswith("logits")}
+    found = recorded(name, {key: label_log_probabilities(logits, targets) for key, logits in kinds.items()})
+    if found is None:
+        raise BundleError(f"the golden arrays of {name} hold no logits")
+    return found
 
 
 def check_classifier(session: ClassifierSession, golden: ClassifierGolden, budget: Budget) -> list[Rung]:
@@ -48,6 +64,23 @@ def check_classifier(session: ClassifierSession, golden: ClassifierGolden, budge
             delta, note = steering_shown(session, golden.name, _delta(session, golden, golden.steering, logits))
         rungs.append(judge(f"{golden.name}: {name}", "eager", compare(logits, golden.logits), budget, delta=delta, note=note))
     return rungs
+
+
+def classifier_quality(session: ClassifierSession, golden: ClassifierGolden) -> Quality | None:
+    """The same of a classifier: log p of each probe's label. None where no labels were recorded."""
+    if golden.recorded is None or golden.targets is None:
+        return None
+    session.set_adapter(golden.adapter)
+    logits = _run(session, golden, [list(range(len(golden.texts)))])
+    return quality(golden.name, label_log_probabilities(logits, golden.targets), golden.recorded)
+
+
+def label_log_probabilities(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """log softmax(logits [B, labels])[row, target] of the rows that have a target, in nats."""
+    rows = np.flatnonzero(targets >= 0)
+    x = np.asarray(logits, np.float64)[rows]
+    x = x - x.max(1, keepdims=True)
+    return x[np.arange(len(rows)), targets[rows]] - np.log(np.exp(x).sum(1))
 
 
 def classifier_figures(session: ClassifierSession, golden: ClassifierGolden) -> tuple[Figures, Delta]:

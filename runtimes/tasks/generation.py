@@ -12,6 +12,8 @@ from runtimes.errors import BundleError
 from runtimes.generation import call_widths, columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare, compare_deltas, judge
 from runtimes.parity.golden_arrays import Golden, Steering, read_arrays, steering_shown
+from runtimes.parity.perplexity import log_likelihoods
+from runtimes.parity.retention import Quality, Recorded, quality, recorded
 from runtimes.session import DecoderSession
 
 
@@ -22,6 +24,8 @@ class DecoderGolden(Golden):
     prompt_length: np.ndarray
     positions: np.ndarray
     greedy: np.ndarray
+    recorded: Recorded | None
+    """Of the completions' tokens; None where they are no probes."""
 
     @classmethod
     def read(cls, artifact: Artifact, name: str, *, steering: bool = True) -> DecoderGolden:
@@ -31,6 +35,7 @@ class DecoderGolden(Golden):
             prompt_length=arrays["prompt_length"],
             positions=arrays["logit_positions"],
             greedy=arrays["greedy_tokens"],
+            recorded=recorded(name, arrays),
             **fields,
         )
 
@@ -185,3 +190,13 @@ def decoder_figures(session: DecoderSession, golden: DecoderGolden) -> tuple[Fig
     logits = _run(session, golden, layout)
     found = sorted(logits)
     return compare(_stacked(logits, found), steering[0][found]), _delta(session, golden, steering, logits, layout)
+
+
+def decoder_quality(session: DecoderSession, golden: DecoderGolden) -> Quality | None:
+    """What is left of ``golden``'s name on its completions; None where no likelihood of them was recorded."""
+    if golden.recorded is None:
+        return None
+    session.set_adapter(golden.adapter)
+    pairs = zip(golden.rows, golden.prompt_length, strict=True)
+    here = np.concatenate([log_likelihoods(session, row.tolist(), int(prompt)) for row, prompt in pairs])
+    return quality(golden.name, here, golden.recorded)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtimes.ort.classifier import OrtClassifier
     from runtimes.ort.session import OrtSession
     from runtimes.parity.figures import Budget, Delta, Figures, Rung
+    from runtimes.parity.retention import Quality
 
 OnRun = Callable[[int, int], None]
 
@@ -36,6 +37,11 @@ class Task(ABC):
     @abstractmethod
     def check_golden(self, artifact: Artifact, session: Session, name: str, budget: Budget, *, steering: bool) -> list[Rung]:
         """All rungs of the base or of one adapter; with ``steering`` the first one also takes that, of an adapter."""
+
+    @abstractmethod
+    def quality(self, artifact: Artifact, session: Session, name: str) -> Quality | None:
+        """What quantization left of the base or of one adapter; None where nothing to measure it on was recorded. Leaves the session on
+        ``name``."""
 
     @abstractmethod
     def steering_figures(self, artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:
@@ -67,6 +73,11 @@ class Generation(Task):
         from runtimes.tasks.generation import DecoderGolden, check_decoder
 
         return check_decoder(as_decoder(session), DecoderGolden.read(artifact, name, steering=steering), budget)
+
+    def quality(self, artifact: Artifact, session: Session, name: str) -> Quality | None:
+        from runtimes.tasks.generation import DecoderGolden, decoder_quality
+
+        return decoder_quality(as_decoder(session), DecoderGolden.read(artifact, name))
 
     def steering_figures(self, artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:
         from runtimes.tasks.generation import DecoderGolden, decoder_figures
@@ -108,6 +119,11 @@ class Classification(Task):
         from runtimes.tasks.classification import ClassifierGolden, check_classifier
 
         return check_classifier(as_classifier(session), ClassifierGolden.read(artifact, name, steering=steering), budget)
+
+    def quality(self, artifact: Artifact, session: Session, name: str) -> Quality | None:
+        from runtimes.tasks.classification import ClassifierGolden, classifier_quality
+
+        return classifier_quality(as_classifier(session), ClassifierGolden.read(artifact, name))
 
     def steering_figures(self, artifact: Artifact, session: Session, name: str) -> tuple[Figures, Delta]:
         from runtimes.tasks.classification import ClassifierGolden, classifier_figures

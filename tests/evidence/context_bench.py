@@ -6,7 +6,7 @@ reproduces "Decode as the context grows" of docs/benchmarks.md.
 
 One process a row, since onnxruntime's decode has slow and fast modes from process to process. A row feeds random tokens in chunks up to
 every context in turn and decodes from there: minima over the steps; base and steered blocks alternate, the first step behind a swap of
-the adapter is not counted. llama.cpp is measured where llama-cpp-python can be imported.
+the adapter is not counted. llama.cpp is measured by its own library (llama_cpp.py), without and with flash attention.
 """
 
 from __future__ import annotations
@@ -89,24 +89,14 @@ def measure(bundle: Path, arguments: argparse.Namespace, *, copying: bool) -> No
     _row(f"{bundle.name}, {cache}", arguments.threads[0], [*cells, f"{prefill / 1e3:.1f}", f"{(peak_memory() or 0) / 1e6:.0f}"])
 
 
-def measure_llama(file: Path, threads: int, contexts: Sequence[int], clock: Callable[[], float]) -> None:
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]  # an sdist that takes half an hour to compile; no dependency
+def measure_llama(file: Path, home: Path, threads: int, contexts: Sequence[int]) -> None:
+    from evidence.llama_cpp import llama_cpp
 
-    model = Llama(str(file), n_ctx=max(contexts) + 64, n_threads=threads, n_threads_batch=threads, verbose=False)
-    tokens = np.random.default_rng(0).integers(3, model.n_vocab(), max(contexts)).tolist()
-    cells, fed, prefill = [], 0, 0.0
-    for columns in contexts:
-        model.n_tokens = fed  # forgets the tokens that were decoded behind the context before
-        started = clock()
-        model.eval(tokens[fed:columns])
-        prefill += clock() - started
-        fed, times = columns, []
-        for _ in range(STEPS * BLOCKS):
-            started = clock()
-            model.eval([7])
-            times.append((clock() - started) * 1e3)
-        cells.append(f"{min(times):.1f}")
-    _row(f"llama.cpp, {file.name}", threads, [*cells, f"{prefill:.1f}", ""])
+    for flash in (False, True):
+        found = llama_cpp(home).bench(file, contexts, threads=threads, flash=flash)
+        cells = [f"{ms:.1f}" for ms in found.decode_ms]
+        name = f"llama.cpp, {file.name}" + (", flash attention" if flash else "")
+        _row(name, threads, [*cells, f"{found.prefill_s[-1]:.1f}", str(found.peak_mb)])
 
 
 def _row(name: str, threads: int, cells: Sequence[str]) -> None:
@@ -121,13 +111,12 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--copying", action="store_true", help="each bundle with its cache copied, too")
-    parser.add_argument("--llama", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--one", choices=("in-place", "copying", "llama"), help=argparse.SUPPRESS)
+    parser.add_argument("--llama", type=Path, metavar="FILE.gguf", help="by wall clock always")
+    parser.add_argument("--llama-home", type=Path, default=Path("real-models"), help="where llama_cpp.py downloads and builds it")
+    parser.add_argument("--one", choices=("in-place", "copying"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.threads = threads = arguments.threads or [1]
-    if arguments.one == "llama":
-        measure_llama(arguments.llama, threads[0], arguments.contexts, CLOCKS[arguments.clock])
-    elif arguments.one:
+    if arguments.one:
         measure(arguments.bundles[0], arguments, copying=arguments.one == "copying")
     else:
         print(f"| graph | threads | {' | '.join(map(str, arguments.contexts))} columns | prefill s | peak MB |")
@@ -143,7 +132,7 @@ def _each(arguments: argparse.Namespace, threads: Sequence[int], run: Callable[[
             for kind in ("in-place", "copying") if arguments.copying else ("in-place",):
                 run([str(bundle), "--one", kind, "--threads", str(count), *adapter, *contexts])
         if arguments.llama:
-            run(["--one", "llama", "--llama", str(arguments.llama), "--threads", str(count), *contexts])
+            measure_llama(arguments.llama, arguments.llama_home, count, arguments.contexts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from models.bases import BOS, EOS, PAD, build_base
 
@@ -79,7 +79,7 @@ def write(
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        values = _as_converted(name, tensor.numpy(), model)
+        values = as_converted(name, tensor.numpy(), config)
         quantized = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(stored, gguf.quants.quantize(values, quantized), raw_dtype=quantized)
     writer.write_header_to_file()
@@ -89,8 +89,9 @@ def write(
     return path
 
 
-def _as_converted(name: str, values: np.ndarray, model: PreTrainedModel) -> np.ndarray:
-    kind, config = model.config.model_type, model.config
+def as_converted(name: str, values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """The parameter ``name`` as a GGUF file has it: Llama's queries and keys with rotary pairs side by side, Gemma's norms plus one."""
+    kind = config.model_type
     if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])

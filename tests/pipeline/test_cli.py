@@ -33,25 +33,29 @@ SURFACE = {
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
-        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--seed", "--dtype", "--device",
-        "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
+        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
+        "--device", "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
-        "--force", "--json",
+        "--probes", "--force", "--json",
     },
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
-        "--target", "--block-size", "--accuracy-level", "--format", "--accept-base", "--force", "--dry-run", "--json",
+        "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
+        "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
         "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
-        "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
+        "--min-retention", "--accept-loss", "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },
-    "add": {"--adapter", "--model", "--output", "--remove", "--accept-base", "--force", "--dry-run", "--json"},
+    "add": {
+        "--adapter", "--model", "--output", "--remove", "--min-retention", "--accept-loss", "--accept-base", "--force",
+        "--dry-run", "--json",
+    },
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
         "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",

@@ -28,6 +28,7 @@ Arrays = dict[str, np.ndarray]
 TOY = ToyDecoder.random()
 FP32 = BUDGETS["fp32"]
 LEVEL_4 = Quantization(scheme="weight-only", bits=4, block_size=32, symmetric=True, accuracy_level=4)
+DYNAMIC = Quantization(scheme="dynamic", bits=8, block_size=0, symmetric=True, accuracy_level=0)
 
 
 def schema(**changes: object) -> GoldenSchema:
@@ -257,7 +258,7 @@ def test_noise_widens_a_row_so_far_and_no_further(tmp_path: Path, noise: list[fl
     for name in bundle.golden_names:
         arrays = bundle.golden(name) | ({} if noise is None else {"noise": np.array(noise, np.float32)})
         np.savez(bundle.golden_file(name), **arrays)
-    bundle = change_manifest(bundle, quantization=LEVEL_4)
+    bundle = change_manifest(bundle, quantization=DYNAMIC)
     for rung in check_golden(bundle, OrtSession(bundle, threads=1)).rungs:
         chance = 3 * math.sqrt(0.02 / rung.figures.compared) if noise and noise[1] else 0
         assert (rung.budget.logits, rung.budget.top1) == pytest.approx((bounds[0], max(bounds[1] - chance, 0.78)))
