@@ -7,7 +7,7 @@
 ``MODEL`` is a relabelled base (models.relabel), FLOAT_BUNDLE its fp32 export, FLOAT.gguf the same weights (evidence.float_gguf). Every row
 is kept in OUT/rows.jsonl as soon as it is measured, and a row that is there is not measured again: the work may be cut anywhere.
 
-    bytes        of the whole bundle, of the GGUF file
+    bytes        of the bundle without its golden arrays; of the GGUF file
     perplexity   exp(mean negative log-likelihood) over the tokens but the first of review sentences (evidence.review_text), each alone
     decode       milliseconds a token behind 64 columns, one thread: the least of 24
 
@@ -146,7 +146,8 @@ def keep(folder: Path, row: Row) -> None:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of a bundle without its golden arrays."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent.name != "golden")
 
 
 def quantized(source: Path, model: str, name: str, settings: QuantizationSettings, folder: Path, calibrated_on: Path) -> float:

@@ -29,7 +29,7 @@ is made by
   the files' own grid: a method that only finds that grid again would look perfect.
 - Perplexity is over review sentences (vaderSentiment 0.5), each alone: short texts, so it is high for every row. The figure that counts is
   the loss against the float model, in nats a token.
-- Bytes are those of the whole bundle (graph, weights, tokenizer, golden arrays) and of the whole GGUF file.
+- Bytes are those of the bundle (graph, weights, tokenizer) without its golden arrays, and of the whole GGUF file.
 - Decode: milliseconds a token behind 64 columns, one thread, the least of 24.
 - llama.cpp's and our weight-only products round activations to int8 while they multiply; at accuracy level 1 they do not.
 - "int4 32": weights in int4, blocks of 32, symmetric, onnxruntime's rtn; the embedding, and the head that is tied to it, in int8. "+ int8,
