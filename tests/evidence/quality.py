@@ -165,7 +165,7 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     graph, sources = load_graph(bundle.graph_path), bundle.manifest.weights
     started = time.monotonic()
     if name in BUDGETS:
-        settings = _mixed(model, bundle, graph, settings, BUDGETS[name])
+        settings = _mixed(model, bundle, graph, settings, BUDGETS[name], calibrated_on.parent)
     done = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
     seconds = time.monotonic() - started
     write_graph(graph, folder)
@@ -175,19 +175,23 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     return seconds
 
 
-def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int) -> QuantizationSettings:
-    """The product's choice, on the rows of the bundle's own golden arrays."""
-    from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
+def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path) -> QuantizationSettings:
+    """The product's choice, by sensitivities on the rows of the bundle's own golden arrays; they are kept in the folder ``memory``."""
+    from calibration.mixed import choose_int8, sizes
+    from graph_passes.tied_head import untie_head
+    from reft_export.quantizing.sensitivity import rows_of, sensitivities
 
     from reft_export.base.load import load_base
     from reft_export.parity.ladder import stored_inputs
     from runtimes.artifacts.bundle import BASE_GOLDEN
 
-    rows = rows_of({BASE_GOLDEN: stored_inputs(bundle).arrays}, {})
-    base = load_base(model, checked=True)
-    chosen, said = mixed(base.model, graph, bundle.manifest.weights, settings, rows, MixedPrecision(budget=budget))
-    print(said, flush=True)
-    return chosen
+    untie_head(graph.graph)
+    sources, path = bundle.manifest.weights, memory / f"sensitivities-{settings.block_size}.json"
+    if not path.is_file():
+        rows = rows_of({BASE_GOLDEN: stored_inputs(bundle).arrays}, {})
+        path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows)))
+    chosen = choose_int8(json.loads(path.read_text()), sizes(graph.graph, settings, (), sources), budget)
+    return replace(settings, int8=chosen)
 
 
 def measure(folder: Path, rows: Sequence[Sequence[int]], *, threads: int) -> tuple[float, int, float]:

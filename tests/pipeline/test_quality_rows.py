@@ -48,4 +48,4 @@ def test_rows_are_measured_on_the_bundles_and_kept(
     capsys.readouterr()
     quality.main(arguments)
     assert capsys.readouterr().out == "", "a row that is there is not measured again"
-    assert {path.name for path in out.iterdir()} == {"rows.jsonl", "calibration.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"rows.jsonl", "calibration.jsonl", "sensitivities-32.json"}
