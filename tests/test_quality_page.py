@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evidence.quality import LLAMA_CPP, Row, keep, kept, log_likelihood, settings_of
-
 from evidence import quality_page
+from evidence.quality import LLAMA_CPP, Row, keep, kept, log_likelihood, settings_of
 
 VOCABULARY = 7
 
@@ -51,6 +50,9 @@ def test_llama_cpps_curve_is_straight_between_its_types() -> None:
     assert quality_page.curve_at(LLAMA, 100e6) == pytest.approx(5.3)
     assert quality_page.curve_at([*LLAMA, _row("llama.cpp F32", 540, 4.99, LLAMA_CPP)], 151e6) is None
     assert quality_page.curve_at(LLAMA, 89e6) is None
+    assert quality_page.curve_at([*LLAMA, _row("llama.cpp Q4_1", 98, 5.6, LLAMA_CPP)], 100e6) == pytest.approx(5.3), (
+        "a smaller type beats it"
+    )
 
 
 def test_a_row_says_which_neighbour_is_better() -> None:
@@ -68,7 +70,13 @@ def test_the_page_holds_every_row_and_its_place(tmp_path: Path) -> None:
     assert "| poor | 96.0 | 244.69 | +0.5000 |  | worse than small (95 MB) |" in text
     assert "- small: 0.0500 nats below llama.cpp's curve at 95.0 MB" in text
     assert "- poor: 0.1600 nats above llama.cpp's curve at 96.0 MB" in text
+    assert "Not measured yet: int8; int4 32; " in text and quality_page.page(quality_page.read(tmp_path)) == text
     assert (tmp_path / quality_page.PICTURE).stat().st_size > 1000
+
+
+def test_the_page_is_what_its_rows_make() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    assert (docs / quality_page.PAGE).read_text(encoding="utf-8") == quality_page.page(quality_page.read(docs))
 
 
 def test_a_row_measured_again_takes_the_place_of_the_first(tmp_path: Path) -> None:

@@ -179,10 +179,9 @@ def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, 
     """The product's choice, by sensitivities on the rows of the bundle's own golden arrays; they are kept in the folder ``memory``."""
     from calibration.mixed import choose_int8, sizes
     from graph_passes.tied_head import untie_head
-    from reft_export.quantizing.sensitivity import rows_of, sensitivities
-
     from reft_export.base.load import load_base
     from reft_export.parity.ladder import stored_inputs
+    from reft_export.quantizing.sensitivity import rows_of, sensitivities
     from runtimes.artifacts.bundle import BASE_GOLDEN
 
     untie_head(graph.graph)
