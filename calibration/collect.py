@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.collected import Collected
-from calibration.selection import weight_products
-from graph_passes.accessors import input_of, name_of, tensor_of
+from graph_passes.accessors import dtype_of, input_of, name_of
+from graph_passes.find.weights import weight_products
+from graph_passes.tied_head import tied_head
 from runtimes.artifacts.bundle import BASE_GOLDEN
 from runtimes.ort.session import to_float32
 from runtimes.text.encoded_text import EncodedText, padded
@@ -34,7 +35,9 @@ def product_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> tuple
 
 
 def _calibrated(model: ir.Model, float_inputs: Collection[str]) -> list[ir.Node]:
-    return [node for node in weight_products(model.graph) if input_of(node, 1).name not in float_inputs]
+    head = tied_head(model.graph)
+    products = {*weight_products(model.graph), *([] if head is None else [head.node])}
+    return [node for node in model.graph if node in products and input_of(node, 1).name not in float_inputs]
 
 
 def expose_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> None:
@@ -44,7 +47,7 @@ def expose_inputs(model: ir.Model, float_inputs: Collection[str] = ()) -> None:
         value = input_of(node, 0)
         if value.name not in existing:
             existing.add(value.name)
-            value.type = value.type or ir.TensorType(tensor_of(input_of(node, 1)).dtype)
+            value.type = value.type or ir.TensorType(dtype_of(input_of(node, 1)))
             model.graph.outputs.append(value)
 
 

@@ -10,9 +10,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibration import per_token, qdq
 from calibration.activations import ActivationQuantization
-from calibration.weight_only import CONTRIB, dequantize_embedding, dequantize_nbits
-from calibration.weights import unmap
+from calibration.tables import dequantize_embedding
+from calibration.weight_only import CONTRIB, dequantize_nbits
 from graph_passes.accessors import input_of, int_of, name_of
+from graph_passes.external import unmap
 
 _SUFFIXES = ("_Q4", "_Q8", "_F8", "_G4", "_G8")
 
@@ -56,7 +57,8 @@ def quantized_inputs(model: ir.Model) -> dict[str, tuple[str, ...]]:
 
 
 def expose_quantized_inputs(model: ir.Model) -> None:
-    """Makes every such value a graph output, in place."""
+    """Makes every such value a graph output, in place; what MatMulNBits would round inside, it reads as it is."""
+    _float_inside(model)
     exposed = {value.name for value in model.graph.outputs}
     for value in [value for _, values in _stored_inputs(model.graph) for value in values]:
         if value.name not in exposed:
@@ -74,12 +76,16 @@ def _stored_inputs(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ...]]
 
 def float_activations(model: ir.Model) -> None:
     """Takes every quantization of activations out of the graph, in place; the weights stay as they ship."""
-    for node in model.graph:
-        if node.domain == CONTRIB and node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    _float_inside(model)
     per_token.float_inputs(model.graph)
     qdq.float_inputs(model.graph)
     RemoveUnusedNodesPass()(model)
+
+
+def _float_inside(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.domain == CONTRIB and node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
 
 
 def _quantized_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:

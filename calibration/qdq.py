@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.activations import FLOAT8, LEVELS, STORED, ActivationQuantization, FixedKind, from_range
+from calibration.settings import BlockFormat
 from calibration.weight_only import quantize_blocks, unpack
 from calibration.weights import QuantizedWeight, constant
 from graph_passes.accessors import array_of, dtype_of, input_of, name_of, optional_input, producer_of
@@ -49,7 +50,7 @@ def block_weight(name: str, array: np.ndarray, original: np.ndarray, block_size:
     rows, columns = original.shape
     if rows % block_size:
         raise CalibrationError(f"{name} has {rows} rows, no multiple of block size {block_size}, which TensorRT needs; use a smaller one")
-    blocks = quantize_blocks(original, bits=4, block_size=block_size)
+    blocks = quantize_blocks(original, BlockFormat(bits=4, block_size=block_size))
     q = unpack(blocks.packed, 4).reshape(columns, rows).T.astype(np.int8) - 8
     scales = np.ascontiguousarray(blocks.scales.T).astype(array.dtype)
     restored = (q.reshape(-1, block_size, columns) * scales[:, None].astype(np.float32)).reshape(rows, columns)

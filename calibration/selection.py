@@ -9,12 +9,11 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from graph_passes.accessors import input_of, name_of, optional_input, shape_of
+from graph_passes.find.weights import find_token_embedding, head_product, weight_name, weight_products
 from runtimes.errors import CalibrationError
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
-_ALIASES = ("Reshape", "Cast", "Unsqueeze", "Squeeze", "Identity")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,20 +21,6 @@ class Selection:
     products: tuple[ir.Node, ...]
     float_weights: tuple[str, ...]
     """Names of the weights that stay in float by choice."""
-
-
-def weight_products(graph: ir.Graph) -> list[ir.Node]:
-    """Every MatMul with a constant 2-D weight, in graph order.
-
-    The edit's own products are not among them: they stand in the model-local function, and their banks are graph inputs.
-    """
-    return [
-        node for node in graph if node.domain == "" and node.op_type == "MatMul" and constant_matrix(optional_input(node, 1)) is not None
-    ]
-
-
-def weight_name(product: ir.Node) -> str:
-    return name_of(input_of(product, 1))
 
 
 def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
@@ -52,14 +37,10 @@ def quantized_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
     return [(node, value) for value, node in found.items()]
 
 
-def constant_matrix(value: ir.Value | None) -> ir.TensorProtocol | None:
-    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return None
-    return value.const_value if len(value.const_value.shape) == 2 else None
-
-
-def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, float_weights: Collection[str] = ()) -> Selection:
-    """The products to quantize; ``float_weights`` stay in float beside those that ``keep_high`` fits.
+def select(
+    graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, float_weights: Collection[str] = (), apart: str | None = None
+) -> Selection:
+    """The products to quantize; ``float_weights`` stay in float beside those that ``keep_high`` fits, and ``apart`` is in neither list.
 
     Raises CalibrationError for a pattern that fits no weight, and where nothing is left to quantize.
     """
@@ -70,36 +51,33 @@ def select(graph: ir.Graph, keep_high: Sequence[str], *, lm_head: bool, float_we
     head = None if head_node is None else weight_name(head_node)
     names = [weight_name(node) for node in products]
     high = set(float_weights) if lm_head or head is None else {head, *float_weights}
-    for pattern in keep_high:
-        fits = _matcher(pattern, head)
-        found = {name for name in names if fits(name)}
-        if not found:
-            shown = ", ".join(names[:3])
-            raise CalibrationError(f"--keep-high {pattern!r} fits none of the {len(names)} weights; they are called {shown}, ..")
-        high |= found
-    chosen = tuple(node for node in products if weight_name(node) not in high)
+    high |= matching(keep_high, names, head, "--keep-high")
+    high.discard(apart or "")
+    chosen = tuple(node for node in products if weight_name(node) not in high and weight_name(node) != apart)
     if not chosen:
         raise CalibrationError("every weight is kept in float: nothing is left to quantize; name fewer with --keep-high")
     return Selection(products=chosen, float_weights=tuple(name for name in dict.fromkeys(names) if name in high))
 
 
-def head_product(graph: ir.Graph, products: Sequence[ir.Node]) -> ir.Node | None:
-    """The product with as many columns as there are logits: the last one, where several have."""
-    logits = next((v for v in graph.outputs if v.name == "logits"), None)
-    vocabulary = None if logits is None or logits.shape is None else logits.shape[-1]
-    return next((node for node in reversed(products) if shape_of(input_of(node, 1))[1] == vocabulary), None)
-
-
 def token_embedding(graph: ir.Graph) -> ir.Node:
-    """The lookup of token ids in a table [V, D]: the Gather whose indices are input_ids themselves, reshaped at most."""
-    for node in graph:
-        if node.domain == "" and node.op_type == "Gather" and constant_matrix(node.inputs[0]) is not None:
-            indices = node.inputs[1]
-            while indices is not None and (producer := indices.producer()) is not None and producer.op_type in _ALIASES:
-                indices = producer.inputs[0]
-            if indices is not None and indices.name == "input_ids":
-                return node
-    raise CalibrationError("the graph looks token ids up in no constant table [V, D]; leave out --embeddings")
+    """The lookup of token ids in a table [V, D]; raises CalibrationError where the graph has none."""
+    found = find_token_embedding(graph)
+    if found is None:
+        raise CalibrationError("the graph looks token ids up in no constant table [V, D]; leave out --embeddings")
+    return found
+
+
+def matching(patterns: Sequence[str], names: Sequence[str], head: str | None, option: str) -> set[str]:
+    """Those of ``names`` that a pattern of ``option`` fits; ``lm_head`` is ``head``. Raises CalibrationError for one that fits none."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        fits = _matcher(pattern, head)
+        found = {name for name in names if fits(name)}
+        if not found:
+            shown = ", ".join(names[:3])
+            raise CalibrationError(f"{option} {pattern!r} fits none of the {len(names)} weights; they are called {shown}, ..")
+        matched |= found
+    return matched
 
 
 def layer_of(name: str) -> int | None:

@@ -10,7 +10,7 @@ from runtimes.errors import CalibrationError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 SchemeName = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"]
-Method = Literal["rtn", "hqq"]
+Method = Literal["rtn", "hqq", "k_quant"]
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -45,7 +45,9 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 """Activations are quantized in float32 graphs only: float16's own rounding moves values across the levels of the grid, and no reference
 could tell that from a fault (measured: 3 to 10 % of the largest logit, where 2 % is the budget)."""
 
-METHODS: tuple[Method, ...] = ("rtn", "hqq")
+METHODS: tuple[Method, ...] = ("rtn", "hqq", "k_quant")
+ASYMMETRIC: tuple[Method, ...] = ("hqq", "k_quant")
+"""Methods whose blocks always have a zero point."""
 ELSEWHERE = {
     "gptq": "onnxruntime's GPTQ returns weights without their scales and feeds a graph that it loads whole; quantize the checkpoint with "
     "GPTQModel, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
@@ -54,7 +56,19 @@ ELSEWHERE = {
 }
 """Methods that are asked for and are not served: why, and what to use."""
 
-EMBEDDINGS = (0, 4, 8)
+EMBEDDINGS = (None, 0, 4, 8)
+DEFAULT_BLOCK = {4: 32, 8: 64}
+"""By bits. A float32 scale for 32 weights of 8 bits is a ninth of the file, and what it buys is not to be seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat:
+    """How one weight [K, N] is stored: ``block_size`` values along K share a scale, and a zero point unless ``symmetric``."""
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+    method: Method = "rtn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +87,12 @@ class QuantizationSettings:
     accuracy_level: int = 4
     keep_high: tuple[str, ...] = ()
     """Layers ("0", "0-3") and name patterns ("*.mlp.down_proj") that stay in float."""
-    lm_head: bool = True
-    embeddings: int = 0
-    """Bits of the token embedding; 0 leaves it in float."""
+    int8: tuple[str, ...] = ()
+    """As ``keep_high``, weights that are stored in 8 bits where the others have 4."""
+    lm_head: bool | None = None
+    """Whether the head is quantized; None is the scheme's default. One that is tied to a quantized embedding always is, unless False."""
+    embeddings: int | None = None
+    """Bits of the token embedding, and of a head that is tied to it; 0 is float. None: 8 where onnxruntime looks it up, else float."""
 
     def __post_init__(self) -> None:
         scheme = SCHEMES[check_scheme(self.scheme)]
@@ -89,6 +106,8 @@ class QuantizationSettings:
             raise CalibrationError(f"block size {self.block_size} is not a power of two from 16 on")
         if not scheme.blockwise and self.block_size:
             raise CalibrationError(f"--scheme {self.scheme} has one scale per output column and takes no block size")
+        if self.int8 and (self.scheme != "weight-only" or self.bits != 4):
+            raise CalibrationError("int8 weights stand among int4 ones: use --scheme weight-only -p int4, or leave them out")
         self._check_products()
         self._check_embeddings(scheme)
 
@@ -105,6 +124,8 @@ class QuantizationSettings:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
+        if self.symmetric and self.method in ASYMMETRIC:
+            raise CalibrationError(f"--method {self.method} chooses a zero point for every block; leave out --symmetric, or use rtn")
 
     def _check_embeddings(self, scheme: Scheme) -> None:
         if self.embeddings not in EMBEDDINGS:
@@ -118,6 +139,36 @@ class QuantizationSettings:
     @property
     def kind(self) -> Scheme:
         return SCHEMES[self.scheme]
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether the head is one of the scheme's own products."""
+        return self.kind.lm_head if self.lm_head is None else self.lm_head
+
+    @property
+    def format(self) -> BlockFormat:
+        """Of MatMulNBits' weights."""
+        return BlockFormat(bits=self.bits, block_size=self.block_size, symmetric=self.symmetric, method=self.method)
+
+    @property
+    def int8_format(self) -> BlockFormat:
+        """Of the weights that ``int8`` names."""
+        return BlockFormat(bits=8, block_size=DEFAULT_BLOCK[8])
+
+    @property
+    def embedding_bits(self) -> int:
+        if self.embeddings is None:
+            return 8 if self.kind.runtime == "onnxruntime" else 0
+        return self.embeddings
+
+    @property
+    def table_format(self) -> BlockFormat:
+        """Of the embedding's rows and of a head tied to them. Other bits than the weights' are rounded: GatherBlockQuantized takes no
+        fractions for zero points, and at 8 bits a search gains nothing."""
+        bits = self.embedding_bits
+        if self.scheme == "weight-only" and bits == self.bits and self.method != "hqq":
+            return self.format
+        return BlockFormat(bits=bits, block_size=DEFAULT_BLOCK[bits], symmetric=bits == 8)
 
 
 def check_scheme(name: str) -> SchemeName:
@@ -143,24 +194,30 @@ def settings_for(
     *,
     method: str = "rtn",
     block_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     accuracy_level: int | None = None,
     keep_high: tuple[str, ...] = (),
+    int8: tuple[str, ...] = (),
     lm_head: bool | None = None,
-    embeddings: int = 0,
+    embeddings: int | None = None,
 ) -> QuantizationSettings:
-    """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do."""
+    """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
+
+    Blocks of 4 bits have a zero point unless asked otherwise: a quarter of the squared error less, for 4 bits a block.
+    """
     name = check_scheme(scheme)
-    kind, fast = SCHEMES[name], name == "weight-only" and method == "rtn"
+    kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
+    width = kind.bits[0] if bits is None else bits
     return QuantizationSettings(
         scheme=name,
-        bits=kind.bits[0] if bits is None else bits,
+        bits=width,
         method=check_method(method),
-        block_size=(32 if kind.blockwise else 0) if block_size is None else block_size,
-        symmetric=symmetric,
+        block_size=(DEFAULT_BLOCK[width] if kind.blockwise else 0) if block_size is None else block_size,
+        symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,
-        lm_head=kind.lm_head if lm_head is None else lm_head,
+        int8=int8,
+        lm_head=lm_head,
         embeddings=embeddings,
     )
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from calibration.settings import BlockFormat
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedWeight:
-    """``values``: the initializers that replace it; ``restored``: what they mean, [K, N] float32; ``shape`` (K, N)."""
+    """``values``: the initializers that replace it; ``restored``: what they mean, [K, N] float32; ``shape`` (K, N).
+
+    ``format``: of blocks for MatMulNBits.
+    """
 
     values: tuple[ir.Value, ...]
     restored: np.ndarray
     shape: tuple[int, int]
+    format: BlockFormat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +36,6 @@ class WeightError:
 def constant(name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     tensor = ir.tensor(array, dtype=dtype, name=name)
     return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-
-
-def unmap(value: ir.Value | None) -> None:
-    """Gives the pages of a weight's file back; it is mapped again when it is read again. All of a model's would add up to the model."""
-    if value is not None and isinstance(value.const_value, ir.ExternalTensor):
-        with suppress(BufferError):  # somebody holds an array over the file: its pages go when that does
-            value.const_value.release()
 
 
 def relative_error(original: np.ndarray, restored: np.ndarray) -> float:

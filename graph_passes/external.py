@@ -7,8 +7,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from graph_passes.accessors import describe
@@ -16,6 +18,8 @@ from runtimes.errors import GraphError
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+INLINE = 256
+"""Bytes of the largest initializer that lies in model.onnx itself."""
 
 
 def load_graph(path: Path | str) -> ir.Model:
@@ -66,7 +70,8 @@ def check_external_data(model: ir.Model, folder: Path) -> None:
 def write_graph(model: ir.Model, folder: Path | str) -> None:
     """Writes model.onnx and model.onnx.data into ``folder``; both appear complete or not at all.
 
-    Weights are copied one at a time, so memory stays flat. Raises GraphError where the folder holds either file already.
+    Weights are copied one at a time, so memory stays flat. Initializers over the same bytes, in memory or in a file, share one range.
+    Raises GraphError where the folder holds either file already.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,8 @@ def write_graph(model: ir.Model, folder: Path | str) -> None:
             raise GraphError(f"{folder / name} exists already; name an empty folder")
     partial = Path(tempfile.mkdtemp(prefix=".model.partial-", dir=folder))
     try:
-        ir.save(model, partial / MODEL_FILE, external_data=DATA_FILE)
+        with _one_range_each(model, partial):
+            ir.save(model, partial / MODEL_FILE)
         # The graph goes last: a reader that finds it finds its weights too.
         for name in (DATA_FILE, MODEL_FILE):
             if (partial / name).exists():
@@ -83,6 +89,54 @@ def write_graph(model: ir.Model, folder: Path | str) -> None:
                 os.replace(partial / name, folder / name)
     finally:
         shutil.rmtree(partial)
+
+
+@contextmanager
+def _one_range_each(model: ir.Model, folder: Path) -> Iterator[None]:
+    """Inside the ``with``, initializers of more than ``INLINE`` bytes are external, in ``folder``, and others are not.
+
+    onnx-ir's own writer gives every initializer a range, and so writes shared bytes twice.
+    """
+    stored = [(v, v.const_value) for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    try:
+        ranges: dict[object, list[tuple[ir.Value, ir.TensorProtocol]]] = {}
+        for value, tensor in stored:
+            if tensor.nbytes > INLINE:
+                ranges.setdefault(_bytes_of(tensor), []).append((value, tensor))
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+        placed = ir.external_data.convert_tensors_to_external([shared[0][1] for shared in ranges.values()], folder, DATA_FILE)
+        for place, shared in zip(placed, ranges.values(), strict=True):
+            for value, tensor in shared:
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(
+                    place.location, place.offset, place.length, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=folder
+                )
+        yield
+    finally:
+        for value, tensor in stored:
+            value.const_value = tensor
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> object:
+    """Equal for tensors over the same bytes: one range of a file, or one piece of memory."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return os.path.realpath(tensor.path), tensor.offset or 0, tensor.nbytes
+    if (
+        isinstance(tensor, ir.Tensor)
+        and isinstance(tensor.raw, np.ndarray)
+        and tensor.raw.flags.c_contiguous
+        and tensor.dtype.bitwidth >= 8
+    ):
+        return tensor.raw.__array_interface__["data"][0], tensor.nbytes
+    return id(tensor)
+
+
+def unmap(value: ir.Value | None) -> None:
+    """Gives the pages of a weight's file back; it is mapped again when it is read again. All of a model's would add up to the model."""
+    if value is not None and isinstance(value.const_value, ir.ExternalTensor):
+        with suppress(BufferError):  # somebody holds an array over the file: its pages go when that does
+            value.const_value.release()
 
 
 def _check_wiring(model: ir.Model, path: Path) -> None:

@@ -28,6 +28,7 @@ from graph_passes.accessors import dtype_of, name_of
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.function_body import use_bodies
 from graph_passes.insert import banks_of, is_edit
+from graph_passes.tied_head import write_out
 from graph_passes.unfold import unfold_graph
 from runtimes.artifacts.bundle import TensorRecord
 from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS
@@ -59,6 +60,7 @@ def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str,
 
     Raises EngineError for operators that TensorRT does not have, GraphError where ``freeze`` does not fit the graph.
     """
+    write_out(model.graph)
     _refuse_foreign_operators(model)
     if freeze is not None and not freeze:
         unfold_graph(model)

@@ -25,8 +25,8 @@ from runtimes.errors import InputError
 if TYPE_CHECKING:  # an export is forecast without torch
     from reft_export.base.load import Base
 
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}
-"""Bytes a linear weight takes in the bundle; int4 and int8 with one float32 scale per 32 weights."""
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4.5 / 32}
+"""Bytes a linear weight takes in the bundle; int8 with a float32 scale for 64 weights, int4 with one, and a zero point, for 32."""
 
 EXPORTERS = {
     "dynamo": "torch.onnx.export(dynamo=True)",
@@ -67,8 +67,10 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
     linear, other = plan.parameters
     task = TASKS[plan.checkpoint.task]
     total = linear + other
-    disk = linear * BYTES[settings.precision] + other * BYTES[settings.float_type]
-    quantized = settings.weight_only is not None
+    weight_only = settings.weight_only
+    quantized = weight_only is not None
+    table = _table(plan) if weight_only is not None and weight_only.embedding_bits else 0
+    disk = linear * BYTES[settings.precision] + (other - table) * BYTES[settings.float_type] + table * BYTES["int8"]
     opset = "" if settings.exporter == "builder" else f", opset {settings.opset}"
     cache = _cache(settings) if task.decodes else ""
     rounded = 4.0 * total if settings.float_type != "fp32" else 0.0
@@ -79,7 +81,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
             f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}{cache}",
             "fold the edits",
-            *((f"quantize weights to {settings.precision}, blocks of {settings.block_size}",) if quantized else ()),
+            *((f"quantize weights to {settings.precision}, blocks of {weight_only.block_size}",) if weight_only is not None else ()),
             "write the bundle and hold it against the eager model",
         ),
         parameters=total,
@@ -88,6 +90,13 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
         token=cache_token(plan.checkpoint.config, settings.float_type) if task.decodes else None,
         context=stated_context(_decoder(plan.checkpoint.config)) if task.decodes else None,
     )
+
+
+def _table(plan: ExportPlan) -> int:
+    """Values of the token embedding, as far as the config tells."""
+    config = _decoder(plan.checkpoint.config)
+    rows, width = config.get("vocab_size"), plan.checkpoint.width
+    return min(rows * width, plan.parameters[1]) if type(rows) is int and width is not None else 0
 
 
 def cache_token(config: Mapping[str, Any], precision: str) -> int | None:

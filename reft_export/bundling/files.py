@@ -32,7 +32,7 @@ from runtimes.artifacts.bundle import (
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
-from runtimes.artifacts.values import Exporter, KvCache, Logits, Padding, Precision, TaskName, known
+from runtimes.artifacts.values import Embeddings, Exporter, KvCache, Logits, Padding, Precision, TaskName, known
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError
@@ -62,6 +62,8 @@ class BundleParts:
     nodes: tuple[EditNode, ...]
     adapters: tuple[str, ...]
     weights: Mapping[str, WeightSource]
+    embeddings: str | None = None
+    """Whether the token embedding and the head are stored once: shared, separate, or None where the graph does not show both."""
     genai_config: Mapping[str, Any] = field(default_factory=dict)
     """The graph's own genai_config.json, which is kept; empty where it has none."""
     labels: tuple[str, ...] = ()
@@ -127,6 +129,14 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
             write_as_read(folder, tokenizer)
 
 
+def stored_how(graph: ir.Graph, *, tied: bool) -> str | None:
+    """The manifest's word for embedding and head; None of a graph without both."""
+    if tied:
+        return "shared"
+    logits = any(value.name == "logits" for value in graph.outputs)
+    return "separate" if logits and any(value.name == "input_ids" for value in graph.inputs) else None
+
+
 def write_bundle(folder: Path, graph: ir.Model, parts: BundleParts, adapters: Mapping[str, Adapter], base: Base) -> Manifest:
     """Everything beside the graph and its golden arrays, which lie in ``folder`` already: adapters, tokenizer, records."""
     defaults, rules = head_defaults(graph, parts.head), rule_names(graph.graph)
@@ -159,6 +169,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         genai=_genai(folder, graph, parts),
         padding=known(Padding, TASKS[parts.task].padding(graph.graph), "padding"),
         kv_cache=known(KvCache, TASKS[parts.task].kv_cache(graph.graph), "kv_cache"),
+        embeddings=None if parts.embeddings is None else known(Embeddings, parts.embeddings, "embeddings"),
         task=known(TaskName, parts.task, "task"),
         labels=parts.labels,
         head=dict(parts.head),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calibration.quantize import QuantizedGraph
 from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from reft_export.evaluation.quantization_report import QuantizationReport
@@ -27,7 +28,7 @@ class ExportResult:
 
 
 def quantization_record(
-    settings: QuantizationSettings, *, kept: tuple[str, ...] = (), calibration: CalibrationRecord | None = None
+    settings: QuantizationSettings, quantized: QuantizedGraph, *, calibration: CalibrationRecord | None = None
 ) -> Quantization:
     return Quantization(
         scheme=settings.scheme,
@@ -36,7 +37,8 @@ def quantization_record(
         symmetric=settings.symmetric,
         accuracy_level=settings.accuracy_level,
         method=settings.method,
-        embeddings=settings.embeddings,
-        kept=kept,
+        embeddings=quantized.embeddings,
+        kept=quantized.float_weights,
+        int8=quantized.int8,
         calibration=calibration,
     )

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from calibration.weights import unmap
 from graph_passes.accessors import array_of, name_of
+from graph_passes.external import unmap
 from runtimes.artifacts.bundle import WeightSource
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})

@@ -16,20 +16,30 @@ from reft_export.cli.options import (
     Adapters,
     AsJson,
     BlockSize,
+    BudgetMB,
     DryRun,
+    Embeddings,
     Force,
+    KeepHigh,
+    Method,
     MinRetention,
     Model,
     Output,
     Sites,
+    Symmetric,
+    asks_auto,
     check_choice,
+    embedding_bits,
+    parse_patterns,
     parse_sites,
     refuse_given,
 )
 from reft_export.console import escape, out, print_json, print_parity, progress
 from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
-GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", "block_size", "accuracy_level", "min_retention", "accept_loss")
+QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings")
+"""Parameters of -p int8 and int4."""
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED, "min_retention", "accept_loss")
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:
@@ -65,8 +75,13 @@ def export(
     logits: Annotated[str, typer.Option("--logits", help="all tokens, or the last one only (a shorter prefill).")] = "all",
     sites: Sites = "",
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
-    block_size: BlockSize = 32,
-    accuracy_level: AccuracyLevel = 4,
+    block_size: BlockSize = None,
+    accuracy_level: AccuracyLevel = None,
+    method: Method = "rtn",
+    symmetric: Symmetric = None,
+    keep_high: KeepHigh = None,
+    budget_mb: BudgetMB = None,
+    embeddings: Embeddings = None,
     min_retention: MinRetention = MIN_RETENTION,
     accept_loss: AcceptLoss = False,
     format: Annotated[
@@ -87,6 +102,8 @@ def export(
         refuse_given(context, GRAPHS, "a graph's, and --format pyreft writes an adapter alone")
         export_adapter(model, list(adapters or []), output, accept_base=accept_base, force=force, dry_run=dry_run, as_json=as_json)
         return
+    if precision not in ("int8", "int4"):
+        refuse_given(context, QUANTIZED, "of quantized weights: -p int8 or int4, which is not asked for")
     settings = ExportSettings(
         precision=precision,
         exporter=exporter,
@@ -95,6 +112,12 @@ def export(
         opset=opset,
         block_size=block_size,
         accuracy_level=accuracy_level,
+        method=method,
+        symmetric=symmetric,
+        keep_high=parse_patterns(keep_high),
+        embeddings=embedding_bits(embeddings),
+        mixed=asks_auto(keep_high) or budget_mb is not None,
+        budget_mb=budget_mb,
         target=checked_target(target),
     )
     quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)

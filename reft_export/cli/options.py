@@ -46,6 +46,44 @@ Kernel = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of onnxruntime; default: its own choice.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default: 32 of int4, 64 of int8."),
+]
+AccuracyLevel = Annotated[
+    int | None,
+    typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact."),
+]
+Method = Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn, hqq or k_quant.")]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: those of 8 bits have none."),
+]
+AUTO = "auto"
+"""Of --keep-high: chosen by measurement."""
+EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        help="float, int8 or int4 rows of the token embedding, and of a head that is tied to it; default: int8 where the weights are "
+        "quantized for onnxruntime.",
+    ),
+]
+KeepHigh = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-high",
+        help="Layers or weights that stay in float: 0;31, 4-7, *.mlp.down_proj; repeat for several. auto: the weights of int4 that cost "
+        "most become int8.",
+    ),
+]
+BudgetMB = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-mb", min=0.001, help="--keep-high auto up to about so many MB (10^6 bytes) of the whole bundle; default: 15 % more"
+    ),
+]
 MinRetention = Annotated[
     float,
     typer.Option("--min-retention", help="The least share of its training that quantization may leave an adapter, measured on its probes."),
@@ -53,8 +91,6 @@ MinRetention = Annotated[
 AcceptLoss = Annotated[
     bool, typer.Option("--accept-loss", help="Write the bundle though an adapter lost more; its manifest says what. It must be exact.")
 ]
-BlockSize = Annotated[int, typer.Option("--block-size", help="Weights that share a scale, along the input dimension.")]
-AccuracyLevel = Annotated[int, typer.Option("--accuracy-level", help="4: int8 products, fast; 1: float32 products, exact.")]
 
 
 def parse_sites(text: str) -> tuple[Site, ...]:
@@ -73,6 +109,22 @@ def check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
 
     if value is not None and value not in known:
         raise InputError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
+
+
+def embedding_bits(value: str | None) -> int | None:
+    """Of --embeddings; raises InputError."""
+    check_choice("--embeddings", value, tuple(EMBEDDINGS))
+    return None if value is None else EMBEDDINGS[value]
+
+
+def parse_patterns(values: list[str] | None) -> tuple[str, ...]:
+    """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high; without its ``auto``."""
+    parts = (part.strip() for value in values or () for part in value.split(";"))
+    return tuple(part for part in parts if part and part != AUTO)
+
+
+def asks_auto(values: list[str] | None) -> bool:
+    return any(part.strip() == AUTO for value in values or () for part in value.split(";"))
 
 
 def check_session_options(provider: str | None, kernel: str | None) -> None:

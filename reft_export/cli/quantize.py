@@ -11,7 +11,28 @@ import typer
 
 from reft_export.cli.export import show_result
 from reft_export.cli.guard import guarded, parity_failed
-from reft_export.cli.options import AcceptBase, AcceptLoss, AsJson, Force, MinRetention, Model, Output, check_choice, given, refuse_given
+from reft_export.cli.options import (
+    AcceptBase,
+    AcceptLoss,
+    AccuracyLevel,
+    AsJson,
+    BlockSize,
+    BudgetMB,
+    Embeddings,
+    Force,
+    KeepHigh,
+    Method,
+    MinRetention,
+    Model,
+    Output,
+    Symmetric,
+    asks_auto,
+    check_choice,
+    embedding_bits,
+    given,
+    parse_patterns,
+    refuse_given,
+)
 from reft_export.console import Progress, out, print_table, progress
 from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
@@ -20,10 +41,9 @@ if TYPE_CHECKING:
     from reft_export.evaluation.quantization_report import Yardsticks
     from reft_export.quantizing.settings import CalibrationRequest
 
-EMBEDDINGS = {"float": 0, "int4": 4, "int8": 8}
 QUANTIZES = (
-    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "lm_head", "embeddings", "calibrate",
-    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
+    "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "budget_mb", "lm_head", "embeddings",
+    "calibrate",    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
 )  # fmt: skip
 """Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
 PROBES = "probes"
@@ -51,22 +71,16 @@ def quantize(
             "TensorRT: qdq-int4 (weights), qdq-int8, fp8 (weights and calibrated activations).",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn or hqq.")] = "rtn",
-    block_size: Annotated[
-        int | None, typer.Option("--block-size", help="Weights that share a scale, along the input dimension; default 32.")
-    ] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point.")] = True,
-    accuracy_level: Annotated[
-        int | None, typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact.")
-    ] = None,
-    keep_high: Annotated[
-        list[str] | None,
-        typer.Option("--keep-high", help="Layers or weights that stay in float: 0;31, 4-7, *.mlp.down_proj; repeat for several."),
-    ] = None,
+    method: Method = "rtn",
+    block_size: BlockSize = None,
+    symmetric: Symmetric = None,
+    accuracy_level: AccuracyLevel = None,
+    keep_high: KeepHigh = None,
+    budget_mb: BudgetMB = None,
     lm_head: Annotated[
         bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the head; default: not where activations have fixed ranges.")
     ] = None,
-    embeddings: Annotated[str, typer.Option("--embeddings", help="float, int8 or int4 rows of the token embedding.")] = "float",
+    embeddings: Embeddings = None,
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", help="Prompts (JSONL, as for train) for activation ranges, edits on; default: the adapters' probes."),
@@ -149,20 +163,20 @@ def quantize(
         from calibration.settings import settings_for
         from reft_export.quantizing.quantize import quantize_bundle
 
-        check_choice("--embeddings", embeddings, tuple(EMBEDDINGS))
         settings = settings_for(
             *scheme_and_bits(scheme, precision),
             method=method,
             block_size=block_size,
             symmetric=symmetric,
             accuracy_level=accuracy_level,
-            keep_high=parse_patterns(keep_high or []),
+            keep_high=parse_patterns(keep_high),
             lm_head=lm_head,
-            embeddings=EMBEDDINGS[embeddings],
+            embeddings=embedding_bits(embeddings),
         )
         static = fixes_ranges(scheme, precision)
         request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens, static=static)
-        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare)
+        mixed = asks_auto(keep_high) or budget_mb is not None
+        make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare, mixed=mixed, budget_mb=budget_mb)
     quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     make = partial(make, refit=refitting, yardsticks=yardsticks, quality=quality, accept_base=accept_base, force=force)
     run_and_show(lambda report: make(bundle, model, output, report=report), output, as_json=as_json)
@@ -275,11 +289,6 @@ def fixes_ranges(scheme: str | None, precision: str | None) -> bool:
 
     asked = scheme_and_bits(scheme, precision)[0]
     return any(name == asked and kind.activations == "static" for name, kind in SCHEMES.items())
-
-
-def parse_patterns(values: list[str]) -> tuple[str, ...]:
-    """``0;31`` and ``*.mlp.down_proj``, from however many --keep-high."""
-    return tuple(part.strip() for value in values for part in value.split(";") if part.strip())
 
 
 def parse_mixture(text: str) -> dict[str, float]:

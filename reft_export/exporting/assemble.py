@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from calibration.quantize import quantize_graph
+from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.head import expose_head
+from graph_passes.tied_head import tie_head
 from reft_export.base.adapters import check_fit, check_layers, union_nodes
 from reft_export.base.classifiers import head_parameters
 from reft_export.base.dequantized import expert_matrices
 from reft_export.base.load import Base, load_base, load_without_weights
 from reft_export.base.model_record import model_record
-from reft_export.bundling.files import BundleParts, Report, write_bundle
+from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
 from reft_export.bundling.result import quantization_record
 from reft_export.eager.steering import steerers_of
 from reft_export.exporting.alike import share_weights
@@ -26,11 +30,14 @@ from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.golden import inputs_of, record_base, record_quantized
+from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.bundle import Manifest
+from runtimes.artifacts.bundle import TOKENIZER_FILES, Manifest, Quantization
 from runtimes.edits.op import EditNode
 from runtimes.errors import ExportError
 
+NODE_BYTES, GOLDEN_BYTES = 300, 2_000_000
+"""Of a node of the graph, and of the golden arrays of base and adapters: what a budget leaves for them."""
 SCRATCH = ".exporter"
 """An exporter's own files inside the unfinished bundle, on the disk that has to hold the graph anyway; gone when it is finished."""
 
@@ -95,7 +102,13 @@ def assemble(
     fold_graph(graph, nodes)
     head = expose_head(graph, exported.weights, head_parameters(base.model) if task.swaps_head else ())
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
-    errors = _quantize_and_write(work, exported, settings, report)
+    weight_only, chosen = settings.weight_only, ""
+    if weight_only is not None and (settings.mixed or settings.budget_mb is not None):
+        report("measuring what each weight costs in int4")
+        rows = rows_of({name: each.arrays for name, each in recorded.inputs.items()}, recorded.steerers)
+        budget = None if settings.budget_mb is None else int(settings.budget_mb * 1e6) - _beside_weights(plan, graph)
+        weight_only, chosen = mixed(base.model, graph, exported.weights, weight_only, rows, MixedPrecision(budget=budget))
+    quantized = _quantize_and_write(work, exported, weight_only, settings, report)
     if settings.weight_only is not None:
         report("recording what the eager model says with the quantized weights")
         record_quantized(work / "golden", proof, base.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
@@ -104,7 +117,8 @@ def assemble(
         model=model,
         task=base.task,
         precision=settings.float_type,
-        quantization=None if settings.weight_only is None else quantization_record(settings.weight_only),
+        quantization=quantized.record,
+        embeddings=quantized.embeddings,
         exporter=settings.exporter,
         logits=settings.logits,
         nodes=nodes,
@@ -117,14 +131,37 @@ def assemble(
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in graph.graph.initializers.values():
         value.const_value = None
-    return manifest, errors, exported.note
+    return manifest, quantized.errors, "; ".join(filter(None, (exported.note, chosen, quantized.note)))
 
 
-def _quantize_and_write(work: Path, exported: ExportedGraph, settings: ExportSettings, report: Report) -> tuple[WeightError, ...]:
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """How the weights were written."""
+
     errors: tuple[WeightError, ...] = ()
-    if settings.weight_only is not None:
+    record: Quantization | None = None
+    embeddings: str | None = None
+    note: str = ""
+
+
+def _beside_weights(plan: ExportPlan, graph: ir.Model) -> int:
+    """Bytes of a bundle beside its weights, about: tokenizer and graph, and for each name its golden arrays."""
+    tokenizer = sum((plan.checkpoint.folder / name).stat().st_size for name in TOKENIZER_FILES if (plan.checkpoint.folder / name).is_file())
+    return tokenizer + NODE_BYTES * len(graph.graph) + GOLDEN_BYTES * (1 + len(plan.adapters))
+
+
+def _quantize_and_write(
+    work: Path, exported: ExportedGraph, weight_only: QuantizationSettings | None, settings: ExportSettings, report: Report
+) -> _Stored:
+    if weight_only is not None:
         report(f"quantizing weights to {settings.precision}")
-        errors = quantize_graph(exported.model, settings.weight_only, float_inputs=expert_matrices(exported.weights)).errors
+        done = quantize_graph(exported.model, weight_only, float_inputs=expert_matrices(exported.weights), parameters=exported.weights)
+        record = quantization_record(weight_only, done)
+        stored = _Stored(errors=done.errors, record=record, embeddings=stored_how(exported.model.graph, tied=done.tied), note=done.note)
+    else:
+        # bfloat16 is checked by ONNX's checker, which knows no operators of onnxruntime's.
+        tied = tie_head(exported.model, fused=settings.target == "onnxruntime" and settings.float_type != "bf16") is not None
+        stored = _Stored(embeddings=stored_how(exported.model.graph, tied=tied))
     report("writing the graph")
     write_graph(exported.model, work)
-    return errors
+    return stored

@@ -18,7 +18,8 @@ DEFAULT_OPSET = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size`` and ``accuracy_level`` are theirs.
+    """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size``, ``accuracy_level``, ``method``, ``symmetric``,
+    ``keep_high`` and ``embeddings`` are theirs, as of ``settings_for``.
 
     ``target``: onnxruntime takes attention as GroupQueryAttention, whose KV cache can be written in place, wherever the family allows it;
     tensorrt takes ONNX's own operators, which ``build`` reads and onnxruntime runs too, slower as the context grows.
@@ -29,8 +30,15 @@ class ExportSettings:
     logits: str = "all"
     opset: int = DEFAULT_OPSET
     sites: tuple[Site, ...] = ()
-    block_size: int = 32
-    accuracy_level: int = 4
+    block_size: int | None = None
+    accuracy_level: int | None = None
+    method: str = "rtn"
+    symmetric: bool | None = None
+    keep_high: tuple[str, ...] = ()
+    embeddings: int | None = None
+    mixed: bool = False
+    """int4 with the most sensitive weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about."""
+    budget_mb: float | None = None
     target: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
 
     def __post_init__(self) -> None:
@@ -57,12 +65,26 @@ class ExportSettings:
                 "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
             )
 
+        if (self.mixed or self.budget_mb is not None) and self.precision != "int4":
+            raise InputError(
+                f"--keep-high auto and --budget-mb choose int8 weights among int4 ones, and -p is {self.precision}; use -p int4"
+            )
+
     @property
     def weight_only(self) -> QuantizationSettings | None:
         if self.precision not in ("int8", "int4"):
             return None
         bits = int(self.precision[3:])
-        return settings_for("weight-only", bits=bits, block_size=self.block_size, accuracy_level=self.accuracy_level)
+        return settings_for(
+            "weight-only",
+            bits=bits,
+            method=self.method,
+            block_size=self.block_size,
+            symmetric=self.symmetric,
+            accuracy_level=self.accuracy_level,
+            keep_high=self.keep_high,
+            embeddings=self.embeddings,
+        )
 
     @property
     def float_type(self) -> str:

@@ -20,6 +20,7 @@ from graph_passes.fold import fold_graph
 from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
 from graph_passes.slots.add import rule_names
+from graph_passes.tied_head import CONTRIB, tie_head, untie_head
 from reft_export.base.adapters import check_fit, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
 from reft_export.base.gguf import described
@@ -31,6 +32,7 @@ from reft_export.bundling.files import (
     copy_tokenizer,
     finish_bundle,
     head_tensors,
+    stored_how,
     write_adapter,
 )
 from reft_export.bundling.genai import CONFIG_FILE, copy_genai_files, genai_decoder, read_genai_config, stated_json
@@ -168,6 +170,7 @@ def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *,
     genai_config = _genai_config(source.parent, source.name)
     check_domains(model)
     fix_cache_shapes(model)
+    untie_head(model.graph)
     task = task_of(model.graph)
     if task != TEXT_CLASSIFICATION and name_cache(model.graph) and genai_config:
         genai_config = _with_our_cache(genai_config)
@@ -197,6 +200,9 @@ def _fold(
     fold_graph(model, nodes)
     head = expose_head(model, head_sources, [source.parameter for source in head_sources.values()])
     logits = logits_of(model.graph)
+    weights = {name: source for name, source in foreign.weights.items() if name in model.graph.initializers}
+    # A graph of ONNX's own operators stays one.
+    tied = tie_head(model, fused=CONTRIB in model.opset_imports) is not None
     return BundleParts(
         model=foreign.record,
         precision=precision,
@@ -205,7 +211,8 @@ def _fold(
         logits="last" if logits.shape is not None and logits.shape[1] == 1 else "all",
         nodes=nodes,
         adapters=tuple(adapters),
-        weights={name: source for name, source in foreign.weights.items() if name in model.graph.initializers},
+        weights=weights,
+        embeddings=stored_how(model.graph, tied=tied),
         genai_config=foreign.genai_config,
         task=foreign.task,
         labels=foreign.labels,

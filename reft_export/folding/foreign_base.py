@@ -10,10 +10,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.selection import quantized_weights, select, weight_name
+from calibration.selection import quantized_weights, select
 from calibration.settings import QuantizationSettings
 from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
+from graph_passes.find.weights import weight_name
+from graph_passes.tied_head import untie_head
 from reft_export.base.gguf import described
 from reft_export.base.load import Base, load_base
 from reft_export.base.memory import give_back
@@ -87,6 +89,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
         yield bundle
         return
     graph = load_graph(bundle.graph_path)
+    untie_head(graph.graph)
     refuse_quantized(graph, str(bundle.folder), "nothing is left that could be quantized against the base")
     report(f"loading {described(model)}")
     base = load_base(model)
@@ -114,7 +117,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
 
 def check_weights_known(graph: ir.Model, sources: Mapping[str, WeightSource], settings: QuantizationSettings, where: str) -> None:
     """Raises CalibrationError for a weight that would be quantized and is no parameter of the base: nothing could show it right."""
-    chosen = select(graph.graph, settings.keep_high, lm_head=settings.lm_head).products
+    chosen = select(graph.graph, settings.keep_high, lm_head=settings.quantizes_head).products
     unknown = [name for name in dict.fromkeys(map(weight_name, chosen)) if name not in sources]
     if unknown:
         raise CalibrationError(

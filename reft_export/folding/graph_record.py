@@ -8,11 +8,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibration.selection import constant_matrix, token_embedding
+from calibration.selection import token_embedding
 from graph_passes.accessors import input_of, shape_of
 from graph_passes.find.encoder import is_classifier
 from graph_passes.find.sites import SiteSurvey, locate_sites, survey_sites
 from graph_passes.find.streams import stream_types, stream_width
+from graph_passes.find.weights import constant_matrix
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
 from reft_export.bundling.genai import read_genai_config, stated_json

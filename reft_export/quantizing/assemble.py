@@ -11,15 +11,16 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from calibration.mixed import check_budget, sizes
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings
-from calibration.weights import WeightError
 from graph_passes.external import load_graph, write_graph
+from graph_passes.tied_head import untie_head
 from reft_export.base.dequantized import expert_matrices, load_dequantized
 from reft_export.base.gguf import described
 from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
-from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle
+from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle, stored_how
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
 from reft_export.bundling.recorded import check_recorded
 from reft_export.bundling.result import ExportResult, quantization_record
@@ -35,8 +36,17 @@ from reft_export.parity.quality import hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.refit import plan_refit
+from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, check_bundle
-from runtimes.artifacts.bundle import TEMPLATE_FOLDER, TOKENIZER_FILES, Bundle, CalibrationRecord, Manifest, open_bundle
+from runtimes.artifacts.bundle import (
+    DATA_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    Bundle,
+    CalibrationRecord,
+    Manifest,
+    open_bundle,
+)
 from runtimes.files.folders import atomic_folder
 from runtimes.parity.figures import ParityReport, Rung
 
@@ -52,6 +62,7 @@ class Plan:
     base_ranges: Ranges | None = None
     """Of the same prompts without any adapter."""
     calibration: CalibrationRecord | None = None
+    mixed: MixedPrecision | None = None
 
 
 def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRequest, *, force: bool, report: Report) -> ExportResult:
@@ -61,10 +72,14 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
     with completed(opened, model, report) as bundle:
         refit = plan_refit(bundle, model, request.refit, output, force=force) if request.refit else None
         plan = planned(bundle, model, output, request.settings, request.calibration, report)
+        if request.mixed:
+            plan = replace(plan, mixed=_asked(plan, request.budget_mb))
         with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-            manifest, errors = assemble(plan, work, Path(proof), report)
+            manifest, quantized = assemble(plan, work, Path(proof), report)
+            errors = quantized.errors
             if manifest.precision == "bf16":
-                return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=check_structure(work))
+                note = "; ".join(filter(None, (quantized.note, check_structure(work))))
+                return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
             figures = _measured_before(plan, request, output, report)
             refitted, saved = {}, {}
             if refit:
@@ -79,7 +94,7 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
             if refit:
                 saved = refit.save(refitted, force=force)
     told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
-    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, report=told, refitted=saved)
+    return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=quantized.note, report=told, refitted=saved)
 
 
 def planned(
@@ -88,6 +103,7 @@ def planned(
     check_bundle(bundle, settings, request)
     graph = load_graph(bundle.graph_path)
     check_recorded(bundle, graph)
+    untie_head(graph.graph)
     check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
     if settings.kind.activations != "static":
         return Plan(bundle=bundle, model=model, settings=settings)
@@ -96,14 +112,26 @@ def planned(
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
 
 
-def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, tuple[WeightError, ...]]:
+def _asked(plan: Plan, budget_mb: float | None) -> MixedPrecision:
+    """What mixed precision is asked for; CalibrationError for a budget below the smallest bundle, before any model is loaded."""
+    if budget_mb is None:
+        return MixedPrecision()
+    graph = load_graph(plan.bundle.graph_path)
+    untie_head(graph.graph)
+    rest = sum(record.size for name, record in plan.bundle.manifest.files.items() if name != DATA_FILE)
+    asked = MixedPrecision(budget=int(budget_mb * 1e6) - rest)
+    check_budget(sizes(graph.graph, plan.settings, (), plan.bundle.manifest.weights), asked.budget)
+    return asked
+
+
+def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, QuantizedGraph]:
     """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
     graph, quantized = _record_and_quantize(plan, work, proof, report)
     _copy_unchanged(plan.bundle, work)
     manifest = _finish(plan, work, graph, quantized)
     del graph
     give_back()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
-    return manifest, quantized.errors
+    return manifest, quantized
 
 
 def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report: Report) -> Measurements:
@@ -145,18 +173,23 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     report("recording what the float32 model says")
     inputs = known_inputs(bundle, base)
     fp32 = fp32_answers(base.model, inputs, steerers)
+    graph, chosen = load_graph(bundle.graph_path), ""
+    if plan.mixed is not None:
+        report("measuring what each weight costs in int4")
+        rows = rows_of({name: each.arrays for name, each in inputs.items()}, steerers)
+        settings, chosen = mixed(base.model, graph, bundle.manifest.weights, settings, rows, plan.mixed)
     del base
     give_back()
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
-    graph = load_graph(bundle.graph_path)
-    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(bundle.manifest.weights))
+    sources = bundle.manifest.weights
+    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
     write_graph(graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
     again = load_base(plan.model, checked=True).model
     set_precision(again, bundle.manifest.precision)
     record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, fp32)
-    return graph, quantized
+    return graph, replace(quantized, note="; ".join(filter(None, (chosen, quantized.note))))
 
 
 def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, remedy: str) -> ParityReport:
@@ -206,7 +239,8 @@ def _finish(plan: Plan, work: Path, graph: ir.Model, quantized: QuantizedGraph) 
     parts = BundleParts(
         model=m.model,
         precision=m.precision,
-        quantization=quantization_record(plan.settings, kept=quantized.float_weights, calibration=plan.calibration),
+        quantization=quantization_record(plan.settings, quantized, calibration=plan.calibration),
+        embeddings=stored_how(graph.graph, tied=quantized.tied),
         exporter=m.exporter,
         logits=m.logits,
         nodes=plan.bundle.nodes,

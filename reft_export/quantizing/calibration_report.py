@@ -9,8 +9,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibration.comparison import RangeRow
-from calibration.selection import layer_of, weight_name, weight_products
+from calibration.selection import layer_of
 from graph_passes.accessors import input_of, name_of
+from graph_passes.find.weights import weight_name, weight_products
+from graph_passes.tied_head import tied_head
 from runtimes.files.records import to_json
 
 
@@ -30,6 +32,8 @@ def write_report(output: Path, rows: Sequence[RangeRow], graph: ir.Model, mixtur
 def _readers(graph: ir.Model) -> dict[str, list[str]]:
     """The weights that each activation is multiplied by."""
     readers: dict[str, list[str]] = {}
+    if head := tied_head(graph.graph):
+        readers[name_of(input_of(head.node, 0))] = [head.name.removesuffix(".weight")]
     for node in weight_products(graph.graph):
         readers.setdefault(name_of(input_of(node, 0)), []).append(weight_name(node).removesuffix(".weight"))
     return readers

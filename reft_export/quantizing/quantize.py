@@ -32,6 +32,8 @@ def quantize_bundle(
     refit: RefitSettings | None = None,
     yardsticks: Yardsticks = Yardsticks(),
     compare: bool = False,
+    mixed: bool = False,
+    budget_mb: float | None = None,
     quality: QualityGate = QualityGate(),
     accept_base: bool = False,
     force: bool = False,
@@ -43,6 +45,7 @@ def quantize_bundle(
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
     quantized weights. ``quality``: what quantization may cost the adapters; where it costs more, what was measured to help is done first.
     ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
+    ``mixed``: the most sensitive of int4's weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about.
     ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
 
     Raises CalibrationError for a bundle that the scheme cannot start from and for bad calibration data, AdapterError for another base and
@@ -60,6 +63,10 @@ def quantize_bundle(
     check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks())
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
+    if (mixed or budget_mb is not None) and (settings.scheme, settings.bits) != ("weight-only", 4):
+        raise CalibrationError(
+            "--keep-high auto and --budget-mb choose int8 weights among int4 ones; use --scheme weight-only -p int4, or leave them out"
+        )
     check_bundle(opened, settings, calibration)
     request = QuantizeRequest(
         settings=settings,
@@ -67,6 +74,8 @@ def quantize_bundle(
         refit=refit,
         yardsticks=yardsticks,
         compare=compare,
+        mixed=mixed or budget_mb is not None,
+        budget_mb=budget_mb,
         quality=quality,
         accept_base=accept_base,
     )

@@ -80,6 +80,8 @@ class QuantizeRequest:
     refit: RefitSettings | None = None
     yardsticks: Yardsticks = Yardsticks()
     compare: bool = False
+    mixed: bool = False
+    budget_mb: float | None = None
     quality: QualityGate = QualityGate()
     accept_base: bool = False
 

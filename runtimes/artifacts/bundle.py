@@ -131,6 +131,8 @@ class Quantization:
     """Bits of the token embedding; 0 is float."""
     kept: tuple[str, ...] = ()
     """Weights that stayed in float by choice."""
+    int8: tuple[str, ...] = ()
+    """Weights of 8 bits among those of 4."""
     calibration: CalibrationRecord | None = None
 
     def check(self) -> None:

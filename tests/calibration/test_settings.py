@@ -13,7 +13,9 @@ from runtimes.errors import CalibrationError
 def test_defaults_fit_their_scheme(scheme) -> None:
     settings = settings_for(scheme)
     assert settings.bits == SCHEMES[scheme].bits[0]
-    assert settings.lm_head == (SCHEMES[scheme].activations != "static")
+    assert settings.quantizes_head == (SCHEMES[scheme].activations != "static")
+    assert settings.symmetric == (scheme != "weight-only") and settings_for("weight-only", 8).symmetric
+    assert settings.embedding_bits == (8 if SCHEMES[scheme].runtime == "onnxruntime" else 0)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,8 @@ def test_defaults_fit_their_scheme(scheme) -> None:
         ("dynamic", {"accuracy_level": 4}, "has no accuracy level 4"),
         ("weight-only", {"method": "gptq"}, "--method hqq"),
         ("weight-only", {"method": "awq"}, "modelopt"),
-        ("weight-only", {"method": "best"}, "known: rtn, hqq"),
+        ("weight-only", {"method": "k_quant", "symmetric": True}, "leave out --symmetric"),
+        ("weight-only", {"method": "best"}, "known: rtn, hqq, k_quant"),
         ("static", {"method": "hqq"}, "use rtn"),
         ("fp8", {"symmetric": False}, "--scheme weight-only"),
         ("qdq-int8", {"embeddings": 8}, "use an onnxruntime scheme"),

@@ -43,12 +43,13 @@ SURFACE = {
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
-        "--accept-base", "--force", "--dry-run", "--json",
+        "--method", "--symmetric", "--keep-high", "--budget-mb", "--embeddings", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
-        "--keep-high", "--lm-head", "--embeddings", "--calibrate", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
+        "--keep-high", "--lm-head", "--embeddings", "--calibrate",
+        "--budget-mb", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
         "--min-retention", "--accept-loss", "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
     },

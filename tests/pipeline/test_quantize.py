@@ -19,6 +19,7 @@ from calibration.settings import QuantizationSettings, settings_for
 from calibration.weight_only import dequantize
 from graph_passes.external import load_graph
 from reft_export.base.dequantized import fake_quantize
+from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.gate import lost_adapters
 from reft_export.quantizing.quantize import quantize_bundle
@@ -43,7 +44,7 @@ def test_quantized_bundle(bits, bundle_folder, base_folder, tmp_path) -> None:
     assert all(r.figures.greedy_equal is not False for r in exact)
     _check_delta_reference(tmp_path / "q", result.parity, bits)
     graph = load_graph(tmp_path / "q" / "model.onnx")
-    assert {n.op_type for n in graph.graph if n.domain == "com.microsoft"} == {"GroupQueryAttention", "MatMulNBits"}
+    assert {n.op_type for n in graph.graph if n.domain == "com.microsoft"} == {"GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"}
     assert not [n for n in graph.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer()]
     banks = [v for v in graph.graph.inputs if v.name.startswith("reft.") and v.name[-2:] in (".U", ".A", ".b")]
     assert banks and {v.dtype for v in banks} == {ir.DataType.FLOAT}
@@ -108,15 +109,34 @@ def test_a_barely_trained_adapter_is_named(base_folder, adapter_folders, tmp_pat
     assert caught.value.report.passed  # the bundle is the model that it claims to be
 
 
-def test_tied_head_is_quantized_without_the_embedding(tmp_path) -> None:
-    """The head's product is quantized; the embedding's rows are looked up in float, in the graph and in eager alike."""
+@pytest.mark.parametrize("embeddings", [None, 0])
+def test_a_tied_base_is_stored_once(embeddings, tmp_path) -> None:
+    """Float, and quantized unless the embedding is asked for in float; each is held against eager PyTorch."""
     from reft_export.exporting.export import ExportSettings, export_bundle
 
     base = tiny.save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
-    result = export_bundle(str(base), [], tmp_path / "b", ExportSettings(precision="int4"), **QUIET)
+    result = export_bundle(str(base), [], tmp_path / "b", ExportSettings(precision="int4", embeddings=embeddings), **QUIET)
     assert result.parity.passed
-    names = {w.name for w in result.weight_errors}
-    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+    manifest = open_bundle(tmp_path / "b").manifest
+    names = {w.name for w in result.weight_errors} & {"lm_head.weight", "model.embed_tokens.weight"}
+    if embeddings == 0:
+        assert names == {"lm_head.weight"} and "stored apart" in result.note
+        assert (manifest.embeddings, manifest.quantization.embeddings) == ("separate", 0)
+        return
+    assert names == {"model.embed_tokens.weight"} and not result.note
+    assert (manifest.embeddings, manifest.quantization.embeddings) == ("shared", 8)
+    export_bundle(str(base), [], tmp_path / "float", ExportSettings(), **QUIET)
+    assert open_bundle(tmp_path / "float").manifest.embeddings == "shared"
+    stored = {v.const_value.shape.numpy() for v in load_graph(tmp_path / "float" / "model.onnx").graph.initializers.values()}
+    config = load_base(base).model.config
+    assert (config.vocab_size, config.hidden_size) in stored and (config.hidden_size, config.vocab_size) not in stored
+    # The float bundle's head is the same one when it is quantized afterwards, calibrated or not.
+    for scheme in ("weight-only", "dynamic"):
+        again = quantize_bundle(tmp_path / "float", str(base), tmp_path / scheme, settings_for(scheme), **QUIET)
+        assert again.parity.passed and again.manifest.embeddings == "shared"
+    weights = [dict(dequantized_weights(load_graph(tmp_path / name / "model.onnx"))) for name in ("b", "weight-only")]
+    for name, array in weights[0].items():
+        np.testing.assert_array_equal(array, weights[1][name])
 
 
 def test_refusals(bundle_folder, base_folder, tmp_path) -> None:

@@ -12,9 +12,9 @@ import tiny
 from calibration.activations import STORED
 from calibration.products import activation_quantization, dequantized_weights
 from calibration.quantize import quantize_graph
-from calibration.selection import weight_products
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
+from graph_passes.find.weights import weight_products
 from graph_passes.insert import is_edit
 from reft_export.base.dequantized import load_dequantized
 from reft_export.base.load import load_base
@@ -31,8 +31,10 @@ ACTIVATIONS = {"weight-only": "block", "dynamic": "token", "static": "uint8", "q
 JOBS = {
     "int4": ("weight-only", {}),
     "hqq": ("weight-only", {"method": "hqq"}),
-    "asymmetric": ("weight-only", {"symmetric": False, "embeddings": 4}),
-    "dynamic": ("dynamic", {"embeddings": 8}),
+    "k_quant": ("weight-only", {"method": "k_quant", "embeddings": 4, "block_size": 16}),
+    "symmetric": ("weight-only", {"symmetric": True, "embeddings": 4}),
+    "int8 asymmetric": ("weight-only", {"bits": 8, "symmetric": False, "embeddings": 4}),
+    "dynamic": ("dynamic", {}),
     "static": ("static", {}),
     "qdq-int4": ("qdq-int4", {}),
     "qdq-int8": ("qdq-int8", {}),
@@ -126,14 +128,16 @@ def test_dequantized_weights_go_into_eager(scheme, float_bundle) -> None:
     ranges = {node.inputs[0].name: (-3.0, 5.0) for node in weight_products(graph.graph)}
     quantize_graph(graph, settings_for(scheme, lm_head=True), ranges)
     restored = dict(dequantized_weights(graph))
-    assert len(restored) == 22
+    count = 22 + (settings_for(scheme).embedding_bits > 0)
+    assert len(restored) == count
     for name, value in restored.items():
         largest = np.abs(originals[name]).max()
         # int4 has no +8: what is nearest to it is a whole step off. E4M3 has steps of 1/16 of the value.
-        bound = largest * {"qdq-int4": 1 / 8, "fp8": 1 / 28}.get(scheme, 0.5 / 127)
+        # Blocks of int8 have no +128.
+        bound = largest * {"qdq-int4": 1 / 8, "fp8": 1 / 28}.get(scheme, 1 / 128 if "embed" in name else 0.5 / 127)
         assert np.abs(value - originals[name]).max() <= 1.02 * bound
     loaded = load_base(base).model
-    assert len(load_dequantized(loaded, graph, sources)) == 22
+    assert len(load_dequantized(loaded, graph, sources)) == count
     up = loaded.get_submodule("model.layers.1.mlp.up_proj").weight.numpy()
     np.testing.assert_allclose(up.T, restored["model.layers.1.mlp.up_proj.weight"], rtol=1e-6)
 
@@ -186,12 +190,12 @@ def test_kept_layers_head_and_embeddings(float_bundle) -> None:
         return {name for name, _ in dequantized_weights(graph)}, kept
 
     everything, kept = quantized()
-    assert len(everything) == 22 and not kept
+    assert len(everything) == 23 and "model.embed_tokens.weight" in everything and not kept
     names, kept = quantized(keep_high=("0", "*.mlp.down_proj"), lm_head=False)
     assert set(kept) == everything - names and len(kept) == 7 + 2 + 1
     assert "lm_head.weight" in kept and "model.layers.2.mlp.down_proj.weight" in kept
-    assert quantized(keep_high=("1-2", "lm_head"))[0] == {n for n in everything if ".layers.0." in n}
-    assert quantized("dynamic", embeddings=8)[0] == everything | {"model.embed_tokens.weight"}
+    assert quantized(keep_high=("1-2", "lm_head"), embeddings=0)[0] == {n for n in everything if ".layers.0." in n}
+    assert quantized("dynamic", embeddings=4)[0] == everything == quantized("dynamic", embeddings=0)[0] | {"model.embed_tokens.weight"}
     for patterns, message in ((("7",), "'7' fits none of the 22 weights"), (("*",), "nothing is left"), (("mlp",), "fits none")):
         with pytest.raises(CalibrationError, match=message):
             quantized(keep_high=patterns)

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from calibration.quantize import quantize_graph
-from calibration.selection import weight_products
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
+from graph_passes.find.weights import weight_products
 from graph_passes.function_body import use_bodies
 
 BUILD = Path(__file__).with_name("tensorrt_build.py")
