@@ -203,7 +203,7 @@ def settings_for(
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
-    Blocks of 4 bits have a zero point unless asked otherwise: a quarter of the squared error less, for 4 bits a block.
+    Blocks have no zero point unless asked otherwise: it was not worth its bytes in a real model (docs/quantization-quality.md).
     """
     name = check_scheme(scheme)
     kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
@@ -213,7 +213,7 @@ def settings_for(
         bits=width,
         method=check_method(method),
         block_size=(DEFAULT_BLOCK[width] if kind.blockwise else 0) if block_size is None else block_size,
-        symmetric=method not in ASYMMETRIC and not (name == "weight-only" and width == 4) if symmetric is None else symmetric,
+        symmetric=method not in ASYMMETRIC if symmetric is None else symmetric,
         accuracy_level=(4 if fast else 1) if accuracy_level is None else accuracy_level,
         keep_high=keep_high,
         int8=int8,

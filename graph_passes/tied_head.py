@@ -5,7 +5,9 @@
     fused        FusedMatMul(x, T, transB = 1)      of onnxruntime, which is named after the weight that it stands for
     transposed   MatMul(x, Transpose(T))            of ONNX alone; the Transpose's output has the weight's name
 
-A Transpose of a constant is computed when onnxruntime loads the graph, at the price of a second table; FusedMatMul reads the one there is.
+Of SmolLM2 in float32 (one thread, onnxruntime 1.31): either form and a head of its own take 549 MB of memory that is the process's own; the
+fused one keeps another 108 MB of the file mapped. Without onnxruntime's optimizer the Transpose is computed at every step, and a step takes
+117 ms in place of 42. Gemm with two Reshapes is as fast as the fused form and more nodes.
 """
 
 from __future__ import annotations

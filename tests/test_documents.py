@@ -176,6 +176,7 @@ NOT_RUN = {
     "benchmarks.md": "times",
     "SUPPORT.md": "test_support_table runs cells",
     "QUANTIZED_STEERING.md": "minutes",
+    "quantization-quality.md": "real models, hours",
     "tensorrt-plugins.md": "the line names folders of the machine",
     "tensorrt.md": "needs TensorRT-RTX, where test_build builds",
 }

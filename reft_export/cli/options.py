@@ -57,7 +57,7 @@ AccuracyLevel = Annotated[
 Method = Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn, hqq or k_quant.")]
 Symmetric = Annotated[
     bool | None,
-    typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: those of 8 bits have none."),
+    typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: none, but for hqq and k_quant."),
 ]
 AUTO = "auto"
 """Of --keep-high: chosen by measurement."""

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graph_passes.accessors import name_of
+from graph_passes.fuse.decoder import fuse_decoder
 from reft_export.base.model_folder import first_reason
 from reft_export.exporting.bfloat16 import widen_bfloat16
 from reft_export.exporting.exported_graph import ExportedGraph
@@ -219,7 +220,9 @@ def _export_in_place(inputs: TraceInputs, opset: int) -> ExportedGraph:
         except ExportError as e:
             raise NotGroupedError(str(e)) from e
     check_in_place(graph.graph, inputs.past_names)
-    return inputs.finish(graph)
+    exported = inputs.finish(graph)
+    fuse_decoder(exported.model)
+    return exported
 
 
 def _trace(inputs: TraceInputs, decoder: FlatCacheDecoder, opset: int) -> ir.Model:

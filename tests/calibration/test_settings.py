@@ -14,7 +14,7 @@ def test_defaults_fit_their_scheme(scheme) -> None:
     settings = settings_for(scheme)
     assert settings.bits == SCHEMES[scheme].bits[0]
     assert settings.quantizes_head == (SCHEMES[scheme].activations != "static")
-    assert settings.symmetric == (scheme != "weight-only") and settings_for("weight-only", 8).symmetric
+    assert settings.symmetric and not settings_for("weight-only", method="k_quant").symmetric
     assert settings.embedding_bits == (8 if SCHEMES[scheme].runtime == "onnxruntime" else 0)
 
 

@@ -107,7 +107,7 @@ def test_tensorrt_reads_a_fused_head_written_out() -> None:
 
 JOBS = {
     "int4": {"bits": 4},
-    "int4 symmetric": {"bits": 4, "symmetric": True, "embeddings": 4},
+    "int4 asymmetric": {"bits": 4, "symmetric": False, "embeddings": 4},
     "int4 throughout": {"bits": 4, "embeddings": 4},
     "k_quant": {"bits": 4, "embeddings": 4, "method": "k_quant"},
     "hqq": {"bits": 4, "embeddings": 4, "method": "hqq", "accuracy_level": 1},

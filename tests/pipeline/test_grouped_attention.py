@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -11,13 +12,17 @@ import onnxruntime as ort
 import pytest
 import torch
 from models import bases
+from other_onnxruntime import python_with
 from transformers import PreTrainedModel
 
 from graph_passes.cache_shapes import ATTENTION
-from reft_export.exporting import grouped_attention
+from graph_passes.fuse.heads import ROTARY
+from graph_passes.fuse.norms import NORM
+from reft_export.exporting import dynamo, grouped_attention
 from reft_export.exporting.dynamo import cache_shapes, export_dynamo
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.exporting.grouped_attention import LayerAttention, NotGroupedError, probe
+from runtimes.errors import ParityError
 
 ROWS, PROMPT = 2, (24, 7)
 SCALE = 0.25
@@ -138,6 +143,8 @@ def test_the_traced_graph_is_the_eager_model(family) -> None:
     assert exported.note == ""
     operators = Counter(node.op_type for node in exported.model.graph)
     assert operators[ATTENTION] == 2 and not operators["Softmax"] and not operators["Where"], "no attention and no mask is written out"
+    assert not operators["Neg"] and operators[ROTARY] == (0 if family == "gpt2" else 4), "nor is a rotary embedding"
+    assert not operators["Pow"] and not operators["Sqrt"], "nor a norm"
     caches = [value for value in exported.model.graph.inputs if value.name.startswith("past")]
     assert all([use.node.op_type for use in value.uses()] == [ATTENTION] for value in caches)
     assert model.config._attn_implementation == eager.config._attn_implementation, "the model's own attention is back"
@@ -146,9 +153,40 @@ def test_the_traced_graph_is_the_eager_model(family) -> None:
 
 def test_targets(bundle_folder) -> None:
     plain = ir.load(bundle_folder("llama", target="tensorrt") / "model.onnx")
-    assert ATTENTION not in {node.op_type for node in plain.graph}
+    assert not {node.op_type for node in plain.graph} & {ATTENTION, NORM, ROTARY}
     fused = ir.load(bundle_folder("llama") / "model.onnx")
-    assert Counter(node.op_type for node in fused.graph)[ATTENTION] == 3 and fused.opset_imports["com.microsoft"] == 1
+    operators = Counter(node.op_type for node in fused.graph)
+    assert (operators[ATTENTION], operators[NORM], operators[ROTARY]) == (3, 7, 6) and fused.opset_imports["com.microsoft"] == 1
+
+
+def _wrong_epsilon(graph: ir.Model) -> None:
+    for node in graph.graph:
+        if node.op_type == NORM:
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+
+def _sines_for_cosines(graph: ir.Model) -> None:
+    for node in graph.graph:
+        if node.op_type == ROTARY:
+            cos, sin = node.inputs[2:4]
+            node.replace_input_with(2, sin)
+            node.replace_input_with(3, cos)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [_wrong_epsilon, _sines_for_cosines])
+def test_a_wrong_fusion_does_not_pass_the_gate(fault, tmp_path, monkeypatch) -> None:
+    right = dynamo.fuse_decoder
+
+    def wrong(graph: ir.Model) -> None:
+        right(graph)
+        fault(graph)
+
+    monkeypatch.setattr(dynamo, "fuse_decoder", wrong)
+    base = bases.save_base(tmp_path / "base", "llama", layers=1)
+    with pytest.raises(ParityError):
+        export_bundle(str(base), [], tmp_path / "b", ExportSettings(), report=lambda _: None)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
@@ -172,3 +210,30 @@ def test_a_decoder_that_torch_cannot_trace_so_gets_the_plain_graph(monkeypatch) 
     exported = export_dynamo(bases.build_base("llama", layers=1), in_place=True)
     assert exported.note.endswith("past_key_values.0.key is read by others than its attention")
     assert ATTENTION not in {node.op_type for node in exported.model.graph}
+
+
+OPENED_ELSEWHERE = """
+import sys
+import numpy as np, onnxruntime as ort
+graph, feeds, out = sys.argv[1:]
+options = ort.SessionOptions()
+options.log_severity_level = 3
+session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+np.save(out, session.run(["logits"], dict(np.load(feeds)))[0])
+"""
+
+
+@pytest.mark.slow
+def test_the_oldest_onnxruntime_has_all_of_its_operators(bundle_folder, tmp_path) -> None:
+    graph = bundle_folder("llama") / "model.onnx"
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    ids = np.arange(9)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids}
+    feeds |= {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    (expected,) = session.run(["logits"], feeds)
+    np.savez(tmp_path / "feeds.npz", **feeds)
+    command = [python_with("1.18.1"), "-c", OPENED_ELSEWHERE, graph, tmp_path / "feeds.npz", tmp_path / "logits.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "logits.npy")
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

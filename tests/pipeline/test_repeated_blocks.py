@@ -148,12 +148,13 @@ def test_blocks_that_differ_are_not_repeated(change) -> None:
     product = _reader(graph, "model.layers.2.mlp.down_proj.weight")
     cached = _reader(graph, "past_key_values.2.key")
     if change == "constant":
-        *_, square, _ = (node for node in graph if node.op_type == "Pow")  # the last is the final norm's, of no block
-        exponent = square.inputs[1]
-        assert exponent is not None
-        other = ir.Value(name="other", const_value=ir.tensor(np.float32(3)), shape=exponent.shape, type=exponent.type)
-        graph.register_initializer(other)
-        square.replace_input_with(1, other)
+        for layer in (1, 2):
+            product = _reader(graph, f"model.layers.{layer}.mlp.down_proj.weight")
+            factor = ir.Value(name=f"factor.{layer}", const_value=ir.tensor(np.float32(layer)))
+            graph.register_initializer(factor)
+            scaled = ir.node("Mul", [product.inputs[0], factor])
+            graph.insert_before(product, scaled)
+            product.replace_input_with(0, scaled.outputs[0])
     elif change == "operator":
         negated = ir.node("Neg", [product.inputs[0]])
         graph.insert_before(product, negated)

@@ -32,7 +32,7 @@ JOBS = {
     "int4": ("weight-only", {}),
     "hqq": ("weight-only", {"method": "hqq"}),
     "k_quant": ("weight-only", {"method": "k_quant", "embeddings": 4, "block_size": 16}),
-    "symmetric": ("weight-only", {"symmetric": True, "embeddings": 4}),
+    "asymmetric": ("weight-only", {"symmetric": False, "embeddings": 4}),
     "int8 asymmetric": ("weight-only", {"bits": 8, "symmetric": False, "embeddings": 4}),
     "dynamic": ("dynamic", {}),
     "static": ("static", {}),

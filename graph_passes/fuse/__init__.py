@@ -1,0 +1,1 @@
+"""Operators of onnxruntime's own in place of the small ones that a traced decoder writes them out with."""
