@@ -119,7 +119,7 @@ def _calibrated(bundle: Bundle, model: str, request: CalibrationRequest, state: 
         prompts, decode_tokens, digest = _probes(bundle, request.decode_tokens)
     else:
         prompts, decode_tokens = _prompts(bundle.manifest, request.data, load_tokenizer(base.folder), request.decode_tokens)
-        digest = sha256_of(request.data)
+        digest = ""
     try:
         number = sum(1 for _ in prompts())
     except InputError as e:
@@ -130,7 +130,7 @@ def _calibrated(bundle: Bundle, model: str, request: CalibrationRequest, state: 
     header = Header(
         graph=bundle.digest,
         adapters={name: banks_digest(bundle, name) for name in asked},
-        data=digest,
+        data=digest if request.data is None else sha256_of(request.data),
         decode_tokens=decode_tokens,
         sources=(BASE_GOLDEN, *asked),
         tensors=product_inputs(load_graph(bundle.graph_path), experts),
