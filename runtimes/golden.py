@@ -17,7 +17,7 @@ from runtimes.session import Session
 from runtimes.tasks.task import task_of
 
 
-def check_golden(artifact: Artifact, session: Session, *, names: Collection[str] | None = None) -> ParityReport:
+def check_golden(artifact: Artifact, session: Session, *, names: Collection[str] | None = None, with_quality: bool = True) -> ParityReport:
     """Runs the base and every adapter over the golden inputs on this device and holds them to the bundle's budget.
 
     For each: a full forward with greedy tokens and, for adapters, delta parity; then cache continuity: prefill and decode steps,
@@ -26,7 +26,8 @@ def check_golden(artifact: Artifact, session: Session, *, names: Collection[str]
     between rows of unequal length is fed row by row. An engine with a frozen adapter has that one only, and no base to take a delta from.
     Logits are float32 [K, V] over the K golden tokens; figures are relative to the largest reference logit, KL is in nats. A missed budget
     is in the report, whose ``require`` raises ParityError.
-    Of a quantized bundle the report also says what is left of its quality (runtimes/parity/retention.py), to which no rung is held.
+    An adapter with probes of a float bundle is held to the log-probabilities of all their completions, too. Of a quantized bundle the
+    report also says what is left of its quality (runtimes/parity/retention.py), to which no rung is held; not without ``with_quality``.
     Leaves the session's adapter as it was. ``names``: of base and adapters those to hold; None is all. Adapters that were added without
     their base cannot be held, and the report's ``notes`` name them.
     Raises BundleError where there are no golden arrays, and for a frozen adapter that cannot be held.
@@ -55,7 +56,7 @@ def check_golden(artifact: Artifact, session: Session, *, names: Collection[str]
     try:
         for name in wanted:
             rungs += task_of(artifact).check_golden(artifact, session, name, budget, steering=frozen is None)
-            if artifact.manifest.quantization is not None:
+            if with_quality and artifact.manifest.quantization is not None:
                 quality.append(task_of(artifact).quality(artifact, session, name))
     finally:
         session.set_adapter(active)

@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from graph_passes.external import load_graph
 from reft_export.adding.files import held
 from reft_export.base.adapters import check_fit
@@ -20,10 +18,10 @@ from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.steering import Steerer, steerers_of
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_logits, record_golden, record_quantized
-from reft_export.parity.ladder import check_same_base, stored_inputs
+from reft_export.parity.golden import Arrays, InputsByName, adapter_inputs, fp32_answers, record_golden, record_quantized
+from reft_export.parity.ladder import check_same_base, known_inputs
 from reft_export.parity.quality import QualityGate, hold_quality
-from runtimes.artifacts.bundle import Bundle, write_manifest
+from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 
 REFIT = "nothing was added; `reft-export quantize BUNDLE -m MODEL --refit DATA.jsonl -a ADAPTER` trains it on the bundle's weights"
@@ -51,9 +49,11 @@ def held_to_eager(
         check_fit(name, adapter, base, accept_base=accept_base)
     report("recording what the eager model says")
     steerers, floats = steerers_of(adapters), m.quantization is None and m.precision == "fp32"
-    fp32 = {} if floats else fp32_logits(base.model, stored_inputs(bundle), steerers)
+    stored = known_inputs(bundle, base)
+    inputs = stored | adapter_inputs(base, adapters, stored[BASE_GOLDEN])
+    fp32 = {} if floats else fp32_answers(base.model, inputs, steerers)
     with tempfile.TemporaryDirectory() as proof:
-        record_adapters(bundle, base, steerers, fp32, Path(proof))
+        record_adapters(bundle, base, inputs, steerers, fp32, Path(proof))
         del base
         give_back()
         bundle = held(bundle, tuple(adapters))
@@ -69,21 +69,23 @@ def held_to_eager(
 def record_adapters(
     bundle: Bundle,
     base: Base,
+    inputs: InputsByName,
     steerers: Mapping[str, Steerer],
-    fp32: Mapping[str, np.ndarray],
+    fp32: Mapping[str, Arrays],
     proof: Path,
     *,
     again: Mapping[str, Steerer] | None = None,
 ) -> None:
     """golden/<name>.npz of every steerer, by the base with the bundle's own weights, in its float type.
 
-    ``base`` is fresh from disk; its weights are replaced by the bundle's. ``fp32``: the float32 model's logits by name, for the base and
-    every steerer: what delta parity is held to; empty of a bundle that is float32. ``proof`` takes arrays recorded with float activations,
-    where the bundle quantizes them. ``again``: the bundle's other adapters, whose arrays and the base's ``proof`` is to hold, too.
+    ``base`` is fresh from disk; its weights are replaced by the bundle's. ``inputs``: of the base and every steerer. ``fp32``: what the
+    float32 model says, by steerer: what delta parity is held to; empty of a bundle that is float32. ``proof`` takes arrays recorded with
+    float activations, where the bundle quantizes them. ``again``: the bundle's other adapters, whose arrays and the base's ``proof`` is
+    to hold, too.
     """
     m = bundle.manifest
     set_precision(base.model, m.precision)
-    inputs, every = stored_inputs(bundle), {**(again or {}), **steerers}
+    every = {**(again or {}), **steerers}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder)
         if m.quantization is None:

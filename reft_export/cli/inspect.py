@@ -13,7 +13,7 @@ from reft_export.cli.options import AsJson
 from reft_export.console import cache_size, escape, out, print_json, print_table, size
 
 if TYPE_CHECKING:
-    from runtimes.artifacts.bundle import Manifest
+    from runtimes.artifacts.bundle import Bundle, Manifest
 
 SENTENCES = ("sites", "not found")
 """Shown line by line: a tensor's name must not be cut."""
@@ -81,7 +81,8 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
         row = {"name": name, "method": r.method, "rank": _rank(r), "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
-        adapters.append(row | {"trained on": (r.trained_on or "the base")[:12], "held": name not in m.not_held})
+        row |= {"trained on": (r.trained_on or "the base")[:12], "held": name not in m.not_held}
+        adapters.append(row | {"probes": _probes(bundle, name)})
     q = m.quantization
     head = {"head": f"{len(m.head)} parameters that adapters bring: {', '.join(m.head)}"} if m.head else {}
     return {
@@ -107,6 +108,17 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "edit nodes": [n.name for n in bundle.nodes],
         "files": [{"file": n, "size": size(f.size), "sha256": f.sha256[:16]} for n, f in m.files.items()],
     }
+
+
+def _probes(bundle: Bundle, name: str) -> int:
+    """How many lines of its task the adapter is recorded on; 0 where the golden arrays are of an older version."""
+    from reft_export.tasks.probe_rows import probe_rows, probe_texts
+    from runtimes.errors import BundleError
+
+    try:
+        return len(probe_rows(bundle, name)) + len(probe_texts(bundle, name))
+    except BundleError:
+        return 0
 
 
 def _kv_cache(manifest: Manifest) -> dict[str, str]:

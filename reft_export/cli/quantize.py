@@ -46,6 +46,8 @@ QUANTIZES = (
     "calibrate",    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
 )  # fmt: skip
 """Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
+PROBES = "probes"
+"""In place of a file: the probes that each adapter carries."""
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 
 
@@ -80,7 +82,8 @@ def quantize(
     ] = None,
     embeddings: Embeddings = None,
     calibrate: Annotated[
-        Path | None, typer.Option("--calibrate", help="Prompts (JSONL, as for train) on which activation ranges are measured, edits on.")
+        Path | None,
+        typer.Option("--calibrate", help="Prompts (JSONL, as for train) for activation ranges, edits on; default: the adapters' probes."),
     ] = None,
     ranges: Annotated[
         Path | None, typer.Option("--ranges", help="In place of --calibrate: the OUTPUT.calibration of an earlier run of this bundle.")
@@ -94,7 +97,10 @@ def quantize(
     ] = False,
     refit: Annotated[
         Path | None,
-        typer.Option("--refit", help="JSONL, as for train: re-train the adapters of -a for a few steps on the quantized weights."),
+        typer.Option(
+            "--refit",
+            help="JSONL, as for train, or `probes`, each adapter's own: re-train those of -a for a few steps on the quantized weights.",
+        ),
     ] = None,
     adapters: Annotated[
         list[Path] | None,
@@ -132,12 +138,18 @@ def quantize(
     from runtimes.artifacts.bundle import open_bundle
     from runtimes.errors import InputError
 
-    refuse_idle(context, refit=refit, checker=checker, checker_data=checker_data, calibrate=calibrate, ranges=ranges, observer=observer)
+    measured = calibrate is not None or (ranges is None and fixes_ranges(scheme, precision))
+    refuse_idle(context, refit=refit, checker=checker, checker_data=checker_data, measured=measured, ranges=ranges, observer=observer)
     yardsticks = read_yardsticks(perplexity, checker, checker_data, checker_tokens)
     refitting = None
     if refit is not None:
         refitting = RefitSettings(
-            data=refit, sources=tuple(adapters or ()), steps=refit_steps, lr=refit_lr, objective=refit_objective, output=refit_output
+            data=None if str(refit) == PROBES else refit,
+            sources=tuple(adapters or ()),
+            steps=refit_steps,
+            lr=refit_lr,
+            objective=refit_objective,
+            output=refit_output,
         )
     if (refit or adapters) and open_bundle(bundle).manifest.quantization is not None:
         from reft_export.quantizing.swap import swap_bundle
@@ -161,7 +173,8 @@ def quantize(
             lm_head=lm_head,
             embeddings=embedding_bits(embeddings),
         )
-        request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens)
+        static = fixes_ranges(scheme, precision)
+        request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens, static=static)
         mixed = asks_auto(keep_high) or budget_mb is not None
         make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare, mixed=mixed, budget_mb=budget_mb)
     quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
@@ -191,18 +204,18 @@ def refuse_idle(
     refit: Path | None,
     checker: str | None,
     checker_data: Path | None,
-    calibrate: Path | None,
+    measured: bool,
     ranges: Path | None,
     observer: str,
 ) -> None:
-    """Raises InputError for an option that says how to do what was not asked for."""
+    """Raises InputError for an option that says how to do what was not asked for. ``measured``: whether activation ranges are."""
     if refit is None:
         refuse_given(context, ("refit_steps", "refit_lr", "refit_objective", "refit_output"), "of a --refit, which is not asked for")
     if checker is None and checker_data is None:
         refuse_given(context, ("checker_tokens",), "of a --checker, which is not given")
-    if calibrate is None:
+    if not measured:
         refuse_given(context, ("decode_tokens",), "of --calibrate, which is not given")
-    if calibrate is None and ranges is None:
+    if not measured and ranges is None:
         refuse_given(context, ("observer", "percentile"), "of --calibrate or --ranges, and neither is given")
     if observer != "percentile":
         refuse_given(context, ("percentile",), "of --observer percentile, which is not asked for")
@@ -238,14 +251,14 @@ def read_yardsticks(perplexity: Path | None, checker: str | None, prompts: Path 
 
 
 def calibration_request(
-    data: Path | None, ranges: Path | None, mixture: str, observer: str, percentile: float, decode_tokens: int
+    data: Path | None, ranges: Path | None, mixture: str, observer: str, percentile: float, decode_tokens: int, *, static: bool = False
 ) -> CalibrationRequest | None:
     """None where nothing asks for activation ranges; raises InputError or CalibrationError for options that do not go together."""
     from calibration.observers import Observer
     from reft_export.quantizing.settings import CalibrationRequest
     from runtimes.errors import InputError
 
-    if data is None and ranges is None:
+    if data is None and ranges is None and not static:
         if mixture:
             raise InputError("--mixture says what --calibrate runs; pass --calibrate or --ranges with it")
         return None
@@ -268,6 +281,14 @@ def scheme_and_bits(scheme: str | None, precision: str | None) -> tuple[str, int
     if precision is not None and (precision == "fp8") != (scheme == "fp8"):
         raise InputError(f"-p {precision} and --scheme {scheme} contradict each other; leave one of them out")
     return scheme, None if precision is None else BITS[precision]
+
+
+def fixes_ranges(scheme: str | None, precision: str | None) -> bool:
+    """Whether activation ranges are measured before anything is quantized."""
+    from calibration.settings import SCHEMES
+
+    asked = scheme_and_bits(scheme, precision)[0]
+    return any(name == asked and kind.activations == "static" for name, kind in SCHEMES.items())
 
 
 def parse_mixture(text: str) -> dict[str, float]:

@@ -29,10 +29,10 @@ from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
-from reft_export.parity.golden import record_base, record_quantized
+from reft_export.parity.golden import inputs_of, record_base, record_quantized
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.bundle import BASE_GOLDEN, TOKENIZER_FILES, Manifest, Quantization
+from runtimes.artifacts.bundle import TOKENIZER_FILES, Manifest, Quantization
 from runtimes.edits.op import EditNode
 from runtimes.errors import ExportError
 
@@ -85,7 +85,12 @@ def assemble(
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
     recorded = record_base(
-        work / "golden", base, steerers_of(plan.adapters), settings.float_type, quantized=settings.weight_only is not None
+        work / "golden",
+        base,
+        inputs_of(base, plan.adapters),
+        steerers_of(plan.adapters),
+        settings.float_type,
+        quantized=settings.weight_only is not None,
     )
 
     report("exporting the graph")
@@ -100,7 +105,7 @@ def assemble(
     weight_only, chosen = settings.weight_only, ""
     if weight_only is not None and (settings.mixed or settings.budget_mb is not None):
         report("measuring what each weight costs in int4")
-        rows = rows_of(dict.fromkeys((BASE_GOLDEN, *recorded.steerers), recorded.inputs.arrays), recorded.steerers)
+        rows = rows_of({name: each.arrays for name, each in recorded.inputs.items()}, recorded.steerers)
         budget = None if settings.budget_mb is None else int(settings.budget_mb * 1e6) - _beside_weights(plan, graph)
         weight_only, chosen = mixed(base.model, graph, exported.weights, weight_only, rows, MixedPrecision(budget=budget))
     quantized = _quantize_and_write(work, exported, weight_only, settings, report)

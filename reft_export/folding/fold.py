@@ -255,11 +255,11 @@ def _with_base(
 def _record_reference(work: Path, base: Base, adapters: Mapping[str, Adapter], precision: str, report: Report) -> None:
     from reft_export.base.memory import give_back
     from reft_export.eager.steering import steerers_of
-    from reft_export.parity.golden import record_base
+    from reft_export.parity.golden import inputs_of, record_base
 
     report("recording what the eager model says")
     copy_tokenizer(None if (work / "tokenizer.json").is_file() else base.folder, base.tokenizer, work)
-    record_base(work / "golden", base, steerers_of(adapters), precision)
+    record_base(work / "golden", base, inputs_of(base, adapters), steerers_of(adapters), precision)
     give_back()
 
 

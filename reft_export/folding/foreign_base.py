@@ -24,7 +24,7 @@ from reft_export.bundling.files import Report
 from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.eager.banks import bank_steerer
 from reft_export.parity.golden import record_base
-from reft_export.parity.ladder import RecordedBundle, check, check_same_base
+from reft_export.parity.ladder import RecordedBundle, check, check_same_base, known_inputs
 from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
 from runtimes.parity.figures import ParityReport
@@ -102,7 +102,7 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as folder:
         report("recording what the eager model says")
         steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-        record_base(Path(folder), base, steerers, bundle.manifest.precision)
+        record_base(Path(folder), base, known_inputs(bundle, base), steerers, bundle.manifest.precision)
         del base
         give_back()
         full = RecordedBundle(

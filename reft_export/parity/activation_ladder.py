@@ -40,7 +40,7 @@ NUDGE = 1e-4
 def step_rungs(
     bundle: Bundle,
     model_of: Callable[[], PreTrainedModel],
-    inputs: Inputs,
+    inputs: Mapping[str, Inputs],
     steerers: Mapping[str, Steerer],
     *,
     provider: str = "cpu",
@@ -61,17 +61,19 @@ def step_rungs(
         how = {name: each for name, each in activation_quantization(graph).items() if name in shown}
         rungs = []
         for name in (BASE_GOLDEN, *steerers):
-            rungs.append(_hold(bundle, model, name, steerers.get(name), inputs, how, shown, Path(folder)))
+            rungs.append(_hold(bundle, model, name, steerers.get(name), inputs[name], how, shown, Path(folder)))
         return rungs
 
 
-def _run_graph(bundle: Bundle, inputs: Inputs, names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None) -> None:
+def _run_graph(
+    bundle: Bundle, inputs: Mapping[str, Inputs], names: list[str], values: set[str], folder: Path, provider: str, kernel: str | None
+) -> None:
     """<folder>/<name>.<row>.npz: the graph's logits and quantized inputs, one full forward a row."""
     with variant(bundle, expose_quantized_inputs) as exposed:
         session = ort_session(exposed, provider=provider, kernel=kernel)
         for name in names:
             session.set_adapter(None if name == BASE_GOLDEN else name)
-            for row in inputs.rows():
+            for row in inputs[name].rows():
                 logits, outputs = row.run(session)
                 arrays: dict[str, Any] = {"logits": logits, **{value: to_float32(outputs[value]) for value in values}}
                 np.savez(folder / f"{name}.{row.number}.npz", **arrays)

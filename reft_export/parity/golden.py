@@ -6,7 +6,7 @@ One npz per name, "base" and every adapter; runtimes/artifacts/golden_schema.py 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,43 +20,61 @@ from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
 from reft_export.eager.steering import Steerer
 from reft_export.tasks.task import TASKS, Inputs
+from reft_export.training.probes import probe_examples
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
 from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
-from runtimes.parity.figures import compare
+from runtimes.edits.adapter import Adapter
 
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
+
+
+Arrays = Mapping[str, np.ndarray]
+InputsByName = Mapping[str, Inputs]
+"""Of the base, as BASE_GOLDEN, and of every adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
     """What a base was recorded on and said, carried to the recording of its quantized weights."""
 
-    inputs: Inputs
+    inputs: InputsByName
     steerers: Mapping[str, Steerer]
-    fp32: Mapping[str, np.ndarray]
-    """Logits by name of the float32 model; empty of a bundle that is float32."""
+    fp32: Mapping[str, Arrays]
+    """By adapter what the float32 model says, as ``fp32_answers`` names it; empty of a bundle that is float32."""
 
 
-def record_base(folder: Path, base: Base, steerers: Mapping[str, Steerer], precision: str, *, quantized: bool = False) -> Recorded:
+def record_base(
+    folder: Path, base: Base, inputs: InputsByName, steerers: Mapping[str, Steerer], precision: str, *, quantized: bool = False
+) -> Recorded:
     """Golden arrays of the base and every adapter into ``folder``; the base is left in ``precision``, a bundle's float type.
 
     ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then.
     """
-    inputs = inputs_of(base)
-    fp32 = fp32_logits(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
+    fp32 = fp32_answers(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
     set_precision(base.model, precision)
     if not quantized:
         record_golden(folder, base.model, inputs, steerers, fp32=fp32 or None)
     return Recorded(inputs=inputs, steerers=steerers, fp32=fp32)
 
 
-def inputs_of(base: Base) -> Inputs:
-    """What ``base`` is recorded on: prompts with its continuation, or a classifier's texts."""
-    return TASKS[base.task].inputs(base)
+def inputs_of(base: Base, adapters: Mapping[str, Adapter]) -> dict[str, Inputs]:
+    """What each is recorded on: the base on prompts with its own continuation, or a classifier's texts; an adapter on its probes, or where
+    it has none as the base."""
+    of_base = TASKS[base.task].inputs(base)
+    return {BASE_GOLDEN: of_base, **adapter_inputs(base, adapters, of_base)}
 
 
-def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None, logits: np.ndarray) -> np.ndarray:
+def adapter_inputs(base: Base, adapters: Mapping[str, Adapter], of_base: Inputs) -> dict[str, Inputs]:
+    """``inputs_of`` where the base's are there. Raises AdapterError for probes that do not fit the base."""
+    shared = of_base.for_adapters(base.model)
+    return {
+        name: TASKS[base.task].probe_inputs(base.model, probe_examples(base, adapter), of_base) if adapter.probes else shared
+        for name, adapter in adapters.items()
+    }
+
+
+def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None, said: Arrays) -> np.ndarray:
     """[largest relative error, lowest top-1 agreement] of the model against itself, float32 [2], over NOISE_DRAWS of noise.
 
     The embeddings are multiplied by 1 + NOISE n, n normal: no more than the fp32 row of the budgets lets two right graphs differ by.
@@ -70,7 +88,7 @@ def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | N
 
     handle = model.get_input_embeddings().register_forward_hook(disturb)
     try:
-        found = [compare(inputs.logits(model, steerer), logits) for _ in range(NOISE_DRAWS)]
+        found = [inputs.differs(model, steerer, said) for _ in range(NOISE_DRAWS)]
     finally:
         handle.remove()
     return np.array([max(f.max_relative for f in found), min(f.top1 for f in found if f.top1 is not None)], np.float32)
@@ -79,48 +97,67 @@ def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | N
 def record_golden(
     folder: Path,
     model: PreTrainedModel,
-    inputs: Inputs,
+    inputs: InputsByName,
     steerers: Mapping[str, Steerer],
     *,
-    fp32: Mapping[str, np.ndarray] | None = None,
+    fp32: Mapping[str, Arrays] | None = None,
     noisy: bool = False,
     of_base: bool = True,
     on_name: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32`` holds the float32 model's logits by name.
+    """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32``: as of ``Recorded``.
 
     ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too. ``of_base``: the base's arrays,
     too, which a bundle may have already.
     """
     folder.mkdir(exist_ok=True)
-    base_logits = inputs.logits(model)
-    schema = GoldenSchema(
-        task=inputs.task,
-        vocabulary=output_rows(model),
-        labels=base_logits.shape[1],
-        adapter=False,
-        float32=fp32 is None,
-        noisy=noisy,
-    )
     names: dict[str, Steerer | None] = {**({BASE_GOLDEN: None} if of_base else {}), **steerers}
-    answers = inputs.answers(model, names)
+    task = TASKS[next(iter(inputs.values())).task]
+    answers = task.answers(model, {name: (inputs[name], steerer) for name, steerer in names.items()})
+    base_of = _base_answers(model)
     for name, steerer in names.items():
         if on_name:
             on_name(name)
-        arrays = inputs.arrays | answers[name]
-        arrays["logits"] = base_logits if steerer is None else inputs.logits(model, steerer)
+        said = base_of(inputs[name]) if steerer is None else inputs[name].said(model, steerer)
+        arrays = inputs[name].arrays | answers[name] | said
         if noisy:
-            arrays["noise"] = reference_noise(model, inputs, steerer, arrays["logits"])
+            arrays["noise"] = reference_noise(model, inputs[name], steerer, said)
         if steerer is not None:
-            arrays["base_logits"] = base_logits
-            if fp32 is not None:
-                arrays |= {"fp32_logits": fp32[name], "fp32_base_logits": fp32[BASE_GOLDEN]}
-        write_golden(folder / f"{name}.npz", arrays, replace(schema, adapter=steerer is not None))
+            arrays |= _named("base_", base_of(inputs[name])) | dict({} if fp32 is None else fp32[name])
+        schema = GoldenSchema(
+            task=task.name,
+            vocabulary=output_rows(model),
+            labels=said["logits"].shape[1],
+            adapter=steerer is not None,
+            float32=fp32 is None,
+            noisy=noisy,
+        )
+        write_golden(folder / f"{name}.npz", {n: array for n, array in arrays.items() if n in schema.table}, schema)
 
 
-def fp32_logits(model: PreTrainedModel, inputs: Inputs, steerers: Mapping[str, Steerer]) -> dict[str, np.ndarray]:
-    """Logits by name of the float32 model, for ``record_golden``'s delta references."""
-    return {name: inputs.logits(model, steerer) for name, steerer in {BASE_GOLDEN: None, **steerers}.items()}
+def _base_answers(model: PreTrainedModel) -> Callable[[Inputs], dict[str, np.ndarray]]:
+    """What ``model`` says without an adapter, once for all adapters that are recorded on the same inputs."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+
+    def said(inputs: Inputs) -> dict[str, np.ndarray]:
+        if id(inputs) not in found:
+            found[id(inputs)] = inputs.said(model)
+        return found[id(inputs)]
+
+    return said
+
+
+def _named(kind: str, said: Arrays) -> dict[str, np.ndarray]:
+    return {f"{kind}{name}": array for name, array in said.items()}
+
+
+def fp32_answers(model: PreTrainedModel, inputs: InputsByName, steerers: Mapping[str, Steerer]) -> dict[str, Arrays]:
+    """By adapter what the float32 model says with it and without, for ``record_golden``'s delta references: arrays fp32_*."""
+    base_of = _base_answers(model)
+    return {
+        name: _named("fp32_", inputs[name].said(model, steerer)) | _named("fp32_base_", base_of(inputs[name]))
+        for name, steerer in steerers.items()
+    }
 
 
 def record_quantized(
@@ -129,9 +166,9 @@ def record_quantized(
     model: PreTrainedModel,
     graph: ir.Model,
     sources: Mapping[str, WeightSource],
-    inputs: Inputs,
+    inputs: InputsByName,
     steerers: Mapping[str, Steerer],
-    fp32: Mapping[str, np.ndarray],
+    fp32: Mapping[str, Arrays],
     *,
     of_base: bool = True,
 ) -> None:

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from calibration.products import float_activations, stored_activations
 from graph_passes.external import load_graph
 from graph_passes.unfold import unfold_graph
@@ -30,7 +28,7 @@ from reft_export.eager.steering import Steerer
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.parity.edit_ladder import edit_rungs
-from reft_export.parity.golden import fp32_logits, inputs_of, record_golden
+from reft_export.parity.golden import Arrays, InputsByName, fp32_answers, record_golden
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
 from runtimes.golden import check_golden
@@ -69,13 +67,13 @@ def host_ladder(
         report(f"edit by edit: {name}")
         rungs += edit_rungs(bundle, name, bank_edits(bundle, name), kernel=kernel)
     steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-    inputs = stored_inputs(bundle) if bundle.golden_names else inputs_of(base)
+    inputs = known_inputs(bundle, base)
     quantized = bundle.manifest.quantization is not None
-    fp32 = fp32_logits(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else {}
+    fp32 = fp32_answers(base.model, inputs, steerers) if quantized or bundle.manifest.precision != "fp32" else {}
     for name in bundle.golden_names:
         if name != BASE_GOLDEN and quantized and bundle.adapter_record(name).trained_on is not None:
             # Trained on quantized weights: what it does to the float model is not what it is for. The bundle knows what was aimed at.
-            fp32[name] = bundle.golden(name)["fp32_logits"]
+            fp32[name] = {key: value for key, value in bundle.golden(name).items() if key.startswith("fp32_")}
     if quantized:
         rungs += quantized_rungs(bundle, base, inputs, steerers, fp32, provider=provider, kernel=kernel, report=report)
         return ParityReport(rungs=tuple(rungs))
@@ -95,9 +93,9 @@ def _within_context(bundle: Bundle, base: Base) -> Bundle:
 def _float_rungs(
     bundle: Bundle,
     base: Base,
-    inputs: Inputs,
+    inputs: InputsByName,
     steerers: Mapping[str, Steerer],
-    fp32: Mapping[str, np.ndarray],
+    fp32: Mapping[str, Arrays],
     *,
     provider: str,
     kernel: str | None,
@@ -145,9 +143,9 @@ def made_from(bundle: Bundle, model: str) -> Bundle:
 def quantized_rungs(
     bundle: Bundle,
     base: Base,
-    inputs: Inputs,
+    inputs: InputsByName,
     steerers: Mapping[str, Steerer],
-    fp32: Mapping[str, np.ndarray],
+    fp32: Mapping[str, Arrays],
     *,
     provider: str = "cpu",
     kernel: str | None = None,
@@ -195,7 +193,7 @@ def check(
     adapters = bundle.adapter_names if names is None else tuple(name for name in bundle.adapter_names if name in names)
     live = RecordedBundle(folder=bundle.folder, manifest=replace(bundle.manifest, adapters=adapters, not_held=()), recorded=recorded)
     session = ort_session(live, provider=provider, kernel=kernel)
-    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session, names=names).rungs]
+    return [replace(r, name=f"{rung}, {r.name}") for r in check_golden(live, session, names=names, with_quality=False).rungs]
 
 
 @contextmanager
@@ -206,9 +204,18 @@ def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
         yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization, parity_budget={}))
 
 
-def stored_inputs(bundle: Bundle) -> Inputs:
-    """The inputs of the bundle's own golden arrays."""
-    return TASKS[bundle.manifest.task].stored_inputs(bundle.golden(BASE_GOLDEN))
+def stored_inputs(bundle: Bundle) -> dict[str, Inputs]:
+    """The inputs of the bundle's own golden arrays, by name."""
+    task = TASKS[bundle.manifest.task]
+    return {name: task.stored_inputs(bundle.golden(name)) for name in bundle.golden_names}
+
+
+def known_inputs(bundle: Bundle, base: Base) -> dict[str, Inputs]:
+    """``stored_inputs`` of all names: the base's made anew where the bundle has none, and those of adapters without golden arrays."""
+    found = stored_inputs(bundle)
+    of_base = found.get(BASE_GOLDEN) or TASKS[bundle.manifest.task].inputs(base)
+    shared = of_base.for_adapters(base.model)
+    return {BASE_GOLDEN: of_base, **{name: found.get(name, shared) for name in bundle.adapter_names}}
 
 
 def float_label(q: Quantization) -> str:

@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from reft_export.adding.files import copy_bundle, held, write_adapters
 from reft_export.adding.held import record_adapters
 from reft_export.base.adapters import check_fit
@@ -19,8 +17,8 @@ from reft_export.eager.banks import bank_steerer
 from reft_export.eager.steering import steerers_of
 from reft_export.evaluation.quantization_report import Measurements, Yardsticks, variant_name
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_logits
-from reft_export.parity.ladder import check_same_base, stored_inputs
+from reft_export.parity.golden import Arrays, InputsByName, adapter_inputs, fp32_answers
+from reft_export.parity.ladder import check_same_base, known_inputs
 from reft_export.parity.quality import QualityGate, hold_quality
 from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
 from reft_export.quantizing.settings import REMEDY
@@ -76,8 +74,8 @@ def refit_in(work: Path, model: str, plan: RefitPlan, proof: Path, report: Repor
     bundle = open_bundle(work)
     refitted = refit_adapters(bundle, model, plan, report)
     report("recording what the eager model says with the refitted adapters")
-    new = {name: each.adapter for name, each in refitted.items() if not each.figures.kept}
-    manifest = replace_adapters(work, load_base(model), new, stored_fp32_logits(bundle), proof)
+    new, base = {name: each.adapter for name, each in refitted.items() if not each.figures.kept}, load_base(model)
+    manifest = replace_adapters(work, base, known_inputs(bundle, base), new, stored_fp32(bundle), proof)
     gc.collect()  # the runtime is about to load the weights
     return refitted, manifest
 
@@ -90,31 +88,33 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
     check_same_base(bundle, base, model)
     for name, adapter in adapters.items():
         check_fit(name, adapter, base, accept_base=accept_base)
-    fp32 = stored_fp32_logits(bundle) | fp32_logits(base.model, stored_inputs(bundle), steerers_of(adapters))
-    manifest = replace_adapters(work, base, adapters, fp32, proof)
+    stored = known_inputs(bundle, base)
+    inputs = stored | adapter_inputs(base, adapters, stored[BASE_GOLDEN])
+    fp32 = stored_fp32(bundle) | fp32_answers(base.model, inputs, steerers_of(adapters))
+    manifest = replace_adapters(work, base, inputs, adapters, fp32, proof)
     gc.collect()
     return manifest
 
 
-def replace_adapters(work: Path, base: Base, adapters: Mapping[str, Adapter], fp32: Mapping[str, np.ndarray], proof: Path) -> Manifest:
+def replace_adapters(
+    work: Path, base: Base, inputs: InputsByName, adapters: Mapping[str, Adapter], fp32: Mapping[str, Arrays], proof: Path
+) -> Manifest:
     """Puts ``adapters`` into the bundle that is being made in ``work``, those of the same name being replaced.
 
-    ``base``, ``fp32`` and ``proof``: as of ``record_adapters``, for the base and every adapter, new and old, all of which are held again.
+    ``base``, ``inputs``, ``fp32`` and ``proof``: as of ``record_adapters``, for the base and every adapter, new and old, all of which are
+    held again.
     Raises AdapterError for an adapter that needs an edit node which the graph lacks.
     """
     before = open_bundle(work)
     bundle = write_adapters(before, adapters)
     others = {name: bank_steerer(before, name) for name in before.adapter_names if name not in adapters}
-    record_adapters(bundle, base, steerers_of(adapters), fp32, proof, again=others)
+    record_adapters(bundle, base, inputs, steerers_of(adapters), fp32, proof, again=others)
     manifest = held(bundle, tuple(adapters)).manifest
     write_manifest(work, manifest)
     return manifest
 
 
-def stored_fp32_logits(bundle: Bundle) -> dict[str, np.ndarray]:
-    """The float32 model's logits that a quantized bundle was made with: of the base, and of every adapter as it was before any refit."""
+def stored_fp32(bundle: Bundle) -> dict[str, Arrays]:
+    """What the float32 model said when a quantized bundle was made: with every adapter as it was before any refit, and without."""
     golden = {name: bundle.golden(name) for name in bundle.adapter_names}
-    fp32 = {name: arrays["fp32_logits"] for name, arrays in golden.items()}
-    for arrays in golden.values():
-        fp32[BASE_GOLDEN] = arrays["fp32_base_logits"]
-    return fp32
+    return {name: {key: value for key, value in arrays.items() if key.startswith("fp32_")} for name, arrays in golden.items()}

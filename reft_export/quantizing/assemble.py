@@ -30,8 +30,8 @@ from reft_export.evaluation.quantization_report import Measurements, variant_nam
 from reft_export.folding.foreign_base import check_weights_known, completed
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_logits, record_quantized
-from reft_export.parity.ladder import check_same_base, made_from, stored_inputs
+from reft_export.parity.golden import fp32_answers, record_quantized
+from reft_export.parity.ladder import check_same_base, known_inputs, made_from, stored_inputs
 from reft_export.parity.quality import hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
@@ -39,7 +39,6 @@ from reft_export.quantizing.refit import plan_refit
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, check_bundle
 from runtimes.artifacts.bundle import (
-    BASE_GOLDEN,
     DATA_FILE,
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
@@ -106,8 +105,9 @@ def planned(
     check_recorded(bundle, graph)
     untie_head(graph.graph)
     check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
-    if request is None:
+    if settings.kind.activations != "static":
         return Plan(bundle=bundle, model=model, settings=settings)
+    request = request or CalibrationRequest()  # the probes
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
 
@@ -164,18 +164,19 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     that this may take. The model is loaded again for its second turn; no model is left when this returns.
     """
     bundle, settings = plan.bundle, plan.settings
-    steerers, inputs = _steerers(bundle), stored_inputs(bundle)
+    steerers = _steerers(bundle)
     report(f"loading {described(plan.model)}")
     base = load_base(plan.model)
     check_same_base(bundle, base, plan.model)
     if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
         copy_tokenizer(base.folder, base.tokenizer, work)
     report("recording what the float32 model says")
-    fp32 = fp32_logits(base.model, inputs, steerers)
+    inputs = known_inputs(bundle, base)
+    fp32 = fp32_answers(base.model, inputs, steerers)
     graph, chosen = load_graph(bundle.graph_path), ""
     if plan.mixed is not None:
         report("measuring what each weight costs in int4")
-        rows = rows_of(dict.fromkeys((BASE_GOLDEN, *steerers), inputs.arrays), steerers)
+        rows = rows_of({name: each.arrays for name, each in inputs.items()}, steerers)
         settings, chosen = mixed(base.model, graph, bundle.manifest.weights, settings, rows, plan.mixed)
     del base
     give_back()

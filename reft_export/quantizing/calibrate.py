@@ -1,4 +1,4 @@
-"""Activation ranges for a bundle: from prompts, run with the edits on, or from the calibration file of an earlier run.
+"""Activation ranges for a bundle: from prompts (the adapters' probes, or a file's), run with the edits on, or from an earlier run's file.
 
 The file lies beside the output, ``<output>.calibration``: an interrupted run goes on from it, and ``--ranges`` uses it again. With it go
 ``<output>.calibration.json`` and ``.png``: how the steered ranges differ from those of the base alone.
@@ -6,6 +6,8 @@ The file lies beside the output, ``<output>.calibration``: an interrupted run go
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,8 @@ from reft_export.console import count
 from reft_export.parity.changed_bundle import variant
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.calibration_report import write_report
-from reft_export.quantizing.settings import ONE_SOURCE, CalibrationRequest
+from reft_export.quantizing.settings import CalibrationRequest
+from reft_export.tasks.probe_rows import probe_rows, probe_texts
 from reft_export.training.data import iter_examples
 from reft_export.training.labelled_data import load_labelled
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord, Manifest
@@ -101,19 +104,22 @@ def banks_digest(bundle: Bundle, name: str) -> str:
 
 
 def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequest, report: Report) -> Collected:
-    if request.data is not None:
-        return _calibrated(bundle, model, request.data, request, state, report)
     if request.ranges is not None:
         return reusable(load_collected(request.ranges), request.ranges, bundle)
-    raise CalibrationError(ONE_SOURCE)
+    return _calibrated(bundle, model, request, state, report)
 
 
-def _calibrated(bundle: Bundle, model: str, data: Path, request: CalibrationRequest, state: Path, report: Report) -> Collected:
-    """Ranges of the prompts in ``data``, run by the base and with every adapter; ``state`` keeps them, and what an earlier run left."""
-    report(f"reading {data}")
+def _calibrated(bundle: Bundle, model: str, request: CalibrationRequest, state: Path, report: Report) -> Collected:
+    """Ranges of the request's prompts, or of the probes, run by the base and with every adapter; ``state`` keeps them, and what an earlier
+    run left."""
+    report("reading the adapters' probes" if request.data is None else f"reading {request.data}")
     base = outline_base(model)
     check_same_base(bundle, base, model)
-    prompts, decode_tokens = _prompts(bundle.manifest, data, load_tokenizer(base.folder), request.decode_tokens)
+    if request.data is None:
+        prompts, decode_tokens, digest = _probes(bundle, request.decode_tokens)
+    else:
+        prompts, decode_tokens = _prompts(bundle.manifest, request.data, load_tokenizer(base.folder), request.decode_tokens)
+        digest = ""
     try:
         number = sum(1 for _ in prompts())
     except InputError as e:
@@ -124,7 +130,7 @@ def _calibrated(bundle: Bundle, model: str, data: Path, request: CalibrationRequ
     header = Header(
         graph=bundle.digest,
         adapters={name: banks_digest(bundle, name) for name in asked},
-        data=sha256_of(data),
+        data=digest if request.data is None else sha256_of(request.data),
         decode_tokens=decode_tokens,
         sources=(BASE_GOLDEN, *asked),
         tensors=product_inputs(load_graph(bundle.graph_path), experts),
@@ -148,6 +154,20 @@ def _prompts(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase, decode
     if m.task == TEXT_CLASSIFICATION:
         return partial(_texts, m, data, tokenizer), 0
     return partial(_prompt_tokens, m, data, tokenizer, m.model.context_length - decode_tokens), decode_tokens
+
+
+def _probes(bundle: Bundle, decode_tokens: int) -> tuple[Callable[[], Iterator[Prompt]], int, str]:
+    """(what gives the prompts of all adapters' probes, greedy tokens after each, sha256 of them). A prompt that leaves no room for those
+    tokens is left out. Raises CalibrationError where none is left."""
+    texts = [text for name in bundle.adapter_names for text, _ in probe_texts(bundle, name)]
+    room = bundle.manifest.model.context_length - decode_tokens
+    rows = [row.prompt for name in bundle.adapter_names for row in probe_rows(bundle, name) if row.prompt_length <= room]
+    found: list[Prompt] = [*texts, *rows]
+    if not found:
+        raise CalibrationError(f"{bundle.folder} has no probes that could be calibrated on; pass --calibrate DATA.jsonl")
+    tokens = [[*text.ids, *text.types] for text in texts] + rows
+    digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    return partial(iter, found), 0 if texts else decode_tokens, digest
 
 
 def _texts(m: Manifest, data: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:

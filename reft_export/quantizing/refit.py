@@ -38,7 +38,7 @@ from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.settings import RefitSettings
-from reft_export.training.data import Example, collate, iter_examples, load_data
+from reft_export.training.data import Data, Example, collate, iter_examples, load_data
 from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainingInterrupted
@@ -104,7 +104,13 @@ def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path
     beside = output.with_name(f"{output.name}.adapters") if settings.output is None else settings.output
     folders = {name: beside / name for name in sources}
     for folder in folders.values():
-        check_destination(folder, force=force, inputs=[*settings.sources, settings.data, bundle.folder])
+        check_destination(folder, force=force, inputs=[*settings.sources, *([settings.data] if settings.data else []), bundle.folder])
+    if settings.data is None:
+        if without := [name for name, adapter in sources.items() if not adapter.probes]:
+            raise AdapterError(
+                f"adapter {without[0]} has no probes to refit it on; give it some (`reft-export import --probes`), or a file to --refit"
+            )
+        return RefitPlan(settings=settings, sources=sources, folders=folders)
     known = bundle.manifest.model
     tokenizer = load_tokenizer(base_folder(model))
     for _ in iter_examples(settings.data, tokenizer, max_length=known.context_length, stop_tokens=known.eos_token_ids):
@@ -167,12 +173,13 @@ def _refit(
         device="cpu",
         max_length=min(context_of(base), bundle.manifest.model.context_length),
     )
-    examples = read_examples(base, settings.data, run)
+    data = [dict(probe) for probe in adapter.probes] if settings.data is None else settings.data
+    examples = read_examples(base, data, run)
     with tempfile.TemporaryDirectory() as folder:
         try:
             trained = train(
                 base,
-                settings.data,
+                data,
                 run,
                 Path(folder) / name,
                 start=adapter,
@@ -195,7 +202,7 @@ def _show_step(report: Report, name: str, step: int, total: int, loss: float, _:
     count(report, f"refitting {name}, step {step}/{total}, loss {loss:.3f}", step, total)
 
 
-def read_examples(base: Base, data: Path, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
+def read_examples(base: Base, data: Data, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
     """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
     length = run.max_length or context_of(base)
     return load_data(data, tokenizer_of(base), max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples

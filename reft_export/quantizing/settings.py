@@ -10,11 +10,12 @@ from calibration.observers import Observer
 from calibration.settings import SCHEMES, QuantizationSettings, check_source
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.parity.quality import QualityGate
+from reft_export.tasks.probe_rows import probe_rows, probe_texts
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import CalibrationError, InputError
 
-ONE_SOURCE = "pass --calibrate DATA.jsonl or --ranges FILE, one of the two"
+ONE_SOURCE = "pass --calibrate DATA.jsonl or --ranges FILE, not both; neither is the probes of the bundle's adapters"
 OBJECTIVES = ("teacher", "data")
 REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-lr; or the quantization itself, without --refit"
 """Where a refitted bundle misses its budget."""
@@ -22,7 +23,7 @@ REMEDY = "a refit that goes too far: try fewer --refit-steps or a lower --refit-
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRequest:
-    """``data``: prompts to run, in the form of training data; ``ranges``: the file of an earlier run. Exactly one of the two.
+    """``data``: prompts to run, in the form of training data; ``ranges``: the file of an earlier run. Neither: the adapters' own probes.
 
     ``mixture``: how much the base and each adapter count; empty is all alike. ``decode_tokens``: greedy tokens after each prompt.
     """
@@ -34,17 +35,21 @@ class CalibrationRequest:
     decode_tokens: int = 16
 
     def __post_init__(self) -> None:
-        if (self.data is None) == (self.ranges is None):
+        if self.data is not None and self.ranges is not None:
             raise CalibrationError(ONE_SOURCE)
         if not 0 <= self.decode_tokens <= 1024:
             raise CalibrationError(f"--decode-tokens {self.decode_tokens}: expected 0 to 1024")
 
+    @property
+    def of_probes(self) -> bool:
+        return self.data is None and self.ranges is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefitSettings:
-    """``sources``: folders of the adapters to refit; ``data``: JSONL as for training."""
+    """``sources``: folders of the adapters to refit; ``data``: JSONL as for training; None: each adapter's own probes."""
 
-    data: Path
+    data: Path | None
     sources: tuple[Path, ...]
     steps: int = 40
     lr: float = 1e-3
@@ -97,10 +102,10 @@ def check_bundle(bundle: Bundle, settings: QuantizationSettings, request: Calibr
 def check_request(request: CalibrationRequest | None, settings: QuantizationSettings, bundle: Bundle) -> None:
     """Raises CalibrationError where a scheme needs ranges and gets none, or takes none and gets some, and for an unknown source."""
     static = settings.kind.activations == "static"
-    if static and request is None:
+    if static and (request is None or request.of_probes) and not has_probes(bundle):
         raise CalibrationError(
-            f"--scheme {settings.scheme} fixes the ranges of activations; pass --calibrate DATA.jsonl (prompts to measure them on), "
-            "or --ranges of an earlier run"
+            f"--scheme {settings.scheme} fixes the ranges of activations, and {bundle.folder} has no adapter with probes to measure "
+            "them on; pass --calibrate DATA.jsonl, or --ranges of an earlier run"
         )
     if request is None:
         return
@@ -115,6 +120,10 @@ def check_request(request: CalibrationRequest | None, settings: QuantizationSett
             raise CalibrationError(f"--mixture {name}={share:g}: a share is a number from 0 on")
     if request.mixture and not any(request.mixture.values()):
         raise CalibrationError("--mixture leaves nothing to calibrate on: every share is 0")
+
+
+def has_probes(bundle: Bundle) -> bool:
+    return any(probe_rows(bundle, name) or probe_texts(bundle, name) for name in bundle.adapter_names)
 
 
 def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:

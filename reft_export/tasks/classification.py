@@ -1,13 +1,13 @@
-"""A classifier's task. It is recorded on texts and pairs of texts, and the logits that eager PyTorch gives them.
+"""A classifier's task. It is recorded on texts and pairs of texts, an adapter's probes first, and the logits that eager PyTorch gives them.
 
 The arrays are the CLASSIFIER ones of runtimes/artifacts/golden_schema.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from reft_export.base.classifiers import context_of, takes_token_types
 from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import InputError
+from runtimes.parity.figures import Figures, compare
 from runtimes.session import Session, as_classifier
-from runtimes.text.encoded_text import EncodedText, padded
+from runtimes.text.encoded_text import EncodedText, padded, rows_of
 
 if TYPE_CHECKING:  # what the task refuses is said before torch is loaded
     import onnx_ir as ir
@@ -39,20 +40,33 @@ TEXTS = (
 """Each alone and in a pair with every other: so many that one text between two labels does not decide a top-1 agreement of 0.98."""
 RANDOM_LENGTHS = range(3, 35)
 """Of the texts of a base without a tokenizer."""
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+Arrays = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ClassifierInputs:
-    """Right-padded texts, int64 [B, S]; the same for the base and every adapter."""
+    """Right-padded texts, int64 [B, S]. ``targets`` [B]: of an adapter with probes their labels, -1 behind them."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     token_type_ids: np.ndarray
+    targets: np.ndarray | None = None
     task: ClassVar[str] = TEXT_CLASSIFICATION
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def for_adapters(self, model: PreTrainedModel) -> ClassifierInputs:
+        return self
+
+    def said(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
+        return {"logits": self.logits(model, steerer)}
+
+    def differs(self, model: PreTrainedModel, steerer: Steerer | None, said: Mapping[str, np.ndarray]) -> Figures:
+        """Of what the model says now, against what was ``said``."""
+        return compare(self.logits(model, steerer), said["logits"])
 
     def logits(self, model: PreTrainedModel, steerer: Steerer | None = None) -> np.ndarray:
         """Logits [B, labels] float32, in one padded batch."""
@@ -63,9 +77,6 @@ class ClassifierInputs:
         tensors = (torch.from_numpy(x) for x in (self.input_ids, self.attention_mask, self.token_type_ids))
         with torch.no_grad(), steering_of(model, steerer):
             return model(**model_inputs(model, *tensors)).logits.float().cpu().numpy()
-
-    def answers(self, model: PreTrainedModel, steerers: Mapping[str, Steerer | None]) -> dict[str, dict[str, np.ndarray]]:
-        return {name: {} for name in steerers}
 
     def rows(self) -> Iterator[ClassifierRow]:
         for number, real in enumerate(self.attention_mask > 0):
@@ -104,8 +115,19 @@ class Classification:
     def inputs(self, base: Base) -> ClassifierInputs:
         return classifier_inputs(base.model, base.tokenizer)
 
+    def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: ClassifierInputs) -> ClassifierInputs:
+        """The adapter's texts, and behind them as many of the base's as make one wrong label in all no more than in the base's alone."""
+        texts = rows_of(of_base.input_ids, of_base.attention_mask, of_base.token_type_ids)
+        rows = [*(each.text for each in examples), *texts[len(examples) :]]
+        inputs = padded(rows, model.config.pad_token_id or 0)
+        targets = np.array([*(each.label for each in examples), *[-1] * (len(rows) - len(examples))], np.int64)
+        return ClassifierInputs(**dict(zip(INPUTS, inputs, strict=True)), targets=targets)
+
     def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> ClassifierInputs:
-        return ClassifierInputs(**{field.name: arrays[field.name] for field in fields(ClassifierInputs)})
+        return ClassifierInputs(**{field.name: arrays[field.name] for field in fields(ClassifierInputs) if field.name in arrays})
+
+    def answers(self, model: PreTrainedModel, asked: Mapping[str, tuple[ClassifierInputs, Steerer | None]]) -> dict[str, Arrays]:
+        return {name: {} for name in asked}
 
     def check_settings(self, base: str, *, exporter: str, logits: str) -> None:
         if (exporter, logits) != ("dynamo", "all"):
@@ -133,7 +155,7 @@ def classifier_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     else:
         pairs = [(text, pair) for text in TEXTS for pair in (None, *TEXTS) if pair != text]
         texts = [encode(tokenizer, text, pair, room, "the base's context")[0] for text, pair in pairs]
-    return ClassifierInputs(**dict(zip((field.name for field in fields(ClassifierInputs)), padded(texts, pad), strict=True)))
+    return ClassifierInputs(**dict(zip(INPUTS, padded(texts, pad), strict=True)))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, where: str) -> tuple[EncodedText, bool]:

@@ -6,14 +6,15 @@ them. The graph's route is that of exporting/routes.py; the device's half is run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from reft_export.tasks.classification import Classification
 from reft_export.tasks.generation import Generation
 from runtimes.artifacts.ort_adapter_file import Tensor
+from runtimes.parity.figures import Figures
 from runtimes.session import Session
 
 if TYPE_CHECKING:  # what a task refuses, and what it would do, is said before torch is loaded
@@ -41,7 +42,7 @@ class Row(Protocol):
 
 
 class Inputs(Protocol):
-    """What a base is recorded on; the same for the base and every adapter."""
+    """What a base or an adapter is recorded on."""
 
     task: ClassVar[str]
 
@@ -50,15 +51,21 @@ class Inputs(Protocol):
         """By the names of runtimes/artifacts/golden_schema.py."""
         ...
 
-    def logits(self, model: PreTrainedModel, steerer: Steerer | None = None) -> np.ndarray:
-        """Float32 [recorded positions, V] or [B, labels], from one full forward."""
+    def for_adapters(self, model: PreTrainedModel) -> Inputs:
+        """Of the base's: what adapters without probes are recorded on."""
         ...
 
-    def answers(self, model: PreTrainedModel, steerers: Mapping[str, Steerer | None]) -> dict[str, dict[str, np.ndarray]]:
-        """By name what is recorded beside the logits: a decoder's greedy tokens."""
+    def said(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
+        """What the model answers, by the names of golden_schema.py without what tells KINDS apart."""
         ...
 
-    def rows(self) -> Iterator[Row]: ...
+    def differs(self, model: PreTrainedModel, steerer: Steerer | None, said: Mapping[str, np.ndarray]) -> Figures:
+        """Of what the model says now, against what was ``said``."""
+        ...
+
+    def rows(self) -> Iterator[Row]:
+        """Those that are fed in every way."""
+        ...
 
 
 class Task(Protocol):
@@ -72,7 +79,17 @@ class Task(Protocol):
     no_genai: str
     """Why onnxruntime-genai opens none of its bundles; empty where it may."""
 
-    def inputs(self, base: Base) -> Inputs: ...
+    def inputs(self, base: Base) -> Inputs:
+        """The base's."""
+        ...
+
+    def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: Any) -> Inputs:
+        """Those of an adapter with probes: ``examples`` as its training reads them; ``of_base``: ``inputs`` of the same model."""
+        ...
+
+    def answers(self, model: PreTrainedModel, asked: Mapping[str, tuple[Any, Steerer | None]]) -> dict[str, dict[str, np.ndarray]]:
+        """By name what is recorded of its inputs beside what ``said`` gives: a decoder's greedy tokens."""
+        ...
 
     def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> Inputs:
         """Those that golden arrays were recorded on."""
@@ -97,4 +114,4 @@ class Task(Protocol):
 
 GENERATION: Task = Generation()
 CLASSIFICATION: Task = Classification()
-TASKS = {task.name: task for task in (GENERATION, CLASSIFICATION)}
+TASKS: Mapping[str, Task] = {task.name: task for task in (GENERATION, CLASSIFICATION)}

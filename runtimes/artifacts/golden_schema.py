@@ -3,12 +3,17 @@
 One npz per name, "base" and every adapter: inputs, and what the eager model answered to them, recorded on the host so that a device can
 check itself without PyTorch. LAYOUTS below are the format, by task. A letter in a shape is a size that all arrays of a file share:
 
-    B rows    S columns    K recorded positions    G greedy tokens    V the model's vocabulary    L a classifier's labels
-    T tokens of all rows' completions, one row behind the other
+    B rows    S columns    R rows that are continued    G greedy tokens    K recorded positions    T tokens of all rows' completions
+    C columns of the vocabulary at a position    M likeliest tokens there    V the model's vocabulary    L a classifier's labels
 
-Rows are right padded. A decoder's are prompts, each followed by the first tokens of the base's greedy continuation. Of an adapter with
-probes they are its probes, each prompt followed by its completion: there ``log_probabilities`` tell, for every token of a completion, what
-it had after all tokens before it (a classifier: ``targets``, the labels of its probes).
+Rows are right padded. A decoder's are prompts, each followed by a completion: of an adapter with probes its probes and theirs, else the
+first tokens of the base's greedy continuation. The first R are fed in every way, and have all positions whose logits are recorded.
+
+Logits [K, V] of a real vocabulary would be larger than the adapter: a file holds a seeded random sample of the columns, other ones at every
+position, which is an unbiased sample of all values, so that errors and the steering's cosine and norm are taken over it; beside it each
+position's likeliest tokens and the log of the sum of all exponentials (``logsumexp``), which top-1 and KL need. All columns together are
+the whole vocabulary several times, or as much of it as fits. ``log_probabilities`` are of every token of a completion after all before it,
+one row behind the other, of adapters with probes; a classifier has ``targets``, the labels of its probes.
 
 Logits are those of the eager model with the weights that the bundle ships, so that export errors show alone; the fp32 ones are of the
 float32 model before any quantization or rounding, and delta parity is measured against them, so that it says what quantization left of
@@ -39,6 +44,9 @@ UNREADABLE = (
 )  # fmt: skip
 """What zipfile and numpy raise over a file that is none of theirs: headers are Python literals, which numpy parses."""
 
+OLDER = "logit_columns"
+"""Which files of earlier versions lack."""
+
 ALWAYS, ADAPTERS, FLOAT32, NOISE = "always", "adapters", "adapters, of a bundle that is not float32", "where activations are quantized"
 PROBES, FLOAT32_PROBES = "adapters with probes", "adapters with probes, of a bundle that is not float32"
 """When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise."""
@@ -63,16 +71,36 @@ _NOISE = GoldenArray(
 )  # fmt: skip
 
 
-def _logits(rows: str, width: str) -> tuple[GoldenArray, ...]:
-    kinds = {
-        "logits": (ALWAYS, "of this name"),
-        "base_logits": (ADAPTERS, "the base's, on the same inputs"),
-        "fp32_logits": (FLOAT32, "of this name, by the float32 model"),
-        "fp32_base_logits": (FLOAT32, "the base's, by the float32 model"),
-    }
+OF_THIS, OF_BASE = "of this name", "the base's, on the same inputs"
+KINDS = {
+    "": (ALWAYS, OF_THIS),
+    "base_": (ADAPTERS, OF_BASE),
+    "fp32_": (FLOAT32, f"{OF_THIS}, by the float32 model"),
+    "fp32_base_": (FLOAT32, f"{OF_BASE}, by the float32 model"),
+}
+"""Whose answers an array holds, by what its name begins with: when it is there, and in words."""
+
+
+def _logits(rows: str, width: str, what: str = "") -> tuple[GoldenArray, ...]:
     return tuple(
-        GoldenArray(name=name, dtype="float32", shape=(rows, width), when=when, holds=holds) for name, (when, holds) in kinds.items()
+        GoldenArray(name=f"{kind}logits", dtype="float32", shape=(rows, width), when=when, holds=f"{what}{holds}")
+        for kind, (when, holds) in KINDS.items()
     )
+
+
+def _sampled_logits() -> tuple[GoldenArray, ...]:
+    """At every position those of the sampled columns; and, for what is compared token by token, of the likeliest tokens and all."""
+    arrays = list(_logits("K", "C"))
+    for kind in ("", "fp32_"):
+        when, holds = KINDS[kind]
+        arrays += (
+            _integers(f"{kind}best_tokens", ("K", "M"), 0, "V", f"the likeliest tokens, the best first, {holds}", when),
+            GoldenArray(name=f"{kind}best_logits", dtype="float32", shape=("K", "M"), when=when, holds=f"their logits, {holds}"),
+            GoldenArray(
+                name=f"{kind}logsumexp", dtype="float64", shape=("K",), when=when, holds=f"log of sum exp of all V logits, {holds}"
+            ),
+        )
+    return tuple(arrays)
 
 
 def _log_probabilities() -> tuple[GoldenArray, ...]:
@@ -105,12 +133,13 @@ class GoldenLayout:
 
 
 DECODER = (
-    _integers("input_ids", ("B", "S"), 0, "V", "a prompt and the first tokens of the base's greedy continuation"),
+    _integers("input_ids", ("B", "S"), 0, "V", "a prompt and its completion"),
     _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
-    _integers("prompt_length", ("B",), 1, "S", "tokens of each prompt; at least one of the continuation follows"),
+    _integers("prompt_length", ("B",), 1, "S", "tokens of each prompt; at least one of the completion follows"),
     _integers("logit_positions", ("K", 2), 0, math.inf, "(row, column) of the recorded logits, each once, on tokens, one behind a prompt"),
-    _integers("greedy_tokens", ("B", "G"), -1, "V", "each prompt's greedy continuation under this name, end tokens ignored; -1 behind it"),
-    *_logits("K", "V"),
+    _integers("logit_columns", ("K", "C"), 0, "V", "the columns of the vocabulary that are recorded there, ascending"),
+    _integers("greedy_tokens", ("R", "G"), -1, "V", "the first R prompts' greedy continuations, end tokens ignored; -1 behind them"),
+    *_sampled_logits(),
     *_log_probabilities(),
     _NOISE,
 )
@@ -169,11 +198,13 @@ class GoldenSchema:
     def check_headers(self, headers: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Raises GoldenError unless names, dtypes and shapes are the table's, and sizes agree; needs no values."""
         table = self.table
+        if OLDER in set(table) - set(headers) and "logits" in headers and headers["logits"][1][1:] == (self.vocabulary,):
+            raise GoldenError("is of an older version, which held the logits of the whole vocabulary")
         if missing := sorted(self.required_with(headers) - set(headers)):
             raise GoldenError(f"lacks {missing}")
         if unknown := sorted(set(headers) - set(table)):
             raise GoldenError(f"holds {unknown}, which no golden arrays of this kind have")
-        sizes: dict[str, int] = {"V": self.vocabulary, "L": self.labels}
+        sizes: dict[str, int] = {"L": self.labels}
         for name, array in table.items():
             if name not in headers:
                 continue
@@ -224,13 +255,15 @@ def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
     """A decoder's arrays against one another."""
     prompt, positions, greedy = (arrays[name] for name in ("prompt_length", "logit_positions", "greedy_tokens"))
     if (prompt >= lengths).any():
-        raise GoldenError("has a prompt_length that leaves no token of its row's continuation")
+        raise GoldenError("has a prompt_length that leaves no token of its row's completion")
     said, tokens = arrays.get("log_probabilities"), int((lengths - prompt).sum())
     if said is not None and len(said) != tokens:
         raise GoldenError(f"has {len(said)} log_probabilities, and its completions are {tokens} tokens")
+    if len(greedy) > len(lengths):
+        raise GoldenError(f"has greedy_tokens of {len(greedy)} rows, and there are {len(lengths)}")
     rows, columns = positions.T
-    if rows.max() >= len(lengths) or (columns >= lengths[rows]).any():
-        raise GoldenError("has logit_positions that are no token's")
+    if rows.max() >= len(greedy) or (columns >= lengths[rows]).any():
+        raise GoldenError("has logit_positions that are no token's of a row with greedy_tokens")
     if len(np.unique(positions, axis=0)) != len(positions):
         raise GoldenError("has logit_positions twice")
     if not (columns >= prompt[rows]).any():
@@ -238,6 +271,23 @@ def _check_rows(arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> None:
     ended = greedy < 0
     if ended[:, 0].any() or (ended[:, :-1] & ~ended[:, 1:]).any():
         raise GoldenError("has greedy_tokens with a row that is empty, or goes on after its end")
+    if (np.diff(arrays["logit_columns"], axis=1) <= 0).any():
+        raise GoldenError("has logit_columns that do not ascend")
+    for kind in ("", "fp32_"):
+        if f"{kind}best_tokens" in arrays:
+            _check_best(kind, *(arrays[f"{kind}{name}"] for name in ("best_tokens", "best_logits", "logsumexp", "logits")))
+
+
+def _check_best(kind: str, tokens: np.ndarray, best: np.ndarray, logsumexp: np.ndarray, logits: np.ndarray) -> None:
+    """The likeliest tokens and their logits [K, M] against each other, and against all that is known of the rest."""
+    if (np.diff(np.sort(tokens, 1), axis=1) == 0).any():
+        raise GoldenError(f"has {kind}best_tokens with one twice")
+    if (np.diff(best, axis=1) > 0).any():
+        raise GoldenError(f"has {kind}best_logits that ascend")
+    if (logits.max(1) > best[:, 0]).any():
+        raise GoldenError(f"has {kind}logits above those of its likeliest token")
+    if (logsumexp < best[:, 0] - 1e-4 * np.abs(best[:, 0])).any():
+        raise GoldenError(f"has {kind}logsumexp below the logit of its likeliest token")
 
 
 LAYOUTS = {TEXT_GENERATION: GoldenLayout(arrays=DECODER, check_rows=_check_rows), TEXT_CLASSIFICATION: GoldenLayout(arrays=CLASSIFIER)}

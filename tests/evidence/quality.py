@@ -187,7 +187,7 @@ def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, 
     untie_head(graph.graph)
     sources, path = bundle.manifest.weights, memory / f"sensitivities-{settings.block_size}.json"
     if not path.is_file():
-        rows = rows_of({BASE_GOLDEN: stored_inputs(bundle).arrays}, {})
+        rows = rows_of({BASE_GOLDEN: stored_inputs(bundle)[BASE_GOLDEN].arrays}, {})
         path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows)))
     chosen = choose_int8(json.loads(path.read_text()), sizes(graph.graph, settings, (), sources), budget)
     return replace(settings, int8=chosen)

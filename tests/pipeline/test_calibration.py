@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_any_work(float_bundle, prompts_file, tmp_pa
     refused("long.jsonl:1: the prompt has 600 tokens", data=long)
     refused("is not a file", data=tmp_path / "none.jsonl")
     refused("is not a calibration file", ranges=prompts_file)
-    refused("one of the two", data=prompts_file, ranges=prompts_file)
+    refused("not both", data=prompts_file, ranges=prompts_file)
     refused("--mixture names 'pirate'", data=prompts_file, mixture={"pirate": 1})
     refused("a share is a number from 0 on", data=prompts_file, mixture={"untied": float("nan")})
     refused("every share is 0", data=prompts_file, mixture={"base": 0})

@@ -80,7 +80,7 @@ def made() -> Callable[..., tuple[Bundle, Path, dict[str, Path]]]:
 
 
 def session_logits(bundle: Bundle, name: str | None) -> np.ndarray:
-    inputs = stored_inputs(bundle)
+    inputs = stored_inputs(bundle)["base"]
     session = OrtClassifier(bundle, threads=1, adapter=name)
     return session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
 
@@ -107,7 +107,7 @@ def test_every_way_to_feed_the_texts_is_exact(made) -> None:
 
 def test_an_adapter_swaps_its_head_too(made) -> None:
     bundle, base_folder, folders = made()
-    base, inputs = load_base(base_folder), stored_inputs(bundle)
+    base, inputs = load_base(base_folder), stored_inputs(bundle)["base"]
     plain = inputs.logits(base.model)
     scale = np.abs(plain).max()
     for name, folder in folders.items():
@@ -128,7 +128,7 @@ def test_an_adapter_is_added_with_its_head(made, tmp_path) -> None:
     for options in ({}, {"model": str(base_folder)}):
         result = add_adapter(bundle.folder, [tmp_path / "late"], output=tmp_path / "b", force=True, report=quiet, **options)
         assert result.parity is None or result.parity.passed
-        added, inputs = open_bundle(tmp_path / "b"), stored_inputs(bundle)
+        added, inputs = open_bundle(tmp_path / "b"), stored_inputs(bundle)["base"]
         with steered(base.model, load_adapter(tmp_path / "late")):
             wanted = inputs.logits(base.model)
         assert np.abs(session_logits(added, "late") - wanted).max() <= 2e-5 * np.abs(wanted).max()
@@ -141,7 +141,7 @@ def test_an_adapter_is_added_with_its_head(made, tmp_path) -> None:
 
 def test_without_an_adapter_the_bundle_is_the_base_again(made) -> None:
     bundle, _, _ = made()
-    inputs = stored_inputs(bundle)
+    inputs = stored_inputs(bundle)["base"]
     session = OrtClassifier(bundle, threads=1)
     before = session.classify(inputs.input_ids, inputs.attention_mask, inputs.token_type_ids).logits
     session.set_adapter("untied")
@@ -462,7 +462,7 @@ def test_red_trained_with_its_head_beside_another_adapter(made, tmp_path: Path) 
         code, out, _ = invoke("parity", tmp_path / "b", *more, "--json")
         assert code == 0 and json.loads(out)["passed"]
     bundle, base = open_bundle(tmp_path / "b"), load_base(base_folder)
-    inputs = stored_inputs(bundle)
+    inputs = stored_inputs(bundle)["base"]
     plain = inputs.logits(base.model)
     session = OrtClassifier(bundle, threads=1)
     for name, folder in (("red", tmp_path / "red"), (None, None), ("untied", folders["untied"]), ("red", tmp_path / "red")):

@@ -490,6 +490,9 @@ def test_bundles_that_are_files_or_nothing(stage) -> None:
     refused(stage, command(stage, "inspect", graph=stage.root), "is not an adapter folder")
 
 
+AT_POSITIONS = ("logit_positions", "logit_columns", "logits", "base_logits", "best_tokens", "best_logits", "logsumexp")
+
+
 def _golden(**changes: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
     """Arrays of the adapter as somebody changed them, sealed by their hash again."""
 
@@ -504,7 +507,7 @@ def _golden(**changes: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], o
 
 
 PARITY = {
-    "no position": (_golden(**dict.fromkeys(("logit_positions", "logits", "base_logits"), lambda a: a[:0])), "nothing to compare"),
+    "no position": (_golden(**dict.fromkeys(AT_POSITIONS, lambda a: a[:0])), "nothing to compare"),
     "positions that are no token's": (_golden(logit_positions=lambda a: a + 1000), "logit_positions that are no token's"),
     "negative tokens": (_golden(input_ids=lambda a: -a), "values in input_ids from -"),
     "no greedy token": (_golden(greedy_tokens=lambda a: 0 * a - 1), "greedy_tokens with a row that is empty"),

@@ -21,7 +21,7 @@ def test_greedy_answers_are_those_of_the_steering(positions, tmp_path) -> None:
     save_adapter(adapter, tmp_path / "adapter")
     inputs = golden_inputs(base.model, PROMPTS, max_tokens=8)
     for folder, steerer in ((None, None), (tmp_path / "adapter", steerers_of({"a": adapter})["a"])):
-        wanted = eager_greedy(base.model, inputs, {"it": steerer}, max_tokens=8)["it"]
+        wanted = eager_greedy(base.model, {"it": (inputs, steerer)}, max_tokens=8)["it"]
         found = greedy(base.model, PROMPTS, 8, folder)
         assert all(list(f.tokens[: f.certain]) == w[: f.certain].tolist() for f, w in zip(found, wanted, strict=True))
         assert sum(f.certain for f in found) > 12

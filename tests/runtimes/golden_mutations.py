@@ -18,6 +18,11 @@ from runtimes.files.sealed import write_sealed
 Random = np.random.Generator
 Arrays = dict[str, np.ndarray]
 Manifest = dict
+KINDS = ("", "base_", "fp32_", "fp32_base_")
+AT_POSITIONS = {
+    *("logit_positions", "logit_columns"),
+    *(f"{kind}{name}" for kind in KINDS for name in ("logits", "best_tokens", "best_logits", "logsumexp")),
+}
 
 
 def _choose(random: Random, options: list) -> object:
@@ -60,7 +65,7 @@ def _empty(random: Random, arrays: Arrays) -> Arrays:
 
 def _empty_all(_: Random, arrays: Arrays) -> Arrays:
     """No position at all, consistently; of a classifier, no text."""
-    of = {"logits", "base_logits", "fp32_logits", "fp32_base_logits", "logit_positions"}
+    of = AT_POSITIONS
     return {n: a[:0] if n in of or "logit_positions" not in arrays and n != "noise" else a for n, a in arrays.items()}
 
 
@@ -111,14 +116,29 @@ def _noise(random: Random, arrays: Arrays) -> Arrays:
 def _few_positions(random: Random, arrays: Arrays) -> Arrays:
     """Some of the positions, and their logits: right, and less."""
     rows = random.permutation(len(arrays["logits"]))[: random.integers(0, 4)]
-    of = {"logits", "base_logits", "fp32_logits", "fp32_base_logits", "logit_positions"}
+    of = AT_POSITIONS
     return {n: a[rows] if n in of or "logit_positions" not in arrays and n != "noise" else a for n, a in arrays.items()}
 
 
 def _perturb(random: Random, arrays: Arrays) -> Arrays:
-    name = str(_choose(random, [n for n in arrays if n.endswith("logits")]))
+    name = str(_choose(random, [n for n in arrays if n.endswith(("logits", "log_probabilities", "logsumexp"))]))
     scale = 10.0 ** random.uniform(-9, 1) * np.abs(arrays[name]).max(initial=0)
-    return arrays | {name: (arrays[name] + scale * random.standard_normal(arrays[name].shape)).astype(np.float32)}
+    noise = scale * random.standard_normal(arrays[name].shape)
+    noise = -np.abs(noise) if random.integers(2) else noise  # no logit rises above the likeliest, no probability above 1
+    return arrays | {name: (arrays[name] + noise).astype(arrays[name].dtype)}
+
+
+def _perturb_all(random: Random, arrays: Arrays) -> Arrays:
+    """Every logit moved alike, with what is known of their sums: nothing contradicts itself."""
+    move = 10.0 ** random.uniform(-9, 0)
+    names = [n for n in arrays if n.endswith(("logits", "logsumexp"))]
+    return arrays | {n: (arrays[n] + move).astype(arrays[n].dtype) for n in names}
+
+
+def _perturb_completions(random: Random, arrays: Arrays) -> Arrays:
+    """Less probable tokens, by any amount."""
+    move = 10.0 ** random.uniform(-7, 1)
+    return arrays | {n: a - np.float32(move) for n, a in arrays.items() if n.endswith("log_probabilities")}
 
 
 def _unsteered(_: Random, arrays: Arrays) -> Arrays:
@@ -168,7 +188,8 @@ def _none(_: Random, arrays: Arrays) -> Arrays:
 
 ARRAY_CHANGES: list[Callable[[Random, Arrays], Arrays]] = [
     _drop, _rename, _swap, _empty, _empty_all, _no_rows, _permute, _repeat, _truncate, _dtype, _value, _value, _value, _fill, _noise,
-    _few_positions, _few_positions, _perturb, _perturb, _unsteered, _no_greedy, _pads, _prompts, _positions, _objects, _more, _none,
+    _few_positions, _few_positions, _perturb, _perturb, _perturb, _unsteered, _no_greedy, _pads, _prompts, _positions, _objects, _more,
+    _none, *[_perturb_all] * 8, *[_perturb_completions] * 4,
 ]  # fmt: skip
 
 

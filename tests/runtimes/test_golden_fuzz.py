@@ -32,9 +32,10 @@ def _right(manifest: dict, arrays: dict[str, np.ndarray]) -> tuple[float, float]
     q = manifest["quantization"]
     if q is None:
         return 2e-5, 0.99999
-    if q["scheme"] == "weight-only" and q["accuracy_level"] != 4:
-        return 1e-4, 0.9
-    return 2e-2 + min(0.1, float(arrays.get("noise", [0])[0])), 0.9
+    noise = min(0.1, float(arrays.get("noise", [0])[0]))
+    if q["scheme"] == "weight-only":
+        return (0.25 + noise if q["accuracy_level"] == 4 else 1e-4), -1
+    return 2e-2 + noise, -1
 
 
 def _hold(candidate: np.ndarray, reference: np.ndarray, bound: float) -> None:
@@ -57,6 +58,12 @@ def _steering(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return arrays[f"{prefix}logits"].astype(np.float64) - arrays[f"{prefix}base_logits"]
 
 
+def _spoken(logits: np.ndarray, tokens: list[int], prompt: int) -> np.ndarray:
+    """log p of the tokens behind the prompt."""
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return log_p[np.arange(prompt - 1, len(tokens) - 1), tokens[prompt:]]
+
+
 def _hold_decoder(folder: Path, report: ParityReport) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in NAMES:
@@ -71,9 +78,17 @@ def _hold_decoder(folder: Path, report: ParityReport) -> None:
             return np.stack([whole[row][column] for row, column in positions])
 
         bound, lowest = _right(manifest, arrays)
-        _hold(true(adapter), arrays["logits"], bound)
+        said = true(adapter)
+        _hold(np.take_along_axis(said, arrays["logit_columns"], 1), arrays["logits"], bound)
+        _hold(np.take_along_axis(said, arrays["best_tokens"], 1), arrays["best_logits"], bound)
+        assert np.abs(np.log(np.exp(said).sum(1)) - arrays["logsumexp"]).max() <= 1.01 * bound * np.abs(arrays["best_logits"]).max()
+        if "log_probabilities" in arrays:
+            scale = max(np.abs(arrays["logits"]).max(), np.abs(arrays["best_logits"]).max())
+            spoken = [_spoken(DECODER.logits(tokens, adapter, prompt), tokens, prompt) for tokens, prompt in rows]
+            assert np.abs(np.concatenate(spoken) - arrays["log_probabilities"]).max() <= 2.02 * bound * scale
         if adapter is not None:
-            _hold_delta(true(adapter) - true(None), _steering(arrays), lowest)
+            moved = np.take_along_axis(said - true(None), arrays["logit_columns"], 1)
+            _hold_delta(moved, _steering(arrays), lowest)
         greedy = arrays["greedy_tokens"]
         assert (greedy >= 0).any(1).all()
         if bound <= 1e-4:
@@ -165,6 +180,6 @@ def test_nothing_passes_that_compared_nothing(tmp_path: Path, kind: str, first: 
             outcomes["passed" if report.passed else "missed"] += 1
         assert "\n" not in refusal and len(refusal) < 700, case
         if not refusal and report.passed:
-            assert all(r.figures.compared > 0 and r.budget.logits <= 0.12 for r in report.rungs), case
+            assert all(r.figures.compared > 0 and r.budget.logits <= 0.35 for r in report.rungs), case
             hold(tmp_path / "b", report)
     assert min(outcomes.values()) >= (last - first) // 50, outcomes

@@ -157,6 +157,8 @@ def test_a_right_bundle_passes(tmp_path: Path, precision: str, logits: str, slot
     names = [rung.name for rung in report.rungs]
     assert {n.split(":")[0] for n in names} == {"base", *ADAPTERS}
     kinds = {n.split(": ")[1] for n in names}
+    assert [n for n in names if n.endswith("completions")] == [f"{name}: completions" for name in ADAPTERS]
+    kinds.remove("completions")
     padded = {"left padding", "right padding"} if position_ids else set()
     assert kinds == {"full forward" if logits == "all" else "token by token"} | {
         "prefill and decode", "chunked prefill", "single rows", *padded,
@@ -205,7 +207,7 @@ def test_another_adapters_banks_fail_on_the_delta_too(tmp_path: Path) -> None:
     bundle = write_toy_bundle(tmp_path / "b")
     bundle.adapter("prompt").file.write_bytes(bundle.adapter("all").file.read_bytes())
     report = check_golden(bundle, OrtSession(bundle, threads=1))
-    assert len(failed(report)) == 6
+    assert len(failed(report)) == 7
     assert next(r for r in report.rungs if r.name == "prompt: full forward").delta.cosine < 0.9
 
 
@@ -251,10 +253,11 @@ def test_faults_of_the_cache_and_of_padding_are_found(bundle: Bundle, fault: str
 
 
 def test_deltas_are_held_to_the_float32_model_where_there_is_one(tmp_path: Path) -> None:
-    other = golden_arrays(ToyDecoder.random(5), "ends", ADAPTERS)["logits"]
+    other = golden_arrays(ToyDecoder.random(5), "ends", ADAPTERS, float32_arrays=True)
 
     def change(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return arrays | {"fp32_logits": other, "fp32_base_logits": arrays["base_logits"]}
+        fp32 = {n: a for n, a in other.items() if n.startswith("fp32_")}
+        return arrays | fp32 | {"fp32_base_logits": arrays["base_logits"]}
 
     bundle = regolden(write_toy_bundle(tmp_path / "b"), "ends", change)
     report = check_golden(bundle, OrtSession(bundle, threads=1))

@@ -214,8 +214,11 @@ ADAPTERS = {
 }
 
 
-def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], *, float32_arrays: bool = False) -> dict[str, np.ndarray]:
-    """What the host records of the eager model: here of the numpy decoder."""
+def golden_arrays(
+    decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], *, float32_arrays: bool = False, probes: bool = True
+) -> dict[str, np.ndarray]:
+    """What the host records of the eager model: here of the numpy decoder, all columns of its small vocabulary. ``probes``: the rows are
+    taken for probes of the adapters."""
     tokenizer = toy_tokenizer()
     prompts = [tokenizer.encode(p).ids for p in PROMPTS]
     rows = [p + decoder.greedy(p, 5) for p in prompts]
@@ -226,23 +229,40 @@ def golden_arrays(decoder: ToyDecoder, name: str, adapters: dict[str, Adapter], 
     positions = np.argwhere(mask > 0)[::2]
     adapter = adapters.get(name)
 
-    def recorded(adapter: Adapter | None) -> np.ndarray:
-        logits = [decoder.logits(row, adapter, len(p)) for row, p in zip(rows, prompts, strict=True)]
-        return np.stack([logits[r][c] for r, c in positions]).astype(np.float32)
+    def said(adapter: Adapter | None) -> dict[str, np.ndarray]:
+        whole = [decoder.logits(row, adapter, len(p)) for row, p in zip(rows, prompts, strict=True)]
+        logits = np.stack([whole[r][c] for r, c in positions])
+        best = np.argsort(-logits, 1)[:, :8]
+        answers = [x[len(p) - 1 : -1] - _logsumexp(x[len(p) - 1 : -1])[:, None] for x, p in zip(whole, prompts, strict=True)]
+        tokens = [x[np.arange(len(x)), r[-len(x) :]] for x, r in zip(answers, rows, strict=True)]
+        return {
+            "logits": logits.astype(np.float32),
+            "best_tokens": best,
+            "best_logits": np.take_along_axis(logits, best, 1).astype(np.float32),
+            "logsumexp": _logsumexp(logits),
+            "log_probabilities": np.concatenate(tokens).astype(np.float32),
+        }
 
     arrays = {
         "input_ids": ids,
         "attention_mask": mask,
         "prompt_length": np.array([len(p) for p in prompts]),
         "logit_positions": positions,
-        "logits": recorded(adapter),
+        "logit_columns": np.tile(np.arange(VOCABULARY), (len(positions), 1)),
         "greedy_tokens": np.array([decoder.greedy(p, 12, adapter) for p in prompts]),
+        **said(adapter),
     }
-    if adapter is None:
-        return arrays
-    arrays["base_logits"] = recorded(None)
-    # The decoder is float64: what it says is what any float type is held to.
-    return arrays | ({f"fp32_{n}": arrays[n] for n in ("logits", "base_logits")} if float32_arrays else {})
+    if adapter is not None:
+        base = said(None)
+        arrays |= {f"base_{n}": base[n] for n in ("logits", "log_probabilities")}
+        # The decoder is float64: what it says is what any float type is held to.
+        own = ("logits", "best_tokens", "best_logits", "logsumexp", "log_probabilities", "base_logits", "base_log_probabilities")
+        arrays |= {f"fp32_{n}": arrays[n] for n in own} if float32_arrays else {}
+    return {n: a for n, a in arrays.items() if not n.endswith("log_probabilities") or (probes and adapter is not None)}
+
+
+def _logsumexp(logits: np.ndarray) -> np.ndarray:
+    return np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
 
 
 def write_toy_bundle(

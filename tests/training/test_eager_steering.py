@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,15 +262,24 @@ def test_refused_forwards_and_adapters(llama: PreTrainedModel) -> None:
 def test_base_and_adapters_are_decoded_in_one_batch_as_alone(llama) -> None:
     """Prefix and suffix, all positions, and the base, whose prompts differ in length: each name's rows are its own."""
     ids, mask = pad_right([[5, 9, 17, 33, 65], [8, 6], [70, 71, 72, 12]])
-    inputs = GoldenInputs(input_ids=ids, attention_mask=mask, prompt_length=mask.sum(1), logit_positions=np.zeros((1, 2), np.int64))
+    inputs = GoldenInputs(
+        input_ids=ids,
+        attention_mask=mask,
+        prompt_length=mask.sum(1),
+        logit_positions=np.zeros((1, 2), np.int64),
+        logit_columns=np.zeros((1, 1), np.int64),
+        continued=3,
+    )
+    fewer = replace(inputs, input_ids=ids[::2], attention_mask=mask[::2], prompt_length=mask.sum(1)[::2], continued=1)
     ends, everywhere = PositionRule(first=1, last=1), EVERYWHERE
     adapters = {"ends": lobireft(Site(layer=0), rule=ends, size=3), "all": lobireft(Site(layer=1), rule=everywhere, size=3)}
     steerers = {"base": None, **steerers_of(adapters)}
-    together = eager_greedy(llama, inputs, steerers, max_tokens=12)
+    rows = {name: fewer if name == "ends" else inputs for name in steerers}
+    together = eager_greedy(llama, {name: (rows[name], steerer) for name, steerer in steerers.items()}, max_tokens=12)
     assert len({together[name].tobytes() for name in steerers}) == 3
     for name, steerer in steerers.items():
-        np.testing.assert_array_equal(together[name], eager_greedy(llama, inputs, {name: steerer}, max_tokens=12)[name])
-        for row, length in enumerate(inputs.prompt_length):
+        np.testing.assert_array_equal(together[name], eager_greedy(llama, {name: (rows[name], steerer)}, max_tokens=12)[name])
+        for row, length in enumerate(rows[name].prompt_length[: rows[name].continued]):
             prompt = torch.from_numpy(ids[row : row + 1, :length])
             with steering_of(llama, steerer) as handle:
                 assert greedy_tokens(llama, prompt, None, 12, steering=handle) == [together[name][row].tolist()]
