@@ -227,6 +227,8 @@ def print_parity(report: Any, *, title: str = "parity", full: bool = False, comp
         for row in rows:
             if row[header.index("result")] == "FAIL":
                 out.print(f"{escape(row[0])}: {escape(row[header.index('note')])}")
+    for each in report.quality:
+        out.print(str(each), markup=False)
     for note in report.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
 

@@ -191,6 +191,8 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
         return
     if result.parity is not None:
         print_parity(result.parity, title="parity against eager PyTorch")
+    for name, folder in result.refitted.items():
+        out.print(f"{name} was trained on the quantized weights, and is in the bundle so: {folder}", markup=False)
     if result.weight_errors:
         before, after = (sum(getattr(w, f) for w in result.weight_errors) for f in ("bytes_before", "bytes_after"))
         worst = max(result.weight_errors, key=lambda w: w.relative)

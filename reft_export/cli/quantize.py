@@ -104,7 +104,11 @@ def quantize(
     ] = None,
     adapters: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", "-a", help="Folders of the adapters to refit; without --refit: to put into a quantized bundle."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Adapters to refit, or that may be where they lose too much; or to put into a quantized bundle.",
+        ),
     ] = None,
     refit_steps: Annotated[int, typer.Option("--refit-steps", help="Optimizer steps of the refit.")] = 40,
     refit_lr: Annotated[float, typer.Option("--refit-lr", help="Learning rate of the refit.")] = 1e-3,
@@ -157,8 +161,6 @@ def quantize(
         if ignored := [f"--{name.replace('_', '-')}" for name in QUANTIZES if given(context, name)]:
             raise InputError(f"{bundle} is quantized already and keeps its graph, so {ignored[0]} would do nothing; leave it out")
         make = partial(swap_bundle, adapters=() if refitting else adapters or ())
-    elif adapters and refit is None:
-        raise InputError(f"{bundle} is a float bundle, where -a names the adapters to --refit; others get into it with `reft-export add`")
     else:
         from calibration.settings import settings_for
         from reft_export.quantizing.quantize import quantize_bundle
@@ -177,6 +179,8 @@ def quantize(
         request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens, static=static)
         mixed = asks_auto(keep_high) or budget_mb is not None
         make = partial(quantize_bundle, settings=settings, calibration=request, compare=compare, mixed=mixed, budget_mb=budget_mb)
+        if refitting is None:
+            make = partial(make, adapters=adapters or ())
     quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     make = partial(make, refit=refitting, yardsticks=yardsticks, quality=quality, accept_base=accept_base, force=force)
     run_and_show(lambda report: make(bundle, model, output, report=report), output, as_json=as_json)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.quantize import quantize_graph
-from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
@@ -17,7 +15,6 @@ from graph_passes.head import expose_head
 from graph_passes.tied_head import tie_head
 from reft_export.base.adapters import check_fit, check_layers, union_nodes
 from reft_export.base.classifiers import head_parameters
-from reft_export.base.dequantized import expert_matrices
 from reft_export.base.load import Base, load_base, load_without_weights
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
@@ -29,8 +26,10 @@ from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
-from reft_export.parity.golden import inputs_of, record_base, record_quantized
-from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
+from reft_export.parity.golden import Recorded, inputs_of, record_base, record_quantized
+from reft_export.parity.quality import Attempt, QualityGate
+from reft_export.quantizing.sensitivity import MixedPrecision
+from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import TOKENIZER_FILES, Manifest, Quantization
 from runtimes.edits.op import EditNode
@@ -71,13 +70,18 @@ def _nodes(plan: ExportPlan, base: Base, settings: ExportSettings) -> tuple[Edit
     return union_nodes(list(plan.adapters.values()), settings.sites, base.info.num_hidden_layers)
 
 
-def assemble(
-    work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings, report: Report
-) -> tuple[Manifest, tuple[WeightError, ...], str]:
-    """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``.
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """``note``: of the exported graph and of what was chosen; ``tried``: as ``choose_weights`` gives it."""
 
-    The text is the exported graph's note.
-    """
+    manifest: Manifest
+    errors: tuple[WeightError, ...]
+    note: str
+    tried: tuple[Attempt, ...]
+
+
+def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings, quality: QualityGate, report: Report) -> Assembled:
+    """Everything of the bundle into ``work``; where it quantizes activations, arrays recorded without that into ``proof``."""
     base = load_base(plan.checkpoint.folder, name=plan.checkpoint.name)
     task = TASKS[base.task]
     nodes, model = _nodes(plan, base, settings), model_record(base)
@@ -102,23 +106,26 @@ def assemble(
     fold_graph(graph, nodes)
     head = expose_head(graph, exported.weights, head_parameters(base.model) if task.swaps_head else ())
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
-    weight_only, chosen = settings.weight_only, ""
-    if weight_only is not None and (settings.mixed or settings.budget_mb is not None):
-        report("measuring what each weight costs in int4")
-        rows = rows_of({name: each.arrays for name, each in recorded.inputs.items()}, recorded.steerers)
-        budget = None if settings.budget_mb is None else int(settings.budget_mb * 1e6) - _beside_weights(plan, graph)
-        weight_only, chosen = mixed(base.model, graph, exported.weights, weight_only, rows, MixedPrecision(budget=budget))
-    quantized = _quantize_and_write(work, exported, weight_only, settings, report)
+    chosen = None
     if settings.weight_only is not None:
+        of = _material(plan, exported, base, recorded, settings, quality)
+        chosen = choose_weights(of, settings.weight_only, quality, report)
+        graph = chosen.graph
+    stored = _stored(exported, chosen, settings)
+    report("writing the graph")
+    write_graph(graph, work)
+    if chosen is not None:
         report("recording what the eager model says with the quantized weights")
-        record_quantized(work / "golden", proof, base.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32)
+        record_quantized(
+            work / "golden", proof, chosen.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32, loaded=True
+        )
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     parts = BundleParts(
         model=model,
         task=base.task,
         precision=settings.float_type,
-        quantization=quantized.record,
-        embeddings=quantized.embeddings,
+        quantization=stored.record,
+        embeddings=stored.embeddings,
         exporter=settings.exporter,
         logits=settings.logits,
         nodes=nodes,
@@ -129,9 +136,10 @@ def assemble(
     )
     manifest = write_bundle(work, graph, parts, plan.adapters, base)
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
-    for value in graph.graph.initializers.values():
+    for value in (*graph.graph.initializers.values(), *exported.model.graph.initializers.values()):
         value.const_value = None
-    return manifest, quantized.errors, "; ".join(filter(None, (exported.note, chosen, quantized.note)))
+    notes = (exported.note, chosen.note if chosen else "", stored.note)
+    return Assembled(manifest=manifest, errors=stored.errors, note="; ".join(filter(None, notes)), tried=chosen.tried if chosen else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,18 +158,33 @@ def _beside_weights(plan: ExportPlan, graph: ir.Model) -> int:
     return tokenizer + NODE_BYTES * len(graph.graph) + GOLDEN_BYTES * (1 + len(plan.adapters))
 
 
-def _quantize_and_write(
-    work: Path, exported: ExportedGraph, weight_only: QuantizationSettings | None, settings: ExportSettings, report: Report
-) -> _Stored:
-    if weight_only is not None:
-        report(f"quantizing weights to {settings.precision}")
-        done = quantize_graph(exported.model, weight_only, float_inputs=expert_matrices(exported.weights), parameters=exported.weights)
-        record = quantization_record(weight_only, done)
-        stored = _Stored(errors=done.errors, record=record, embeddings=stored_how(exported.model.graph, tied=done.tied), note=done.note)
-    else:
-        # bfloat16 is checked by ONNX's checker, which knows no operators of onnxruntime's.
-        tied = tie_head(exported.model, fused=settings.target == "onnxruntime" and settings.float_type != "bf16") is not None
-        stored = _Stored(embeddings=stored_how(exported.model.graph, tied=tied))
-    report("writing the graph")
-    write_graph(exported.model, work)
-    return stored
+def _material(
+    plan: ExportPlan, exported: ExportedGraph, base: Base, recorded: Recorded, settings: ExportSettings, quality: QualityGate
+) -> Material:
+    """The graph is copied for a second try where one may come: its weights stay in memory until the first is measured."""
+    asked = None
+    if settings.mixed or settings.budget_mb is not None:
+        beside = _beside_weights(plan, exported.model)
+        asked = MixedPrecision(budget=None if settings.budget_mb is None else int(settings.budget_mb * 1e6) - beside)
+    again = settings.precision == "int4" and measurable(recorded.fp32) and not quality.accept_loss
+    copied = again or asked is not None
+    return Material(
+        graph=exported.model.clone if copied else lambda: exported.model,
+        model=EagerModel(base.model, lambda: load_base(plan.checkpoint.folder, name=plan.checkpoint.name, checked=True).model),
+        sources=exported.weights,
+        inputs=recorded.inputs,
+        steerers=recorded.steerers,
+        fp32=recorded.fp32,
+        again=again,
+        mixed=asked,
+    )
+
+
+def _stored(exported: ExportedGraph, chosen: Chosen | None, settings: ExportSettings) -> _Stored:
+    if chosen is not None:
+        done, graph = chosen.quantized, chosen.graph.graph
+        record = quantization_record(chosen.settings, done)
+        return _Stored(errors=done.errors, record=record, embeddings=stored_how(graph, tied=done.tied), note=done.note)
+    # bfloat16 is checked by ONNX's checker, which knows no operators of onnxruntime's.
+    tied = tie_head(exported.model, fused=settings.target == "onnxruntime" and settings.float_type != "bf16") is not None
+    return _Stored(embeddings=stored_how(exported.model.graph, tied=tied))

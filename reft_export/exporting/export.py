@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from reft_export.base.gguf import described
 from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
-from reft_export.parity.quality import QualityGate, hold_quality
+from reft_export.parity.quality import QualityGate
 from runtimes.errors import InputError
 from runtimes.files.folders import atomic_folder, check_destination
 
@@ -60,7 +60,7 @@ def export_bundle(
     """
     with _on_disk(model, tokenizer, adapter_folders, output, force=force) as (source, name):
         plan = plan_export(source, adapter_folders, output, settings, accept_base=accept_base, force=force, name=name)
-        return _make(plan, output, settings, quality, report, accept_base=accept_base, force=force)
+        return _make(plan, adapter_folders, output, settings, quality, report, accept_base=accept_base, force=force)
 
 
 @contextmanager
@@ -93,6 +93,7 @@ def _on_disk(
 
 def _make(
     plan: ExportPlan,
+    adapter_folders: list[Path],
     output: Path,
     settings: ExportSettings,
     quality: QualityGate,
@@ -105,19 +106,32 @@ def _make(
     from reft_export.bundling.result import ExportResult
     from reft_export.exporting.assemble import assemble, check_model
     from reft_export.parity.gate import check_structure, gate
+    from reft_export.quantizing.remedies import keep_steering
 
     plan = check_model(plan, settings, accept_base=accept_base)
     report(f"loading {described(plan.source)}")
     with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        manifest, errors, note = assemble(work, Path(proof), plan, settings, report)
+        made = assemble(work, Path(proof), plan, settings, quality, report)
+        manifest, errors, note = made.manifest, made.errors, made.note
         if settings.float_type == "bf16":
             note = "; ".join(filter(None, (note, check_structure(work))))
             return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         report("holding the bundle against the eager model")
         parity = gate(work, output, proof=Path(proof), remedy=_remedy(manifest, settings), settles=True)
-        manifest = hold_quality(work, output, parity, quality)
-        return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=note)
+        manifest, parity, saved = keep_steering(
+            work,
+            output,
+            str(plan.checkpoint.folder),
+            parity,
+            quality,
+            adapter_folders,
+            Path(proof),
+            report,
+            tried=made.tried,
+            force=force,
+        )
+        return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=note, refitted=saved)
 
 
 def _remedy(manifest: Manifest, settings: ExportSettings) -> str:

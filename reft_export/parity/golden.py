@@ -171,13 +171,15 @@ def record_quantized(
     fp32: Mapping[str, Arrays],
     *,
     of_base: bool = True,
+    loaded: bool = False,
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where a scheme has any.
 
     There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty: what MatMulNBits
-    rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``.
+    rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``. ``loaded``: ``model`` carries them already.
     """
-    load_dequantized(model, graph, sources)
+    if not loaded:
+        load_dequantized(model, graph, sources)
     if not stored_activations(graph):
         record_golden(golden, model, inputs, steerers, fp32=fp32, of_base=of_base)
         return

@@ -41,6 +41,10 @@ class Attempt:
     """Bytes over the plain way."""
     seconds: float = 0
 
+    @property
+    def lowest(self) -> float:
+        return min(self.retention.values(), default=1.0)
+
     def __str__(self) -> str:
         kept = ", ".join(f"{name} {value:.2f}" for name, value in self.retention.items()) or "nothing measurable"
         cost = [f"{self.added / 1e6:+.1f} MB"] if self.added else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from calibration.mixed import check_budget, sizes
-from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
+from calibration.quantize import QuantizedGraph, Ranges
 from calibration.settings import QuantizationSettings
 from graph_passes.external import load_graph, write_graph
 from graph_passes.tied_head import untie_head
-from reft_export.base.dequantized import expert_matrices, load_dequantized
+from reft_export.base.dequantized import load_dequantized
 from reft_export.base.gguf import described
 from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
@@ -32,12 +33,14 @@ from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
 from reft_export.parity.golden import fp32_answers, record_quantized
 from reft_export.parity.ladder import check_same_base, known_inputs, made_from, stored_inputs
-from reft_export.parity.quality import hold_quality
+from reft_export.parity.quality import Attempt, QualityGate, hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
-from reft_export.quantizing.refit import plan_refit
-from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
-from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, check_bundle
+from reft_export.quantizing.refit import load_sources, plan_refit
+from reft_export.quantizing.remedies import keep_steering
+from reft_export.quantizing.sensitivity import MixedPrecision
+from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle
+from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from runtimes.artifacts.bundle import (
     DATA_FILE,
     TEMPLATE_FOLDER,
@@ -71,28 +74,35 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
         opened = made_from(opened, model)
     with completed(opened, model, report) as bundle:
         refit = plan_refit(bundle, model, request.refit, output, force=force) if request.refit else None
+        if request.adapters:
+            load_sources(bundle, RefitSettings(data=None, sources=request.adapters))
         plan = planned(bundle, model, output, request.settings, request.calibration, report)
         if request.mixed:
             plan = replace(plan, mixed=_asked(plan, request.budget_mb))
         with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-            manifest, quantized = assemble(plan, work, Path(proof), report)
+            manifest, quantized, tried = assemble(plan, request.quality, work, Path(proof), report)
             errors = quantized.errors
             if manifest.precision == "bf16":
                 note = "; ".join(filter(None, (quantized.note, check_structure(work))))
                 return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
             figures = _measured_before(plan, request, output, report)
-            refitted, saved = {}, {}
+            refitted = {}
             if refit:
                 report("measuring the quantized bundle before the refit")
                 figures.add(variant_name(open_bundle(work)), open_bundle(work))
                 refitted, manifest = refit_in(work, model, refit, Path(proof), report)
             parity = _gate(work, output, Path(proof), plan, report, remedy=REMEDY if refit else "")
-            manifest = hold_quality(work, output, parity, request.quality, remedy=REMEDY if refit else "")
+            mended: dict[str, Path] = {}
+            if refit:
+                manifest = hold_quality(work, output, parity, request.quality, tried=tried, remedy=REMEDY)
+            else:
+                manifest, parity, mended = keep_steering(
+                    work, output, model, parity, request.quality, request.adapters, Path(proof), report, tried=tried, force=force
+                )
             report("measuring the quantized bundle")
             done = open_bundle(work)
             figures.add(f"{variant_name(done)} + refit" if refit else variant_name(done), done)
-            if refit:
-                saved = refit.save(refitted, force=force)
+            saved = refit.save(refitted, force=force) if refit else mended
     told = figures.report(output, weights=errors, refits=tuple(each.figures for each in refitted.values()), parity=parity)
     return ExportResult(manifest=manifest, parity=parity, weight_errors=errors, note=quantized.note, report=told, refitted=saved)
 
@@ -124,14 +134,17 @@ def _asked(plan: Plan, budget_mb: float | None) -> MixedPrecision:
     return asked
 
 
-def assemble(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[Manifest, QuantizedGraph]:
-    """The whole bundle into ``work``, and into ``proof`` what it is held to. No model is in memory when this returns."""
-    graph, quantized = _record_and_quantize(plan, work, proof, report)
+def assemble(
+    plan: Plan, quality: QualityGate, work: Path, proof: Path, report: Report
+) -> tuple[Manifest, QuantizedGraph, tuple[Attempt, ...]]:
+    """The whole bundle into ``work``, and into ``proof`` what it is held to; what was tried. No model is in memory when this returns."""
+    chosen = _record_and_quantize(plan, quality, work, proof, report)
     _copy_unchanged(plan.bundle, work)
-    manifest = _finish(plan, work, graph, quantized)
-    del graph
+    quantized, tried = chosen.quantized, chosen.tried
+    manifest = _finish(replace(plan, settings=chosen.settings), work, chosen.graph, quantized)
+    del chosen
     give_back()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
-    return manifest, quantized
+    return manifest, quantized, tried
 
 
 def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report: Report) -> Measurements:
@@ -151,19 +164,16 @@ def _measure_base_only(plan: Plan, output: Path, figures: Measurements, report: 
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
         tempfile.TemporaryDirectory() as proof,
     ):
-        assemble(replace(plan, ranges=plan.base_ranges), Path(work), Path(proof), report)
+        assemble(replace(plan, ranges=plan.base_ranges), QualityGate(), Path(work), Path(proof), report)
         report("measuring it")
         bundle = open_bundle(work)
         figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)
 
 
-def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) -> tuple[ir.Model, QuantizedGraph]:
-    """Graph and golden arrays into ``work``.
-
-    Eager model and float graph take turns: each is as large as the other, and together they would be more than the 1.5 times a model
-    that this may take. The model is loaded again for its second turn; no model is left when this returns.
-    """
-    bundle, settings = plan.bundle, plan.settings
+def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Path, report: Report) -> Chosen:
+    """Graph and golden arrays into ``work``. The float graph's weights stay on disk but for the one at hand: the eager model is all that is
+    as large as a model."""
+    bundle = plan.bundle
     steerers = _steerers(bundle)
     report(f"loading {described(plan.model)}")
     base = load_base(plan.model)
@@ -173,23 +183,32 @@ def _record_and_quantize(plan: Plan, work: Path, proof: Path, report: Report) ->
     report("recording what the float32 model says")
     inputs = known_inputs(bundle, base)
     fp32 = fp32_answers(base.model, inputs, steerers)
-    graph, chosen = load_graph(bundle.graph_path), ""
-    if plan.mixed is not None:
-        report("measuring what each weight costs in int4")
-        rows = rows_of({name: each.arrays for name, each in inputs.items()}, steerers)
-        settings, chosen = mixed(base.model, graph, bundle.manifest.weights, settings, rows, plan.mixed)
+    set_precision(base.model, bundle.manifest.precision)
+    material = Material(
+        graph=lambda: load_graph(bundle.graph_path),
+        model=EagerModel(base.model, partial(_float_model, plan)),
+        sources=bundle.manifest.weights,
+        inputs=inputs,
+        steerers=steerers,
+        fp32=fp32,
+        again=measurable(fp32),
+        ranges=plan.ranges,
+        mixed=plan.mixed,
+    )
     del base
-    give_back()
-    report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
-    sources = bundle.manifest.weights
-    quantized = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
-    write_graph(graph, work)
+    chosen = choose_weights(material, plan.settings, quality, report)
+    write_graph(chosen.graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
-    again = load_base(plan.model, checked=True).model
-    set_precision(again, bundle.manifest.precision)
-    record_quantized(work / "golden", proof, again, graph, bundle.manifest.weights, inputs, steerers, fp32)
-    return graph, replace(quantized, note="; ".join(filter(None, (chosen, quantized.note))))
+    record_quantized(work / "golden", proof, chosen.model, chosen.graph, bundle.manifest.weights, inputs, steerers, fp32, loaded=True)
+    note = "; ".join(filter(None, (chosen.note, chosen.quantized.note)))
+    return replace(chosen, quantized=replace(chosen.quantized, note=note))
+
+
+def _float_model(plan: Plan) -> PreTrainedModel:
+    model = load_base(plan.model, checked=True).model
+    set_precision(model, plan.bundle.manifest.precision)
+    return model
 
 
 def _gate(work: Path, output: Path, proof: Path, plan: Plan, report: Report, *, remedy: str) -> ParityReport:

@@ -6,6 +6,7 @@ seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def quantize_bundle(
     mixed: bool = False,
     budget_mb: float | None = None,
     quality: QualityGate = QualityGate(),
+    adapters: Sequence[Path] = (),
     accept_base: bool = False,
     force: bool = False,
     report: Report = print,
@@ -44,6 +46,7 @@ def quantize_bundle(
     ``calibration``: the prompts or the ranges that a scheme with fixed activation ranges needs; what was collected stays beside the
     output. ``compare``: the report also shows what ranges of the base alone would have given. ``refit``: adapters to re-train on the
     quantized weights. ``quality``: what quantization may cost the adapters; where it costs more, what was measured to help is done first.
+    ``adapters``: folders of the bundle's adapters, which can then be trained on their probes where that is what helps.
     ``yardsticks``: what the report measures beyond the golden inputs; with any, the float bundle is measured too.
     ``mixed``: the most sensitive of int4's weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about.
     ``accept_base``: a base that differs from the bundle's in its config alone will do, and is the new bundle's.
@@ -77,6 +80,7 @@ def quantize_bundle(
         mixed=mixed or budget_mb is not None,
         budget_mb=budget_mb,
         quality=quality,
+        adapters=tuple(adapters),
         accept_base=accept_base,
     )
 

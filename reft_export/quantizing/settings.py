@@ -83,6 +83,8 @@ class QuantizeRequest:
     mixed: bool = False
     budget_mb: float | None = None
     quality: QualityGate = QualityGate()
+    adapters: tuple[Path, ...] = ()
+    """Folders of the bundle's adapters: those that lose too much may be trained on the quantized weights."""
     accept_base: bool = False
 
 

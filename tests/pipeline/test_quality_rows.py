@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from evidence import quality, review_text
 from models.bases import save_base
 
-from evidence import quality, review_text
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 

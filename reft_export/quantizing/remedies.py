@@ -1,0 +1,86 @@
+"""What is done for adapters that lost too much to quantization, once the bundle is complete: a refit on their own probes.
+
+Which weights stay in int8 was decided before (weights.py); a refit costs no bytes, and is what is left then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from reft_export.bundling.files import Report
+from reft_export.parity.gate import gate
+from reft_export.parity.quality import Attempt, QualityGate, hold_quality, shortfalls
+from reft_export.quantizing.adapters import refit_in
+from reft_export.quantizing.refit import RefitPlan, Refitted, plan_refit
+from reft_export.quantizing.settings import RefitSettings
+from runtimes.artifacts.bundle import Manifest, open_bundle
+from runtimes.edits.adapter import PROBES_FILE
+from runtimes.parity.figures import ParityReport
+
+Refits = list[tuple[RefitPlan, Mapping[str, Refitted]]]
+
+
+def keep_steering(
+    work: Path,
+    output: Path,
+    model: str,
+    parity: ParityReport,
+    quality: QualityGate,
+    folders: Sequence[Path],
+    proof: Path,
+    report: Report,
+    *,
+    tried: Sequence[Attempt] = (),
+    force: bool = False,
+) -> tuple[Manifest, ParityReport, dict[str, Path]]:
+    """(manifest, what was held, folders of refitted adapters) of the exact bundle in ``work``, whose ``parity`` is known.
+
+    Adapters that keep too little are trained on the bundle's weights for a few steps, where ``folders`` has them with their probes; the
+    refitted ones are saved beside ``output``. Raises ParityError where that is not enough, and nothing is saved then.
+    """
+    refits: Refits = []
+    if not quality.accept_loss:
+        lost = shortfalls(parity, open_bundle(work), quality.min_retention)
+        for folder in folders:
+            if folder.name in lost and (folder / PROBES_FILE).is_file():
+                report(f"{folder.name}: {lost[folder.name]}; training it on the bundle's weights")
+                parity, attempt = _refitted(work, output, model, parity, folder, proof, refits, report, force=force)
+                tried = (*tried, attempt)
+    manifest = hold_quality(work, output, parity, quality, tried=tried)
+    saved: dict[str, Path] = {}
+    for plan, refitted in refits:
+        saved |= plan.save(refitted, force=force)
+    return manifest, parity, saved
+
+
+def _refitted(
+    work: Path,
+    output: Path,
+    model: str,
+    parity: ParityReport,
+    folder: Path,
+    proof: Path,
+    refits: Refits,
+    report: Report,
+    *,
+    force: bool,
+) -> tuple[ParityReport, Attempt]:
+    started = time.monotonic()
+    settings = RefitSettings(data=None, sources=(folder,))
+    plan = plan_refit(open_bundle(work), model, settings, output, force=force)
+    refitted, _ = refit_in(work, model, plan, proof, report)
+    refits.append((plan, refitted))
+    report("holding the bundle against the eager model")
+    again = gate(work, output, proof=proof, names=(folder.name,))
+    new = {each.name: each for each in again.quality}
+    known = tuple(new.pop(each.name, each) for each in parity.quality)
+    label = f", {folder.name}: "
+    rungs = tuple(rung for rung in parity.rungs if label not in rung.name)
+    share = next((each.retention for each in again.quality if each.name == folder.name), None)
+    attempt = Attempt(
+        how="refit on its probes", retention={} if share is None else {folder.name: share}, seconds=time.monotonic() - started
+    )
+    return replace(parity, rungs=(*rungs, *again.rungs), quality=known), attempt

@@ -1,0 +1,135 @@
+"""Which weights an int4 bundle stores in int8: none where the adapters keep enough with all of them in int4, else the most sensitive ones.
+
+Measured before anything is written, in eager PyTorch carrying the weights that would ship: that is what the bundle says, to 1e-4 (the gate
+shows it), at a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
+from calibration.settings import QuantizationSettings
+from reft_export.base.dequantized import expert_matrices, load_dequantized
+from reft_export.base.memory import give_back
+from reft_export.bundling.files import Report
+from reft_export.eager.steering import Steerer
+from reft_export.parity.quality import Attempt, QualityGate
+from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
+from reft_export.tasks.task import Inputs
+from runtimes.artifacts.bundle import WeightSource
+from runtimes.parity.retention import quality, recorded
+
+
+class EagerModel:
+    """The base in eager PyTorch, one in memory: with its float weights, or with those that would ship."""
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> None:
+        self._model: PreTrainedModel | None = model
+        self._load = load
+
+    def floats(self) -> PreTrainedModel:
+        if self._model is None:
+            give_back()
+            self._model = self._load()
+        return self._model
+
+    def carrying(self, graph: ir.Model, sources: Mapping[str, WeightSource]) -> PreTrainedModel:
+        """Its weights are the dequantized ones of ``graph`` from now on."""
+        model, self._model = self.floats(), None
+        load_dequantized(model, graph, sources)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Material:
+    """What is quantized. ``graph`` gives the float graph, anew at every call where ``again`` says that it may be called again."""
+
+    graph: Callable[[], ir.Model]
+    model: EagerModel
+    sources: Mapping[str, WeightSource]
+    inputs: Mapping[str, Inputs]
+    steerers: Mapping[str, Steerer]
+    fp32: Mapping[str, Mapping[str, np.ndarray]]
+    """By adapter, as ``fp32_answers`` gives it."""
+    again: bool = True
+    ranges: Ranges | None = None
+    mixed: MixedPrecision | None = None
+    """Asked for by the user, whatever the adapters keep."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """The quantized ``graph``, and the eager ``model`` that carries its weights; ``tried``: what was measured where the plain way was not
+    enough. ``note``: what was chosen, in words."""
+
+    graph: ir.Model
+    quantized: QuantizedGraph
+    settings: QuantizationSettings
+    model: PreTrainedModel
+    tried: tuple[Attempt, ...] = ()
+    note: str = ""
+
+
+def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
+    """Quantizes by ``settings``; where that leaves an adapter less than ``gate`` asks for, and the weights are of int4 without any choice
+    of the user's, again with the most sensitive ones in int8."""
+    note = ""
+    if of.mixed is not None:
+        settings, note = _with_int8(of, settings, of.mixed, report)
+    chosen, plain = _attempt(of, settings, f"int{settings.bits}", report)
+    lowest = min(plain.retention.values(), default=1.0)
+    if lowest >= gate.min_retention or gate.accept_loss or not of.again or not may_be_mixed(settings):
+        return replace(chosen, note=note)
+    started = time.monotonic()
+    del chosen
+    better, note = _with_int8(of, settings, MixedPrecision(), report)
+    made, attempt = _attempt(of, better, how := f"{len(better.int8)} weights in int8", report)
+    attempt = replace(attempt, added=attempt.added - plain.added, seconds=time.monotonic() - started)
+    return replace(
+        made, tried=(replace(plain, added=0), attempt), note=f"int4 keeps {lowest:.2f} of an adapter, {how} {attempt.lowest:.2f}: {note}"
+    )
+
+
+def may_be_mixed(settings: QuantizationSettings) -> bool:
+    return settings.scheme == "weight-only" and settings.bits == 4 and not settings.int8 and settings.method != "hqq"
+
+
+def measurable(fp32: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
+    """Whether a decoder's adapter was recorded on probes, so that what it keeps can be measured."""
+    return any("fp32_log_probabilities" in arrays for arrays in fp32.values())
+
+
+def _with_int8(of: Material, settings: QuantizationSettings, asked: MixedPrecision, report: Report) -> tuple[QuantizationSettings, str]:
+    report("measuring what each weight costs in int4")
+    rows = rows_of({name: each.arrays for name, each in of.inputs.items()}, of.steerers)
+    return mixed(of.model.floats(), of.graph(), of.sources, settings, rows, asked)
+
+
+def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Report) -> tuple[Chosen, Attempt]:
+    """(the graph and the model that carries its weights, what the adapters keep; ``added`` is all bytes of the quantized weights)"""
+    report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
+    graph = of.graph()
+    quantized = quantize_graph(graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources)
+    model = of.model.carrying(graph, of.sources)
+    chosen = Chosen(graph=graph, quantized=quantized, settings=settings, model=model)
+    return chosen, Attempt(how=how, retention=eager_retention(model, of), added=sum(each.bytes_after for each in quantized.errors))
+
+
+def eager_retention(model: PreTrainedModel, of: Material) -> dict[str, float]:
+    """By adapter what it keeps under ``model``; those that cannot be measured are not there."""
+    found = {}
+    for name, steerer in of.steerers.items():
+        arrays = {key.removeprefix("fp32_"): value for key, value in of.fp32.get(name, {}).items()}
+        if (before := recorded(name, arrays)) is None:
+            continue
+        here = of.inputs[name].said(model, steerer)["log_probabilities"]
+        if (share := quality(name, here, before).retention) is not None:
+            found[name] = share
+    return found
