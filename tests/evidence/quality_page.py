@@ -36,6 +36,8 @@ is made by
 - 5,264 tokens are 200 sentences (the script's `sentences` set to 200); differences of 0.01 nats are within what another 200 would change.
 - A row that says "eager" was not taken on a bundle: its weights were quantized by the product's code and multiplied by PyTorch in float32,
   and 4.1 MB for graph and tokenizer were added to their bytes.
+- The bundles of the other rows were made of the fp32 bundle of the base as it is packed, its weights replaced by the permuted ones: the
+  same graph as an export of the permuted base.
 - llama.cpp's and our weight-only products round activations to int8 while they multiply; at accuracy level 1 they do not.
 - "int4 32": weights in int4, blocks of 32, symmetric, onnxruntime's rtn; the embedding, and the head that is tied to it, in int8. "+ int8,
   102 MB": the weights that lose most for each byte are int8, until all weights take 102 MB.
