@@ -15,7 +15,7 @@ OPTIONS = [(verb, p) for verb, command in COMMAND.commands.items() for p in comm
 SINGLE = [(verb, p) for verb, p in OPTIONS if not p.multiple]
 SEVERAL = {
     ("train", "--data"), ("export", "--adapter"), ("add", "--adapter"), ("add", "--remove"), ("fold", "--adapter"),
-    ("quantize", "--adapter"), ("quantize", "--keep-high"),
+    ("quantize", "--adapter"), ("quantize", "--keep-high"), ("export", "--keep-high"),
     ("build", "--sm"), ("run", "--prompt"), ("run", "--pair"), ("run", "--stop"), ("bench", "--adapter"),
 }  # fmt: skip
 """Every option that takes several values, and uses them all."""

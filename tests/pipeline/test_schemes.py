@@ -60,7 +60,7 @@ def test_scheme(family, job, float_bundle, prompts_file, tmp_path) -> None:
     bundle = open_bundle(tmp_path / "q")
     assert bundle.manifest.quantization.scheme == scheme
     exact = [r for r in result.parity.rungs if r.budget.name.startswith("weight-only")]
-    shipped = [r for r in result.parity.rungs if r.budget.name == "activation-quantized"]
+    shipped = [r for r in result.parity.rungs if r.budget.name in ("activation-quantized", "accuracy level 4")]
     layouts = {r.name.rpartition(": ")[2] for r in exact}
     assert {"full forward", "prefill and decode", "chunked prefill", "single rows"} <= layouts
     assert all(r.figures.greedy_equal is not False for r in exact)
