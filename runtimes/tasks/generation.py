@@ -19,6 +19,9 @@ from runtimes.parity.retention import Quality, Recorded, quality, recorded
 from runtimes.parity.sampled_logits import SampledLogits, compare_sampled
 from runtimes.session import DecoderSession
 
+SLOW_TOKENS = 16
+"""Greedy tokens that are compared where a step takes as long as reading the whole model does."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderGolden(Golden):
@@ -240,8 +243,12 @@ def _compare_completions(candidate: np.ndarray, reference: np.ndarray, scale: fl
 
 def _greedy_difference(session: DecoderSession, golden: DecoderGolden) -> str:
     """Where the session's greedy tokens leave the golden ones; empty where they do not."""
-    tokens = greedy_tokens(session, golden.prompts, golden.greedy.shape[1])
-    differs = np.argwhere((tokens != golden.greedy) & (golden.greedy >= 0))
+    q = session.bundle.manifest.quantization
+    # onnxruntime has no float kernel for int8 weights: every call unpacks them all, a token of SmolLM2 takes 0.4 s.
+    slow = q is not None and q.bits == 8 and not q.quantizes_activations
+    expected = golden.greedy[:, :SLOW_TOKENS] if slow else golden.greedy
+    tokens = greedy_tokens(session, golden.prompts, expected.shape[1])
+    differs = np.argwhere((tokens != expected) & (expected >= 0))
     return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
 
 
