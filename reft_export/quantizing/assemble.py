@@ -171,8 +171,11 @@ def _measure_base_only(plan: Plan, output: Path, figures: Measurements, report: 
 
 
 def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Path, report: Report) -> Chosen:
-    """Graph and golden arrays into ``work``. The float graph's weights stay on disk but for the one at hand: the eager model is all that is
-    as large as a model."""
+    """Graph and golden arrays into ``work``.
+
+    Eager model and float graph take turns: each is as large as the other, and together they would be more than the 1.5 times a model
+    that this may take.
+    """
     bundle = plan.bundle
     steerers = _steerers(bundle)
     report(f"loading {described(plan.model)}")
@@ -192,6 +195,7 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
         steerers=steerers,
         fp32=fp32,
         again=measurable(fp32),
+        turns=True,
         ranges=plan.ranges,
         mixed=plan.mixed,
     )

@@ -40,6 +40,11 @@ class EagerModel:
             self._model = self._load()
         return self._model
 
+    def put_away(self) -> None:
+        """Until it is asked for again, which loads it again."""
+        self._model = None
+        give_back()
+
     def carrying(self, graph: ir.Model, sources: Mapping[str, WeightSource]) -> PreTrainedModel:
         """Its weights are the dequantized ones of ``graph`` from now on."""
         model, self._model = self.floats(), None
@@ -59,6 +64,8 @@ class Material:
     fp32: Mapping[str, Mapping[str, np.ndarray]]
     """By adapter, as ``fp32_answers`` gives it."""
     again: bool = True
+    turns: bool = False
+    """Whether ``graph`` reads its weights from disk: then the model is put away while they are quantized, as both are as large."""
     ranges: Ranges | None = None
     mixed: MixedPrecision | None = None
     """Asked for by the user, whatever the adapters keep."""
@@ -116,7 +123,10 @@ def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Rep
     """(the graph and the model that carries its weights, what the adapters keep; ``added`` is all bytes of the quantized weights)"""
     report(f"quantizing weights to {'E4M3' if settings.scheme == 'fp8' else f'int{settings.bits}'}")
     graph = of.graph()
+    if of.turns:
+        of.model.put_away()
     quantized = quantize_graph(graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources)
+    give_back()
     model = of.model.carrying(graph, of.sources)
     chosen = Chosen(graph=graph, quantized=quantized, settings=settings, model=model)
     return chosen, Attempt(how=how, retention=eager_retention(model, of), added=sum(each.bytes_after for each in quantized.errors))
