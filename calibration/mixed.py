@@ -74,6 +74,6 @@ def check_budget(sizes: Sizes, budget: int | None) -> None:
     """Raises CalibrationError for one that not even int4 weights alone keep."""
     if budget is not None and budget < sizes.smallest:
         raise CalibrationError(
-            f"--budget-mb leaves {budget / 1e6:.1f} MB for the weights, and in int4 alone they take {sizes.smallest / 1e6:.1f} MB; "
+            f"--budget-mb leaves {max(budget, 0) / 1e6:.1f} MB for the weights, and in int4 alone they take {sizes.smallest / 1e6:.1f} MB; "
             f"give {(sizes.smallest - budget) / 1e6:.1f} MB more, or leave it out"
         )

@@ -174,8 +174,7 @@ def finish_bundle(folder: Path, graph: ir.Model, parts: BundleParts) -> Manifest
         labels=parts.labels,
         head=dict(parts.head),
     )
-    budget = budget_for(manifest)
-    manifest = replace(manifest, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta})
+    manifest = replace(manifest, parity_budget=budget_for(manifest).stated)
     write_manifest(folder, manifest)
     return manifest
 

@@ -65,6 +65,8 @@ def add(
         plan = plan_addition(bundle, adapters or [], model=model, output=output, accept_base=accept_base, force=force)
         show_forecast(forecast_addition(*plan, model), as_json=as_json)
         return
+    if model is None:
+        refuse_given(context, ("min_retention", "accept_loss"), "of what is held against eager PyTorch, with --model")
     quality = QualityGate(min_retention=min_retention, accept_loss=accept_loss)
     try:
         with progress() as report:

@@ -37,9 +37,9 @@ from reft_export.cli.options import (
 from reft_export.console import escape, out, print_json, print_parity, progress
 from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
-QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings")
+QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings", "min_retention", "accept_loss")
 """Parameters of -p int8 and int4."""
-GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED, "min_retention", "accept_loss")
+GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED)
 """Parameters that mean nothing for an adapter alone."""
 
 if TYPE_CHECKING:

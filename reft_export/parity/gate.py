@@ -88,8 +88,7 @@ def multiply_in_float(bundle: Bundle) -> None:
     if m.quantization is None:
         raise ValueError(f"{bundle.folder} is a float bundle")
     m = replace(m, quantization=replace(m.quantization, accuracy_level=1), parity_budget={})
-    budget = budget_for(m)
-    write_manifest(bundle.folder, replace(m, parity_budget={"logits": budget.logits, "top1": budget.top1, "delta": budget.delta}))
+    write_manifest(bundle.folder, replace(m, parity_budget=budget_for(m).stated))
 
 
 def lost_adapters(report: ParityReport, adapters: Sequence[str]) -> str:

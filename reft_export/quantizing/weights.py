@@ -15,7 +15,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
-from calibration.settings import QuantizationSettings
+from calibration.settings import QuantizationSettings, settings_for
 from reft_export.base.dequantized import expert_matrices, load_dequantized
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import Report
@@ -99,9 +99,14 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
     better, note = _with_int8(of, settings, MixedPrecision(), report)
     made, attempt = _attempt(of, better, how := f"{len(better.int8)} weights in int8", report)
     attempt = replace(attempt, added=attempt.added - plain.added, seconds=time.monotonic() - started)
-    return replace(
-        made, tried=(replace(plain, added=0), attempt), note=f"int4 keeps {lowest:.2f} of an adapter, {how} {attempt.lowest:.2f}: {note}"
-    )
+    tried = (replace(plain, added=0), attempt)
+    if attempt.lowest < gate.min_retention:  # should a refit not mend it either, this is what the message can promise
+        del made
+        whole = settings_for("weight-only", bits=8, keep_high=settings.keep_high, lm_head=settings.lm_head, embeddings=settings.embeddings)
+        _, all_int8 = _attempt(of, whole, "-p int8", report)
+        tried = (*tried, replace(all_int8, added=all_int8.added - plain.added))
+        made, _ = _attempt(of, better, how, report)
+    return replace(made, tried=tried, note=f"int4 keeps {lowest:.2f} of an adapter, {how} {attempt.lowest:.2f}: {note}")
 
 
 def may_be_mixed(settings: QuantizationSettings) -> bool:

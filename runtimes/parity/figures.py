@@ -64,6 +64,11 @@ class Budget:
     top1: float
     delta: float
 
+    @property
+    def stated(self) -> dict[str, float]:
+        """As a manifest states it."""
+        return {"logits": self.logits, "top1": self.top1, "delta": self.delta}
+
 
 BUDGETS = {
     b.name: b

@@ -5,7 +5,7 @@
 NLL is the mean over the completions' tokens of -log p(token | all before it), in nats. It is the float32 base that both are held against: a
 base that quantization damaged must not raise the share. 1 is all of it, 0 what the base says unsteered; below 0 quantization costs more
 than the edit gives. Where the float32 edit gains LEAST_GAIN or less (an ablation, a steering vector), a share of it says nothing, and the
-cosine of its delta is held to LEAST_COSINE instead.
+cosine of its delta is held to ``least_cosine`` instead.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ import torch
 from shared_folders import shared_folder
 
 from calibration.settings import settings_for
+from graph_passes.external import load_graph
 from reft_export.adding.add import add_adapter
 from reft_export.base.load import Base, load_base
 from reft_export.eager.steering import steered
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
+from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quantizing.swap import swap_bundle
@@ -27,9 +29,10 @@ from reft_export.tasks.probe_rows import probe_rows
 from reft_export.training.probes import probe_examples
 from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
 from runtimes.edits.adapter import load_adapter, save_adapter
-from runtimes.errors import AdapterError, CalibrationError
+from runtimes.errors import AdapterError, CalibrationError, ParityError
 from runtimes.golden import check_golden
 from runtimes.ort.session import OrtSession
+from runtimes.parity import retention
 from runtimes.parity.figures import ParityReport
 
 QUIET = {"report": lambda _: None}
@@ -231,3 +234,37 @@ def test_probes_of_long_prompts_are_fewer_rows(monkeypatch) -> None:
     assert lengths[:4] == [13, 23, 33, 43] and sum(lengths) <= generation.PROBE_TOKENS
     one = generation.probe_inputs(OfSize(300), [([1, 2, 3], 2)])
     assert one.continued == 1 and one.logit_positions.tolist() == [[0, 0], [0, 1], [0, 2]]
+
+
+def test_level_4_gives_way_where_it_costs_too_much(bundle, base_folder, tmp_path, monkeypatch) -> None:
+    """Planted: any rounding is too much."""
+    taken = QualityGate(accept_loss=True)
+    settings = settings_for("weight-only", bits=4)
+    kept = quantize_bundle(bundle.folder, str(base_folder()), tmp_path / "kept", settings, quality=taken, **QUIET)
+    assert kept.manifest.quantization.accuracy_level == 4 and not kept.parity.notes
+    monkeypatch.setattr(retention, "MOST_ROUNDING", -10.0)
+    made = quantize_bundle(bundle.folder, str(base_folder()), tmp_path / "made", settings, quality=taken, **QUIET)
+    assert made.manifest.quantization.accuracy_level == 1 and made.parity.notes[0].startswith("accuracy level 1: level 4 costs probed")
+    opened = open_bundle(tmp_path / "made")
+    levels = {n.attributes.get_int("accuracy_level") for n in load_graph(opened.graph_path).graph if n.op_type == "MatMulNBits"}
+    assert levels == {1}
+    check_golden(opened, OrtSession(opened)).require()
+
+
+@pytest.mark.slow
+def test_what_loses_too_much_is_mended_or_refused(bundle, base_folder, adapters, tmp_path, monkeypatch) -> None:
+    """A share that nothing reaches: every remedy is tried and told of, and nothing is left; accepted, the loss is in the manifest."""
+    monkeypatch.setattr(retention, "LEAST_GAIN", -np.inf)
+    never, model = QualityGate(), str(base_folder())
+    object.__setattr__(never, "min_retention", 1e6)
+    said = (
+        r"probed: retention .*tried: int4: probed .*weights in int8: probed .*-p int8: probed .*refit on its probes: probed .*--accept-loss"
+    )
+    with pytest.raises(ParityError, match=said) as refused:
+        settings = settings_for("weight-only", bits=4)
+        quantize_bundle(bundle.folder, model, tmp_path / "no", settings, quality=never, adapters=adapters[:1], **QUIET)
+    assert refused.value.report.passed and [p.name for p in tmp_path.iterdir()] == ["no.parity.json"]
+    object.__setattr__(never, "accept_loss", True)
+    quantize_bundle(bundle.folder, model, tmp_path / "yes", settings, quality=never, **QUIET)
+    manifest = open_bundle(tmp_path / "yes").manifest
+    assert set(manifest.loss) == {"probed"} == set(manifest.retention)
