@@ -255,13 +255,12 @@ def test_level_4_gives_way_where_it_costs_too_much(bundle, base_folder, tmp_path
 def test_what_loses_too_much_is_mended_or_refused(bundle, base_folder, adapters, tmp_path, monkeypatch) -> None:
     """A share that nothing reaches: every remedy is tried and told of, and nothing is left; accepted, the loss is in the manifest."""
     monkeypatch.setattr(retention, "LEAST_GAIN", -np.inf)
-    never, model = QualityGate(), str(base_folder())
+    never, model, settings = QualityGate(), str(base_folder()), settings_for("weight-only", bits=4)
     object.__setattr__(never, "min_retention", 1e6)
     said = (
         r"probed: retention .*tried: int4: probed .*weights in int8: probed .*-p int8: probed .*refit on its probes: probed .*--accept-loss"
     )
     with pytest.raises(ParityError, match=said) as refused:
-        settings = settings_for("weight-only", bits=4)
         quantize_bundle(bundle.folder, model, tmp_path / "no", settings, quality=never, adapters=adapters[:1], **QUIET)
     assert refused.value.report.passed and [p.name for p in tmp_path.iterdir()] == ["no.parity.json"]
     object.__setattr__(never, "accept_loss", True)
