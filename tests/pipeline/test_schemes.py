@@ -237,8 +237,9 @@ def test_weights_are_stored_as_the_runtimes_read_them(float_bundle) -> None:
 
 @pytest.mark.slow
 def test_builtin_base(adapter_folders, prompts_file, tmp_path) -> None:
-    """The trained base of the quickstart, with a random edit: every scheme says what eager says. A trained model's ranges leave less of
-    an edit that means nothing to it, so static int8 may miss the gate of the delta, and nothing else."""
+    """The trained base of the quickstart, with a random edit: every scheme says what eager says. An edit without probes that
+    means nothing to a trained model is held to its delta alone: rounded activations, and 4-bit embeddings under int8, may miss that gate,
+    and nothing else."""
     from reft_export.quickstart import base_path
     from runtimes.edits.adapter import save_adapter
 
@@ -254,7 +255,7 @@ def test_builtin_base(adapter_folders, prompts_file, tmp_path) -> None:
             report = quantize_bundle(tmp_path / "fp32", base, tmp_path / job, settings, calibration=request, **QUIET).parity
         except ParityError as error:
             report = error.report
-            assert scheme in ("static", "qdq-int8")
+            assert job in ("int8 asymmetric", "static", "qdq-int8")
         missed = [r for r in report.rungs if not r.passed]
         assert all(r.figures.max_relative <= r.budget.logits and r.figures.top1 >= r.budget.top1 for r in missed), job
         assert any(r.name.endswith("step by step") for r in report.rungs) == (scheme in ("dynamic", "static", "qdq-int8", "fp8"))

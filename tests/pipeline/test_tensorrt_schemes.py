@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from calibration.collect import product_inputs
 from calibration.quantize import quantize_graph
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
-from graph_passes.find.weights import weight_products
 from graph_passes.function_body import use_bodies
 
 BUILD = Path(__file__).with_name("tensorrt_build.py")
@@ -41,7 +41,7 @@ def test_builds(family, scheme, precision, options, capability, tensorrt_rtx, fl
     """MatMuls with dequantized operands, LoReFT in its per-token form."""
     source, _ = float_bundle(family, precision, target="tensorrt")
     graph = load_graph(source / "model.onnx")
-    ranges = {node.inputs[0].name: (-4.0, 4.0) for node in weight_products(graph.graph)}
+    ranges = dict.fromkeys(product_inputs(graph), (-4.0, 4.0))
     quantize_graph(graph, settings_for(scheme, **options), ranges)
     done = build(tensorrt_rtx, graph, tmp_path, capability)
     assert done.returncode == 0, done.stderr[-1500:]
