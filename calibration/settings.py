@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from runtimes.artifacts.values import CacheType
 from runtimes.errors import CalibrationError
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -56,6 +57,11 @@ ELSEWHERE = {
 }
 """Methods that are asked for and are not served: why, and what to use."""
 
+CACHES: tuple[CacheType, ...] = ("float", "int8")
+NO_FP16_CACHE = (
+    "--cache fp16 is not served: onnxruntime rounds what it stores and not what a step has just computed, so a prompt says another thing "
+    "when it comes in pieces, and decoding takes longer than with float32; use --cache int8"
+)
 EMBEDDINGS = (None, 0, 4, 8)
 DEFAULT_BLOCK = {4: 32, 8: 64}
 """By bits. A float32 scale for 32 weights of 8 bits is a ninth of the file, and what it buys is not to be seen."""
@@ -93,6 +99,8 @@ class QuantizationSettings:
     """Whether the head is quantized; None is the scheme's default. One that is tied to a quantized embedding always is, unless False."""
     embeddings: int | None = None
     """Bits of the token embedding, and of a head that is tied to it; 0 is float. None: 8 where onnxruntime looks it up, else float."""
+    cache: CacheType = "float"
+    """How the KV cache is stored: in the graph's float type, or rounded to int8."""
 
     def __post_init__(self) -> None:
         scheme = SCHEMES[check_scheme(self.scheme)]
@@ -108,6 +116,8 @@ class QuantizationSettings:
             raise CalibrationError(f"--scheme {self.scheme} has one scale per output column and takes no block size")
         if self.int8 and (self.scheme != "weight-only" or self.bits != 4):
             raise CalibrationError("int8 weights stand among int4 ones: use --scheme weight-only -p int4, or leave them out")
+        if check_cache(self.cache) != "float" and self.scheme != "weight-only":
+            raise CalibrationError(f"--cache {self.cache} goes with --scheme weight-only, not {self.scheme}; leave out one of them")
         self._check_products()
         self._check_embeddings(scheme)
 
@@ -181,6 +191,12 @@ def check_method(name: str) -> Method:
     return _known(name, METHODS, "--method")
 
 
+def check_cache(name: str) -> CacheType:
+    if name == "fp16":
+        raise CalibrationError(NO_FP16_CACHE)
+    return _known(name, CACHES, "--cache")
+
+
 def _known(name: str, names: Collection[_Name], option: str) -> _Name:
     found = next((known for known in names if known == name), None)
     if found is None:
@@ -200,6 +216,7 @@ def settings_for(
     int8: tuple[str, ...] = (),
     lm_head: bool | None = None,
     embeddings: int | None = None,
+    cache: str = "float",
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
@@ -219,6 +236,7 @@ def settings_for(
         int8=int8,
         lm_head=lm_head,
         embeddings=embeddings,
+        cache=check_cache(cache),
     )
 
 

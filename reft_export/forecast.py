@@ -87,7 +87,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
         parameters=total,
         memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + rounded + copy,
         disk=disk + copy,
-        token=cache_token(plan.checkpoint.config, settings.float_type) if task.decodes else None,
+        token=cache_token(plan.checkpoint.config, 1 if settings.cache == "int8" else BYTES[settings.float_type]) if task.decodes else None,
         context=stated_context(_decoder(plan.checkpoint.config)) if task.decodes else None,
     )
 
@@ -99,15 +99,15 @@ def _table(plan: ExportPlan) -> int:
     return min(rows * width, plan.parameters[1]) if type(rows) is int and width is not None else 0
 
 
-def cache_token(config: Mapping[str, Any], precision: str) -> int | None:
-    """2 x layers x KV heads x head width x bytes of the float type: of one row's token. A head's width is by default width / heads."""
+def cache_token(config: Mapping[str, Any], value: float) -> int | None:
+    """2 x layers x KV heads x head width x ``value`` bytes: of one row's token. A head's width is by default width / heads."""
     stated = _decoder(config)
     heads = next((stated[key] for key in HEAD_KEYS if type(stated.get(key)) is int), None)
     layers, width = (next((stated[key] for key in keys if type(stated.get(key)) is int), None) for keys in (LAYER_KEYS, WIDTH_KEYS))
     if heads is None or layers is None or width is None:
         return None
     dim = stated.get("head_dim")
-    return int(2 * layers * (stated.get("num_key_value_heads") or heads) * (dim or width // heads) * BYTES[precision])
+    return int(2 * layers * (stated.get("num_key_value_heads") or heads) * (dim or width // heads) * value)
 
 
 def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:

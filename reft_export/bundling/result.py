@@ -40,5 +40,6 @@ def quantization_record(
         embeddings=quantized.embeddings,
         kept=quantized.float_weights,
         int8=quantized.int8,
+        cache=settings.cache,
         calibration=calibration,
     )

@@ -17,6 +17,7 @@ from reft_export.cli.options import (
     AsJson,
     BlockSize,
     BudgetMB,
+    CacheStore,
     DryRun,
     Embeddings,
     Force,
@@ -37,7 +38,9 @@ from reft_export.cli.options import (
 from reft_export.console import escape, out, print_json, print_parity, progress
 from reft_export.parity.quality import MIN_RETENTION, QualityGate
 
-QUANTIZED = ("block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings", "min_retention", "accept_loss")
+QUANTIZED = (
+    "block_size", "accuracy_level", "method", "symmetric", "keep_high", "budget_mb", "embeddings", "cache", "min_retention", "accept_loss",
+)  # fmt: skip
 """Parameters of -p int8 and int4."""
 GRAPHS = ("precision", "exporter", "target", "logits", "sites", "opset", *QUANTIZED)
 """Parameters that mean nothing for an adapter alone."""
@@ -82,6 +85,7 @@ def export(
     keep_high: KeepHigh = None,
     budget_mb: BudgetMB = None,
     embeddings: Embeddings = None,
+    cache: CacheStore = "float",
     min_retention: MinRetention = MIN_RETENTION,
     accept_loss: AcceptLoss = False,
     format: Annotated[
@@ -116,6 +120,7 @@ def export(
         symmetric=symmetric,
         keep_high=parse_patterns(keep_high),
         embeddings=embedding_bits(embeddings),
+        cache=cache,
         mixed=asks_auto(keep_high) or budget_mb is not None,
         budget_mb=budget_mb,
         target=checked_target(target),

@@ -206,6 +206,8 @@ def quantization(q: Any) -> str:
     if q.scheme == "weight-only":
         parts.append(f"accuracy level {q.accuracy_level}")
     parts.append("activations " + ("quantized" if q.quantizes_activations else "in float"))
+    if q.cache != "float":
+        parts.append(f"KV cache {q.cache}")
     if q.embeddings:
         parts.append(f"embedding int{q.embeddings}")
     if q.int8:

@@ -70,6 +70,14 @@ Embeddings = Annotated[
         "quantized for onnxruntime.",
     ),
 ]
+CacheStore = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="How the KV cache is stored: float, or rounded to int8: a quarter of the memory, faster to decode in long contexts, slower "
+        "to fill.",
+    ),
+]
 KeepHigh = Annotated[
     list[str] | None,
     typer.Option(

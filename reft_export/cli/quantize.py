@@ -18,6 +18,7 @@ from reft_export.cli.options import (
     AsJson,
     BlockSize,
     BudgetMB,
+    CacheStore,
     Embeddings,
     Force,
     KeepHigh,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 QUANTIZES = (
     "precision", "scheme", "method", "block_size", "symmetric", "accuracy_level", "keep_high", "budget_mb", "lm_head", "embeddings",
-    "calibrate",    "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
+    "cache", "calibrate", "ranges", "mixture", "observer", "percentile", "decode_tokens", "compare",
 )  # fmt: skip
 """Parameters that say how weights are quantized: nothing that a quantized bundle could follow."""
 PROBES = "probes"
@@ -81,6 +82,7 @@ def quantize(
         bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the head; default: not where activations have fixed ranges.")
     ] = None,
     embeddings: Embeddings = None,
+    cache: CacheStore = "float",
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", help="Prompts (JSONL, as for train) for activation ranges, edits on; default: the adapters' probes."),
@@ -174,6 +176,7 @@ def quantize(
             keep_high=parse_patterns(keep_high),
             lm_head=lm_head,
             embeddings=embedding_bits(embeddings),
+            cache=cache,
         )
         static = fixes_ranges(scheme, precision)
         request = calibration_request(calibrate, ranges, mixture, observer, percentile, decode_tokens, static=static)

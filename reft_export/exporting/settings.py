@@ -19,7 +19,7 @@ DEFAULT_OPSET = 20
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """``precision`` int4 and int8 are weight-only over a float32 graph; ``block_size``, ``accuracy_level``, ``method``, ``symmetric``,
-    ``keep_high`` and ``embeddings`` are theirs, as of ``settings_for``.
+    ``keep_high``, ``embeddings`` and ``cache`` are theirs, as of ``settings_for``.
 
     ``target``: onnxruntime takes attention as GroupQueryAttention, whose KV cache can be written in place, wherever the family allows it;
     tensorrt takes ONNX's own operators, which ``build`` reads and onnxruntime runs too, slower as the context grows.
@@ -36,6 +36,7 @@ class ExportSettings:
     symmetric: bool | None = None
     keep_high: tuple[str, ...] = ()
     embeddings: int | None = None
+    cache: str = "float"
     mixed: bool = False
     """int4 with the most sensitive weights in int8; ``budget_mb``: for the whole bundle, in MB (10^6 bytes), about."""
     budget_mb: float | None = None
@@ -65,6 +66,8 @@ class ExportSettings:
                 "optimum's exporter makes float32 graphs with all logits here; use -p fp32, int8 or int4, or --exporter dynamo"
             )
 
+        if self.cache != "float" and self.target != "onnxruntime":
+            raise InputError(f"--cache {self.cache} is onnxruntime's GroupQueryAttention's; leave it out with --target {self.target}")
         if (self.mixed or self.budget_mb is not None) and self.precision != "int4":
             raise InputError(
                 f"--keep-high auto and --budget-mb choose int8 weights among int4 ones, and -p is {self.precision}; use -p int4"
@@ -84,6 +87,7 @@ class ExportSettings:
             accuracy_level=self.accuracy_level,
             keep_high=self.keep_high,
             embeddings=self.embeddings,
+            cache=self.cache,
         )
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graph_passes.accessors import name_of
+from graph_passes.accessors import dtype_of, name_of
 from graph_passes.external import load_graph
 from graph_passes.slots.add import rules_of
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Manifest, Quantization
@@ -42,11 +42,13 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
 
 
 def _as_changed(manifest: Manifest, graph: ir.Graph) -> Manifest:
-    """Without the edit nodes, rules and inputs that the graph has no more: a session holds one against the other."""
+    """Without the edit nodes, rules and inputs that the graph has no more, and with its types: a session holds one against the other."""
     left = {name_of(value) for value in (*graph.inputs, *graph.initializers.values())}
+    types = {value.name: dtype_of(value).name.lower() for value in (*graph.inputs, *graph.outputs)}
     return replace(
         manifest,
-        inputs=tuple(record for record in manifest.inputs if record.name in left),
+        inputs=tuple(replace(record, dtype=types[record.name]) for record in manifest.inputs if record.name in types),
+        outputs=tuple(replace(record, dtype=types[record.name]) for record in manifest.outputs),
         nodes=tuple(record for record in manifest.nodes if left.issuperset(record.node.bank_names)),
         rules=rules_of(graph),
     )

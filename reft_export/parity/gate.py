@@ -24,8 +24,8 @@ def gate(
 ) -> ParityReport:
     """Runs the finished bundle against its golden arrays; a miss writes <output>.parity.json and raises ParityError.
 
-    ``proof``: arrays recorded with float activations, which a bundle that quantizes activations is held to first, its graph without
-    their quantization; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``names``: of base and adapters
+    ``proof``: arrays recorded with float activations and a float cache, which a bundle that quantizes either is held to first, its graph
+    without that; an empty folder where it quantizes none. ``stepped``: rungs that were taken already. ``names``: of base and adapters
     those to hold; None is all. ``remedy``: what to try where a budget is missed; "" is the quantization's own advice. ``settles``: where
     accuracy level 4 costs too much, the bundle gets level 1, and the report says so.
     """
@@ -52,17 +52,20 @@ def gate(
 
 
 def _proven(bundle: Bundle, proof: Path | None, names: Collection[str] | None) -> list[Rung]:
-    """The bundle without its quantization of activations, where it has one; what MatMulNBits rounds inside was recorded without it."""
-    from reft_export.parity.ladder import check, float_label, with_float_activations
+    """The bundle without its quantization of activations and of its cache, where it has one; what MatMulNBits rounds inside was recorded
+    without it."""
+    from reft_export.parity.ladder import check, exact_label, float_label, with_float_activations
 
-    q = bundle.manifest.quantization
+    q, rungs = bundle.manifest.quantization, []
     if q is None:
         return []
-    recorded = bundle.folder / "golden" if q.rounds_inside else proof
-    if recorded is None or not any(recorded.iterdir()):
-        return []
-    with with_float_activations(bundle) as changed:
-        return check(changed, recorded, float_label(q), names=names)
+    if proof is not None and any(proof.iterdir()):
+        with with_float_activations(bundle, cache=True) as changed:
+            rungs += check(changed, proof, exact_label(q), names=names)
+    if q.rounds_inside:
+        with with_float_activations(bundle) as changed:
+            rungs += check(changed, bundle.folder / "golden", float_label(q), names=names)
+    return rungs
 
 
 def _shipped(bundle: Bundle, names: Collection[str] | None) -> ParityReport:

@@ -15,10 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from calibration.products import stored_activations
+from graph_passes.stored_cache import stored_cache
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
 from reft_export.eager.steering import Steerer
+from reft_export.eager.stored_cache import rounded_cache
 from reft_export.tasks.task import TASKS, Inputs
 from reft_export.training.probes import probe_examples
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
@@ -175,14 +177,16 @@ def record_quantized(
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where a scheme has any.
 
-    There the same without the activations goes into ``proof``, where exactness is shown; else ``proof`` stays empty: what MatMulNBits
-    rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``. ``loaded``: ``model`` carries them already.
+    There, and where its KV cache is rounded, the same without either goes into ``proof``, where exactness is shown; else ``proof`` stays
+    empty: what MatMulNBits rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``. ``loaded``: ``model``
+    carries them already.
     """
     if not loaded:
         load_dequantized(model, graph, sources)
-    if not stored_activations(graph):
+    cache = stored_cache(graph.graph)
+    if not stored_activations(graph) and cache is None:
         record_golden(golden, model, inputs, steerers, fp32=fp32, of_base=of_base)
         return
     record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
-    with activations_quantized(model, graph, sources):
+    with activations_quantized(model, graph, sources), rounded_cache(model, cache):
         record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=True, of_base=of_base)

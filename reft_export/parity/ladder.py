@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from calibration.products import float_activations, stored_activations
 from graph_passes.external import load_graph
+from graph_passes.stored_cache import float_cache, stored_cache
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.gguf import described
@@ -25,6 +28,7 @@ from reft_export.base.token_rules import context_of
 from reft_export.bundling.recorded import check_recorded
 from reft_export.eager.banks import bank_edits, bank_steerer
 from reft_export.eager.steering import Steerer
+from reft_export.eager.stored_cache import rounded_cache
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.parity.edit_ladder import edit_rungs
@@ -164,17 +168,23 @@ def quantized_rungs(
     with tempfile.TemporaryDirectory() as folder:
         report("holding the quantized weights against the eager model")
         record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
-        with with_float_activations(bundle) as changed:
-            rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
-        if quantization.rounds_inside:
+        with with_float_activations(bundle, cache=True) as changed:
+            rungs += check(changed, Path(folder), exact_label(quantization), provider=provider, kernel=kernel)
+        if quantization.rounds_inside and quantization.cache == "float":
             rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
-    if not stored_activations(graph):
+    activations = bool(stored_activations(graph))
+    if not activations and quantization.cache == "float":
         return rungs
     with tempfile.TemporaryDirectory() as folder:
         report("holding the bundle against the eager model's fake quantization")
-        with activations_quantized(base.model, graph, sources):
+        with activations_quantized(base.model, graph, sources), rounded_cache(base.model, stored_cache(graph.graph)):
             record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32, noisy=True)
+        if quantization.rounds_inside:
+            with with_float_activations(bundle) as changed:
+                rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
         rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+    if not activations:
+        return rungs
     return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)
 
 
@@ -197,11 +207,21 @@ def check(
 
 
 @contextmanager
-def with_float_activations(bundle: Bundle) -> Iterator[Bundle]:
-    """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only."""
-    with variant(bundle, float_activations) as changed:
+def with_float_activations(bundle: Bundle, *, cache: bool = False) -> Iterator[Bundle]:
+    """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only.
+
+    ``cache``: its KV cache is float, too.
+    """
+
+    def change(graph: ir.Model) -> None:
+        float_activations(graph)
+        if cache:
+            float_cache(graph)
+
+    with variant(bundle, change) as changed:
         quantization = replace(quantization_of(bundle), scheme="weight-only", accuracy_level=1)
-        yield replace(changed, manifest=replace(bundle.manifest, quantization=quantization, parity_budget={}))
+        quantization = replace(quantization, cache="float") if cache else quantization
+        yield replace(changed, manifest=replace(changed.manifest, quantization=quantization, parity_budget={}))
 
 
 def stored_inputs(bundle: Bundle) -> dict[str, Inputs]:
@@ -220,4 +240,10 @@ def known_inputs(bundle: Bundle, base: Base) -> dict[str, Inputs]:
 
 def float_label(q: Quantization) -> str:
     """What a parity rung calls the bundle without the quantization of its activations."""
-    return f"int{q.bits} level 1" if q.scheme == "weight-only" else f"{q.scheme}, float activations"
+    level_1 = replace(q, accuracy_level=1)
+    return level_1.label if q.scheme == "weight-only" else f"{q.scheme}, float activations"
+
+
+def exact_label(q: Quantization) -> str:
+    """The same without the rounding of its KV cache either."""
+    return float_label(replace(q, cache="float"))

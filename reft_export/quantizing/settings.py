@@ -98,6 +98,11 @@ def check_bundle(bundle: Bundle, settings: QuantizationSettings, request: Calibr
         opset=m.opset,
         where=str(bundle.folder),
     )
+    if settings.cache != "float" and m.kv_cache != "in-place":
+        raise CalibrationError(
+            f"--cache {settings.cache} is of graphs with GroupQueryAttention, and {bundle.folder} has a KV cache that is {m.kv_cache}; "
+            "leave it out, or export the bundle with --target onnxruntime"
+        )
     check_request(request, settings, bundle)
 
 

@@ -21,6 +21,7 @@ from reft_export.base.memory import give_back
 from reft_export.bundling.files import Report
 from reft_export.eager.steering import Steerer
 from reft_export.parity.quality import Attempt, QualityGate
+from reft_export.quantizing.cache import quantize_cache
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import WeightSource
@@ -85,6 +86,15 @@ class Chosen:
 
 
 def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
+    """The weights that ``_enough`` chooses, and the KV cache that ``settings`` ask for."""
+    chosen = _enough(of, settings, gate, report)
+    if settings.cache != "float":
+        report("measuring the KV cache's scales")
+        quantize_cache(chosen.graph, chosen.model, of.inputs, of.steerers)
+    return chosen
+
+
+def _enough(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
     """Quantizes by ``settings``; where that leaves an adapter less than ``gate`` asks for, and the weights are of int4 without any choice
     of the user's, again with the most sensitive ones in int8."""
     note = ""

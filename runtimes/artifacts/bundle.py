@@ -26,6 +26,7 @@ from runtimes.artifacts.golden_schema import LAYOUTS, GoldenSchema, read_golden
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.artifacts.values import (
+    CacheType,
     Embeddings,
     Exporter,
     KvCache,
@@ -133,6 +134,8 @@ class Quantization:
     """Weights that stayed in float by choice."""
     int8: tuple[str, ...] = ()
     """Weights of 8 bits among those of 4."""
+    cache: CacheType = "float"
+    """How keys and values are stored."""
     calibration: CalibrationRecord | None = None
 
     def check(self) -> None:
@@ -145,11 +148,19 @@ class Quantization:
     @property
     def label(self) -> str:
         """What a parity rung calls it."""
-        return f"int{self.bits} level {self.accuracy_level}" if self.scheme == "weight-only" else self.scheme
+        if self.scheme != "weight-only":
+            return self.scheme
+        cache = "" if self.cache == "float" else f", {self.cache} cache"
+        return f"int{self.bits} level {self.accuracy_level}{cache}"
 
     @property
     def quantizes_activations(self) -> bool:
         return self.scheme not in WEIGHT_ONLY_SCHEMES or self.accuracy_level == 4
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything but weights is quantized: float noise may then carry as far as a level of the grid."""
+        return self.quantizes_activations or self.cache != "float"
 
     @property
     def rounds_inside(self) -> bool:
@@ -465,7 +476,7 @@ class Artifact(ABC):
             context=m.model.context_length,
             adapter=name != BASE_GOLDEN,
             float32=m.precision == "fp32" and m.quantization is None,
-            noisy=m.quantization is not None and m.quantization.quantizes_activations,
+            noisy=m.quantization is not None and m.quantization.rounds,
         )
 
 

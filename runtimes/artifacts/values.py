@@ -19,6 +19,8 @@ Padding = Literal["left", "right", "none"]
 """Where pads may stand in a batch of rows of unequal length."""
 KvCache = Literal["in-place", "appended", "none"]
 """One buffer that is written in place, outputs that are longer than the inputs by the new columns, or no cache at all (a classifier)."""
+CacheType = Literal["float", "int8"]
+"""How a step's keys and values are stored: in the graph's own float type, or rounded as graph_passes/stored_cache.py says."""
 Rules = Literal["row", "shared"]
 """Whether every rule initializer takes a value per row ([1] or [B]), so that rows of a batch may be steered by different adapters."""
 Embeddings = Literal["shared", "separate"]

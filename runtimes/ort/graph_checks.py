@@ -104,11 +104,20 @@ def _sizes(bundle: Bundle, inputs: Sequence[Argument], outputs: dict[str, Argume
         yield f"num_hidden_layers {m.model.num_hidden_layers}", f"a KV cache of {len(keys)}"
     heads, kept = m.model.num_attention_heads, [value.shape[1] for value in keys if len(value.shape) == 4]
     yield from ((f"num_attention_heads {heads}", f"a KV cache of {n} heads") for n in kept if heads and isinstance(n, int) and heads % n)
+    yield from _cache_type(bundle, past)
     floats = [value for value in (*past, *outputs.values()) if value.type in {f"tensor({e.name})" for e in FLOAT_TYPES.values()}]
     if floats and not m.nodes and _float_type(bundle) not in {value.type for value in floats}:
         yield f"precision {m.precision}", f"{floats[0].name} of {floats[0].type}"
     if (logits := outputs.get("logits")) is not None and logits.shape:
         yield from _logits(bundle, logits.shape)
+
+
+def _cache_type(bundle: Bundle, past: Sequence[Argument]) -> Iterator[tuple[str, str]]:
+    q = bundle.manifest.quantization
+    said = "float" if q is None else q.cache
+    floats = {f"tensor({e.name})" for e in FLOAT_TYPES.values()}
+    expected = {"tensor(int8)"} if said == "int8" else floats
+    yield from ((f"cache {said}", f"{value.name} of {value.type}") for value in past if value.type not in expected)
 
 
 def _logits(bundle: Bundle, shape: Sequence[int | str | None]) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
 from runtimes.ort.graph_checks import check_graph
-from runtimes.precision import BFLOAT16, FLOAT_TYPES
+from runtimes.precision import BFLOAT16, ELEMENT_TYPES, FLOAT_TYPES
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
 A = TypeVar("A")
@@ -50,6 +50,7 @@ NO_PACKING = ("session.disable_prepacking", "1")
 PAST = "past_key_values."
 IN_PLACE = "in-place"
 """The manifest's word for a cache that a step can write in place."""
+CACHE_TYPES = (*FLOAT_TYPES.values(), ELEMENT_TYPES["int8"])
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -441,12 +442,12 @@ def _check_contract(bundle: Bundle, inputs: Mapping[str, ort.NodeArg], outputs: 
 
 
 def _cache_tensor(node: ort.NodeArg) -> CacheTensor:
-    """Raises GraphError for a cache input that is not [batch, heads, past, dim] of a float type, heads and dim fixed."""
-    element = next((e for e in FLOAT_TYPES.values() if node.type == f"tensor({e.name})"), None)
+    """Raises GraphError for a cache input that is not [batch, heads, past, dim] of a float type or int8, heads and dim fixed."""
+    element = next((e for e in CACHE_TYPES if node.type == f"tensor({e.name})"), None)
     fixed = len(node.shape) == 4 and isinstance(node.shape[1], int) and isinstance(node.shape[3], int)
     if not fixed or element is None:
         raise GraphError(
-            f"graph input {node.name} is {node.type} {node.shape}; expected a float [batch, heads, past, dim], heads and dim fixed"
+            f"graph input {node.name} is {node.type} {node.shape}; expected float or int8 [batch, heads, past, dim], heads and dim fixed"
         )
     output = node.name.replace(PAST, "present.", 1)
     return CacheTensor(name=node.name, output=output, heads=node.shape[1], dim=node.shape[3], element=element)

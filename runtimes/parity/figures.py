@@ -225,7 +225,7 @@ def _row_for(manifest: Manifest) -> Budget:
     if q.rounds_inside:
         row = BUDGETS["accuracy level 4"]
     else:
-        row = BUDGETS["activation-quantized" if q.quantizes_activations else f"weight-only int{q.bits}"]
+        row = BUDGETS["activation-quantized" if q.rounds else f"weight-only int{q.bits}"]
     return row if manifest.precision == "fp32" else _wider(row, BUDGETS[manifest.precision])
 
 
