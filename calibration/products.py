@@ -15,6 +15,8 @@ from calibration.weight_only import CONTRIB, dequantize_nbits
 from graph_passes.accessors import input_of, int_of, name_of
 from graph_passes.external import unmap
 
+MOST_UNPACKED = 2**29
+"""Bytes of float32 matrices that ``unpack_int8`` puts into a graph: they are stored in its file, which may have 2 GiB."""
 _SUFFIXES = ("_Q4", "_Q8", "_F8", "_G4", "_G8")
 
 
@@ -80,6 +82,31 @@ def float_activations(model: ir.Model) -> None:
     per_token.float_inputs(model.graph)
     qdq.float_inputs(model.graph)
     RemoveUnusedNodesPass()(model)
+
+
+def int8_products(graph: ir.Graph) -> list[ir.Node]:
+    """Every MatMulNBits with weights of 8 bits."""
+    return [n for n in graph if n.domain == CONTRIB and n.op_type == "MatMulNBits" and n.attributes.get_int("bits", 4) == 8]
+
+
+def unpack_int8(model: ir.Model, most: int = MOST_UNPACKED) -> bool:
+    """Multiplies by the float32 matrices that the weights of ``int8_products`` are, in place; not where those are more than ``most`` bytes.
+
+    onnxruntime 1.31 has no kernel for float32 by int8: at accuracy level 1 every call unpacks all of a weight, by one value at a time (the
+    head of SmolLM2 takes 0.2 to 0.5 s), and what is held against the eager model at that level takes minutes.
+    """
+    nodes = int8_products(model.graph)
+    if 4 * sum(int_of(node, "K") * int_of(node, "N") for node in nodes) > most:
+        return False
+    for node in nodes:
+        weight = ir.tensor(dequantize_nbits(node), name=f"{name_of(input_of(node, 1))}.float32")
+        value = ir.Value(name=weight.name, const_value=weight, type=ir.TensorType(weight.dtype), shape=ir.Shape(weight.shape.numpy()))
+        model.graph.register_initializer(value)
+        product = ir.node("MatMul", [input_of(node, 0), value], name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [product], node.outputs, product.outputs)
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
+        del model.graph.initializers[name]
+    return True
 
 
 def _float_inside(model: ir.Model) -> None:

@@ -54,11 +54,13 @@ def gate(
 def _proven(bundle: Bundle, proof: Path | None, names: Collection[str] | None) -> list[Rung]:
     """The bundle without its quantization of activations and of its cache, where it has one; what MatMulNBits rounds inside was recorded
     without it."""
+    from reft_export.parity.int8_ladder import int8_rungs
     from reft_export.parity.ladder import check, exact_label, float_label, with_float_activations
 
     q, rungs = bundle.manifest.quantization, []
     if q is None:
         return []
+    rungs += int8_rungs(bundle)
     if proof is not None and any(proof.iterdir()):
         with with_float_activations(bundle, cache=True) as changed:
             rungs += check(changed, proof, exact_label(q), names=names)

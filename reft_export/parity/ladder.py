@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.products import float_activations, stored_activations
+from calibration.products import float_activations, stored_activations, unpack_int8
 from graph_passes.external import load_graph
 from graph_passes.stored_cache import float_cache, stored_cache
 from graph_passes.unfold import unfold_graph
@@ -33,6 +33,7 @@ from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.parity.edit_ladder import edit_rungs
 from reft_export.parity.golden import Arrays, InputsByName, fp32_answers, record_golden
+from reft_export.parity.int8_ladder import int8_rungs
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
 from runtimes.golden import check_golden
@@ -168,6 +169,7 @@ def quantized_rungs(
     with tempfile.TemporaryDirectory() as folder:
         report("holding the quantized weights against the eager model")
         record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
+        rungs += int8_rungs(bundle)
         with with_float_activations(bundle, cache=True) as changed:
             rungs += check(changed, Path(folder), exact_label(quantization), provider=provider, kernel=kernel)
         if quantization.rounds_inside and quantization.cache == "float":
@@ -210,13 +212,15 @@ def check(
 def with_float_activations(bundle: Bundle, *, cache: bool = False) -> Iterator[Bundle]:
     """The quantized bundle with the same weights and float activations, and a manifest that says so: its budget is weight-only.
 
-    ``cache``: its KV cache is float, too.
+    ``cache``: its KV cache is float, too. Weights of 8 bits are float32 matrices of the same values, where they are not too many: what
+    onnxruntime makes of the stored ones is held by ``int8_rungs``, product by product.
     """
 
     def change(graph: ir.Model) -> None:
         float_activations(graph)
         if cache:
             float_cache(graph)
+        unpack_int8(graph)
 
     with variant(bundle, change) as changed:
         quantization = replace(quantization_of(bundle), scheme="weight-only", accuracy_level=1)
