@@ -14,6 +14,17 @@ import shared_folders
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; tests in parallel need no threads of their own
 
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):
+        """A session's second thread waits busily for work, on the core of the other worker."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = OneThread  # pyright: ignore[reportAttributeAccessIssue]
+
 TENSORRT_RTX = "1.7.1.116"
 GENAI = "0.18.0"
 

@@ -399,7 +399,9 @@ def _not_loaded(bundle: Bundle, provider: str, error: Exception) -> ReftError:
         return BackendUnavailable(
             f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(error)}); run it on cuda"
         )
-    return GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(error)}")
+    q = bundle.manifest.quantization
+    newer = "; an int8 KV cache needs a newer onnxruntime, 1.31 has it" if q is not None and q.cache == "int8" else ""
+    return GraphError(f"{bundle.graph_path} does not load in onnxruntime {ort.__version__} on {wanted}: {_last_line(error)}{newer}")
 
 
 def _check_edits_run(bundle: Bundle, provider: str, instead: str) -> None:
