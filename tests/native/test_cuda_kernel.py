@@ -1,4 +1,5 @@
-"""The CUDA kernel through the C interface, on torch tensors, and the op on onnxruntime's CUDA provider. Not yet run on a GPU."""
+"""The CUDA kernel through the C interface, on torch tensors, and the op on onnxruntime's CUDA provider. Not yet run on a GPU; in emulation:
+test_emulated_kernels.py."""
 
 from __future__ import annotations
 

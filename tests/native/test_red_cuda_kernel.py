@@ -1,11 +1,7 @@
-"""RED's CUDA kernel: thread by thread on the host; through the C interface on torch tensors, and on onnxruntime's CUDA provider.
-
-The last two need a GPU, and have not yet run on one.
-"""
+"""RED's CUDA kernel through the C interface, on torch tensors, and on onnxruntime's CUDA provider. Not yet run on a GPU; in emulation:
+test_emulated_kernels.py."""
 
 from __future__ import annotations
-
-import ctypes
 
 import numpy as np
 import pytest
@@ -13,7 +9,6 @@ import torch
 from native_gpu import Launch, check_captured, cuda_provider_session, on_gpu, run_guarded
 from native_op import DTYPES, ELEMENTS, installed_library, load
 from native_red import NAMES, check, draw, red_model
-from plugin_host import HERE, NATIVE, compiler, cuda_include, run
 
 
 def launch_on(feeds: dict[str, np.ndarray], device: dict[str, torch.Tensor], dtype: str) -> Launch:
@@ -29,49 +24,6 @@ def launch_on(feeds: dict[str, np.ndarray], device: dict[str, torch.Tensor], dty
 def red_cuda(feeds: dict[str, np.ndarray], dtype: str, *, in_place: bool = False) -> np.ndarray:
     device = on_gpu(feeds, dtype)
     return run_guarded(device["h"], dtype, launch_on(feeds, device, dtype), in_place=in_place)
-
-
-@pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernel compiled for the host under UndefinedBehaviorSanitizer, whose report ends the process."""
-    output = tmp_path_factory.mktemp("red-cuda-on-host") / "red.so"
-    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    run(compiler(), *flags, "-isystem", cuda_include(), f"-I{NATIVE}", f"-I{NATIVE}/include", HERE / "red_cuda_on_host.cc", "-o", output)
-    library = ctypes.CDLL(str(output))
-    library.red_cuda_on_host.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 3]
-    library.red_cuda_on_host.restype = ctypes.c_char_p
-    return library
-
-
-def placed(array: np.ndarray, aligned: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A copy at a multiple of 16 bytes, or one value beside it; first the memory around it, full of 77."""
-    memory = np.full(array.size + 80, 77, array.dtype)
-    start = -memory.ctypes.data % 64 // array.itemsize + 16 + (0 if aligned else 1)
-    copy = memory[start : start + array.size].reshape(array.shape)
-    copy[...] = array
-    return memory, copy
-
-
-def red_on_host(library: ctypes.CDLL, feeds: dict[str, np.ndarray], dtype: str, *, in_place: bool, aligned: bool) -> np.ndarray:
-    h, scale, bias = (placed(feeds[name], aligned)[1] for name in ("h", "scale", "bias"))
-    memory, y = placed(feeds["h"] if in_place else np.full_like(feeds["h"], np.nan), aligned)
-    pointers = [x.ctypes.data for x in (y if in_place else h, y, feeds["slot"], scale, bias)]
-    assert library.red_cuda_on_host(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["scale"].shape) is None
-    result = y.copy()
-    y[...] = 77
-    assert (memory == 77).all(), "written beside y"
-    return result
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 8, 130, 2064])
-def test_thread_by_thread_on_the_host(on_host, dtype, width, in_place) -> None:
-    """Every path: vectors and single values, one and four rows a block, several blocks across a row, a block that ends early."""
-    for leading in ((1,), (2, 33), (0, 3), (1030,)):
-        feeds = draw(0, leading, width, 3, dtype)
-        for aligned in (True, False):
-            check(red_on_host(on_host, feeds, dtype, in_place=in_place, aligned=aligned), feeds, dtype)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-// The edit on an NVIDIA GPU. Not yet run on one: compiled only.
+// The edit on an NVIDIA GPU. Not yet run on one: compiled for it, and run in an emulation of its threads (tests/native/cuda_emulation).
 //
 // A block of threads takes kRows neighbouring tokens. It leaves at once where none of them is edited in place, so that a few edited tokens
 // cost a few tokens' work, and the host never reads a slot. Rows that share a slot go through A and U together: every 16 bytes of a bank
@@ -31,7 +31,7 @@ struct Arguments {
   int64_t width;
 };
 
-// R rows of one slot, all threads of the block together. sums [kWarps][R * kRanks] and z [kMaxRank * R] are shared memory.
+// R rows of one slot, all threads of the block together. sums [kWarps][R * kRanks] and z [rank][R] are shared memory.
 template <class T, int kLanes, int R>
 __device__ void edit_rows(const Arguments<T>& a, int64_t token, int32_t slot, float* sums, float* z) {
   const int64_t bank = static_cast<int64_t>(slot) * a.rank * a.width;
@@ -120,19 +120,20 @@ __device__ void copy_row(const Arguments<T>& a, int64_t token) {
 
 template <class T, int kLanes, int kRows>
 __global__ void __launch_bounds__(kThreads) edit_kernel(Arguments<T> a) {
-  __shared__ float sums[kWarps * kRows * kRanks];
-  extern __shared__ float z[];
+  extern __shared__ float shared[];
+  float* sums = shared;
+  float* z = shared + kWarps * kRows * kRanks;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRows;
   const int rows = a.tokens - token < kRows ? static_cast<int>(a.tokens - token) : kRows;
   int32_t slot[kRows];
-  bool shared = rows == kRows;
+  bool together = rows == kRows;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     slot[i] = i < rows ? a.slot[token + i] : -1;
-    shared = shared && slot[i] == slot[0];
+    together = together && slot[i] == slot[0];
   }
   const bool in_place = a.h == a.y;
-  if (shared && in_bank(slot[0], a.slots)) {
+  if (together && in_bank(slot[0], a.slots)) {
     edit_rows<T, kLanes, kRows>(a, token, slot[0], sums, z);
     return;
   }
@@ -151,9 +152,9 @@ cudaError_t launch_rows(Arguments<T> arguments, cudaStream_t stream) {
   const int64_t blocks = (arguments.tokens + kRows - 1) / kRows;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   void* parameters[] = {&arguments};
-  const size_t shared = sizeof(float) * static_cast<size_t>(arguments.rank) * kRows;
+  const size_t shared_bytes = sizeof(float) * kRows * static_cast<size_t>(kWarps * kRanks + arguments.rank);
   const dim3 grid(static_cast<unsigned>(blocks));
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&edit_kernel<T, kLanes, kRows>), grid, dim3(kThreads), parameters, shared, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&edit_kernel<T, kLanes, kRows>), grid, dim3(kThreads), parameters, shared_bytes, stream);
 }
 
 template <class T>

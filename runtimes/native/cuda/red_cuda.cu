@@ -1,4 +1,4 @@
-// RED on an NVIDIA GPU. Not yet run on one: compiled for it, and called thread by thread on the host (test_red_cuda_kernel.py).
+// RED on an NVIDIA GPU. Not yet run on one: compiled for it, and run in an emulation of its threads (tests/native/cuda_emulation).
 //
 // Bound by memory: h is read once and y written once. A thread takes kLanes columns of kRows neighbouring tokens, and loads scale and bias
 // again only where the slot changes. In place a token outside the bank costs the look at its slot.

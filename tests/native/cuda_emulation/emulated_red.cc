@@ -1,0 +1,8 @@
+#include "cuda_on_cpu.h"
+
+static cudaError_t launch_emulated(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t shared_bytes, cudaStream_t);
+#include "cuda/red_cuda.cu"
+
+static cudaError_t launch_emulated(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t shared_bytes, cudaStream_t) {
+  return emulation::launch<sizeof(reft::Arguments<float>)>(kernel, grid, block, parameters, shared_bytes, {nullptr});
+}

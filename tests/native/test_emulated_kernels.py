@@ -1,0 +1,95 @@
+"""The CUDA kernels of both ops on the host: in an emulation of CUDA's blocks and threads, under sanitizers, against float64."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from emulated_kernels import FACTORS, FAR_BANKS, FAR_TOKENS, MOST_WORK, build, cases_of, check, line_of, pairwise, work
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("emulated"))
+
+
+def test_small_cases(program) -> None:
+    """Pairs of everything, at sizes that take no time."""
+    small = {"tokens": (1, 3, 1030), "width": (1, 9, 72, 130), "rank": (1, 4, 5), "activation": (0, 2)}
+    lines = [line_of(case, i) for i, case in enumerate(pairwise({**FACTORS, **small}, 2_500_000))]
+    done = check(program, lines)
+    assert done.returncode == 0, done.stderr
+    assert sum(cases_of(done.stdout).values()) == len(lines)
+
+
+@pytest.mark.slow
+def test_a_pairwise_sample(program) -> None:
+    lines = [line_of(case, i) for i, case in enumerate(pairwise(FACTORS))]
+    done = check(program, lines)
+    assert done.returncode == 0, done.stderr
+    assert set(cases_of(done.stdout)) == {f"{op} {dtype}" for op in FACTORS["op"] for dtype in FACTORS["dtype"]}
+
+
+@pytest.mark.slow
+def test_offsets_beyond_two_to_the_31(program) -> None:
+    lines = [*FAR_BANKS, FAR_TOKENS[0]]
+    done = check(program, lines)
+    assert done.returncode == 0, done.stderr
+    assert sum(cases_of(done.stdout).values()) == len(lines)
+
+
+def test_the_sample_has_every_affordable_pair() -> None:
+    cases = pairwise(FACTORS)
+    assert max(map(work, cases)) <= MOST_WORK
+    for a, b in itertools.combinations(FACTORS, 2):
+        met = {(case[a], case[b]) for case in cases}
+        missing = set(itertools.product(FACTORS[a], FACTORS[b])) - met
+        assert not missing, f"{a} and {b} never meet at {missing}"
+
+
+EDIT, RED = "cuda/edit_cuda.cu", "cuda/red_cuda.cu"
+BARRIER, TO_SUMS, TO_Z = "    __syncthreads();\n", "    if (threadIdx.x < R * kRanks) {\n", "  }\n\n  const T* U = a.U + bank;"
+FAULTS = {
+    "no barrier before the sums are read": (EDIT, BARRIER + TO_SUMS, TO_SUMS, "a wrong value"),
+    "no barrier before z is read": (EDIT, BARRIER + TO_Z, TO_Z, "a wrong value"),
+    "half a block's barrier": (EDIT, BARRIER + TO_SUMS, "    if (threadIdx.x < 128) __syncthreads();\n" + TO_SUMS, "barrier"),
+    "a lane that leaves": (
+        EDIT,
+        "if (k >= ranks) break;",
+        "if (threadIdx.x == 3) return;\n        if (k >= ranks) break;",
+        "a shuffle that",
+    ),
+    "unaligned h": (EDIT, " && aligned(edit.h)", "", "misaligned address"),
+    "unaligned A": (EDIT, " && aligned(edit.A)", "", "misaligned address"),
+    "unaligned bias": (RED, " && aligned(edit.bias)", "", "misaligned address"),
+    "one column too many": (EDIT, "d < a.width; d += stride) {\n      Lanes", "d <= a.width; d += stride) {\n      Lanes", "a wrong value"),
+    "one token too many": (RED, "if (token >= a.tokens)", "if (token > a.tokens)", "heap-buffer-overflow"),
+    "an offset of 32 bits": (
+        EDIT,
+        "static_cast<int64_t>(slot) * a.rank * a.width",
+        "slot * a.rank * static_cast<int>(a.width)",
+        "overflow",
+    ),
+    "too little shared memory": (EDIT, "kRanks + arguments.rank)", "kRanks + arguments.rank - 1)", "use-after-poison"),
+}
+"""What is planted: the file, a text in it and what takes its place, and what is said of it."""
+SEEN_BY = [
+    f"{op} float32 {tokens} 64 5 2 2 0 random {in_place} {beside} {falling} 1"
+    for op in FACTORS["op"]
+    for tokens in (3, 1030)
+    for in_place in (0, 1)
+    for beside in FACTORS["beside"]
+    for falling in (0, 1)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, program, tmp_path) -> None:
+    *planted, said = FAULTS[fault]
+    op = "RED" if planted[0] == RED else "LoReFT"
+    lines = [line for line in (*SEEN_BY, *FAR_BANKS) if line.startswith(op)]
+    done = check(build(tmp_path, fault=tuple(planted), sound=program), lines)
+    assert done.returncode != 0
+    assert said in done.stderr
