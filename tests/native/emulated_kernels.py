@@ -42,20 +42,21 @@ FACTORS: Mapping[str, Sequence[object]] = {
     "pattern": ("none", "all", "ends", "random", "alternating"),
     "in_place": (0, 1),
     "beside": ("none", "all", "h", "y", "first", "second"),
+    "workspace": (0, 1),
     "falling": (0, 1),
 }
 """What a case is made of, in the order of its line: check_kernels.cc says what each is."""
-CROSSED = ("op", "dtype", "tokens", "width", "rank", "pattern", "in_place", "beside", "falling")
+CROSSED = ("op", "dtype", "tokens", "width", "rank", "pattern", "in_place", "beside", "workspace", "falling")
 """The whole grid crosses these; the others take turns."""
 MOST_WORK = 20_000_000
 """Multiplications of a case, a fraction of a second under the sanitizers; cases of more are left out, and their pairs with them."""
 FAR_BANKS = (
-    "LoReFT float32 9 131072 4 4200 0 0 ends 1 none 0 1",
-    "RED float32 9 131072 1 16500 0 0 ends 0 none 0 1",
+    "LoReFT float32 9 131072 4 4200 0 0 ends 1 none 0 0 1",
+    "RED float32 9 131072 1 16500 0 0 ends 0 none 0 0 1",
 )
 FAR_TOKENS = (
-    "LoReFT float16 17000 131072 4 2 0 0 ends 1 none 0 1",
-    "RED bfloat16 17000 131072 1 2 0 0 ends 1 none 1 1",
+    "LoReFT float16 17000 131072 4 2 0 0 ends 1 none 0 0 1",
+    "RED bfloat16 17000 131072 1 2 0 0 ends 1 none 0 1 1",
 )
 """More than 2^31 values from the first; what is not edited stays untouched, and takes no memory."""
 
@@ -98,11 +99,11 @@ def _pairs(case: Case) -> set[tuple]:
 
 
 def whole_grid() -> Iterator[Case]:
-    """Every crossing of CROSSED that is not too much work; RED, which has no rank, once."""
+    """Every crossing of CROSSED that is not too much work; RED, which has no rank and no workspace, once."""
     others = {name: values for name, values in FACTORS.items() if name not in CROSSED}
     for turn, values in enumerate(itertools.product(*(FACTORS[name] for name in CROSSED))):
         case = dict(zip(CROSSED, values, strict=True)) | {name: choices[turn % len(choices)] for name, choices in others.items()}
-        if work(case) <= MOST_WORK and (case["op"] == "LoReFT" or case["rank"] == 1):
+        if work(case) <= MOST_WORK and (case["op"] == "LoReFT" or (case["rank"], case["workspace"]) == (1, 0)):
             yield case
 
 

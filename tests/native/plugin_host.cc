@@ -157,18 +157,36 @@ HOST int host_output_rank(void* plugin, int count, const int* ranks, const int64
   return failed ? -1 : output.nbDims;
 }
 
-HOST int host_configure(void* plugin, int count, const int* types, const int* ranks, const int64_t* lowest, const int64_t* highest) {
-  PluginTensorDesc low[kMaxTensors], high[kMaxTensors];
-  describe(count, types, ranks, lowest, low);
-  describe(count, types, ranks, highest, high);
-  DynamicPluginTensorDesc inputs[kMaxTensors], output{};
-  for (int i = 0; i < count; ++i) {
-    inputs[i] = {low[i], low[i].dims, high[i].dims, high[i].dims};
-    for (int d = 0; d < ranks[i]; ++d) {
-      if (low[i].dims.d[d] != high[i].dims.d[d]) inputs[i].desc.dims.d[d] = -1;
+namespace {
+
+// Inputs within a profile; an extent whose bounds differ is not known yet.
+struct Profile {
+  DynamicPluginTensorDesc inputs[kMaxTensors];
+  Profile(int count, const int* types, const int* ranks, const int64_t* lowest, const int64_t* highest) {
+    PluginTensorDesc low[kMaxTensors], high[kMaxTensors];
+    describe(count, types, ranks, lowest, low);
+    describe(count, types, ranks, highest, high);
+    for (int i = 0; i < count; ++i) {
+      inputs[i] = {low[i], low[i].dims, high[i].dims, high[i].dims};
+      for (int d = 0; d < ranks[i]; ++d) {
+        if (low[i].dims.d[d] != high[i].dims.d[d]) inputs[i].desc.dims.d[d] = -1;
+      }
     }
   }
-  return build_of(plugin)->configurePlugin(inputs, count, &output, 1);
+};
+
+}  // namespace
+
+HOST int host_configure(void* plugin, int count, const int* types, const int* ranks, const int64_t* lowest, const int64_t* highest) {
+  const Profile profile(count, types, ranks, lowest, highest);
+  const DynamicPluginTensorDesc output{};
+  return build_of(plugin)->configurePlugin(profile.inputs, count, &output, 1);
+}
+
+HOST int64_t host_workspace(void* plugin, int count, const int* types, const int* ranks, const int64_t* lowest, const int64_t* highest) {
+  const Profile profile(count, types, ranks, lowest, highest);
+  const DynamicPluginTensorDesc output{};
+  return static_cast<int64_t>(build_of(plugin)->getWorkspaceSize(profile.inputs, count, &output, 1));
 }
 
 // types [count], the output's the last
@@ -191,5 +209,6 @@ HOST int host_enqueue(void* plugin, int count, const int* types, const int* rank
                       void* output, void* stream) {
   PluginTensorDesc inputs[kMaxTensors];
   describe(count, types, ranks, extents, inputs);
-  return runtime_of(plugin)->enqueue(inputs, inputs, data, &output, nullptr, static_cast<cudaStream_t>(stream));
+  static char workspace;
+  return runtime_of(plugin)->enqueue(inputs, inputs, data, &output, &workspace, static_cast<cudaStream_t>(stream));
 }

@@ -97,6 +97,7 @@ class Host:
             ("output_type", integer, [pointer, integer, pointer]),
             ("output_rank", integer, [pointer, integer, pointer, pointer]),
             ("configure", integer, [pointer, integer, *[pointer] * 4]),
+            ("workspace", ctypes.c_int64, [pointer, integer, *[pointer] * 4]),
             ("supports", integer, [pointer, integer, integer, pointer, integer]),
             ("shapes", integer, [pointer, integer, *[pointer] * 3]),
             ("enqueue", integer, [pointer, integer, *[pointer] * 6]),
@@ -152,6 +153,11 @@ class Host:
         types = _types(_one_type("float16", len(lowest)))
         sizes = (len(lowest), types, _ranks(lowest), _extents(lowest), _extents(highest))
         self._accepted(self._c.host_configure(plugin, *sizes) == 0)
+
+    def workspace(self, plugin: int, dtype: str, lowest: Sequence[Sequence[int]], highest: Sequence[Sequence[int]]) -> int:
+        """Bytes that the builder sets aside for the profile."""
+        types = _types(_one_type(dtype, len(lowest)))
+        return self._c.host_workspace(plugin, len(lowest), types, _ranks(lowest), _extents(lowest), _extents(highest))
 
     def supports(self, plugin: int, position: int, types: Sequence[str], format: int = 0) -> bool:
         return bool(self._c.host_supports(plugin, position, len(types), _types(types), format))

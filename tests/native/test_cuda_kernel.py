@@ -17,10 +17,14 @@ def launch_on(
 ) -> Launch:
     banks = [device[name].data_ptr() for name in ("slot", "U", "A", "b")]
     names = (activation.encode(), activated.encode())
+    library, (_, rank, width) = load(installed_library()), feeds["U"].shape
+    size = library.reft_edit_cuda_workspace(ELEMENTS[dtype], feeds["slot"].size, rank, width)
+    workspace = torch.full((size // 4,), float("nan"), device="cuda")
 
     def launch(h: torch.Tensor, y: torch.Tensor, stream: int) -> bytes | None:
         pointers = (h.data_ptr(), y.data_ptr(), *banks)
-        return load(installed_library()).reft_edit_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["U"].shape, *names, stream)
+        beside = (*names, workspace.data_ptr() or None, stream)
+        return library.reft_edit_cuda(ELEMENTS[dtype], *pointers, feeds["slot"].size, *feeds["U"].shape, *beside)
 
     return launch
 
@@ -73,9 +77,9 @@ def test_without_a_gpu_the_error_has_a_name() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     library = load(installed_library())
-    error = library.reft_edit_cuda(1, *[16] * 6, 1, 1, 1, 8, b"", b"all", None).decode()
+    error = library.reft_edit_cuda(1, *[16] * 6, 1, 1, 1, 8, b"", b"all", None, None).decode()
     if library.reft_cuda_architectures():
         assert error.startswith("LoReFT: CUDA launch failed: cudaError")
     else:
         assert "this build has no CUDA kernels" in error
-    assert library.reft_edit_cuda(1, *[None] * 6, 0, 1, 1, 8, b"softmax", b"all", None).startswith(b"LoReFT: activation is 'softmax'")
+    assert library.reft_edit_cuda(1, *[None] * 6, 0, 1, 1, 8, b"softmax", b"all", None, None).startswith(b"LoReFT: activation is 'softmax'")

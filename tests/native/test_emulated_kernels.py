@@ -16,7 +16,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_small_cases(program) -> None:
     """Pairs of everything, at sizes that take no time."""
-    small = {"tokens": (1, 3, 1030), "width": (1, 9, 72, 130), "rank": (1, 4, 5), "activation": (0, 2)}
+    small = {"tokens": (1, 3, 1030), "width": (1, 9, 72, 130), "rank": (1, 4, 5, 33), "activation": (0, 2)}
     lines = [line_of(case, i) for i, case in enumerate(pairwise({**FACTORS, **small}, 2_500_000))]
     done = check(program, lines)
     assert done.returncode == 0, done.stderr
@@ -50,6 +50,7 @@ def test_the_sample_has_every_affordable_pair() -> None:
 
 EDIT, RED = "cuda/edit_cuda.cu", "cuda/red_cuda.cu"
 BARRIER, TO_SUMS, TO_Z = "    __syncthreads();\n", "    if (threadIdx.x < R * kRanks) {\n", "  }\n\n  const T* U = a.U + bank;"
+TO_ADD = "\n  if (warp != 0 || !inside) return;"
 FAULTS = {
     "no barrier before the sums are read": (EDIT, BARRIER + TO_SUMS, TO_SUMS, "a wrong value"),
     "no barrier before z is read": (EDIT, BARRIER + TO_Z, TO_Z, "a wrong value"),
@@ -67,17 +68,30 @@ FAULTS = {
     "one token too many": (RED, "if (token >= a.tokens)", "if (token > a.tokens)", "heap-buffer-overflow"),
     "an offset of 32 bits": (
         EDIT,
-        "static_cast<int64_t>(slot) * a.rank * a.width",
-        "slot * a.rank * static_cast<int>(a.width)",
+        "bank = static_cast<int64_t>(slot) * a.rank * a.width",
+        "bank = slot * a.rank * static_cast<int>(a.width)",
         "overflow",
+    ),
+    "no barrier before the warps' sums are added": (EDIT, BARRIER[2:] + TO_ADD, TO_ADD, "a wrong value"),
+    "a part that nobody writes": (
+        EDIT,
+        "if (lane_of_warp == 0 && k0 + k < a.rank)",
+        "if (lane_of_warp == 0 && k0 + k < a.rank - 1)",
+        "a wrong value",
+    ),
+    "a chunk that reaches beyond the row": (
+        EDIT,
+        "if (!inside || k0 + k >= a.rank) break;",
+        "if (k0 + k >= a.rank) break;",
+        "heap-buffer-overflow",
     ),
     "too little shared memory": (EDIT, "kRanks + arguments.rank)", "kRanks + arguments.rank - 1)", "use-after-poison"),
 }
 """What is planted: the file, a text in it and what takes its place, and what is said of it."""
 SEEN_BY = [
-    f"{op} float32 {tokens} 64 5 2 2 0 random {in_place} {beside} {falling} 1"
+    f"{op} float32 {tokens} 64 {rank} 2 2 0 {pattern} {in_place} {beside} {workspace} {falling} 1"
     for op in FACTORS["op"]
-    for tokens in (3, 1030)
+    for tokens, rank, workspace, pattern in ((3, 5, 0, "random"), (1030, 5, 0, "random"), (3, 33, 1, "all"))
     for in_place in (0, 1)
     for beside in FACTORS["beside"]
     for falling in (0, 1)

@@ -237,6 +237,14 @@ def test_enqueue_forwards_what_it_got(host_library, plugin_on_host, dtype, leadi
         check(y, feeds, dtype, activation, activated)
 
 
+def test_the_workspace_is_that_of_a_profiles_largest_shapes(host_library, plugin_on_host) -> None:
+    host = Host(host_library, plugin_on_host)
+    lowest, highest = ([[1, t, 40], [1, t], [n, r, 40], [n, r, 40], [n, r]] for t, n, r in ((1, 1, 1), (7, 3, 64)))
+    # As launch_on_host.cc makes it: type, tokens, rank, width.
+    assert host.workspace(host.create(), "float16", lowest, highest) == 10_007_064_040
+    assert host.workspace(host.create(), "bfloat16", lowest, lowest) == 16_001_001_040
+
+
 def test_a_failed_launch_is_reported(host_library, plugin_on_host) -> None:
     """The stream reaches the launcher, and its error the log."""
     host = Host(host_library, plugin_on_host)
@@ -428,8 +436,12 @@ def test_real_registries(lean, tensorrt_plugin, tmp_path, registry, compiled_for
 def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
     """Compiled for TensorRT-RTX, the plugin registers itself there, and its reasons go through TensorRT's own logger."""
     launcher = tmp_path / "no_launcher.cc"
-    signatures = (f"const char* reft::launch_edit(const {edit}&, void*)" for edit in ("Edit", "RedEdit"))
-    launcher.write_text('#include "cuda/edit_cuda.h"\n' + "".join(f'{s} {{ return "no kernel"; }}\n' for s in signatures))
+    launcher.write_text(
+        '#include "cuda/edit_cuda.h"\n'
+        "int64_t reft::workspace_bytes(DType, int64_t, int64_t, int64_t) { return 0; }\n"
+        'const char* reft::launch_edit(const Edit&, void*, void*) { return "no kernel"; }\n'
+        'const char* reft::launch_edit(const RedEdit&, void*) { return "no kernel"; }\n'
+    )
     rtx = "-DREFT_DOUBLE_OF_TENSORRT_RTX"
     plugin = compile_plugin(tmp_path / "libreft_trt.so", launcher, rtx)
     linked = ("-shared", "-fPIC", rtx, f"-L{tmp_path}", "-lreft_trt", f"-Wl,-rpath,{tmp_path}")

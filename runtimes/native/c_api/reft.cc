@@ -64,14 +64,15 @@ const char* run_on_cpu(const char* op, const AnyEdit& edit, const char* kernels)
   return nullptr;
 }
 
-template <class AnyEdit>
-const char* run_on_cuda(const char* op, const AnyEdit& edit, void* stream) {
+// how: the stream, and what else the op's launcher takes.
+template <class AnyEdit, class... How>
+const char* run_on_cuda(const char* op, const AnyEdit& edit, How... how) {
 #ifdef REFT_CUDA
-  if (const char* error = launch_edit(edit, stream)) return refused("%s: CUDA launch failed: %s", op, error);
+  if (const char* error = launch_edit(edit, how...)) return refused("%s: CUDA launch failed: %s", op, error);
   return nullptr;
 #else
   static_cast<void>(edit);
-  static_cast<void>(stream);
+  (static_cast<void>(how), ...);
   return refused("%s: %s", op, "this build has no CUDA kernels; install from source where nvcc is on the path");
 #endif
 }
@@ -89,10 +90,19 @@ const char* reft_edit_cpu(int dtype, const void* h, void* y, const int32_t* slot
 
 const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slot, const void* U, const void* A, const void* b,
                            int64_t tokens, int64_t slots, int64_t rank, int64_t width, const char* activation, const char* activated,
-                           void* stream) {
+                           void* workspace, void* stream) {
   reft::Edit edit{{}, {}, {}, h, y, slot, U, A, b, tokens, slots, rank, width};
   if (const char* error = reft::check(dtype, activation, activated, &edit)) return error;
-  return reft::run_on_cuda("LoReFT", edit, stream);
+  return reft::run_on_cuda("LoReFT", edit, stream, workspace);
+}
+
+int64_t reft_edit_cuda_workspace(int dtype, int64_t tokens, int64_t rank, int64_t width) {
+#ifdef REFT_CUDA
+  return reft::workspace_bytes(static_cast<reft::DType>(dtype), tokens, rank, width);
+#else
+  static_cast<void>(dtype), static_cast<void>(tokens), static_cast<void>(rank), static_cast<void>(width);
+  return 0;
+#endif
 }
 
 const char* reft_red_cpu(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias, int64_t tokens,

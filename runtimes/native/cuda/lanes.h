@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 
 #include "reft/edit.h"
 
@@ -34,9 +35,29 @@ __device__ inline Lanes<T, kLanes> load(const T* p) {
   return *reinterpret_cast<const Lanes<T, kLanes>*>(p);
 }
 
+// Of memory that no kernel in flight writes: through the read-only path.
+template <class T, int kLanes>
+__device__ inline Lanes<T, kLanes> load_bank(const T* p) {
+  Lanes<T, kLanes> lanes;
+  if constexpr (sizeof lanes == sizeof(uint4)) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(p));
+    std::memcpy(&lanes, &bits, sizeof bits);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) lanes.value[lane] = __ldg(p + lane);
+  }
+  return lanes;
+}
+
+// Through a uint4: nvcc splits the store of a structure of 2-byte values into as many stores. Written in L2 only: nothing here reads y again.
 template <class T, int kLanes>
 __device__ inline void store(T* p, const Lanes<T, kLanes>& lanes) {
-  *reinterpret_cast<Lanes<T, kLanes>*>(p) = lanes;
+  if constexpr (sizeof lanes == sizeof(uint4)) {
+    uint4 bits;
+    std::memcpy(&bits, &lanes, sizeof bits);
+    __stcg(reinterpret_cast<uint4*>(p), bits);
+  } else {
+    *reinterpret_cast<Lanes<T, kLanes>*>(p) = lanes;
+  }
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) red_kernel(Arguments<T> a) {
     Lanes<T, kLanes> x = load<T, kLanes>(a.h + token * a.width + column);
     if (edited) {
       if (slot != loaded) {
-        scale = load<T, kLanes>(a.scale + slot * a.width + column);
-        bias = load<T, kLanes>(a.bias + slot * a.width + column);
+        scale = load_bank<T, kLanes>(a.scale + slot * a.width + column);
+        bias = load_bank<T, kLanes>(a.bias + slot * a.width + column);
         loaded = slot;
       }
 #pragma unroll

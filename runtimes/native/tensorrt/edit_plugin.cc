@@ -34,22 +34,6 @@ const char* type_name(nvinfer1::DataType type) {
   }
 }
 
-bool parse_type(nvinfer1::DataType type, DType* dtype) {
-  switch (type) {
-    case nvinfer1::DataType::kFLOAT:
-      *dtype = DType::kFloat32;
-      return true;
-    case nvinfer1::DataType::kHALF:
-      *dtype = DType::kFloat16;
-      return true;
-    case nvinfer1::DataType::kBF16:
-      *dtype = DType::kBFloat16;
-      return true;
-    default:
-      return false;
-  }
-}
-
 Shape shape_of(const nvinfer1::Dims& dims) {
   Shape shape;
   shape.rank = dims.nbDims;
@@ -184,6 +168,22 @@ bool EditPlugin::has_shapes(const Described* inputs) const {
   if (contract_.fits(shapes, reason, sizeof reason)) return true;
   log_error(contract_.name, node_, "%s", reason);
   return false;
+}
+
+bool parse_type(nvinfer1::DataType type, DType* dtype) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT:
+      *dtype = DType::kFloat32;
+      return true;
+    case nvinfer1::DataType::kHALF:
+      *dtype = DType::kFloat16;
+      return true;
+    case nvinfer1::DataType::kBF16:
+      *dtype = DType::kBFloat16;
+      return true;
+    default:
+      return false;
+  }
 }
 
 int64_t tokens_of(const nvinfer1::Dims& h) {

@@ -86,6 +86,9 @@ class EditCreator : public nvinfer1::IPluginCreatorV3One {
   const Contract& contract_;
 };
 
+// False for a type that the ops do not compute in.
+bool parse_type(nvinfer1::DataType type, DType* dtype);
+
 // The tokens of h.
 int64_t tokens_of(const nvinfer1::Dims& h);
 

@@ -12,6 +12,7 @@ namespace reft::trt {
 namespace {
 
 using nvinfer1::AsciiChar;
+using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
@@ -77,7 +78,15 @@ class Plugin final : public EditPlugin {
 
   nvinfer1::IPluginV3* clone() noexcept override { return new (std::nothrow) Plugin(node(), attributes_); }
 
-  int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* data, void* const* outputs, void*,
+  // For the largest shapes of the profile.
+  size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t, const DynamicPluginTensorDesc*, int32_t) const noexcept override {
+    DType dtype;
+    const nvinfer1::Dims &h = inputs[kH].max, &U = inputs[kU].max;
+    if (!parse_type(inputs[kH].desc.type, &dtype)) return 0;
+    return static_cast<size_t>(workspace_bytes(dtype, tokens_of(h), U.d[1], h.d[h.nbDims - 1]));
+  }
+
+  int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* data, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
     DType dtype;
     if (!ready(inputs, &dtype)) return -1;
@@ -85,7 +94,7 @@ class Plugin final : public EditPlugin {
     const Edit edit{dtype,    attributes_.act, attributes_.first_half, data[kH],     outputs[0], static_cast<const int32_t*>(data[kSlot]),
                     data[kU], data[kA],        data[kB],               tokens_of(h), U.d[0],     U.d[1],
                     h.d[h.nbDims - 1]};
-    return launched(launch_edit(edit, stream));
+    return launched(launch_edit(edit, stream, workspace));
   }
 
   const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }

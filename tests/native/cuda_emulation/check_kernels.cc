@@ -1,5 +1,5 @@
 // Runs the emulated kernels over cases from standard input and holds each against float64. A case is a line of
-//   op dtype tokens width rank slots activation first_half pattern in_place beside falling seed
+//   op dtype tokens width rank slots activation first_half pattern in_place beside workspace falling seed
 // as in Case below. Prints one line per op and type: cases, edited tokens, the worst error in units in the last place.
 // A wrong value ends the process with status 1; sanitizers and the emulation end it in their own ways.
 #include <cuda_bf16.h>
@@ -38,6 +38,7 @@ struct Case {
   std::string pattern;  // which tokens are edited: slot_of
   int in_place;
   std::string beside;  // which arrays begin one value beside a multiple of 16 bytes: none, all, h, y, first (U, scale), second (A, bias)
+  int workspace;       // whether the launcher gets one
   int falling;         // the order of threads
   unsigned seed;
   std::string text;
@@ -187,7 +188,7 @@ struct Tally {
   double worst = 0.0;
 };
 
-const char* launch(const Case& c, DType dtype, const Array& h, void* y, const int32_t* slot, const Banks& banks) {
+const char* launch(const Case& c, DType dtype, const Array& h, void* y, const int32_t* slot, const Banks& banks, void* workspace) {
   if (c.op == "RED") {
     return reft::launch_edit(reft::RedEdit{dtype, h.data, y, slot, banks.first, banks.second, c.tokens, c.slots, c.width}, nullptr);
   }
@@ -198,7 +199,7 @@ const char* launch(const Case& c, DType dtype, const Array& h, void* y, const in
                         banks.second, banks.b,
                         c.tokens,    c.slots,
                         c.rank,      c.width};
-  return reft::launch_edit(edit, nullptr);
+  return reft::launch_edit(edit, nullptr, workspace);
 }
 
 void run(const Case& c, Tally* tally) {
@@ -248,8 +249,11 @@ void run(const Case& c, Tally* tally) {
 
   char* const y = c.in_place ? h.data : other.data;
   const Banks banks{first.data, second.data, b.data};
+  const int64_t workspace_bytes = c.op == "RED" || !c.workspace ? 0 : reft::workspace_bytes(dtype, c.tokens, c.rank, c.width);
+  Array workspace(workspace_bytes, 1, 0);
+  std::memset(workspace.data, 0xff, workspace_bytes);
   emulation::falling = c.falling != 0;
-  if (const char* error = launch(c, dtype, h, y, slot, banks)) {
+  if (const char* error = launch(c, dtype, h, y, slot, banks, c.workspace ? workspace.data : nullptr)) {
     std::fprintf(stderr, "the launch failed: %s; case %s\n", error, c.text.c_str());
     std::exit(1);
   }
@@ -280,7 +284,7 @@ int main() {
     Case c;
     std::istringstream words(line);
     words >> c.op >> c.dtype >> c.tokens >> c.width >> c.rank >> c.slots >> c.activation >> c.first_half >> c.pattern >> c.in_place >>
-        c.beside >> c.falling >> c.seed;
+        c.beside >> c.workspace >> c.falling >> c.seed;
     if (!words) {
       std::fprintf(stderr, "not a case: %s\n", line.c_str());
       return 2;

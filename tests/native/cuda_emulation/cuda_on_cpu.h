@@ -67,7 +67,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** parameters,
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #undef __shared__
 #define __shared__
 #define __syncthreads() emulation::barrier(__LINE__)
