@@ -11,6 +11,7 @@ operators of other domains than ONNX's, but for its plugins and the functions th
     reft.slots         no input, where the graph has the rule: the session's rules select what a row reads
     reft.first_logit   none either, and its Slice goes: every column has logits, and the session takes the last ones off the device
     LoReFT, RED        the plugin's (without a function to fall back to), or the function in its per-token form
+    CumSum             of whole numbers: a product with a triangle of ones (cumulative_sum.py)
     all else           as it was: the KV cache is ordinary inputs and outputs, casts around float32 islands are explicit in the graph,
                        which is what a strongly typed network wants, and DequantizeLinear and QuantizeLinear pass through
 """
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.accessors import dtype_of, name_of
+from graph_passes.accessors import describe, dtype_of, name_of
+from graph_passes.cumulative_sum import replace_cumulative_sums
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.function_body import use_bodies
 from graph_passes.insert import banks_of, is_edit
+from graph_passes.shape_inputs import shape_inputs
 from graph_passes.tied_head import write_out
 from graph_passes.unfold import unfold_graph
 from runtimes.artifacts.bundle import TensorRecord
@@ -58,7 +61,8 @@ def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str,
     ``freeze``: every bank and, where the graph computes slots, every rule of one adapter by input name; {} removes the edits altogether
     (the base). None leaves them all as inputs. ``plugin``: the edits are left to the plugin, else to their functions.
 
-    Raises EngineError for operators that TensorRT does not have, GraphError where ``freeze`` does not fit the graph.
+    Raises EngineError for operators that TensorRT does not have and for inputs whose numbers decide shapes, GraphError where ``freeze``
+    does not fit the graph.
     """
     write_out(model.graph)
     _refuse_foreign_operators(model)
@@ -68,6 +72,8 @@ def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str,
         _freeze(model.graph, freeze)
     remove_first_logit(model.graph)
     _strip_defaults(model.graph)
+    replace_cumulative_sums(model.graph)
+    _refuse_shape_inputs(model.graph)
     if plugin:
         # Without a function a plugin that is not found is an error of the parser, rather than an edit that is silently expanded.
         for identifier in [key for key in model.functions if key[0] == DOMAIN]:
@@ -100,6 +106,16 @@ def _refuse_foreign_operators(model: ir.Model) -> None:
         raise EngineError(
             f"the graph is of opset {model.opset_imports['']} and has {counts['Attention']} Attention nodes, which TensorRT parses without "
             f"a cache only, and builds for few shapes; export it below opset {ATTENTION_OPSET} (`reft-export export --opset 20`)"
+        )
+
+
+def _refuse_shape_inputs(graph: ir.Graph) -> None:
+    """What TensorRT would build, and no session could feed."""
+    if found := shape_inputs(graph):
+        names = ", ".join(each.name for each in found)
+        raise EngineError(
+            f"the numbers of {names} decide shapes in the graph ({describe(found[0].node)}): TensorRT would read them on the host before a "
+            "step, and engines are fed on the GPU; export the model with `reft-export export --exporter dynamo --target tensorrt`"
         )
 
 

@@ -121,7 +121,7 @@ def configure(trt: Any, builder: Any, spec: BuildSpec) -> Any:
 
 
 def check_network(trt: Any, network: Any, spec: BuildSpec) -> None:
-    """Holds the parsed network's inputs (name, dtype, rank), outputs and plugin layers against ``spec``; raises BuildError.
+    """Holds the parsed network's inputs (name, dtype, rank, on the device), outputs and plugin layers against ``spec``; raises BuildError.
 
     The parser drops without a word what it can do without: an initializer that is an input too becomes a constant, and an operator whose
     plugin is not found becomes the function that goes by its name.
@@ -134,6 +134,11 @@ def check_network(trt: Any, network: Any, spec: BuildSpec) -> None:
         raise BuildError(
             f"the parsed network has not the inputs of the graph: {name} is {_described(got.get(name))}, expected "
             f"{_described(expected.get(name))} ({len(different)} differ); an initializer that is an input too is frozen by the parser"
+        )
+    if shaping := [t.name for t in found if t.is_shape_tensor]:
+        raise BuildError(
+            f"TensorRT reads the numbers of {', '.join(shaping)} on the host, to find shapes by them, and engines are fed on the GPU; "
+            "export the model with `reft-export export --exporter dynamo --target tensorrt`"
         )
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
     if different := sorted(outputs ^ {t.name for t in spec.outputs}):

@@ -12,6 +12,7 @@ import rounding
 from decoders import ROUNDING as EXPORTED_ROUNDING
 from decoders import build_decoder, export_decoder, feeds, session
 from small_decoders import ROUNDING, WIDTH, small_decoder, small_feeds
+from tensorrt_operators import RELEASES, lacking
 
 from graph_passes.fold import fold_graph
 from graph_passes.insert import is_edit
@@ -246,6 +247,7 @@ def test_exported_families_prefill_and_decode(family: str) -> None:
     fold_graph(model, NODES)
     derived = derive_tensorrt_graph(_copy(model), plugin=False).model
     onnx.checker.check_model(ir.to_proto(derived), full_check=True)
+    assert [list(lacking(ir.to_proto(derived), operators)) for operators in RELEASES.values()] == [[], []]
     adapter = _banks(model) | _rule("f2+l2", tied=False) | {PROMPT_LENGTH: np.array([6])}
     runs = [session(model), session(derived)]
     names = [output.name for output in runs[0].get_outputs()]

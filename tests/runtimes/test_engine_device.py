@@ -165,8 +165,9 @@ def test_the_builder_imports_from_where_the_user_stands(tmp_path, monkeypatch) -
 
 
 class _Tensor:
-    def __init__(self, name: str, dtype: str, rank: int) -> None:
+    def __init__(self, name: str, dtype: str, rank: int, is_shape_tensor: bool = False) -> None:
         self.name, self.dtype, self.shape = name, type("DataType", (), {"name": dtype}), (-1,) * rank
+        self.is_shape_tensor = is_shape_tensor
 
 
 class _Network:
@@ -210,6 +211,7 @@ def _spec(folder: Path, **changes: object) -> BuildSpec:
         ([("input_ids", "INT32", 2), (BANK.name, "HALF", 3)], ["logits"], [], "input_ids is int32 of rank 2, expected int64 of rank 2"),
         ([("input_ids", "INT64", 2), (BANK.name, "HALF", 2)], ["logits"], [], "float16 of rank 2, expected float16 of rank 3"),
         ([("input_ids", "INT64", 2), (BANK.name, "HALF", 3), ("x", "BOOL", 0)], ["logits"], [], "x is bool of rank 0, expected missing"),
+        ([("input_ids", "INT64", 2, True), (BANK.name, "HALF", 3)], ["logits"], [], "reads the numbers of input_ids on the host"),
         ([("input_ids", "INT64", 2), (BANK.name, "HALF", 3)], [], [], "not the outputs of the graph: logits"),
         ([("input_ids", "INT64", 2), (BANK.name, "HALF", 3)], ["logits"], ["PLUGIN_V3"], "1 plugin layers, expected 2"),
     ],
