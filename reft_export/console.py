@@ -37,27 +37,65 @@ class LazyConsole:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._console, name)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """rich's, without the characters that would steer the terminal."""
+        self._console.print(*(plain(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_HALVES = re.compile(r"[\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """``text`` without control characters but newline and tab, whatever file it came from, and without lone surrogates, which no terminal
+    can show."""
+    return _HALVES.sub("\ufffd", _STEERING.sub("", text))
+
+
+def say(text: str) -> None:
+    """On stdout as it is; ``plain`` where that is a terminal."""
+    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
 
 err, out = LazyConsole(stderr=True), LazyConsole(stderr=False)
 
 
+STOPPED = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+"""Signals that end a verb as Ctrl-C does, with what it left removed; what is said then."""
+
+
 class Interrupt:
-    """Remembers Ctrl-C. Python drops a KeyboardInterrupt that is raised inside a callback of native code or a finalizer (torch's exporter
-    has many), and the command would go on as if nobody had pressed anything: the next step asks here."""
+    """Remembers Ctrl-C, SIGTERM and SIGHUP, each a KeyboardInterrupt. Python drops one that is raised inside a callback of native code or a
+    finalizer (torch's exporter has many), and the command would go on as if nobody had pressed anything: the next step asks here."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen: signal.Signals | None = None
 
     def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._on_signal)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in STOPPED:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup has SIGHUP ignored, and means it.
+            if number is not None and (name == "SIGINT" or signal.getsignal(number) is not signal.SIG_IGN):
+                signal.signal(number, self._on_signal)
 
     def check(self) -> None:
         if self.seen:
             raise KeyboardInterrupt
 
-    def _on_signal(self, *_: object) -> None:
-        self.seen = True
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, what a shell expects."""
+        return 128 + (self.seen or signal.SIGINT)
+
+    @property
+    def said(self) -> str:
+        return STOPPED[(self.seen or signal.SIGINT).name]
+
+    def _on_signal(self, number: int, *_: object) -> None:
+        self.seen = signal.Signals(number)
         raise KeyboardInterrupt
 
 
@@ -69,7 +107,7 @@ def escape(text: str) -> str:
 
     rich halves the backslashes before a tag and drops one of those before any other bracket; its own escape leaves the latter alone.
     """
-    return re.sub(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)", lambda m: (2 * m[1] if m[2] else m[1]) + r"\[", text)
+    return re.sub(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)", lambda m: (2 * m[1] if m[2] else m[1]) + r"\[", plain(text))
 
 
 HELD_SECONDS = 30.0
@@ -199,9 +237,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """``title`` may be empty. Only a column called "note" wraps: a figure that is cut says nothing."""
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", show_edge=False)
+    table = Table(title=escape(title) or None, title_justify="left", show_edge=False)
     for name in header:
-        table.add_column(name, no_wrap=name != "note")
+        table.add_column(escape(name), no_wrap=name != "note")
     for row in rows:
         styled = [f"[red]{escape(c)}[/]" if c == "FAIL" else escape(c) for c in row]
         table.add_row(*styled)

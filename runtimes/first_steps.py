@@ -1,6 +1,8 @@
 """A few steps of a bundle that was just written, in a process of its own: does onnxruntime open it, and does it decode with its history?
 
-    python -m runtimes.first_steps BUNDLE      the last line on stdout: {"refused": ..} or {"left": why no step was taken, or ""}
+    python -m runtimes.first_steps BUNDLE MANIFEST
+
+The last line on stdout: {"refused": ..} or {"left": why no step was taken, or ""}.
 
 The weights stay in their file (``mapped``): what is read of them is memory that the system can take back, and none of it is the
 caller's. A graph that ends onnxruntime ends this process alone.
@@ -17,6 +19,7 @@ from pathlib import Path
 from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, read_manifest
 from runtimes.edits.op import EXPLICIT_SLOTS, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, GraphError, ReftError
+from runtimes.files.folders import marker
 from runtimes.open import ort_session
 from runtimes.tasks.task import task_of
 
@@ -28,7 +31,7 @@ def first_steps(folder: Path, shown: Path) -> str:
 
     Raises GraphError where onnxruntime refuses the graph or dies of it, and where its answers are none.
     """
-    command = [sys.executable, "-m", "runtimes.first_steps", str(folder.resolve())]
+    command = [sys.executable, "-m", "runtimes.first_steps", str(folder.resolve()), marker(folder, MANIFEST_FILE).name]
     # From where this package lies: a folder of the same name in the caller's would be imported first.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, cwd=Path(__file__).parent.parent)
     try:
@@ -71,9 +74,9 @@ def _check_fed(bundle: Bundle, own_inputs: Collection[str]) -> None:
         raise BackendUnavailable(f"{why} no session of reft-export {'feeds' if other else 'runs'}: run it in the runtime that it is for")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, manifest: str) -> None:
     # Not open_bundle, which would hash again what was hashed when it was written a moment ago.
-    bundle = Bundle(folder=folder, manifest=read_manifest(folder / MANIFEST_FILE))
+    bundle = Bundle(folder=folder, manifest=read_manifest(folder / manifest))
     told = {"left": ""}
     try:
         take_first_steps(bundle)
@@ -84,4 +87,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +16,12 @@ from runtimes.artifacts.bundle import (
     read_manifest,
     renew_records,
     seal_manifest,
+    write_manifest_file,
 )
 from runtimes.artifacts.engine import open_engine, read_engine_manifest, seal_engine_manifest
 from runtimes.edits.adapter import CONFIG_FILE, load_adapter, read_adapter_config, write_adapter_config
 from runtimes.errors import InputError
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, claimed, marker
 from runtimes.files.sealed import FIRST_VERSION, expected
 
 Report = Callable[[str], None]
@@ -49,14 +51,14 @@ def upgrade_folder(path: Path | str, output: Path | str | None = None, *, force:
     source = Path(path).resolve()
     destination = source if output is None else Path(output)
     kind = _kind_of(source, Path(path))
-    check_destination(destination, force=force or output is None, inputs=() if output is None else [source])
-    with expected():
+    with claimed(destination, force=force or output is None, inputs=() if output is None else [source]), expected():
         report("checking every hash")
         if not kind.read(source):
             return Upgraded(kind=kind.name, written=None)
         with atomic_folder(destination, force=force or output is None) as work:
             report("copying")
             shutil.copytree(source, work, dirs_exist_ok=True, ignore_dangling_symlinks=True, copy_function=shutil.copyfile)
+            os.replace(work / kind.file, marker(work, kind.file))
             report("writing version 2")
             kind.rewrite(work)
             report("reading it again")
@@ -91,7 +93,7 @@ def _read_bundle(folder: Path) -> bool:
 
 
 def _rewrite_bundle(folder: Path) -> None:
-    manifest = read_manifest(folder / MANIFEST_FILE)
+    manifest = read_manifest(marker(folder, MANIFEST_FILE))
     seal_manifest(folder, replace(manifest, files=_rewrite_records(folder, manifest.adapters, manifest.files)))
 
 
@@ -103,9 +105,9 @@ def _read_engine(folder: Path) -> bool:
 
 
 def _rewrite_engine(folder: Path) -> None:
-    engine, manifest = read_engine_manifest(folder / ENGINE_MANIFEST), read_manifest(folder / MANIFEST_FILE)
+    engine, manifest = read_engine_manifest(marker(folder, ENGINE_MANIFEST)), read_manifest(folder / MANIFEST_FILE)
     files = _rewrite_records(folder, manifest.adapters, engine.files)
-    seal_manifest(folder, replace(manifest, files={}))  # engine.json lists them
+    write_manifest_file(folder / MANIFEST_FILE, replace(manifest, files={}))
     seal_engine_manifest(folder, replace(engine, files=files | {MANIFEST_FILE: FileRecord.of(folder / MANIFEST_FILE)}))
 
 

@@ -18,6 +18,7 @@ from reft_export.parity.quality import QualityGate
 from runtimes.artifacts.bundle import Bundle, not_held, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError, InputError
+from runtimes.files.claims import sole_writer
 from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.first_steps import first_steps
 
@@ -52,18 +53,19 @@ def add_adapter(
         add_adapter(Path("pirate-bundle"), [Path("polite")], model="base")
         print(open_artifact("pirate-bundle").adapter_names)  # ("pirate", "polite")
     """
-    opened, given = plan_addition(bundle, adapters, model=model, output=output, accept_base=accept_base, force=force)
-    target, in_place = _target(opened, output)
-    with atomic_folder(target, force=force or in_place) as work:
-        report(f"copying {opened.folder}")
-        copy_bundle(opened, work, without=tuple(given))
-        made = write_adapters(Bundle(folder=work, manifest=opened.manifest), given)
-        if model is None:
-            result = _unheld(made, tuple(given), target, report)
-        else:
-            result = _held(made, given, model, target, quality, report, accept_base=accept_base)
-        if in_place:
-            copy_unlisted(opened, work)
+    target, in_place = _target(bundle, output, [*adapters, *([] if model is None else [Path(model)])], force=force)
+    with sole_writer(target):
+        opened, given = plan_addition(bundle, adapters, model=model, output=output, accept_base=accept_base, force=force)
+        with atomic_folder(target, force=force or in_place) as work:
+            report(f"copying {opened.folder}")
+            copy_bundle(opened, work, without=tuple(given))
+            made = write_adapters(Bundle(folder=work, manifest=opened.manifest), given)
+            if model is None:
+                result = _unheld(made, tuple(given), target, report)
+            else:
+                result = _held(made, given, model, target, quality, report, accept_base=accept_base)
+            if in_place:
+                copy_unlisted(opened, work)
     return result
 
 
@@ -79,15 +81,16 @@ def remove_adapter(
 
         remove_adapter(Path("pirate-bundle"), ["polite"])
     """
-    opened = plan_removal(bundle, names, output=output, force=force)
-    target, in_place = _target(opened, output)
-    with atomic_folder(target, force=force or in_place) as work:
-        report(f"copying {opened.folder}")
-        copy_bundle(opened, work, without=names)
-        left = without_adapters(opened, names).manifest
-        write_manifest(work, left)
-        if in_place:
-            copy_unlisted(opened, work)
+    target, in_place = _target(bundle, output, [], force=force)
+    with sole_writer(target):
+        opened = plan_removal(bundle, names, output=output, force=force)
+        with atomic_folder(target, force=force or in_place) as work:
+            report(f"copying {opened.folder}")
+            copy_bundle(opened, work, without=names)
+            left = without_adapters(opened, names).manifest
+            write_manifest(work, left)
+            if in_place:
+                copy_unlisted(opened, work)
     return ExportResult(manifest=left, parity=None, weight_errors=())
 
 
@@ -133,9 +136,12 @@ def _check_target(bundle: Path, output: Path | None, inputs: Sequence[Path], *, 
         check_destination(bundle.resolve(), force=True, inputs=inputs)
 
 
-def _target(bundle: Bundle, output: Path | None) -> tuple[Path, bool]:
+def _target(bundle: Path, output: Path | None, inputs: Sequence[Path], *, force: bool) -> tuple[Path, bool]:
     """(where the new bundle goes, whether that is where the old one is). Of a linked folder it is the folder that is replaced."""
-    return (bundle.folder.resolve(), True) if output is None else (output, False)
+    _check_target(bundle, output, inputs, force=force)
+    if output is None and not bundle.is_dir():
+        open_bundle(bundle)  # says what it is instead
+    return (bundle.resolve(), True) if output is None else (output, False)
 
 
 def _unheld(made: Bundle, names: Sequence[str], shown: Path, report: Report) -> ExportResult:

@@ -41,7 +41,7 @@ def copy_unlisted(bundle: Bundle, work: Path) -> None:
     for folder, _, names in os.walk(bundle.folder):
         for path in (Path(folder) / name for name in names):
             name = path.relative_to(bundle.folder)
-            if name.as_posix() not in bundle.manifest.files and not (work / name).exists() and path.is_file():
+            if name.as_posix() not in (*bundle.manifest.files, MANIFEST_FILE) and not (work / name).exists() and path.is_file():
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(path, work / name)
 

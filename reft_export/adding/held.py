@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from reft_export.parity.ladder import check_same_base, known_inputs
 from reft_export.parity.quality import QualityGate, hold_quality
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, write_manifest
 from runtimes.edits.adapter import Adapter
+from runtimes.files.claims import temporary_folder
 
 REFIT = "nothing was added; `reft-export quantize BUNDLE -m MODEL --refit DATA.jsonl -a ADAPTER` trains it on the bundle's weights"
 
@@ -52,8 +52,8 @@ def held_to_eager(
     stored = known_inputs(bundle, base)
     inputs = stored | adapter_inputs(base, adapters, stored[BASE_GOLDEN])
     fp32 = {} if floats else fp32_answers(base.model, inputs, steerers)
-    with tempfile.TemporaryDirectory() as proof:
-        record_adapters(bundle, base, inputs, steerers, fp32, Path(proof))
+    with temporary_folder() as proof:
+        record_adapters(bundle, base, inputs, steerers, fp32, proof)
         del base
         give_back()
         bundle = held(bundle, tuple(adapters))
@@ -61,7 +61,7 @@ def held_to_eager(
         if m.precision == "bf16":
             return ExportResult(manifest=bundle.manifest, parity=None, weight_errors=(), note=check_structure(bundle.folder))
         report("holding the bundle against the eager model")
-        parity = gate(bundle.folder, shown, proof=Path(proof), names=tuple(adapters), remedy="nothing was added")
+        parity = gate(bundle.folder, shown, proof=proof, names=tuple(adapters), remedy="nothing was added")
         manifest = hold_quality(bundle.folder, shown, parity, quality, remedy=REFIT)
     return ExportResult(manifest=manifest, parity=parity, weight_errors=())
 
@@ -86,8 +86,8 @@ def record_adapters(
     m = bundle.manifest
     set_precision(base.model, m.precision)
     every = {**(again or {}), **steerers}
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = Path(folder)
+    with temporary_folder() as folder:
+        recorded = folder
         if m.quantization is None:
             record_golden(recorded, base.model, inputs, every, fp32=fp32 or None, of_base=again is not None)
         else:

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reft_export.base.model_folder import first_line
 from reft_export.base.tokenizer import errors_only
 from runtimes.errors import InputError
+from runtimes.files.claims import scratch_folder
 from runtimes.files.hashes import sha256_of
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def _make(path: Path, folder: Path, header: _Header) -> None:
     fresh.generation_config = model.generation_config
     origin = {"file": path.name, "architecture": header.architecture, "tensor_types": header.counts}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
-        whole = Path(made) / "checkpoint"
+    with scratch_folder(folder, ".making") as made:
+        whole = made / "checkpoint"
         fresh.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         (whole / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,21 @@ import onnx_ir as ir
 
 from reft_export.building.plan import BuildPlan, plan_build
 from reft_export.building.settings import BuildSettings
-from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, GRAPH_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, renew_records, seal_manifest
+from runtimes.artifacts.bundle import (
+    BASE_GOLDEN,
+    DATA_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    renew_records,
+    write_manifest_file,
+)
 from runtimes.artifacts.engine import PLAN_FILE, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
 from runtimes.artifacts.values import Target, known
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.claims import temporary_folder
+from runtimes.files.folders import atomic_folder, claimed
 from runtimes.files.hashes import sha256_of
 from runtimes.tensorrt.builder import BuildResult, BuildSpec
 from runtimes.tensorrt.builder_process import run_builder, run_trtexec
@@ -63,20 +72,19 @@ def build_engine(
         outcome = build_engine(Path("pirate-bundle"), Path("pirate-engine"), settings)
         print(outcome.engine.tensorrt_version, outcome.size)
     """
-    check_destination(output, force=force, inputs=[source])
-    report("deriving TensorRT's graph")
-    plan = plan_build(source, settings)
-    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        spec, digest = _specification(plan, settings, work, scratch)
-        report(f"building the engine for {settings.target}")
-        run = run_builder if plan.builder == "python" else run_trtexec
-        result = run(spec, scratch, update=update)
-        report("writing the engine folder")
-        _copy_bundle(plan, settings, work)
-        engine = write_engine_manifest(work, _manifest(plan, settings, result, digest, rebuild=settings.command(source, output)))
-        open_engine(work)
-        return BuildOutcome(engine=engine, result=result, size=(work / PLAN_FILE).stat().st_size, notes=plan.notes)
+    with claimed(output, force=force, inputs=[source]):
+        report("deriving TensorRT's graph")
+        plan = plan_build(source, settings)
+        with atomic_folder(output, force=force) as work, temporary_folder() as scratch:
+            spec, digest = _specification(plan, settings, work, scratch)
+            report(f"building the engine for {settings.target}")
+            run = run_builder if plan.builder == "python" else run_trtexec
+            result = run(spec, scratch, update=update)
+            report("writing the engine folder")
+            _copy_bundle(plan, settings, work)
+            engine = write_engine_manifest(work, _manifest(plan, settings, result, digest, rebuild=settings.command(source, output)))
+            open_engine(work)
+            return BuildOutcome(engine=engine, result=result, size=(work / PLAN_FILE).stat().st_size, notes=plan.notes)
 
 
 def _manifest(plan: BuildPlan, settings: BuildSettings, result: BuildResult, graph_digest: str, *, rebuild: str) -> EngineManifest:
@@ -139,4 +147,4 @@ def _copy_bundle(plan: BuildPlan, settings: BuildSettings, work: Path) -> None:
     if plan.plugin is not None:
         (work / "lib").mkdir()
         shutil.copyfile(plan.plugin, work / "lib" / plan.plugin.name)
-    seal_manifest(work, replace(bundle.manifest, adapters=tuple(plan.adapters), files={}))  # engine.json lists them
+    write_manifest_file(work / MANIFEST_FILE, replace(bundle.manifest, adapters=tuple(plan.adapters), files={}))

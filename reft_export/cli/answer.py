@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from reft_export.cli.run_options import RunOptions, check_adapters
-from reft_export.console import err, escape
+from reft_export.console import err, escape, say
 from runtimes.artifacts.bundle import Artifact, Limits
 from runtimes.errors import InputError
 from runtimes.generation import Generation, GenerationSettings, generate
@@ -57,7 +56,7 @@ def _templates(opened: Artifact, requests: Sequence[Request], options: RunOption
 def _answer(session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limits: Limits, options: RunOptions) -> None:
     """Prints every answer as soon as those before it are there."""
     alone = len(asks) == 1 and not options.as_json
-    on_text = (lambda _, piece: _write(piece)) if alone and options.stream else None
+    on_text = (lambda _, piece: say(piece)) if alone and options.stream else None
     # An engine takes so many rows and columns in one call, whatever was asked for.
     batch_size, prefill_chunk = min(options.batch_size, limits.rows or options.batch_size), options.prefill_chunk
     if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
@@ -67,18 +66,13 @@ def _answer(session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limi
         if options.as_json:
             record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
             record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
-            _write(json.dumps(record, ensure_ascii=False) + "\n")
+            say(json.dumps(record, ensure_ascii=False) + "\n")
         elif on_text:
-            _write("\n")  # the text is there already
+            say("\n")  # the text is there already
         else:
             if not alone:
                 err.print(f"[dim]--- {escape(options.prompt[index])}[/]")
-            _write(answer.text + "\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            say(answer.text + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

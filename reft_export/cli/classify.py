@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_export.cli.run_options import RunOptions, check_adapters
+from reft_export.console import say
 from runtimes.artifacts.bundle import Artifact
 from runtimes.errors import InputError
 from runtimes.session import ClassifierSession, Session, as_classifier
@@ -103,8 +103,7 @@ def _show(index: int, probabilities: dict[str, float], adapter: str | None, *, a
     label = max(probabilities, key=lambda name: probabilities[name])
     if as_json:
         record: dict[str, Any] = {"index": index, "adapter": adapter, "label": label, "probabilities": probabilities}
-        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        say(json.dumps(record, ensure_ascii=False) + "\n")
     else:
         ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-        sys.stdout.write(f"{label}\t{', '.join(f'{name} {value:.4f}' for name, value in ranked)}\n")
-    sys.stdout.flush()
+        say(f"{label}\t{', '.join(f'{name} {value:.4f}' for name, value in ranked)}\n")

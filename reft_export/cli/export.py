@@ -225,7 +225,7 @@ def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
         print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
         return
     for number, step in enumerate(forecast.steps, 1):
-        out.print(f"{number}. {step}")
+        out.print(f"{number}. {step}", markup=False)
     out.print(
         f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
         f"{size(forecast.disk)} disk ({size(free)} free)"

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar, get_type_hints
 
 import typer
 
 from reft_export.console import err, escape, interrupt, print_parity
 from runtimes.errors import ParityError, ReftError
+from runtimes.files.folders import NO_SPACE, disk_is_full
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130
-"""128 + SIGINT, what a shell expects after Ctrl-C."""
+"""The exit code of errors that stand for a signal: its own takes the place."""
+LONGEST = 300
+"""Characters of a message that is not ours."""
+NOT_ERRORS = (typer.Exit, typer.Abort, SystemExit, GeneratorExit)
+DEBUG = Parameter(
+    "debug",
+    Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error too.")],
+)
 
 HOST_EXTRAS = {
     "torch": "host",
@@ -32,40 +44,54 @@ HOST_EXTRAS = {
 }
 
 
-def guarded(verb: Callable[P, R]) -> Callable[P, R]:
-    """Runs a verb; a user's mistake ends in one line on stderr and the error's exit code, never in a traceback."""
+def guarded(verb: Callable[P, R]) -> Callable[..., R]:
+    """Runs a verb; what goes wrong ends in one line on stderr and an exit code, and in a traceback above it with ``--debug`` alone."""
 
     @wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: Any, debug: bool = False, **options: Any) -> R:
         interrupt.listen()
         try:
-            return verb(*args, **kwargs)
-        except ReftError as e:
-            fail(str(e), e.exit_code)
-        except KeyboardInterrupt as e:
-            fail(str(e) or "interrupted", INTERRUPTED)
-        except MemoryError:
-            fail("out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1)
-        except ModuleNotFoundError as e:
-            extra = HOST_EXTRAS.get((e.name or "").partition(".")[0])
-            if extra is None:
-                raise
-            fail(f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4)
+            return verb(*args, **options)
+        except NOT_ERRORS:
+            raise
         except BrokenPipeError:
             sys.stderr.close()  # the reader of a pipe went away: there is nobody to tell
             raise typer.Exit(1) from None
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                fail("no space left on the disk; nothing was written", 1)
-            if e.filename is None:
-                raise
-            fail(f"{e.filename} cannot be read or written: {e.strerror}", 2)
+        except BaseException as e:  # a panic of a Rust library is no Exception
+            if debug:
+                err.print(traceback.format_exc(), markup=False)
+            fail(*_told(e))
 
+    hints = get_type_hints(verb, include_extras=True)
+    own = [each.replace(annotation=hints[each.name]) for each in signature(verb).parameters.values()]
+    made: Any = run
+    made.__signature__ = Signature([*own, DEBUG])
+    made.__annotations__ = {each.name: each.annotation for each in (*own, DEBUG)}
     return run
 
 
+def _told(e: BaseException) -> tuple[str, int]:
+    """(one line, the exit code)."""
+    if interrupt.seen or isinstance(e, KeyboardInterrupt):
+        stated = isinstance(e, KeyboardInterrupt) or getattr(e, "exit_code", None) == INTERRUPTED
+        return (str(e) if stated else "") or interrupt.said, interrupt.exit_code
+    if isinstance(e, ReftError):
+        return str(e), e.exit_code
+    if isinstance(e, MemoryError):
+        return "out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1
+    if isinstance(e, ModuleNotFoundError) and (extra := HOST_EXTRAS.get((e.name or "").partition(".")[0])):
+        return f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4
+    if disk_is_full(e):
+        return f"{NO_SPACE}; no output was written", 1
+    if isinstance(e, OSError) and e.filename is not None:
+        return f"{e.filename} cannot be read or written: {e.strerror}", 2
+    said = " ".join(str(e).split())[:LONGEST] or "without a word"
+    return f"{type(e).__name__}: {said}; this is a bug of reft-export: run it again with --debug, and report what that shows", 1
+
+
 def fail(message: str, code: int) -> NoReturn:
-    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    with suppress(OSError):  # where the terminal has hung up, the exit code says it all
+        err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
     raise typer.Exit(code) from None
 
 

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from io import TextIOWrapper
 
 import typer
 
@@ -72,6 +73,9 @@ def __getattr__(name: str) -> OnceTyper:
 def main() -> None:
     """A verb that is named is all that is imported: each takes a while, and all are needed for --help alone."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding has not
     try:
         application([verb] if verb in VERBS else VERBS)()
     finally:

@@ -38,6 +38,11 @@ class OnceCommand(TyperCommand):
     """A verb that refuses a repeated option, unless the option takes several (a list), in one line with exit code 2."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for arg in args:
+            try:
+                arg.encode()
+            except UnicodeEncodeError:  # bytes that are no UTF-8 come as halves of surrogates
+                fail(f"argument {arg!r} is not UTF-8; type it in a UTF-8 terminal, or rename the file", 2)
         if not ctx.resilient_parsing:
             self._refuse_repeats(ctx, args)
         return super().parse_args(ctx, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,7 +135,7 @@ def train(
     from reft_export.training.settings import TrainSettings
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
     from runtimes.edits.adapter import load_adapter
-    from runtimes.files.folders import check_destination
+    from runtimes.files.folders import check_destination, claimed
 
     settings = TrainSettings(**vars(form), **vars(optimization), **vars(reading), **vars(run))
     started = None if sources.start is None else load_adapter(sources.start)
@@ -146,11 +147,12 @@ def train(
 
         refuse_download(model)
     check_adapter_name(output.resolve().name)
-    check_destination(output, force=force, inputs=[Path(model), *data, *filter(None, (sources.base_bundle, sources.start))])
+    inputs = [Path(model), *data, *filter(None, (sources.base_bundle, sources.start))]
+    check_destination(output, force=force, inputs=inputs)
     for path in data:
         check_file(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
-    with progress() as report:
+    with nullcontext() if dry_run else claimed(output, force=force, inputs=inputs), progress() as report:
         from reft_export.base.gguf import described
 
         report(f"loading {described(model)}")

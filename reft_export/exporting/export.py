@@ -8,7 +8,6 @@ loaded only when the files of base and adapters have nothing more to refuse.
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.quality import QualityGate
 from runtimes.errors import InputError
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.claims import scratch_folder, temporary_folder
+from runtimes.files.folders import atomic_folder, claimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def export_bundle(
         result = export_bundle("base", [Path("pirate")], Path("pirate-bundle"), ExportSettings(precision="int8"))
         print(result.manifest.adapters, result.parity.passed)
     """
-    with _on_disk(model, tokenizer, adapter_folders, output, force=force) as (source, name):
+    with claimed(output, force=force, inputs=adapter_folders), _on_disk(model, tokenizer, output) as (source, name):
         plan = plan_export(source, adapter_folders, output, settings, accept_base=accept_base, force=force, name=name)
         return _make(plan, adapter_folders, output, settings, quality, report, accept_base=accept_base, force=force)
 
@@ -67,10 +67,7 @@ def export_bundle(
 def _on_disk(
     model: str | Path | PreTrainedModel | Base,
     tokenizer: PreTrainedTokenizerBase | None,
-    adapter_folders: list[Path],
     output: Path,
-    *,
-    force: bool,
 ) -> Iterator[tuple[str | Path, str | None]]:
     """(Where the base lies, what it is called other than that): one in memory is saved into a folder that is gone afterwards."""
     if isinstance(model, (str, Path)):
@@ -78,17 +75,15 @@ def _on_disk(
             raise InputError(f"a tokenizer goes with a model in memory, and {model} has its own; leave it out")
         yield model, None
         return
-    check_destination(output, force=force, inputs=adapter_folders)
     from reft_export.base.load import Base, base_from_memory, save_base
 
     base = model if isinstance(model, Base) else base_from_memory(model, tokenizer)
     if base.folder is not None:
         yield base.folder, base.info.name
         return
-    above = next(parent for parent in output.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".base", dir=above) as folder:
-        save_base(base, Path(folder))
-        yield Path(folder), base.info.name
+    with scratch_folder(output.absolute(), ".base") as folder:
+        save_base(base, folder)
+        yield folder, base.info.name
 
 
 def _make(
@@ -110,15 +105,15 @@ def _make(
 
     plan = check_model(plan, settings, accept_base=accept_base)
     report(f"loading {described(plan.source)}")
-    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-        made = assemble(work, Path(proof), plan, settings, quality, report)
+    with atomic_folder(output, force=force) as work, temporary_folder() as proof:
+        made = assemble(work, proof, plan, settings, quality, report)
         manifest, errors, note = made.manifest, made.errors, made.note
         if settings.float_type == "bf16":
             note = "; ".join(filter(None, (note, check_structure(work))))
             return ExportResult(manifest=manifest, parity=None, weight_errors=errors, note=note)
         gc.collect()  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
         report("holding the bundle against the eager model")
-        parity = gate(work, output, proof=Path(proof), remedy=_remedy(manifest, settings), settles=True)
+        parity = gate(work, output, proof=proof, remedy=_remedy(manifest, settings), settles=True)
         manifest, parity, saved = keep_steering(
             work,
             output,
@@ -126,7 +121,7 @@ def _make(
             parity,
             quality,
             adapter_folders,
-            Path(proof),
+            proof,
             report,
             tried=made.tried,
             force=force,

@@ -53,7 +53,7 @@ from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
 from runtimes.errors import AdapterError, GraphError, InputError
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, claimed
 from runtimes.first_steps import first_steps
 from runtimes.parity.figures import ParityReport
 
@@ -123,43 +123,45 @@ def fold_bundle(
         result = fold_bundle(Path("genai-model"), [Path("pirate")], Path("pirate-bundle"), model="base")
         print(result.found)
     """
-    check_destination(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])])
-    adapters = load_adapters(adapter_folders)
-    source = _source(graph)
-    report(f"reading {source}")
-    read = load_graph(source)
-    if is_edge_llm(read.graph):
+    with claimed(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])]):
+        adapters = load_adapters(adapter_folders)
+        source = _source(graph)
+        report(f"reading {source}")
+        read = load_graph(source)
+        if is_edge_llm(read.graph):
+            if model is not None:
+                raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
+            if sites:
+                raise InputError("--sites adds graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave it out")
+            return fold_edge_llm_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
+        if as_lora:
+            raise InputError(
+                f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it"
+            )
+        foreign = _examined(read, source, adapters, family_by_files=model is None)
+        nodes = union_nodes(list(adapters.values()), sites, foreign.record.num_hidden_layers)
+        located = locate_sites(read, {node.site for node in nodes})
+        found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
+        precision = edited_precision(read, nodes, foreign.record.hidden_size, source)
+        base = None
         if model is not None:
-            raise InputError("--model is for bundles; TensorRT-Edge-LLM's graphs run in its own runtime only, so leave it out")
-        if sites:
-            raise InputError("--sites adds graph inputs, which TensorRT-Edge-LLM's runtime refuses; leave it out")
-        return fold_edge_llm_folder(source, adapters, output, as_lora=as_lora, force=force, report=report)
-    if as_lora:
-        raise InputError(f"{source} is not a TensorRT-Edge-LLM export, whose runtime --as-lora is for; a bundle swaps adapters without it")
-    foreign = _examined(read, source, adapters, family_by_files=model is None)
-    nodes = union_nodes(list(adapters.values()), sites, foreign.record.num_hidden_layers)
-    located = locate_sites(read, {node.site for node in nodes})
-    found = {str(site): f"{where.value.name}, {where.how}" for site, where in sorted(located.items())}
-    precision = edited_precision(read, nodes, foreign.record.hidden_size, source)
-    base = None
-    if model is not None:
-        base, foreign = _with_base(model, foreign, adapters, report, accept_base=accept_base)
-    parts = _fold(foreign, adapters, nodes, precision, report)
-    with atomic_folder(output, force=force) as work:
-        _write(work, foreign, adapters, parts, report)
-        if base is not None:
-            _record_reference(work, base, adapters, precision, report)
-            base = None  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
-        finish_bundle(work, foreign.model, parts)
-        parity, not_run = None, ""
-        if model is not None and precision != "bf16":
-            report("holding the bundle against the eager model")
-            parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
-        else:
-            report("taking its first steps in onnxruntime")
-            not_run = first_steps(work, output)
-    quantized = len(quantized_weights(foreign.model.graph))
-    return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
+            base, foreign = _with_base(model, foreign, adapters, report, accept_base=accept_base)
+        parts = _fold(foreign, adapters, nodes, precision, report)
+        with atomic_folder(output, force=force) as work:
+            _write(work, foreign, adapters, parts, report)
+            if base is not None:
+                _record_reference(work, base, adapters, precision, report)
+                base = None  # the runtime is about to load the weights: the eager model's must not stay in memory beside them
+            finish_bundle(work, foreign.model, parts)
+            parity, not_run = None, ""
+            if model is not None and precision != "bf16":
+                report("holding the bundle against the eager model")
+                parity = gate(work, output, remedy="the graph is not what the base computes: was it exported from another checkpoint?")
+            else:
+                report("taking its first steps in onnxruntime")
+                not_run = first_steps(work, output)
+        quantized = len(quantized_weights(foreign.model.graph))
+        return FoldResult(nodes=nodes, adapters=tuple(adapters), found=found, parity=parity, quantized=quantized, not_run=not_run)
 
 
 def _examined(model: ir.Model, source: Path, adapters: Mapping[str, Adapter], *, family_by_files: bool) -> ForeignGraph:

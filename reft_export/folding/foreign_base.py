@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -27,6 +25,7 @@ from reft_export.parity.golden import record_base
 from reft_export.parity.ladder import RecordedBundle, check, check_same_base, known_inputs
 from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
+from runtimes.files.claims import temporary_folder
 from runtimes.parity.figures import ParityReport
 
 
@@ -99,18 +98,16 @@ def completed(bundle: Bundle, model: str, report: Report) -> Iterator[Bundle]:
     matched = match_weights(graph, base, str(bundle.folder))
     sources = {name: source for name, source in matched.items() if name not in bundle.manifest.head}  # inputs, which adapters bring
     del graph
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         report("recording what the eager model says")
         steerers = {name: bank_steerer(bundle, name) for name in bundle.adapter_names}
-        record_base(Path(folder), base, known_inputs(bundle, base), steerers, bundle.manifest.precision)
+        record_base(folder, base, known_inputs(bundle, base), steerers, bundle.manifest.precision)
         del base
         give_back()
-        full = RecordedBundle(
-            folder=bundle.folder, manifest=replace(bundle.manifest, model=made_from, weights=sources), recorded=Path(folder)
-        )
+        full = RecordedBundle(folder=bundle.folder, manifest=replace(bundle.manifest, model=made_from, weights=sources), recorded=folder)
         if bundle.manifest.precision != "bf16":  # which no CPU runs
             report("holding the float graph against the eager model")
-            ParityReport(rungs=tuple(check(full, Path(folder), "folded"))).require()
+            ParityReport(rungs=tuple(check(full, folder, "folded"))).require()
             give_back()
         yield full
 

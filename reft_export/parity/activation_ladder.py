@@ -8,7 +8,6 @@ on from what the graph has, and its logits must then be the graph's as nearly as
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from reft_export.eager.steering import Steerer, steering_of
 from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.files.claims import temporary_folder
 from runtimes.open import ort_session
 from runtimes.ort.session import to_float32
 from runtimes.parity.figures import BUDGETS, Rung, compare, judge
@@ -54,14 +54,14 @@ def step_rungs(
     shown = quantized_inputs(graph)
     if not shown:
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        _run_graph(bundle, inputs, [BASE_GOLDEN, *steerers], set(sum(shown.values(), ())), Path(folder), provider, kernel)
+    with temporary_folder() as folder:
+        _run_graph(bundle, inputs, [BASE_GOLDEN, *steerers], set(sum(shown.values(), ())), folder, provider, kernel)
         give_back()
         model = model_of()
         how = {name: each for name, each in activation_quantization(graph).items() if name in shown}
         rungs = []
         for name in (BASE_GOLDEN, *steerers):
-            rungs.append(_hold(bundle, model, name, steerers.get(name), inputs[name], how, shown, Path(folder)))
+            rungs.append(_hold(bundle, model, name, steerers.get(name), inputs[name], how, shown, folder))
         return rungs
 
 

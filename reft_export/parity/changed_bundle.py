@@ -17,6 +17,7 @@ from graph_passes.external import load_graph
 from graph_passes.slots.add import rules_of
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Manifest, Quantization
 from runtimes.errors import BundleError
+from runtimes.files.claims import scratch_folder
 from runtimes.files.folders import copy_file
 
 
@@ -25,8 +26,7 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
     """A temporary bundle whose graph was changed, and whose weights are a copy: onnxruntime follows no link out of the graph's folder, and
     a hard link would change the bundle's own file. It lies beside the bundle where that can be written, and is gone afterwards.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", suffix=".variant", dir=_scratch_folder(bundle.folder)))
-    try:
+    with scratch_folder(_scratch_parent(bundle.folder) / bundle.folder.name, ".variant") as folder:
         graph = load_graph(bundle.graph_path)
         change(graph)
         ir.save(graph, folder / GRAPH_FILE)
@@ -37,8 +37,6 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
             for suffix in (".onnx_adapter", ".json"):
                 shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
         yield Bundle(folder=folder, manifest=_as_changed(bundle.manifest, graph.graph))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _as_changed(manifest: Manifest, graph: ir.Graph) -> Manifest:
@@ -61,6 +59,6 @@ def quantization_of(bundle: Bundle) -> Quantization:
     return bundle.manifest.quantization
 
 
-def _scratch_folder(folder: Path) -> Path | None:
+def _scratch_parent(folder: Path) -> Path:
     parent = folder.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None
+    return parent if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())

@@ -8,7 +8,6 @@ eager, fake-quantized -> shipped     where the bundle quantizes activations too:
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from reft_export.parity.golden import Arrays, InputsByName, fp32_answers, record
 from reft_export.parity.int8_ladder import int8_rungs
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.files.claims import temporary_folder
 from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung
 
@@ -109,14 +109,14 @@ def _float_rungs(
     """The graph without its edits, and with them."""
     set_precision(base.model, bundle.manifest.precision)
     rungs: list[Rung] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         report("recording what the eager model says")
-        record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32 or None)
+        record_golden(folder, base.model, inputs, steerers, fp32=fp32 or None)
         report("running the exported graph, without edits")
         with variant(bundle, unfold_graph) as exported:
-            rungs += check(exported, Path(folder), "exported", names=(BASE_GOLDEN,), provider=provider)
+            rungs += check(exported, folder, "exported", names=(BASE_GOLDEN,), provider=provider)
         report("running the folded graph")
-        rungs += check(bundle, Path(folder), "folded", provider=provider, kernel=kernel)
+        rungs += check(bundle, folder, "folded", provider=provider, kernel=kernel)
     return rungs
 
 
@@ -166,25 +166,25 @@ def quantized_rungs(
     set_precision(base.model, bundle.manifest.precision)
     load_dequantized(base.model, graph, sources)
     rungs: list[Rung] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         report("holding the quantized weights against the eager model")
-        record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32)
+        record_golden(folder, base.model, inputs, steerers, fp32=fp32)
         rungs += int8_rungs(bundle)
         with with_float_activations(bundle, cache=True) as changed:
-            rungs += check(changed, Path(folder), exact_label(quantization), provider=provider, kernel=kernel)
+            rungs += check(changed, folder, exact_label(quantization), provider=provider, kernel=kernel)
         if quantization.rounds_inside and quantization.cache == "float":
-            rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+            rungs += check(bundle, folder, quantization.label, provider=provider, kernel=kernel)
     activations = bool(stored_activations(graph))
     if not activations and quantization.cache == "float":
         return rungs
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         report("holding the bundle against the eager model's fake quantization")
         with activations_quantized(base.model, graph, sources), rounded_cache(base.model, stored_cache(graph.graph)):
-            record_golden(Path(folder), base.model, inputs, steerers, fp32=fp32, noisy=True)
+            record_golden(folder, base.model, inputs, steerers, fp32=fp32, noisy=True)
         if quantization.rounds_inside:
             with with_float_activations(bundle) as changed:
-                rungs += check(changed, Path(folder), float_label(quantization), provider=provider, kernel=kernel)
-        rungs += check(bundle, Path(folder), quantization.label, provider=provider, kernel=kernel)
+                rungs += check(changed, folder, float_label(quantization), provider=provider, kernel=kernel)
+        rungs += check(bundle, folder, quantization.label, provider=provider, kernel=kernel)
     if not activations:
         return rungs
     return rungs + step_rungs(bundle, lambda: base.model, inputs, steerers, provider=provider, kernel=kernel)

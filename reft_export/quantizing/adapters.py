@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
 from reft_export.quantizing.settings import REMEDY
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Manifest, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
+from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import atomic_folder
 
 
@@ -43,7 +43,7 @@ def make_swapped(
     figures = Measurements(yardsticks, report)
     refitted, saved = {}, {}
     parity, note = None, ""
-    with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
+    with atomic_folder(output, force=force) as work, temporary_folder() as proof:
         copy_bundle(bundle, work)
         write_manifest(work, bundle.manifest)
         runs = bundle.manifest.precision != "bf16"
@@ -51,14 +51,14 @@ def make_swapped(
             report("measuring the bundle as it is")
             figures.add(variant_name(bundle), bundle)
         if isinstance(new, RefitPlan):
-            refitted, manifest = refit_in(work, model, new, Path(proof), report)
+            refitted, manifest = refit_in(work, model, new, proof, report)
             how, remedy = "refit", REMEDY
         else:
-            manifest = put_in(work, model, new, Path(proof), report, accept_base=accept_base)
+            manifest = put_in(work, model, new, proof, report, accept_base=accept_base)
             how, remedy = "swap", ""
         if runs:
             report("holding the bundle against the eager model")
-            parity = gate(work, output, proof=Path(proof), remedy=remedy)
+            parity = gate(work, output, proof=proof, remedy=remedy)
             manifest = hold_quality(work, output, parity, quality, remedy=remedy)
             figures.add(f"{variant_name(bundle)} + {how}", open_bundle(work))
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,8 @@ from runtimes.artifacts.bundle import (
     Manifest,
     open_bundle,
 )
-from runtimes.files.folders import atomic_folder
+from runtimes.files.claims import temporary_folder
+from runtimes.files.folders import atomic_folder, unproven_folder
 from runtimes.parity.figures import ParityReport, Rung
 
 
@@ -79,8 +79,8 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
         plan = planned(bundle, model, output, request.settings, request.calibration, report)
         if request.mixed:
             plan = replace(plan, mixed=_asked(plan, request.budget_mb))
-        with atomic_folder(output, force=force) as work, tempfile.TemporaryDirectory() as proof:
-            manifest, quantized, tried = assemble(plan, request.quality, work, Path(proof), report)
+        with atomic_folder(output, force=force) as work, temporary_folder() as proof:
+            manifest, quantized, tried = assemble(plan, request.quality, work, proof, report)
             errors = quantized.errors
             if manifest.precision == "bf16":
                 note = "; ".join(filter(None, (quantized.note, check_structure(work))))
@@ -90,14 +90,14 @@ def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRe
             if refit:
                 report("measuring the quantized bundle before the refit")
                 figures.add(variant_name(open_bundle(work)), open_bundle(work))
-                refitted, manifest = refit_in(work, model, refit, Path(proof), report)
-            parity = _gate(work, output, Path(proof), plan, report, remedy=REMEDY if refit else "")
+                refitted, manifest = refit_in(work, model, refit, proof, report)
+            parity = _gate(work, output, proof, plan, report, remedy=REMEDY if refit else "")
             mended: dict[str, Path] = {}
             if refit:
                 manifest = hold_quality(work, output, parity, request.quality, tried=tried, remedy=REMEDY)
             else:
                 manifest, parity, mended = keep_steering(
-                    work, output, model, parity, request.quality, request.adapters, Path(proof), report, tried=tried, force=force
+                    work, output, model, parity, request.quality, request.adapters, proof, report, tried=tried, force=force
                 )
             report("measuring the quantized bundle")
             done = open_bundle(work)
@@ -161,10 +161,10 @@ def _measured_before(plan: Plan, request: QuantizeRequest, output: Path, report:
 def _measure_base_only(plan: Plan, output: Path, figures: Measurements, report: Report) -> None:
     """The same bundle with the ranges that a calibration without adapters would have chosen; it is measured and thrown away."""
     with (
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent) as work,
-        tempfile.TemporaryDirectory() as proof,
+        unproven_folder(output.absolute()) as work,
+        temporary_folder() as proof,
     ):
-        assemble(replace(plan, ranges=plan.base_ranges), QualityGate(), Path(work), Path(proof), report)
+        assemble(replace(plan, ranges=plan.base_ranges), QualityGate(), work, proof, report)
         report("measuring it")
         bundle = open_bundle(work)
         figures.add(f"{variant_name(bundle)}, base-only ranges", bundle)

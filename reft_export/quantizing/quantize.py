@@ -16,6 +16,7 @@ from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle, check_task
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
+from runtimes.files.claims import sole_writer
 from runtimes.files.folders import check_destination
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def quantize_bundle(
         accept_base=accept_base,
     )
 
-    from reft_export.quantizing.assemble import make_quantized
+    with sole_writer(output):
+        from reft_export.quantizing.assemble import make_quantized
 
-    return make_quantized(opened, model, output, request, force=force, report=report)
+        return make_quantized(opened, model, output, request, force=force, report=report)

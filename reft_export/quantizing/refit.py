@@ -15,7 +15,6 @@ passes gradients straight through. A refit whose loss over the data did not fall
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,6 +49,7 @@ from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.errors import AdapterError, CalibrationError
+from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import check_destination
 from runtimes.precision import NUMPY_DTYPES
 
@@ -175,13 +175,13 @@ def _refit(
     )
     data = [dict(probe) for probe in adapter.probes] if settings.data is None else settings.data
     examples = read_examples(base, data, run)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
             trained = train(
                 base,
                 data,
                 run,
-                Path(folder) / name,
+                folder / name,
                 start=adapter,
                 trained_on=bundle.digest,
                 teacher=teacher,

@@ -18,6 +18,7 @@ from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import RefitSettings, check_task
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
+from runtimes.files.claims import sole_writer
 from runtimes.files.folders import check_destination
 
 
@@ -55,9 +56,10 @@ def swap_bundle(
     for name, adapter in given.items():
         check_addition(bundle, name, adapter, accept_base=accept_base)
 
-    # torch comes with these, and takes seconds: nothing is left that could be refused without it
-    from reft_export.quantizing.adapters import make_swapped
-    from reft_export.quantizing.refit import plan_refit
+    with sole_writer(output):
+        # torch comes with these, and takes seconds: nothing is left that could be refused without it
+        from reft_export.quantizing.adapters import make_swapped
+        from reft_export.quantizing.refit import plan_refit
 
-    new = plan_refit(bundle, model, refit, output, force=force) if refit else given
-    return make_swapped(bundle, model, output, new, yardsticks, quality, accept_base=accept_base, force=force, report=report)
+        new = plan_refit(bundle, model, refit, output, force=force) if refit else given
+        return make_swapped(bundle, model, output, new, yardsticks, quality, accept_base=accept_base, force=force, report=report)

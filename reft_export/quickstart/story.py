@@ -24,7 +24,7 @@ from reft_export.training.trainer import StepRecord, train
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
 from runtimes.errors import ExportError, ParityError, ReftError
-from runtimes.files.folders import check_destination
+from runtimes.files.folders import claimed
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.parity.figures import ParityReport
@@ -89,14 +89,13 @@ def tell(output: Path, subject: Subject, *, force: bool) -> Story:
     from reft_export.quickstart.report import write_report
 
     folder = Path(output)
-    check_destination(folder, force=force, inputs=[Path(subject.base)])
-    folder.mkdir(parents=True, exist_ok=True)
-    with progress() as report:
+    with claimed(folder, force=force, inputs=[Path(subject.base)]), progress() as report:
+        folder.mkdir(exist_ok=True)
         told = _tell(subject, folder, report)
     _print(told)
     write_report(folder / "report.html", told)
-    out.print(f"\nreport: {folder / 'report.html'}   ({told.seconds:.0f} s)")
-    out.print(f'try it: reft-export run {told.variants[-1].folder} -a {subject.name} -p "{subject.ask}"')
+    out.print(f"\nreport: {folder / 'report.html'}   ({told.seconds:.0f} s)", markup=False)
+    out.print(f'try it: reft-export run {told.variants[-1].folder} -a {subject.name} -p "{subject.ask}"', markup=False)
     told.ladder.require()
     for v in told.variants:
         if v.base_rate >= subject.base_limit or v.steered_rate <= subject.steered_limit:

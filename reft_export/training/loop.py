@@ -21,6 +21,7 @@ from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
 from runtimes.errors import InputError, ReftError
+from runtimes.files.folders import NO_SPACE, disk_is_full
 from runtimes.generation import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
@@ -169,13 +170,25 @@ def _failures(
             "raise gradient accumulation by as much, or lower max_length"
         ) from None
     except KeyboardInterrupt:
-        last = last_checkpoint(folder)
-        remedy = f"{last} is kept: pass --resume to go on from it" if last else "there was no checkpoint yet to go on from"
-        if last is None:
-            discard(folder)
-        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {remedy}") from None
+        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
+    except Exception as e:
+        if not disk_is_full(e):
+            raise
+        raise ReftError(f"{NO_SPACE} at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def _to_go_on(folder: Path) -> str:
+    """What is left of a run that ended early, and how to go on; half-written checkpoints are removed."""
+    last = last_checkpoint(folder)
+    if last is None:
+        discard(folder)
+        return "there was no checkpoint yet to go on from"
+    for other in folder.glob("checkpoint-*"):
+        if other != last:
+            discard(other)
+    return f"{last} is kept: pass --resume to go on from it"
 
 
 def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.device) -> TrainingArguments:

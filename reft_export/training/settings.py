@@ -17,6 +17,9 @@ from runtimes.errors import AdapterError, InputError
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules after the warm-up, as transformers calls them."""
 
+SEEDS = 2**32
+"""Of numpy's generator, which transformers seeds too."""
+
 CHAT_TEMPLATE = ("auto", "always", "never")
 
 
@@ -85,8 +88,9 @@ class TrainSettings:
         for name in ("max_steps", "max_length"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
-        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "seed"):
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples"):
             _in_range(name, getattr(self, name), 0)
+        _in_range("seed", self.seed, 0, below=SEEDS)
         _in_range("probes", self.probes, 0, below=MOST + 1)
         for name in ("dropout", "warmup", "eval_fraction"):
             _in_range(name, getattr(self, name), 0, below=1)
@@ -187,5 +191,5 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def _in_range(name: str, value: float, least: float, *, below: float = float("inf")) -> None:
     if not least <= value < below:
-        limit = f"at least {least}" + (f" and below {below:g}" if below != float("inf") else "")
+        limit = f"at least {least}" + (f" and below {below}" if below != float("inf") else "")
         raise InputError(f"{name} is {value}; it must be {limit}")

@@ -31,7 +31,7 @@ from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.edits.probes import Probe
 from runtimes.errors import InputError
-from runtimes.files.folders import check_destination
+from runtimes.files.folders import check_destination, claimed
 
 OBJECTIVES: Mapping[str, Callable[[Base, TrainSettings, Origin], Objective[Any]]] = {
     TEXT_GENERATION: CompletionObjective,
@@ -105,9 +105,10 @@ def train(
     """
     phase = on_phase or (lambda _: None)
     origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head)
-    ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
-    folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
-    return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
+    with claimed(output, force=force):
+        ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
+        folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
+        return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
 
 
 def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:

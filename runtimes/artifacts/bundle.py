@@ -46,6 +46,7 @@ from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, BundleError, ReftError
+from runtimes.files.folders import UNPROVEN, marker
 from runtimes.files.hashes import sha256_of
 from runtimes.files.records import RecordError, from_json, read_json_object, to_json
 from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, canonical_text, read_sealed, write_sealed
@@ -58,7 +59,7 @@ ENGINE_MANIFEST = "engine.json"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
-NOT_HASHED = (MANIFEST_FILE, "genai_config.json")
+NOT_HASHED = (MANIFEST_FILE, MANIFEST_FILE + UNPROVEN, "genai_config.json")
 WEIGHT_ONLY_SCHEMES: tuple[Scheme, ...] = ("weight-only", "qdq-int4")
 """Schemes that leave activations in the graph's float type."""
 ACTIVATION_SCHEMES: tuple[Scheme, ...] = ("dynamic", "static", "qdq-int8", "fp8")
@@ -534,9 +535,9 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
         raise BundleError(f"{folder} is not a folder; a bundle is the folder that `reft-export export` writes")
     if (folder / ENGINE_MANIFEST).is_file():
         raise BundleError(f"{folder} is an engine, which run, parity, bench and inspect take; pass the bundle that it was built from")
-    if not (folder / MANIFEST_FILE).is_file():
+    if not marker(folder, MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
-    manifest = read_manifest(folder / MANIFEST_FILE)
+    manifest = read_manifest(marker(folder, MANIFEST_FILE))
     expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
     unlisted = sorted(expected - set(manifest.files))
     if unlisted:
@@ -569,8 +570,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def seal_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json with the files that ``manifest`` lists."""
-    write_sealed(folder / MANIFEST_FILE, to_json(replace(manifest, schema_version=SCHEMA_VERSION)))
+    """Writes a bundle's manifest.json with the files that ``manifest`` lists."""
+    write_manifest_file(marker(folder, MANIFEST_FILE), manifest)
+
+
+def write_manifest_file(path: Path, manifest: Manifest) -> None:
+    """Of an engine it is a file like any other, which engine.json lists."""
+    write_sealed(path, to_json(replace(manifest, schema_version=SCHEMA_VERSION)))
 
 
 def first_version(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from runtimes.artifacts.bundle import (
 from runtimes.artifacts.engine_adapter import read_engine_adapter
 from runtimes.artifacts.values import Target
 from runtimes.errors import BundleError
+from runtimes.files.folders import UNPROVEN, marker
 from runtimes.files.records import RecordError, from_json, to_json
 from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, read_sealed, write_sealed
 
@@ -154,7 +155,7 @@ class Engine(Artifact):
 
 
 def is_engine(path: Path | str) -> bool:
-    return (Path(path) / ENGINE_MANIFEST).is_file()
+    return marker(Path(path), ENGINE_MANIFEST).is_file()
 
 
 def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
@@ -165,7 +166,7 @@ def open_engine(path: Path | str, *, verify: bool = False) -> Engine:
     folder = Path(path)
     if not is_engine(folder):
         raise BundleError(f"{folder} is not an engine: {ENGINE_MANIFEST} is missing; make one with `reft-export build`")
-    engine, manifest = read_engine_manifest(folder / ENGINE_MANIFEST), read_manifest(folder / MANIFEST_FILE)
+    engine, manifest = read_engine_manifest(marker(folder, ENGINE_MANIFEST)), read_manifest(folder / MANIFEST_FILE)
     needed = {PLAN_FILE, MANIFEST_FILE, *(f"adapters/{name}.{suffix}" for name in manifest.adapters for suffix in ("safetensors", "json"))}
     if engine.plugin is not None:
         needed.add(f"lib/{engine.plugin.file}")
@@ -194,11 +195,11 @@ def read_engine_manifest(path: Path) -> EngineManifest:
 
 def write_engine_manifest(folder: Path, engine: EngineManifest) -> EngineManifest:
     """Hashes every file under ``folder`` and writes engine.json; called last, inside the atomic write."""
-    complete = replace(engine, schema_version=SCHEMA_VERSION, files=hash_files(folder, (ENGINE_MANIFEST,)))
+    complete = replace(engine, schema_version=SCHEMA_VERSION, files=hash_files(folder, (ENGINE_MANIFEST, ENGINE_MANIFEST + UNPROVEN)))
     seal_engine_manifest(folder, complete)
     return complete
 
 
 def seal_engine_manifest(folder: Path, engine: EngineManifest) -> None:
     """Writes engine.json with the files that ``engine`` lists."""
-    write_sealed(folder / ENGINE_MANIFEST, to_json(replace(engine, schema_version=SCHEMA_VERSION)))
+    write_sealed(marker(folder, ENGINE_MANIFEST), to_json(replace(engine, schema_version=SCHEMA_VERSION)))

@@ -25,7 +25,7 @@ from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.edits.positions import PositionRule
 from runtimes.edits.probes import Probe, check_probes, probes_bytes, read_probes
 from runtimes.errors import AdapterError, ReftError
-from runtimes.files.folders import atomic_folder
+from runtimes.files.folders import atomic_folder, marker
 from runtimes.files.hashes import sha256_of
 from runtimes.files.records import RecordError, from_json, to_json
 from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, read_sealed, write_sealed
@@ -262,7 +262,7 @@ def write_adapter_config(folder: Path, config: AdapterConfig) -> None:
     """adapter.json over the tensors that lie in ``folder`` already. Raises AdapterError for what JSON cannot hold."""
     content = to_json(config) | {"format_version": FORMAT_VERSION, "tensors_sha256": sha256_of(folder / TENSOR_FILE)}
     try:
-        write_sealed(folder / CONFIG_FILE, content)
+        write_sealed(marker(folder, CONFIG_FILE), content)
     except ValueError as e:
         raise AdapterError(f"{folder / CONFIG_FILE} cannot be written: {e}; train again with finite settings") from None
 
@@ -274,7 +274,7 @@ def load_adapter(folder: Path) -> Adapter:
 
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
+        if not (marker(folder, name) if name == CONFIG_FILE else folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: {name} is missing; another library's is read by reft-export import")
     config = read_adapter_config(folder)
     try:
@@ -312,7 +312,7 @@ def load_adapter(folder: Path) -> Adapter:
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """adapter.json, whose own digest is right where it has one; raises AdapterError."""
-    path = folder / CONFIG_FILE
+    path = marker(folder, CONFIG_FILE)
     content = read_sealed(path, ADAPTER_FORMAT)
     try:
         if content["format_version"] == FIRST_VERSION:

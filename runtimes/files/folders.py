@@ -6,41 +6,91 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from runtimes.errors import InputError, ReftError
+from runtimes.files.claims import OLD, PARTIAL, remove, scratch_folder, sole_writer
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says where a file cannot grow: the disk, a quota or ulimit -f."""
+NO_SPACE = "no space left on the disk, or for so large a file (ulimit -f)"
 FICLONE = 0x40049409
 """Of linux/fs.h: one file's bytes shared with another until either changes, where the file system can."""
 MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html", "reft.json", "reft_export.json")
 """A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
 
+UNPROVEN = ".unproven"
+"""Behind the name of the file that tells a folder's kind, until the folder is put in place: no reader takes one that is not."""
+
+_making: set[Path] = set()
+"""The folders that this process is writing."""
+
+
 @contextmanager
 def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder; on success it becomes ``destination`` in one rename, else it is removed.
 
-    An existing ``destination`` is refused before any work unless ``force``; with it the new folder, complete and synced, is exchanged
-    with the old one, which is deleted after that. Ctrl-C counts as a failure. A full disk is an error that names the folder.
+    An existing ``destination`` is refused before any work unless ``force``, and what appears there during the work is not touched; with
+    ``force`` the new folder, complete and synced, is exchanged with the old one, which is deleted after that. One process at a time writes
+    a ``destination``. Ctrl-C counts as a failure. A full disk is an error that names the folder.
     """
     destination = Path(os.path.abspath(destination))
     check_destination(destination, force=force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     try:
-        yield work
-        _make_readable(work)
-        _sync(work)
-        _put_in_place(work, destination)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ReftError(f"no space left on the disk while writing {destination}; nothing was written") from e
+        with sole_writer(destination), unproven_folder(destination) as work:
+            check_destination(destination, force=force)  # another writer may have been done just before this one's claim
+            yield work
+            for name in MARKERS:
+                if (pending := marker(work, name)).is_file():
+                    os.replace(pending, work / name)
+            _make_readable(work)
+            _sync(work)
+            _put_in_place(work, destination, force=force)
+    except Exception as e:
+        if disk_is_full(e) and not isinstance(e, ReftError):
+            raise ReftError(f"{NO_SPACE} while writing {destination}; nothing was written") from e
         raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a file could not grow, of which safetensors tells in an error of its own, and torch in one that does not say why."""
+    while error is not None:
+        said = str(error)
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in said for code in FULL):
+            return True
+        if isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in said or "inline_container.cc" in said):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def claimed(destination: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[None]:
+    """``check_destination``, and within nobody else writes ``destination``: for what takes a while before its ``atomic_folder``."""
+    check_destination(destination, force=force, inputs=inputs)
+    with sole_writer(destination):
+        yield
+
+
+@contextmanager
+def unproven_folder(beside: Path) -> Iterator[Path]:
+    """A scratch folder beside the output ``beside``, whose ``marker`` no other process knows."""
+    with scratch_folder(beside, PARTIAL) as work:
+        _making.add(work)
+        try:
+            yield work
+        finally:
+            _making.discard(work)
+
+
+def marker(folder: Path, name: str) -> Path:
+    """Where ``folder`` holds ``name``, the file that tells its kind: under another name while this process writes it."""
+    return folder / (name + UNPROVEN if folder in _making else name)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -88,13 +138,27 @@ def check_destination(destination: Path, *, force: bool, inputs: Sequence[Path] 
         raise InputError(f"{destination} cannot be written: {ancestor} is not a writable folder")
 
 
-def _put_in_place(work: Path, destination: Path) -> None:
-    """One rename, or where a folder is in the way one exchange: afterwards ``work`` is the old folder, or gone."""
-    if not destination.exists():
-        os.rename(work, destination)
-    elif not _exchange(work, destination):
-        _replace_in_two_steps(work, destination)
+def _put_in_place(work: Path, destination: Path, *, force: bool) -> None:
+    """One rename, or with ``force`` where a folder is in the way one exchange: afterwards ``work`` is the old folder, or gone."""
+    if not force or not os.path.lexists(destination):
+        _rename_to_nothing(work, destination)
+    else:
+        check_destination(destination, force=True)  # somebody may have put something of their own there meanwhile
+        if not _exchange(work, destination):
+            _replace_in_two_steps(work, destination)
     _sync_folder(destination.parent)
+
+
+def _rename_to_nothing(work: Path, destination: Path) -> None:
+    """POSIX's rename of a folder replaces an empty folder at most. Raises InputError for anything else that has appeared."""
+    try:
+        os.rename(work, destination)
+    except OSError as e:
+        if not os.path.lexists(destination):
+            raise
+        raise InputError(
+            f"{destination} appeared while it was being written ({e.strerror}), and stays as it is; choose another output, or pass --force"
+        ) from None
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -109,7 +173,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _replace_in_two_steps(work: Path, destination: Path) -> None:
     """For systems without an exchange: whatever happens between the steps, the old folder comes back, or the error says where it is."""
-    old = destination.with_name(f"{work.name.removesuffix('.partial')}.old")
+    old = destination.with_name(work.name.removesuffix(PARTIAL) + OLD)
     try:
         os.rename(destination, old)
         os.rename(work, destination)
@@ -120,7 +184,7 @@ def _replace_in_two_steps(work: Path, destination: Path) -> None:
             except OSError as e:
                 raise ReftError(f"{destination} could not be replaced ({e.strerror}); its old content is in {old}") from e
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def _make_readable(folder: Path) -> None:

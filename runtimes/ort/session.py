@@ -51,6 +51,8 @@ PAST = "past_key_values."
 IN_PLACE = "in-place"
 """The manifest's word for a cache that a step can write in place."""
 CACHE_TYPES = (*FLOAT_TYPES.values(), ELEMENT_TYPES["int8"])
+MOST_THREADS = 1024
+"""Far more ends the process: the system has no more to give, and onnxruntime does not ask."""
 ERRORS_ONLY = 3
 """onnxruntime warns once per overridable initializer while a graph loads; ours are overridable on purpose."""
 
@@ -372,8 +374,8 @@ def _session_options(bundle: Bundle, threads: int | None, library: Path | None, 
         options.add_session_config_entry(*NO_PACKING)
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"{threads} threads; at least one is needed")
+        if not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"{threads} threads; 1 to {MOST_THREADS} are possible, and more than the machine has cores gain nothing")
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     if library is not None:

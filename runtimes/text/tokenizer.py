@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,8 @@ class Tokenizer:
 
         Which tokens are added is said by tokenizer.json alone: beside that file, transformers 5 ignores the config's add_bos_token.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _text_alone():
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """A prompt outside a chat template: the tokenizer's special tokens in front, and no end behind it."""
@@ -91,11 +93,20 @@ class Tokenizer:
 
     def encode_text(self, text: str, pair: str | None = None) -> EncodedText:
         """A classifier's text, or pair of texts, with the special tokens that frame them."""
-        encoding = self.backend.encode(text, pair)
+        with _text_alone():
+            encoding = self.backend.encode(text, pair)
         return EncodedText(ids=tuple(encoding.ids), types=tuple(encoding.type_ids))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+@contextmanager
+def _text_alone() -> Iterator[None]:
+    try:
+        yield
+    except TypeError:
+        raise InputError("the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
 
 
 class Detokenizer:

@@ -155,7 +155,7 @@ KILLED = """
     from reft_export.adding.add import add_adapter
     from runtimes.files import folders
 
-    def killed(work, destination):
+    def killed(*_, **__):
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
 

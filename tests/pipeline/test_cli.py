@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,9 @@ from rich.markup import render
 from rich.text import Text
 from typer.testing import CliRunner
 
+from reft_export import console
 from reft_export.cli.classify import read_texts
+from reft_export.cli.guard import guarded
 from reft_export.cli.main import app
 from reft_export.console import escape
 from runtimes.errors import InputError
@@ -103,7 +109,7 @@ def test_verbs_and_flags() -> None:
     found = {
         verb: {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"} for verb, command in group.commands.items()
     }
-    assert found == SURFACE
+    assert found == {verb: {*options, "--debug"} for verb, options in SURFACE.items()}
 
 
 def test_help_says_all_of_its_text() -> None:
@@ -336,6 +342,84 @@ def test_ctrl_c_in_mid_export(base_folder, tmp_path) -> None:
     assert process.returncode == 130
     assert stderr.strip().splitlines()[-1].startswith("error: interrupted")
     assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("[/x] \\[red]"), 1, "KeyError: '[/x] \\\\[red]'; this is a bug of reft-export: run it again with --debug"),
+        (ValueError("two\nlines" * 1000), 1, "ValueError: two lines"),
+        (UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"), 1, "UnicodeEncodeError: 'utf-8' codec"),
+        (RecursionError("maximum recursion depth"), 1, "RecursionError: maximum"),
+        (type("PanicException", (BaseException,), {})("a panic"), 1, "PanicException: a panic; this is a bug"),
+        (OSError(errno.EFBIG, "File too large"), 1, "no space left on the disk, or for so large a file (ulimit -f); no output"),
+        (MemoryError(), 1, "out of memory"),
+        (InputError("no"), 2, "no"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_no_traceback_unless_it_is_asked_for(error, code, said) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @guarded
+    def verb() -> None:
+        raise error
+
+    done = CliRunner().invoke(app, [])
+    assert (done.exit_code, done.stdout) == (code, "") and done.stderr.startswith(f"error: {said}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 500
+    shown = CliRunner().invoke(app, ["--debug"])
+    assert shown.exit_code == code and shown.stderr.startswith("Traceback (most recent call last):"), shown.stderr
+    assert shown.stderr.endswith(done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [("run", "B", "-p", "caf\udce9"), ("inspect", "caf\udce9"), ("train", "-d", "caf\udce9")])
+def test_arguments_that_are_no_text(arguments) -> None:
+    refused(*arguments, code=2, match=r"argument 'caf\udce9' is not UTF-8")
+
+
+def test_nothing_steers_the_terminal(monkeypatch) -> None:
+    """Nor do names take part in the markup of a title."""
+    hostile = "[/x] \x1b[2J\x9b31m\ud83d\x07[red]\rfine"
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "out", console.LazyConsole(stderr=False))
+    with redirect_stdout(shown):
+        console.print_table(hostile, (hostile, "note"), [(hostile, hostile)])
+        console.out.print(hostile, markup=False)
+        console.out.print(f"[bold]{escape(hostile)}[/]")
+    text = shown.getvalue()
+    assert text.count("[/x] [2J31m\ufffd[red]fine") == 6 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text), text
+
+
+SLOW_VERB = """
+import sys, time
+from pathlib import Path
+import typer
+from reft_export.cli.guard import guarded
+from runtimes.files.folders import atomic_folder
+app = typer.Typer(pretty_exceptions_enable=False)
+@app.command()
+@guarded
+def write(output: Path):
+    with atomic_folder(output) as work:
+        (work / "weights").write_text("much")
+        print("writing", flush=True)
+        time.sleep(60)
+app()
+"""
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")])
+def test_signals_clean_up(number, said, tmp_path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_VERB, str(tmp_path / "out")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + number, f"error: {said}\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from toy_bundle import write_toy_bundle
 
-from runtimes.errors import InputError, ReftError
+from runtimes.artifacts.bundle import open_bundle, write_manifest
+from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.files import folders
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, check_destination, claimed
 
 
 @pytest.fixture
@@ -126,3 +135,108 @@ def test_refused_destinations(output, tmp_path) -> None:
         with pytest.raises(InputError, match="holds the input"):
             check_destination(output, force=True, inputs=[inside])
     check_destination(output, force=True, inputs=[Path("owner/name"), tmp_path])
+
+
+def test_what_appears_meanwhile_stays(tmp_path) -> None:
+    def write(name: str, *, force: bool = False) -> None:
+        with atomic_folder(tmp_path / "out", force=force) as work:
+            (work / "manifest.json").write_text("new")
+            (tmp_path / "out").mkdir(exist_ok=True)
+            if name:
+                (tmp_path / "out" / name).write_text("mine")
+
+    for force in (False, True):
+        with pytest.raises(InputError, match="appeared while it was being written" if not force else "other files than ours"):
+            write("notes", force=force)
+        assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "notes").read_text() == "mine"
+        (tmp_path / "out" / "notes").unlink()
+        (tmp_path / "out").rmdir()
+    write("")  # an empty folder holds nothing to lose
+    assert (tmp_path / "out" / "manifest.json").read_text() == "new"
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from runtimes.files.folders import atomic_folder
+with atomic_folder(Path(sys.argv[1]), force=True) as work:
+    (work / "weights").write_text("much")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def writer(output: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that is writing ``output``, killed at the end as the system kills one."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(output)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_second_writer_is_told_of_the_first(output) -> None:
+    with writer(output) as first:
+        before = sorted(p.name for p in output.parent.iterdir())
+        with pytest.raises(InputError, match=rf"out is being written by process {first.pid} \(.*; wait for it"):
+            _write(output, force=True)
+        assert sorted(p.name for p in output.parent.iterdir()) == before, "the first one's work is not touched"
+        _write(output.with_name("other"))
+    assert (output / "manifest.json").read_text() == "old"
+
+
+def test_threads_of_one_process_are_two_writers_and_nested_calls_one(output) -> None:
+    with claimed(output, force=True):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=f"process {os.getpid()}"):
+            pool.submit(_write, output, force=True).result()
+        _write(output, force=True)
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+def test_left_overs_of_the_dead_go(output, tmp_path) -> None:
+    with writer(output):
+        pass
+    with writer(tmp_path / "out.b") as living:
+        assert len(list(tmp_path.glob(".out.*.partial"))) == 2, "of either"
+        assert (tmp_path / ".out.writing").exists()
+        _write(output, force=True)
+        left = sorted(re.sub(r"[a-z0-9_]{8}[.]partial", "N", p.name) for p in tmp_path.iterdir())
+        assert left == [".out.b.N", ".out.b.writing", "out"] and living.poll() is None, "a living writer's of another output stays"
+    _write(tmp_path / "out.b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.b"]
+
+
+def test_killed_between_two_renames(output) -> None:
+    """The old folder lies under another name, and comes back with the next run, or goes where that has replaced it already."""
+    output.rename(output.with_name(".out.abcdefgh.old"))
+    with pytest.raises(InputError, match="exists; choose another output"):
+        _write(output)
+    assert _is_old(output)
+    output.with_name(".out.abcdefgh.old").mkdir()
+    _write(output, force=True)
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+def test_folders_that_had_to_be_made_go_with_a_failure(tmp_path) -> None:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "b" / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    _write(tmp_path / "a" / "b" / "out")
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+def test_no_reader_takes_what_is_being_written(tmp_path) -> None:
+    """Not even where it is copied from under the writer: the file that tells a folder's kind has its name last."""
+    toy = write_toy_bundle(tmp_path / "toy", adapters={})
+    with atomic_folder(tmp_path / "bundle") as work:
+        shutil.copytree(toy.folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        write_manifest(work, toy.manifest)
+        assert open_bundle(work).manifest.model.name == "toy", "who writes it reads it"
+        assert not (work / "manifest.json").exists()
+        shutil.copytree(work, tmp_path / "copy")
+        with pytest.raises(BundleError, match=r"manifest.json is missing"):
+            open_bundle(tmp_path / "copy")
+    open_bundle(tmp_path / "bundle")

@@ -16,7 +16,7 @@ from tensorrt_double import CudaDouble, TensorRTDouble, write_plan
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
-from runtimes.artifacts.bundle import Bundle, TensorRecord, seal_manifest
+from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, TensorRecord, write_manifest_file
 from runtimes.artifacts.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
@@ -74,7 +74,7 @@ def write_toy_engine(
     others = [n for n in ("base", *bundle.adapter_names) if n not in answers and not (n == "base" and freeze in (None, "base"))]
     without = shutil.ignore_patterns("model.onnx*", "*.onnx_adapter", "genai_config.json", *(f"{n}.*" for n in others))
     shutil.copytree(bundle.folder, folder, ignore=without)
-    seal_manifest(folder, replace(bundle.manifest, adapters=answers, files={}))
+    write_manifest_file(folder / MANIFEST_FILE, replace(bundle.manifest, adapters=answers, files={}))
     model = onnx.ModelProto.FromString(ir.to_proto(graph.model).SerializeToString())
     if perturbed:
         head = next(t for t in model.graph.initializer if t.name == "head")

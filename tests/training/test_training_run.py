@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -372,6 +375,7 @@ def test_layers_grammar(text: str, layers: Any) -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"schedule": "step"}, "schedule 'step' is unknown"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at least 0 and below 4294967296"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
     ],
@@ -379,3 +383,28 @@ def test_layers_grammar(text: str, layers: Any) -> None:
 def test_refused_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainSettings(**changes).sites(24)
+
+
+@pytest.mark.parametrize("kilobytes", [1, 12])
+def test_files_that_cannot_grow(kilobytes, base: Base, data: Path, tmp_path: Path) -> None:
+    """As on a full disk: one line, no adapter, no half-written checkpoint; by the limit it is another file that is too large."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, hard))
+    try:
+        with pytest.raises(ReftError, match=r"^no space left on the disk, or for so large a file \(ulimit -f\)"):
+            train(base, data, SETTINGS, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.rglob("*") if "jsonl" not in path.name] == []
+
+
+def test_two_trainings_do_not_share_checkpoints(base: Base, data: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def second(*_: object) -> None:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=rf"a is being written by process {os.getpid()} "):
+            pool.submit(train, base, data, SETTINGS, tmp_path / "a", force=True).result()
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    train(base, data, replace(SETTINGS, max_steps=1, epochs=1), tmp_path / "a", on_step=second)
+    assert "a.checkpoints" in seen[0] and (tmp_path / "a" / "adapter.json").is_file()

@@ -25,7 +25,7 @@ from reft_export.importing.pyreft.states import CLASSES
 from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.methods import METHODS, Values
 from runtimes.errors import AdapterError, InputError
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, claimed
 
 ORTHONORMAL = 1e-4
 """How far rows kept orthonormal in float32 may be from it: |R R^T - I|, largest entry."""
@@ -43,43 +43,43 @@ def export_to_pyreft(
     model: str, folder: Path, output: Path, *, accept_base: bool = False, force: bool = False, report: Report = print
 ) -> PyreftExport:
     """Writes ``output``, atomically; the adapter's base is checked against ``model``, as every export does."""
-    check_destination(output, force=force, inputs=[Path(model), folder])
-    adapter = load_adapter(folder)
-    report(f"reading {model}")
-    outline = outline_base(model)
-    require_same(
-        f"adapter {folder.resolve().name} was trained on",
-        adapter.base,
-        "this base is",
-        outline.info,
-        "pass the base it was trained on",
-        former=outline.former_fingerprint,
-        accept=accept_base,
-    )
-    base = outline.info
-    if base.labels:
-        raise InputError(
-            f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only adapters "
-            "of decoders are exported to it"
+    with claimed(output, force=force, inputs=[Path(model), folder]):
+        adapter = load_adapter(folder)
+        report(f"reading {model}")
+        outline = outline_base(model)
+        require_same(
+            f"adapter {folder.resolve().name} was trained on",
+            adapter.base,
+            "this base is",
+            outline.info,
+            "pass the base it was trained on",
+            former=outline.former_fingerprint,
+            accept=accept_base,
         )
-    kind = _class_of(adapter)
-    keys = [(site, group) for group in adapter.groups for site in adapter.sites]
-    places = [f"layer_{site.layer}_comp_{site.stream}_unit_pos_nunit_1#{adapter.groups.index(group)}" for site, group in keys]
-    with atomic_folder(output, force=force) as work:
-        for (site, group), place in zip(keys, places, strict=True):
-            state = _state(kind, adapter.method, adapter.parameters(site, group), add_bias=_add_bias(adapter))
-            torch.save(state, work / f"intkey_{place}.bin")
-        config = {
-            "intervention_constant_sources": [True] * len(keys),
-            "intervention_dimensions": [adapter.base.hidden_size] * len(keys),
-            "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys),
-            "mode": "parallel",
-            "representations": [[site.layer, site.stream, "pos", 1, adapter.rank, *[None] * 9] for site, _ in keys],
-            "sorted_keys": places,
-        }
-        for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter))):
-            (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return PyreftExport(interventions=len(keys), kind=kind, notes=_notes(adapter))
+        base = outline.info
+        if base.labels:
+            raise InputError(
+                f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only "
+                "adapters of decoders are exported to it"
+            )
+        kind = _class_of(adapter)
+        keys = [(site, group) for group in adapter.groups for site in adapter.sites]
+        places = [f"layer_{site.layer}_comp_{site.stream}_unit_pos_nunit_1#{adapter.groups.index(group)}" for site, group in keys]
+        with atomic_folder(output, force=force) as work:
+            for (site, group), place in zip(keys, places, strict=True):
+                state = _state(kind, adapter.method, adapter.parameters(site, group), add_bias=_add_bias(adapter))
+                torch.save(state, work / f"intkey_{place}.bin")
+            config = {
+                "intervention_constant_sources": [True] * len(keys),
+                "intervention_dimensions": [adapter.base.hidden_size] * len(keys),
+                "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys),
+                "mode": "parallel",
+                "representations": [[site.layer, site.stream, "pos", 1, adapter.rank, *[None] * 9] for site, _ in keys],
+                "sorted_keys": places,
+            }
+            for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter))):
+                (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return PyreftExport(interventions=len(keys), kind=kind, notes=_notes(adapter))
 
 
 def _side(adapter: Adapter) -> dict[str, object]:

@@ -26,7 +26,9 @@ CODES = {
     2: "usage, or refused input",
     3: "a parity budget was missed",
     4: "device and artifact do not fit, or something is not installed",
-    130: "interrupted",
+    129: "hung up; what was being written is removed",
+    130: "interrupted, likewise",
+    143: "terminated, likewise",
 }
 HEAD = f"""# The command line
 
