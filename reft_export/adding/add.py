@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reft_export.adding.checks import check_addition, check_free, check_known_base
 from reft_export.adding.files import copy_bundle, copy_unlisted, without_adapters, write_adapters
-from reft_export.base.adapters import load_adapters
+from reft_export.base.adapters import folders_of, load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.parity.quality import QualityGate
@@ -53,7 +53,7 @@ def add_adapter(
         add_adapter(Path("pirate-bundle"), [Path("polite")], model="base")
         print(open_artifact("pirate-bundle").adapter_names)  # ("pirate", "polite")
     """
-    target, in_place = _target(bundle, output, [*adapters, *([] if model is None else [Path(model)])], force=force)
+    target, in_place = _target(bundle, output, [*folders_of(adapters), *([] if model is None else [Path(model)])], force=force)
     with sole_writer(target):
         opened, given = plan_addition(bundle, adapters, model=model, output=output, accept_base=accept_base, force=force)
         with atomic_folder(target, force=force or in_place) as work:
@@ -106,7 +106,7 @@ def plan_addition(
     """Every refusal that needs no weights; writes nothing. ``add_adapter`` and its dry run both begin here."""
     if not adapters:
         raise InputError("no adapter is given; name the folder of one with --adapter (-a), or one to take out with --remove")
-    _check_target(bundle, output, [*adapters, *([] if model is None else [Path(model)])], force=force)
+    _check_target(bundle, output, [*folders_of(adapters), *([] if model is None else [Path(model)])], force=force)
     opened, given = open_bundle(bundle), load_adapters(adapters)
     check_free(opened, tuple(given), force=force)
     if model is not None and not opened.golden_names:

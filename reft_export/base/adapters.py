@@ -15,6 +15,7 @@ from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
 from runtimes.errors import InputError
+from runtimes.files.folders import name_of
 
 if TYPE_CHECKING:  # fold and every refusal run without torch, whose import takes longer
     from reft_export.base.load import Base
@@ -23,14 +24,25 @@ REMEDY = "pass the base it was trained on"
 
 
 def load_adapters(folders: Sequence[Path]) -> dict[str, Adapter]:
-    """Adapters by name, the name being the folder's."""
+    """Adapters by name, which is the folder's, or is given with it: ``name=folder``."""
     adapters: dict[str, Adapter] = {}
-    for folder in folders:
-        name = Path(folder).resolve().name
+    for name, folder in map(_named, folders):
         if name in adapters:
-            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's, rename one")
+            raise InputError(f"two adapters are called {name}; an adapter's name is its folder's: give one another with -a NAME={folder}")
         adapters[name] = load_adapter(folder)
     return adapters
+
+
+def folders_of(adapters: Sequence[Path]) -> list[Path]:
+    """Those that ``load_adapters`` reads."""
+    return [folder for _, folder in map(_named, adapters)]
+
+
+def _named(adapter: Path) -> tuple[str, Path]:
+    name, equals, folder = str(adapter).partition("=")
+    if not equals or Path(adapter).exists() or "/" in name:
+        return name_of(Path(adapter)), Path(adapter)
+    return check_adapter_name(name), Path(folder)
 
 
 def check_fit(name: str, adapter: Adapter, base: Base, *, accept_base: bool = False) -> None:

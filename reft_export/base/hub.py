@@ -11,6 +11,7 @@ from pathlib import Path
 from reft_export.base.gguf import checkpoint_of, is_gguf
 from reft_export.base.model_folder import first_line
 from runtimes.errors import InputError
+from runtimes.files.folders import name_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -23,7 +24,7 @@ def locate(model: str | Path) -> tuple[Path, str]:
         with without_progress_bars():
             return checkpoint_of(Path(model)), Path(model).stem
     if Path(model).is_dir():
-        return Path(model), Path(model).resolve().name
+        return Path(model), name_of(Path(model))
     return _download(str(model)), str(model)
 
 

@@ -20,6 +20,7 @@ from reft_export.base.tokenizer import errors_only, load_tokenizer, load_tokeniz
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import BaseModel
 from runtimes.errors import BackendUnavailable, InputError
+from runtimes.files.folders import name_of
 from runtimes.precision import TORCH_DTYPES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in TORCH_DTYPES.values()}
@@ -149,7 +150,7 @@ def save_base(base: Base, folder: Path) -> None:
 def _memory_name(model: PreTrainedModel) -> str:
     """As ``load_base`` would call it: the folder's name or the hub id that it came from; of a model made here, its type."""
     source = model.name_or_path
-    return (Path(source).resolve().name if Path(source).is_dir() else source) if source else str(model.config.model_type)
+    return (name_of(Path(source)) if Path(source).is_dir() else source) if source else str(model.config.model_type)
 
 
 def move(model: PreTrainedModel, to: str | torch.dtype) -> PreTrainedModel:

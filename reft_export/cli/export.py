@@ -157,13 +157,14 @@ def checked_target(target: str) -> Literal["onnxruntime", "tensorrt"]:
 
 def export_adapter(model: str, adapters: list[Path], output: Path, *, accept_base: bool, force: bool, dry_run: bool, as_json: bool) -> None:
     """``--format pyreft``: one adapter, converted; there is no graph, so the options of graphs mean nothing."""
+    from reft_export.base.adapters import folders_of
     from reft_export.importing.pyreft.write import export_to_pyreft
     from runtimes.errors import InputError
 
     if len(adapters) != 1 or dry_run:
         raise InputError(f"--format pyreft converts one adapter (-a), without --dry-run; {len(adapters)} are given")
     with progress() as report:
-        result = export_to_pyreft(model, adapters[0], output, accept_base=accept_base, force=force, report=report)
+        result = export_to_pyreft(model, folders_of(adapters)[0], output, accept_base=accept_base, force=force, report=report)
     if as_json:
         print_json({"adapter": str(output), "class": result.kind, "interventions": result.interventions, "notes": list(result.notes)})
         return

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local folder, a .gguf file or a Hugging Face id.")]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option("--adapter", "-a", help="An adapter folder; repeat for several. An adapter's name is its folder's."),
+    typer.Option(
+        "--adapter", "-a", help="An adapter folder; repeat for several. An adapter's name is its folder's, or is given: NAME=FOLDER."
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output; the old one is kept until the new one is complete.")]

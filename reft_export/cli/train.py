@@ -218,9 +218,10 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
 def _check_base(context: typer.Context, base: Base, started: Adapter | None, sources: Sources) -> None:
     """Raises AdapterError where the started adapter is another base's, InputError for options of another task."""
     from reft_export.base.adapters import check_fit
+    from runtimes.files.folders import name_of
 
     if started is not None and sources.start is not None:
-        check_fit(sources.start.resolve().name, started, base, accept_base=sources.accept_base)
+        check_fit(name_of(sources.start), started, base, accept_base=sources.accept_base)
     names, reason = OTHERS[base.task]
     refuse_given(context, names, reason.format(base.info.name))
 

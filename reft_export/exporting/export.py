@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reft_export.base.adapters import folders_of
 from reft_export.base.gguf import described
 from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
@@ -58,7 +59,7 @@ def export_bundle(
         result = export_bundle("base", [Path("pirate")], Path("pirate-bundle"), ExportSettings(precision="int8"))
         print(result.manifest.adapters, result.parity.passed)
     """
-    with claimed(output, force=force, inputs=adapter_folders), _on_disk(model, tokenizer, output) as (source, name):
+    with claimed(output, force=force, inputs=folders_of(adapter_folders)), _on_disk(model, tokenizer, output) as (source, name):
         plan = plan_export(source, adapter_folders, output, settings, accept_base=accept_base, force=force, name=name)
         return _make(plan, adapter_folders, output, settings, quality, report, accept_base=accept_base, force=force)
 

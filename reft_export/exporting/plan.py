@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_export.base.adapters import check_fit_to_files, check_layers, load_adapters, union_nodes
+from reft_export.base.adapters import check_fit_to_files, check_layers, folders_of, load_adapters, union_nodes
 from reft_export.base.checkpoint import Checkpoint, open_checkpoint
 from reft_export.base.config import stated_alike
 from reft_export.base.stored import Tensor, stored_tensors, without_tables
@@ -54,7 +54,7 @@ def plan_export(
     What the base's files do not settle is left to ``check_model``: a dry run asks it where ``settled`` is false, an export always.
     ``accept_base``: adapters of a base that differs from ``model`` in its config alone will do. ``name``: what the base is called.
     """
-    check_destination(output, force=force, inputs=[Path(model), *adapter_folders])
+    check_destination(output, force=force, inputs=[Path(model), *folders_of(adapter_folders)])
     # By config.json alone: who asks for an exporter that a classifier has no use for is not to install it first.
     checkpoint = _checkpoint(model, settings, name) if Path(model).is_dir() else None
     check_exporter(settings.exporter)

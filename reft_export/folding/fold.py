@@ -21,7 +21,7 @@ from graph_passes.graph_file import graph_file
 from graph_passes.head import expose_head, head_defaults, locate_head
 from graph_passes.slots.add import rule_names
 from graph_passes.tied_head import CONTRIB, tie_head, untie_head
-from reft_export.base.adapters import check_fit, load_adapters, union_nodes
+from reft_export.base.adapters import check_fit, folders_of, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
 from reft_export.base.gguf import described
 from reft_export.base.same_base import require_same_size
@@ -123,7 +123,7 @@ def fold_bundle(
         result = fold_bundle(Path("genai-model"), [Path("pirate")], Path("pirate-bundle"), model="base")
         print(result.found)
     """
-    with claimed(output, force=force, inputs=[graph, *adapter_folders, *([] if model is None else [Path(model)])]):
+    with claimed(output, force=force, inputs=[graph, *folders_of(adapter_folders), *([] if model is None else [Path(model)])]):
         adapters = load_adapters(adapter_folders)
         source = _source(graph)
         report(f"reading {source}")

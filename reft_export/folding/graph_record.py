@@ -21,6 +21,7 @@ from runtimes.artifacts.bundle import ModelRecord
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError
+from runtimes.files.folders import name_of
 from runtimes.precision import FLOAT_TYPES
 from runtimes.text.chat import ChatTemplate
 from runtimes.text.stop_tokens import stop_token_ids
@@ -60,7 +61,7 @@ def foreign_record(model: ir.Model, source: Path, task: str) -> ModelRecord:
         context = stated_context(config, "context_length") or DEFAULT_CONTEXT
         vocab_size, stop = count, stated_stop_tokens(folder, config, count)
     return ModelRecord(
-        name=folder.resolve().name,
+        name=name_of(folder),
         model_type=str(config.get("model_type") or config.get("type") or "unknown"),
         fingerprint="",
         vocab_size=vocab_size,

@@ -31,6 +31,7 @@ from reft_export.importing.tensors import as_float32, orthogonal, read_pickle, r
 from runtimes.edits.edit import Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.folders import name_of
 from runtimes.files.records import read_json_object
 
 FORMAT = "adapterhub"
@@ -76,7 +77,7 @@ def read_adapterhub(folder: Path, request: Request, outline: Outline) -> Foreign
         activation=activation,
         dropout=config["dropout"],
         dtype=stored_dtype(next(iter(units.values()))["learned_source.weight"]),
-        record={"imported_from": FORMAT, "source": folder.resolve().name, "name": name, "version": str(top.get("version", "unknown"))},
+        record={"imported_from": FORMAT, "source": name_of(folder), "name": name, "version": str(top.get("version", "unknown"))},
         notes=_notes(outline, config["suffix_positions"], head),
         head=head,
     )

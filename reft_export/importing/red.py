@@ -47,6 +47,7 @@ from reft_export.training.settings import parse_layers
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.folders import name_of
 
 FORMAT = "red"
 PARAMETER = {"scale": "scale", "scaling": "scale", "activation_scaling": "scale", "bias": "bias", "activation_bias": "bias"}
@@ -106,7 +107,7 @@ def red_adapter(
         positions=positions,
         tied=True,
         dtype=stored_dtype(first) if isinstance(first, Tensor) else "float32",
-        record={"imported_from": format, "source": path.resolve().name, "form": "red"},
+        record={"imported_from": format, "source": name_of(path), "form": "red"},
         notes=notes,
     )
 

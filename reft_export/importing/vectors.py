@@ -48,6 +48,7 @@ from reft_export.training.settings import parse_layers
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.folders import name_of
 
 if TYPE_CHECKING:
     pass
@@ -260,7 +261,7 @@ def _adapter(
         edits=edits,
         positions=positions,
         tied=True,
-        record={"imported_from": format, "source": path.resolve().name, "scale": scale, **record},
+        record={"imported_from": format, "source": name_of(path), "scale": scale, **record},
         notes=(*notes, *([f"{idle} vectors are zero and were left out"] if idle else ())),
     )
 

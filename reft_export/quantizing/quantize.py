@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.settings import QuantizationSettings
+from reft_export.base.adapters import folders_of
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle, check_task
@@ -62,7 +63,7 @@ def quantize_bundle(
         result = quantize_bundle(Path("pirate-bundle"), "base", Path("pirate-int4"), settings_for("weight-only", bits=4))
         print(result.parity.passed)
     """
-    check_destination(output, force=force, inputs=[source, Path(model), *(refit.sources if refit else ())])
+    check_destination(output, force=force, inputs=[source, Path(model), *folders_of(refit.sources if refit else ())])
     opened = open_bundle(source)
     check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks())
     if compare and settings.kind.activations != "static":

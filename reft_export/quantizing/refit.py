@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graph_passes.external import load_graph
-from reft_export.base.adapters import load_adapters
+from reft_export.base.adapters import folders_of, load_adapters
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.load import Base, base_folder, check_device, load_base, load_tokenizer, load_without_weights, move
 from reft_export.base.token_rules import context_of, stop_tokens
@@ -103,8 +103,9 @@ def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path
     sources = load_sources(bundle, settings)
     beside = output.with_name(f"{output.name}.adapters") if settings.output is None else settings.output
     folders = {name: beside / name for name in sources}
+    inputs = [*folders_of(settings.sources), *([settings.data] if settings.data else []), bundle.folder]
     for folder in folders.values():
-        check_destination(folder, force=force, inputs=[*settings.sources, *([settings.data] if settings.data else []), bundle.folder])
+        check_destination(folder, force=force, inputs=inputs)
     if settings.data is None:
         if without := [name for name, adapter in sources.items() if not adapter.probes]:
             raise AdapterError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reft_export.adding.checks import check_addition
-from reft_export.base.adapters import load_adapters
+from reft_export.base.adapters import folders_of, load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.evaluation.quantization_report import Yardsticks
@@ -41,7 +41,7 @@ def swap_bundle(
     weights, ParityError for a missed budget and for adapters that lost more than ``quality`` lets them.
     """
     folders = refit.sources if refit else adapters
-    check_destination(output, force=force, inputs=[source, Path(model), *folders])
+    check_destination(output, force=force, inputs=[source, Path(model), *folders_of(folders)])
     bundle = open_bundle(source)
     if bundle.manifest.quantization is None:
         raise CalibrationError(

@@ -649,10 +649,11 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *
 def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, verify: bool) -> None:
     relative = PurePosixPath(name)
     path = folder / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if relative.is_absolute() or ".." in relative.parts:
         raise BundleError(f"{folder / listed_in} names {name!r}, which leaves the folder; it is refused")
+    # A link is as good as what it leads to, wherever that is: the hub's cache is made of them.
     if not path.is_file():
-        raise BundleError(f"{path} is missing; copy the folder again")
+        raise BundleError(f"{path} is {'no regular file' if path.exists() else 'missing'}; copy the folder again")
     size = path.stat().st_size
     if size != record.size:
         raise BundleError(f"{path} has {size} bytes, expected {record.size}; it is truncated or was changed; copy the folder again")

@@ -93,6 +93,15 @@ def marker(folder: Path, name: str) -> Path:
     return folder / (name + UNPROVEN if folder in _making else name)
 
 
+def name_of(folder: Path) -> str:
+    """What ``folder`` is called; of a snapshot in the hub's cache, whose folder is a commit, the repository's name."""
+    path = folder.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return path.name
+
+
 def copy_file(source: Path, target: Path) -> None:
     """A new file of the same bytes: a reflink where the file system has them, else a copy. Never a link: onnx refuses linked weights."""
     with source.open("rb") as read, target.open("wb") as written:

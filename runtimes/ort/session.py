@@ -17,7 +17,7 @@ from weakref import WeakSet
 import numpy as np
 import onnxruntime as ort
 
-from runtimes.artifacts.bundle import Bundle, StoredAdapter
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
 from runtimes.edits.op import FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
@@ -400,6 +400,11 @@ def _not_loaded(bundle: Bundle, provider: str, error: Exception) -> ReftError:
             )
         return BackendUnavailable(
             f"onnxruntime {ort.__version__} has no kernel of its CPU provider for {bundle.graph_path} ({_last_line(error)}); run it on cuda"
+        )
+    if any((bundle.folder / name).is_symlink() for name in (GRAPH_FILE, DATA_FILE)) and "escapes" in str(error):
+        return GraphError(
+            f"{bundle.folder / DATA_FILE} is a link to elsewhere, which onnxruntime does not follow from {GRAPH_FILE}; copy what the links "
+            f"lead to: cp -RL {bundle.folder} COPY"
         )
     q = bundle.manifest.quantization
     newer = "; an int8 KV cache needs a newer onnxruntime, 1.31 has it" if q is not None and q.cache == "int8" else ""

@@ -126,10 +126,18 @@ def test_a_link_out_of_the_folder_is_refused(source):
         load_graph(source)
 
 
-def test_a_hard_link_is_refused_before_it_fails_in_the_middle(source):
-    os.link(source.parent / DATA_FILE, source.parent.parent / "twin.data")
-    with pytest.raises(GraphError, match=r"2 names \(hard links\)"):
-        load_graph(source)
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_linked_as_the_graph_is(link, source, tmp_path):
+    """Links of graph and data into one folder, as the hub's cache has them, and files of several names: they are read to the byte."""
+    weights = {name: value.const_value.numpy().copy() for name, value in load_graph(source).graph.initializers.items()}
+    for name, blob in ((source.name, "0123"), (DATA_FILE, "4567")):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        os.replace(source.parent / name, tmp_path / "blobs" / blob)
+        link(tmp_path / "blobs" / blob, source.parent / name)
+    read = load_graph(source).graph.initializers
+    assert len(weights) > 3
+    for name, value in weights.items():
+        np.testing.assert_array_equal(read[name].const_value.numpy(), value)
 
 
 def test_a_length_that_does_not_fit_the_shape_is_refused(source):

@@ -155,6 +155,11 @@ def _link(stage: Stage) -> None:
     (stage.graph.parent / DATA).symlink_to(_outside(stage))
 
 
+def _link_to_itself(stage: Stage) -> None:
+    _outside(stage)
+    (stage.graph.parent / DATA).symlink_to(DATA)
+
+
 def _linked_folder(stage: Stage) -> str:
     outside = _outside(stage) if (stage.graph.parent / DATA).is_file() else stage.root / "elsewhere.data"
     if not (stage.graph.parent / "sub").is_symlink():
@@ -217,7 +222,7 @@ GRAPHS = {
     "data behind a linked folder": (_relocated(_linked_folder), "leaves the graph's folder"),
     "a device as data": (_relocated(lambda s: "/dev/zero"), "leaves the graph's folder"),
     "a nameless file as data": (_relocated(lambda s: "de\0coder.data"), "is not a file name|cannot be read"),
-    "a second name of the data": (lambda s: os.link(s.graph.parent / DATA, s.graph.parent / "twin"), "has 2 names"),
+    "a link to itself as data": (_link_to_itself, "leaves the graph's folder|is missing from"),
     "shape beyond int64": (_dimensions(2**62, 2**62), "takes .* bytes|needs bytes"),
     "shape of many terabytes": (_dimensions(2**31, 2**20), "takes .* bytes|needs bytes"),
     "negative shape": (_dimensions(-4, 16), r"has the shape \[-4, 16\]"),
@@ -447,7 +452,18 @@ def _manifest(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 def _linked(bundle: Path) -> None:
     outside = Path(shutil.move(bundle / "model.onnx.data", bundle.parent / "elsewhere.data"))
+    _swap_bytes(outside, 5000, 4)
     (bundle / "model.onnx.data").symlink_to(outside)
+
+
+def _linked_to_itself(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    (bundle / "tokenizer.json").symlink_to("tokenizer.json")
+
+
+def _pipe(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    os.mkfifo(bundle / "tokenizer.json")
 
 
 MODEL, STORED = "model.onnx", "model.onnx.data"
@@ -461,12 +477,14 @@ BUNDLES = {
     "a file outside, .. inside": (_manifest(lambda m: m["files"].update({"golden/../../x": m["files"][MODEL]})), "leaves the folder"),
     "a file at an absolute path": (_manifest(lambda m: m["files"].update({"/etc/hostname": m["files"][MODEL]})), "leaves the folder"),
     "an adapter's name outside": (_manifest(lambda m: m.update(adapters=["../x"])), "cannot be used"),
-    "data behind a link": (_linked, "leaves the folder"),
+    "other data behind a link": (_linked, "does not match its sha256"),
+    "a link to itself": (_linked_to_itself, "tokenizer.json is missing"),
+    "a pipe": (_pipe, "tokenizer.json is no regular file"),
     "truncated data": (lambda b: os.truncate(b / STORED, 1000), "has 1000 bytes, expected"),
     "changed data": (lambda b: _swap_bytes(b / STORED, 5000, 4), "does not match its sha256"),
     "changed graph": (lambda b: _swap_bytes(b / MODEL, 500, 4), "does not match its sha256"),
     "no graph": (lambda b: (b / MODEL).unlink(), "is missing"),
-    "a folder for a graph": (lambda b: _replace_by_folder(b / MODEL), "is missing"),
+    "a folder for a graph": (lambda b: _replace_by_folder(b / MODEL), "is no regular file"),
     "a hash that is a number": (_manifest(lambda m: m["files"][MODEL].update(sha256=7)), "sha256 is 7, expected str"),
 }
 

@@ -41,6 +41,7 @@ from runtimes.edits.edit import Site
 from runtimes.edits.methods import activated_methods
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
+from runtimes.files.folders import name_of
 from runtimes.files.records import read_json_object
 
 FORMAT = "pyreft"
@@ -77,7 +78,7 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
         dtype=_dtype(states),
         record={
             "imported_from": FORMAT,
-            "source": folder.resolve().name,
+            "source": name_of(folder),
             "class": ", ".join(sorted(set(kinds))),
             "interventions": len(edits),
         },

@@ -25,7 +25,7 @@ from reft_export.importing.pyreft.states import CLASSES
 from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.methods import METHODS, Values
 from runtimes.errors import AdapterError, InputError
-from runtimes.files.folders import atomic_folder, claimed
+from runtimes.files.folders import atomic_folder, claimed, name_of
 
 ORTHONORMAL = 1e-4
 """How far rows kept orthonormal in float32 may be from it: |R R^T - I|, largest entry."""
@@ -48,7 +48,7 @@ def export_to_pyreft(
         report(f"reading {model}")
         outline = outline_base(model)
         require_same(
-            f"adapter {folder.resolve().name} was trained on",
+            f"adapter {name_of(folder)} was trained on",
             adapter.base,
             "this base is",
             outline.info,
