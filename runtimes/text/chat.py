@@ -1,6 +1,7 @@
 """Chat messages to one prompt, by the checkpoint's own Jinja template, with the same result as transformers' apply_chat_template.
 
-Templates come from downloaded checkpoints: they run in jinja2's immutable sandbox and see nothing but plain JSON data.
+Templates come from downloaded checkpoints: they run in a sandbox with a budget (template_sandbox.py), and see nothing but
+plain JSON data.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Artifact
 from runtimes.errors import BundleError, InputError
 from runtimes.text.stop_tokens import end_of_turn
+from runtimes.text.template_sandbox import Sandbox, budget
 from runtimes.text.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
+MOST = 1_000_000
+"""Characters of a template."""
+LONGEST = 300
+"""Characters of an error that a template words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +81,12 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _compile(self.templates[name]).render(**_plain(values))
-        except jinja2.TemplateSyntaxError as e:
-            raise BundleError(f"chat template {name!r} cannot be read: {e.message} (line {e.lineno})") from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
-            raise InputError(f"chat template {name!r} refuses these messages: {e}") from None
+            with budget():
+                return _compiled(name, self.templates[name]).render(**_plain(values))
+        except (BundleError, InputError):
+            raise
+        except Exception as e:  # of any class: a template divides by zero, recurses, or overflows
+            raise InputError(f"chat template {name!r} refuses these messages: {_in_short(e)}") from None
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
         """The special token that the template ends an assistant's message with, if any."""
@@ -120,15 +126,28 @@ class _GenerationTag(jinja2.ext.Extension):
         return [jinja2.nodes.Scope(body).set_lineno(line)]
 
 
+def _compiled(name: str, template: str) -> jinja2.Template:
+    if len(template) > MOST:
+        raise BundleError(f"chat template {name!r} has {len(template)} characters; {MOST} at most are read")
+    try:
+        return _compile(template)
+    except jinja2.TemplateSyntaxError as e:
+        raise BundleError(f"chat template {name!r} cannot be read: {_in_short(e.message or e)} (line {e.lineno})") from None
+    except Exception as e:  # RecursionError, MemoryError and SyntaxError of Python's own parser among them
+        raise BundleError(f"chat template {name!r} cannot be read: {_in_short(e)}") from None
+
+
 @lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols], tojson=_tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
+
+
+def _in_short(said: object) -> str:
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}.."
 
 
 def _tojson(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from toy_bundle import toy_tokenizer
 from transformers import AutoTokenizer
 
 from runtimes.errors import BundleError, InputError
+from runtimes.text import template_sandbox
 from runtimes.text.chat import ChatTemplate
 
 LLAMA = """{{- bos_token }}
@@ -180,3 +182,72 @@ def test_a_template_that_does_not_parse(tmp_path: Path) -> None:
         ChatTemplate.load(save(tmp_path, "{% if %}")).render([USER])
     with pytest.raises(BundleError, match="tokenizer_config.json: chat_template"):
         ChatTemplate.load(save(tmp_path, [{"name": "x"}]))
+
+
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% set x = 1 %}{% endfor %}{% endfor %}",
+    "a loop in a function": "{% macro f() %}{% for a in range(9999) %}{% endfor %}{% endmacro %}"
+    "{% for b in range(9999) %}{{ f() }}{% endfor %}",
+    "twice itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "endless": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a recursive loop": "{% for a in range(9999) recursive %}{{ loop(range(9999)) }}{% endfor %}",
+    "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
+    "a product of products": "{% set n = namespace(v=9) %}{% for i in range(99) %}{% set n.v = n.v * n.v %}{% endfor %}{{ n.v }}",
+    "a repeated text": "{{ 'ab' * 999999999 }}",
+    "a repeated list": "{{ [1] * 999999999 }}",
+    "doubled": "{% set n = namespace(v='ab') %}{% for i in range(99) %}{% set n.v = n.v ~ n.v %}{% endfor %}{{ n.v }}",
+    "doubled by plus": "{% set n = namespace(v='ab') %}{% for i in range(99) %}{% set n.v = n.v + n.v %}{% endfor %}{{ n.v }}",
+    "doubled lists": "{% set n = namespace(v=[1]) %}{% for i in range(99) %}{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v }}",
+    "compared": "{% set n = namespace(v=[1], w=[1]) %}{% for i in range(40) %}{% set n.v = [n.v, n.v] %}{% set n.w = [n.w, n.w] %}"
+    "{% endfor %}"
+    "{{ n.v == n.w }}",
+    "summed": "{{ ([range(9999)|list] * 9999)|sum(start=[])|length }}",
+    "centered": "{{ 'x'|center(999999999) }}",
+    "a method": "{{ 'x'.ljust(999999999) }}",
+    "a mapped filter": "{{ ['x']|map('center', 999999999)|list }}",
+    "formatted": "{{ '%999999999d' % 1 }}",
+    "formatted by a method": "{{ '{:999999999}'.format(1) }}",
+    "formatted by a filter": "{{ '%999999999d'|format(1) }}",
+    "formatted by an argument": "{{ '%*d' % (999999999, 1) }}",
+    "replaced": "{% set s = 'x' * 99999 %}{{ s|replace('x', s) }}",
+    "replaced by a method": "{% set s = 'x' * 99999 %}{{ s.replace('', s) }}",
+    "joined": "{% set s = 'x' * 99999 %}{{ ([s] * 9)|join(s * 9) }}{{ range(99999)|join(s) }}",
+    "joined as it comes": "{% set s = 'x' * 9999 %}{{ range(9999)|map('string')|join(s) }}",
+    "a date": "{{ strftime_now('%999999999d') }}",
+    "indented": "{{ {'a': [1] * 9999}|tojson(indent=99999) }}",
+    "printed": "{% set s = 'x' * 9999999 %}{% for i in range(99) %}{{ s }}{% endfor %}",
+    "caught": "{% set s = 'x' * 9999999 %}{% set t %}{% for i in range(99) %}{{ s }}{% endfor %}{% endset %}{{ t|length }}",
+    "sliced": "{% set s = 'x' * 9999999 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
+    "upper": "{% set s = 'x' * 9999999 %}{% for i in range(99999) %}{% set t = s|upper %}{% endfor %}",
+    "a method in a loop": "{% set s = 'x' * 9999999 %}{% for i in range(99999) %}{% set t = s.upper() %}{% endfor %}",
+    "found": "{% set s = 'x' * 9999999 %}{% for i in range(99999) %}{% if 'y' in s %}{% endif %}{% endfor %}",
+    "divided by zero": "{{ 1 / 0 }}",
+    "too deep to parse": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "too deep to compile": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
+    "too long a number": "{{ " + "1" * 9999 + " }}",
+    "a page's filter": "{{ '<'|striptags }}",
+    "an attribute": "{{ ''.__class__.__mro__ }}",
+    "too long": "x" * 1_000_001,
+    "control characters in an error": "{{ raise_exception('\\x1b[2J' + 'a' * 9999) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_soon_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and sizes are counted, so this ends at the same place on any machine; none comes near this memory."""
+    monkeypatch.setattr(template_sandbox, "STEPS", 20_000)
+    template = ChatTemplate(templates={"default": HOSTILE[name]}, special_tokens={})
+    tracemalloc.start()
+    try:
+        with pytest.raises((BundleError, InputError), match="chat template 'default'") as caught:
+            template.render([{"role": "user", "content": "hello"}])
+        assert tracemalloc.get_traced_memory()[1] < 400e6
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 500 and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_long_conversation_is_no_hostile_one(tmp_path: Path) -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 200} for i in range(2000)]
+    text = ChatTemplate(templates={"default": CHATML}, special_tokens={}).render(messages)
+    assert text.count("<|im_start|>") == 2001
