@@ -126,6 +126,7 @@ def _specification(plan: BuildPlan, settings: BuildSettings, work: Path, scratch
         profiles=plan.profiles,
         compute_capabilities=plan.compute_capabilities if settings.target == "tensorrt-rtx" else (),
         weight_streaming=settings.weight_streaming,
+        workspace=settings.workspace,
         timing_cache=None if settings.timing_cache is None else str(settings.timing_cache.absolute()),
     )
     return spec, hashlib.sha256("\n".join(lines).encode()).hexdigest()

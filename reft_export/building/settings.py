@@ -27,6 +27,8 @@ class BuildSettings:
     max_rank: int | None = None
     weight_streaming: bool = False
     timing_cache: Path | None = None
+    workspace: int | None = None
+    """MiB that the builder's layers may take for scratch; None leaves it to TensorRT, which takes what the GPU has."""
 
     def __post_init__(self) -> None:
         module_name(self.target)
@@ -35,6 +37,8 @@ class BuildSettings:
         bank = "--max-slots" if self.max_slots is not None else "--max-rank" if self.max_rank is not None else None
         if self.freeze is not None and bank is not None:
             raise InputError(f"{bank} bounds the adapters that swap, and with --freeze none does; leave one of the two out")
+        if self.workspace is not None and self.workspace < 1:
+            raise InputError(f"--workspace {self.workspace} is no memory; give MiB, at least 1")
         if self.timing_cache is not None and self.target == "tensorrt-rtx":
             raise InputError(
                 "--timing-cache has no use with tensorrt-rtx, which times nothing while it builds: it compiles kernels on the device, at "
@@ -59,6 +63,7 @@ class BuildSettings:
             ("--max-slots", self.max_slots),
             ("--max-rank", self.max_rank),
             ("--timing-cache", self.timing_cache),
+            ("--workspace", self.workspace),
         ):
             words += [] if value is None else [option, str(value)]
         words += [] if self.use_plugin else ["--no-plugin"]

@@ -48,6 +48,10 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option("--timing-cache", help="A file with kernel timings, read and written: later builds take less time.")
     ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option("--workspace", min=1, help="MiB of scratch memory that a layer may take. Default: all that the GPU has."),
+    ] = None,
     weight_streaming: Annotated[
         bool, typer.Option("--weight-streaming", help="Weights may stay in host memory and be streamed, for a GPU that cannot hold them.")
     ] = False,
@@ -72,6 +76,7 @@ def build(
         max_rank=max_rank,
         weight_streaming=weight_streaming,
         timing_cache=timing_cache,
+        workspace=workspace,
     )
     if dry_run:
         from reft_export.building.plan import plan_build

@@ -42,6 +42,8 @@ class BuildSpec:
     compute_capabilities: tuple[str, ...]
     """The GPUs to build for; empty: the one that is here."""
     weight_streaming: bool
+    workspace: int | None
+    """MiB that a layer may take for scratch; None: TensorRT's own bound."""
     timing_cache: str | None
 
 
@@ -107,7 +109,7 @@ def build(spec: BuildSpec, report: Callable[[str], None]) -> BuildResult:
 
 
 def configure(trt: Any, builder: Any, spec: BuildSpec) -> Any:
-    """The builder's configuration but for profiles and cache: the GPUs to build for, and float32 that is float32."""
+    """The builder's configuration but for profiles and cache: the GPUs to build for, scratch memory, and float32 that is float32."""
     config = builder.create_builder_config()
     # On by default, it multiplies float32 with ten bits of mantissa: an error of 1e-3, where an fp32 engine is held to 2e-5.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -115,6 +117,8 @@ def configure(trt: Any, builder: Any, spec: BuildSpec) -> Any:
         config.num_compute_capabilities = len(spec.compute_capabilities)
         for index, name in enumerate(spec.compute_capabilities):
             config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{name.replace('.', '')}"], index)
+    if spec.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace << 20)
     if spec.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     return config

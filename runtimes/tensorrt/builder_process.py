@@ -59,6 +59,8 @@ def trtexec_command(spec: BuildSpec, program: str = "trtexec") -> list[str]:
         command.append(f"--dynamicPlugins={spec.plugin}")
     for index, profile in enumerate(spec.profiles):
         command += [f"--profile={index}", *_shapes(profile)]
+    if spec.workspace is not None:
+        command.append(f"--memPoolSize=workspace:{spec.workspace}")
     if spec.weight_streaming:
         command.append("--allowWeightStreaming")
     if spec.timing_cache is not None:

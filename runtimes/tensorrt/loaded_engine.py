@@ -6,6 +6,8 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,7 @@ class LoadedEngine:
             load_plugin(tensorrt, library)
         runtime = tensorrt.Runtime(_logger(tensorrt, self.log))
         self._runtime: object | None = runtime  # which an engine does not outlive
-        self._cuda_engine: Any | None = runtime.deserialize_cuda_engine(engine.plan_path.read_bytes())
+        self._cuda_engine: Any | None = _deserialized(runtime, engine.plan_path)
         if self._cuda_engine is None:
             raise BackendUnavailable(
                 f"{engine.plan_path} does not load in {self.manifest.target} {tensorrt_version(tensorrt)}: {self.last_words()}; "
@@ -202,6 +204,16 @@ class BoundContext:
 
     def _failed(self, what: str) -> ReftError:
         return ReftError(f"{self._loaded.folder}: TensorRT {what}: {self._loaded.last_words()}")
+
+
+def _deserialized(runtime: Any, plan: Path) -> Any | None:
+    """The plan as TensorRT reads it: out of the file's own pages, which the system may take back, not out of a copy in memory. A device
+    whose memory the GPU shares would hold the weights twice, for as long as this takes."""
+    with open(plan, "rb") as f:
+        if os.fstat(f.fileno()).st_size == 0:
+            return runtime.deserialize_cuda_engine(b"")  # nothing to map
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return runtime.deserialize_cuda_engine(mapped)
 
 
 def host_dtype(record: TensorRecord) -> np.dtype:

@@ -251,6 +251,7 @@ def test_dry_run_and_refusals(cli, bundle_folder, tmp_path) -> None:
     ("options", "match"),
     [
         ({"target": "coreml"}, "target 'coreml' is unknown; known: tensorrt, tensorrt-rtx"),
+        ({"workspace": 0}, "--workspace 0 is no memory; give MiB"),
         ({"timing_cache": Path("cache")}, "times nothing while it builds"),
         ({"timing_cache": Path("no/cache"), "target": "tensorrt"}, "no/cache: its folder does not exist"),
         ({"timing_cache": Path("."), "target": "tensorrt"}, "--timing-cache . is a folder"),
@@ -319,6 +320,7 @@ def test_what_the_parser_drops_is_refused(tensorrt_rtx, bundle_folder, tensorrt_
             profiles=engine_profiles(derived.inputs, banks, limits),
             compute_capabilities=("8.6",),
             weight_streaming=False,
+            workspace=None,
             timing_cache=None,
         )
         run_builder(spec, tmp_path, update=lambda _: None)
@@ -394,12 +396,13 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(plan_module, "is_installed", lambda target: False)
     monkeypatch.setattr(plan_module, "present_compute_capability", lambda: "8.7")
-    settings = BuildSettings(target="tensorrt", use_plugin=False, timing_cache=tmp_path / "timing")
+    settings = BuildSettings(target="tensorrt", use_plugin=False, workspace=700, timing_cache=tmp_path / "timing")
     bundle = bundle_folder("llama", "fp16")
     outcome = build_engine(bundle, tmp_path / "engine", settings, report=lambda _: None)
     engine = open_engine(tmp_path / "engine").engine
     assert (engine.tensorrt_version, engine.compute_capabilities) == ("10.3.0", ("8.7",))
     command = (tmp_path / "engine" / "engine.plan").read_text().splitlines()
+    assert "--memPoolSize=workspace:700" in command and "--workspace 700" in engine.rebuild
     assert f"--timingCacheFile={tmp_path / 'timing'}" in command and len([a for a in command if a.startswith("--profile=")]) == 2
     shaped = next(a for a in command if a.startswith("--minShapes=")).partition("=")[2].split(",")
     dynamic = {t.name for t in outcome.engine.inputs if not all(isinstance(dim, int) for dim in t.shape)}
@@ -413,12 +416,24 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
 
 
 @pytest.mark.slow
+def test_workspace_bounds_a_layers_scratch_memory(tensorrt_rtx) -> None:
+    code = (
+        "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt.builder import configure\n"
+        "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
+        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False, workspace=300)\n"
+        "print(configure(trt, builder, spec).get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(tensorrt_rtx), check=False)
+    assert done.stdout.split() == [str(300 << 20)], done.stderr
+
+
+@pytest.mark.slow
 def test_float32_is_float32(tensorrt_rtx) -> None:
     """TensorRT multiplies float32 in TF32 unless it is told not to, and an fp32 engine's budget is 2e-5."""
     code = (
         "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt.builder import configure\n"
         "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
-        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False)\n"
+        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False, workspace=None)\n"
         "for config in (builder.create_builder_config(), configure(trt, builder, spec)):\n    print(config.get_flag(trt.BuilderFlag.TF32))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(tensorrt_rtx), check=False)

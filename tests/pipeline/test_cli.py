@@ -65,7 +65,7 @@ SURFACE = {
     },
     "build": {
         "--output", "--target", "--sm", "--freeze", "--plugin", "--no-plugin", "--max-batch", "--max-sequence", "--context",
-        "--max-slots", "--max-rank", "--timing-cache", "--weight-streaming", "--force", "--dry-run", "--json",
+        "--max-slots", "--max-rank", "--timing-cache", "--workspace", "--weight-streaming", "--force", "--dry-run", "--json",
     },
     "run": {
         "--prompt", "--prompts", "--pair", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",

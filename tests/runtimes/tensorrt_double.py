@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -220,9 +221,12 @@ class TensorRTDouble:
         self.plugins: list[str] = []
         self.configs: list[SimpleNamespace] = []
         self.engines: list[EngineDouble] = []
+        self.mapped: mmap.mmap | None = None
 
     def Runtime(self, logger: Any) -> SimpleNamespace:
-        def deserialize_cuda_engine(plan: bytes) -> EngineDouble | None:
+        def deserialize_cuda_engine(mapped: mmap.mmap) -> EngineDouble | None:
+            self.mapped = mapped
+            plan = bytes(mapped)
             if not plan.startswith(b'{"inputs"'):
                 logger.log(self.ILogger.Severity.ERROR, "the plan has no\nmagic tag")
                 return None

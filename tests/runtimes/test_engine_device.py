@@ -199,6 +199,7 @@ def _spec(folder: Path, **changes: object) -> BuildSpec:
         profiles=PROFILES,
         compute_capabilities=("8.6",),
         weight_streaming=False,
+        workspace=None,
         timing_cache=None,
     )
     return replace(spec, **changes)
@@ -308,7 +309,9 @@ def mock_trtexec(tmp_path, monkeypatch) -> Path:
 
 
 def test_trtexec_command(tmp_path) -> None:
-    spec = _spec(Path("/f"), target="tensorrt", plugin="/lib/libreft_trt.so", weight_streaming=True, timing_cache="/c/timing")
+    spec = _spec(
+        Path("/f"), target="tensorrt", plugin="/lib/libreft_trt.so", weight_streaming=True, workspace=512, timing_cache="/c/timing"
+    )
     assert trtexec_command(spec) == [
         "trtexec", "--onnx=/f/model.onnx", "--saveEngine=/f/engine.plan", "--skipInference", "--stronglyTyped", "--noTF32",
         "--dynamicPlugins=/lib/libreft_trt.so",
@@ -316,10 +319,10 @@ def test_trtexec_command(tmp_path) -> None:
         "--optShapes=input_ids:1x128,reft.0.block_output.U:2x4x64", "--maxShapes=input_ids:4x128,reft.0.block_output.U:64x64x64",
         "--profile=1", "--minShapes=input_ids:1x1,reft.0.block_output.U:1x1x64",
         "--optShapes=input_ids:1x1,reft.0.block_output.U:2x4x64", "--maxShapes=input_ids:4x1,reft.0.block_output.U:64x64x64",
-        "--allowWeightStreaming", "--timingCacheFile=/c/timing",
+        "--memPoolSize=workspace:512", "--allowWeightStreaming", "--timingCacheFile=/c/timing",
     ]  # fmt: skip
     plain = trtexec_command(_spec(Path("/f")))
-    assert not [a for a in plain if a.startswith(("--dynamicPlugins", "--allowWeightStreaming", "--timingCacheFile"))]
+    assert not [a for a in plain if a.startswith(("--dynamicPlugins", "--memPoolSize", "--allowWeightStreaming", "--timingCacheFile"))]
 
 
 def test_mock_trtexec_builds(tmp_path, mock_trtexec) -> None:

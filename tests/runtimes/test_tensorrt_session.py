@@ -7,6 +7,7 @@ The doubles run what was queued when it is waited for, poison what is not writte
 from __future__ import annotations
 
 import gc
+import mmap
 from dataclasses import replace
 from pathlib import Path
 
@@ -381,6 +382,11 @@ def test_the_plugin_is_loaded_before_the_plan(bundles: dict, tmp_path: Path, dou
         TensorRTSession(engine, plugin=tmp_path / "no.so")
 
 
+def test_the_plan_is_mapped_and_let_go(engine: Engine, doubles: Doubles) -> None:
+    with TensorRTSession(engine):
+        assert isinstance(doubles[1].mapped, mmap.mmap) and doubles[1].mapped.closed
+
+
 def test_weight_streaming_gets_a_budget(bundles: dict, tmp_path: Path, doubles: Doubles) -> None:
     engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", weight_streaming=True)
     with TensorRTSession(engine):
@@ -420,6 +426,9 @@ def test_a_damaged_plan_is_one_line(bundles: dict, tmp_path: Path, cuda: CudaDou
     with pytest.raises(BackendUnavailable, match="engine.plan does not load in tensorrt 10.3.0: the plan has no magic tag") as caught:
         TensorRTSession(engine)
     assert "\n" not in str(caught.value) and cuda.is_empty
+    engine.plan_path.write_bytes(b"")
+    with pytest.raises(BackendUnavailable, match="the plan has no magic tag"):
+        TensorRTSession(engine)
 
 
 @pytest.mark.parametrize("change", ["missing", "dtype", "shape", "profiles", "range"])
