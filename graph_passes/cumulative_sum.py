@@ -13,8 +13,6 @@ import onnx_ir as ir
 
 from graph_passes.accessors import input_of
 
-WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
-
 
 def replace_cumulative_sums(graph: ir.Graph) -> None:
     """Replaces, in place, every inclusive CumSum of whole numbers along the last axis; others stay as they are."""
@@ -27,6 +25,8 @@ def replace_cumulative_sums(graph: ir.Graph) -> None:
 
 def _is_plain(node: ir.Node) -> bool:
     x, axis = input_of(node, 0), ir.convenience.get_const_tensor(input_of(node, 1))
+    if x.dtype is not None and not x.dtype.is_integer():
+        return False
     if node.attributes.get_int("exclusive", 0) or node.attributes.get_int("reverse", 0) or axis is None:
         return False
     rank = 2 if x.shape is None else len(x.shape)
@@ -38,7 +38,7 @@ class _Product:
         self.nodes: list[ir.Node] = []
         self._prefix = node.name or node.outputs[0].name or "cumsum"
         x = input_of(node, 0)
-        dtype = x.dtype if x.dtype in WHOLE else ir.DataType.INT64
+        dtype = ir.DataType.INT32 if x.dtype == ir.DataType.INT32 else ir.DataType.INT64
         zero, one = self._constant(0), self._constant(1)
         count = self._add("Squeeze", self._add("Shape", x, start=-1), self._constant([0]))
         places = self._add("Range", zero, count, one)

@@ -23,7 +23,7 @@ from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.errors import BackendUnavailable, EngineError, InputError
 from runtimes.tensorrt.builder import compute_capability_names
-from runtimes.tensorrt.library import is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
+from runtimes.tensorrt.library import install_line, is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
 
 RTX_DEFAULT = ("8.6", "8.9", "12.0")
 """GPUs that TensorRT-RTX builds for where none is here and none is named: the GeForce and RTX generations since Ampere."""
@@ -145,7 +145,7 @@ def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str,
     if not is_installed(settings.target):
         if settings.target != "tensorrt" or shutil.which("trtexec") is None:
             tool = ", or put its trtexec on PATH" if settings.target == "tensorrt" else ""
-            raise BackendUnavailable(f"{module_name(settings.target)} is not installed; pip install 'reft-export[{settings.target}]'{tool}")
+            raise BackendUnavailable(f"{module_name(settings.target)} is not installed; {install_line(settings.target)}{tool}")
         return "trtexec", _present(settings)
     trt = load_tensorrt(settings.target)
     if settings.target == "tensorrt":

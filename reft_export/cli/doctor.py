@@ -13,6 +13,7 @@ import typer
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson
 from reft_export.console import print_json, print_table
+from runtimes.machine import Machine, hidden_tensorrt, this_machine
 from runtimes.version import VERSION
 
 PACKAGES = (
@@ -21,8 +22,8 @@ PACKAGES = (
     ("onnxruntime-gpu", "gpu", "run, parity, bench on NVIDIA GPUs"),
     ("torch", "host", "train, export, quantize, parity -m"),
     ("transformers", "host", "train, export, quantize, parity -m"),
-    ("onnx", "host", "export, fold, quantize"),
-    ("onnx-ir", "host", "export, fold, quantize, inspect of graphs"),
+    ("onnx", "build", "build, export, fold, quantize"),
+    ("onnx-ir", "build", "build, export, fold, quantize, inspect of graphs"),
     ("onnxscript", "host", "export"),
     ("accelerate", "host", "train"),
     ("matplotlib", "host", "plots of quickstart"),
@@ -41,21 +42,51 @@ def doctor(as_json: AsJson = False) -> None:
     """Show versions, providers, libraries and GPU, what is missing, and the command that adds it."""
     rows = [("reft-export", VERSION, f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
     versions = {name: _version(name) for name, _, _ in PACKAGES}
+    machine = this_machine()
     runtime = bool(versions["onnxruntime"] or versions["onnxruntime-gpu"])
     for name, extra, use in PACKAGES:
         found = versions[name]
         missing_runtime = name.startswith("onnxruntime") and "genai" not in name and runtime
-        advice = "" if extra is None or missing_runtime else f"pip install 'reft-export[{extra}]'"
+        advice = "" if extra is None or missing_runtime else _advice(extra, machine)
         rows.append(
             (name, found or "missing", f"for {use}" if found else f"for {use}: {advice}" if advice else f"for {use}; not needed here")
         )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         rows.append(("conflict", "", "onnxruntime and onnxruntime-gpu share a folder: pip uninstall both, then install one"))
+    rows += [_machine(machine), _driver(machine), *_hidden()]
     rows += [_providers(), _kernel(), _plugin(), _gpu(), _memory(), _compiler()]
     if as_json:
         print_json([{"what": a, "found": b, "note": c} for a, b, c in rows])
     else:
         print_table("", ("what", "found", "note"), rows)
+
+
+def _advice(extra: str, machine: Machine) -> str:
+    """The line that brings an extra's packages to this machine."""
+    if extra == "gpu":
+        return machine.install_onnxruntime("cuda")
+    return machine.install_tensorrt(extra) if extra.startswith("tensorrt") else f"pip install 'reft-export[{extra}]'"
+
+
+def _machine(machine: Machine) -> tuple[str, str, str]:
+    note = "engines: --target tensorrt, with JetPack's own TensorRT" if machine.is_jetson else "what the lines here are for"
+    return ("machine", machine.name, note)
+
+
+def _driver(machine: Machine) -> tuple[str, str, str]:
+    if machine.driver is None:
+        return ("CUDA driver", "none", "no libcuda.so.1: engines and CUDA need NVIDIA's driver")
+    found = f"serves CUDA {machine.driver[0]}.{machine.driver[1]}"
+    if machine.binding is None:
+        return ("CUDA driver", found, f"cuda-python, for engines, is missing: {machine.install_cuda_python()}")
+    binding = f"cuda-python {machine.binding[0]}.{machine.binding[1]}"
+    return ("CUDA driver", found, machine.driver_is_too_old() or f"{binding} fits it")
+
+
+def _hidden() -> list[tuple[str, str, str]]:
+    hidden = hidden_tensorrt()
+    note = "this environment does not see it: python3 -m venv --system-site-packages .venv"
+    return [] if hidden is None else [("system's TensorRT", str(hidden), note)]
 
 
 def _version(name: str) -> str | None:

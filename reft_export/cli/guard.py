@@ -60,7 +60,7 @@ def guarded(verb: Callable[P, R]) -> Callable[..., R]:
         except BaseException as e:  # a panic of a Rust library is no Exception
             if debug:
                 err.print(traceback.format_exc(), markup=False)
-            fail(*_told(e))
+            fail(*_told(e, verb.__name__))
 
     hints = get_type_hints(verb, include_extras=True)
     own = [each.replace(annotation=hints[each.name]) for each in signature(verb).parameters.values()]
@@ -70,7 +70,7 @@ def guarded(verb: Callable[P, R]) -> Callable[..., R]:
     return run
 
 
-def _told(e: BaseException) -> tuple[str, int]:
+def _told(e: BaseException, verb: str) -> tuple[str, int]:
     """(one line, the exit code)."""
     if interrupt.seen or isinstance(e, KeyboardInterrupt):
         stated = isinstance(e, KeyboardInterrupt) or getattr(e, "exit_code", None) == INTERRUPTED
@@ -80,7 +80,8 @@ def _told(e: BaseException) -> tuple[str, int]:
     if isinstance(e, MemoryError):
         return "out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1
     if isinstance(e, ModuleNotFoundError) and (extra := HOST_EXTRAS.get((e.name or "").partition(".")[0])):
-        return f"{e.name} is not installed; pip install 'reft-export[{extra}]'", 4
+        # A device that builds an engine has no use for torch.
+        return f"{e.name} is not installed; pip install 'reft-export[{'build' if (verb, extra) == ('build', 'host') else extra}]'", 4
     if disk_is_full(e):
         return f"{NO_SPACE}; no output was written", 1
     if isinstance(e, OSError) and e.filename is not None:

@@ -23,6 +23,7 @@ from runtimes.edits.op import FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.in_place import Call, StepRequest, step_in_place
 from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
+from runtimes.machine import this_machine
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
 from runtimes.ort.graph_checks import check_graph
@@ -35,11 +36,6 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-}
-INSTALL = {
-    "cpu": "pip install onnxruntime",
-    "cuda": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    "tensorrt": "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
 }
 FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """onnxruntime turns DequantizeLinear + MatMul into MatMulNBits, by default at the level that quantizes activations, which the graph does
@@ -346,7 +342,7 @@ def _library(kernel: str | None, library: Path | None) -> Path | None:
 def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | None, *, mapped: bool) -> ort.InferenceSession:
     wanted = PROVIDERS[provider][0]
     if wanted not in ort.get_available_providers():
-        raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {INSTALL[provider]}")
+        raise BackendUnavailable(f"onnxruntime {ort.__version__} has no {wanted} here; {_install(provider)}")
     options = _session_options(bundle, threads, library, mapped=mapped)
     try:
         # Its own fallback prints a banner on stdout and tries again without the provider.
@@ -357,7 +353,7 @@ def _load(bundle: Bundle, provider: str, threads: int | None, library: Path | No
     # Where a provider's own libraries are missing, onnxruntime logs it and goes on without the provider.
     if session.get_providers()[0] != wanted:
         raise BackendUnavailable(
-            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {INSTALL[provider]}"
+            f"{wanted} did not start, onnxruntime fell back to {session.get_providers()[0]}; check the driver, or {_install(provider)}"
         )
     return session
 
@@ -392,7 +388,7 @@ def _not_loaded(bundle: Bundle, provider: str, error: Exception) -> ReftError:
     """What onnxruntime's refusal of the graph means."""
     wanted = PROVIDERS[provider][0]
     if type(error) in (RuntimeError, ValueError):  # of the provider; what is wrong with a graph has classes of its own
-        return BackendUnavailable(f"{wanted} did not start: {_last_line(error)}; check the driver, or {INSTALL[provider]}")
+        return BackendUnavailable(f"{wanted} did not start: {_last_line(error)}; check the driver, or {_install(provider)}")
     if type(error).__name__ == "NotImplemented" and provider == "cpu":
         if bundle.manifest.precision == "bf16":
             return BackendUnavailable(
@@ -471,6 +467,10 @@ def _empty(tensor: CacheTensor, batch: int) -> ort.OrtValue:
 def to_float32(value: Tensor) -> np.ndarray:
     """A tensor in host memory as float32; float32 is not copied."""
     return np.asarray(host_array(value), np.float32)
+
+
+def _install(provider: str) -> str:
+    return this_machine().install_onnxruntime(provider)
 
 
 def _last_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import BackendUnavailable, ReftError
+from runtimes.machine import this_machine
 
 BINDINGS = ("cuda.bindings.runtime", "cuda.cudart")
 """cuda-python's module by its name since 12.6, and by the one before."""
@@ -35,9 +36,7 @@ def load_cuda() -> ModuleType:
                 raise BackendUnavailable(f"cuda-python does not load: {e.name} is missing; pip install cuda-python again") from None
         except (ImportError, OSError) as e:
             raise BackendUnavailable(f"cuda-python does not load: {' '.join(str(e).split())}; pip install cuda-python again") from None
-    raise BackendUnavailable(
-        "cuda-python is not installed; pip install 'cuda-python', in the major version of the driver's CUDA (nvidia-smi shows it)"
-    )
+    raise BackendUnavailable(f"cuda-python is not installed; {this_machine().install_cuda_python()}")
 
 
 class CudaDevice:
@@ -49,10 +48,8 @@ class CudaDevice:
     def __init__(self) -> None:
         self._cuda = load_cuda()
         if reason := self._no_gpu():
-            raise BackendUnavailable(
-                f"no usable CUDA GPU: {reason}; check `nvidia-smi`, install a driver as new as the CUDA of cuda-python, or run the bundle "
-                "with onnxruntime on the CPU"
-            )
+            mend = this_machine().driver_is_too_old() or "check `nvidia-smi`, or run the bundle with onnxruntime on the CPU"
+            raise BackendUnavailable(f"no usable CUDA GPU: {reason}; {mend}")
         self._call("cudaSetDevice", 0)
         self._allocations: set[int] = set()
         self._in_flight: list[np.ndarray] = []

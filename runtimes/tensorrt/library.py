@@ -15,6 +15,7 @@ from types import ModuleType
 from runtimes.artifacts.engine import TARGETS, Engine
 from runtimes.errors import BackendUnavailable, InputError
 from runtimes.files.hashes import sha256_of
+from runtimes.machine import hidden_tensorrt, this_machine
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_LIBRARY = "libtensorrt_rtx.so"
@@ -38,10 +39,17 @@ def load_tensorrt(target: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] != name:
-            raise BackendUnavailable(f"{name} does not load: {e.name} is missing; pip install 'reft-export[{target}]'") from None
-        raise BackendUnavailable(f"{name} is not installed; pip install 'reft-export[{target}]'") from None
+            raise BackendUnavailable(f"{name} does not load: {e.name} is missing; {install_line(target)}") from None
+        raise BackendUnavailable(f"{name} is not installed; {install_line(target)}") from None
     except (ImportError, OSError) as e:
         raise BackendUnavailable(f"{name} does not load: {_one_line(e)}; check its CUDA libraries, or install it again") from None
+
+
+def install_line(target: str) -> str:
+    """The line that brings the Python package of ``target`` to this machine and environment."""
+    if target == "tensorrt" and (hidden := hidden_tensorrt()):
+        return f"the system has it ({hidden}), and this environment does not see it: python3 -m venv --system-site-packages .venv"
+    return this_machine().install_tensorrt(target)
 
 
 def tensorrt_version(tensorrt: ModuleType) -> str:

@@ -451,7 +451,7 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
 
 def test_doctor_and_bench(bundle_folder) -> None:
     rows = json.loads(fresh("doctor", "--json").stdout)
-    assert {"reft-export", "onnxruntime", "providers", "edit kernel", "memory left"} <= {r["what"] for r in rows}
+    assert {"reft-export", "onnxruntime", "machine", "CUDA driver", "providers", "edit kernel", "memory left"} <= {r["what"] for r in rows}
     done = fresh("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
     result = json.loads(done.stdout)
     adapters = json.loads((bundle_folder("llama") / "manifest.json").read_text())["adapters"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from reft_export.cli.guard import guarded
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
@@ -16,6 +20,37 @@ def _run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **kwargs)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+PLATFORMS = ("manylinux_2_17_aarch64", "manylinux2014_aarch64", "manylinux_2_28_aarch64", "manylinux_2_34_aarch64")
+"""What pip of Ubuntu 22.04 on a Jetson accepts."""
+
+
+@pytest.mark.slow
+def test_the_install_of_a_jetson_resolves_to_wheels(tmp_path) -> None:
+    """Python 3.10 on aarch64, JetPack 6's: every package has a wheel, and cuda-python is one that a driver of CUDA 12.6 serves."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml by itself")
+    with open(ROOT / "pyproject.toml", "rb") as f:
+        project = tomllib.load(f)["project"]
+    wanted = [*project["dependencies"], *(name for extra in ("cpu", "jetson", "build") for name in project["optional-dependencies"][extra])]
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    flags = ("--dry-run", "-q", "--ignore-installed", "--only-binary=:all:", "--python-version", "3.10", *platforms)
+    report = tmp_path / "report.json"
+    _run(sys.executable, "-m", "pip", "install", *flags, "--target", tmp_path / "packages", "--report", report, *wanted)
+    found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
+    assert found["cuda-python"].startswith("12.") and int(found["cuda-python"].split(".")[1]) >= 6
+    assert "onnxruntime" in found and "onnx-ir" in found and "torch" not in found
+
+
+@pytest.mark.parametrize(("verb", "extra"), [("build", "build"), ("export", "host")])
+def test_what_a_verb_lacks_is_named_by_the_extra_that_brings_it(verb, extra, capsys) -> None:
+    def lacking() -> None:
+        raise ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
+
+    lacking.__name__ = verb
+    with pytest.raises(typer.Exit) as caught:
+        guarded(lacking)()
+    assert caught.value.exit_code == 4 and f"onnx_ir is not installed; pip install 'reft-export[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
