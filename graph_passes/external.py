@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx_ir.serde import TensorProtoTensor
 
 from graph_passes.accessors import describe
 from runtimes.errors import GraphError
@@ -33,14 +38,17 @@ def load_graph(path: Path | str) -> ir.Model:
     if not path.is_file():
         raise GraphError(f"{path} is not a file; name the .onnx file itself")
     try:
-        model = ir.load(path)
+        with _quiet():
+            model = ir.load(path)
     except Exception as error:
         # Foreign bytes fail in protobuf, in numpy or in onnx-ir, each with exceptions of its own.
         raise GraphError(f"{path} cannot be read as an ONNX model ({_first_line(error)}); export it again or fetch it again") from error
     if not len(model.graph):
         raise GraphError(f"{path} holds no graph; the file is empty or is not an ONNX model")
     _check_wiring(model, path)
-    check_external_data(model, path)
+    tensors = list(_tensors(model))
+    _check_tensors(tensors, path)
+    check_external_data(tensors, path)
     _take_links(model)
     return model
 
@@ -72,11 +80,11 @@ def _is_linked(path: Path) -> bool:
     return path.is_symlink() or path.stat().st_nlink > 1
 
 
-def check_external_data(model: ir.Model, path: Path) -> None:
+def check_external_data(tensors: Sequence[ir.TensorProtocol], path: Path) -> None:
     """Raises GraphError for the first external tensor that the folder of the graph ``path`` does not hold in full; no data is read."""
     folder = path.parent
     sizes: dict[str, int] = {}
-    for tensor in _external_tensors(model):
+    for tensor in (each for each in tensors if isinstance(each, ir.ExternalTensor)):
         location = _checked_location(tensor)
         if location not in sizes:
             sizes[location] = _checked_size(path, location, tensor)
@@ -185,16 +193,56 @@ def _check_wiring(model: ir.Model, path: Path) -> None:
                 raise GraphError(f"{path}: node {describe(node)} reads {value.name!r}, which nothing computes; {remedy}")
 
 
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """onnx-ir warns of what it repairs; ``load_graph`` refuses that, or it does not matter."""
+    log = logging.getLogger("onnx_ir")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _check_tensors(tensors: Sequence[ir.TensorProtocol], path: Path) -> None:
+    """Raises GraphError for a tensor of a type that has no width, or of another number of bytes than its shape takes: onnx-ir would make
+    all of what is claimed."""
+    for tensor in tensors:
+        where = f"{path}: weight {tensor.name!r}"
+        dims = [dim if isinstance(dim, int) else -1 for dim in tensor.shape]
+        proto = tensor.raw if isinstance(tensor, TensorProtoTensor) else None
+        texts = proto is not None and proto.data_type == onnx.TensorProto.STRING and len(proto.string_data) == math.prod(dims)
+        try:
+            needed = 0 if texts else math.prod(dims) * tensor.dtype.bitwidth
+        except (TypeError, ValueError):
+            raise GraphError(f"{where} is of a type that is no number's; the graph is damaged: export it again") from None
+        if proto is None or texts:
+            continue
+        held = 8 * len(proto.raw_data) if proto.HasField("raw_data") else needed if _listed(proto) * 64 >= needed else 0
+        if min(dims, default=0) < 0 or not needed <= held <= needed + 7:
+            raise GraphError(
+                f"{where} of shape {dims} takes {math.ceil(needed / 8)} bytes, and the graph holds {held // 8}; it is damaged: "
+                "export it again"
+            )
+
+
+def _listed(proto: Any) -> int:
+    """Values of a tensor that is stored as a list of them; one may stand for several of few bits."""
+    return sum(len(getattr(proto, name)) for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"))
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
+            if value.const_value is not None:
                 yield value.const_value
-    bodies = [model.graph, *model.functions.values()]
-    for body in bodies:
+    for body in (model.graph, *model.functions.values()):
         for node in body.all_nodes():
             for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.TensorProtocol):
                     yield attribute.value
 
 

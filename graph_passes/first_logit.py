@@ -80,10 +80,16 @@ def _head(graph: ir.Graph) -> tuple[ir.Node, list[ir.Value]] | None:
 
 def _is_weight(value: ir.Value) -> bool:
     """Whether ``value`` follows from initializers and constants alone."""
-    node = value.producer()
-    if node is None:
-        return value.is_initializer()
-    return all(_is_weight(each) for each in node.inputs if each is not None)
+    seen, pending = {value}, [value]
+    while pending:
+        each = pending.pop()
+        node = each.producer()
+        if node is None and not each.is_initializer():
+            return False
+        behind = {each for each in (() if node is None else node.inputs) if each is not None} - seen
+        seen |= behind
+        pending += behind
+    return True
 
 
 def _acts_alone(value: ir.Value) -> bool:

@@ -62,7 +62,7 @@ def float_cache(model: ir.Model) -> None:
 def _attentions(graph: ir.Graph) -> Iterator[tuple[int, ir.Node]]:
     """(layer, its operator) of every cache."""
     for value in graph.inputs:
-        found = re.fullmatch(r"past_key_values\.(\d+)\.key", name_of(value))
+        found = re.fullmatch(r"past_key_values\.(\d{1,40})\.key", name_of(value))
         node = next((use.node for use in value.uses()), None) if found else None
         if found and node is not None and node.op_type == ATTENTION:
             yield int(found[1]), node

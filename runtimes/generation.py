@@ -287,7 +287,9 @@ def probabilities(logits: np.ndarray, settings: GenerationSettings, seen: Sequen
     ``seen`` tokens have positive logits divided and negative ones multiplied by the repetition penalty first. The order is that of
     transformers: penalty, temperature, top_k, top_p. Raises ReftError for logits that are not numbers.
     """
-    scores = penalized(logits, settings, seen) / settings.temperature
+    scores = penalized(logits, settings, seen)
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest token alone
+        scores = (scores - scores.max()) / settings.temperature
     if settings.top_k and settings.top_k < scores.size:
         scores = np.where(scores < np.partition(scores, -settings.top_k)[-settings.top_k], -np.inf, scores)
     weights = np.exp(scores - scores.max())

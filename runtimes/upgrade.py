@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -57,8 +56,15 @@ def upgrade_folder(path: Path | str, output: Path | str | None = None, *, force:
             return Upgraded(kind=kind.name, written=None)
         with atomic_folder(destination, force=force or output is None) as work:
             report("copying")
-            shutil.copytree(source, work, dirs_exist_ok=True, ignore_dangling_symlinks=True, copy_function=shutil.copyfile)
-            os.replace(work / kind.file, marker(work, kind.file))
+            shutil.copytree(
+                source,
+                work,
+                dirs_exist_ok=True,
+                ignore_dangling_symlinks=True,
+                copy_function=shutil.copyfile,
+                ignore=lambda folder, _, source=source: [kind.file] if Path(folder) == source else [],
+            )
+            shutil.copyfile(source / kind.file, marker(work, kind.file))
             report("writing version 2")
             kind.rewrite(work)
             report("reading it again")

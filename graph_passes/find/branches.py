@@ -80,8 +80,14 @@ def adds_other_than_attention(dominators: Dominators, merge: ir.Node, key: ir.Va
     return False
 
 
-def _operands(dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node]) -> Iterator[tuple[ir.Value, ir.Node]]:
-    """The values that ``node`` adds to the stream: its operands, Adds of Adds taken apart, the stream itself left out."""
+def _operands(
+    dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node], seen: set[ir.Node] | None = None
+) -> Iterator[tuple[ir.Value, ir.Node]]:
+    """The values that ``node`` adds to the stream: its operands, Adds of Adds taken apart, the stream itself left out.
+
+    ``seen``: the Adds that were taken apart already, each of which is once.
+    """
+    seen = {node} if seen is None else seen
     if node.op_type not in SKIP_NORM_BIAS and not dominators.adds_branches(node):
         return
     for value in node.inputs[:2]:
@@ -96,7 +102,9 @@ def _operands(dominators: Dominators, node: ir.Node, chain: frozenset[ir.Node]) 
         direct = value.producer()
         if direct is not None and dominators.adds_branches(direct):
             # Parallel blocks: x + attention + mlp is an Add of Adds in either order.
-            yield from _operands(dominators, direct, chain)
+            if direct not in seen:
+                seen.add(direct)
+                yield from _operands(dominators, direct, chain, seen)
         else:
             yield value, node
 
@@ -177,7 +185,7 @@ def _sum_of_experts(dominators: Dominators, value: ir.Value, chain: frozenset[ir
     if node is None or node in chain:
         return None
     if dominators.adds_branches(node):
-        parts = (part for part in node.inputs if part is not None)
+        parts = {part for part in node.inputs if part is not None}
         return node if any(_sum_of_experts(dominators, part, chain) is not None for part in parts) else None
     return node if node.op_type == "ReduceSum" else None
 
@@ -230,8 +238,9 @@ def _is_vector_bias(dominators: Dominators, node: ir.Node) -> bool:
 
 def _constant_shape(value: ir.Value) -> Sequence[object] | None:
     """The shape of a weight or a constant, also behind operators that keep it; None of anything else."""
-    node = value.producer()
-    if node is not None and node.op_type in _SHAPE_KEEPERS:
-        return None if node.inputs[0] is None else _constant_shape(node.inputs[0])
+    while (node := value.producer()) is not None and node.op_type in _SHAPE_KEEPERS:
+        if node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
     tensor = constant_tensor(value)
     return None if tensor is None else tuple(tensor.shape)

@@ -26,9 +26,9 @@ from graph_passes.accessors import name_of
 from runtimes.errors import GraphError
 
 ATTENTION = "AttentionPlugin"
-_PRESENT = re.compile(r"present_key_values[._](\d+)")
-_PAST = re.compile(r"past_key_values[._](\d+)")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(\.|$)")
+_PRESENT = re.compile(r"present_key_values[._](\d{1,40})")
+_PAST = re.compile(r"past_key_values[._](\d{1,40})")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,40})(\.|$)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 LENGTHS = {

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -96,6 +97,7 @@ def _header(path: Path) -> _Header:
     from gguf import GGUFReader
 
     try:
+        check_lengths(path)
         reader = GGUFReader(path)
         architecture = str(field_value(reader.fields["general.architecture"]))
         start = f"{architecture}."
@@ -106,6 +108,64 @@ def _header(path: Path) -> _Header:
     if not types:
         raise InputError(f"{path} holds no tensors: it is no model")
     return _Header(architecture, keys, types)
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value by GGUF's number of its type; 8 is a text, 9 an array."""
+TEXT, ARRAY = 8, 9
+MOST_VALUES = 8_000_000
+"""Of all keys: the largest vocabularies have 300,000 tokens, each with a text, a score and a type."""
+LEAST_TENSOR = 24
+"""Bytes of a tensor's entry."""
+
+
+def check_lengths(path: Path) -> None:
+    """Raises ValueError where the keys of a GGUF file claim more values than the file holds, or than a reader should make objects of.
+
+    gguf's own reader makes objects for as many as are claimed, and does not notice where the file ends.
+    """
+    size, values = path.stat().st_size, 0
+    with path.open("rb") as file:
+
+        def within(count: int) -> int:
+            if count > size - file.tell():
+                raise ValueError(f"it is {size} bytes long, and says that more than that follow")
+            return count
+
+        def read(count: int) -> bytes:
+            return file.read(within(count))
+
+        def number(form: str) -> int:
+            return struct.unpack(f"<{form}", read(struct.calcsize(form)))[0]
+
+        def skip(kind: int, depth: int = 0) -> None:
+            nonlocal values
+            values += 1
+            if kind == TEXT:
+                file.seek(within(number("Q")), os.SEEK_CUR)
+            elif kind == ARRAY and depth < 4:
+                inner, count = number("I"), number("Q")
+                values += count
+                if values > MOST_VALUES:
+                    raise ValueError(f"its keys hold {values} values; {MOST_VALUES} at most are read")
+                if inner in SIZES:
+                    file.seek(within(count * SIZES[inner]), os.SEEK_CUR)
+                else:
+                    for _ in range(count):
+                        skip(inner, depth + 1)
+            elif kind in SIZES:
+                read(SIZES[kind])
+            else:
+                raise ValueError(f"type {kind} of a key is unknown")
+
+        if read(4) != b"GGUF" or number("I") not in (2, 3):
+            raise ValueError("it is not GGUF of version 2 or 3, little endian")
+        tensors, keys = number("Q"), number("Q")
+        if tensors * LEAST_TENSOR > size or keys > MOST_VALUES:
+            raise ValueError(f"it says that it holds {tensors} tensors and {keys} keys")
+        for _ in range(keys):
+            skip(TEXT)
+            skip(number("I"))
 
 
 def field_value(field: ReaderField) -> Any:

@@ -23,6 +23,8 @@ INTERRUPTED = 130
 """The exit code of errors that stand for a signal: its own takes the place."""
 LONGEST = 300
 """Characters of a message that is not ours."""
+LONGEST_LINE = 1200
+"""Characters of an error: one that lists what is known is shorter."""
 NOT_ERRORS = (typer.Exit, typer.Abort, SystemExit, GeneratorExit)
 DEBUG = Parameter(
     "debug",
@@ -77,6 +79,8 @@ def _told(e: BaseException, verb: str) -> tuple[str, int]:
         return (str(e) if stated else "") or interrupt.said, interrupt.exit_code
     if isinstance(e, ReftError):
         return str(e), e.exit_code
+    if isinstance(e, RecursionError):
+        return "what was read is nested too deeply to be followed: it is damaged, or no model; export or fetch it again", 2
     if isinstance(e, MemoryError):
         return "out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1
     if isinstance(e, ModuleNotFoundError) and (extra := HOST_EXTRAS.get((e.name or "").partition(".")[0])):
@@ -91,8 +95,11 @@ def _told(e: BaseException, verb: str) -> tuple[str, int]:
 
 
 def fail(message: str, code: int) -> NoReturn:
+    said = " ".join(message.split())
+    if len(said) > LONGEST_LINE:  # a value of a file's, which could be all of the file
+        said = f"{said[: LONGEST_LINE // 2]} .. {said[-LONGEST_LINE // 2 :]}"
     with suppress(OSError):  # where the terminal has hung up, the exit code says it all
-        err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+        err.print(f"[bold red]error:[/] {escape(said)}")
     raise typer.Exit(code) from None
 
 

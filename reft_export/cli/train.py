@@ -253,7 +253,8 @@ def _print_json(output: Path, result: TrainResult) -> None:
     from runtimes.files.records import to_json
 
     shown = {"samples": to_json(result.samples_after)} if result.accuracy is None else {"accuracy": to_json(result.accuracy)}
-    print_json({"adapter": str(output), "history": to_json(result.history), **shown})
+    truncated = list(result.truncated_lines)
+    print_json({"adapter": str(output), "history": to_json(result.history), "truncated": truncated, **shown})
 
 
 def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
@@ -273,6 +274,8 @@ def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
         f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {parameters} parameters"
         f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
+    if held_out := [record.eval_loss for record in result.history if record.eval_loss is not None]:
+        line += f"; held out {held_out[0]:.3f} to {held_out[-1]:.3f}, lowest {min(held_out):.3f}; the last step's adapter is saved"
     if accuracy is not None:
         line += (
             f"; accuracy on {accuracy.texts} {'held-out' if accuracy.held_out else 'training'} texts: base {accuracy.before:.1%}, "

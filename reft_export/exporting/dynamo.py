@@ -34,7 +34,7 @@ from reft_export.exporting.grouped_attention import (
     probe,
 )
 from runtimes.artifacts.bundle import WeightSource
-from runtimes.errors import ExportError
+from runtimes.errors import ExportError, InputError
 
 PREFIX = "model."
 """The wrapped model's attribute; torch names initializers after it."""
@@ -169,12 +169,12 @@ def trace_inputs(model: PreTrainedModel, *, last_logits: bool, variable: Collect
 
 
 def _check_rotary(model: PreTrainedModel) -> None:
-    """Raises ExportError for frequencies that follow the sequence's length; ``rope_scaling`` is transformers 4's name."""
+    """Raises InputError for frequencies that follow the sequence's length; ``rope_scaling`` is transformers 4's name."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for scaling in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
-            raise ExportError(
+            raise InputError(
                 f"{config.model_type} changes its rotary frequencies with the length of the sequence (rope_type dynamic), and a graph "
                 "has one set of them; take a base with another rope_type"
             )

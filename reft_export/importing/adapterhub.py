@@ -39,7 +39,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
-UNIT = re.compile(r"(?:.+\.)?(\d+)\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)")
+UNIT = re.compile(r"(?:.+\.)?(\d{1,40})\.reft_layer\.refts\.([^.]+)\.units\.([01])\.(.+)")
 KNOWN = {"layers", "prefix_positions", "suffix_positions", "r", "orthogonality", "tied_weights", "subtract_projection", "dropout",
          "non_linearity", "architecture", "output_reft", "dtype", "init_weights_seed", "version"}  # fmt: skip
 """Keys of ReftConfig in adapters 1.0 to 1.3. output_reft is read by none of them, dtype and init_weights_seed where weights are made."""

@@ -27,7 +27,7 @@ from runtimes.files.records import read_json_object
 
 HEAD_CONFIG_FILE = "head_config.json"
 
-FLEXIBLE = re.compile(r"heads\.([^.]+)\.(\d+)\.(weight|bias)")
+FLEXIBLE = re.compile(r"heads\.([^.]+)\.(\d{1,40})\.(weight|bias)")
 FLEXIBLE_ROBERTA = {"1": "classifier.dense", "4": "classifier.out_proj"}
 """Places of the linear layers in AdapterHub's default classification head, and RoBERTa's names of the same."""
 
@@ -70,7 +70,7 @@ def check_labels(config: Mapping[str, Any], outline: Outline, path: Path) -> Non
     """Raises AdapterError where AdapterHub records names of labels that are not the base's; LABEL_0, .. are no names."""
     recorded = config.get("label2id") or (config.get("config") or {}).get("label2id") or {}
     labels = tuple(sorted(recorded, key=lambda name: recorded[name]))
-    named = [label for label in labels if not re.fullmatch(r"LABEL_\d+", str(label))]
+    named = [label for label in labels if not re.fullmatch(r"LABEL_\d{1,40}", str(label))]
     if named and labels != outline.info.labels:
         raise AdapterError(
             f"{path}: the adapter was trained with labels {', '.join(labels)}, {outline.info.name} has {', '.join(outline.info.labels)}; "

@@ -17,11 +17,13 @@ from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.files.folders import check_destination
-from runtimes.files.records import parse_json
+from runtimes.files.records import parse_json, read_regular
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
 OWN = "reft-export"
 """An adapter of this project, which is imported for nothing but other probes."""
+ADAPTERS = ("intkey_*.bin", "adapter_config.json")
+"""Files that tell a folder of pyreft's or AdapterHub's."""
 ARRAYS = (".npz", ".safetensors")
 """Steering vectors, or RED's scales and biases: their names tell."""
 PICKLES = (".pth", ".pt")
@@ -75,6 +77,8 @@ def import_adapter(
     check_destination(output, force=force, inputs=[source, Path(model)])
     if not source.exists():
         raise InputError(f"{source} does not exist")
+    if not source.is_file() and not source.is_dir():
+        raise InputError(f"{source} is a pipe or a device; an adapter is a folder, or a regular file")
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format!r} is unknown; known: {', '.join(FORMATS)}")
     if request.method is not None and request.method not in METHODS:
@@ -152,8 +156,8 @@ def detect(source: Path) -> str:
             return "adapterhub"
         if any(source.glob("intkey_*.bin")) or _has_interventions(source / "config.json"):
             return "pyreft"
-        # A trainer's checkpoint, and AdapterHub's save_all_adapters, hold adapters one folder further down.
-        inside = [p.parent for name in ("intkey_*.bin", "adapter_config.json") for p in sorted(source.glob(f"*/{name}"))]
+        # A trainer's checkpoint, and AdapterHub's save_all_adapters, hold adapters one or two folders further down.
+        inside = [p.parent for name in ADAPTERS for depth in ("*", "*/*") for p in sorted(source.glob(f"{depth}/{name}"))]
         also = f"; did you mean {' or '.join(map(str, list(dict.fromkeys(inside))[:3]))}?" if inside else ""
         raise InputError(
             f"{source} holds neither pyreft's config.json and intkey_*.bin nor AdapterHub's adapter_config.json{also}; a vector file is "
@@ -183,7 +187,7 @@ def _check_kind(source: Path, format: str) -> None:
 
 def _has_interventions(config: Path) -> bool:
     try:
-        return "intervention_types" in parse_json(config.read_text(encoding="utf-8-sig"))
+        return "intervention_types" in parse_json(read_regular(config).decode("utf-8-sig"))
     except (OSError, ValueError, TypeError):
         return False
 

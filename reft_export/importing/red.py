@@ -57,7 +57,7 @@ ALONE = {prefix + name: parameter for name, parameter in PARAMETER.items() for p
 AUTHORS = re.compile(r"(.+)\.delta_vector\.(activation_scaling|activation_bias)")
 WRAPPER = "base_model."
 """What the authors' wrapper of the model puts before its paths."""
-NAMED = re.compile(rf"(?:(?:model\.)?layers?[._])?(\d+)(?:[._]({'|'.join(STREAMS)}))?[._](scale|scaling|bias)")
+NAMED = re.compile(rf"(?:(?:model\.)?layers?[._])?(\d{{1,40}})(?:[._]({'|'.join(STREAMS)}))?[._](scale|scaling|bias)")
 
 Value = Tensor | np.ndarray
 Pairs = dict[Site, dict[str, tuple[str, Value]]]
@@ -131,7 +131,7 @@ def _of_modules(path: Path, tensors: Mapping[str, Value], outline: Outline) -> P
         if not match:
             raise AdapterError(f"{path}: {name} is none of RED's tensors, which end in delta_vector.activation_scaling or .activation_bias")
         try:
-            site = _site(sites, re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", match[1]) + ".output")
+            site = _site(sites, re.sub(r"\.(\d{1,40})(?=\.|$)", r"[\1]", match[1]) + ".output")
         except AdapterError as e:
             raise AdapterError(f"{path}: {name} in {outline.info.name}: {e}") from None
         _put(path, pairs, site, PARAMETER[match[2]], name, value)

@@ -128,7 +128,7 @@ def check_statements(path: Path, statements: Statements, meaning: Meaning, outli
             _check_operation(where, value, meaning)
         elif names & KIND:
             notes += check_kind(where, value, outline)
-        elif names & NAME or re.fullmatch(r"general\.base_model\.\d+\.name", key):
+        elif names & NAME or re.fullmatch(r"general\.base_model\.\d{1,40}\.name", key):
             notes += _check_name(where, value, outline)
         elif names & WIDTH:
             _check_number(where, value, {outline.info.hidden_size}, f"the width of {outline.info.name}")
@@ -251,10 +251,10 @@ def _check_places(where: str, value: object, meaning: Meaning, outline: Outline,
 def _place(text: str, outline: Outline) -> tuple[range | None, str | None]:
     """(layers, stream) of a number, a range, a word for a stream, a hook's name or a module's path; None for what it does not say."""
     count = outline.info.num_hidden_layers
-    if numbers := re.fullmatch(r"(-?\d+)(?:-(\d+))?", text):
+    if numbers := re.fullmatch(r"(-?\d{1,40})(?:-(\d{1,40}))?", text):
         first = int(numbers[1]) + (count if int(numbers[1]) < 0 else 0)
         return range(first, int(numbers[2] or first) + 1), None
-    hook = re.fullmatch(r"blocks\.(\d+)\.(hook_\w+)", text)
+    hook = re.fullmatch(r"blocks\.(\d{1,40})\.(hook_\w+)", text)
     word = _word(hook[2] if hook else text)
     stream = next((stream for stream, words in STREAM_WORDS.items() if re.fullmatch(words, word)), None)
     if hook or stream:

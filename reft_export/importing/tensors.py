@@ -15,6 +15,7 @@ from runtimes.errors import AdapterError
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A ``torch.save``d state dict, unpickled with ``weights_only``; AdapterError, in one line, for anything else."""
+    _check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -25,10 +26,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return _tensors(state, path)
 
 
+def _check_regular(path: Path) -> None:
+    """A pipe or a device may not end."""
+    if path.exists() and not path.is_file():
+        raise AdapterError(f"{path} is no regular file; copy the adapter again")
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _check_regular(path)
     try:
         return dict(load_file(path))
     except FileNotFoundError:
@@ -73,7 +81,10 @@ def as_float32(value: Tensor | np.ndarray, shape: tuple[int | str, ...], where: 
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             raise AdapterError(f"{where} is {value.dtype} ({value.layout}); a float tensor is expected")
-        array = value.detach().to(torch.float32).contiguous().numpy()
+        try:
+            array = value.detach().to(torch.float32).contiguous().numpy()
+        except (RuntimeError, TypeError, NotImplementedError) as e:  # of the kinds that torch has, not all are numbers in memory
+            raise AdapterError(f"{where} cannot be read ({first_line(e)}); a plain float tensor is expected") from None
     else:
         if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
             raise AdapterError(f"{where} is {value.dtype}; a float array is expected")

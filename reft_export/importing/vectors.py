@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from reft_export.base.gguf import field_value
+from reft_export.base.gguf import check_lengths, field_value
 from reft_export.base.load import Outline
 from reft_export.base.model_folder import first_line
 from reft_export.importing.foreign import (
@@ -59,7 +59,7 @@ CONTROL_VECTOR = "controlvector"
 DIRECTION = "direction."
 """What the names of a control vector's tensors begin with, before the layer."""
 
-NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d+)(?:[._]({'|'.join(STREAMS)}))?")
+NAMED = re.compile(rf"(?:model\.)?(?:layers?|direction)?[._]?(\d{{1,40}})(?:[._]({'|'.join(STREAMS)}))?")
 
 OF_WEIGHTS = re.compile(
     r"(^|[._])(lora|dora|ia3|oft|loha|lokr)(_\w+)?([._]|$)"
@@ -67,7 +67,7 @@ OF_WEIGHTS = re.compile(
 )
 """Parts of the names of an adapter's or a model's matrices, which are no vectors to add even where their shape is one's."""
 
-OF_ONE_LAYER = re.compile(r"(?:^|[._])(?:layers?|h|blocks?|blk|direction)[._]?(\d+)(?=[._]|$)")
+OF_ONE_LAYER = re.compile(r"(?:^|[._])(?:layers?|h|blocks?|blk|direction)[._]?(\d{1,40})(?=[._]|$)")
 """Where a name that is not one of NAMED still says which layer it is of, as modules' names do: transformer.h.1, layers.1.output."""
 
 
@@ -95,6 +95,7 @@ def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     from gguf import GGUFReader
 
     try:
+        check_lengths(path)
         reader = GGUFReader(path)
         kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     except Exception as e:  # the reader raises value, index, key, overflow and memory errors for damaged files
@@ -103,7 +104,7 @@ def _gguf(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
         raise AdapterError(f"{path} holds no {DIRECTION}<layer> tensors; it is no control vector")
     for name, kind in kinds.items():
         layer = name.removeprefix(DIRECTION)
-        if layer == name or not re.fullmatch(r"\d+", layer):
+        if layer == name or not re.fullmatch(r"\d{1,40}", layer):
             if any(each.startswith(("token_embd.", "blk.")) for each in kinds):
                 raise AdapterError(f"{path} is a GGUF model, not an adapter: a base goes to -m")
             raise AdapterError(f"{path} holds {name}; a control vector holds {DIRECTION}<layer> tensors and nothing else")

@@ -158,9 +158,8 @@ class Interventions(nn.Module):
         other = {name: getattr(adapter, name) for name in mine} | {"sites": tuple(sorted(adapter.sites))}
         if different := [name for name in mine if mine[name] != other[name]]:
             name = different[0]
-            raise AdapterError(
-                f"cannot start from this adapter: its {name} is {other[name]}, the settings say {mine[name]}; leave it to the adapter"
-            )
+            theirs, ours = (", ".join(map(str, each[name])) if name == "sites" else each[name] for each in (other, mine))
+            raise AdapterError(f"cannot start from this adapter: its {name} is {theirs}, the settings say {ours}; leave it to the adapter")
         for keys in self.keys.values():
             for key in keys:
                 for parameter, target in self.intervention(key).trained():

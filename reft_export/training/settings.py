@@ -158,7 +158,7 @@ def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
         return tuple(range(num_hidden_layers))
     layers: set[int] = set()
     for part in re.split("[;,]", text):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,40})\s*(?:-\s*(\d{1,40})\s*)?", part)
         if not match:
             raise InputError(f"layers {text!r} are not understood at {part!r}; use all, 8-16 or 3;9;18")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.errors import BundleError
+from runtimes.files.records import read_regular
 from runtimes.precision import ELEMENT_TYPES
 
 DTYPES = {e.safetensors: e.dtype for e in ELEMENT_TYPES.values() if e.safetensors is not None}
@@ -33,7 +34,7 @@ def read_engine_adapter(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
     try:
-        entries = deserialize(path.read_bytes())
+        entries = deserialize(read_regular(path))
     except (OSError, SafetensorError) as e:
         raise BundleError(f"{path} cannot be read as safetensors ({' '.join(str(e).split())}); build the engine again") from None
     tensors = {}

@@ -27,7 +27,7 @@ from runtimes.edits.probes import Probe, check_probes, probes_bytes, read_probes
 from runtimes.errors import AdapterError, ReftError
 from runtimes.files.folders import atomic_folder, marker
 from runtimes.files.hashes import sha256_of
-from runtimes.files.records import RecordError, from_json, to_json
+from runtimes.files.records import RecordError, from_json, read_regular, to_json
 from runtimes.files.sealed import DIGEST, FIRST_VERSION, Format, read_sealed, write_sealed
 
 FORMAT = "reft-export adapter"
@@ -332,7 +332,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 def _read_hashed(path: Path, sha256: str | None) -> bytes:
     """The bytes of ``path``, of that ``sha256`` where there is one. Raises AdapterError."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as e:
         raise AdapterError(f"{path} cannot be read ({e.strerror}); copy the adapter again") from None
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:

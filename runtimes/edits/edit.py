@@ -6,6 +6,7 @@ ScaleBiasEdit    y = scale * h + bias         RED; full rank, so that it does no
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         """``"3.block_output"`` or ``"3"`` (the block's output)."""
         layer, _, stream = text.partition(".")
-        if not layer.isdigit():
+        if not re.fullmatch(r"[0-9]{1,40}", layer):
             raise AdapterError(f"site {text!r} is not <layer>.<stream>, for example 3.block_output")
         return cls(layer=int(layer), stream=stream or "block_output")
 

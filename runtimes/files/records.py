@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +17,7 @@ from typing import Any, TypeVar
 from runtimes.errors import AdapterError, ReftError
 
 T = TypeVar("T")
+HALF = re.compile("[\ud800-\udfff]")
 
 
 class RecordError(ValueError):
@@ -71,7 +76,10 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
     if is_dataclass(kind):
         return _record(kind, _typed(dict, value, where), where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)  # type: ignore[return-value]
+        try:
+            return float(value)  # type: ignore[return-value]
+        except OverflowError:
+            raise RecordError(f"{where or 'value'} is a number that no float holds") from None
     return _typed(kind, value, where)
 
 
@@ -92,7 +100,20 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     # JSON's true is a Python int as well: a number must not be a bool.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RecordError(f"{where or 'value'} is {value!r}, expected {kind.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RecordError(f"{where or 'value'} is a whole number of more than 64 bits")
+    if isinstance(value, str) and HALF.search(value):
+        raise RecordError(f"{where or 'value'} is {value!r}, which holds half of a surrogate pair, and that is no character")
     return value
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file, or of what a link leads to. Raises OSError for a folder, and for a pipe or device, which may not end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return file.read()
 
 
 def read_json_object(path: Path, error: type[ReftError] = AdapterError, remedy: str = "") -> dict[str, Any]:
@@ -106,7 +127,7 @@ def read_json_object(path: Path, error: type[ReftError] = AdapterError, remedy: 
 def read_json(path: Path, error: type[ReftError] = AdapterError, remedy: str = "") -> Any:
     """Raises ``error``, in one line that ends in ``remedy``, for what cannot be read or is not JSON."""
     try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        return parse_json(read_regular(path).decode("utf-8-sig"))
     except OSError as e:
         raise error(_with(f"{path} cannot be read ({e.strerror})", remedy)) from None
     except ValueError as e:

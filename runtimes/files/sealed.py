@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ReftError
-from runtimes.files.records import parse_json
+from runtimes.files.records import parse_json, read_regular
 
 DIGEST = "digest"
 FIRST_VERSION = 1
@@ -67,7 +67,7 @@ def read_sealed(path: Path, kind: Format) -> dict[str, Any]:
     Raises the format's error, in one line, for a file that cannot be read, is not JSON, is of another version or was changed.
     """
     try:
-        text = path.read_bytes().decode()
+        text = read_regular(path).decode()
         content = parse_json(text)
     except OSError as e:
         raise kind.error(f"{path} cannot be read ({e.strerror})") from None

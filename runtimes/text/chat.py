@@ -21,6 +21,7 @@ import jinja2.parser
 
 from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Artifact
 from runtimes.errors import BundleError, InputError
+from runtimes.files.records import read_regular
 from runtimes.text.stop_tokens import end_of_turn
 from runtimes.text.template_sandbox import Sandbox, budget
 from runtimes.text.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config, special_tokens
@@ -195,6 +196,6 @@ def _templates_of(value: Any, path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"{path} cannot be read: {e}; copy the bundle again") from None

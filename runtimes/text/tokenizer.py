@@ -14,6 +14,7 @@ from runtimes.errors import BundleError, InputError
 from runtimes.files.records import read_json_object
 from runtimes.text.encoded_text import EncodedText
 from runtimes.text.stop_tokens import listed, stop_token_ids, without_added_end
+from runtimes.text.tried import try_tokenizer
 
 if TYPE_CHECKING:
     from runtimes.artifacts.bundle import ModelRecord
@@ -52,6 +53,7 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise BundleError(f"{path} is missing; put it beside the checkpoint or graph and export or fold again")
+        try_tokenizer(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -194,3 +195,35 @@ def _with_location(source: Path, location: str) -> bytes:
         location, 0, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=tensor.base_dir
     )
     return ir.to_proto(model).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("dims", "data_type", "said"),
+    [
+        ([2**40], 1, "takes 4398046511104 bytes, and the graph holds 16"),
+        ([2**62, 2**62], 1, "the graph holds 16"),
+        ([-4], 1, "the graph holds 16"),
+        ([4], 0, "is of a type that is no number's"),
+        ([4], 8, "is of a type that is no number's"),
+        ([4], 99, "cannot be read as an ONNX model|is of a type that is no number's"),
+        ([3], 1, "takes 12 bytes, and the graph holds 16"),
+    ],
+)
+def test_tensors_that_claim_more_than_they_hold(dims, data_type, said, source):
+    """Inside the file, where no size of a data file gives them away; nothing of what is claimed is made."""
+    model = onnx.load(source, load_external_data=False)
+    tensor = model.graph.initializer.add()
+    tensor.name, tensor.raw_data, tensor.data_type = "lying", bytes(16), data_type
+    tensor.dims[:] = dims
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match=said):
+        load_graph(source)
+
+
+def test_what_onnx_ir_repairs_is_refused_in_silence(source, capfd):
+    model = onnx.load(source, load_external_data=False)
+    model.graph.node[3].input[0] = "nowhere"
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match="reads 'nowhere', which nothing computes"):
+        load_graph(source)
+    assert capfd.readouterr().err == ""

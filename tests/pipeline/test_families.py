@@ -123,7 +123,7 @@ def test_falcon_with_alibi(tmp_path) -> None:
 def test_frequencies_that_follow_the_length_are_refused_by_name() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = bases.build_base("llama", layers=1, overrides={"rope_parameters": rope})
-    with pytest.raises(ExportError, match="llama changes its rotary frequencies .* \\(rope_type dynamic\\)"):
+    with pytest.raises(InputError, match="llama changes its rotary frequencies .* \\(rope_type dynamic\\)"):
         export_dynamo(model)
 
 

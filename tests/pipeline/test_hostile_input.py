@@ -565,7 +565,22 @@ def _stored(**arrays: np.ndarray) -> bytes:
     return save(arrays)
 
 
+def _gguf_with(count: int, *, kind: int = 4) -> bytes:
+    """A key with an array of so many numbers, in a file that ends there."""
+    key = b"controlvector.notes"
+    return b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key + struct.pack("<IIQ", 9, kind, count) + bytes(64)
+
+
+def _ones() -> np.ndarray:
+    return np.ones(64, np.float32)
+
+
 VECTORS = {
+    "an endless array.gguf": (lambda s: _gguf_with(2**60), "values; 8000000 at most are read"),
+    "an array beyond the file.gguf": (lambda s: _gguf_with(10**6), "says that more than that follow"),
+    "texts beyond the file.gguf": (lambda s: _gguf_with(10**6, kind=8), "says that more than that follow"),
+    "arrays of arrays of arrays.gguf": (lambda s: _gguf_with(1, kind=9) + bytes(99), "is damaged, or not GGUF|a control vector holds"),
+    "5,000 digits.safetensors": (lambda s: _stored(layer_1=_ones(), **{"layer_" + "9" * 5000: _ones()}), "does not name a layer"),
     "wrong magic.gguf": (lambda s: b"GGML" + _gguf(s)[4:], "is not .gguf, .npz, .safetensors or RED"),
     "magic alone.gguf": (lambda s: b"GGUF", "is damaged, or not GGUF"),
     "half.gguf": (lambda s: (d := _gguf(s))[: len(d) // 2], "is damaged, or not GGUF"),
@@ -607,6 +622,24 @@ def test_vectors_of_other_float_types_are_widened(dtype, stage) -> None:
     tensors = load_adapter(stage.root / "new").tensors
     product = tensors["1.block_output.R"].astype(np.float64).T @ tensors["1.block_output.s"]
     np.testing.assert_allclose(product, vector.astype(np.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_pipes(stage) -> None:
+    """Nobody writes into them, and whoever reads them waits for ever."""
+    os.mkfifo(stage.root / "v.npz")
+    arguments = ["import", stage.root / "v.npz", "-m", stage.base, "--positions", "all", "-o", stage.root / "new"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 2 and "is a pipe or a device" in result.stderr
+    for name in ("adapter.json", "probes.jsonl"):
+        copy = Path(shutil.copytree(stage.adapter, stage.root / name.partition(".")[0]))
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+    result = CliRunner().invoke(app, ["inspect", str(stage.root / "adapter")])
+    assert result.exit_code == 2 and "is not an adapter folder" in result.stderr
+    (stage.graph.parent / "config.json").unlink(missing_ok=True)
+    os.mkfifo(stage.graph.parent / "config.json")
+    result = CliRunner().invoke(app, [str(a) for a in command(stage, "fold")])
+    assert result.exit_code in (0, 2), result.stderr
 
 
 def test_foreign_folders(stage) -> None:

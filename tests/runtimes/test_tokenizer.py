@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtimes.artifacts.bundle import ModelRecord
 from runtimes.errors import BundleError, InputError
+from runtimes.text import tried
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 MODEL = {
@@ -193,3 +195,40 @@ def test_token_ids_are_checked() -> None:
     for ids in ([], [10], [-1]):
         with pytest.raises(InputError, match="prompt 0"):
             check_token_ids(ids, 10, "prompt 0")
+
+
+def test_a_tokenizer_is_tried_in_another_process_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    for folder in ("one", "one", "two"):  # the third is another file of the same content
+        (tmp_path / folder).mkdir(exist_ok=True)
+        if not (tmp_path / folder / "tokenizer.json").exists():
+            toy_tokenizer().save(str(tmp_path / folder / "tokenizer.json"))
+        Tokenizer.load(tmp_path / folder)
+    assert len(runs) == 1
+    content = json.loads((tmp_path / "two" / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    (tmp_path / "two" / "tokenizer.json").write_text(json.dumps(content))
+    for _ in range(2):  # what was refused is not remembered
+        with pytest.raises(BundleError, match="tokenizer.json cannot be read by tokenizers: .*; copy the bundle again"):
+            Tokenizer.load(tmp_path / "two")
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.abort()", "it ends its reader with SIGABRT"),
+        ("while True: pass", r"takes more than \d s to be read"),
+        ("bytearray(1 << 40)", "MemoryError"),
+    ],
+)
+def test_a_tokenizer_that_ends_its_reader(code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tried, "CODE", code)
+    monkeypatch.setattr(tried, "SECONDS", 1.0)
+    toy_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BundleError, match=said):
+        Tokenizer.load(tmp_path)

@@ -389,3 +389,18 @@ def test_rows_are_not_promised_of_a_graph_that_cannot(tmp_path: Path) -> None:
     reseal(tmp_path / "b", rules="row")
     with pytest.raises(BundleError, match=r"says rules row, and model.onnx has neither reft.slots nor reft.first_slot"):
         OrtSession(open_bundle(tmp_path / "b"), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"created_by": "a\ud800"}, "created_by is 'a.ud800', which holds half of a surrogate pair"),
+        ({"opset": 2**63}, "opset is a whole number of more than 64 bits"),
+        ({"parity_budget": {"logits": 10**400}}, "parity_budget.logits is a number that no float holds"),
+    ],
+)
+def test_values_that_no_file_of_ours_holds(changes, said, tmp_path) -> None:
+    bundle = write_toy_bundle(tmp_path / "b", adapters={})
+    reseal(bundle.folder, **changes)
+    with pytest.raises(BundleError, match=said):
+        open_bundle(bundle.folder)

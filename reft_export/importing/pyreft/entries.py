@@ -161,7 +161,7 @@ def _checkpoint(folder: Path, sites: ComponentSites) -> list[Entry]:
     """A folder that pyreft's trainer saved: weights alone. The counters in the names give the order: all prefixes, then all suffixes."""
     found = []
     for path in folder.glob("intkey_*.bin"):
-        match = re.fullmatch(r"intkey_(.+)#(\d+)", path.stem)
+        match = re.fullmatch(r"intkey_(.+)#(\d{1,40})", path.stem)
         if not match:
             raise AdapterError(f"{path} is not named as pyreft names interventions, intkey_<place>#<number>.bin")
         found.append((int(match[2]), sites.of_key(match[1]), path.stem.removeprefix("intkey_")))

@@ -41,14 +41,14 @@ class ComponentSites:
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = len(decoder_layers(model))
         self.by_path = dict(_paths(model))
-        dotted = {re.sub(r"\[(\d+)\]", r".\1", path): place for path, place in self.by_path.items()}
+        dotted = {re.sub(r"\[(\d{1,40})\]", r".\1", path): place for path, place in self.by_path.items()}
         self._by_key = {path.replace(".", "_"): place for path, place in (dotted | self.by_path).items()}
 
     def of_component(self, component: str, layer: object) -> Place:
         """Raises AdapterError for a component that is not one of the streams, and for a layer that the base does not have."""
         if "." not in component:
             return self._of_layer(component, layer)
-        indexed = re.sub(r"\.(\d+)(?=\.)", r"[\1]", component)
+        indexed = re.sub(r"\.(\d{1,40})(?=\.)", r"[\1]", component)
         for path in (indexed, indexed.removeprefix(PEFT_PREFIX)):
             if path in self.by_path:
                 return self.by_path[path]
@@ -58,9 +58,9 @@ class ComponentSites:
     def of_key(self, key: str) -> Place:
         """From a saved file's name: ``layer_3_comp_block_output_unit_pos_nunit_1``, ``comp_model_layers[3]_output_unit_pos_nunit_1``, or
         the same with a ``.`` at every joint."""
-        if dotted := re.fullmatch(r"(?:layer\.(\d+)\.)?comp\.(.+)\.unit\.pos\.nunit\.1", key):
+        if dotted := re.fullmatch(r"(?:layer\.(\d{1,40})\.)?comp\.(.+)\.unit\.pos\.nunit\.1", key):
             return self.of_component(dotted[2], 0 if dotted[1] is None else int(dotted[1]))
-        match = re.fullmatch(r"(?:layer_(\d+)_)?comp_(.+)_unit_pos_nunit_1", key)
+        match = re.fullmatch(r"(?:layer_(\d{1,40})_)?comp_(.+)_unit_pos_nunit_1", key)
         if not match:
             raise AdapterError(f"intervention {key!r} is not a position of one token (unit pos, one unit); nothing else can be imported")
         if match[1] is not None:
@@ -81,7 +81,7 @@ class ComponentSites:
 
     def _check_index(self, component: str) -> None:
         """A path of the right form whose layer is out of range is that, rather than an unknown component."""
-        for index in re.findall(r"\[(\d+)\]", component):
+        for index in re.findall(r"\[(\d{1,40})\]", component):
             self._check_layer(int(index))
 
     def _check_layer(self, layer: int) -> None:
@@ -96,7 +96,7 @@ class ComponentSites:
 
 
 def _paths(model: PreTrainedModel) -> Iterator[tuple[str, Place]]:
-    names: dict[nn.Module, str] = {module: re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name) for name, module in model.named_modules()}
+    names: dict[nn.Module, str] = {module: re.sub(r"\.(\d{1,40})(?=\.|$)", r"[\1]", name) for name, module in model.named_modules()}
     for layer in range(len(decoder_layers(model))):
         for stream in STREAMS:
             site = Site(layer=layer, stream=stream)

@@ -1,0 +1,128 @@
+"""Writing verbs that are killed, terminated or run out of disk: the old output is whole, nothing that did not pass its gate is taken for
+a bundle, and the next run leaves nothing of the one before it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from foreign_graphs import save_foreign
+from reseal import as_version_1
+
+from reft_export.base.load import load_base
+from reft_export.cli.main import app
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.errors import ReftError
+from runtimes.files import folders
+
+MOMENTS = ("copy or first file", "_make_readable", "_put_in_place", "after")
+"""While files are written; when all are; before the new folder takes its place; and when it has, before the old one is removed."""
+ENDS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "full": errno.ENOSPC}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run(arguments: list[object], moment: str | None = None, end: str = "kill") -> int:
+    """The command line in a fork, which meets its ``end`` at the ``moment``; its exit code, below zero the signal."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            if moment is not None:
+                _plant(moment, end)
+            app([str(each) for each in arguments])
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _plant(moment: str, end: str) -> None:
+    def meet(*_: object, **__: object) -> None:
+        if end == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.kill(os.getpid(), ENDS[end])
+
+    if moment == "after":
+        exchange = folders._exchange
+        folders._exchange = lambda *given: (exchange(*given), meet())[0]
+    elif moment == "copy or first file":
+        unproven = folders.marker
+        folders.marker = lambda folder, name: (unproven(folder, name), meet() if folder in folders._making else None)[0]
+        for module in [m for name, m in sys.modules.items() if name.startswith(("runtimes.", "reft_export.")) and hasattr(m, "marker")]:
+            module.marker = folders.marker
+    else:
+        setattr(folders, moment, meet)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Path], list[object]]:
+    root = tmp_path_factory.mktemp("killed")
+    bundle, base = bundle_folder("llama", target="tensorrt"), base_folder("llama")
+    graph = save_foreign(bundle, root / "graph")
+    save_adapter(tiny.random_adapter(load_base(base).info), root / "style")
+    (root / "data.jsonl").write_text('{"prompt": "a b", "completion": " c"}\n' * 4)
+    as_version_1(Path(shutil.copytree(bundle, root / "old")))
+
+    def command(verb: str, output: Path) -> list[object]:
+        to = ["-o", output, "--force"]
+        return {
+            "fold": ["fold", graph, "-a", root / "style", *to],
+            "add": ["add", bundle, "-a", root / "style", *to],
+            "upgrade": ["upgrade", root / "old", *to],
+            "import": ["import", root / "style", "-m", base, "--probes", root / "data.jsonl", *to],
+            "train": ["train", "-m", base, "-d", root / "data.jsonl", "--epochs", 1, "--samples", 0, *to],
+            "export": ["export", "-m", base, "-a", root / "style", *to],
+            "quantize": ["quantize", bundle, "-m", base, "--accept-loss", *to],
+        }[verb]
+
+    return command
+
+
+def slow(verb: str) -> object:
+    return pytest.param(verb, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("verb", ["upgrade", slow("add"), slow("fold"), slow("import"), slow("train"), slow("export"), slow("quantize")])
+def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
+    before = digests(output)
+    for moment in MOMENTS:
+        code = run(commands(verb, output), moment, end)
+        if moment != "after":
+            assert digests(output) == before, (moment, "the old output is as it was")
+        expected = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "full": 1}[end]
+        assert code == expected, moment
+        left = [p for p in tmp_path.iterdir() if p != output]
+        if end != "kill":
+            assert not left, (moment, left)
+        for path in left if moment == MOMENTS[0] else ():  # later ones have passed their gate
+            for read in (open_bundle, load_adapter):
+                with pytest.raises(ReftError):
+                    read(path)
+        if moment == "after" or end == "kill":
+            assert run(commands(verb, output)) == 0
+            assert [p.name for p in tmp_path.iterdir()] == ["out"], moment
+            shutil.rmtree(output)
+            shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
