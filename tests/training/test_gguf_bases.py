@@ -107,7 +107,7 @@ def _unknown_type(data: bytearray) -> bytearray:
     [
         (lambda data: data[: len(data) // 2], "is damaged, cut short or no GGUF file"),
         (lambda data: data[:100], "is damaged, cut short or no GGUF file"),
-        (lambda data: bytearray(b"hello"), "GGUF magic invalid"),
+        (lambda data: bytearray(b"hello"), "it is not GGUF of version 2 or 3"),
         (_unknown_type, r"99\)? is not a valid GGMLQuantizationType"),
         (
             lambda data: data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0llamb", 1),
