@@ -98,12 +98,14 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
     return command
 
 
-def slow(verb: str) -> object:
-    return pytest.param(verb, marks=pytest.mark.slow)
+CASES = (
+    ("upgrade", "kill"), ("upgrade", "term"), ("upgrade", "full"), ("add", "kill"), ("fold", "term"), ("import", "full"), ("train", "term"),
+    ("export", "full"), ("quantize", "kill"),
+)  # fmt: skip
+"""A verb with an end each, as every one takes many seconds, and the quickest with all; the others by hand."""
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("verb", ["upgrade", slow("add"), slow("fold"), slow("import"), slow("train"), slow("export"), slow("quantize")])
+@pytest.mark.parametrize(("verb", "end"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])])
 def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
     output = tmp_path / "out"
     shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
