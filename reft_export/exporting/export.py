@@ -59,7 +59,8 @@ def export_bundle(
         result = export_bundle("base", [Path("pirate")], Path("pirate-bundle"), ExportSettings(precision="int8"))
         print(result.manifest.adapters, result.parity.passed)
     """
-    with claimed(output, force=force, inputs=folders_of(adapter_folders)), _on_disk(model, tokenizer, output) as (source, name):
+    inputs = [*([Path(model)] if isinstance(model, (str, Path)) else []), *folders_of(adapter_folders)]
+    with claimed(output, force=force, inputs=inputs), _on_disk(model, tokenizer, output) as (source, name):
         plan = plan_export(source, adapter_folders, output, settings, accept_base=accept_base, force=force, name=name)
         return _make(plan, adapter_folders, output, settings, quality, report, accept_base=accept_base, force=force)
 

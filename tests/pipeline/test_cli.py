@@ -49,12 +49,12 @@ SURFACE = {
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
-        "--method", "--symmetric", "--keep-high", "--budget-mb", "--embeddings", "--accept-base", "--force", "--dry-run", "--json",
+        "--method", "--symmetric", "--keep-high", "--budget-mb", "--embeddings", "--cache", "--accept-base", "--force", "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
         "--model", "--output", "--precision", "--scheme", "--method", "--block-size", "--symmetric", "--accuracy-level",
-        "--keep-high", "--lm-head", "--embeddings", "--calibrate",
+        "--keep-high", "--lm-head", "--embeddings", "--cache", "--calibrate",
         "--budget-mb", "--ranges", "--mixture", "--observer", "--percentile", "--decode-tokens",
         "--min-retention", "--accept-loss", "--accept-base", "--force", "--json", "--compare", "--refit", "--adapter", "--refit-steps",
         "--refit-lr", "--refit-objective", "--refit-output", "--perplexity", "--checker", "--checker-data", "--checker-tokens",
