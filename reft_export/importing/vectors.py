@@ -140,7 +140,7 @@ def read_vectors(path: Path, request: Request, outline: Outline) -> ForeignAdapt
         vectors = _one_array(path, *next(iter(arrays.items())), request, outline)
     else:
         name = next(name for name in arrays if name not in named)
-        raise AdapterError(f"{path}: {name!r} does not name a layer; name arrays <n>, layer_<n> or <n>.<stream>, or store one alone")
+        raise AdapterError(f"{path}: {name[:60]!r} does not name a layer; name arrays <n>, layer_<n> or <n>.<stream>, or store one alone")
     if request.positions is None:
         raise not_recorded("a steering vector", {"positions": f"--positions ({POSITION_CHOICES})"})
     alone = next(iter(arrays)) if len(arrays) == 1 and not named else None

@@ -53,7 +53,7 @@ class PositionRule:
             return cls(everywhere=True)
         if text == "prompt":
             return cls(prompt=True)
-        match = re.fullmatch(r"(?:f(\d{1,40}))?\+?(?:l(\d{1,40}))?", text)
+        match = re.fullmatch(r"(?:f(\d+))?\+?(?:l(\d+))?", text)
         if not match or not any(match.groups()) or text.startswith("+") or text.endswith("+"):
             raise InputError(f"positions {text!r} are not understood; use f<n>, l<n>, f<n>+l<n>, prompt or all")
         if "+" not in text and all(match.groups()):

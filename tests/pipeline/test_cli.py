@@ -49,7 +49,8 @@ SURFACE = {
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
-        "--method", "--symmetric", "--keep-high", "--budget-mb", "--embeddings", "--cache", "--accept-base", "--force", "--dry-run", "--json",
+        "--method", "--symmetric", "--keep-high", "--budget-mb", "--embeddings", "--cache", "--accept-base", "--force",
+        "--dry-run", "--json",
     },
     "fold": {"--adapter", "--output", "--model", "--sites", "--as-lora", "--accept-base", "--force", "--json"},
     "quantize": {
