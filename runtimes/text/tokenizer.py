@@ -161,11 +161,22 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """``bos_token``, ``eos_token``, ... of a tokenizer config, stored as strings or as ``{"content": ...}``."""
+    """``bos_token``, ``eos_token``, ... of a tokenizer config, stored as strings or as ``{"content": ...}``.
+
+    Raises BundleError for one that is no text.
+    """
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
     contents = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items() if k.endswith("_token")}
-    return {k: v for k, v in contents.items() if isinstance(v, str)}
+    tokens = {k: v for k, v in contents.items() if isinstance(v, str)}
+    for name, token in tokens.items():
+        try:
+            token.encode()
+        except UnicodeEncodeError:
+            raise BundleError(
+                f"{CONFIG_FILE}: {name} holds half of a surrogate pair, which is no character; copy the bundle again"
+            ) from None
+    return tokens
 
 
 def _stated(path: Path) -> dict[str, Any]:

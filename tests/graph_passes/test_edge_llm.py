@@ -285,7 +285,16 @@ def test_other_decoders_are_not_taken_for_it():
 
 
 @pytest.mark.parametrize("plugin", [False, True], ids=["function", "plugin"])
-@pytest.mark.parametrize(("layout", "lora"), [("padded", False), ("tokens", False), ("flat", False), ("padded", True), ("tokens", True)])
+@pytest.mark.parametrize(
+    ("layout", "lora"),
+    [
+        ("padded", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("padded", False), ("tokens", False), ("flat", False), ("tokens", True))
+        ),
+    ],
+)
 def test_tensorrt_parses_and_builds_it(layout, lora, plugin, tmp_path, tensorrt_rtx, request):
     """The real parser and builder of TensorRT-RTX, for SM89; a stand-in for TensorRT-Edge-LLM's attention plugin (edge_engine.py)."""
     library = request.getfixturevalue("tensorrt_plugin") if plugin else "-"

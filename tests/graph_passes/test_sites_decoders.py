@@ -24,7 +24,7 @@ from runtimes.edits.op import EditNode, bank_of
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import SiteAmbiguous, SiteNotFound
 
-FAST = ("llama", "gemma2", "gpt2", "opt")
+FAST = ("llama", "gpt2", "opt")
 FAMILIES = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow, id=family) for family in CONFIGS]
 LAYERS = 3
 # A scalar multiplies each branch there, and whether it belongs to the module cannot be told.
