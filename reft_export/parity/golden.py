@@ -6,6 +6,7 @@ One npz per name, "base" and every adapter; runtimes/artifacts/golden_schema.py 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,10 +184,12 @@ def record_quantized(
     """
     if not loaded:
         load_dequantized(model, graph, sources)
-    cache = stored_cache(graph.graph)
-    if not stored_activations(graph) and cache is None:
+    activations, cache = bool(stored_activations(graph)), stored_cache(graph.graph)
+    if not activations and cache is None:
         record_golden(golden, model, inputs, steerers, fp32=fp32, of_base=of_base)
         return
     record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
-    with activations_quantized(model, graph, sources), rounded_cache(model, cache):
+    # What MatMulNBits rounds inside, nobody can follow: the proof of such a graph, its cache rounded or not, is its accuracy level 1.
+    rounded = activations_quantized(model, graph, sources) if activations else nullcontext()
+    with rounded, rounded_cache(model, cache):
         record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=True, of_base=of_base)

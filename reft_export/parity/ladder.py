@@ -9,7 +9,7 @@ eager, fake-quantized -> shipped     where the bundle quantizes activations too:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -179,7 +179,8 @@ def quantized_rungs(
         return rungs
     with temporary_folder() as folder:
         report("holding the bundle against the eager model's fake quantization")
-        with activations_quantized(base.model, graph, sources), rounded_cache(base.model, stored_cache(graph.graph)):
+        rounded = activations_quantized(base.model, graph, sources) if activations else nullcontext()
+        with rounded, rounded_cache(base.model, stored_cache(graph.graph)):
             record_golden(folder, base.model, inputs, steerers, fp32=fp32, noisy=True)
         if quantization.rounds_inside:
             with with_float_activations(bundle) as changed:
