@@ -37,6 +37,8 @@ def test_a_rounded_cache_is_held_to_eager_with_the_same_rounding(float_bundle, t
     rounded = [r for name, r in rungs.items() if name.startswith("int8 level 1, int8 cache, ")]
     assert exact and {r.budget.name for r in exact} == {"weight-only int8"}
     assert rounded and {r.budget.name for r in rounded} == {"activation-quantized"}
+    # A value on the border between two levels may be rounded either way, so that not every rung need be as near.
+    assert min(r.figures.max_relative for r in rounded) < 1e-5
     assert host_ladder(bundle, base, **QUIET).passed
     sizes = [bytes_per_token(OrtSession(b, threads=1).cache_tensors) for b in (open_bundle(source), bundle)]
     assert sizes[0] == 4 * sizes[1]
