@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from graph_passes.stored_cache import Scales
+from reft_export.eager.attention import attention_renamed
 
 STORED = "reft_export_stored_"
 """What a config calls its attention while the cache is replaced, before the attention's own name."""
@@ -63,19 +64,15 @@ def _int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def cache_replaced(model: PreTrainedModel, replace: Replace) -> Iterator[None]:
     """Inside the ``with``, every attention of ``model`` reads ``replace``'s keys and values."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for own in set(before.values()):
+
+    def register(own: str) -> str:
         AttentionInterface.register(STORED + own, _attending(own, replace))
         if own in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(STORED + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    for key, config in configs.items():
-        config._attn_implementation = STORED + before[key]
-    try:
+        return STORED + own
+
+    with attention_renamed(model, register):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def _attending(own: str, replace: Replace) -> Callable[..., Any]:

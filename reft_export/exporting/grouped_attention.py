@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from graph_passes.accessors import name_of
 from graph_passes.cache_shapes import ATTENTION, PAST_KEY
+from reft_export.eager.attention import attention_renamed
 
 IMPLEMENTATION = "reft_export_grouped_query"
 """What a config calls the attention while the decoder is probed and traced."""
@@ -117,15 +118,8 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model's attention and masks are this module's; steps then take a ``GroupedCache``."""
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _make_mask)
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = IMPLEMENTATION
-    try:
+    with attention_renamed(model, lambda _: IMPLEMENTATION):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def grouped_step(model: PreTrainedModel, cache: GroupedCache, **inputs: Any) -> torch.Tensor:

@@ -245,8 +245,7 @@ def known_inputs(bundle: Bundle, base: Base) -> dict[str, Inputs]:
 
 def float_label(q: Quantization) -> str:
     """What a parity rung calls the bundle without the quantization of its activations."""
-    level_1 = replace(q, accuracy_level=1)
-    return level_1.label if q.scheme == "weight-only" else f"{q.scheme}, float activations"
+    return replace(q, accuracy_level=1).label if q.scheme == "weight-only" else f"{q.scheme}, float activations"
 
 
 def exact_label(q: Quantization) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
@@ -38,5 +39,5 @@ def quantize_cache(graph: ir.Model, model: PreTrainedModel, inputs: Mapping[str,
         raise CalibrationError(f"--cache int8: {e}; leave it out") from None
 
 
-def _scale(largest: torch.Tensor):
+def _scale(largest: torch.Tensor) -> np.ndarray:
     return (largest.clamp(min=LEAST) / LEVELS).numpy()

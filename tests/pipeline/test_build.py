@@ -415,26 +415,26 @@ def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_pat
         plan_build(bundle, BuildSettings(target="tensorrt", use_plugin=False, compute_capabilities=("8.9",)))
 
 
-@pytest.mark.slow
-def test_workspace_bounds_a_layers_scratch_memory(tensorrt_rtx) -> None:
+def _configured(environment: dict[str, str], workspace: int | None, show: str) -> subprocess.CompletedProcess[str]:
+    """What ``show`` prints of ``config``, the builder's configuration, in a process of its own."""
     code = (
         "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt.builder import configure\n"
         "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
-        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False, workspace=300)\n"
-        "print(configure(trt, builder, spec).get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))"
+        f"spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False, workspace={workspace})\n"
+        f"config = configure(trt, builder, spec)\n{show}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(tensorrt_rtx), check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(environment), check=False)
+
+
+@pytest.mark.slow
+def test_workspace_bounds_a_layers_scratch_memory(tensorrt_rtx) -> None:
+    done = _configured(tensorrt_rtx, 300, "print(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))")
     assert done.stdout.split() == [str(300 << 20)], done.stderr
 
 
 @pytest.mark.slow
 def test_float32_is_float32(tensorrt_rtx) -> None:
     """TensorRT multiplies float32 in TF32 unless it is told not to, and an fp32 engine's budget is 2e-5."""
-    code = (
-        "import types, tensorrt_rtx as trt\nfrom runtimes.tensorrt.builder import configure\n"
-        "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
-        "spec = types.SimpleNamespace(compute_capabilities=('8.6',), weight_streaming=False, workspace=None)\n"
-        "for config in (builder.create_builder_config(), configure(trt, builder, spec)):\n    print(config.get_flag(trt.BuilderFlag.TF32))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(tensorrt_rtx), check=False)
+    show = "for each in (builder.create_builder_config(), config):\n    print(each.get_flag(trt.BuilderFlag.TF32))"
+    done = _configured(tensorrt_rtx, None, show)
     assert done.stdout.split() == ["True", "False"], done.stderr
