@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -72,6 +73,8 @@ def __getattr__(name: str) -> OnceTyper:
 
 def main() -> None:
     """A verb that is named is all that is imported: each takes a while, and all are needed for --help alone."""
+    # torch's threads wait busily for each other by default: where another process has one's core, most of the time goes there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

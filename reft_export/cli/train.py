@@ -70,6 +70,9 @@ class Reading:
     """What is made of the data."""
 
     eval_fraction: Annotated[float, typer.Option("--eval-fraction", help="Share of the examples held out.")] = 0.0
+    keep: Annotated[
+        str, typer.Option("--keep", help="The adapter that is saved: best, by the held-out loss where there is one; or last.")
+    ] = "best"
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per example; default: the base's context.")] = None
     chat_template: Annotated[str, typer.Option("--chat-template", help="For prompt/completion lines: auto, always, never.")] = "auto"
     samples: Annotated[int, typer.Option("--samples", help="Prompts answered before and after.")] = 3
@@ -254,7 +257,8 @@ def _print_json(output: Path, result: TrainResult) -> None:
 
     shown = {"samples": to_json(result.samples_after)} if result.accuracy is None else {"accuracy": to_json(result.accuracy)}
     truncated = list(result.truncated_lines)
-    print_json({"adapter": str(output), "history": to_json(result.history), "truncated": truncated, **shown})
+    kept = to_json(result.kept)
+    print_json({"adapter": str(output), "history": to_json(result.history), "kept": kept, "truncated": truncated, **shown})
 
 
 def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
@@ -274,8 +278,13 @@ def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
         f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {parameters} parameters"
         f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
-    if held_out := [record.eval_loss for record in result.history if record.eval_loss is not None]:
-        line += f"; held out {held_out[0]:.3f} to {held_out[-1]:.3f}, lowest {min(held_out):.3f}; the last step's adapter is saved"
+    if held_out := [record for record in result.history if record.eval_loss is not None]:
+        started, ended, kept = held_out[0], held_out[-1], result.kept
+        line += f"; held out {started.eval_loss:.3f} to {ended.eval_loss:.3f}"
+        if kept is ended:
+            line += f"; the last step's adapter is saved{'' if settings.keep == 'last' else ', which is the best'}"
+        else:
+            line += f"; the adapter of step {kept.step} is saved, whose {kept.eval_loss:.3f} is the lowest"
     if accuracy is not None:
         line += (
             f"; accuracy on {accuracy.texts} {'held-out' if accuracy.held_out else 'training'} texts: base {accuracy.before:.1%}, "

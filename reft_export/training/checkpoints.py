@@ -1,9 +1,10 @@
 """The working folder ``<output>.checkpoints``: an interrupted run is resumed from it; gone once the adapter is saved.
 
 run.json             the settings, data and base that the checkpoints belong to
-checkpoint-<step>/   the interventions' parameters (safetensors), optimiser, schedule and random state (torch files that
-                     load with weights_only), the trainer's counters, and history.json, which is written last: a
-                     checkpoint without it is half-written and never used
+checkpoint-<step>/   the interventions' parameters (safetensors), those of the best step so far where held-out examples say
+                     which (best.safetensors), optimiser, schedule and random state (torch files that load with
+                     weights_only), the trainer's counters, and history.json, which is written last: a checkpoint without
+                     it is half-written and never used
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from reft_export.training.settings import differing
 from runtimes.errors import InputError
 
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.json"
+BEST_FILE = "best.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,12 @@ class StepRecord:
     lr: float
     eval_loss: float | None = None
     """Loss over the held-out examples after this step, where it was taken."""
+
+
+def best_step(history: Sequence[StepRecord]) -> StepRecord | None:
+    """The first of the lowest held-out loss; None where none was taken."""
+    evaluated = [(record.eval_loss, record) for record in history if record.eval_loss is not None]
+    return min(evaluated, key=lambda each: each[0], default=(None, None))[1]
 
 
 def working_folder(output: Path) -> Path:
@@ -78,8 +89,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def complete_checkpoint(checkpoint: Path, history: Sequence[StepRecord]) -> None:
-    """Puts the history beside the trainer's files, which makes the checkpoint one to resume from; older ones go."""
+def complete_checkpoint(checkpoint: Path, history: Sequence[StepRecord], best: Mapping[str, Tensor] | None) -> None:
+    """Puts the best step's parameters, if any, and the history beside the trainer's files, which makes the checkpoint one to resume from;
+    older ones go."""
+    if best is not None:
+        save_file(dict(best), checkpoint / BEST_FILE)
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle of the trainer's options that nothing reads
     _write(checkpoint / HISTORY_FILE, [asdict(record) for record in history])
     for other in checkpoint.parent.glob("checkpoint-*"):
@@ -91,6 +105,12 @@ def read_history(checkpoint: Path | None) -> list[StepRecord]:
     if checkpoint is None:
         return []
     return [StepRecord(**record) for record in json.loads((checkpoint / HISTORY_FILE).read_text(encoding="utf-8"))]
+
+
+def read_best(checkpoint: Path | None) -> dict[str, Tensor] | None:
+    """The parameters of the best step so far; None where no held-out loss was taken."""
+    path = None if checkpoint is None else checkpoint / BEST_FILE
+    return None if path is None or not path.is_file() else load_file(path)
 
 
 def discard(folder: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import pad_token
-from reft_export.training.checkpoints import StepRecord, complete_checkpoint, discard, last_checkpoint, read_history
+from reft_export.training.checkpoints import StepRecord, best_step, complete_checkpoint, discard, last_checkpoint, read_best, read_history
 from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
@@ -73,8 +73,18 @@ class TrainedModel(nn.Module):
 class _Recorder(TrainerCallback):
     """History, progress and checkpoints. Trainer's own log is not used: it rounds the loss to four digits."""
 
-    def __init__(self, model: TrainedModel, history: list[StepRecord], total: int, evaluates: bool, on_step: OnStep | None) -> None:
+    def __init__(
+        self,
+        model: TrainedModel,
+        history: list[StepRecord],
+        best: dict[str, Tensor] | None,
+        total: int,
+        evaluates: bool,
+        on_step: OnStep | None,
+    ) -> None:
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
+        self.best = best
+        """The parameters of the step with the lowest held-out loss."""
         self.on_step = on_step or (lambda *_: None)
         self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
         self.lr = 0.0
@@ -98,10 +108,12 @@ class _Recorder(TrainerCallback):
         self.eval_loss = metrics["eval_loss"]
         last = self.history[-1]
         self.history[-1] = StepRecord(step=last.step, loss=last.loss, lr=last.lr, eval_loss=self.eval_loss)
+        if best_step(self.history) is self.history[-1]:
+            self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         self.on_step(last.step, self.total, last.loss, self.eval_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history)
+        complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history, self.best)
 
 
 class _Listed(Dataset[E]):
@@ -127,10 +139,14 @@ def run_loop(
     checkpoint: Path | None,
     on_step: OnStep | None,
 ) -> list[StepRecord]:
-    """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step."""
+    """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step.
+
+    Its parameters are those of the step that ``settings.keep`` says.
+    """
     batches = math.ceil(len(examples.training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     history = read_history(checkpoint)
+    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), on_step)
     pad = pad_token(base)
     trainer = Trainer(
         model=model,
@@ -142,11 +158,13 @@ def run_loop(
             torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
         ),
-        callbacks=[_Recorder(model, history, total, bool(examples.held_out), on_step)],
+        callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
     with _failures(model, base, settings, history, total, folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if settings.keep == "best" and recorder.best is not None:
+        model.load_state_dict(recorder.best)
     return history
 
 

@@ -21,6 +21,7 @@ SEEDS = 2**32
 """Of numpy's generator, which transformers seeds too."""
 
 CHAT_TEMPLATE = ("auto", "always", "never")
+KEEP = ("best", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class TrainSettings:
 
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
+    keep: str = "best"
+    """Which step's parameters are saved: of those whose held-out loss was taken the one with the lowest, or the last. The last without
+    held-out examples."""
     max_length: int | None = None
     """Tokens per example, prompt and completion; None: the base's context."""
     chat_template: str = "auto"
@@ -74,6 +78,7 @@ class TrainSettings:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("schedule", self.schedule, tuple(SCHEDULES))
         _one_of("chat_template", self.chat_template, CHAT_TEMPLATE)
+        _one_of("keep", self.keep, KEEP)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("activation", self.activation, ACTIVATIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from reft_export.base.classifiers import check_head
 from reft_export.base.load import DTYPES, Base, base_from_memory, check_device, move
 from reft_export.base.token_rules import context_of
-from reft_export.training.checkpoints import StepRecord, check_working_folder, discard, open_working_folder
+from reft_export.training.checkpoints import StepRecord, best_step, check_working_folder, discard, open_working_folder
 from reft_export.training.classification import LabelObjective
 from reft_export.training.data import Data, Examples, TrainingData, split
 from reft_export.training.generation import CompletionObjective
@@ -53,6 +53,8 @@ class TrainResult:
     """A decoder's answers."""
     accuracy: Accuracy | None = None
     """A classifier's."""
+    kept: StepRecord
+    """The step whose parameters were saved."""
 
 
 def train(
@@ -228,7 +230,13 @@ def _train(
         samples_before=outcome.samples_before,
         samples_after=samples_after,
         accuracy=outcome.accuracy,
+        kept=kept_step(outcome.history, ready.settings),
     )
+
+
+def kept_step(history: Sequence[StepRecord], settings: TrainSettings) -> StepRecord:
+    """The one that ``settings.keep`` says."""
+    return (best_step(history) if settings.keep == "best" else None) or history[-1]
 
 
 def place(base: Base, settings: TrainSettings) -> torch.device:
@@ -293,6 +301,7 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "steps": len(history),
+        "kept_step": kept_step(history, ready.settings).step,
         "final_loss": history[-1].loss,
         "final_eval_loss": evaluated[-1] if evaluated else None,
     }

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import random
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -263,20 +264,46 @@ def test_other_families_train(tiny: Any, tokenizer: PreTrainedTokenizerFast, dat
 
 @pytest.mark.parametrize("positions", ["prompt", "all", "l1"])
 def test_loss_is_that_of_the_saved_adapter(base: Base, data: Path, tmp_path: Path, positions: str) -> None:
-    """The last held-out loss, recomputed with the saved adapter and transformers' own loss, one row at a time."""
-    from reft_export.training.data import load_data, split
-
     settings = replace(SETTINGS, positions=positions, eval_fraction=0.3, batch_size=12)
     result = train(base, data, settings, tmp_path / "a")
-    _, held_out = split(load_data(data, base.tokenizer, max_length=256).examples, 0.3, settings.seed)
+    assert result.kept is result.history[-1]
+    assert result.history[-1].eval_loss == pytest.approx(held_out_loss(base, data, tmp_path / "a", settings), rel=1e-4)
+
+
+def held_out_loss(base: Base, data: Path, adapter: Path, settings: TrainSettings) -> float:
+    """By the saved adapter and transformers' own loss, one row at a time."""
+    from reft_export.training.data import load_data, split
+
+    _, held_out = split(load_data(data, base.tokenizer, max_length=256).examples, settings.eval_fraction, settings.seed)
     total, tokens = 0.0, 0
-    with steered(base.model, load_adapter(tmp_path / "a")) as steering, torch.no_grad():
+    with steered(base.model, load_adapter(adapter)) as steering, torch.no_grad():
         for example in held_out:
             steering.prompt_length = [example.prompt_length]
             out = base.model(torch.tensor([example.input_ids]), labels=torch.tensor([example.labels]))
             count = len(example.input_ids) - example.prompt_length
             total, tokens = total + float(out.loss) * count, tokens + count
-    assert result.history[-1].eval_loss == pytest.approx(total / tokens, rel=1e-4)
+    return total / tokens
+
+
+def test_the_best_step_is_kept_or_the_last_where_asked(base: Base, tmp_path: Path) -> None:
+    """What is learned by heart says nothing of other lines, whose loss rises again; an interrupted run keeps the same step."""
+    chance, data = random.Random(3), tmp_path / "data.jsonl"
+    words = [" " + "".join(chance.choices("abcdefgh", k=6)) for _ in range(12)]
+    data.write_text("".join(json.dumps({"prompt": f"what is {i}?", "completion": word}) + "\n" for i, word in enumerate(words)))
+    settings = replace(SETTINGS, eval_fraction=0.3, epochs=20, rank=4, lr=5e-2, schedule="constant", positions="all")
+    best, last, resumed = (tmp_path / name for name in ("best", "last", "resumed"))
+    result = train(base, data, settings, best)
+    evaluated = [record for record in result.history if record.eval_loss is not None]
+    assert result.kept == min(evaluated, key=lambda record: record.eval_loss) != result.history[-1], "else this shows nothing"
+    assert result.kept.eval_loss == pytest.approx(held_out_loss(base, data, best, settings), rel=1e-4)
+    assert load_adapter(best).training["kept_step"] == result.kept.step < load_adapter(best).training["steps"]
+    ends = train(base, data, replace(settings, keep="last"), last)
+    assert ends.history == result.history and ends.kept is ends.history[-1]
+    assert ends.kept.eval_loss == pytest.approx(held_out_loss(base, data, last, settings), rel=1e-4)
+    with pytest.raises(TrainingInterrupted):
+        train(base, data, settings, resumed, on_step=stop_at(result.history[-1].step - 1))
+    assert train(base, data, replace(settings, resume=True), resumed).kept == result.kept
+    assert files(resumed)["adapter.safetensors"] == files(best)["adapter.safetensors"]
 
 
 def test_the_bases_own_dropout_is_off(tokenizer: Any, data: Path, tmp_path: Path, tiny: Any) -> None:
