@@ -155,6 +155,11 @@ SOURCE = "model.layers.1.reft_layer.refts.reft.units.0.learned_source"
         (LOREFT, edit_json(CONFIG, mode="serial"), "mode 'serial'"),
         (LOREFT, edit_json(CONFIG, representations=[]), "are not two lists of one length"),
         (LOREFT, edit_json(CONFIG, representations=[[9, "block_output", "pos", 1]] * 2), "layer 9 does not exist in this base .4 layers"),
+        (
+            LOREFT,
+            edit_json(CONFIG, representations=["RepresentationConfig(layer=1)"] * 2),
+            "is text, .* move config.json away, and the places",
+        ),
         (LOREFT, edit_json(CONFIG, representations=[[-1, "block_output", "pos", 1]] * 2), "layer -1 of component block_output"),
         (LOREFT, edit_json(CONFIG, representations=[[1, "query_output", "pos", 1]] * 2), "component 'query_output' is not a stream"),
         (LOREFT, edit_json(CONFIG, representations=[[1, "block_output", "h.pos", 1]] * 2), "unit 'h.pos'"),

@@ -245,7 +245,10 @@ REFUSALS = {
         lambda f: shutil.copy(f / "model.safetensors", f / "shard-00000-model-00001-of-00001.safetensors"),
         "holds a distributed checkpoint",
     ),
-    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized (gptq)"),
+    "quantized": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "and `reft-export train --base BUNDLE` trains on",
+    ),
     "quantized by nothing known": (lambda f: edit_config(f, quantization_config={"bits": 4}), "is quantized (by a method that"),
     "fused by one release": (lambda f: edit_config(f, fusion_config={"patch_embeddings": True}), "fusion_config changes the model"),
     "code on the hub": (

@@ -122,6 +122,11 @@ def _configured(folder: Path, sites: ComponentSites) -> list[Entry]:
 
 
 def _representation(item: object, folder: Path) -> dict[str, Any]:
+    if isinstance(item, str):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: representation {item[:60]!r} is text, expected a list or an object; move {CONFIG_FILE} away, and the "
+            "places are read from the names of the intkey_*.bin files"
+        )
     stated: dict[str, Any] = item if isinstance(item, dict) else {}
     if isinstance(item, list) and len(item) <= len(REPRESENTATION):
         stated.update(zip(REPRESENTATION, item, strict=False))
