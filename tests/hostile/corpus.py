@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiny
 
 from hostile import mutations
 from hostile.mutations import Random, one
@@ -24,6 +25,33 @@ class Originals:
     base: Path
     vectors: Mapping[str, Path]
     """Adapters of others by the kind of their file: gguf, npz, safetensors; and pyreft, a folder with a pickle."""
+
+
+def make_originals(root: Path, *, bundle: Path, base: Path) -> Originals:
+    """The other files of a tiny ``base`` and its ``bundle`` for tensorrt, which has an adapter "tied"; ``root`` is a new folder."""
+    from foreign_graphs import save_foreign
+
+    from reft_export.base.load import load_base
+    from reft_export.importing.pyreft.write import export_to_pyreft
+    from runtimes.edits.adapter import save_adapter
+
+    info = load_base(base).info
+    save_adapter(tiny.random_adapter(info), root / "style")
+    export_to_pyreft(str(base), root / "style", root / "pyreft", report=lambda _: None)
+    vectors = write_vectors(root / "vectors", info.hidden_size) | {"pyreft": root / "pyreft"}
+    return Originals(bundle=bundle, adapter=root / "style", graph=save_foreign(bundle, root / "graph"), base=base, vectors=vectors)
+
+
+def make_all(root: Path) -> Originals:
+    """``make_originals`` with a base and a bundle of its own."""
+    from reft_export.base.load import load_base
+    from reft_export.exporting.export import ExportSettings, export_bundle
+    from runtimes.edits.adapter import save_adapter
+
+    base = tiny.save_base(root / "base")
+    save_adapter(tiny.random_adapter(load_base(base).info), root / "tied")
+    export_bundle(str(base), [root / "tied"], root / "bundle", ExportSettings(target="tensorrt"), report=lambda _: None)
+    return make_originals(root, bundle=root / "bundle", base=base)
 
 
 Case = tuple[list[object], str]

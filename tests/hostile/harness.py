@@ -1,9 +1,9 @@
 """Runs a verb over a damaged file in a process of its own, and says what it must not do: show a traceback, take too long or too much
 memory, die, say more than a line, or write outside its output.
 
-    PYTHONPATH=tests python -m hostile.harness FOLDER [--kinds manifest,tokenizer] [--count 1000] [--seed 0]
+    PYTHONPATH=tests:tests/pipeline python -m hostile.harness [--kinds manifest,tokenizer] [--count 1000] [--seed 0]
 
-``FOLDER`` is made once (the bundle, adapter, graph and base that are damaged). It ends with one line a finding, each with its seed.
+makes a bundle, an adapter, a graph and a base, damages copies of them, and prints one line a finding, with its seed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hostile.corpus import Originals
 
 SECONDS = 10.0
 MEMORY = 1 << 30
@@ -56,6 +61,46 @@ class Outcome:
         if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in lines[0]):
             return f"steers the terminal: {lines[0][:300]!r}"
         return ""
+
+
+Listing = dict[str, tuple[int, int, int]]
+"""By path: size, time of the last change, kind and mode."""
+
+
+def listing(folder: Path) -> Listing:
+    """Everything below ``folder``; links are not followed."""
+    found = {}
+    for at, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(at, name)
+            status = path.lstat()
+            changed = 0 if path.is_dir() and not path.is_symlink() else status.st_mtime_ns  # a folder's is that of scratch beside it
+            found[str(path.relative_to(folder))] = (status.st_size if changed else 0, changed, status.st_mode)
+    return found
+
+
+def strayed(before: Listing, after: Listing, output: str = "out") -> str:
+    """What was written, changed or removed beside ``output``; "" for nothing."""
+    changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    beside = [name for name in changed if name.split(os.sep)[0].split(".")[0] != output]  # reports are called after it: out.parity.json
+    return f"wrote {', '.join(beside[:3])}" if beside else ""
+
+
+@contextmanager
+def confined(folder: Path) -> Iterator[None]:
+    """Home, caches and scratch files of the verbs are below ``folder`` inside the ``with``."""
+    places = {"HOME": "home", "XDG_CACHE_HOME": "home/.cache", "TMPDIR": "scratch"}
+    before = {name: os.environ.get(name) for name in places}
+    for name, place in places.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(folder / place)
+    tempfile.tempdir = None  # is read anew
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        tempfile.tempdir = None
 
 
 def preload() -> None:
@@ -134,36 +179,42 @@ def _wait(child: int, deadline: float) -> tuple[int | None, resource.struct_rusa
     return None, None
 
 
+def finding(kind: str, seed: int, originals: Originals, folder: Path) -> str:
+    """What one case must not have done, with what it was; "" for nothing. ``folder`` is empty, and may be removed afterwards."""
+    from hostile.corpus import case_of
+
+    arguments, said = case_of(kind, seed, originals, folder)
+    if not said:
+        return ""
+    before = listing(folder)
+    outcome = run(arguments)
+    wrong = outcome.wrong or ("is not refused" if kind == "bit" and outcome.code != 2 else "") or strayed(before, listing(folder))
+    return f"{kind}/{seed} ({said}; {arguments[0]}): {wrong}" if wrong else ""
+
+
 def main() -> None:
-    """Over a bundle, an adapter, a graph, a base and files of vectors that lie in a folder under these names."""
+    """Over a bundle, an adapter, a graph, a base and files of vectors, which are made first."""
     import argparse
     import random
-    import shutil
     from itertools import count
 
-    from hostile.corpus import KINDS, Originals, case_of
+    from hostile.corpus import KINDS, make_all
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--count", type=int, help="cases; default: until it is interrupted")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    root = asked.folder
-    vectors = {kind: root / "vectors" / f"v.{kind}" for kind in ("npz", "safetensors", "gguf")} | {"pyreft": root / "pyreft"}
-    originals = Originals(
-        bundle=root / "bundle", adapter=root / "style", graph=root / "graph" / "decoder.onnx", base=root / "base", vectors=vectors
-    )
-    preload()
     chance = random.Random(asked.seed)
-    for number in count() if asked.count is None else range(asked.count):
-        kind, seed = chance.choice(asked.kinds.split(",")), chance.randrange(1 << 40)
-        with tempfile.TemporaryDirectory() as folder:
-            arguments, said = case_of(kind, seed, originals, Path(folder))
-            outcome = run(arguments) if said else None
-            if outcome is not None and outcome.wrong:
-                print(f"{number}: {kind}/{seed} ({said}; {arguments[0]}): {outcome.wrong}", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "originals").mkdir()
+        originals = make_all(Path(root) / "originals")
+        preload()
+        for number in count() if asked.count is None else range(asked.count):
+            kind, seed = chance.choice(asked.kinds.split(",")), chance.randrange(1 << 40)
+            with tempfile.TemporaryDirectory(dir=root) as folder, confined(Path(root) / "places"):
+                if said := finding(kind, seed, originals, Path(folder)):
+                    print(f"{number}: {said}", flush=True)
 
 
 if __name__ == "__main__":
