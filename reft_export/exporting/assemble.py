@@ -117,7 +117,9 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
     if chosen is not None:
         report("recording what the eager model says with the quantized weights")
         record_quantized(
-            work / "golden", proof, chosen.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32, loaded=True
+            *(work / "golden", proof, chosen.model, graph, weights, recorded.inputs, recorded.steerers, recorded.fp32),
+            loaded=True,
+            known=chosen.said,
         )
     shutil.rmtree(work / SCRATCH, ignore_errors=True)
     parts = BundleParts(

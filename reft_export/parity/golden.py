@@ -104,6 +104,7 @@ def record_golden(
     steerers: Mapping[str, Steerer],
     *,
     fp32: Mapping[str, Arrays] | None = None,
+    known: Mapping[str, Arrays] | None = None,
     noisy: bool = False,
     of_base: bool = True,
     on_name: Callable[[str], None] | None = None,
@@ -111,7 +112,7 @@ def record_golden(
     """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32``: as of ``Recorded``.
 
     ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too. ``of_base``: the base's arrays,
-    too, which a bundle may have already.
+    too, which a bundle may have already. ``known``: by adapter what this model said before, of the same inputs.
     """
     folder.mkdir(exist_ok=True)
     names: dict[str, Steerer | None] = {**({BASE_GOLDEN: None} if of_base else {}), **steerers}
@@ -121,7 +122,7 @@ def record_golden(
     for name, steerer in names.items():
         if on_name:
             on_name(name)
-        said = base_of(inputs[name]) if steerer is None else inputs[name].said(model, steerer)
+        said = base_of(inputs[name]) if steerer is None else (known or {}).get(name) or inputs[name].said(model, steerer)
         arrays = inputs[name].arrays | answers[name] | said
         if noisy:
             arrays["noise"] = reference_noise(model, inputs[name], steerer, said)
@@ -175,20 +176,21 @@ def record_quantized(
     *,
     of_base: bool = True,
     loaded: bool = False,
+    known: Mapping[str, Arrays] | None = None,
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where a scheme has any.
 
     There, and where its KV cache is rounded, the same without either goes into ``proof``, where exactness is shown; else ``proof`` stays
     empty: what MatMulNBits rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``. ``loaded``: ``model``
-    carries them already.
+    carries them already; ``known``: by adapter what it said then, with float activations.
     """
     if not loaded:
         load_dequantized(model, graph, sources)
     activations, cache = bool(stored_activations(graph)), stored_cache(graph.graph)
     if not activations and cache is None:
-        record_golden(golden, model, inputs, steerers, fp32=fp32, of_base=of_base)
+        record_golden(golden, model, inputs, steerers, fp32=fp32, known=known, of_base=of_base)
         return
-    record_golden(proof, model, inputs, steerers, fp32=fp32, of_base=of_base)
+    record_golden(proof, model, inputs, steerers, fp32=fp32, known=known, of_base=of_base)
     # What MatMulNBits rounds inside, nobody can follow: the proof of such a graph, its cache rounded or not, is its accuracy level 1.
     rounded = activations_quantized(model, graph, sources) if activations else nullcontext()
     with rounded, rounded_cache(model, cache):

@@ -204,7 +204,11 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
     write_graph(chosen.graph, work)
     give_back()
     report("recording what the eager model says with the quantized weights")
-    record_quantized(work / "golden", proof, chosen.model, chosen.graph, bundle.manifest.weights, inputs, steerers, fp32, loaded=True)
+    record_quantized(
+        *(work / "golden", proof, chosen.model, chosen.graph, bundle.manifest.weights, inputs, steerers, fp32),
+        loaded=True,
+        known=chosen.said,
+    )
     note = "; ".join(filter(None, (chosen.note, chosen.quantized.note)))
     return replace(chosen, quantized=replace(chosen.quantized, note=note))
 

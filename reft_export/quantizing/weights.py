@@ -74,13 +74,14 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen:
-    """The quantized ``graph``, and the eager ``model`` that carries its weights; ``tried``: what was measured where the plain way was not
-    enough. ``note``: what was chosen, in words."""
+    """The quantized ``graph``, and the eager ``model`` that carries its weights; ``said``: what that says, by adapter. ``tried``: what was
+    measured where the plain way was not enough. ``note``: what was chosen, in words."""
 
     graph: ir.Model
     quantized: QuantizedGraph
     settings: QuantizationSettings
     model: PreTrainedModel
+    said: Mapping[str, Mapping[str, np.ndarray]]
     tried: tuple[Attempt, ...] = ()
     note: str = ""
 
@@ -143,18 +144,19 @@ def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Rep
     quantized = quantize_graph(graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources)
     give_back()
     model = of.model.carrying(graph, of.sources)
-    chosen = Chosen(graph=graph, quantized=quantized, settings=settings, model=model)
-    return chosen, Attempt(how=how, retention=eager_retention(model, of), added=sum(each.bytes_after for each in quantized.errors))
+    retention, said = eager_retention(model, of)
+    chosen = Chosen(graph=graph, quantized=quantized, settings=settings, model=model, said=said)
+    return chosen, Attempt(how=how, retention=retention, added=sum(each.bytes_after for each in quantized.errors))
 
 
-def eager_retention(model: PreTrainedModel, of: Material) -> dict[str, float]:
-    """By adapter what it keeps under ``model``; those that cannot be measured are not there."""
-    found = {}
+def eager_retention(model: PreTrainedModel, of: Material) -> tuple[dict[str, float], dict[str, dict[str, np.ndarray]]]:
+    """By adapter what it keeps under ``model``, and what ``model`` says with it; those that cannot be measured are not there."""
+    found, said = {}, {}
     for name, steerer in of.steerers.items():
         arrays = {key.removeprefix("fp32_"): value for key, value in of.fp32.get(name, {}).items()}
         if (before := recorded(name, arrays)) is None:
             continue
-        here = of.inputs[name].said(model, steerer)["log_probabilities"]
-        if (share := quality(name, here, before).retention) is not None:
+        said[name] = of.inputs[name].said(model, steerer)
+        if (share := quality(name, said[name]["log_probabilities"], before).retention) is not None:
             found[name] = share
-    return found
+    return found, said
