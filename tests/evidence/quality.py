@@ -1,6 +1,6 @@
-"""Bytes, perplexity and speed of a bundle under every scheme, beside llama.cpp's types: figures for docs/quantization-quality.md.
+"""Bytes, perplexity, speed and steering of a bundle under every scheme, beside llama.cpp's types: for docs/quantization-quality.md.
 
-    PYTHONPATH=tests python -m evidence.quality make FLOAT_BUNDLE/ MODEL OUT/ [--only NAME]... [--adapter ADAPTER/]...
+    PYTHONPATH=tests python -m evidence.quality make FLOAT_BUNDLE/ MODEL OUT/ [--only NAME]...
     PYTHONPATH=tests python -m evidence.quality llama FLOAT.gguf OUT/ [--only Q4_0]...
     PYTHONPATH=tests python -m evidence.quality page OUT/... [--docs docs]
 
@@ -10,6 +10,7 @@ is kept in OUT/rows.jsonl as soon as it is measured, and a row that is there is 
     bytes        of the bundle without its golden arrays; of the GGUF file
     perplexity   exp(mean negative log-likelihood) over the tokens but the first of review sentences (evidence.review_text), each alone
     decode       milliseconds a token behind 64 columns, one thread: the least of 24
+    retention    what each adapter of FLOAT_BUNDLE keeps of its training, on its own probes (runtimes/parity/retention.py)
 
 A bundle is measured on the graph that ships, in onnxruntime, at its accuracy level. Its weights are quantized by the product's own code;
 the gates of ``quantize`` are left out, so that a row of a scheme that they refuse is there too.
@@ -57,6 +58,8 @@ class Row:
     seconds: float | None = None
     """To quantize the weights."""
     note: str = ""
+    retention: Mapping[str, float] | None = None
+    """By adapter; None where no adapter was measured."""
 
     @property
     def perplexity(self) -> float:
@@ -193,8 +196,16 @@ def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, 
     return replace(settings, int8=chosen)
 
 
-def measure(folder: Path, rows: Sequence[Sequence[int]], *, threads: int) -> tuple[float, int, float]:
-    """(mean nats of a token, tokens, milliseconds of decoding one)."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    nats: float
+    tokens: int
+    decode_ms: float
+    retention: dict[str, float]
+
+
+def measure(folder: Path, source: Path, rows: Sequence[Sequence[int]], *, threads: int) -> Measured:
+    """Of the bundle ``folder``, made of the float one ``source``, whose golden arrays say what the float adapters do."""
     from evidence.context_bench import BLOCKS, STEPS, Fed
     from runtimes.artifacts.bundle import open_bundle
     from runtimes.ort.session import OrtSession
@@ -202,11 +213,26 @@ def measure(folder: Path, rows: Sequence[Sequence[int]], *, threads: int) -> tup
     opened = open_bundle(folder)
     with OrtSession(opened, threads=threads) as session:
         nats, tokens = log_likelihood(session, rows)
+        kept_of = _retention(session, open_bundle(source))
     with OrtSession(opened, threads=1) as session:
         fed = Fed(session, None, COLUMNS + STEPS + 2, time.perf_counter)
         fed.feed(COLUMNS)
         decode = min(ms for _ in range(BLOCKS) for ms in fed.decode(STEPS))
-    return nats / tokens, tokens, decode
+    return Measured(nats=nats / tokens, tokens=tokens, decode_ms=decode, retention=kept_of)
+
+
+def _retention(session: Any, source: Any) -> dict[str, float]:
+    from runtimes.parity.retention import quality
+    from runtimes.tasks.generation import DecoderGolden, completions
+
+    found = {}
+    for name in source.adapter_names:
+        golden = DecoderGolden.read(source, name, steering=False)
+        session.set_adapter(name)
+        if golden.recorded is not None:
+            found[name] = quality(name, completions(session, golden), golden.recorded).retention
+    session.set_adapter(None)
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def make(asked: argparse.Namespace) -> None:
@@ -218,7 +244,7 @@ def make(asked: argparse.Namespace) -> None:
         if name in kept(asked.folder) or (asked.only and name not in asked.only):
             continue
         with _bundle_of(name, settings, asked, calibrated_on) as (folder, seconds):
-            nats, tokens, decode = measure(folder, rows, threads=asked.threads)
+            found = measure(folder, asked.bundle, rows, threads=asked.threads)
             scheme = "float" if settings is None else settings.scheme
             runs = settings is None or settings.kind.runtime == "onnxruntime"
             keep(
@@ -227,10 +253,11 @@ def make(asked: argparse.Namespace) -> None:
                     name=name,
                     group=scheme,
                     bytes=size_of(folder),
-                    nats=nats,
-                    tokens=tokens,
-                    decode_ms=decode if runs else None,
+                    nats=found.nats,
+                    tokens=found.tokens,
+                    decode_ms=found.decode_ms if runs else None,
                     seconds=seconds,
+                    retention=found.retention or None,
                     note="" if runs else "made for TensorRT: its speed was not measured here",
                 ),
             )

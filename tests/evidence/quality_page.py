@@ -74,13 +74,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
     least = min(row.nats for row in rows if row.group in ("float", LLAMA_CPP) and _is_float(row))
     lines = [
         f"{rows[0].tokens:,} tokens.\n",
-        "| | MB | perplexity | loss, nats | decode ms | |",
-        "|---|---|---|---|---|---|",
+        "| | MB | perplexity | loss, nats | decode ms | retention | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row.group == LLAMA_CPP, row.bytes)):
         speed = "" if row.decode_ms is None else f"{row.decode_ms:.1f}"
+        retention = ", ".join(f"{name} {share:.2f}" for name, share in (row.retention or {}).items())
         told = "; ".join(filter(None, (worse_than(row, rows), row.note)))
-        lines.append(f"| {row.name} | {row.bytes / 1e6:.1f} | {row.perplexity:.2f} | {row.nats - least:+.4f} | {speed} | {told} |")
+        lines.append(
+            f"| {row.name} | {row.bytes / 1e6:.1f} | {row.perplexity:.2f} | {row.nats - least:+.4f} | {speed} | {retention} | {told} |"
+        )
     return lines
 
 
