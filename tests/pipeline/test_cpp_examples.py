@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import tiny
 from native.op_library import compiler, run
 from onnxruntime_headers import onnxruntime_headers
+from other_onnxruntime import python_with
 
 from calibration.settings import settings_for
 from graph_passes.external import load_graph
@@ -214,6 +216,19 @@ def test_refusals_are_one_line(program: Path, bundle: Path, tmp_path: Path) -> N
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert done.returncode == 1, arguments
         assert done.stderr.startswith("steer: ") and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_the_first_onnxruntime_with_adapters(headers: Path, bundle: Path, tmp_path: Path) -> None:
+    """The C program asks for no function that 1.20 does not have; the C++ headers are of one release each."""
+    shutil.copytree(headers, tmp_path / "include")
+    declared = tmp_path / "include" / "onnxruntime_c_api.h"
+    declared.write_text(re.sub(r"(#define ORT_API_VERSION) \d+", r"\1 20", declared.read_text(encoding="utf-8")), encoding="utf-8")
+    found = next((python_with("1.20.1").parent.parent / "lib").glob("python*/site-packages/onnxruntime/capi/libonnxruntime.so*"))
+    (tmp_path / "libonnxruntime.so.1").symlink_to(found)
+    program = build("steer.c", tmp_path / "include", tmp_path / "libonnxruntime.so.1", tmp_path / "steer")
+    done = run(*command(program, bundle, SWAPS, COUNT, LONG_PROMPT, op_library=find_op_library() or "-"))
+    assert printed(done.stdout, SWAPS) == answers(bundle, LONG_PROMPT, COUNT, SWAPS)
 
 
 @pytest.mark.slow
