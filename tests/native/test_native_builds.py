@@ -13,7 +13,7 @@ import native_red
 import numpy as np
 import pytest
 from native_op import as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
-from op_library import NATIVE, compile_library, compiler, rows_here, run
+from op_library import COMPILERS, NATIVE, compile_library, compiler, rows_here, run
 from other_onnxruntime import python_with
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,15 +81,27 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_a_library_that_works(wheel, tmp_path) -> None:
+def test_a_manylinux_wheel_works_where_no_compiler_is(tmp_path) -> None:
+    """``make wheels``: what it makes is installed and run with nothing on PATH but its own environment, and a pure wheel is refused."""
     compiler()
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    make = ("make", "-s", "-C", str(ROOT), "wheels", f"PYTHON={sys.executable}")
+    told = run(*make, f"DIST={tmp_path}").stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-manylinux_" in wheel.name and wheel.name.endswith(f"_{os.uname().machine}.whl")
+    assert f"not built: wheels of other processors than {os.uname().machine}" in told
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "-q", "install", "-c", ROOT / ".ci" / "constraints.txt", f"{wheel}[cpu]")
-    found = run(python, "-c", "from runtimes.native_library import *; print(find_op_library())", cwd=tmp_path).stdout.strip()
+    bare = {**os.environ, "PATH": str(python.parent), "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+    assert not any(shutil.which(name, path=bare["PATH"]) for name in (*COMPILERS, "cc", "gcc", "clang", "cmake", "make"))
+    run(python, "-m", "pip", "-q", "install", "-c", ROOT / ".ci" / "constraints.txt", f"{wheel}[cpu]", env=bare)
+    found = run(python, "-c", "from runtimes.native_library import *; print(find_op_library())", cwd=tmp_path, env=bare).stdout.strip()
     assert Path(found).is_relative_to(tmp_path / "venv")
     check_in(python, Path(found), tmp_path)
+
+    pure = {**os.environ, "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+    done = subprocess.run([*make, f"DIST={tmp_path / 'none'}"], env=pure, capture_output=True, text=True, check=False)
+    assert done.returncode and "make wheels: the op library was not built, expected a Linux machine with a C++17 compiler" in done.stdout
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
