@@ -59,7 +59,7 @@ def test_every_example_is_short_and_is_run_here() -> None:
         assert f'"{example.name}"' in tests, f"{example} is not run"
 
 
-@pytest.mark.parametrize("name", ["stock_onnxruntime.py", "stock_genai.py"])
+@pytest.mark.parametrize("name", ["stock_onnxruntime.py", "mixed_adapters.py", "stock_genai.py"])
 def test_a_stock_runtime_imports_nothing_of_this_project(name: str) -> None:
     imported = re.findall(r"(?m)^(?:import|from) (\w+)", (EXAMPLES / name).read_text(encoding="utf-8"))
     assert imported and not {"runtimes", "graph_passes", "calibration", "reft_export"} & set(imported)
@@ -76,6 +76,17 @@ def test_a_device_answers_without_torch(name: str, bundle_folder, tmp_path: Path
     if name == "device.py":
         assert "comparisons pass, on cpu" in printed
         assert printed.endswith("imported of torch, transformers, onnx: none\n")
+
+
+def test_adapters_in_one_batch_answer_as_each_does_alone(bundle_folder, tmp_path: Path) -> None:
+    """Tied and untied ones, of every kind of position; the base beside them. The batch decodes on where a row alone would stop."""
+    bundle = bundle_folder("llama")
+    names = ["base", *(path.stem for path in bundle.glob("adapters/*.onnx_adapter"))]
+    alone, mixed = (answers(run(name, bundle, "Count 3: ", cwd=tmp_path), *names) for name in ("stock_onnxruntime.py", "mixed_adapters.py"))
+    assert set(mixed) == set(names) and len(set(mixed.values())) > 1
+    for name in names:
+        length = min(len(alone[name]), len(mixed[name])) - 3  # the last token may end within a character
+        assert length > 3 and mixed[name][:length] == alone[name][:length], name
 
 
 @pytest.fixture(scope="module")
