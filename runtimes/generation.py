@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from runtimes.errors import InputError, ReftError
+from runtimes.errors import BundleError, InputError
 from runtimes.session import DecoderSession, Past, Session, StepOutput, as_decoder
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
@@ -90,7 +90,7 @@ def generate(
     ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None is what ``prefill_columns`` says, 0 feeds
     the prompt at once.
-    Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; ReftError where
+    Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; BundleError where
     logits are not finite.
 
     Example::
@@ -285,7 +285,7 @@ def probabilities(logits: np.ndarray, settings: GenerationSettings, seen: Sequen
     """softmax(logits [V] / temperature) over the tokens that top_k and top_p leave; float64 [V].
 
     ``seen`` tokens have positive logits divided and negative ones multiplied by the repetition penalty first. The order is that of
-    transformers: penalty, temperature, top_k, top_p. Raises ReftError for logits that are not numbers.
+    transformers: penalty, temperature, top_k, top_p. Raises BundleError for logits that are not numbers.
     """
     scores = penalized(logits, settings, seen)
     with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest token alone
@@ -306,7 +306,7 @@ def probabilities(logits: np.ndarray, settings: GenerationSettings, seen: Sequen
 def penalized(logits: np.ndarray, settings: GenerationSettings, seen: Sequence[int]) -> np.ndarray:
     scores = np.asarray(logits, np.float64)
     if np.isnan(scores).any() or not np.isfinite(scores.max()):
-        raise ReftError("the model's logits are not finite; check the bundle with `reft-export parity`")
+        raise BundleError("the model's logits are not finite; check the bundle with `reft-export parity`")
     if settings.repetition_penalty != 1 and len(seen):
         scores, index = scores.copy(), np.unique(seen)
         scores[index] *= np.where(scores[index] > 0, 1 / settings.repetition_penalty, settings.repetition_penalty)

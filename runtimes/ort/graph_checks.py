@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from runtimes.artifacts.bundle import Bundle, TensorRecord
-from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_SLOT
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, FIRST_SLOT, PROMPT_LENGTH
 from runtimes.errors import BundleError
 from runtimes.precision import FLOAT_TYPES
 
 PAST = "past_key_values."
+OF_A_CALL = {EXPLICIT_SLOTS, FIRST_LOGIT, PROMPT_LENGTH}
+"""Overridable initializers that no adapter brings."""
 
 
 class Argument(Protocol):
@@ -41,6 +46,18 @@ def check_graph(bundle: Bundle, graph: Graph) -> None:
     """Raises BundleError for the first thing that manifest.json says and the graph is not."""
     for said, found in _differences(bundle, graph):
         raise BundleError(f"{bundle.folder}: manifest.json says {said}, and {bundle.graph_path.name} has {found}; export the bundle again")
+
+
+def check_adapter(file: Path, tensors: Mapping[str, np.ndarray], graph: Graph) -> None:
+    """Raises BundleError where an adapter's tensors are not those that the graph takes of one, or are not numbers."""
+    taken = {value.name for value in graph.get_overridable_initializers()} - OF_A_CALL
+    if odd := sorted({*tensors} - taken):
+        raise BundleError(f"{file} holds {odd[0]!r}, which the graph does not take; export the bundle again")
+    if missing := sorted(taken - {*tensors}):
+        raise BundleError(f"{file} does not hold {missing[0]}, which the graph takes of every adapter; export the bundle again")
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise BundleError(f"{file}: {name} holds values that are not finite; export the bundle again")
 
 
 def _differences(bundle: Bundle, graph: Graph) -> Iterator[tuple[str, str]]:

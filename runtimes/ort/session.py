@@ -26,7 +26,7 @@ from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
 from runtimes.machine import this_machine
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
-from runtimes.ort.graph_checks import check_graph
+from runtimes.ort.graph_checks import check_adapter, check_graph
 from runtimes.precision import BFLOAT16, ELEMENT_TYPES, FLOAT_TYPES
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
@@ -136,14 +136,21 @@ class OrtGraph(ClosedAtEnd):
         binding = session.io_binding() if self._bound else None
         if placement is not None and binding is not None:
             if placement.name not in self._tensors:
-                self._tensors[placement.name] = _read_adapter(placement.file, open_onnx_adapter)
+                self._tensors[placement.name] = self._read_adapter(placement.file)
             for bank, value in self._tensors[placement.name].get_parameters().items():
                 binding.bind_ortvalue_input(bank, value)
         elif placement is not None:
             if placement.name not in self._active:
-                self._active[placement.name] = _read_adapter(placement.file, _load_active)
+                self._read_adapter(placement.file)
+                self._active[placement.name] = _load_adapter(placement.file, _load_active)
             run_options.add_active_adapter(self._active[placement.name])
         self.adapter, self._placement, self._run_options, self._binding = name, placement, run_options, binding
+
+    def _read_adapter(self, file: Path) -> ort.AdapterFormat:
+        """Raises BundleError for a file that is no adapter of this graph."""
+        read = _load_adapter(file, open_onnx_adapter)
+        check_adapter(file, {name: host_array(value) for name, value in read.get_parameters().items()}, self._open)
+        return read
 
     def close(self) -> None:
         """onnxruntime frees its session, and what its adapters were read into, as soon as nothing refers to them."""
@@ -420,7 +427,7 @@ def _check_edits_run(bundle: Bundle, provider: str, instead: str) -> None:
     )
 
 
-def _read_adapter(file: Path, load: Callable[[Path], A]) -> A:
+def _load_adapter(file: Path, load: Callable[[Path], A]) -> A:
     if not hasattr(ort, "LoraAdapter"):
         raise BackendUnavailable(f"onnxruntime {ort.__version__} cannot load adapters; pip install 'onnxruntime>=1.20'")
     try:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from runtimes.errors import InputError, ReftError
+from runtimes.errors import BundleError, InputError
 from runtimes.generation import columns
 from runtimes.session import Session, as_decoder
 from runtimes.text.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterato
         for column in range(max(first, prompt - 1), output.past.width):
             row = output.logits[0, column - first]
             if not np.isfinite(row).all():
-                raise ReftError("the model's logits are not finite; check the bundle with `reft-export parity`")
+                raise BundleError("the model's logits are not finite; check the bundle with `reft-export parity`")
             yield tokens[column + 1], row
 
 

@@ -15,7 +15,7 @@ from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, chan
 
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
-from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
+from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError
 from runtimes.ort import session as ort_session
 from runtimes.ort.session import OrtSession
 
@@ -261,15 +261,25 @@ def test_adapters_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     rounding.check(forward(session), DECODER.logits(TOKENS), ROUNDING)
 
 
-def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path, in_place: bool) -> None:
+    """Where they are bound, and where onnxruntime takes an active adapter itself."""
     from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 
-    bundle = write_toy_bundle(tmp_path / "b")
-    write_onnx_adapter(bundle.adapter("ends").file, {"reft.7.block_output.U": np.zeros((1, 1, 16), np.float32)})
-    session = OrtSession(bundle, threads=1, adapter="ends")
-    with pytest.raises(ReftError, match="with adapter ends: .*reft.7.block_output.U") as caught:
-        forward(session)
-    assert "\n" not in str(caught.value)
+    bundle = write_toy_bundle(tmp_path / "b", in_place=in_place)
+    file = bundle.adapter("ends").file
+    right = read_onnx_adapter(file)
+    bank = next(name for name, value in right.items() if value.ndim == 3)
+    others = {
+        "holds 'reft.7.block_output.U', which the graph does not take": right | {"reft.7.block_output.U": right[bank]},
+        f"does not hold {bank}, which the graph takes of every adapter": {name: right[name] for name in right if name != bank},
+        f"{bank} holds values that are not finite": right | {bank: np.full_like(right[bank], np.nan)},
+    }
+    for said, tensors in others.items():
+        write_onnx_adapter(file, tensors)
+        with pytest.raises(BundleError, match=said) as caught:
+            OrtSession(bundle, threads=1, adapter="ends")
+        assert "\n" not in str(caught.value)
 
 
 def test_graphs_that_are_not_decoders(tmp_path: Path) -> None:
