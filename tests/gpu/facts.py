@@ -8,20 +8,18 @@ import re
 import shutil
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from gpu.process import ROOT
+from gpu.process import PATH, ROOT
 
 from runtimes.tensorrt.library import present_compute_capability
 
 PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "transformers", "numpy", "onnx", "onnxruntime", "pytest")
-CUDA_FOLDER = Path("/usr/local/cuda/bin")
 
 
 def tool(name: str) -> str | None:
-    """The path of one of CUDA's programs, on PATH or where its toolkit is usually installed."""
-    return shutil.which(name) or shutil.which(name, path=str(CUDA_FOLDER))
+    """The path of one of CUDA's programs, or None."""
+    return shutil.which(name, path=PATH)
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
+OWN = (ROOT, TESTS, TESTS / "native")
+"""Where the project's packages lie, and the modules of its tests: nothing has to be installed."""
+CUDA_FOLDER = Path("/usr/local/cuda/bin")
+"""Where CUDA's toolkit is usually installed, which does not put it on PATH."""
+PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), str(CUDA_FOLDER))))
 
 
 class Skipped(Exception):
@@ -69,7 +74,7 @@ class Run:
         ``site``: folders of packages for this program alone. Raises Failed where the time is over or the program is not there.
         """
         words = [str(word) for word in command]
-        path = os.pathsep.join([*map(str, (*site, *self.site)), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([*map(str, (*site, *self.site, *OWN)), os.environ.get("PYTHONPATH", "")])
         started, left = time.monotonic(), self.until - time.monotonic()
         if left <= 0:
             raise Failed(f"no time was left for {Path(words[0]).name}")
@@ -80,7 +85,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={**os.environ, "PATH": PATH, "PYTHONPATH": path, **(environment or {})},
             cwd=ROOT,
             start_new_session=True,
         ) as program:
@@ -102,7 +107,7 @@ class Run:
         places = [*map(str, (*site, *self.site)), *sys.path]
         missing = [name for name in packages if PathFinder.find_spec(name, places) is None]
         if missing:
-            raise Skipped(f"{sys.executable} has no {' and no '.join(missing)}; put the wheel into the folder of wheels")
+            raise Skipped(f"this Python has no {' and no '.join(missing)}; put the wheel into the folder of wheels")
 
     def _note(self, words: Sequence[str], end: str, output: str) -> None:
         with self.log.open("a", encoding="utf-8") as log:

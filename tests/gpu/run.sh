@@ -3,5 +3,5 @@
 # and nothing of the clone is written to.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH="$root:$root/tests:$root/tests/native${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python3}" -m gpu.run "$@"

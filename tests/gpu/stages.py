@@ -20,6 +20,7 @@ from typing import Any
 from gpu import wheels
 from gpu.facts import tool
 from gpu.process import ROOT, TESTS, Ended, Failed, Run, Skipped
+from gpu.training import STEPS, TOLERANCE, worst
 
 HERE = Path(__file__).parent
 NATIVE = ROOT / "runtimes" / "native"
@@ -117,9 +118,9 @@ def sanitizer(name: str, run: Run, figures: Figures) -> str:
     figures["errors"] = errors = _errors(done)
     if errors is None:
         raise Failed(f"{name} gave no summary: {done.last_line()}")
-    seen = _all_right(done, lines, figures)
     if errors:
-        raise Failed(f"{name} sees {errors} errors in {len(lines)} cases; {run.log.name} has them")
+        raise Failed(f"{name} counts {errors} in {len(lines)} cases; {run.log.name} says where")
+    seen = _all_right(done, lines, figures)
     return f"no error; {seen}; the planted fault was seen"
 
 
@@ -144,8 +145,6 @@ def benchmark(run: Run, figures: Figures) -> str:
 def training(run: Run, figures: Figures) -> str:
     """gpu/training.py: every loss of the run on the GPU close to that of the CPU, and lower at the end than at the start."""
     run.need("torch", "transformers", "accelerate", "safetensors", "tokenizers", "jinja2")
-    from gpu.training import STEPS, TOLERANCE, worst
-
     result = run.work / "training.json"
     run.python("-m", "gpu.training", result, *_dry(run)).require("training")
     figures |= json.loads(result.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """Training in bfloat16 on the GPU against float32 on the CPU: the same 20 steps on the built-in base, loss by loss.
 
-python -m gpu.training RESULT [--dry]       RESULT: a JSON file; --dry: bases, data and settings, and no step
+    python -m gpu.training RESULT [--dry]       RESULT: a JSON file; --dry: bases, data and settings, and no step
+
+Losses are in nats per completion token, each taken before its step.
 """
 
 from __future__ import annotations
@@ -12,11 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from reft_export.base.load import load_base
-from reft_export.quickstart import base_path
-from reft_export.training.settings import TrainSettings
-from reft_export.training.trainer import prepare, train
-
 STEPS = 20
 TOLERANCE = 2**-7
 """Of each loss, relative: two of bfloat16's roundings (2^-8). On a CPU in bfloat16 the largest difference was 2^-9.4."""
@@ -25,7 +22,13 @@ PLACES = {"reference": ("float32", "cpu"), "gpu": ("bfloat16", "cuda")}
 
 
 def losses(name: str, dtype: str, device: str, folder: Path, *, dry: bool) -> list[float]:
-    """Nats per completion token before each step; none of a dry form, which checks all that comes before the first."""
+    """One a step; none of a dry form, which checks all that comes before the first."""
+    # Not at the head: the stages read this module's constants, and need no torch.
+    from reft_export.base.load import load_base
+    from reft_export.quickstart import base_path
+    from reft_export.training.settings import TrainSettings
+    from reft_export.training.trainer import prepare, train
+
     data = base_path().parent / "pirate.train.jsonl"
     # The CPU stands in for a GPU that is not there: what is checked is the data and the settings.
     device = "cpu" if dry else device
