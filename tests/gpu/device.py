@@ -128,5 +128,10 @@ class HostDevice:
 
 
 def open_device() -> Device:
-    """torch where it is there, else CuPy; raises ModuleNotFoundError where neither is."""
-    return TorchDevice() if find_spec("torch") else CupyDevice()
+    """torch where it has CUDA, else CuPy; raises ModuleNotFoundError where neither is there."""
+    if find_spec("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            return TorchDevice()
+    return CupyDevice()

@@ -18,7 +18,8 @@ OWN = (ROOT, TESTS, TESTS / "native")
 """Where the project's packages lie, and the modules of its tests: nothing has to be installed."""
 CUDA_FOLDER = Path("/usr/local/cuda/bin")
 """Where CUDA's toolkit is usually installed, which does not put it on PATH."""
-PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), str(CUDA_FOLDER))))
+PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), str(CUDA_FOLDER), str(Path(sys.executable).parent))))
+"""Where programs are looked for: CMake may have come with this Python's packages."""
 
 
 class Skipped(Exception):
@@ -101,6 +102,12 @@ class Run:
 
     def python(self, *arguments: object, site: Sequence[Path] = (), environment: dict[str, str] | None = None, text: str = "") -> Ended:
         return self.start(sys.executable, *arguments, site=site, environment=environment, text=text)
+
+    def built(self, path: Path) -> Path:
+        """A file that the stage ``build`` makes; raises Skipped where it did not."""
+        if not path.is_file():
+            raise Skipped(f"the stage build made no {path.name}")
+        return path
 
     def need(self, *packages: str, site: Sequence[Path] = ()) -> None:
         """Raises Skipped where one of these packages cannot be imported."""

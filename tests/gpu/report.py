@@ -46,7 +46,8 @@ class Report:
     def write(self, folder: Path) -> None:
         """Both files, each in one step: a run that is killed leaves what it has seen."""
         told = {"dry": self.dry, "machine": self.machine, "stages": [asdict(record) for record in self.stages]}
-        _replace(folder / JSON_FILE, json.dumps(told, indent=1, allow_nan=False) + "\n")
+        finite = json.loads(json.dumps(told), parse_constant=str)  # JSON has no NaN, and a kernel or a training may come to one
+        _replace(folder / JSON_FILE, json.dumps(finite, indent=1, allow_nan=False) + "\n")
         _replace(folder / PAGE_FILE, self.page())
 
     def page(self) -> str:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +16,7 @@ from typing import Any
 
 from gpu import wheels
 from gpu.facts import tool
+from gpu.marked_tests import gpu_test_files, run_marked
 from gpu.process import ROOT, TESTS, Ended, Failed, Run, Skipped
 from gpu.training import STEPS, TOLERANCE, worst
 
@@ -27,7 +25,6 @@ NATIVE = ROOT / "runtimes" / "native"
 EMULATION = TESTS / "native" / "cuda_emulation"
 DOUBLE = TESTS / "native" / "tensorrt_double"
 PLUGIN_TESTS = "test_tensorrt_plugin.py"
-GPU_MARK = "pytest.mark.gpu"
 Figures = dict[str, Any]
 
 
@@ -48,7 +45,7 @@ def unpack_wheels(run: Run, figures: Figures) -> str:
     except ValueError as error:
         raise Failed(str(error)) from None
     if not found:
-        raise Skipped(f"{run.wheels} holds no wheel, nor parts of one")
+        raise Skipped(f"{run.wheels.name} holds no wheel, nor parts of one")
     figures["wheels"] = {stage: [wheel.name for wheel in paths] for stage, paths in found.items()}
     for stage, paths in found.items():
         folder = _site(run, stage)
@@ -62,7 +59,7 @@ def unpack_wheels(run: Run, figures: Figures) -> str:
 def build(run: Run, figures: Figures) -> str:
     """The op library, the plugin against a double of TensorRT's headers, and this folder's programs, for one architecture."""
     nvcc = tool("nvcc")
-    if nvcc is None or shutil.which("cmake") is None:
+    if nvcc is None or tool("cmake") is None:
         raise Skipped("nvcc or cmake is not on PATH; install CUDA's toolkit and CMake")
     folder = run.library.parent
     options = ("-DREFT_CUDA=ON", "-DREFT_TENSORRT=ON", f"-DTENSORRT_INCLUDE_DIR={DOUBLE}", f"-DREFT_CUDA_ARCHITECTURES={run.architecture}")
@@ -80,21 +77,17 @@ def build(run: Run, figures: Figures) -> str:
 
 def gpu_tests(run: Run, figures: Figures) -> str:
     """Every test that is marked so, but for the plugin's."""
-    return _pytest(run, figures, [path for path in gpu_test_files() if path.name != PLUGIN_TESTS])
+    return run_marked(run, figures, [path for path in gpu_test_files() if path.name != PLUGIN_TESTS])
 
 
 def plugin(run: Run, figures: Figures) -> str:
     """The TensorRT plugin's launcher, through a stand-in for TensorRT."""
-    return _pytest(run, figures, [path for path in gpu_test_files() if path.name == PLUGIN_TESTS])
-
-
-def gpu_test_files() -> list[Path]:
-    return sorted(path for path in TESTS.rglob("test_*.py") if GPU_MARK in path.read_text(encoding="utf-8") and path.parent != HERE)
+    return run_marked(run, figures, [path for path in gpu_test_files() if path.name == PLUGIN_TESTS])
 
 
 def sample(run: Run, figures: Figures) -> str:
     """Cases in which every two values of two factors meet, on the GPU against float64: tests/native/emulated_kernels.py says which."""
-    program = _built(_cases(run))
+    program = run.built(_cases(run))
     lines = _case_lines(run, "sample")
     if run.dry:
         return f"{len(lines)} cases"
@@ -103,7 +96,7 @@ def sample(run: Run, figures: Figures) -> str:
 
 def sanitizer(name: str, run: Run, figures: Figures) -> str:
     """Small cases under a tool of compute-sanitizer, which must first see a fault that was planted for it."""
-    checked, fault = _built(_cases(run)), _built(_planted(run))
+    checked, fault = run.built(_cases(run)), run.built(_planted(run))
     program = tool("compute-sanitizer")
     if program is None:
         raise Skipped("compute-sanitizer is not on PATH, nor in /usr/local/cuda/bin; install it (Debian: cuda-sanitizer-13-0)")
@@ -128,7 +121,7 @@ def benchmark(run: Run, figures: Figures) -> str:
     """gpu/bench.py, whose docstring says what is measured."""
     if not run.dry:
         _need_either(run, "torch", "cupy")
-    library, empty, result = _built(run.library), _built(_empty(run)), run.work / "bench.json"
+    library, empty, result = run.built(run.library), run.built(_empty(run)), run.work / "bench.json"
     try:
         run.python("-m", "gpu.bench", library, empty, result, *_dry(run)).require("the benchmark")
     finally:
@@ -164,11 +157,11 @@ def in_runtime(name: str, packages: Sequence[str], run: Run, figures: Figures) -
     if not site.is_dir():
         raise Skipped(f"no wheel of {name} is in the folder of wheels; parts of less than 60 MB will do: {wheels.HOW_TO_SPLIT}")
     run.need("torch", "transformers", "onnx", "onnx_ir", "onnxscript", *packages, site=[site])
-    libraries = _built(run.library).parent
+    libraries = run.built(run.library).parent
     said = []
     if name == "onnxruntime-gpu" and not run.dry:
         files = [path for path in gpu_test_files() if path.name != PLUGIN_TESTS]
-        said.append(_pytest(run, figures, files, "-k", "cuda_provider", site=[site]))
+        said.append(run_marked(run, figures, files, "-k", "cuda_provider", site=[site]))
     folder = run.work / f"bundle-{name}"
     folder.mkdir()
     environment = _library_path(site, folder)
@@ -202,45 +195,6 @@ STAGES = (
     Stage("tensorrt-rtx", 90, partial(in_runtime, "tensorrt-rtx", ("tensorrt_rtx", "cuda"))),
 )
 """In the order of what is missed most where the time ends early."""
-
-
-def _pytest(run: Run, figures: Figures, files: Sequence[Path], *options: str, site: Sequence[Path] = ()) -> str:
-    """Runs, or in the dry form collects, the tests of ``files`` that are marked; Failed where one fails, or where there is none."""
-    run.need("pytest", "numpy", "torch", "onnx", "onnx_ir", "onnxruntime", "ml_dtypes", site=site)
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--op-library", _built(run.library), *options, *files)
-    if run.dry:
-        told = run.python(*command, "--collect-only", site=site).require("pytest --collect-only").output
-        count = re.search(r"(\d+)(?:/\d+)? tests? collected", told)
-        if count is None or count[1] == "0":
-            raise Failed("no test that is marked gpu was collected")
-        return f"{count[1]} tests collected"
-    result = run.work / "junit.xml"
-    result.unlink(missing_ok=True)
-    ended = run.python(*command, "--require-gpu", "--junitxml", result, site=site)
-    if not result.is_file():
-        raise Failed(f"pytest ended with status {ended.code}: {ended.last_line()}")
-    return read_junit(result, figures)
-
-
-def read_junit(path: Path, figures: Figures) -> str:
-    """Counts the tests of a JUnit file into ``figures`` and in words; Failed where one failed, or none passed."""
-    failures, skips, passed = [], Counter(), 0
-    for test in ElementTree.parse(path).getroot().iter("testcase"):
-        name = f"{test.get('classname', '').rpartition('.')[2]}::{test.get('name')}"
-        bad = next((test.find(kind) for kind in ("failure", "error") if test.find(kind) is not None), None)
-        skip = test.find("skipped")
-        if bad is not None:
-            failures.append({"test": name, "message": " ".join((bad.get("message") or "").split())[:300]})
-        elif skip is not None:
-            skips[skip.get("message") or ""] += 1
-        else:
-            passed += 1
-    figures |= {"tests_passed": passed, "tests_failed": len(failures), "failures": failures[:20], "skips": dict(skips)}
-    if failures:
-        raise Failed(f"{len(failures)} of {passed + len(failures)} tests fail; the first, {failures[0]['test']}: {failures[0]['message']}")
-    if not passed:
-        raise Failed(f"no test passed; skipped: {'; '.join(skips) or 'none'}")
-    return ", ".join([f"{passed} tests passed", *(f"{count} skipped ({reason})" for reason, count in skips.items())])
 
 
 def _case_lines(run: Run, which: str) -> list[str]:
@@ -282,12 +236,6 @@ def _library_path(site: Path, folder: Path) -> dict[str, str]:
     (folder / "names" / "libtensorrt_rtx.so").symlink_to(library)
     before = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder / "names"), before)))}
-
-
-def _built(path: Path) -> Path:
-    if not path.is_file():
-        raise Skipped(f"the stage build made no {path.name}")
-    return path
 
 
 def _dry(run: Run) -> tuple[str, ...]:

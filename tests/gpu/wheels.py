@@ -22,7 +22,7 @@ def collect(source: Path, joined: Path) -> dict[str, list[Path]]:
     Raises ValueError for parts of which one is missing, for a wheel that is not whole, and for a source distribution.
     """
     for archive in source.glob("*.tar.gz"):
-        raise ValueError(f"{archive.name} in {source} is no wheel, and cannot be built where there is no network; make one: pip wheel NAME")
+        raise ValueError(f"{archive.name} in {source.name} is no wheel, and is not built where there is no network; pip wheel makes one")
     wheels = sorted(source.glob("*.whl")) + join(source, joined)
     found: dict[str, list[Path]] = defaultdict(list)
     for wheel in wheels:
@@ -44,7 +44,7 @@ def join(source: Path, joined: Path) -> list[Path]:
     for name, numbered in sorted(parts.items()):
         missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
         if missing:
-            raise ValueError(f"{name} lacks part {missing[0]} of 0 to {max(numbered)}; copy all parts into {source}")
+            raise ValueError(f"{name} lacks part {missing[0]} of 0 to {max(numbered)}; copy all parts into {source.name}")
         with (joined / name).open("wb") as whole:
             for _, path in sorted(numbered.items()):
                 with path.open("rb") as part:
