@@ -7,12 +7,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from typing import Any
 
 from gpu.process import PATH, ROOT
-
-from runtimes.tensorrt.library import present_compute_capability
 
 PACKAGES = ("torch", "cupy-cuda13x", "cupy-cuda12x", "transformers", "numpy", "onnx", "onnxruntime", "pytest")
 
@@ -44,7 +43,9 @@ def _of_the_card() -> tuple[str | None, str | None, str | None]:
     told = _told(smi, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader") if smi else None
     if told and len(fields := [field.strip() for field in told.splitlines()[0].split(",")]) == 3:
         return fields[0], fields[1], fields[2]
-    return None, None, present_compute_capability()
+    # In a process of its own: what starts the stages needs nothing but Python.
+    program = "from runtimes.tensorrt.library import present_compute_capability; print(present_compute_capability() or '')"
+    return None, None, _told(sys.executable, "-c", program) or None
 
 
 def _release() -> str | None:

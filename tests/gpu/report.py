@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,12 @@ class Report:
     def failed(self) -> list[str]:
         return [record.stage for record in self.stages if record.result == FAILED]
 
+    def counts(self) -> str:
+        """How many stages came to what, in one line."""
+        counted = Counter(record.result for record in self.stages)
+        told = ", ".join(f"{counted[result]} {result}" for result in (PASSED, READY, FAILED, SKIPPED) if counted[result])
+        return f"{len(self.stages)} of {len(self.names)} stages{': ' if told else ''}{told}"
+
     def write(self, folder: Path) -> None:
         """Both files, each in one step: a run that is killed leaves what it has seen."""
         told = {"dry": self.dry, "machine": self.machine, "stages": [asdict(record) for record in self.stages]}
@@ -52,11 +59,13 @@ class Report:
 
     def page(self) -> str:
         title = "# Dry form: nothing was launched" if self.dry else f"# On a GPU: {self.machine['card']}"
+        command = f"    $ tests/gpu/run.sh OUT{' --dry' if self.dry else ''}\n    {self.counts()}"
         reached = {record.stage: record for record in self.stages}
         rows = [_stage_row(name, reached.get(name)) for name in self.names]
         cases = [case for record in self.stages for case in record.figures.get("cases", [])]
         parts = [
             title,
+            command,
             "Written by `tests/gpu/run.sh`; every figure is in the JSON beside this page.",
             _table(MACHINE, [[_text(self.machine.get(name)) for name in MACHINE]]),
             _table(("stage", "result", "seconds", "seen, or why not"), rows),

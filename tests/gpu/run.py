@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.stages.append(record)
             report.write(options.out)
             print(f"{record.stage:16} {record.result:8} {record.seconds:6.1f} s  {record.summary}", flush=True)
-    print(f"{options.out / PAGE_FILE} and {options.out / JSON_FILE}")
+    print(f"{report.counts()}; {options.out / PAGE_FILE} and {options.out / JSON_FILE} have them")
     return 1 if report.failed else 0
 
 

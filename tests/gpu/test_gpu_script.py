@@ -20,7 +20,7 @@ from gpu import bench, run, stages, wheels
 from gpu.bench import figures
 from gpu.facts import tool
 from gpu.marked_tests import gpu_test_files
-from gpu.process import ROOT, Failed, Run, Skipped
+from gpu.process import ROOT, TESTS, Failed, Run, Skipped
 from gpu.report import JSON_FILE, NOT_REACHED, PAGE_FILE, Report, StageRecord
 from gpu.stages import Stage
 
@@ -42,7 +42,9 @@ def test_the_dry_form_does_everything_up_to_the_launch(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "out" / JSON_FILE).read_text())
     page = (tmp_path / "out" / PAGE_FILE).read_text()
-    assert told["dry"] is True and page.startswith("# Dry form: nothing was launched\n")
+    assert told["dry"] is True and page.startswith(
+        "# Dry form: nothing was launched\n\n    $ tests/gpu/run.sh OUT --dry\n    11 of 11 stages: "
+    )
     assert [record["stage"] for record in told["stages"]] == [stage.name for stage in stages.STAGES]
     found = {record["stage"]: record for record in told["stages"]}
     assert found["wheels"]["result"] == "ready" and found["wheels"]["figures"]["wheels"] == {"every stage": [wheel.name]}
@@ -70,6 +72,15 @@ def test_the_dry_form_does_everything_up_to_the_launch(tmp_path) -> None:
 def test_every_file_with_a_test_for_a_gpu_is_run() -> None:
     names = {path.name for path in gpu_test_files()}
     assert names == {"test_cuda_kernel.py", "test_red_cuda_kernel.py", "test_tensorrt_plugin.py"}
+
+
+def test_what_starts_the_stages_needs_nothing_but_python() -> None:
+    """Without site-packages: what is missing is then a stage's to say."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
+    command = [sys.executable, "-S", "-m", "gpu.run", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert wheels.HOW_TO_SPLIT in done.stdout
 
 
 def test_without_a_gpu_only_the_dry_form_runs(tmp_path, monkeypatch, capsys) -> None:
@@ -203,6 +214,7 @@ def test_a_run_that_is_killed_leaves_what_it_saw(tmp_path) -> None:
     report.write(tmp_path)
     assert report.failed == ["build"]
     page = (tmp_path / PAGE_FILE).read_text()
+    assert page.startswith("# On a GPU: A | B\n\n    $ tests/gpu/run.sh OUT\n    2 of 3 stages: 1 passed, 1 failed\n\n")
     assert "| build | failed | 1.2 | x.cu: a\\|b |" in page and f"| training | {NOT_REACHED} |" in page
     assert "| LoReFT | bfloat16 | 8192 | 8192 | 4096 | 4 | no | 50.00 | 2684 | 0.90 |  | 80% of the copy: met |" in page
     told = json.loads((tmp_path / JSON_FILE).read_text())["stages"]
