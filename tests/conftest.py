@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--op-kernels", choices=("avx2", "portable"), help="run on an op library of these kernels only, as a lesser processor would"
     )
+    parser.addoption("--op-library", type=Path, help="run on this op library in place of the installed package's")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available() or config.getoption("--require-gpu"):
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # its keywords have the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here; --require-gpu makes this a failure"))
 
 
@@ -64,17 +65,18 @@ def _shared_exports(_shared_folders: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _op_library_of_a_lesser_processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With --op-kernels: every session of this process finds a library that holds no other kernels."""
-    kernels = request.config.getoption("--op-kernels")
-    if kernels is None:
+def _another_op_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With --op-library, every session of this process finds that one; with --op-kernels, one that holds no other kernels."""
+    library, kernels = request.config.getoption("--op-library"), request.config.getoption("--op-kernels")
+    if library is None and kernels is None:
         yield
         return
-    from native.op_library import LESSER, compile_library, compiler
-
     from runtimes import native_library
 
-    library = compile_library(compiler(), tmp_path_factory.mktemp("op-library"), "-O3", rows=LESSER[kernels])
+    if library is None:
+        from native.op_library import LESSER, compile_library, compiler
+
+        library = compile_library(compiler(), tmp_path_factory.mktemp("op-library"), "-O3", rows=LESSER[kernels])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_library, "_find", lambda name: library if name == native_library.library_name() else None)
         yield

@@ -50,6 +50,14 @@ CROSSED = ("op", "dtype", "tokens", "width", "rank", "pattern", "in_place", "bes
 """The whole grid crosses these; the others take turns."""
 MOST_WORK = 20_000_000
 """Multiplications of a case, a fraction of a second under the sanitizers; cases of more are left out, and their pairs with them."""
+SMALL: Mapping[str, Sequence[object]] = {
+    "tokens": (1, 3, 1030),
+    "width": (1, 9, 72, 130),
+    "rank": (1, 4, 5, 33),
+    "activation": (0, 2),
+}
+SMALL_WORK = 2_500_000
+"""Values in place of FACTORS' at which a pairwise sample takes no time, and the most work of its cases."""
 FAR_BANKS = (
     "LoReFT float32 9 131072 4 4200 0 0 ends 1 none 0 0 1",
     "RED float32 9 131072 1 16500 0 0 ends 0 none 0 0 1",

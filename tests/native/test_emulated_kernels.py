@@ -6,7 +6,20 @@ import itertools
 from pathlib import Path
 
 import pytest
-from emulated_kernels import FACTORS, FAR_BANKS, FAR_TOKENS, MOST_WORK, build, cases_of, check, line_of, pairwise, work
+from emulated_kernels import (
+    FACTORS,
+    FAR_BANKS,
+    FAR_TOKENS,
+    MOST_WORK,
+    SMALL,
+    SMALL_WORK,
+    build,
+    cases_of,
+    check,
+    line_of,
+    pairwise,
+    work,
+)
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_small_cases(program) -> None:
     """Pairs of everything, at sizes that take no time."""
-    small = {"tokens": (1, 3, 1030), "width": (1, 9, 72, 130), "rank": (1, 4, 5, 33), "activation": (0, 2)}
-    lines = [line_of(case, i) for i, case in enumerate(pairwise({**FACTORS, **small}, 2_500_000))]
+    lines = [line_of(case, i) for i, case in enumerate(pairwise({**FACTORS, **SMALL}, SMALL_WORK))]
     done = check(program, lines)
     assert done.returncode == 0, done.stderr
     assert sum(cases_of(done.stdout).values()) == len(lines)
