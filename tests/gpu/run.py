@@ -37,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine()
     capability = facts["compute capability"]
     if capability is None and not options.dry:
-        print(
-            "no GPU: neither nvidia-smi nor the driver names one with its compute capability; --dry does everything up to the launch",
-            file=sys.stderr,
-        )
+        print(NO_GPU, file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     log = (options.out / LOG_FILE).absolute()
