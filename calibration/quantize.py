@@ -54,13 +54,15 @@ def quantize_graph(
     *,
     float_inputs: Collection[str] = (),
     parameters: Collection[str] | None = None,
+    importance: Mapping[str, np.ndarray] | None = None,
     on_weight: Callable[[int, int], None] | None = None,
 ) -> QuantizedGraph:
     """Quantizes the chosen MatMul weights of ``model`` in place, and their inputs by ``ranges`` where the scheme fixes them.
 
     ``float_inputs``: weights whose inputs are never quantized. A weight-only scheme takes them at accuracy level 1; schemes that
     quantize activations leave them in float. ``parameters``: initializers that are known to be parameters of the base; an embedding that
-    is none stays in float unless asked for. None: all are.
+    is none stays in float unless asked for. None: all are. ``importance``: by weight the mean square [K] of its inputs, for method imatrix;
+    a weight that is not there is rounded by rtn.
 
     Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
     """
@@ -76,7 +78,9 @@ def quantize_graph(
     int8 = int8_weights(graph, selection, settings)
 
     def quantized_one(name: str) -> tuple[QuantizedWeight, WeightError]:
-        return _quantize_one(weights[name], settings, settings.int8_format if name in int8 else settings.format)
+        return _quantize_one(
+            weights[name], settings, settings.int8_format if name in int8 else settings.format, (importance or {}).get(name)
+        )
 
     # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
@@ -165,13 +169,15 @@ class _Rewrite:
         return self.inputs[x]
 
 
-def _quantize_one(weight: ir.Value, settings: QuantizationSettings, format: BlockFormat) -> tuple[QuantizedWeight, WeightError]:
+def _quantize_one(
+    weight: ir.Value, settings: QuantizationSettings, format: BlockFormat, importance: np.ndarray | None
+) -> tuple[QuantizedWeight, WeightError]:
     name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(original).all():
         raise CalibrationError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
     if settings.scheme == "weight-only":
-        quantized = nbits_weight(name, array, original, format)
+        quantized = nbits_weight(name, array, original, format, importance)
     elif settings.scheme == "qdq-int4":
         quantized = qdq.block_weight(name, array, original, settings.block_size)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from runtimes.artifacts.values import CacheType
@@ -11,7 +11,7 @@ from runtimes.errors import CalibrationError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 SchemeName = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"]
-Method = Literal["rtn", "hqq", "k_quant"]
+Method = Literal["imatrix", "rtn", "hqq", "k_quant"]
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -46,7 +46,7 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 """Activations are quantized in float32 graphs only: float16's own rounding moves values across the levels of the grid, and no reference
 could tell that from a fault (measured: 3 to 10 % of the largest logit, where 2 % is the budget)."""
 
-METHODS: tuple[Method, ...] = ("rtn", "hqq", "k_quant")
+METHODS: tuple[Method, ...] = ("imatrix", "rtn", "hqq", "k_quant")
 ASYMMETRIC: tuple[Method, ...] = ("hqq", "k_quant")
 """Methods whose blocks always have a zero point."""
 ELSEWHERE = {
@@ -132,6 +132,11 @@ class QuantizationSettings:
             raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use rtn")
         if self.method == "hqq" and self.bits != 4:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
+        if self.method == "imatrix" and (self.bits != 4 or not self.symmetric):
+            what = "8 bits" if self.bits != 4 else "zero points"
+            raise CalibrationError(
+                f"--method imatrix searches the scales of 4-bit blocks without zero points, not {what}; use --method rtn"
+            )
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
         if self.symmetric and self.method in ASYMMETRIC:
@@ -177,7 +182,7 @@ class QuantizationSettings:
         fractions for zero points, and at 8 bits a search gains nothing."""
         bits = self.embedding_bits
         if self.scheme == "weight-only" and bits == self.bits and self.method != "hqq":
-            return self.format
+            return replace(self.format, method="rtn") if self.method == "imatrix" else self.format
         return BlockFormat(bits=bits, block_size=DEFAULT_BLOCK[bits], symmetric=bits == 8)
 
 
@@ -208,7 +213,7 @@ def settings_for(
     scheme: str,
     bits: int | None = None,
     *,
-    method: str = "rtn",
+    method: str | None = None,
     block_size: int | None = None,
     symmetric: bool | None = None,
     accuracy_level: int | None = None,
@@ -220,11 +225,14 @@ def settings_for(
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
-    Blocks have no zero point unless asked otherwise: it was not worth its bytes in a real model (docs/quantization-quality.md).
+    4-bit blocks of weight-only are imatrix's, and have no zero point unless asked otherwise: it was not worth its bytes in a real model
+    (docs/quantization-quality.md).
     """
     name = check_scheme(scheme)
     kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
     width = kind.bits[0] if bits is None else bits
+    if method is None:
+        method = "imatrix" if name == "weight-only" and width == 4 and symmetric is not False else "rtn"
     return QuantizationSettings(
         scheme=name,
         bits=width,

@@ -80,7 +80,7 @@ def export(
     opset: Annotated[int, typer.Option("--opset", help="20 runs on onnxruntime 1.18 and later, and parses in TensorRT.")] = 20,
     block_size: BlockSize = None,
     accuracy_level: AccuracyLevel = None,
-    method: Method = "rtn",
+    method: Method = None,
     symmetric: Symmetric = None,
     keep_high: KeepHigh = None,
     budget_mb: BudgetMB = None,

@@ -56,7 +56,10 @@ AccuracyLevel = Annotated[
     int | None,
     typer.Option("--accuracy-level", help="Of weight-only: 4: int8 products, fast (default); 1: float32 products, exact."),
 ]
-Method = Annotated[str, typer.Option("--method", help="How weight-only blocks are chosen: rtn, hqq or k_quant.")]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="How weight-only blocks are chosen: imatrix (int4's default), rtn, hqq or k_quant.", show_default=False),
+]
 Symmetric = Annotated[
     bool | None,
     typer.Option("--symmetric/--asymmetric", help="Whether weight-only blocks have no zero point; default: none, but for hqq and k_quant."),

@@ -72,7 +72,7 @@ def quantize(
             "TensorRT: qdq-int4 (weights), qdq-int8, fp8 (weights and calibrated activations).",
         ),
     ] = None,
-    method: Method = "rtn",
+    method: Method = None,
     block_size: BlockSize = None,
     symmetric: Symmetric = None,
     accuracy_level: AccuracyLevel = None,

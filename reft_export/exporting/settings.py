@@ -32,7 +32,7 @@ class ExportSettings:
     sites: tuple[Site, ...] = ()
     block_size: int | None = None
     accuracy_level: int | None = None
-    method: str = "rtn"
+    method: str | None = None
     symmetric: bool | None = None
     keep_high: tuple[str, ...] = ()
     embeddings: int | None = None

@@ -70,10 +70,12 @@ def sensitivities(
     sources: Mapping[str, WeightSource],
     settings: QuantizationSettings,
     rows: Sequence[Row],
+    importance: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
     """Nats a scored token, by the name of every initializer of ``graph`` that ``settings`` quantizes and that is a linear module's weight.
 
-    ``model`` carries the float weights, and is left as it was. Weights that are no linear module's (experts) are not listed.
+    ``model`` carries the float weights, and is left as it was; ``importance``: as ``quantize_graph`` takes it. Weights that are no linear
+    module's (experts) are not listed.
     """
     format = settings.format
     nats: dict[str, float] = {}
@@ -81,7 +83,7 @@ def sensitivities(
     _, selection = plan_graph(graph, settings, (), sources)
     products = {weight_name(node): input_of(node, 1) for node in selection.products}
     names = [name for name in products if name in sources]
-    for name, blocks in zip(names, on_all_cores(lambda name: _blocks(products[name], format), names), strict=True):
+    for name, blocks in zip(names, on_all_cores(lambda name: _blocks(products[name], format, importance.get(name)), names), strict=True):
         for module, weight in _places(model, name, products[name], sources, blocks):
             placed.setdefault(module, []).append((name, weight))
             nats[name] = 0.0
@@ -98,8 +100,8 @@ def sensitivities(
     return nats
 
 
-def _blocks(value: ir.Value, format: BlockFormat) -> Blocks:
-    blocks = quantize_blocks(np.ascontiguousarray(array_of(value), np.float32), format)
+def _blocks(value: ir.Value, format: BlockFormat, importance: np.ndarray | None) -> Blocks:
+    blocks = quantize_blocks(np.ascontiguousarray(array_of(value), np.float32), format, importance)
     unmap(value)
     return blocks
 
@@ -242,6 +244,7 @@ def mixed(
     sources: Mapping[str, WeightSource],
     settings: QuantizationSettings,
     rows: Sequence[Row],
+    importance: Mapping[str, np.ndarray],
     asked: MixedPrecision,
 ) -> tuple[QuantizationSettings, str]:
     """``settings`` with the weights of ``graph`` that are worth 8 bits, and what was chosen in words; the graph's head is untied.
@@ -251,7 +254,7 @@ def mixed(
     untie_head(graph.graph)
     known = sizes(graph.graph, settings, (), sources)
     check_budget(known, asked.budget)
-    nats = sensitivities(model, graph.graph, sources, settings, rows)
+    nats = sensitivities(model, graph.graph, sources, settings, rows, importance)
     chosen = choose_int8(nats, known, asked.budget)
     total, taken = sum(nats.values()), sum(nats[name] for name in chosen)
     added = sum(known.extra[name] for name in chosen)

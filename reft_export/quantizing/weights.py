@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from reft_export.bundling.files import Report
 from reft_export.eager.steering import Steerer
 from reft_export.parity.quality import Attempt, QualityGate
 from reft_export.quantizing.cache import quantize_cache
+from reft_export.quantizing.importance import input_importance
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import WeightSource
@@ -70,6 +71,8 @@ class Material:
     ranges: Ranges | None = None
     mixed: MixedPrecision | None = None
     """Asked for by the user, whatever the adapters keep."""
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """As ``input_importance`` gives it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +91,9 @@ class Chosen:
 
 def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
     """The weights that ``_enough`` chooses, and the KV cache that ``settings`` ask for."""
+    if settings.method == "imatrix":
+        report("weighing the inputs of the weights")
+        of = replace(of, importance=input_importance(of.model.floats(), of.sources, of.inputs, of.steerers))
     chosen = _enough(of, settings, gate, report)
     if settings.cache != "float":
         report("measuring the KV cache's scales")
@@ -132,7 +138,7 @@ def measurable(fp32: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
 def _with_int8(of: Material, settings: QuantizationSettings, asked: MixedPrecision, report: Report) -> tuple[QuantizationSettings, str]:
     report("measuring what each weight costs in int4")
     rows = rows_of({name: each.arrays for name, each in of.inputs.items()}, of.steerers)
-    return mixed(of.model.floats(), of.graph(), of.sources, settings, rows, asked)
+    return mixed(of.model.floats(), of.graph(), of.sources, settings, rows, of.importance, asked)
 
 
 def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Report) -> tuple[Chosen, Attempt]:
@@ -141,7 +147,9 @@ def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Rep
     graph = of.graph()
     if of.turns:
         of.model.put_away()
-    quantized = quantize_graph(graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources)
+    quantized = quantize_graph(
+        graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources, importance=of.importance
+    )
     give_back()
     model = of.model.carrying(graph, of.sources)
     retention, said = eager_retention(model, of)

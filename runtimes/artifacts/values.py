@@ -26,7 +26,7 @@ Rules = Literal["row", "shared"]
 Embeddings = Literal["shared", "separate"]
 """Whether the token embedding and the output head are one range of bytes."""
 Scheme = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"]
-QuantizationMethod = Literal["rtn", "hqq", "k_quant"]
+QuantizationMethod = Literal["imatrix", "rtn", "hqq", "k_quant"]
 Target = Literal["tensorrt", "tensorrt-rtx"]
 """Of an engine."""
 

@@ -80,12 +80,15 @@ def settings_of() -> dict[str, QuantizationSettings | None]:
         "fp32": None,
         "int8": settings_for("weight-only", 8),
         "int4 32": int4(),
+        "int4 32 rtn": int4(method="rtn"),
         "int4 32 + int8, 102 MB": int4(),
         "int4 32 + int8, 119 MB": int4(),
         "int4 64 + int8, 102 MB": int4(64),
         "int4 64 + int8, 119 MB": int4(64),
         "int4 16": int4(16),
+        "int4 16 rtn": int4(16, method="rtn"),
         "int4 64": int4(64),
+        "int4 64 rtn": int4(64, method="rtn"),
         "int4 32 with zero points": int4(symmetric=False),
         "int4 32 k_quant": int4(symmetric=False, method="k_quant"),
         "int4 32, embedding int4": int4(embeddings=4),
@@ -158,7 +161,11 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     from calibration.quantize import quantize_graph
     from graph_passes.external import load_graph, write_graph
     from reft_export.base.dequantized import expert_matrices
+    from reft_export.base.load import load_base
+    from reft_export.eager.banks import bank_steerer
+    from reft_export.parity.ladder import stored_inputs
     from reft_export.quantizing import assemble
+    from reft_export.quantizing.importance import input_importance
     from reft_export.quantizing.settings import CalibrationRequest
     from runtimes.artifacts.bundle import open_bundle
 
@@ -167,9 +174,15 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     plan = assemble.planned(bundle, model, folder, settings, request, lambda _: None)
     graph, sources = load_graph(bundle.graph_path), bundle.manifest.weights
     started = time.monotonic()
+    weighed = {}
+    if settings.method == "imatrix":
+        inputs = stored_inputs(bundle)
+        steerers = {each: bank_steerer(bundle, each) for each in bundle.adapter_names}
+        weighed = input_importance(load_base(model, checked=True).model, sources, inputs, steerers)
     if name in BUDGETS:
-        settings = _mixed(model, bundle, graph, settings, BUDGETS[name], calibrated_on.parent)
-    done = quantize_graph(graph, settings, plan.ranges, float_inputs=expert_matrices(sources), parameters=sources)
+        settings = _mixed(model, bundle, graph, settings, BUDGETS[name], calibrated_on.parent, weighed)
+    left = expert_matrices(sources)
+    done = quantize_graph(graph, settings, plan.ranges, float_inputs=left, parameters=sources, importance=weighed)
     seconds = time.monotonic() - started
     write_graph(graph, folder)
     shutil.copytree(source / "golden", folder / "golden")
@@ -178,7 +191,9 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     return seconds
 
 
-def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path) -> QuantizationSettings:
+def _mixed(
+    model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path, weighed: Mapping[str, np.ndarray]
+) -> QuantizationSettings:
     """The product's choice, by sensitivities on the rows of the bundle's own golden arrays; they are kept in the folder ``memory``."""
     from calibration.mixed import choose_int8, sizes
     from graph_passes.tied_head import untie_head
@@ -191,7 +206,7 @@ def _mixed(model: str, bundle: Any, graph: Any, settings: QuantizationSettings, 
     sources, path = bundle.manifest.weights, memory / f"sensitivities-{settings.block_size}.json"
     if not path.is_file():
         rows = rows_of({BASE_GOLDEN: stored_inputs(bundle)[BASE_GOLDEN].arrays}, {})
-        path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows)))
+        path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows, weighed)))
     chosen = choose_int8(json.loads(path.read_text()), sizes(graph.graph, settings, (), sources), budget)
     return replace(settings, int8=chosen)
 
