@@ -122,7 +122,12 @@ def record_golden(
     for name, steerer in names.items():
         if on_name:
             on_name(name)
-        said = base_of(inputs[name]) if steerer is None else (known or {}).get(name) or inputs[name].said(model, steerer)
+        if steerer is None:
+            said = base_of(inputs[name])
+        elif known is not None and name in known:
+            said = dict(known[name])
+        else:
+            said = inputs[name].said(model, steerer)
         arrays = inputs[name].arrays | answers[name] | said
         if noisy:
             arrays["noise"] = reference_noise(model, inputs[name], steerer, said)
