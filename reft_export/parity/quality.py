@@ -16,6 +16,9 @@ from runtimes.parity.figures import ParityReport
 from runtimes.parity.retention import shortfall
 
 MIN_RETENTION = 0.8
+AIM = 0.9
+"""Share that an adapter should keep: below it int4 spends bytes on the weights that lose most, though a bundle is refused only below the
+least share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,11 @@ class QualityGate:
     def __post_init__(self) -> None:
         if not 0 <= self.min_retention <= 1:
             raise InputError(f"--min-retention {self.min_retention:g}: expected a share from 0 to 1; the default is {MIN_RETENTION:g}")
+
+    @property
+    def aim(self) -> float:
+        """What is enough without any more bytes: less than the default was asked for on purpose."""
+        return self.min_retention if self.min_retention < MIN_RETENTION else max(self.min_retention, AIM)
 
 
 @dataclass(frozen=True, kw_only=True)

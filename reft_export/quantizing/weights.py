@@ -102,14 +102,14 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
 
 
 def _enough(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
-    """Quantizes by ``settings``; where that leaves an adapter less than ``gate`` asks for, and the weights are of int4 without any choice
+    """Quantizes by ``settings``; where that leaves an adapter less than ``gate`` aims at, and the weights are of int4 without any choice
     of the user's, again with the most sensitive ones in int8."""
     note = ""
     if of.mixed is not None:
         settings, note = _with_int8(of, settings, of.mixed, report)
     chosen, plain = _attempt(of, settings, f"int{settings.bits}", report)
     lowest = min(plain.retention.values(), default=1.0)
-    if lowest >= gate.min_retention or gate.accept_loss or not of.again or not may_be_mixed(settings):
+    if lowest >= gate.aim or gate.accept_loss or not of.again or not may_be_mixed(settings):
         return replace(chosen, note=note)
     started = time.monotonic()
     del chosen

@@ -251,6 +251,11 @@ def test_level_4_gives_way_where_it_costs_too_much(bundle, base_folder, tmp_path
     check_golden(opened, OrtSession(opened)).require()
 
 
+def test_int4_aims_higher_than_it_refuses() -> None:
+    """Unless less than the default was asked for."""
+    assert [QualityGate(min_retention=least).aim for least in (0.8, 0.95, 0.5)] == [0.9, 0.95, 0.5]
+
+
 @pytest.mark.slow
 def test_what_loses_too_much_is_mended_or_refused(bundle, base_folder, adapters, tmp_path, monkeypatch) -> None:
     """A share that nothing reaches: every remedy is tried and told of, and nothing is left; accepted, the loss is in the manifest."""
