@@ -67,7 +67,7 @@ def test_the_page_holds_every_row_and_its_place(tmp_path: Path) -> None:
     quality_page.write([("a model", list(kept(tmp_path).values()))], tmp_path)
     text = (tmp_path / quality_page.PAGE).read_text()
     assert all(f"| {row.name} | {row.bytes / 1e6:.1f} | {row.perplexity:.2f} |" in text for row in (*OURS, *LLAMA))
-    assert "| poor | 96.0 | 244.69 | +0.5000 |  | worse than small (95 MB) |" in text
+    assert "| poor | 96.0 | 244.69 | +0.5000 |  |  | worse than small (95 MB) |" in text
     assert "- small: 0.0500 nats below llama.cpp's curve at 95.0 MB" in text
     assert "- poor: 0.1600 nats above llama.cpp's curve at 96.0 MB" in text
     assert "Not measured yet: int8; int4 32; " in text and quality_page.page(quality_page.read(tmp_path)) == text

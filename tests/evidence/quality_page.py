@@ -93,11 +93,17 @@ def _is_float(row: Row) -> bool:
 
 
 def worse_than(row: Row, rows: Sequence[Row]) -> str:
-    """The best of our other rows that is no larger and clearly better, in words."""
+    """The best of our other rows that is no larger and clearly better, in words. Accuracy level 1 is another row's bundle, run slowly."""
     if row.group == LLAMA_CPP:
         return ""
     others = [
-        o for o in rows if o.group != LLAMA_CPP and o.name != row.name and o.bytes <= NEAR * row.bytes and o.nats < row.nats - CLEARLY
+        o
+        for o in rows
+        if not o.name.endswith("accuracy level 1")
+        and o.group != LLAMA_CPP
+        and o.name != row.name
+        and o.bytes <= NEAR * row.bytes
+        and o.nats < row.nats - CLEARLY
     ]
     if not others:
         return ""
