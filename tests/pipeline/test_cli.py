@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ SURFACE = {
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
-        "--weight-decay", "--eval-fraction", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
+        "--weight-decay", "--eval-fraction", "--keep", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
         "--device", "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
@@ -415,7 +416,11 @@ app()
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")])
 def test_signals_clean_up(number, said, tmp_path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_VERB, str(tmp_path / "out")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW_VERB, str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # nohup and the like have it ignored by every child
     )
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     process.send_signal(number)

@@ -137,6 +137,7 @@ def test_a_redirected_export_says_its_stages(base_folder, tmp_path) -> None:
         "recording what the eager model says",
         "exporting the graph",
         "folding 3 edit nodes",
+        "weighing the inputs of the weights",
         "quantizing weights to int4",
         "writing the graph",
         "recording what the eager model says with the quantized weights",

@@ -299,7 +299,7 @@ QUANTIZATION = {"scheme": "weight-only", "bits": 4, "block_size": 32, "symmetric
     ("change", "said"),
     [
         ({"scheme": "magic"}, "quantization.scheme is 'magic', which is unknown; known: weight-only"),
-        ({"method": "magic"}, "quantization.method is 'magic', which is unknown; known: rtn, hqq"),
+        ({"method": "magic"}, "quantization.method is 'magic', which is unknown; known: imatrix, rtn"),
         ({"block_size": -32}, "quantization.block_size is -32"),
         ({"bits": 3}, "quantization.bits is 3, expected 4 to 8"),
         ({"accuracy_level": 9}, "quantization.accuracy_level is 9"),
