@@ -38,8 +38,8 @@ from runtimes.edits.probes import spread
 from runtimes.errors import BundleError
 
 SAMPLES = 16
-"""Rows, times draws of signs where there are fewer rows: the square of one alone varies as much as it is large. With 32, a fifth of the int8
-weights of SmolLM2 were others, and neither perplexity nor retention was better."""
+"""Rows, times draws of signs where there are fewer rows: the square of one alone varies as much as it is large. With 32, a fifth of
+SmolLM2's int8 weights were others, and neither perplexity nor retention was better."""
 TOKENS_AT_ONCE = 256
 """Whose activations and gradients are kept until the errors of the weights are made, one at a time, for all of them."""
 
