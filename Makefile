@@ -91,4 +91,4 @@ $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) $(AUDITWHEEL) build dist quickstart-out examples-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(AUDITWHEEL) .onnxruntime-headers .venv-onnxruntime-* build dist quickstart-out examples-out .pytest_cache .ruff_cache .hypothesis

@@ -87,6 +87,7 @@ class QuantizationSettings:
     scheme: SchemeName = "weight-only"
     bits: int = 4
     method: Method = "rtn"
+    """``settings_for`` gives int4 blocks without zero points imatrix."""
     block_size: int = 32
     """0: one scale per output column."""
     symmetric: bool = True

@@ -42,8 +42,8 @@ class Blocks:
 
 
 def quantize_blocks(weight: np.ndarray, format: BlockFormat, importance: np.ndarray | None = None) -> Blocks:
-    """``weight`` [K, N] float32. ``importance`` [K]: for method imatrix, which without it is rtn."""
-    if format.method == "imatrix" and importance is not None:
+    """``weight`` [K, N] float32. ``importance`` [K]: for method imatrix, which is rtn without it, or where it is not K numbers."""
+    if format.method == "imatrix" and importance is not None and importance.shape == weight.shape[:1] and np.isfinite(importance).all():
         return _imatrix(weight, format.bits, format.block_size, importance)
     if format.method == "hqq":
         return _hqq(weight, format.bits, format.block_size)

@@ -21,7 +21,7 @@ edits = [max(len(adapter[name]) for name in banks) for adapter in adapters]
 
 feeds = {name: np.array([0, *(adapter[name][0] for adapter in adapters)]) for name in rules}  # row 0 edits nothing: the base
 feeds["reft.first_slot"] = np.cumsum([0, 0, *edits[:-1]])  # where a row's edits begin in the stacked banks
-for name in banks:
+for name in banks:  # (NoReFT with an activation: of one rank only, as its halves cannot be filled up at their end)
     rank = max(adapter[name].shape[1] for adapter in adapters)
     # A node that an adapter does not edit has one edit there, of nothing.
     parts = [adapter[name].repeat(n // len(adapter[name]), 0) for n, adapter in zip(edits, adapters, strict=True)]

@@ -18,6 +18,7 @@ PACKAGE = "com.github.asus4.onnxruntime@0.4.9"
 """onnxruntime for Unity, which brings Microsoft's build for iOS, and with it the headers of 1.29."""
 SHA256 = "e59788788818fdde1b2e522e766a21ba0f7d8391de55737abf81e32cc801785d"
 MEMBERS = "package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers/"
+MINUTES = 10
 FOLDER = Path(__file__).parent.parent / ".onnxruntime-headers"
 """Kept between runs."""
 
@@ -42,8 +43,11 @@ def _download() -> None:
     if shutil.which("npm") is None:
         pytest.skip("onnxruntime's headers are not here; ONNXRUNTIME_INCLUDE_DIR names their folder, or npm brings them")
     with tempfile.TemporaryDirectory(dir=FOLDER.parent, prefix=".onnxruntime-headers-") as made:
-        command = ["npm", "pack", "--silent", "--pack-destination", made, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = ["npm", "pack", "--silent", "--fetch-retries=0", "--pack-destination", made, PACKAGE]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MINUTES * 60)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"onnxruntime's headers do not come: npm pack {PACKAGE} took more than {MINUTES} minutes")
         if done.returncode:
             pytest.skip(f"onnxruntime's headers do not come: npm pack {PACKAGE}: {(done.stderr or done.stdout).strip()[-200:]}")
         (archive,) = Path(made).iterdir()

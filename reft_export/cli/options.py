@@ -58,7 +58,11 @@ AccuracyLevel = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="How weight-only blocks are chosen: imatrix (int4's default), rtn, hqq or k_quant.", show_default=False),
+    typer.Option(
+        "--method",
+        help="How weight-only blocks are chosen: imatrix (the default of int4 without zero points), rtn, hqq or k_quant.",
+        show_default=False,
+    ),
 ]
 Symmetric = Annotated[
     bool | None,
@@ -99,7 +103,10 @@ BudgetMB = Annotated[
 ]
 MinRetention = Annotated[
     float,
-    typer.Option("--min-retention", help="The least share of its training that quantization may leave an adapter, measured on its probes."),
+    typer.Option(
+        "--min-retention",
+        help="The least share of its training that quantization may leave an adapter, measured on its probes; int4 aims at 0.9.",
+    ),
 ]
 AcceptLoss = Annotated[
     bool, typer.Option("--accept-loss", help="Write the bundle though an adapter lost more; its manifest says what. It must be exact.")

@@ -13,8 +13,9 @@ def attention_renamed(model: PreTrainedModel, rename: Callable[[str], str]) -> I
     """Inside the ``with``, every config of ``model`` names its attention ``rename(its own name)``, which must be registered."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
+    after = {key: rename(own) for key, own in before.items()}
     for key, config in configs.items():
-        config._attn_implementation = rename(before[key])
+        config._attn_implementation = after[key]
     try:
         yield
     finally:

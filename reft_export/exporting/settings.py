@@ -33,6 +33,7 @@ class ExportSettings:
     block_size: int | None = None
     accuracy_level: int | None = None
     method: str | None = None
+    """None: imatrix for int4 blocks without zero points, else rtn."""
     symmetric: bool | None = None
     keep_high: tuple[str, ...] = ()
     embeddings: int | None = None

@@ -125,8 +125,8 @@ class TrainSettings:
         return dtype, device
 
     def record(self) -> dict[str, Any]:
-        """The settings that decide the result, as they are written into the adapter and compared on resume."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples", "probes")}
+        """The settings that decide how the parameters move, as they are written into the adapter and compared on resume."""
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples", "probes", "keep")}
 
 
 def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:

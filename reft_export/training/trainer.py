@@ -284,7 +284,7 @@ def check_positions(data: TrainingData[Any], rule: PositionRule) -> None:
 
 def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
     """What the adapter records of its training."""
-    data, examples = ready.read, ready.examples
+    data, examples, kept = ready.read, ready.examples, kept_step(history, ready.settings)
     evaluated = [record.eval_loss for record in history if record.eval_loss is not None]
     return {
         "data": {
@@ -301,7 +301,8 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "steps": len(history),
-        "kept_step": kept_step(history, ready.settings).step,
+        "kept_step": kept.step,
+        "kept_eval_loss": kept.eval_loss,
         "final_loss": history[-1].loss,
         "final_eval_loss": evaluated[-1] if evaluated else None,
     }

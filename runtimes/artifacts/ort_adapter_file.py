@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from runtimes.errors import BundleError
 from runtimes.precision import BFLOAT16, ELEMENT_TYPES
 
 if TYPE_CHECKING:
@@ -54,10 +55,24 @@ def read_onnx_adapter(path: Path) -> dict[str, np.ndarray]:
 
 
 def open_onnx_adapter(path: Path) -> ort.AdapterFormat:
-    """The container, whose tensors are read where they lie while it lives."""
+    """The container, whose tensors are read where they lie while it lives.
+
+    Raises BundleError where its tensors claim another type than an adapter has, or more bytes than the file: onnxruntime takes both at
+    their word.
+    """
     import onnxruntime as ort
 
-    return ort.AdapterFormat.read_adapter(str(path))  # pyright: ignore[reportArgumentType]  # annotated as PathLike, takes str alone
+    read = ort.AdapterFormat.read_adapter(str(path))  # pyright: ignore[reportArgumentType]  # annotated as PathLike, takes str alone
+    room = path.stat().st_size
+    for name, value in read.get_parameters().items():
+        element = ELEMENT_TYPES.get(value.data_type().removeprefix("tensor(").removesuffix(")"))
+        if element is None:
+            raise BundleError(f"{path} holds {name!r} as {value.data_type()}, which no adapter has; export the bundle again")
+        shape = value.shape()
+        room -= math.prod(shape) * element.dtype.itemsize
+        if min(shape, default=0) < 0 or room < 0:
+            raise BundleError(f"{path}: its tensors claim more bytes than the file has, {name!r} is {list(shape)}; export the bundle again")
+    return read
 
 
 def host_array(value: Tensor) -> np.ndarray:

@@ -10,13 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from runtimes.artifacts.bundle import Bundle, TensorRecord
-from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, FIRST_SLOT, PROMPT_LENGTH
+from runtimes.artifacts.ort_adapter_file import Tensor, host_array
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_SLOT, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import BundleError
 from runtimes.precision import FLOAT_TYPES
 
 PAST = "past_key_values."
-OF_A_CALL = {EXPLICIT_SLOTS, FIRST_LOGIT, PROMPT_LENGTH}
-"""Overridable initializers that no adapter brings."""
 
 
 class Argument(Protocol):
@@ -48,15 +47,23 @@ def check_graph(bundle: Bundle, graph: Graph) -> None:
         raise BundleError(f"{bundle.folder}: manifest.json says {said}, and {bundle.graph_path.name} has {found}; export the bundle again")
 
 
-def check_adapter(file: Path, tensors: Mapping[str, np.ndarray], graph: Graph) -> None:
+def check_adapter(file: Path, tensors: Mapping[str, Tensor], bundle: Bundle, graph: Graph) -> None:
     """Raises BundleError where an adapter's tensors are not those that the graph takes of one, or are not numbers."""
-    taken = {value.name for value in graph.get_overridable_initializers()} - OF_A_CALL
-    if odd := sorted({*tensors} - taken):
+    banks = {bank for node in bundle.nodes for bank in node.bank_names}
+    of_adapters = {*banks, *bundle.manifest.head, *RULE_DEFAULTS} - {PROMPT_LENGTH}
+    taken = {value.name: value for value in graph.get_overridable_initializers() if value.name in of_adapters}
+    if odd := sorted({*tensors} - {*taken}):
         raise BundleError(f"{file} holds {odd[0]!r}, which the graph does not take; export the bundle again")
-    if missing := sorted(taken - {*tensors}):
+    if missing := sorted({*taken} - {*tensors}):
         raise BundleError(f"{file} does not hold {missing[0]}, which the graph takes of every adapter; export the bundle again")
     for name, value in tensors.items():
-        if not np.isfinite(value).all():
+        argument = taken[name]
+        if value.data_type() != argument.type or not _fit(value.shape(), argument.shape):
+            raise BundleError(
+                f"{file}: {name} is {value.data_type()} {list(value.shape())}, and the graph takes {argument.type} {list(argument.shape)}; "
+                "export the bundle again"
+            )
+        if not np.isfinite(host_array(value)).all():
             raise BundleError(f"{file}: {name} holds values that are not finite; export the bundle again")
 
 

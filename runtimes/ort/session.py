@@ -149,7 +149,7 @@ class OrtGraph(ClosedAtEnd):
     def _read_adapter(self, file: Path) -> ort.AdapterFormat:
         """Raises BundleError for a file that is no adapter of this graph."""
         read = _load_adapter(file, open_onnx_adapter)
-        check_adapter(file, {name: host_array(value) for name, value in read.get_parameters().items()}, self._open)
+        check_adapter(file, read.get_parameters(), self.bundle, self._open)
         return read
 
     def close(self) -> None:

@@ -47,9 +47,10 @@ def test_the_scale_is_the_best_of_all_factors() -> None:
     assert float((h * (w - found) ** 2).sum()) == pytest.approx(min(lost), rel=1e-5)
 
 
-def test_without_importance_it_rounds() -> None:
+@pytest.mark.parametrize("importance", [None, np.full(64, np.nan, np.float32), np.ones(32, np.float32)])
+def test_without_a_number_for_every_input_it_rounds(importance) -> None:
     weight, _ = drawn(64, 8)
-    assert (quantize_blocks(weight, IMATRIX).packed == quantize_blocks(weight, RTN).packed).all()
+    assert (quantize_blocks(weight, IMATRIX, importance).packed == quantize_blocks(weight, RTN).packed).all()
 
 
 def test_zeros_stay_zeros() -> None:

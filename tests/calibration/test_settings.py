@@ -19,6 +19,20 @@ def test_defaults_fit_their_scheme(scheme) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scheme", "options", "method"),
+    [
+        ("weight-only", {}, "imatrix"),
+        ("weight-only", {"bits": 8}, "rtn"),
+        ("weight-only", {"symmetric": False}, "rtn"),
+        ("weight-only", {"method": "rtn"}, "rtn"),
+        *((scheme, {}, "rtn") for scheme in SCHEMES if scheme != "weight-only"),
+    ],
+)
+def test_scales_are_searched_where_that_pays(scheme, options, method) -> None:
+    assert settings_for(scheme, **options).method == method
+
+
+@pytest.mark.parametrize(
     ("scheme", "options", "message"),
     [
         ("int5", {}, "known: weight-only"),

@@ -33,10 +33,10 @@ is made by
 - Perplexity is over review sentences (vaderSentiment 0.5), each alone: short texts, so it is high for every row. The figure that counts is
   the loss against the float model, in nats a token.
 - Bytes are those of the bundle (graph, weights, tokenizer) without its golden arrays, and of the whole GGUF file.
-- Decode: milliseconds a token behind 64 columns, one thread, the least of 24, on two cores that other work used too: of rows that are near
-  each other no order follows. Quantized for TensorRT, a scheme runs in float here, and its speed says nothing.
+- Decode: milliseconds a token behind 64 columns, one thread, the least of 24, on a machine that was not idle: of rows that are near each
+  other no order follows. Quantized for TensorRT, a scheme runs in float here, and its speed says nothing.
 - Retention: what each adapter keeps of its training on its own probes ([concepts](concepts.md#parity)). The gates of `quantize` are left
-  out, and so are its mends: it would give an adapter below 0.8 more bits, or train it again.
+  out, and so are its mends: more bits below 0.9, and training on what ships below 0.8.
 - 5,264 tokens are 200 sentences (`--sentences 200`); differences of 0.01 nats are within what another 200 would change.
 - llama.cpp's and our weight-only products round activations to int8 while they multiply; at accuracy level 1 they do not.
 - "int4 32": weights in int4, blocks of 32, symmetric, scales by `--method imatrix` on the golden rows of base and adapters, no review among

@@ -95,8 +95,8 @@ class Way:
 
 WAYS = (
     Way(name="int8, blocks of 32", settings=settings_for("weight-only", 8)),
-    Way(name="int4, blocks of 32", settings=settings_for("weight-only", 4), refits=("teacher", "data")),
-    Way(name="int4, blocks of 128", settings=settings_for("weight-only", 4, block_size=128), refits=("teacher", "data")),
+    Way(name="int4, blocks of 32", settings=settings_for("weight-only", 4, method="rtn"), refits=("teacher", "data")),
+    Way(name="int4, blocks of 128", settings=settings_for("weight-only", 4, method="rtn", block_size=128), refits=("teacher", "data")),
     Way(name="int8 dynamic", settings=settings_for("dynamic")),
     Way(name="int8 static, steered ranges", settings=settings_for("static"), refits=("teacher",)),
 )

@@ -24,7 +24,7 @@ from gpu.device import Device, HostDevice, Queue, open_device
 DTYPES = {"float32": (1, 4), "float16": (10, 2), "bfloat16": (16, 2)}
 """ONNX's number, and bytes of a value."""
 BEYOND_CACHE = 512 << 20
-"""Bytes of rows to go through in turn: eight times the largest second-level cache there is (60 MB)."""
+"""Bytes of rows to go through in turn: four times the largest second-level cache that is known (128 MB)."""
 FEW_BYTES = 4 << 20
 """What a case of a few rows moves at most."""
 LAUNCHES_OF_FEW, LAUNCHES_OF_MANY = 200, 16

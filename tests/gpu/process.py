@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,8 @@ class Run:
         started, left = time.monotonic(), self.until - time.monotonic()
         if left <= 0:
             raise Failed(f"no time was left for {Path(words[0]).name}")
+        if shutil.which(words[0]) is None:
+            raise Failed(f"{words[0]} is not there, or cannot be run")
         with subprocess.Popen(
             words,
             stdin=subprocess.PIPE,

@@ -7,7 +7,8 @@ OUT gets gpu.json, gpu.md and gpu.log (what every program printed). WHEELS is a 
     {how_to_split}
 
 A stage that fails or cannot be done does not keep the others from running; the status is 1 where one failed. Needed: CUDA's toolkit, CMake,
-a C++17 compiler and Python with torch; pytest, onnx and onnxruntime for the tests, transformers for training.
+a C++17 compiler and Python with torch; pytest, onnx, onnx_ir, onnxruntime and ml_dtypes for the tests, transformers and accelerate for
+training, and onnxscript for bundles.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def hold(kind: str, seeds: range, originals: Originals, folder: Path) -> None:
             shutil.rmtree(where)
     assert not wrong, "\n".join(wrong)
     assert not list((folder / "places" / "scratch").iterdir())
-    assert {p.name for p in (folder / "places" / "home").glob("*/*")} <= {"reft-export"}
+    home, cache = folder / "places" / "home", folder / "places" / "home" / ".cache" / "reft-export"
+    assert not [p for p in home.rglob("*") if p.is_file() and cache not in p.parents]
     assert harness.listing(originals.bundle) == before
 
 

@@ -21,6 +21,7 @@ from reft_export.eager.steering import steered
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.parity.quality import QualityGate
+from reft_export.quantizing import assemble, weights
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quantizing.swap import swap_bundle
@@ -254,6 +255,16 @@ def test_level_4_gives_way_where_it_costs_too_much(bundle, base_folder, tmp_path
 def test_int4_aims_higher_than_it_refuses() -> None:
     """Unless less than the default was asked for."""
     assert [QualityGate(min_retention=least).aim for least in (0.8, 0.95, 0.5)] == [0.9, 0.95, 0.5]
+
+
+@pytest.mark.parametrize(("kept", "mixed"), [(0.85, True), (0.95, False)])
+def test_what_is_below_the_aim_is_given_bytes(kept, mixed, bundle, base_folder, tmp_path, monkeypatch) -> None:
+    """Measured shares are planted."""
+    measured = weights.eager_retention
+    monkeypatch.setattr(weights, "eager_retention", lambda model, of: ({"probed": kept}, measured(model, of)[1]))
+    monkeypatch.setattr(assemble, "keep_steering", lambda work, output, model, parity, *_, **__: (open_bundle(work).manifest, parity, {}))
+    quantize_bundle(bundle.folder, str(base_folder()), tmp_path / "q", settings_for("weight-only", bits=4), **QUIET)
+    assert bool(open_bundle(tmp_path / "q").manifest.quantization.int8) == mixed
 
 
 @pytest.mark.slow

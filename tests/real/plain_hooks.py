@@ -1,6 +1,6 @@
 """Greedy answers of transformers with an adapter as plain forward hooks: written from the formulas, with nothing of the product's steering.
 
-LoReFT at the output of a block, at positions f<n>+l<n>, l<n> or all:  h + R^T (W h + b - R h), h [B, S, D], R and W [r, D], b [r].
+LoReFT at the output of a block, at positions f<n>+l<n>, l<n>, prompt or all:  h + R^T (W h + b - R h), h [B, S, D], R and W [r, D], b [r].
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ def _positions(config: dict) -> Callable[[int, int], bool]:
     text = config["rules"][0]["positions"] if "rules" in config else config["positions"]
     if text == "all":
         return lambda position, length: True
+    if text == "prompt":
+        return lambda position, length: position < length
+    if not re.fullmatch(r"[fl]\d+(\+[fl]\d+)?", text):
+        raise ValueError(f"positions {text!r} are not known here")
     first, last = (int(match[1]) if (match := re.search(rf"{letter}(\d+)", text)) else 0 for letter in "fl")
 
     def chosen(position: int, length: int) -> bool:

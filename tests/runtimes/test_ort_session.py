@@ -270,7 +270,10 @@ def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path, in_place: bool)
     file = bundle.adapter("ends").file
     right = read_onnx_adapter(file)
     bank = next(name for name, value in right.items() if value.ndim == 3)
+    wide = np.concatenate([right[bank], right[bank]], 2)
     others = {
+        rf"{bank} is tensor\(float\) \[.*\], and the graph takes": right | {bank: wide},
+        rf"{bank} is tensor\(int64\) \[.*\], and the graph takes tensor\(float\)": right | {bank: right[bank].astype(np.int64)},
         "holds 'reft.7.block_output.U', which the graph does not take": right | {"reft.7.block_output.U": right[bank]},
         f"does not hold {bank}, which the graph takes of every adapter": {name: right[name] for name in right if name != bank},
         f"{bank} holds values that are not finite": right | {bank: np.full_like(right[bank], np.nan)},
@@ -280,6 +283,19 @@ def test_an_adapter_of_another_graph_is_one_line(tmp_path: Path, in_place: bool)
         with pytest.raises(BundleError, match=said) as caught:
             OrtSession(bundle, threads=1, adapter="ends")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dim", [1 << 31, 1 << 62, -1])
+def test_an_adapter_that_claims_more_than_its_file_holds(tmp_path: Path, dim: int) -> None:
+    """onnxruntime makes a tensor of whatever a file says, and would read beyond its end."""
+    bundle = write_toy_bundle(tmp_path / "b")
+    file = bundle.adapter("ends").file
+    data = file.read_bytes()
+    width = (16).to_bytes(8, "little", signed=True)
+    assert width in data
+    file.write_bytes(data.replace(width, dim.to_bytes(8, "little", signed=True)))
+    with pytest.raises(BundleError, match="claim more bytes than the file has|cannot be loaded as an adapter"):
+        OrtSession(bundle, threads=1, adapter="ends")
 
 
 def test_graphs_that_are_not_decoders(tmp_path: Path) -> None:
