@@ -37,7 +37,7 @@ is made by
   other no order follows. Quantized for TensorRT, a scheme runs in float here, and its speed says nothing.
 - Retention: what each adapter keeps of its training on its own probes ([concepts](concepts.md#parity)). The gates of `quantize` are left
   out, and so are its mends: more bits below 0.9, and training on what ships below 0.8.
-- 5,264 tokens are 200 sentences (`--sentences 200`); differences of 0.01 nats are within what another 200 would change.
+- 5,264 tokens are 200 sentences (the script's `sentences` set to 200); differences of 0.01 nats are within what another 200 would change.
 - llama.cpp's and our weight-only products round activations to int8 while they multiply; at accuracy level 1 they do not.
 - "int4 32": weights in int4, blocks of 32, symmetric, scales by `--method imatrix` on the golden rows of base and adapters, no review among
   them; the embedding, and the head that is tied to it, in int8. "rtn" is onnxruntime's. "+ int8, 102 MB": the weights that lose most for
