@@ -242,7 +242,8 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for body in (model.graph, *model.functions.values()):
         for node in body.all_nodes():
             for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.TensorProtocol):
+                # Not isinstance: a protocol's looks at every property, and a damaged tensor's raise.
+                if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
                     yield attribute.value
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from runtimes.artifacts.bundle import TensorRecord
-from runtimes.errors import InputError
+from runtimes.errors import BundleError, InputError
 from runtimes.memory import available_memory
 from runtimes.precision import ELEMENT_TYPES, ElementType
 
@@ -48,10 +48,19 @@ def bytes_per_token(tensors: Sequence[CacheTensor]) -> int:
 
 
 def stated_bytes_per_token(inputs: Sequence[TensorRecord]) -> int:
-    """The same, by a manifest's records of the graph's inputs."""
+    """The same, by a manifest's records of the graph's inputs. Raises BundleError for a cache that is not [batch, heads, past, dim]."""
     types = {e.name: e.dtype.itemsize for e in ELEMENT_TYPES.values()}
     caches = [record for record in inputs if record.name.startswith("past_key_values.")]
-    return sum(record.shape[1] * record.shape[3] * types[record.dtype] for record in caches)
+    total = 0
+    for record in caches:
+        heads, dim = (record.shape[1], record.shape[3]) if len(record.shape) == 4 else (None, None)
+        if not isinstance(heads, int) or not isinstance(dim, int) or record.dtype not in types:
+            raise BundleError(
+                f"manifest.json says {record.name} is {record.dtype} {list(record.shape)}, expected [batch, heads, past, dim] with heads "
+                "and dim fixed; export the bundle again"
+            )
+        total += heads * dim * types[record.dtype]
+    return total
 
 
 class Buffer(Protocol):

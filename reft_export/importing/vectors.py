@@ -187,7 +187,10 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.ndarray):
             with file:
-                return dict(file)
+                arrays = dict(file)
+            if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+                raise ValueError(f"{odd[0]!r} is no array")
+            return arrays
     except (ValueError, OSError, EOFError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise AdapterError(f"{path} is damaged, or holds more than numbers ({first_line(e)}); it was not loaded") from None
     raise AdapterError(f"{path} is one array, as np.save writes it, expected an archive of named ones; write it with np.savez")

@@ -432,7 +432,7 @@ def _load_adapter(file: Path, load: Callable[[Path], A]) -> A:
         raise BackendUnavailable(f"onnxruntime {ort.__version__} cannot load adapters; pip install 'onnxruntime>=1.20'")
     try:
         return load(file)
-    except RuntimeError as e:
+    except (RuntimeError, UnicodeDecodeError) as e:  # names that are no UTF-8
         raise BundleError(f"{file} cannot be loaded as an adapter: {_last_line(e)}; export the bundle again") from None
 
 

@@ -3,6 +3,7 @@ again, values that are of another type, too large, not finite, no text, or somew
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -69,7 +70,7 @@ def change_json(chance: Random, content: Any) -> str:
         elif how == "again" and isinstance(parent, list):
             parent.append(parent[last])
         else:
-            parent[last] = one(chance, VALUES)
+            parent[last] = copy.deepcopy(one(chance, VALUES))
         said.append(f"{how} {'.'.join(map(str, (*way, last)))[:80]}")
     return "; ".join(said)
 

@@ -37,7 +37,7 @@ def hold(kind: str, seeds: range, originals: Originals, folder: Path) -> None:
             wrong += filter(None, [harness.finding(kind, seed, originals, where)])
             shutil.rmtree(where)
     assert not wrong, "\n".join(wrong)
-    assert not list((folder / "places" / "scratch").iterdir())
+    assert {p.name for p in (folder / "places" / "scratch").iterdir()} <= {".ses"}  # a mark of onnxruntime's own
     home, cache = folder / "places" / "home", folder / "places" / "home" / ".cache" / "reft-export"
     assert not [p for p in home.rglob("*") if p.is_file() and cache not in p.parents]
     assert harness.listing(originals.bundle) == before
