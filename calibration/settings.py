@@ -136,7 +136,7 @@ class QuantizationSettings:
         if self.method == "imatrix" and (self.bits != 4 or not self.symmetric):
             what = "8 bits" if self.bits != 4 else "zero points"
             raise CalibrationError(
-                f"--method imatrix searches the scales of 4-bit blocks without zero points, not {what}; use --method rtn"
+                f"--method imatrix searches the scales of 4-bit blocks, not {what}; use --method rtn"
             )
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
