@@ -135,9 +135,7 @@ class QuantizationSettings:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if self.method == "imatrix" and (self.bits != 4 or not self.symmetric):
             what = "8 bits" if self.bits != 4 else "zero points"
-            raise CalibrationError(
-                f"--method imatrix searches the scales of 4-bit blocks, not {what}; use --method rtn"
-            )
+            raise CalibrationError(f"--method imatrix searches the scales of 4-bit blocks, not {what}; use --method rtn")
         if not self.symmetric and self.scheme != "weight-only":
             raise CalibrationError(f"--scheme {self.scheme} has symmetric weights only; asymmetric ones: --scheme weight-only")
         if self.symmetric and self.method in ASYMMETRIC:
