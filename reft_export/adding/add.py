@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from reft_export.adding.checks import check_addition, check_free, check_known_base
 from reft_export.adding.files import copy_bundle, copy_unlisted, without_adapters, write_adapters
 from reft_export.base.adapters import folders_of, load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.parity.quality import QualityGate
+from runtimes.artifacts.addition import check_addition, check_free, check_known_base
 from runtimes.artifacts.bundle import Bundle, not_held, open_bundle, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError, InputError

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from reft_export.base.checkpoint import Checkpoint
 from reft_export.base.classifiers import check_head
-from reft_export.base.same_base import require_same, require_same_size, require_same_tensors
 from reft_export.base.stored import Tensor
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
+from runtimes.edits.same_base import require_same, require_same_size, require_same_tensors
 from runtimes.errors import InputError
 from runtimes.files.folders import name_of
 

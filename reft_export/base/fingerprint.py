@@ -26,9 +26,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeque
 from reft_export.base.classifiers import is_classifier
 from reft_export.base.config import canonical_config, family_config
 from reft_export.base.model_folder import read_config
-from reft_export.base.same_base import VERSION, grouped
 from reft_export.base.stored import Tensor, of_torch, stored_tensors, without_tables
 from runtimes.edits.adapter import BaseParts
+from runtimes.edits.same_base import VERSION, grouped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from graph_passes.tied_head import CONTRIB, tie_head, untie_head
 from reft_export.base.adapters import check_fit, folders_of, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
 from reft_export.base.gguf import described
-from reft_export.base.same_base import require_same_size
 from reft_export.base.token_rules import stated_context
 from reft_export.bundling.files import (
     BundleParts,
@@ -52,6 +51,7 @@ from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode
+from runtimes.edits.same_base import require_same_size
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, claimed
 from runtimes.first_steps import first_steps

@@ -22,7 +22,6 @@ from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
 from reft_export.base.gguf import described
 from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
-from reft_export.base.same_base import Named, require_same
 from reft_export.base.token_rules import context_of
 from reft_export.bundling.recorded import check_recorded
 from reft_export.eager.banks import bank_edits, bank_steerer
@@ -35,6 +34,7 @@ from reft_export.parity.golden import Arrays, InputsByName, fp32_answers, record
 from reft_export.parity.int8_ladder import int8_rungs
 from reft_export.tasks.task import TASKS, Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.edits.same_base import Named, require_same
 from runtimes.files.claims import temporary_folder
 from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung

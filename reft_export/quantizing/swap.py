@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from reft_export.adding.checks import check_addition
 from reft_export.base.adapters import folders_of, load_adapters
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.settings import RefitSettings, check_task
+from runtimes.artifacts.addition import check_addition
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import CalibrationError
 from runtimes.files.claims import sole_writer

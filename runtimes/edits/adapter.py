@@ -50,7 +50,7 @@ class BaseParts:
     """sha256 over all tensors."""
     tensors: dict[str, str]
     """The first digits of every tensor's digest by its name; run together where names differ in numbers alone
-    (reft_export.base.same_base)."""
+    (runtimes.edits.same_base)."""
 
 
 @dataclass(frozen=True, kw_only=True)

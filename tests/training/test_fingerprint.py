@@ -24,10 +24,10 @@ from reft_export.base.config import canonical_config
 from reft_export.base.fingerprint import fingerprint, identify
 from reft_export.base.load import Base, base_from_memory, load_base, outline_base
 from reft_export.base.model_folder import fingerprint_v1, memory_fingerprint_v1
-from reft_export.base.same_base import grouped, separate, tensor_differences
 from reft_export.base.stored import SAMPLE_VALUES, SAMPLES
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.same_base import grouped, separate, tensor_differences
 from runtimes.errors import AdapterError
 
 FIXTURE = Path(__file__).parents[1] / "interop" / "fixtures" / "base-llama-tiny"

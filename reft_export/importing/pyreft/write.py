@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from reft_export.base.load import outline_base
-from reft_export.base.same_base import require_same
 from reft_export.importing.foreign import Report
 from reft_export.importing.pyreft.entries import CONFIG_FILE
 from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft.states import CLASSES
 from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.methods import METHODS, Values
+from runtimes.edits.same_base import require_same
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import atomic_folder, claimed, name_of
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reft_export.base.same_base import comparable, require_same, require_same_size
 from runtimes.artifacts.bundle import Bundle, check_adapter_name
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
+from runtimes.edits.same_base import comparable, require_same, require_same_size
 from runtimes.errors import AdapterError, InputError
 
 REMEDY = "use the base it was trained on"
