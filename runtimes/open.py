@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runtimes.artifacts.bundle import Artifact, Bundle, open_bundle
 from runtimes.artifacts.engine import Engine, is_engine, open_engine
+from runtimes.bank import AdapterBank
 from runtimes.errors import InputError
 from runtimes.session import Session
 from runtimes.tasks.task import task_of
@@ -61,6 +62,29 @@ def open_session(
         option = "--provider tensorrt-rtx" if provider == "tensorrt-rtx" else f"--kernel {kernel}"
         raise InputError(f"{option} is an engine's; {artifact.folder} is a bundle: make one of it with `reft-export build`")
     return ort_session(artifact, provider=provider or "cpu", threads=threads, adapter=adapter, kernel=kernel)
+
+
+def open_bank(artifact: Artifact, *, max_bytes: int | None = None) -> AdapterBank:
+    """The adapters of a bundle, and of folders beside it, for batches whose rows have adapters of their own; nothing is loaded yet.
+
+    ``max_bytes``: of the adapters in memory, stacked; beyond it those go that were used longest ago and steer no row. None: no bound.
+    ``runtimes.rows.AdapterRows`` names the adapters of a batch's rows, which a session takes by ``set_rows``.
+
+    Raises InputError for an engine and for a bundle of version 1, whose rows share one adapter, for a bundle whose adapters bring
+    classification heads, and for ``max_bytes`` below 1.
+
+    Example::
+
+        artifact = open_artifact("pirate-bundle")
+        bank = open_bank(artifact, max_bytes=64 << 20)
+        bank.scan("adapters")  # every adapter's folder in there, by name and size
+        with open_session(artifact) as session, AdapterRows(bank, ["pirate", None, "polite"]) as rows:
+            session.set_rows(rows)
+            logits = session.step(ids, np.ones_like(ids)).logits  # [3, S, V]; ids [3, S], None is the base
+    """
+    if not isinstance(artifact, Bundle):
+        raise InputError(f"{artifact.folder} is an engine, whose rows share one adapter; make a bank of the bundle that it was built from")
+    return AdapterBank(artifact, max_bytes=max_bytes)
 
 
 def ort_session(

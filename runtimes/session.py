@@ -16,6 +16,7 @@ from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.edits.op import FIRST_LOGIT, PROMPT_LENGTH, SLOT_INPUT
 from runtimes.edits.positions import slots
 from runtimes.errors import InputError
+from runtimes.rows import AdapterRows
 from runtimes.text.encoded_text import EncodedText
 
 S = TypeVar("S", bound="Session")
@@ -39,6 +40,9 @@ class Session(Protocol):
         """The active one; None is the base."""
 
     def set_adapter(self, name: str | None) -> None: ...
+
+    def set_rows(self, rows: AdapterRows) -> None:
+        """Every row of a batch by an adapter of its own; until ``set_adapter``."""
 
     def close(self) -> None:
         """Once or more often; a closed session refuses to run."""

@@ -35,18 +35,22 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     # AdapterFormat keeps pointers, not copies: arrays freed before export_adapter become garbage in the file.
     alive = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    values = {}
-    for name, array in alive.items():
-        if array.dtype.name == "bfloat16":
-            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
-        else:
-            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+    values = {name: ort_value(array) for name, array in alive.items()}
     container = ort.AdapterFormat()
     container.set_adapter_version(1)
     container.set_model_version(1)
     container.set_parameters(values)
     container.export_adapter(str(path))  # pyright: ignore[reportArgumentType]  # annotated as PathLike, takes str alone
     del values, alive
+
+
+def ort_value(array: np.ndarray) -> ort.OrtValue:
+    """A contiguous array as onnxruntime takes it, in host memory and not copied; it keeps the array alive."""
+    import onnxruntime as ort
+
+    if array.dtype.name == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def read_onnx_adapter(path: Path) -> dict[str, np.ndarray]:

@@ -193,13 +193,17 @@ def bank_of(edits: Sequence[Edit], dtype: np.dtype) -> tuple[np.ndarray, ...]:
 
 def _padded(value: np.ndarray, edit: Edit, rank: int | None) -> np.ndarray:
     """``value`` with zero rows up to ``rank``; as it is where the parameter has no axis of that size."""
-    missing = 0 if rank is None else rank - value.shape[0]
-    if not missing:
+    if rank is None or rank == len(value):
         return value
-    if not (isinstance(edit, LowRankEdit) and edit.activated == "first_half"):
-        return np.concatenate([value, np.zeros((missing, *value.shape[1:]))])
-    fill, middle = np.zeros((missing // 2, *value.shape[1:])), value.shape[0] // 2
-    return np.concatenate([value[:middle], fill, value[middle:], fill])
+    wider = np.zeros((rank, *value.shape[1:]))
+    wider[rank_rows(len(value), rank, getattr(edit, "activated", "all"))] = value
+    return wider
+
+
+def rank_rows(rank: int, padded: int, activated: str) -> np.ndarray:
+    """[rank]: the rows of a bank of ``padded`` rows that hold an edit of ``rank``: its first ones, or of each half."""
+    rows = np.arange(rank)
+    return rows + (rows >= rank // 2) * (padded // 2 - rank // 2) if activated == "first_half" else rows
 
 
 def edits_of(node: EditNode, bank: Sequence[np.ndarray]) -> tuple[Edit, ...]:

@@ -26,8 +26,10 @@ from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
 from runtimes.machine import this_machine
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
+from runtimes.ort.bound_rows import BoundRows
 from runtimes.ort.graph_checks import check_adapter, check_graph
 from runtimes.precision import BFLOAT16, ELEMENT_TYPES, FLOAT_TYPES
+from runtimes.rows import AdapterRows
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 
 A = TypeVar("A")
@@ -111,6 +113,7 @@ class OrtGraph(ClosedAtEnd):
         self._binding: ort.IOBinding | None = None
         self._placement: StoredAdapter | None = None
         self._bound_cache: BoundCache | None = None
+        self._bound_rows: BoundRows | None = None
         self._caches: WeakSet[KvCache] = WeakSet()
         self.set_adapter(adapter)
 
@@ -145,6 +148,35 @@ class OrtGraph(ClosedAtEnd):
                 self._active[placement.name] = _load_adapter(placement.file, _load_active)
             run_options.add_active_adapter(self._active[placement.name])
         self.adapter, self._placement, self._run_options, self._binding = name, placement, run_options, binding
+        self._bound_rows = None
+
+    @property
+    def rows(self) -> AdapterRows | None:
+        """The adapters of each batch's rows; None where one steers them all."""
+        return None if self._bound_rows is None else self._bound_rows.rows
+
+    def set_rows(self, rows: AdapterRows) -> None:
+        """Every later step has a batch of these ``rows``, each steered by its own adapter, which may change between two steps; until
+        ``set_adapter``.
+
+        A row's KV cache belongs to the adapter it was computed with: start a new one after a swap. Raises InputError for rows of another
+        bundle's bank.
+        """
+        if rows.bank.bundle.digest != self.bundle.digest or rows.bank.bundle.nodes != self.bundle.nodes:
+            raise InputError(f"the rows are of a bank of {rows.bank.bundle.folder}; {self.bundle.folder} needs a bank of its own")
+        binding = self._open.io_binding()
+        self.adapter, self._placement, self._run_options, self._binding = None, None, ort.RunOptions(), binding
+        self._bound_rows = BoundRows(binding, rows, self._device)
+
+    def _check_rows(self, batch: int) -> None:
+        """Raises InputError where adapters are set for another number of rows."""
+        if self._bound_rows is not None:
+            self._bound_rows.rows.check(batch)
+
+    def _bind_rows(self, rows: range) -> None:
+        """The next run is of these rows of the batch."""
+        if self._bound_rows is not None:
+            self._bound_rows.bind(rows)
 
     def _read_adapter(self, file: Path) -> ort.AdapterFormat:
         """Raises BundleError for a file that is no adapter of this graph."""
@@ -154,7 +186,7 @@ class OrtGraph(ClosedAtEnd):
 
     def close(self) -> None:
         """onnxruntime frees its session, and what its adapters were read into, as soon as nothing refers to them."""
-        self._session = self._binding = self._bound_cache = None
+        self._session = self._binding = self._bound_cache = self._bound_rows = None
         self._run_options = ort.RunOptions()
         self._active.clear()
         self._tensors.clear()
@@ -254,6 +286,7 @@ class OrtSession(OrtGraph):
         # In place pads are no columns of the cache, whatever the graph knows of positions.
         check_step(self.bundle.manifest.model, ids, mask, before, takes_position_ids=self.takes_position_ids or self.writes_in_place)
         batch = ids.shape[0]
+        self._check_rows(batch)
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
@@ -287,6 +320,7 @@ class OrtSession(OrtGraph):
         last = width if request.last is None else min(request.last, width)
         feeds = self._feeds(request, width - last)
         feeds |= self._empty_past(batch) if past is None else past.values
+        self._bind_rows(range(batch))
         outputs = self._run(feeds)
         cache = {tensor.name: outputs[tensor.output] for tensor in self.cache_tensors}
         new_past = OrtPast(values=cache, width=request.mask.shape[1], prompt_length=request.prompt_length)
@@ -309,6 +343,7 @@ class OrtSession(OrtGraph):
             # Of large logits two in turn would both be in memory: those of the call before go first.
             outputs.clear()
             self._bind_cache(cache, call.rows)
+            self._bind_rows(range(cache.rows)[call.rows])
             outputs.update(self._run(self._feeds(call.request(request), first_logit)))
             return host_view(outputs["logits"])
 

@@ -28,6 +28,7 @@ import numpy as np
 from runtimes.artifacts.bundle import StoredAdapter
 from runtimes.artifacts.engine import Engine
 from runtimes.errors import InputError, ReftError
+from runtimes.rows import AdapterRows
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 from runtimes.tensorrt.adapters import DeviceAdapters
 from runtimes.tensorrt.cuda_device import CudaDevice
@@ -117,6 +118,12 @@ class TensorRTSession(ClosedAtEnd):
             raise closed(self.bundle)
         self._bank_shapes, self._bank_addresses = self._adapters.bind(name)
         self.adapter, self._placement = name, None if name is None else self.bundle.adapter(name)
+
+    def set_rows(self, rows: AdapterRows) -> None:
+        """Raises InputError: an engine's rows share one adapter."""
+        raise InputError(
+            f"{self.bundle.folder} is an engine, whose rows share one adapter; run rows that differ on the bundle that it was built from"
+        )
 
     def step(
         self,

@@ -26,7 +26,9 @@ from runtimes.bench import bench
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
 from runtimes.generation import DecodeBatch, GenerationSettings, generate, greedy_tokens
 from runtimes.golden import check_golden
+from runtimes.open import open_bank
 from runtimes.ort.session import OrtSession
+from runtimes.rows import AdapterRows
 from runtimes.session import Session
 from runtimes.tensorrt import device_cache
 from runtimes.tensorrt import session as tensorrt_session
@@ -534,3 +536,12 @@ def test_the_double_finds_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     device.zero(address, 16)
     with pytest.raises(DeviceFault, match="illegal address"):
         device.synchronize()
+
+
+def test_an_engine_has_no_rows_of_their_own(bundles: dict, engine: Engine, cuda: CudaDouble) -> None:
+    with pytest.raises(InputError, match="is an engine, whose rows share one adapter; make a bank of the bundle that it was built from"):
+        open_bank(engine)
+    with TensorRTSession(engine) as session:
+        rows = AdapterRows(open_bank(bundles[VARIANTS[0]]), ["all", None])
+        with pytest.raises(InputError, match="is an engine, whose rows share one adapter; run rows that differ on the bundle"):
+            session.set_rows(rows)

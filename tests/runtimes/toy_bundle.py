@@ -325,7 +325,7 @@ def write_toy_bundle(
         rules=rules_of(model.graph),
         inputs=records(value for value in model.graph.inputs if not value.is_initializer()),
         outputs=records(model.graph.outputs),
-        nodes=tuple(NodeRecord(layer=n.site.layer, stream=n.site.stream, activation=n.activation, activated=n.activated) for n in nodes),
+        nodes=tuple(map(NodeRecord.of, nodes)),
         adapters=tuple(adapters),
         parity_budget={},
         weights={},

@@ -1,0 +1,301 @@
+"""The adapters of one bundle that are in memory, stacked, so that every row of a batch may have another one.
+
+    bank = AdapterBank(bundle, max_bytes=64 << 20)
+    bank.scan("adapters")                                       # ten thousand folders by name and size; nothing of them is read
+    with AdapterRows(bank, ["pirate", None, "polite"]) as rows:     # runtimes/rows.py; None is the base
+        session.set_rows(rows)
+        session.step(ids, mask)                                 # [3, S]
+        rows[1] = "pirate"                                      # between two steps
+
+An adapter has a run of slots, one for each of its position groups, at the same place in the bank of every edit node that it uses; at the
+others its slots hold no edit or lie behind the last one. The rule of its row names the first of them (reft.first_slot). Banks grow with
+what is loaded: N slots of the largest rank, zero rows where an adapter's is less.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+
+import numpy as np
+
+from runtimes.artifacts.bundle import Bundle, check_adapter_name
+from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapter, rank_of, read_edits
+from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode
+from runtimes.edits.positions import PositionRule
+from runtimes.errors import AdapterError, InputError
+from runtimes.files.folders import name_of
+from runtimes.precision import NUMPY_DTYPES
+from runtimes.stacked import Slots, StackedNode
+
+RULE = tuple(name for name in RULE_DEFAULTS if name != PROMPT_LENGTH)
+"""The numbers of a row's rule that follow from its adapter."""
+BASE_RULE = np.array([RULE_DEFAULTS[name] for name in RULE], np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankMemory:
+    """Bytes: ``adapters``, of the resident adapters' edits by themselves; ``banks``, of the arrays that hold them stacked."""
+
+    adapters: int
+    banks: int
+
+    @property
+    def factor(self) -> float:
+        """What stacking costs: ranks filled up to the largest, nodes that not every adapter uses, slots to spare."""
+        return self.banks / self.adapters if self.adapters else 1.0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Resident:
+    slots: range
+    ranks: Mapping[EditNode, int]
+    size: int
+    rule: np.ndarray
+    """[7], in the order of RULE."""
+    rows: int = 0
+    """Live ones, of all batches."""
+
+
+class AdapterBank:
+    """The adapters of ``bundle`` and of folders beside it, as they are loaded and evicted; of any number of sessions, in any threads.
+
+    ``max_bytes``: of the stacked banks. Where another adapter does not fit, those that were used longest ago go, but none that steers a
+    row. Each is verified when it is loaded: digests, values, and, from a folder, base, sites and ops as ``reft-export add`` does.
+
+    Raises InputError for a bundle of version 1, whose rows share one rule, and for one whose adapters bring classification heads, of which
+    a batch has one.
+    """
+
+    def __init__(self, bundle: Bundle, *, max_bytes: int | None = None) -> None:
+        if not bundle.manifest.mixes_rows:
+            raise InputError(f"{bundle.folder} is of version 1, and all rows of a batch share one adapter; export the bundle again")
+        if bundle.manifest.head:
+            raise InputError(f"adapters of {bundle.folder} bring heads of their own, and a batch has one; use set_adapter")
+        if max_bytes is not None and max_bytes < 1:
+            raise InputError(f"max_bytes is {max_bytes}, expected at least 1, or None for no bound")
+        self.bundle = bundle
+        self.max_bytes = max_bytes
+        self.lock = RLock()
+        """Held while anything changes. Who reads ``version``, ``arrays`` and rules that belong together holds it, too."""
+        self.version = 0
+        """Counts up where arrays are replaced."""
+        self.writes = 0
+        """Counts up where anything in them changes, too: what copied them copies them again."""
+        dtype = NUMPY_DTYPES[bundle.manifest.precision]
+        self._nodes = {node: StackedNode(node, bundle.manifest.model.hidden_size, dtype) for node in bundle.nodes}
+        self._slots = Slots()
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        files = bundle.manifest.files
+        listed = (ListedAdapter(name=n, size=files[f"adapters/{n}.onnx_adapter"].size) for n in bundle.adapter_names)
+        self._listed = {each.name: each for each in listed}
+
+    # --- what there is ---
+
+    @property
+    def listed(self) -> Mapping[str, ListedAdapter]:
+        """Every adapter that it can load, by name."""
+        return dict(self._listed)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._listed)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """What is in memory; used longest ago first."""
+        return tuple(self._residents)
+
+    @property
+    def memory(self) -> BankMemory:
+        with self.lock:
+            return BankMemory(adapters=sum(r.size for r in self._residents.values()), banks=sum(n.size for n in self._nodes.values()))
+
+    def scan(self, folder: Path | str) -> tuple[ListedAdapter, ...]:
+        """Lists the adapters that are folders in ``folder``, as ``reft-export train`` and ``import`` write them; reads none of them.
+
+        What is no adapter is passed over; of an earlier scan of it, what is gone is forgotten unless it is resident. Raises InputError
+        for a folder that cannot be read and for a name that is taken, AdapterError for a name that no adapter can have.
+        """
+        folder = Path(folder)
+        found = list(adapters_in(folder))
+        with self.lock:
+            for each in found:
+                self._check_free(each)
+            seen = {each.name for each in found}
+            gone = [n for n, each in self._listed.items() if each.folder is not None and each.folder.parent == folder and n not in seen]
+            for name in gone:
+                if name not in self._residents:
+                    del self._listed[name]
+            self._listed.update((each.name, each) for each in found)
+        return tuple(found)
+
+    # --- loading and evicting ---
+
+    def add(self, folder: Path | str, name: str | None = None) -> str:
+        """Lists the adapter in ``folder`` and loads it; its name, by default the folder's. Raises what ``scan`` and ``load`` raise."""
+        folder = Path(folder)
+        listed = listed_adapter(folder, check_adapter_name(name_of(folder) if name is None else name))
+        if listed is None:
+            raise AdapterError(f"{folder} is not an adapter folder: {CONFIG_FILE} or {TENSOR_FILE} is missing")
+        with self.lock:
+            known = listed.name in self._listed
+            self._check_free(listed)
+            self._listed[listed.name] = listed
+        try:
+            self.load(listed.name)
+        except BaseException:
+            if not known:
+                del self._listed[listed.name]
+            raise
+        return listed.name
+
+    def load(self, name: str) -> None:
+        """Puts the adapter into the banks, if it is not there; it is then the last to go.
+
+        Raises InputError for a name that is not listed and for banks that do not fit in ``max_bytes``; AdapterError or BundleError for an
+        adapter that is damaged or does not fit the bundle. The bank is then as it was.
+        """
+        self._load(name, rows=0)
+
+    def evict(self, name: str) -> None:
+        """Frees the adapter's slots for others. Raises InputError where it is not resident, or steers a row."""
+        with self.lock:
+            resident = self._resident(name)
+            if resident.rows:
+                raise InputError(f"adapter {name} steers {count(resident.rows, 'live row')}; release those first")
+            self._drop(name)
+
+    def remove(self, name: str) -> None:
+        """Evicts an adapter that was added or scanned, and no longer lists it; its files stay. Raises InputError."""
+        with self.lock:
+            if self._known(name).folder is None:
+                raise InputError(
+                    f"adapter {name} is the bundle's own; take it out with `reft-export add {self.bundle.folder} --remove {name}`"
+                )
+            if name in self._residents:
+                self.evict(name)
+            del self._listed[name]
+
+    # --- for rows and sessions ---
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every bank of the graph by the name of its input. Slots that no row uses may be written while a session reads the others."""
+        with self.lock:
+            nodes = self._nodes.values()
+            return {name: array for n in nodes for name, array in zip(n.node.bank_names, n.arrays, strict=True)}
+
+    def pin(self, name: str | None) -> np.ndarray:
+        """The numbers of the rule [7] of a row that ``name`` steers, loaded if need be, and resident until ``unpin``."""
+        if name is None:
+            return BASE_RULE
+        return self._load(name, rows=1).rule
+
+    def unpin(self, name: str | None) -> None:
+        if name is not None:
+            with self.lock:
+                self._residents[name].rows -= 1
+                self._residents.move_to_end(name)
+
+    # --- inside ---
+
+    def _known(self, name: str) -> ListedAdapter:
+        if name not in self._listed:
+            shown = ", ".join(list(self._listed)[:8]) or "none"
+            more = f" and {len(self._listed) - 8} more" if len(self._listed) > 8 else ""
+            raise InputError(f"no adapter {name!r} is listed; known: {shown}{more}")
+        return self._listed[name]
+
+    def _resident(self, name: str) -> _Resident:
+        if name not in self._residents:
+            self._known(name)
+            raise InputError(f"adapter {name} is not resident; load it first")
+        return self._residents[name]
+
+    def _check_free(self, new: ListedAdapter) -> None:
+        known = self._listed.get(new.name)
+        if known is not None and known.folder != new.folder:
+            where = self.bundle.folder if known.folder is None else known.folder
+            raise InputError(f"two adapters are called {new.name}: {where} and {new.folder}; rename one's folder")
+
+    def _load(self, name: str, *, rows: int) -> _Resident:
+        with self.lock:
+            listed, edits = self._known(name), None
+        if name not in self._residents:
+            edits = read_edits(self.bundle, listed)  # not under the lock: the sessions' steps go on
+        with self.lock:
+            if name not in self._residents:
+                self._put(name, *(edits or read_edits(self.bundle, listed)))
+            self._residents.move_to_end(name)
+            self._residents[name].rows += rows
+            return self._residents[name]
+
+    def _put(self, name: str, edits: Edits, rule: PositionRule, tied: bool) -> None:
+        ranks = {node: rank_of(node, arrays) for node, arrays in edits.items()}
+        slots = self._make_room(name, 1 if tied else 2, ranks)
+        for node, stacked in self._nodes.items():
+            stacked.write(slots, edits.get(node))
+        tensors = rule.tensors(tied=tied, first_slot=slots.start)
+        self._residents[name] = _Resident(
+            slots=slots,
+            ranks=ranks,
+            size=sum(array.nbytes for arrays in edits.values() for array in arrays),
+            rule=np.array([tensors[number][0] for number in RULE], np.int64),
+        )
+        self.writes += 1
+
+    def _make_room(self, name: str, groups: int, ranks: Mapping[EditNode, int]) -> range:
+        """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
+        slots, gone = self._take(groups, ranks), []
+        while self.max_bytes is not None and (needed := sum(node.least_size() for node in self._nodes.values())) > self.max_bytes:
+            self._give_back(slots, ranks)
+            oldest = next((other for other, resident in self._residents.items() if not resident.rows), None)
+            if oldest is None:
+                for other, resident in reversed(gone):
+                    self._restore(other, resident)
+                raise InputError(
+                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}, and "
+                    f"{count(sum(bool(r.rows) for r in self._residents.values()), 'adapter')} of live rows cannot go; allow more, or "
+                    "release rows"
+                )
+            gone.append((oldest, self._drop(oldest)))
+            slots = self._take(groups, ranks)
+        replaced = [node.reserve() for node in self._nodes.values()]
+        if self.max_bytes is not None and sum(node.size for node in self._nodes.values()) > self.max_bytes:
+            replaced += [node.reserve(exactly=True) for node in self._nodes.values()]
+        self.version += any(replaced)
+        return slots
+
+    def _take(self, groups: int, ranks: Mapping[EditNode, int]) -> range:
+        slots = self._slots.first_fit(groups)
+        self._slots.take(slots)
+        for node, rank in ranks.items():
+            self._nodes[node].take(slots, rank)
+        return slots
+
+    def _give_back(self, slots: range, ranks: Mapping[EditNode, int]) -> None:
+        self._slots.give_back(slots)
+        for node, rank in ranks.items():
+            self._nodes[node].give_back(slots, rank)
+
+    def _drop(self, name: str) -> _Resident:
+        resident = self._residents.pop(name)
+        self._give_back(resident.slots, resident.ranks)
+        return resident
+
+    def _restore(self, name: str, resident: _Resident) -> None:
+        """What ``_drop`` took: its edits are still in its slots."""
+        self._slots.take(resident.slots)
+        for node, rank in resident.ranks.items():
+            self._nodes[node].take(resident.slots, rank)
+        self._residents[name] = resident
+        self._residents.move_to_end(name, last=False)
+
+
+def count(number: int, what: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

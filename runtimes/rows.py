@@ -1,0 +1,102 @@
+"""Which adapter steers which row of a batch, while rows come, go and change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+import numpy as np
+
+from runtimes.bank import RULE, AdapterBank, count
+from runtimes.errors import InputError
+
+
+class AdapterRows:
+    """The adapters of a batch's rows, in order: names of ``bank``, or None for the base. Those that are not resident are loaded.
+
+    They may change between two steps: ``rows[i] = name``, ``append``, ``remove``. What they name stays resident until ``release``, or the
+    end of a ``with``. One thread at a time changes them, or steps a session with them.
+
+    Raises what ``AdapterBank.load`` raises.
+    """
+
+    def __init__(self, bank: AdapterBank, names: Iterable[str | None] = ()) -> None:
+        self.bank = bank
+        self.changes = 0
+        """Counts up where a row changes."""
+        self.released = False
+        self._names: list[str | None] = []
+        self._rules = np.zeros((len(RULE), 0), np.int64)
+        """[7, rows or more]"""
+        try:
+            for name in names:
+                self.append(name)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        return tuple(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, row: int) -> str | None:
+        return self._names[row]
+
+    def __setitem__(self, row: int, name: str | None) -> None:
+        """Raises what ``AdapterBank.load`` raises; the row is then as it was."""
+        self._check()
+        before = self._names[row]
+        self._rules[:, range(len(self))[row]] = self.bank.pin(name)
+        self._names[row] = name
+        self.bank.unpin(before)
+        self.changes += 1
+
+    def append(self, name: str | None) -> None:
+        """Another row, behind the last one."""
+        self._check()
+        rule, row = self.bank.pin(name), len(self)
+        if row == self._rules.shape[1]:
+            self._rules = np.pad(self._rules, [(0, 0), (0, row + 8)])
+        self._rules[:, row] = rule
+        self._names.append(name)
+        self.changes += 1
+
+    def remove(self, row: int) -> None:
+        """Takes a row out, and moves the last one into its place, as rows of a KV cache stay without gaps."""
+        self._check()
+        row, last = range(len(self))[row], len(self) - 1
+        self.bank.unpin(self._names[row])
+        self._rules[:, row] = self._rules[:, last]
+        self._names[row] = self._names[last]
+        self._names.pop()
+        self.changes += 1
+
+    def rules(self, rows: range) -> dict[str, np.ndarray]:
+        """The rules of these rows by the name of the graph's input, int64 [n] each."""
+        return {name: numbers[rows.start : rows.stop].copy() for name, numbers in zip(RULE, self._rules, strict=True)}
+
+    def release(self) -> None:
+        """Once or more often: its adapters may be evicted, and no session steps with it any more."""
+        for name in self._names:
+            self.bank.unpin(name)
+        self._names.clear()
+        self.released = True
+
+    def __enter__(self) -> AdapterRows:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def check(self, batch: int) -> None:
+        """Raises InputError unless these are the rows of a batch of that size."""
+        self._check()
+        if batch != len(self):
+            raise InputError(f"the batch has {count(batch, 'row')}, and adapters are set for {len(self)}; append or remove rows")
+
+    def _check(self) -> None:
+        if self.released:
+            raise InputError("these rows were released, and their adapters may be gone; make others with AdapterRows")
