@@ -74,9 +74,9 @@ class AdapterRows:
         self._names.pop()
         self.changes += 1
 
-    def rules(self, rows: range) -> dict[str, np.ndarray]:
-        """The rules of these rows by the name of the graph's input, int64 [n] each."""
-        return {name: numbers[rows.start : rows.stop].copy() for name, numbers in zip(RULE, self._rules, strict=True)}
+    def rules(self, rows: range) -> np.ndarray:
+        """int64 [7, n]: the numbers of these rows' rules, by ``runtimes.bank.RULE``; good until a row changes."""
+        return self._rules[:, rows.start : rows.stop]
 
     def release(self) -> None:
         """Once or more often: its adapters may be evicted, and no session steps with it any more."""

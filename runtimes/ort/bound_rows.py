@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnxruntime as ort
 
 from runtimes.artifacts.ort_adapter_file import ort_value
+from runtimes.bank import RULE
 from runtimes.rows import AdapterRows
 
 
 class BoundRows:
-    """Rows in an IOBinding. Arrays stay bound until the bank replaces them, rules until a row changes.
+    """Rows in an IOBinding. The bank's arrays stay bound until it replaces them; rules are written where they are bound.
 
-    A GPU is given copies, when they are bound: there every change of the bank is bound again.
+    A GPU is given copies, when they are bound: there every change is bound again.
     """
 
     def __init__(self, binding: ort.IOBinding, rows: AdapterRows, device: str) -> None:
         self.rows = rows
         self._binding = binding
         self._copies = device != "cpu"
-        self._banks: dict[str, ort.OrtValue] = {}
-        self._rules: dict[str, ort.OrtValue] = {}
+        self._banks: list[ort.OrtValue] = []
         """Kept: the binding itself keeps no array alive."""
-        self._bound: tuple[int, int] = (-1, -1)
-        self._bound_rules: tuple[int, range] = (-1, range(0))
+        self._banks_of = (-1, -1)
+        self._rules = np.zeros((len(RULE), 0), np.int64)
+        self._rules_of = (-1, range(0))
 
     def bind(self, rows: range) -> None:
         """The next run is of these rows of the batch."""
         bank = self.rows.bank
         with bank.lock:  # another session's load may replace the arrays
             state = (bank.version, bank.writes if self._copies else 0)
-            if state != self._bound:
-                self._banks = {name: ort_value(array) for name, array in bank.arrays().items()}
-                self._bind(self._banks)
-                self._bound = state
-            if (self.rows.changes, rows) != self._bound_rules:
-                self._rules = {name: ort_value(numbers) for name, numbers in self.rows.rules(rows).items()}
-                self._bind(self._rules)
-                self._bound_rules = (self.rows.changes, rows)
+            if state != self._banks_of:
+                self._banks = self._bind(bank.arrays())
+                self._banks_of = state
+        if (self.rows.changes, rows) != self._rules_of:
+            self._bind_rules(rows)
+            self._rules_of = (self.rows.changes, rows)
 
-    def _bind(self, values: dict[str, ort.OrtValue]) -> None:
-        for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
+    def _bind_rules(self, rows: range) -> None:
+        rules = self.rows.rules(rows)
+        if rows == self._rules_of[1] and not self._copies:
+            self._rules[:] = rules
+            return
+        self._rules = rules.copy()
+        self._bind(dict(zip(RULE, self._rules, strict=True)))
+
+    def _bind(self, arrays: Mapping[str, np.ndarray]) -> list[ort.OrtValue]:
+        values = []
+        for name, array in arrays.items():
+            values.append(ort_value(array))
+            self._binding.bind_ortvalue_input(name, values[-1])
+        return values

@@ -19,7 +19,7 @@ from toy_bundle import ADAPTERS, LAYERS, ROUNDING, VOCABULARY, WIDTH, ToyDecoder
 
 import runtimes.stacked
 from runtimes.artifacts.bundle import Bundle
-from runtimes.bank import AdapterBank
+from runtimes.bank import RULE, AdapterBank
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS
@@ -33,6 +33,7 @@ from runtimes.stacked import Slots
 from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
+FIRST = RULE.index("reft.first_slot")
 
 
 def adapter(
@@ -190,7 +191,7 @@ def test_a_planted_fault_is_seen(session: OrtSession, folders: Path, monkeypatch
         monkeypatch.setattr(runtimes.stacked, "rank_rows", lambda rank, padded, activated: rank_rows(rank, padded, "all"))
     elif fault == "rules of other rows":
         right_rules = AdapterRows.rules
-        monkeypatch.setattr(AdapterRows, "rules", lambda self, rows: {n: np.roll(x, 1) for n, x in right_rules(self, rows).items()})
+        monkeypatch.setattr(AdapterRows, "rules", lambda self, rows: np.roll(right_rules(self, rows), 1, axis=1))
     else:
         right_write = runtimes.stacked.StackedNode.write
         monkeypatch.setattr(runtimes.stacked.StackedNode, "write", lambda self, slots, e: right_write(self, slots, e) if e else None)
@@ -219,7 +220,7 @@ def test_slots_are_reused_and_banks_stay_where_they_are(bundle: Bundle, folders:
     assert bank.version == version and bank.writes > writes
     assert all(array is arrays[name] for name, array in bank.arrays().items())
     with AdapterRows(bank, ["all", "first"]) as rows:
-        assert rows.rules(range(2))["reft.first_slot"].tolist() == [2, 0]
+        assert rows.rules(range(2))[FIRST].tolist() == [2, 0]
     bank.load("direft")  # two slots do not fit in the gap of one
     assert bank.version == version + 1
     assert bank.resident == ("prompt", "one-layer", "all", "first", "direft")
@@ -347,7 +348,7 @@ def test_a_bank_holds_what_the_bundle_ships(tmp_path: Path, precision: str) -> N
     for name in bundle.adapter_names:
         stored = bundle.adapter_tensors(name)
         with AdapterRows(bank, [name]) as rows:
-            first = int(rows.rules(range(1))["reft.first_slot"][0])
+            first = int(rows.rules(range(1))[FIRST, 0])
         for node in bundle.nodes:
             for bank_name, kind in zip(node.bank_names, node.spec.banks, strict=True):
                 want = stored[bank_name]
