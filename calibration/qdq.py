@@ -17,8 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.activations import FLOAT8, LEVELS, STORED, ActivationQuantization, FixedKind, from_range
-from calibration.settings import BlockFormat
-from calibration.weight_only import quantize_blocks, unpack
+from calibration.weight_only import Blocks, unpack
 from calibration.weights import QuantizedWeight, constant
 from graph_passes.accessors import array_of, dtype_of, input_of, name_of, optional_input, producer_of
 from runtimes.errors import CalibrationError
@@ -45,17 +44,16 @@ def column_weight(name: str, array: np.ndarray, original: np.ndarray, kind: Fixe
     return QuantizedWeight(values=values, restored=restored * scales.astype(np.float32), shape=original.shape)
 
 
-def block_weight(name: str, array: np.ndarray, original: np.ndarray, block_size: int) -> QuantizedWeight:
+def block_weight(name: str, array: np.ndarray, block_size: int, blocks: Blocks) -> QuantizedWeight:
     """q int4 [K, N] and scales [K / block_size, N] of W [K, N], as MatMulNBits would have them."""
-    rows, columns = original.shape
+    rows, columns = array.shape
     if rows % block_size:
         raise CalibrationError(f"{name} has {rows} rows, no multiple of block size {block_size}, which TensorRT needs; use a smaller one")
-    blocks = quantize_blocks(original, BlockFormat(bits=4, block_size=block_size))
     q = unpack(blocks.packed, 4).reshape(columns, rows).T.astype(np.int8) - 8
     scales = np.ascontiguousarray(blocks.scales.T).astype(array.dtype)
     restored = (q.reshape(-1, block_size, columns) * scales[:, None].astype(np.float32)).reshape(rows, columns)
     values = (constant(f"{name}_Q4", np.ascontiguousarray(q), ir.DataType.INT4), constant(f"{name}_scales", scales))
-    return QuantizedWeight(values=values, restored=restored, shape=original.shape)
+    return QuantizedWeight(values=values, restored=restored, shape=(rows, columns))
 
 
 def restore_in_graph(graph: ir.Graph, before: ir.Node, weight: QuantizedWeight, block_size: int) -> ir.Value:

@@ -16,7 +16,7 @@ from calibration.activations import ACTIVATION_OF
 from calibration.selection import Selection, matching, select
 from calibration.settings import BlockFormat, QuantizationSettings
 from calibration.tables import TablePlan, plan_table, quantize_table
-from calibration.weight_only import CONTRIB, nbits_weight, to_matmul_nbits
+from calibration.weight_only import CONTRIB, WeightBlocks, nbits_weight, to_matmul_nbits
 from calibration.weights import QuantizedWeight, WeightError, relative_error
 from calibration.workers import on_all_cores
 from graph_passes.accessors import array_of, dtype_of, input_of, name_of, tensor_of
@@ -54,15 +54,15 @@ def quantize_graph(
     *,
     float_inputs: Collection[str] = (),
     parameters: Collection[str] | None = None,
-    importance: Mapping[str, np.ndarray] | None = None,
+    blocks: WeightBlocks | None = None,
     on_weight: Callable[[int, int], None] | None = None,
 ) -> QuantizedGraph:
     """Quantizes the chosen MatMul weights of ``model`` in place, and their inputs by ``ranges`` where the scheme fixes them.
 
     ``float_inputs``: weights whose inputs are never quantized. A weight-only scheme takes them at accuracy level 1; schemes that
     quantize activations leave them in float. ``parameters``: initializers that are known to be parameters of the base; an embedding that
-    is none stays in float unless asked for. None: all are. ``importance``: by weight the mean square [K] of its inputs, for method imatrix;
-    a weight that is not there is rounded by rtn.
+    is none stays in float unless asked for. None: all are. ``blocks``: makes the blocks of 4-bit weights, and those of
+    8 bits that have blocks, and knows those that it has made before.
 
     Raises CalibrationError, before anything is changed, where there is nothing to quantize, a pattern fits nothing, or a range is missing.
     """
@@ -75,12 +75,11 @@ def quantize_graph(
         if missing:
             raise CalibrationError(f"there is no range for {missing[0]} and {len(missing) - 1} more inputs; calibrate this graph again")
     weights = {weight_name(node): input_of(node, 1) for node in selection.products}
+    blocks = blocks or WeightBlocks()
     int8 = int8_weights(graph, selection, settings)
 
     def quantized_one(name: str) -> tuple[QuantizedWeight, WeightError]:
-        return _quantize_one(
-            weights[name], settings, settings.int8_format if name in int8 else settings.format, (importance or {}).get(name)
-        )
+        return _quantize_one(weights[name], settings, settings.int8_format if name in int8 else settings.format, blocks)
 
     # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
@@ -170,16 +169,16 @@ class _Rewrite:
 
 
 def _quantize_one(
-    weight: ir.Value, settings: QuantizationSettings, format: BlockFormat, importance: np.ndarray | None
+    weight: ir.Value, settings: QuantizationSettings, format: BlockFormat, blocks: WeightBlocks
 ) -> tuple[QuantizedWeight, WeightError]:
     name, array = name_of(weight), array_of(weight)
     original = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(original).all():
         raise CalibrationError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
     if settings.scheme == "weight-only":
-        quantized = nbits_weight(name, array, original, format, importance)
+        quantized = nbits_weight(name, array, format, blocks.of(name, original, format))
     elif settings.scheme == "qdq-int4":
-        quantized = qdq.block_weight(name, array, original, settings.block_size)
+        quantized = qdq.block_weight(name, array, settings.block_size, blocks.of(name, original, format))
     else:
         kind = ACTIVATION_OF.get(settings.scheme, "uint8")
         quantized = qdq.column_weight(name, array, original, kind)

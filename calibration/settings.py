@@ -129,8 +129,10 @@ class QuantizationSettings:
         if self.accuracy_level == 4 and (self.scheme != "weight-only" or self.method == "hqq"):
             what = "--method hqq, whose zero points are not whole numbers," if self.method == "hqq" else f"--scheme {self.scheme}"
             raise CalibrationError(f"{what} has no accuracy level 4; leave it out, or use --scheme weight-only --method rtn")
-        if check_method(self.method) != "rtn" and self.scheme != "weight-only":
-            raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use rtn")
+        searched = self.method == "imatrix" and self.scheme == "qdq-int4"
+        if check_method(self.method) != "rtn" and self.scheme != "weight-only" and not searched:
+            other = "imatrix or rtn" if self.scheme == "qdq-int4" else "rtn"
+            raise CalibrationError(f"--method {self.method} chooses MatMulNBits' blocks; with --scheme {self.scheme} use {other}")
         if self.method == "hqq" and self.bits != 4:
             raise CalibrationError("onnxruntime multiplies HQQ's zero points, which are fractions, at 4 bits only; use --method rtn")
         if self.method == "imatrix" and (self.bits != 4 or not self.symmetric):
@@ -161,7 +163,7 @@ class QuantizationSettings:
 
     @property
     def format(self) -> BlockFormat:
-        """Of MatMulNBits' weights."""
+        """Of weights in blocks."""
         return BlockFormat(bits=self.bits, block_size=self.block_size, symmetric=self.symmetric, method=self.method)
 
     @property
@@ -224,14 +226,14 @@ def settings_for(
 ) -> QuantizationSettings:
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
-    4-bit blocks of weight-only are imatrix's, and have no zero point unless asked otherwise: it was not worth its bytes in a real model
-    (docs/quantization-quality.md).
+    4-bit blocks are imatrix's, and those of weight-only have no zero point unless asked otherwise: it was not worth its bytes in a real
+    model (docs/quantization-quality.md).
     """
     name = check_scheme(scheme)
     kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
     width = kind.bits[0] if bits is None else bits
     if method is None:
-        method = "imatrix" if name == "weight-only" and width == 4 and symmetric is not False else "rtn"
+        method = "imatrix" if name in ("weight-only", "qdq-int4") and width == 4 and symmetric is not False else "rtn"
     return QuantizationSettings(
         scheme=name,
         bits=width,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from graph_passes.accessors import array_of, input_of, int_of, optional_input
 
 CONTRIB = "com.microsoft"
 _SEARCHED_AT_ONCE = 4096
-"""Blocks of a search, whose passes then stay in a core's cache."""
+"""Blocks of a search, whose passes then stay near a core."""
 FACTORS = (1.0, *(0.75 + 0.0375 * step for step in range(9)))
 """Of the scale that the largest value of a block asks for: what a search by importance rounds with, from 0.75 to 1.05."""
 LEAST_IMPORTANCE = 1e-2
@@ -52,6 +52,27 @@ def quantize_blocks(weight: np.ndarray, format: BlockFormat, importance: np.ndar
     return _rtn(weight, format.bits, format.block_size, symmetric=format.symmetric)
 
 
+class WeightBlocks:
+    """The blocks of a graph's weights, each made once for a format however often it is asked for.
+
+    ``importance``: by weight the mean square [K] of its inputs, for method imatrix; a weight that is not there is rounded by rtn.
+    """
+
+    def __init__(self, importance: Mapping[str, np.ndarray] | None = None) -> None:
+        self._importance = importance or {}
+        self._made: dict[tuple[str, BlockFormat], Blocks] = {}
+        self.rounded: set[str] = set()
+        """Weights that imatrix was asked for, and whose inputs nobody saw."""
+
+    def of(self, name: str, weight: np.ndarray, format: BlockFormat) -> Blocks:
+        """``weight`` [K, N] float32, the same at every call with this name."""
+        if (name, format) not in self._made:
+            if format.method == "imatrix" and name not in self._importance:
+                self.rounded.add(name)
+            self._made[name, format] = quantize_blocks(weight, format, self._importance.get(name))
+        return self._made[name, format]
+
+
 def _rtn(weight: np.ndarray, bits: int, block_size: int, *, symmetric: bool) -> Blocks:
     with _root_logger_kept():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
@@ -70,33 +91,48 @@ def _imatrix(weight: np.ndarray, bits: int, block_size: int, importance: np.ndar
     """
     (rows, columns), levels = weight.shape, 1 << (bits - 1)
     blocks = -(-rows // block_size)
-    padded, h = np.zeros((columns, blocks * block_size), np.float32), np.zeros(blocks * block_size, np.float32)
-    padded[:, :rows] = weight.T
-    h[:rows] = importance / (importance.mean() or 1.0) + LEAST_IMPORTANCE
-    w, h = padded.reshape(columns, blocks, block_size), h.reshape(blocks, block_size)
-    packed, scales = np.empty((columns, blocks, block_size * bits // 8), np.uint8), np.empty((columns, blocks), np.float32)
-    step = max(1, _SEARCHED_AT_ONCE // blocks)
-    for start in range(0, columns, step):
-        part = slice(start, start + step)
-        q, scales[part] = _searched(w[part], h, levels)
-        packed[part] = _pack((q + levels).astype(np.uint8), bits)
-    return Blocks(packed=packed, scales=scales, zero_points=None)
+    missing = blocks * block_size - rows
+    h = np.pad(importance / (importance.mean() or 1.0) + LEAST_IMPORTANCE, (0, missing)).astype(np.float32).reshape(blocks, block_size, 1)
+    w = (np.pad(weight, ((0, missing), (0, 0))) if missing else weight).reshape(blocks, block_size, columns)
+    q, scales = np.empty(w.shape, np.uint8), np.empty((blocks, 1, columns), np.float32)
+    wide = min(columns, _SEARCHED_AT_ONCE)
+    deep = max(1, _SEARCHED_AT_ONCE // wide)
+    for first in range(0, blocks, deep):
+        for start in range(0, columns, wide):
+            part = np.s_[first : first + deep, :, start : start + wide]
+            q[part], scales[part] = _searched(np.ascontiguousarray(w[part]), h[part[0]], levels)
+    return Blocks(
+        packed=np.ascontiguousarray(_pack(q.transpose(2, 0, 1), bits)), scales=np.ascontiguousarray(scales[:, 0].T), zero_points=None
+    )
 
 
 def _searched(w: np.ndarray, h: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """(q, scales) of blocks w [.., blocks, B] by importance h [blocks, B]."""
-    largest = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1) / -levels
+    """(q + levels, scales [b, 1, n]) of blocks w [b, B, n] by importance h [b, B, 1]: sums over the middle axis are long vector sums."""
+    high, low = w.max(1, keepdims=True), w.min(1, keepdims=True)
+    largest = np.where(high >= -low, high, low) / -levels
     largest[largest == 0] = 1.0
-    weighted = h * w
-    best_q, best_scale, best = np.zeros_like(w), largest[..., 0], np.full(w.shape[:-1], -1.0, np.float32)
+    ratio, weighted = w / largest, h * w
+    q, product = np.empty_like(w), np.empty_like(w)
+
+    def round_with(over: np.ndarray | np.float32) -> None:
+        np.multiply(ratio, over, out=q)
+        np.rint(q, out=q)
+        np.clip(q, -levels, levels - 1, out=q)
+
+    best, best_scale, best_over = np.full_like(largest, -1.0), largest.copy(), np.ones_like(largest)
     for factor in FACTORS:
-        q = np.clip(np.rint(w / (factor * largest)), -levels, levels - 1)
-        along, square = (weighted * q).sum(-1), (h * q * q).sum(-1)
-        scale = np.divide(along, square, out=largest[..., 0].copy(), where=square > 0)
-        gain = along * scale
-        better = gain > best
-        best_q[better], best_scale, best = q[better], np.where(better, scale, best_scale), np.where(better, gain, best)
-    return best_q, best_scale
+        over = np.float32(1 / factor)
+        round_with(over)
+        along = np.multiply(weighted, q, out=product).sum(1, keepdims=True)
+        np.multiply(q, q, out=product)
+        square = np.multiply(product, h, out=product).sum(1, keepdims=True)
+        scale = np.divide(along, square, out=largest.copy(), where=square > 0)
+        better = (gain := along * scale) > best
+        for kept, new in ((best, gain), (best_scale, scale), (best_over, over)):
+            np.copyto(kept, new, where=better)
+    round_with(best_over)
+    q += levels
+    return q, best_scale
 
 
 def _hqq(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
@@ -160,11 +196,9 @@ def to_matmul_nbits(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, acc
     replace_node(graph, node, new)
 
 
-def nbits_weight(
-    name: str, array: np.ndarray, original: np.ndarray, format: BlockFormat, importance: np.ndarray | None = None
-) -> QuantizedWeight:
-    """The tensors of one MatMulNBits; ``original`` is ``array`` [K, N] in float32. Scales take the graph's float type."""
-    blocks, bits = quantize_blocks(original, format, importance), format.bits
+def nbits_weight(name: str, array: np.ndarray, format: BlockFormat, blocks: Blocks) -> QuantizedWeight:
+    """The tensors of one MatMulNBits, ``blocks`` being those of ``array`` [K, N]. Scales take its float type."""
+    bits = format.bits
     scales = blocks.scales.astype(array.dtype)
     zero_points = blocks.zero_points
     if zero_points is not None and zero_points.dtype != np.uint8:
@@ -172,8 +206,8 @@ def nbits_weight(
     values = [constant(f"{name}_Q{bits}", blocks.packed), constant(f"{name}_scales", scales.reshape(-1))]
     if zero_points is not None:
         values.append(constant(f"{name}_zero_points", zero_points.reshape(-1)))
-    restored = dequantize(blocks.packed, scales, zero_points, bits, format.block_size, *original.shape)
-    return QuantizedWeight(values=tuple(values), restored=restored, shape=original.shape, format=format)
+    restored = dequantize(blocks.packed, scales, zero_points, bits, format.block_size, *array.shape)
+    return QuantizedWeight(values=tuple(values), restored=restored, shape=(array.shape[0], array.shape[1]), format=format)
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, *new: ir.Node) -> None:

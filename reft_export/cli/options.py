@@ -60,7 +60,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="How weight-only blocks are chosen: imatrix (the default of int4 without zero points), rtn, hqq or k_quant.",
+        help="How weight-only blocks are chosen: imatrix (the default of int4 without zero points), rtn; weight-only also hqq, k_quant.",
         show_default=False,
     ),
 ]

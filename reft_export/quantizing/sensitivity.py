@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from calibration.mixed import check_budget, choose_int8, sizes
 from calibration.quantize import plan_graph
 from calibration.settings import BlockFormat, QuantizationSettings
-from calibration.weight_only import Blocks, dequantize, quantize_blocks
+from calibration.weight_only import Blocks, WeightBlocks, dequantize
 from calibration.workers import on_all_cores
 from graph_passes.accessors import array_of, input_of, shape_of
 from graph_passes.external import unmap
@@ -71,11 +71,11 @@ def sensitivities(
     sources: Mapping[str, WeightSource],
     settings: QuantizationSettings,
     rows: Sequence[Row],
-    importance: Mapping[str, np.ndarray],
+    blocks: WeightBlocks,
 ) -> dict[str, float]:
     """Nats a scored token, by the name of every initializer of ``graph`` that ``settings`` quantizes and that is a linear module's weight.
 
-    ``model`` carries the float weights, and is left as it was; ``importance``: as ``quantize_graph`` takes it. Weights that are no linear
+    ``model`` carries the float weights, and is left as it was; ``blocks``: as ``quantize_graph`` takes it. Weights that are no linear
     module's (experts) are not listed.
     """
     format = settings.format
@@ -84,8 +84,8 @@ def sensitivities(
     _, selection = plan_graph(graph, settings, (), sources)
     products = {weight_name(node): input_of(node, 1) for node in selection.products}
     names = [name for name in products if name in sources]
-    for name, blocks in zip(names, on_all_cores(lambda name: _blocks(products[name], format, importance.get(name)), names), strict=True):
-        for module, weight in _places(model, name, products[name], sources, blocks):
+    for name, made in zip(names, on_all_cores(lambda name: _blocks(name, products[name], format, blocks), names), strict=True):
+        for module, weight in _places(model, name, products[name], sources, made):
             placed.setdefault(module, []).append((name, weight))
             nats[name] = 0.0
     generator = torch.Generator().manual_seed(0)
@@ -101,10 +101,10 @@ def sensitivities(
     return nats
 
 
-def _blocks(value: ir.Value, format: BlockFormat, importance: np.ndarray | None) -> Blocks:
-    blocks = quantize_blocks(np.ascontiguousarray(array_of(value), np.float32), format, importance)
+def _blocks(name: str, value: ir.Value, format: BlockFormat, blocks: WeightBlocks) -> Blocks:
+    made = blocks.of(name, np.ascontiguousarray(array_of(value), np.float32), format)
     unmap(value)
-    return blocks
+    return made
 
 
 def _places(
@@ -245,7 +245,7 @@ def mixed(
     sources: Mapping[str, WeightSource],
     settings: QuantizationSettings,
     rows: Sequence[Row],
-    importance: Mapping[str, np.ndarray],
+    blocks: WeightBlocks,
     asked: MixedPrecision,
 ) -> tuple[QuantizationSettings, str]:
     """``settings`` with the weights of ``graph`` that are worth 8 bits, and what was chosen in words; the graph's head is untied.
@@ -255,7 +255,7 @@ def mixed(
     untie_head(graph.graph)
     known = sizes(graph.graph, settings, (), sources)
     check_budget(known, asked.budget)
-    nats = sensitivities(model, graph.graph, sources, settings, rows, importance)
+    nats = sensitivities(model, graph.graph, sources, settings, rows, blocks)
     chosen = choose_int8(nats, known, asked.budget)
     total, taken = sum(nats.values()), sum(nats[name] for name in chosen)
     added = sum(known.extra[name] for name in chosen)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
+from calibration.weight_only import WeightBlocks
 from reft_export.base.dequantized import expert_matrices, load_dequantized
 from reft_export.base.memory import give_back
 from reft_export.bundling.files import Report
@@ -71,8 +72,8 @@ class Material:
     ranges: Ranges | None = None
     mixed: MixedPrecision | None = None
     """Asked for by the user, whatever the adapters keep."""
-    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """As ``input_importance`` gives it."""
+    blocks: WeightBlocks = field(default_factory=WeightBlocks)
+    """Of every attempt: what one has made, the next one knows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,8 +94,12 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
     """The weights that ``_enough`` chooses, and the KV cache that ``settings`` ask for."""
     if settings.method == "imatrix":
         report("weighing the inputs of the weights")
-        of = replace(of, importance=input_importance(of.model.floats(), of.sources, of.inputs, of.steerers))
+        of = replace(of, blocks=WeightBlocks(input_importance(of.model.floats(), of.sources, of.inputs, of.steerers)))
     chosen = _enough(of, settings, gate, report)
+    if rounded := sorted(of.blocks.rounded):
+        more = f" and {len(rounded) - 1} more weights are" if len(rounded) > 1 else " is"
+        told = f"{rounded[0]}{more} rounded by rtn: no golden row reached what they multiply"
+        chosen = replace(chosen, note="; ".join(filter(None, (chosen.note, told))))
     if settings.cache != "float":
         report("measuring the KV cache's scales")
         quantize_cache(chosen.graph, chosen.model, of.inputs, of.steerers)
@@ -138,7 +143,7 @@ def measurable(fp32: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
 def _with_int8(of: Material, settings: QuantizationSettings, asked: MixedPrecision, report: Report) -> tuple[QuantizationSettings, str]:
     report("measuring what each weight costs in int4")
     rows = rows_of({name: each.arrays for name, each in of.inputs.items()}, of.steerers)
-    return mixed(of.model.floats(), of.graph(), of.sources, settings, rows, of.importance, asked)
+    return mixed(of.model.floats(), of.graph(), of.sources, settings, rows, of.blocks, asked)
 
 
 def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Report) -> tuple[Chosen, Attempt]:
@@ -148,7 +153,7 @@ def _attempt(of: Material, settings: QuantizationSettings, how: str, report: Rep
     if of.turns:
         of.model.put_away()
     quantized = quantize_graph(
-        graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources, importance=of.importance
+        graph, settings, of.ranges, float_inputs=expert_matrices(of.sources), parameters=of.sources, blocks=of.blocks
     )
     give_back()
     model = of.model.carrying(graph, of.sources)

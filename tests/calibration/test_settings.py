@@ -25,7 +25,8 @@ def test_defaults_fit_their_scheme(scheme) -> None:
         ("weight-only", {"bits": 8}, "rtn"),
         ("weight-only", {"symmetric": False}, "rtn"),
         ("weight-only", {"method": "rtn"}, "rtn"),
-        *((scheme, {}, "rtn") for scheme in SCHEMES if scheme != "weight-only"),
+        ("qdq-int4", {}, "imatrix"),
+        *((scheme, {}, "rtn") for scheme in SCHEMES if scheme not in ("weight-only", "qdq-int4")),
     ],
 )
 def test_scales_are_searched_where_that_pays(scheme, options, method) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from calibration.settings import QuantizationSettings, settings_for
+from calibration.weight_only import WeightBlocks
 
 ROWS = "rows.jsonl"
 COLUMNS = 64
@@ -174,15 +175,15 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
     plan = assemble.planned(bundle, model, folder, settings, request, lambda _: None)
     graph, sources = load_graph(bundle.graph_path), bundle.manifest.weights
     started = time.monotonic()
-    weighed = {}
+    blocks = WeightBlocks()
     if settings.method == "imatrix":
         inputs = stored_inputs(bundle)
         steerers = {each: bank_steerer(bundle, each) for each in bundle.adapter_names}
-        weighed = input_importance(load_base(model, checked=True).model, sources, inputs, steerers)
+        blocks = WeightBlocks(input_importance(load_base(model, checked=True).model, sources, inputs, steerers))
     if name in BUDGETS:
-        settings = _mixed(model, bundle, graph, settings, BUDGETS[name], calibrated_on.parent, weighed)
+        settings = _mixed(model, bundle, graph, settings, BUDGETS[name], calibrated_on.parent, blocks)
     left = expert_matrices(sources)
-    done = quantize_graph(graph, settings, plan.ranges, float_inputs=left, parameters=sources, importance=weighed)
+    done = quantize_graph(graph, settings, plan.ranges, float_inputs=left, parameters=sources, blocks=blocks)
     seconds = time.monotonic() - started
     write_graph(graph, folder)
     shutil.copytree(source / "golden", folder / "golden")
@@ -192,7 +193,7 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
 
 
 def _mixed(
-    model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path, weighed: Mapping[str, np.ndarray]
+    model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path, blocks: WeightBlocks
 ) -> QuantizationSettings:
     """The product's choice, by sensitivities on the rows of the bundle's own golden arrays; they are kept in the folder ``memory``."""
     from calibration.mixed import choose_int8, sizes
@@ -206,7 +207,7 @@ def _mixed(
     sources, path = bundle.manifest.weights, memory / f"sensitivities-{settings.block_size}.json"
     if not path.is_file():
         rows = rows_of({BASE_GOLDEN: stored_inputs(bundle)[BASE_GOLDEN].arrays}, {})
-        path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows, weighed)))
+        path.write_text(json.dumps(sensitivities(load_base(model, checked=True).model, graph.graph, sources, settings, rows, blocks)))
     chosen = choose_int8(json.loads(path.read_text()), sizes(graph.graph, settings, (), sources), budget)
     return replace(settings, int8=chosen)
 

@@ -12,7 +12,7 @@ import torch
 from calibration.mixed import AUTO_SHARE, check_budget, choose_int8, sizes
 from calibration.quantize import quantize_graph
 from calibration.settings import settings_for
-from calibration.weight_only import dequantize, quantize_blocks
+from calibration.weight_only import WeightBlocks, dequantize, quantize_blocks
 from graph_passes.external import load_graph
 from reft_export.base.load import load_base
 from reft_export.quantizing.quantize import quantize_bundle
@@ -31,7 +31,7 @@ def measured(float_bundle):
     generator = np.random.default_rng(0)
     rows = [Row(ids=generator.integers(0, 250, 12), prompt_length=1) for _ in range(3)]
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    nats = sensitivities(model, graph.graph, bundle.manifest.weights, SETTINGS, rows, {})
+    nats = sensitivities(model, graph.graph, bundle.manifest.weights, SETTINGS, rows, WeightBlocks())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     return bundle, graph, model, rows, nats
 
@@ -60,7 +60,9 @@ def test_nats_are_half_the_fisher_information_in_the_direction_of_the_error(meas
             total += float((gradient.T * error).sum()) ** 2
             count += 1
         weight.requires_grad_(False)
-    many = sensitivities(model, graph.graph, bundle.manifest.weights, replace(SETTINGS, keep_high=("0", "2", "lm_head")), rows * 8, {})
+    many = sensitivities(
+        model, graph.graph, bundle.manifest.weights, replace(SETTINGS, keep_high=("0", "2", "lm_head")), rows * 8, WeightBlocks()
+    )
     # 24 rows, a draw of signs each: the square of one varies as a chi-squared of one degree does, sqrt(2) of itself.
     assert many[name] == pytest.approx(total / (2 * count), rel=3 * (2 / 24) ** 0.5)
 
