@@ -37,6 +37,10 @@ RULE = tuple(name for name in RULE_DEFAULTS if name != PROMPT_LENGTH)
 BASE_RULE = np.array([RULE_DEFAULTS[name] for name in RULE], np.int64)
 
 
+class BankFull(InputError):
+    """Adapters that steer rows leave another one no room within max_bytes: it fits once some of them are released."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BankMemory:
     """Bytes: ``adapters``, of the resident adapters' edits by themselves; ``banks``, of the arrays that hold them stacked."""
@@ -195,6 +199,11 @@ class AdapterBank:
             return BASE_RULE
         return self._load(name, rows=1).rule
 
+    def live_rows(self, name: str) -> int:
+        """Rows that a resident adapter steers, of all batches."""
+        with self.lock:
+            return self._resident(name).rows
+
     def unpin(self, name: str | None) -> None:
         if name is not None:
             with self.lock:
@@ -257,7 +266,7 @@ class AdapterBank:
             if oldest is None:
                 for other, resident in reversed(gone):
                     self._restore(other, resident)
-                raise InputError(
+                raise BankFull(
                     f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}, and "
                     f"{count(sum(bool(r.rows) for r in self._residents.values()), 'adapter')} of live rows cannot go; allow more, or "
                     "release rows"

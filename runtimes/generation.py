@@ -104,14 +104,14 @@ def generate(
     encoded = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     model = session.bundle.manifest.model
     encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
-    rows: list[_Row] = []
+    rows: list[Continuation] = []
     for i, (prompt, own) in enumerate(zip(encoded, _settings_of_each(settings, encoded), strict=True)):
         if len(prompt) + own.max_new_tokens > model.context_length:
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens, which with {own.max_new_tokens} new ones exceed the context of "
                 f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
             )
-        rows.append(_Row(i, prompt, tokenizer, own, on_text))
+        rows.append(Continuation(i, prompt, tokenizer, own, on_text))
     decoder = as_decoder(session)
     # A batch is as many columns as its longest prompt and most new tokens: rows that want other counts could not fit together, though
     # each alone does.
@@ -137,7 +137,7 @@ def _settings_of_each(
     return each
 
 
-def _generate_batch(session: DecoderSession, rows: list[_Row], count: int, prefill_chunk: int | None) -> None:
+def _generate_batch(session: DecoderSession, rows: list[Continuation], count: int, prefill_chunk: int | None) -> None:
     batch = DecodeBatch(session, [row.prompt for row in rows], new_tokens=count)
     logits = batch.prefill(prefill_chunk)
     for step in range(count):
@@ -305,12 +305,17 @@ def probabilities(logits: np.ndarray, settings: GenerationSettings, seen: Sequen
 
 def penalized(logits: np.ndarray, settings: GenerationSettings, seen: Sequence[int]) -> np.ndarray:
     scores = np.asarray(logits, np.float64)
-    if np.isnan(scores).any() or not np.isfinite(scores.max()):
-        raise BundleError("the model's logits are not finite; check the bundle with `reft-export parity`")
+    check_finite(scores.max())
     if settings.repetition_penalty != 1 and len(seen):
         scores, index = scores.copy(), np.unique(seen)
         scores[index] *= np.where(scores[index] > 0, 1 / settings.repetition_penalty, settings.repetition_penalty)
     return scores
+
+
+def check_finite(largest: float) -> None:
+    """Raises BundleError where the largest of a token's logits is no number: NaN is larger than all."""
+    if not np.isfinite(largest):
+        raise BundleError("the model's logits are not finite; check the bundle with `reft-export parity`")
 
 
 class StopFilter:
@@ -339,7 +344,7 @@ class StopFilter:
         return text
 
 
-class _Row:
+class Continuation:
     """One prompt while it is continued."""
 
     def __init__(
@@ -394,6 +399,10 @@ class _Row:
         )
 
     def _choose(self, logits: np.ndarray) -> int:
+        if self.settings.temperature == 0 and self.settings.repetition_penalty == 1:
+            best = int(logits.argmax())  # of a NaN, where there is one
+            check_finite(logits[best])
+            return best
         seen = [*self.prompt, *self.tokens]
         if self.settings.temperature == 0:
             return int(penalized(logits, self.settings, seen).argmax())

@@ -73,6 +73,14 @@ class Buffer(Protocol):
         """A wider buffer with the same columns in front."""
         ...
 
+    def read_row(self, row: int, columns: int) -> np.ndarray:
+        """A copy [heads, columns, dim] of a row's first columns."""
+        ...
+
+    def write_row(self, row: int, columns: np.ndarray) -> None: ...
+
+    def copy_row(self, source: int, target: int, columns: int) -> None: ...
+
 
 class Memory(Protocol):
     """Where buffers come from."""
@@ -98,6 +106,15 @@ class HostBuffer:
     def address(self) -> int:
         return self.array.ctypes.data
 
+    def read_row(self, row: int, columns: int) -> np.ndarray:
+        return self.array[row, :, :columns].copy()
+
+    def write_row(self, row: int, columns: np.ndarray) -> None:
+        self.array[row, :, : columns.shape[1]] = columns
+
+    def copy_row(self, source: int, target: int, columns: int) -> None:
+        self.array[target, :, :columns] = self.array[source, :, :columns]
+
     def widened(self, shape: tuple[int, int, int, int]) -> HostBuffer:
         wider = HostBuffer(shape, self._element)
         held = np.moveaxis(self.array, 2, 0)
@@ -106,11 +123,16 @@ class HostBuffer:
 
 
 class HostMemory:
+    """``lazily``: whoever allocates watches over how much of it is written; untouched pages are none."""
+
+    def __init__(self, *, lazily: bool = False) -> None:
+        self._lazily = lazily
+
     def buffer(self, shape: tuple[int, int, int, int], element: ElementType) -> HostBuffer:
         return HostBuffer(shape, element)
 
     def available(self) -> int | None:
-        return available_memory()
+        return None if self._lazily else available_memory()
 
 
 class KvCache:
@@ -166,6 +188,26 @@ class KvCache:
                 self._buffers[i] = self._buffers[i].widened(shape)
         self._written = np.pad(self._written, [(0, 0), (0, capacity - self.capacity)])
         self.capacity = capacity
+
+    def copy_row(self, source: int, target: int, columns: int) -> None:
+        """The first ``columns`` of a row over those of another."""
+        for buffer in self._buffers:
+            buffer.copy_row(source, target, columns)
+
+    def swap_rows(self, one: int, other: int, columns: int) -> None:
+        """The first ``columns`` of two rows change places."""
+        kept = self.read_row(one, columns)
+        self.copy_row(other, one, columns)
+        self.write_row(other, kept)
+
+    def read_row(self, row: int, columns: int) -> list[np.ndarray]:
+        """A copy of a row's first ``columns`` in host memory: [heads, columns, dim] of each tensor."""
+        return [buffer.read_row(row, columns) for buffer in self._buffers]
+
+    def write_row(self, row: int, columns: Sequence[np.ndarray], first: int | None = None) -> None:
+        """What ``read_row`` gave, or its ``first`` columns, as the row's first ones."""
+        for buffer, array in zip(self._buffers, columns, strict=True):
+            buffer.write_row(row, array[:, :first])
 
     def check(self, past: CachePast) -> None:
         """Raises InputError where a column of ``past`` has been written since."""

@@ -74,6 +74,14 @@ class AdapterRows:
         self._names.pop()
         self.changes += 1
 
+    def swap(self, one: int, other: int) -> None:
+        """Two rows change places."""
+        self._check()
+        for rules in self._rules:
+            rules[one], rules[other] = int(rules[other]), int(rules[one])
+        self._names[one], self._names[other] = self._names[other], self._names[one]
+        self.changes += 1
+
     def rules(self, rows: range) -> np.ndarray:
         """int64 [7, n]: the numbers of these rows' rules, by ``runtimes.bank.RULE``; good until a row changes."""
         return self._rules[:, rows.start : rows.stop]

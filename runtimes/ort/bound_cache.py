@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 
+from runtimes.errors import BackendUnavailable
 from runtimes.kv_cache import HostMemory, KvCache, Memory
 from runtimes.precision import BFLOAT16, ElementType
 
@@ -50,6 +51,19 @@ class DeviceBuffer:
         wider = np.zeros(shape, old.dtype)
         wider[:, :, : old.shape[2]] = old
         return DeviceBuffer(ort.OrtValue.ortvalue_from_numpy(wider, self._device, 0), self._device, self._element)
+
+    def read_row(self, row: int, columns: int) -> np.ndarray:
+        raise _stays()
+
+    def write_row(self, row: int, columns: np.ndarray) -> None:
+        raise _stays()
+
+    def copy_row(self, source: int, target: int, columns: int) -> None:
+        raise _stays()
+
+
+def _stays() -> BackendUnavailable:
+    return BackendUnavailable("rows of a KV cache on a GPU do not change places here; batch requests with --provider cpu")
 
 
 class DeviceMemory:

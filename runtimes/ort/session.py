@@ -7,7 +7,8 @@ returns a longer cache at every step, which is kept as OrtValues.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,13 @@ from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, o
 from runtimes.edits.op import FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.in_place import Call, StepRequest, step_in_place
-from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, KvCache
+from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, HostMemory, KvCache
 from runtimes.machine import this_machine
 from runtimes.native_library import find_op_library, library_name
 from runtimes.ort.bound_cache import BoundCache, memory_of
 from runtimes.ort.bound_rows import BoundRows
 from runtimes.ort.graph_checks import check_adapter, check_graph
+from runtimes.ort.row_pool import RowPool
 from runtimes.precision import BFLOAT16, ELEMENT_TYPES, FLOAT_TYPES
 from runtimes.rows import AdapterRows
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
@@ -162,11 +164,14 @@ class OrtGraph(ClosedAtEnd):
         A row's KV cache belongs to the adapter it was computed with: start a new one after a swap. Raises InputError for rows of another
         bundle's bank.
         """
-        if rows.bank.bundle.digest != self.bundle.digest or rows.bank.bundle.nodes != self.bundle.nodes:
-            raise InputError(f"the rows are of a bank of {rows.bank.bundle.folder}; {self.bundle.folder} needs a bank of its own")
+        self._check_bank(rows)
         binding = self._open.io_binding()
         self.adapter, self._placement, self._run_options, self._binding = None, None, ort.RunOptions(), binding
         self._bound_rows = BoundRows(binding, rows, self._device)
+
+    def _check_bank(self, rows: AdapterRows) -> None:
+        if rows.bank.bundle.digest != self.bundle.digest or rows.bank.bundle.nodes != self.bundle.nodes:
+            raise InputError(f"the rows are of a bank of {rows.bank.bundle.folder}; {self.bundle.folder} needs a bank of its own")
 
     def _check_rows(self, batch: int) -> None:
         """Raises InputError where adapters are set for another number of rows."""
@@ -199,25 +204,32 @@ class OrtGraph(ClosedAtEnd):
 
     def _run(self, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output by name; raises ReftError with onnxruntime's own reason."""
+        if self._binding is not None:
+            return self._run_bound(self._binding, feeds, self._in_place)
         session = self._open
+        with self._explained():
+            values = session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _run_bound(self, binding: ort.IOBinding, feeds: Mapping[str, ort.OrtValue], in_place: Sequence[str]) -> dict[str, ort.OrtValue]:
+        """The same with what is bound; ``in_place``: outputs that were bound before, in memory of their own."""
+        session = self._open
+        with self._explained():
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+            outputs = [name for name in self._outputs if name not in in_place]
+            for name in outputs:
+                binding.bind_output(name, "cpu" if name == "logits" else self._device)
+            session.run_with_iobinding(binding)
+            return dict(zip((*in_place, *outputs), binding.get_outputs(), strict=True))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            return self._outputs_of(session, feeds)
+            yield
         except Exception as e:  # onnxruntime's own exceptions share no base
             steering = f" with adapter {self.adapter}" if self.adapter else ""
             raise ReftError(f"onnxruntime {ort.__version__} cannot run {self.bundle.graph_path}{steering}: {_last_line(e)}") from e
-
-    def _outputs_of(self, session: ort.InferenceSession, feeds: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        if self._binding is None:
-            values = session.run_with_ort_values(self._outputs, dict(feeds), self._run_options)
-        else:
-            for name, value in feeds.items():
-                self._binding.bind_ortvalue_input(name, value)
-            outputs = [name for name in self._outputs if name not in self._in_place]
-            for name in outputs:
-                self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
-            session.run_with_iobinding(self._binding)
-            return dict(zip((*self._in_place, *outputs), self._binding.get_outputs(), strict=True))
-        return dict(zip(self._outputs, values, strict=True))
 
 
 class OpenGraph(OrtGraph):
@@ -350,6 +362,30 @@ class OrtSession(OrtGraph):
         logits, new_past = step_in_place(request, past, cache, run)
         own = {"logits", *self._in_place}
         return StepOutput(logits=logits, past=new_past, outputs={name: v for name, v in outputs.items() if name not in own})
+
+    def open_pool(self, rows: AdapterRows | None, most: int, capacity: int) -> RowPool:
+        """A KV cache of ``most`` rows of ``capacity`` columns, whose rows come and go; ``rows``: their adapters, None for bases alone.
+
+        Its memory is taken as its columns are written. The session's own steps go on beside it.
+        Raises InputError where the graph does not write its cache in place, and for rows of another bundle's bank.
+        """
+        if not self.writes_in_place:
+            raise InputError(
+                f"{self.bundle.folder} returns a longer KV cache at every step, and requests cannot join or leave a batch; export it "
+                "with --target onnxruntime (docs/SUPPORT.md lists the families), or run static batches"
+            )
+        if self._device != "cpu":
+            raise BackendUnavailable("rows of a KV cache on a GPU do not change places here; batch requests with --provider cpu")
+        if rows is not None:
+            self._check_bank(rows)
+        limit = self.bundle.manifest.model.context_length
+        cache = KvCache(self.cache_tensors, most, min(capacity, limit), limit=limit, memory=HostMemory(lazily=True))
+        return RowPool(self, self._open.io_binding(), cache, rows)
+
+    def run_pool(self, pool: RowPool, request: StepRequest) -> np.ndarray:
+        """Logits [n, V] of every row's last column, after a run of what ``pool`` has bound; a view, good until its next run."""
+        outputs = self._run_bound(pool.binding, self._feeds(request, request.ids.shape[1] - 1), pool.in_place)
+        return host_view(outputs["logits"])[:, -1]
 
     def _bind_cache(self, cache: KvCache, rows: slice) -> None:
         if self._binding is None:

@@ -1,0 +1,291 @@
+"""Requests that join and leave a running batch: every one is answered as if it were alone, by logits against a decoder in numpy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rounding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, write_toy_bundle
+
+import runtimes.batching
+from runtimes.artifacts.bundle import Bundle
+from runtimes.bank import AdapterBank
+from runtimes.batching import Batcher, QueueFull, Ticket
+from runtimes.edits.adapter import Adapter
+from runtimes.errors import BundleError, InputError, ReftError
+from runtimes.generation import GenerationSettings, generate
+from runtimes.ort.session import OrtSession
+from runtimes.text.tokenizer import Tokenizer
+
+DECODER = ToyDecoder.random()
+KNOWN: dict[str | None, Adapter | None] = {None: None, **ADAPTERS}
+PROMPT = [3, 1, 4, 1, 5]
+SHORT = GenerationSettings(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_toy_bundle(tmp_path_factory.mktemp("batching") / "bundle", in_place=True, adapters=ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Bundle) -> OrtSession:
+    return OrtSession(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.load(bundle.folder, bundle.manifest.model)
+
+
+@pytest.fixture(autouse=True)
+def small_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 8, 16, 32 and 64 columns."""
+    monkeypatch.setattr(runtimes.batching, "LEAST_CLASS", 8)
+
+
+@pytest.fixture
+def batcher(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> Iterator[Batcher]:
+    made = Batcher(session, tokenizer, AdapterBank(bundle), most_rows=3, prefill_chunk=3, queue=4)
+    yield made
+    made.close()
+
+
+@dataclass
+class Asked:
+    """One request and every logit that its tokens were chosen from."""
+
+    prompt: list[int]
+    adapter: str | None
+    settings: GenerationSettings
+    ticket: Ticket | None = None
+    seen: list[np.ndarray] = field(default_factory=list)
+
+    def submit(self, batcher: Batcher) -> Asked:
+        self.ticket = batcher.submit(
+            self.prompt, self.settings, adapter=self.adapter, on_token=lambda _, logits: self.seen.append(logits.copy())
+        )
+        return self
+
+    def check(self) -> None:
+        assert self.ticket is not None
+        answer = self.ticket.result(0)
+        assert answer.prompt_tokens == len(self.prompt)
+        assert len(self.seen) == len(answer.tokens)
+        if self.seen:
+            want = DECODER.logits([*self.prompt, *answer.tokens], KNOWN[self.adapter], len(self.prompt))[len(self.prompt) - 1 : -1]
+            rounding.check(np.stack(self.seen), want, ROUNDING, f"{self.adapter} after {self.prompt}")
+        if self.settings.temperature == 0:
+            assert list(answer.tokens) == [int(each.argmax()) for each in self.seen]
+        if answer.finish_reason == "length":
+            assert len(answer.tokens) == self.settings.max_new_tokens
+
+
+requests = st.builds(
+    Asked,
+    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+    adapter=st.sampled_from(list(KNOWN)),
+    settings=st.builds(
+        GenerationSettings, max_new_tokens=st.integers(1, 12), temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 9)
+    ),
+)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_request_is_answered_as_alone(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """They come at any step, some are cancelled; few rows, a small cache and a bank of two adapters make them wait for each other."""
+    bank = AdapterBank(bundle, max_bytes=data.draw(st.sampled_from([None, 1500])))
+    batcher = Batcher(
+        session, tokenizer, bank,
+        most_rows=data.draw(st.integers(1, 5)),
+        prefill_chunk=data.draw(st.sampled_from([0, 1, 3, 8])),
+        cache_bytes=data.draw(st.sampled_from([None, 100 * ROW_BYTES])),
+        queue=100,
+    )  # fmt: skip
+    asked: list[Asked] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        asked.append(data.draw(requests).submit(batcher))
+        if data.draw(st.booleans()):
+            cancelled = data.draw(st.sampled_from(asked)).ticket
+            assert cancelled is not None
+            cancelled.cancel()
+        for _ in range(data.draw(st.integers(0, 3))):
+            batcher.step()
+    while batcher.step():
+        pass
+    for each in asked:
+        each.check()
+        assert each.ticket is not None and (each.ticket.result().finish_reason != "cancelled" or each.ticket.cancelled)
+    assert batcher.load == runtimes.batching.Load(decoding=0, prefilling=0, waiting=0, cache_bytes=batcher.load.cache_bytes)
+    batcher.close()
+    assert not any(bank.live_rows(name) for name in bank.resident)
+
+
+ROW_BYTES = 2 * 2 * 16 * 4
+"""Of a column: keys and values of two layers."""
+
+
+def test_the_answers_are_those_of_generate(batcher: Batcher, session: OrtSession, tokenizer: Tokenizer) -> None:
+    chosen = GenerationSettings(max_new_tokens=9, temperature=0.8, seed=3)
+    tickets = {name: batcher.submit("The fox", chosen, adapter=name) for name in KNOWN}
+    while batcher.step():
+        pass
+    for name, ticket in tickets.items():
+        session.set_adapter(name)
+        assert ticket.result() == generate(session, tokenizer, ["The fox"], chosen, prefill_chunk=3)[0]
+    session.set_adapter(None)
+
+
+def test_text_comes_in_pieces_from_a_thread_of_its_own(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    pieces: list[str] = []
+    ended = threading.Event()
+    with Batcher(session, tokenizer, AdapterBank(bundle)) as batcher:
+        one = batcher.submit("The fox", SHORT, on_text=pieces.append, on_end=lambda _: ended.set())
+        assert one.result(30).text == "".join(pieces)
+        assert ended.wait(30)
+        two = batcher.submit("Hi", SHORT, adapter="all")
+    assert two.done and two.result(0).finish_reason == "length"  # leaving waits for what was asked
+    with pytest.raises(InputError, match="closed"):
+        batcher.submit("Hi", SHORT)
+
+
+def test_closing_at_once_cancels(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    batcher = Batcher(session, tokenizer, AdapterBank(bundle), most_rows=1)
+    tickets = [batcher.submit("Hi", GenerationSettings(max_new_tokens=50)) for _ in range(3)]
+    for _ in range(4):
+        batcher.step()
+    batcher.close()
+    assert [ticket.result(0).finish_reason for ticket in tickets] == ["cancelled"] * 3
+    assert [len(ticket.result(0).tokens) for ticket in tickets] == [5, 0, 0]  # the first step gives a token of the prompt and one more
+
+
+def test_a_long_prompt_costs_the_others_a_chunk_a_step(batcher: Batcher) -> None:
+    running = Asked(PROMPT[:2], None, GenerationSettings(max_new_tokens=30)).submit(batcher)
+    batcher.step()
+    long = Asked([7] * 30, "all", GenerationSettings(max_new_tokens=2)).submit(batcher)
+    short = Asked(PROMPT[:2], None, GenerationSettings(max_new_tokens=2)).submit(batcher)
+    before = len(running.seen)
+    for step in range(1, 11):
+        batcher.step()
+        assert len(running.seen) == before + step
+    assert short.seen and not long.seen  # which came later, and did not wait for the long one's ten chunks
+    batcher.step()
+    assert long.seen
+
+
+def test_a_listener_that_raises_ends_its_request_alone(batcher: Batcher) -> None:
+    def broken(_: str) -> None:
+        raise ValueError("nobody is there")
+
+    lost = batcher.submit("The fox", SHORT, on_text=broken)
+    kept = Asked(PROMPT, "all", SHORT).submit(batcher)
+    while batcher.step():
+        pass
+    with pytest.raises(ValueError, match="nobody"):
+        lost.result(0)
+    kept.check()
+
+
+def test_a_run_that_fails_ends_its_rows_and_the_next_ones_go_on(
+    batcher: Batcher, session: OrtSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = batcher.submit(PROMPT, SHORT)
+    batcher.step()
+    with monkeypatch.context() as patched:
+
+        def fails(*_: object) -> None:
+            raise ReftError("onnxruntime says no")
+
+        patched.setattr(session, "run_pool", fails)
+        batcher.step()
+    with pytest.raises(ReftError, match="says no"):
+        lost.result(0)
+    kept = Asked(PROMPT, "all", SHORT).submit(batcher)
+    while batcher.step():
+        pass
+    kept.check()
+
+
+def test_a_bug_in_a_step_lets_nobody_wait(
+    session: OrtSession, bundle: Bundle, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Batcher(session, tokenizer, AdapterBank(bundle)) as batcher:
+        monkeypatch.setattr(batcher, "_admit", lambda: 1 // 0)
+        ticket = batcher.submit("Hi", SHORT)
+        with pytest.raises(ZeroDivisionError):
+            ticket.result(30)
+        monkeypatch.undo()
+        assert batcher.submit("Hi", GenerationSettings(max_new_tokens=2)).result(30).tokens
+
+
+def test_logits_that_are_no_numbers_end_their_row_alone(batcher: Batcher, session: OrtSession, monkeypatch) -> None:
+    plain = session.run_pool
+
+    def damaged(pool, request):
+        logits = plain(pool, request).copy()
+        if len(logits) == 2:
+            logits[1] = np.nan
+        return logits
+
+    monkeypatch.setattr(session, "run_pool", damaged)
+    kept, lost = (Asked(PROMPT, None, SHORT).submit(batcher) for _ in range(2))
+    while batcher.step():
+        pass
+    kept.check()
+    assert lost.ticket is not None
+    with pytest.raises(BundleError, match="not finite"):
+        lost.ticket.result(0)
+
+
+def test_what_cannot_be_asked_is_refused_at_once(batcher: Batcher, session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="no adapter 'polite' is listed"):
+        batcher.submit("Hi", SHORT, adapter="polite")
+    with pytest.raises(InputError, match=f"exceed the context of toy \\({CONTEXT}\\)"):
+        batcher.submit("Hi", GenerationSettings(max_new_tokens=CONTEXT))
+    with pytest.raises(InputError, match="token"):
+        batcher.submit([VOCABULARY], SHORT)
+    for _ in range(4):
+        batcher.submit("Hi", SHORT)
+    with pytest.raises(QueueFull, match="4 requests wait"):
+        batcher.submit("Hi", SHORT)
+    with pytest.raises(InputError, match="runs the base alone"):
+        Batcher(session, tokenizer).submit("Hi", SHORT, adapter="all")
+    with pytest.raises(InputError, match="KV cache"):
+        Batcher(session, tokenizer, cache_bytes=20 * ROW_BYTES).submit("Hi", GenerationSettings(max_new_tokens=30))
+    with pytest.raises(InputError, match="most_rows is 0"):
+        Batcher(session, tokenizer, most_rows=0)
+
+
+def test_a_cache_that_is_copied_cannot_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="--target onnxruntime"):
+        Batcher(OrtSession(write_toy_bundle(tmp_path / "copied")), tokenizer)
+
+
+def test_from_many_threads(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    """None lost, each with its own adapter's answer, and those who hang up disturb nobody."""
+    with Batcher(session, tokenizer, AdapterBank(bundle, max_bytes=1500), queue=300) as batcher:
+        asked = [Asked(PROMPT[: 1 + i % 5], list(KNOWN)[i % len(KNOWN)], GenerationSettings(max_new_tokens=1 + i % 7)) for i in range(80)]
+
+        def client(part: list[Asked]) -> None:
+            for each in part:
+                each.submit(batcher)
+                time.sleep(0.001)
+                if len(each.prompt) == 5:
+                    each.ticket.cancel()
+
+        threads = [threading.Thread(target=client, args=(asked[i::8],)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for each in asked:
+        each.check()
