@@ -5,7 +5,7 @@ Rows that decode are the cache's first ones, without gaps; those whose prompt is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
@@ -16,19 +16,21 @@ from runtimes.ort.bound_cache import BoundCache
 from runtimes.ort.bound_rows import BoundRows
 from runtimes.rows import AdapterRows
 
-if TYPE_CHECKING:
-    from runtimes.ort.session import OrtSession
-
 
 class RowPool:
-    """A session's rows in ``cache``, bound apart from the session's own; ``OrtSession.open_pool`` makes it."""
+    """A session's rows in ``cache``, bound apart from the session's own; ``OrtSession.open_pool`` makes it.
 
-    def __init__(self, session: OrtSession, binding: ort.IOBinding, cache: KvCache, rows: AdapterRows | None) -> None:
+    ``run``: logits [n, V] of every row's last column, by a run of what is bound; good until the next one.
+    """
+
+    def __init__(
+        self, run: Callable[[RowPool, StepRequest], np.ndarray], binding: ort.IOBinding, cache: KvCache, rows: AdapterRows | None
+    ) -> None:
         self.binding = binding
         self.cache = cache
         self.rows = rows
         self.in_place = tuple(tensor.output for tensor in cache.tensors)
-        self._session = session
+        self._run_bound = run
         self._bound_cache = BoundCache(binding, "cpu")
         self._bound_rows = None if rows is None else BoundRows(binding, rows, "cpu")
 
@@ -47,4 +49,4 @@ class RowPool:
         self._bound_cache.bind(self.cache, rows)
         if self._bound_rows is not None:
             self._bound_rows.bind(rows)
-        return self._session.run_pool(self, StepRequest(ids=ids, mask=mask, prompt_length=prompt_length))
+        return self._run_bound(self, StepRequest(ids=ids, mask=mask, prompt_length=prompt_length))

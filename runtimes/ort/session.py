@@ -380,7 +380,7 @@ class OrtSession(OrtGraph):
             self._check_bank(rows)
         limit = self.bundle.manifest.model.context_length
         cache = KvCache(self.cache_tensors, most, min(capacity, limit), limit=limit, memory=HostMemory(lazily=True))
-        return RowPool(self, self._open.io_binding(), cache, rows)
+        return RowPool(lambda pool, request: self.run_pool(pool, request), self._open.io_binding(), cache, rows)
 
     def run_pool(self, pool: RowPool, request: StepRequest) -> np.ndarray:
         """Logits [n, V] of every row's last column, after a run of what ``pool`` has bound; a view, good until its next run."""
