@@ -71,15 +71,15 @@ class AdapterBank:
     ``max_bytes``: of the stacked banks. Where another adapter does not fit, those that were used longest ago go, but none that steers a
     row. Each is verified when it is loaded: digests, values, and, from a folder, base, sites and ops as ``reft-export add`` does.
 
-    Raises InputError for a bundle of version 1, whose rows share one rule, and for one whose adapters bring classification heads, of which
-    a batch has one.
+    Raises InputError for a bundle of version 1, whose rows share one rule, and for a classifier's, whose adapters bring heads, of which a
+    batch has one.
     """
 
     def __init__(self, bundle: Bundle, *, max_bytes: int | None = None) -> None:
         if not bundle.manifest.mixes_rows:
             raise InputError(f"{bundle.folder} is of version 1, and all rows of a batch share one adapter; export the bundle again")
         if bundle.manifest.head:
-            raise InputError(f"adapters of {bundle.folder} bring heads of their own, and a batch has one; use set_adapter")
+            raise InputError(f"{bundle.folder} is a classifier, whose adapters bring heads, and a batch has one; use set_adapter")
         if max_bytes is not None and max_bytes < 1:
             raise InputError(f"max_bytes is {max_bytes}, expected at least 1, or None for no bound")
         self.bundle = bundle
@@ -103,16 +103,18 @@ class AdapterBank:
     @property
     def listed(self) -> Mapping[str, ListedAdapter]:
         """Every adapter that it can load, by name."""
-        return dict(self._listed)
+        with self.lock:
+            return dict(self._listed)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._listed)
+        return tuple(self.listed)
 
     @property
     def resident(self) -> tuple[str, ...]:
         """What is in memory; used longest ago first."""
-        return tuple(self._residents)
+        with self.lock:
+            return tuple(self._residents)
 
     @property
     def memory(self) -> BankMemory:
@@ -205,6 +207,7 @@ class AdapterBank:
             return self._resident(name).rows
 
     def unpin(self, name: str | None) -> None:
+        """One row less that ``name`` steers."""
         if name is not None:
             with self.lock:
                 self._residents[name].rows -= 1

@@ -70,8 +70,8 @@ def open_bank(artifact: Artifact, *, max_bytes: int | None = None) -> AdapterBan
     ``max_bytes``: of the adapters in memory, stacked; beyond it those go that were used longest ago and steer no row. None: no bound.
     ``runtimes.rows.AdapterRows`` names the adapters of a batch's rows, which a session takes by ``set_rows``.
 
-    Raises InputError for an engine and for a bundle of version 1, whose rows share one adapter, for a bundle whose adapters bring
-    classification heads, and for ``max_bytes`` below 1.
+    Raises InputError for an engine and for a bundle of version 1, whose rows share one adapter, for a classifier's, whose rows share one
+    head, and for ``max_bytes`` below 1.
 
     Example::
 
