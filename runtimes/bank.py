@@ -61,6 +61,8 @@ class _Resident:
     size: int
     rule: np.ndarray
     """[7], in the order of RULE."""
+    number: int = 0
+    """Of its load."""
     rows: int = 0
     """Live ones, of all batches."""
 
@@ -201,6 +203,11 @@ class AdapterBank:
             return BASE_RULE
         return self._load(name, rows=1).rule
 
+    def load_number(self, name: str) -> int:
+        """Which load the resident adapter's edits came with: another one may have brought others."""
+        with self.lock:
+            return self._resident(name).number
+
     def live_rows(self, name: str) -> int:
         """Rows that a resident adapter steers, of all batches."""
         with self.lock:
@@ -257,6 +264,7 @@ class AdapterBank:
             ranks=ranks,
             size=sum(array.nbytes for arrays in edits.values() for array in arrays),
             rule=np.array([tensors[number][0] for number in RULE], np.int64),
+            number=self.writes,
         )
         self.writes += 1
 

@@ -26,11 +26,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.bank import AdapterBank, BankFull
+from runtimes.bank import RULE, AdapterBank, BankFull
+from runtimes.edits.op import FIRST_SLOT, PROMPT_LENGTH
+from runtimes.edits.positions import slots_of
 from runtimes.errors import InputError, ReftError
 from runtimes.generation import Continuation, Generation, GenerationSettings, prefill_columns
 from runtimes.kv_cache import bytes_per_token
 from runtimes.memory import available_memory
+from runtimes.prefixes import Prefix, Prefixes
 from runtimes.rows import AdapterRows
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
@@ -50,12 +53,14 @@ class QueueFull(ReftError):
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """``decoding``, ``prefilling`` rows and ``waiting`` requests now; ``cache_bytes`` of KV cache in rows that were used."""
+    """``decoding``, ``prefilling`` rows and ``waiting`` requests now; ``cache_bytes`` of KV cache in rows that were used, ``prefix_bytes``
+    of answered prompts."""
 
     decoding: int
     prefilling: int
     waiting: int
     cache_bytes: int
+    prefix_bytes: int
 
 
 class Ticket:
@@ -67,6 +72,8 @@ class Ticket:
         self.columns = columns
         """That its row needs in the end."""
         self.cancelled = False
+        self.reused = 0
+        """Tokens of the prompt whose keys and values were there already."""
         self._done = Event()
         self._answer: Generation | None = None
         self._error: BaseException | None = None
@@ -158,6 +165,32 @@ class _Pool:
             row.fed += 1
         return logits
 
+    def reuse(self, row: _Row, prefixes: Prefixes) -> None:
+        """Begins with what an earlier prompt left."""
+        columns, count = prefixes.find(self._key(row), np.array(row.prompt), self._slots(row, len(row.prompt)))
+        if count:
+            self._pool.cache.write_row(row.index, columns, count)
+            row.fed = row.ticket.reused = count
+
+    def keep(self, row: _Row, prefixes: Prefixes) -> None:
+        """Keeps what the row's tokens left in the cache."""
+        if prefixes.most and row.fed:
+            tokens = np.array([*row.prompt, *row.continuation.tokens][: row.fed])
+            columns = self._pool.cache.read_row(row.index, row.fed)
+            prefixes.keep(Prefix(key=self._key(row), tokens=tokens, slots=self._slots(row, row.fed), columns=columns))
+
+    def _key(self, row: _Row) -> tuple[str, int] | None:
+        name, rows = row.ticket.adapter, self._pool.rows
+        return None if name is None or rows is None else (name, rows.bank.load_number(name))
+
+    def _slots(self, row: _Row, count: int) -> np.ndarray:
+        """Those of its first ``count`` tokens, as if its adapter's slots began at 0."""
+        rule: dict[str, np.ndarray] = {}
+        if self._pool.rows is not None:
+            rule = dict(zip(RULE, self._pool.rows.rules(range(row.index, row.index + 1)), strict=True))
+        rule |= {FIRST_SLOT: np.zeros(1, np.int64), PROMPT_LENGTH: np.array([len(row.prompt)], np.int64)}
+        return slots_of(rule, np.ones((1, count), np.int64), count)[0]
+
     def begin(self, row: _Row) -> None:
         """Its prompt is fed: from the next step on it decodes."""
         self._swap(row.index, self.decoding)
@@ -202,6 +235,7 @@ class Batcher:
     Without ``with``, ``step`` runs one. The session is the batcher's: nobody else steps it.
     ``bank``: the adapters that requests may name; None: base alone. ``most_rows``: requests that run at once. ``cache_bytes``: of all KV
     caches, by default half of the memory that is left; beyond it requests wait. ``queue``: requests that may wait.
+    ``prefix_bytes``: of answered prompts, kept for those that begin alike; by default a quarter of ``cache_bytes`` more, 0 keeps none.
     ``prefill_chunk``: as of ``generate``.
 
     Raises InputError for a bundle whose cache is not written in place, BackendUnavailable on a GPU.
@@ -215,6 +249,7 @@ class Batcher:
         *,
         most_rows: int = 16,
         cache_bytes: int | None = None,
+        prefix_bytes: int | None = None,
         queue: int = 256,
         prefill_chunk: int | None = None,
     ) -> None:
@@ -227,6 +262,7 @@ class Batcher:
         self._row_bytes = bytes_per_token(session.cache_tensors)
         room = available_memory()
         self._cache_bytes = cache_bytes if cache_bytes is not None else None if room is None else int(CACHE_SHARE * room)
+        self._prefixes = Prefixes((self._cache_bytes or 0) // 4 if prefix_bytes is None else prefix_bytes)
         self._pools: dict[int, _Pool] = {}
         self._waiting: deque[tuple[Ticket, Continuation, Callable[[int, np.ndarray], None] | None]] = deque()
         self._prefilling: deque[_Row] = deque()
@@ -285,8 +321,13 @@ class Batcher:
     @property
     def load(self) -> Load:
         with self._changed:
-            decoding = sum(pool.decoding for pool in self._pools.values())
-            return Load(decoding=decoding, prefilling=len(self._prefilling), waiting=len(self._waiting), cache_bytes=self._taken())
+            return Load(
+                decoding=sum(pool.decoding for pool in self._pools.values()),
+                prefilling=len(self._prefilling),
+                waiting=len(self._waiting),
+                cache_bytes=self._taken(),
+                prefix_bytes=self._prefixes.size,
+            )
 
     # --- running ---
 
@@ -385,6 +426,7 @@ class Batcher:
                     return
                 ticket.end(error=e)
             else:
+                row.pool.reuse(row, self._prefixes)
                 self._prefilling.append(row)
             with self._changed:
                 self._waiting.popleft()
@@ -440,6 +482,7 @@ class Batcher:
             self._finish(row, "length")
 
     def _finish(self, row: _Row, reason: str) -> None:
+        row.pool.keep(row, self._prefixes)
         self._leave(row)
         self._answer(row.ticket, row.continuation, reason)
 
