@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
@@ -169,6 +169,16 @@ class AdapterBank:
         adapter that is damaged or does not fit the bundle. The bank is then as it was.
         """
         self._load(name, rows=0)
+
+    def copy(self, name: str, other: str) -> str:
+        """Loads the adapter once more under another name, with slots of its own; the other name. Raises what ``load`` raises."""
+        listed, edits = self._known(name), read_edits(self.bundle, self._known(name))
+        with self.lock:
+            if check_adapter_name(other) in self._listed:
+                raise InputError(f"an adapter called {other} is listed already; choose another name for the copy")
+            self._put(other, *edits)
+            self._listed[other] = replace(listed, name=other)
+        return other
 
     def evict(self, name: str) -> None:
         """Frees the adapter's slots for others. Raises InputError where it is not resident, or steers a row."""
