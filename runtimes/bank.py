@@ -14,6 +14,7 @@ what is loaded: N slots of the largest rank, zero rows where an adapter's is les
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -54,6 +55,19 @@ class BankMemory:
         return self.banks / self.adapters if self.adapters else 1.0
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StackedBanks:
+    """Every bank of the graph by the name of its input, as a session binds them.
+
+    ``version`` counts up where arrays are replaced, ``writes`` where anything in them changes, too: what copied them copies them again.
+    Slots that no row uses are written while sessions read the others.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    version: int
+    writes: int
+
+
 @dataclass(kw_only=True, eq=False)
 class _Resident:
     slots: range
@@ -86,14 +100,11 @@ class AdapterBank:
             raise InputError(f"max_bytes is {max_bytes}, expected at least 1, or None for no bound")
         self.bundle = bundle
         self.max_bytes = max_bytes
-        self.lock = RLock()
-        """Held while anything changes. Who reads ``version``, ``arrays`` and rules that belong together holds it, too."""
-        self.version = 0
-        """Counts up where arrays are replaced."""
-        self.writes = 0
-        """Counts up where anything in them changes, too: what copied them copies them again."""
+        self._lock = RLock()
         dtype = NUMPY_DTYPES[bundle.manifest.precision]
         self._nodes = {node: StackedNode(node, bundle.manifest.model.hidden_size, dtype) for node in bundle.nodes}
+        self.stacked = StackedBanks(arrays=self._arrays(), version=0, writes=0)
+        """Replaced whole: who reads it waits for no load, and has in it whatever was resident before."""
         self._slots = Slots()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         files = bundle.manifest.files
@@ -105,7 +116,7 @@ class AdapterBank:
     @property
     def listed(self) -> Mapping[str, ListedAdapter]:
         """Every adapter that it can load, by name."""
-        with self.lock:
+        with self._lock:
             return dict(self._listed)
 
     @property
@@ -115,12 +126,12 @@ class AdapterBank:
     @property
     def resident(self) -> tuple[str, ...]:
         """What is in memory; used longest ago first."""
-        with self.lock:
+        with self._lock:
             return tuple(self._residents)
 
     @property
     def memory(self) -> BankMemory:
-        with self.lock:
+        with self._lock:
             return BankMemory(adapters=sum(r.size for r in self._residents.values()), banks=sum(n.size for n in self._nodes.values()))
 
     def scan(self, folder: Path | str) -> tuple[ListedAdapter, ...]:
@@ -129,9 +140,9 @@ class AdapterBank:
         What is no adapter is passed over; of an earlier scan of it, what is gone is forgotten unless it is resident. Raises InputError
         for a folder that cannot be read and for a name that is taken, AdapterError for a name that no adapter can have.
         """
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))
         found = list(adapters_in(folder))
-        with self.lock:
+        with self._lock:
             for each in found:
                 self._check_free(each)
             seen = {each.name for each in found}
@@ -146,11 +157,11 @@ class AdapterBank:
 
     def add(self, folder: Path | str, name: str | None = None) -> str:
         """Lists the adapter in ``folder`` and loads it; its name, by default the folder's. Raises what ``scan`` and ``load`` raise."""
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))
         listed = listed_adapter(folder, check_adapter_name(name_of(folder) if name is None else name))
         if listed is None:
             raise AdapterError(f"{folder} is not an adapter folder: {CONFIG_FILE} or {TENSOR_FILE} is missing")
-        with self.lock:
+        with self._lock:
             known = listed.name in self._listed
             self._check_free(listed)
             self._listed[listed.name] = listed
@@ -173,7 +184,7 @@ class AdapterBank:
     def copy(self, name: str, other: str) -> str:
         """Loads the adapter once more under another name, with slots of its own; the other name. Raises what ``load`` raises."""
         listed, edits = self._known(name), read_edits(self.bundle, self._known(name))
-        with self.lock:
+        with self._lock:
             if check_adapter_name(other) in self._listed:
                 raise InputError(f"an adapter called {other} is listed already; choose another name for the copy")
             self._put(other, *edits)
@@ -182,7 +193,7 @@ class AdapterBank:
 
     def evict(self, name: str) -> None:
         """Frees the adapter's slots for others. Raises InputError where it is not resident, or steers a row."""
-        with self.lock:
+        with self._lock:
             resident = self._resident(name)
             if resident.rows:
                 raise InputError(f"adapter {name} steers {count(resident.rows, 'live row')}; release those first")
@@ -190,7 +201,7 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Evicts an adapter that was added or scanned, and no longer lists it; its files stay. Raises InputError."""
-        with self.lock:
+        with self._lock:
             if self._known(name).folder is None:
                 raise InputError(
                     f"adapter {name} is the bundle's own; take it out with `reft-export add {self.bundle.folder} --remove {name}`"
@@ -201,12 +212,6 @@ class AdapterBank:
 
     # --- for rows and sessions ---
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Every bank of the graph by the name of its input. Slots that no row uses may be written while a session reads the others."""
-        with self.lock:
-            nodes = self._nodes.values()
-            return {name: array for n in nodes for name, array in zip(n.node.bank_names, n.arrays, strict=True)}
-
     def pin(self, name: str | None) -> np.ndarray:
         """The numbers of the rule [7] of a row that ``name`` steers, loaded if need be, and resident until ``unpin``."""
         if name is None:
@@ -215,18 +220,18 @@ class AdapterBank:
 
     def load_number(self, name: str) -> int:
         """Which load the resident adapter's edits came with: another one may have brought others."""
-        with self.lock:
+        with self._lock:
             return self._resident(name).number
 
     def live_rows(self, name: str) -> int:
         """Rows that a resident adapter steers, of all batches."""
-        with self.lock:
+        with self._lock:
             return self._resident(name).rows
 
     def unpin(self, name: str | None) -> None:
         """One row less that ``name`` steers."""
         if name is not None:
-            with self.lock:
+            with self._lock:
                 self._residents[name].rows -= 1
                 self._residents.move_to_end(name)
 
@@ -252,13 +257,14 @@ class AdapterBank:
             raise InputError(f"two adapters are called {new.name}: {where} and {new.folder}; rename one's folder")
 
     def _load(self, name: str, *, rows: int) -> _Resident:
-        with self.lock:
-            listed, edits = self._known(name), None
-        if name not in self._residents:
-            edits = read_edits(self.bundle, listed)  # not under the lock: the sessions' steps go on
-        with self.lock:
+        with self._lock:
+            listed, resident = self._known(name), name in self._residents
+        # Not under the lock: the sessions' steps go on. Another thread may load, or replace, it meanwhile.
+        read = None if resident else read_edits(self.bundle, listed)
+        with self._lock:
             if name not in self._residents:
-                self._put(name, *(edits or read_edits(self.bundle, listed)))
+                now = self._known(name)
+                self._put(name, *(read_edits(self.bundle, now) if read is None or now != listed else read))
             self._residents.move_to_end(name)
             self._residents[name].rows += rows
             return self._residents[name]
@@ -266,6 +272,7 @@ class AdapterBank:
     def _put(self, name: str, edits: Edits, rule: PositionRule, tied: bool) -> None:
         ranks = {node: rank_of(node, arrays) for node, arrays in edits.items()}
         slots = self._make_room(name, 1 if tied else 2, ranks)
+        replaced = self._grow()
         for node, stacked in self._nodes.items():
             stacked.write(slots, edits.get(node))
         tensors = rule.tensors(tied=tied, first_slot=slots.start)
@@ -274,9 +281,10 @@ class AdapterBank:
             ranks=ranks,
             size=sum(array.nbytes for arrays in edits.values() for array in arrays),
             rule=np.array([tensors[number][0] for number in RULE], np.int64),
-            number=self.writes,
+            number=self.stacked.writes,
         )
-        self.writes += 1
+        arrays = self._arrays() if replaced else self.stacked.arrays
+        self.stacked = StackedBanks(arrays=arrays, version=self.stacked.version + replaced, writes=self.stacked.writes + 1)
 
     def _make_room(self, name: str, groups: int, ranks: Mapping[EditNode, int]) -> range:
         """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
@@ -287,18 +295,25 @@ class AdapterBank:
             if oldest is None:
                 for other, resident in reversed(gone):
                     self._restore(other, resident)
+                live = sum(bool(resident.rows) for resident in self._residents.values())
+                remedy = f"{count(live, 'adapter')} of live rows cannot go: release rows, or allow more" if live else "allow more"
                 raise BankFull(
-                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}, and "
-                    f"{count(sum(bool(r.rows) for r in self._residents.values()), 'adapter')} of live rows cannot go; allow more, or "
-                    "release rows"
+                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}; {remedy}"
                 )
             gone.append((oldest, self._drop(oldest)))
             slots = self._take(groups, ranks)
+        return slots
+
+    def _grow(self) -> bool:
+        """Room in the arrays for what is taken; whether any was replaced."""
         replaced = [node.reserve() for node in self._nodes.values()]
         if self.max_bytes is not None and sum(node.size for node in self._nodes.values()) > self.max_bytes:
             replaced += [node.reserve(exactly=True) for node in self._nodes.values()]
-        self.version += any(replaced)
-        return slots
+        return any(replaced)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        nodes = self._nodes.values()
+        return {name: array for n in nodes for name, array in zip(n.node.bank_names, n.arrays, strict=True)}
 
     def _take(self, groups: int, ranks: Mapping[EditNode, int]) -> range:
         slots = self._slots.first_fit(groups)

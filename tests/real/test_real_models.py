@@ -15,7 +15,8 @@ from real_story import ROOT, Real, cli, gguf
 from reft_export.quickstart import upper
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.generation import greedy_tokens
-from runtimes.open import open_session
+from runtimes.open import open_bank, open_session
+from runtimes.rows import AdapterRows
 
 pytestmark = pytest.mark.real
 
@@ -54,6 +55,22 @@ def test_a_wrong_edit_is_seen(smollm2: Real) -> None:
     with open_session(open_bundle(smollm2.bundle), adapter="upper") as session:
         found = greedy_tokens(session, prompts, TOKENS).tolist()
     assert not all(map(agrees, found, wanted))
+
+
+def test_a_batch_of_every_adapter_answers_as_plain_hooks(smollm2: Real) -> None:
+    names = [None, *smollm2.adapters]
+    prompts = [encoded(smollm2, PROMPTS[row % len(PROMPTS)]) for row in range(len(names))]
+    wanted = [
+        greedy(smollm2.base.model, [prompt], TOKENS, None if name is None else smollm2.adapters[name])[0]
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    bundle = open_bundle(smollm2.bundle)
+    with open_session(bundle) as session:
+        for shift in (0, 1):  # the second time every row has another's adapter
+            with AdapterRows(open_bank(bundle), names[shift:] + names[:shift]) as rows:
+                session.set_rows(rows)
+                found = greedy_tokens(session, prompts, TOKENS).tolist()
+            assert all(map(agrees, found, wanted)) == (shift == 0)
 
 
 def test_the_story_leaves_what_it_tells_of(smollm2: Real) -> None:
