@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch between steps, each with its own adapter, settings and length.
 
     bank = AdapterBank(session.bundle)
-    with Batcher(session, tokenizer, bank) as batcher:              # a thread of its own runs the steps
+    with Batcher(session, tokenizer, bank) as batcher:              # or runtimes.open_batcher; a thread of its own runs the steps
         one = batcher.submit("Once upon a time", adapter="pirate")
         two = batcher.submit("Dear sir,", GenerationSettings(max_new_tokens=32), on_text=print)
         print(one.result().text)
@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Condition, Event, RLock, Thread
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from runtimes.kv_cache import bytes_per_token
 from runtimes.memory import available_memory
 from runtimes.prefixes import Prefix, Prefixes
 from runtimes.rows import AdapterRows
+from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ LEAST_CLASS = 128
 """Columns of the smallest rows."""
 CACHE_SHARE = 0.5
 """Of the memory that is left: what the KV cache may take where nobody says."""
+
+
+def batchable(session: Session) -> OrtSession:
+    """Raises InputError for a session that is no decoder's in onnxruntime."""
+    if not _pools(session):
+        raise InputError(f"requests are batched in onnxruntime, by a decoder; the session of {session.bundle.folder} is none")
+    return session
+
+
+def _pools(session: Session) -> TypeGuard[OrtSession]:
+    return hasattr(session, "open_pool")
 
 
 class QueueFull(ReftError):

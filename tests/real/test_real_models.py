@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from real_story import ROOT, Real, cli, gguf
 
 from reft_export.quickstart import upper
 from runtimes.artifacts.bundle import open_bundle
-from runtimes.generation import greedy_tokens
+from runtimes.batching import Batcher
+from runtimes.generation import GenerationSettings, greedy_tokens
 from runtimes.open import open_bank, open_session
 from runtimes.rows import AdapterRows
+from runtimes.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -71,6 +74,17 @@ def test_a_batch_of_every_adapter_answers_as_plain_hooks(smollm2: Real) -> None:
                 session.set_rows(rows)
                 found = greedy_tokens(session, prompts, TOKENS).tolist()
             assert all(map(agrees, found, wanted)) == (shift == 0)
+        tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+        endless = replace(tokenizer, stop_token_ids=frozenset())
+        batcher = Batcher(session, endless, open_bank(bundle), most_rows=3, prefill_chunk=7)
+        tickets = []
+        for prompt, name in zip(prompts, names, strict=True):  # they join while others are decoded, and the last one waits for a row
+            tickets.append(batcher.submit(prompt, GenerationSettings(max_new_tokens=TOKENS), adapter=name))
+            batcher.step()
+        while batcher.step():
+            pass
+        assert all(agrees(list(ticket.result(0).tokens), each) for ticket, each in zip(tickets, wanted, strict=True))
+        batcher.close()
 
 
 def test_the_story_leaves_what_it_tells_of(smollm2: Real) -> None:

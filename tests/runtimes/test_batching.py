@@ -24,6 +24,7 @@ from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import slots
 from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.generation import GenerationSettings, generate
+from runtimes.open import open_batcher
 from runtimes.ort.session import OrtSession
 from runtimes.text.tokenizer import Tokenizer
 
@@ -316,7 +317,7 @@ def test_what_cannot_be_asked_is_refused_at_once(batcher: Batcher, session: OrtS
 
 def test_a_cache_that_is_copied_cannot_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="--target onnxruntime"):
-        Batcher(OrtSession(write_toy_bundle(tmp_path / "copied")), tokenizer)
+        open_batcher(OrtSession(write_toy_bundle(tmp_path / "copied")), tokenizer)
 
 
 def test_from_many_threads(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
