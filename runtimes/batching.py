@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from runtimes.ort.row_pool import RowPool
     from runtimes.ort.session import OrtSession
 
+CHUNK = 128
+"""Prompt columns of a step where nobody says: as fast as more of them (SmolLM2, int4: 1.06 s for 512 tokens, in chunks of 512 1.15), and
+rows that decode wait a quarter of the time."""
 LEAST_CLASS = 128
 """Columns of the smallest rows."""
 CACHE_SHARE = 0.5
@@ -248,7 +251,7 @@ class Batcher:
     ``bank``: the adapters that requests may name; None: base alone. ``most_rows``: requests that run at once. ``cache_bytes``: of all KV
     caches, by default half of the memory that is left; beyond it requests wait. ``queue``: requests that may wait.
     ``prefix_bytes``: of answered prompts, kept for those that begin alike; by default a quarter of ``cache_bytes`` more, 0 keeps none.
-    ``prefill_chunk``: as of ``generate``.
+    ``prefill_chunk``: prompt columns of a step, by default CHUNK; 0 feeds a prompt at once.
 
     Raises InputError for a bundle whose cache is not written in place, BackendUnavailable on a GPU.
     """
@@ -270,7 +273,8 @@ class Batcher:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self._session, self._tokenizer, self._bank = session, tokenizer, bank
         self._most_rows, self._queue = most_rows, queue
-        self._chunk = prefill_columns(session, prefill_chunk)
+        fits = prefill_columns(session, prefill_chunk)
+        self._chunk = fits if prefill_chunk is not None or fits is None else min(fits, CHUNK)
         self._row_bytes = bytes_per_token(session.cache_tensors)
         room = available_memory()
         self._cache_bytes = cache_bytes if cache_bytes is not None else None if room is None else int(CACHE_SHARE * room)
