@@ -29,6 +29,7 @@ VERBS = {
         "parity",
         "bench",
         "inspect",
+        "package",
         "upgrade",
         "doctor",
     )

@@ -78,6 +78,7 @@ SURFACE = {
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",
               "--concurrency", "--plot", "--json"},
     "inspect": {"--json"},
+    "package": {"--wheels", "--output", "--archive", "--force", "--json"},
     "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip

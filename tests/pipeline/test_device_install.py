@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,30 @@ def test_bundle_runs_on_the_device_install(device, bundle_folder, tmp_path) -> N
     # The host's verbs say what to install instead of failing with a traceback.
     done = subprocess.run([tool, "export", "-m", "x", "-o", "y"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 4 and "pip install 'reft-export[host]'" in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheels(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the device install and all that it needs, for this machine."""
+    folder = tmp_path_factory.mktemp("wheels")
+    (own,) = (device.parent.parent / "wheels").glob("reft_export-*.whl")
+    _run(sys.executable, "-m", "pip", "-q", "download", "--only-binary=:all:", "-c", CONSTRAINTS, "-d", folder, f"{own}[cpu]")
+    return folder
+
+
+@pytest.mark.slow
+def test_an_archive_installs_without_a_network(device, wheels, bundle_folder, tmp_path) -> None:
+    done = _run(
+        device / "reft-export", "package", bundle_folder("llama"), "--archive", "--wheels", wheels, "-o", tmp_path / "out", "--json"
+    )
+    archive = Path(json.loads(done.stdout)["archive"])
+    _run("sha256sum", "--check", f"{archive.name}.sha256", cwd=archive.parent)
+    _run("tar", "xf", archive, cwd=tmp_path)
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    nowhere = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_EXTRA_INDEX_URL": "", "PYTHON": sys.executable}
+    assert "installed; try" in _run(unpacked / "install.sh", "here", env=nowhere).stdout
+    assert _run(unpacked / "here" / "bin" / "reft-export", "run", unpacked / "bundle", "-p", "hello", "-a", "tied", "-n", 4).stdout
+    with (unpacked / "bundle" / "model.onnx").open("ab") as damaged:
+        damaged.write(b"x")
+    assert subprocess.run([unpacked / "install.sh", "again"], env=nowhere, capture_output=True, check=False).returncode
+    assert not (unpacked / "again").exists()

@@ -1,0 +1,1 @@
+"""``reft-export package``: what a device without a network is given."""
