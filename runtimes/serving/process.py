@@ -1,0 +1,100 @@
+"""``reft-export serve``: a bundle, its batch and its application in one process, until it is told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from runtimes.batching import Batcher
+from runtimes.errors import InputError, ReftError
+from runtimes.open import open_artifact, open_bank, open_session
+from runtimes.serving.app import create_app
+from runtimes.serving.server import TextServer
+from runtimes.serving.settings import ServeSettings
+from runtimes.text.tokenizer import Tokenizer
+
+LAST_SECONDS = 5
+"""Beyond the grace, for what was ended to be told so."""
+
+
+def serve(
+    bundle: Path,
+    settings: ServeSettings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    rows: int = 16,
+    queue: int = 256,
+    cache_bytes: int | None = None,
+    bank_bytes: int | None = None,
+    prefill_chunk: int | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+    verify: bool = False,
+    on_start: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serves until SIGINT or SIGTERM; ``on_start`` is told the address once it listens. Numbers as of Batcher and AdapterBank.
+
+    Raises what opening the bundle raises, InputError for one that cannot batch, ReftError where nothing can listen there.
+    """
+    artifact = open_artifact(bundle, verify=verify)
+    bank = open_bank(artifact, max_bytes=bank_bytes)
+    tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
+    with open_session(artifact, threads=threads, kernel=kernel) as session:
+        from runtimes.ort.session import OrtSession
+
+        if not isinstance(session, OrtSession):
+            raise InputError(f"{bundle} is a classifier, which has no text to serve; `reft-export run` labels texts")
+        batcher = Batcher(session, tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk)
+        with batcher:
+            server = TextServer(batcher, bank, tokenizer, settings)
+            listen(server, host=host, port=port, on_start=on_start)
+            batcher.close()  # what is left ends now
+
+
+def listen(server: TextServer, *, host: str, port: int, on_start: Callable[[str], None], **options: Any) -> None:
+    """``options``: of ``create_app``. Raises ReftError where nothing can listen at that address."""
+    running = Running(
+        uvicorn.Config(
+            create_app(server, **options),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(server.settings.grace_seconds) + LAST_SECONDS,
+        ),
+        server,
+        on_start,
+    )
+    try:
+        running.run()
+    except SystemExit:  # of uvicorn, which has told why in its log
+        if not running.started:
+            raise ReftError(f"nothing can listen at {host}:{port}; choose another --port or --host") from None
+        raise
+
+
+class Running(uvicorn.Server):
+    """uvicorn, which stops in two steps: what runs has its grace, then it is told of the end. A second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, server: TextServer, on_start: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._server, self._on_start = server, on_start
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        self._server.stop(self._server.settings.grace_seconds)
+        await super().shutdown(sockets=sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit, self.should_exit = self.should_exit, True
