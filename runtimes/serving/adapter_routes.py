@@ -81,7 +81,7 @@ def put(server: TextServer, name: str, files: dict[str, UploadFile], *, replace:
     try:
         with atomic_folder(folder, force=replace) as work:
             for file, content in files.items():
-                with marker(work, file).open("wb") as written:
+                with (marker(work, file) if file == CONFIG_FILE else work / file).open("wb") as written:
                     shutil.copyfileobj(content.file, written)
             _check(server, name, work)
             if name in bank.resident:

@@ -146,7 +146,7 @@ class CompletionShape(Shape):
             text, best = self._words(piece.index, each)
             told["tokens"].append(text)
             told["token_logprobs"].append(each.logprob)
-            told["top_logprobs"].append(dict(best))
+            told["top_logprobs"].append(dict(reversed(best)))  # of two that read alike the likelier
             told["text_offset"].append(self._offsets[piece.index])
             self._offsets[piece.index] += len(text)
         return told

@@ -58,4 +58,8 @@ def create_app(server: TextServer, *, log: Callable[[str], None] = log_to_stderr
     def failed(_: Request, error: ReftError) -> Response:
         return refusal_of(error, server.retry_after).response()
 
+    @app.exception_handler(Exception)
+    def broke(_: Request, error: Exception) -> Response:
+        return refusal_of(error).response()  # and the gate is told why
+
     return Gate(app, server, log)

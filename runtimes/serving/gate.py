@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import sys
@@ -23,6 +24,8 @@ RECORD = "reft"
 """Of the scope: what handlers add to the line of the log."""
 FORM = 1 << 16
 """Bytes of a form around its files."""
+BODY_SECONDS = 60.0
+"""That a request may take to come."""
 GONE = 499
 """As nginx logs a client that hung up before it was answered."""
 
@@ -114,12 +117,18 @@ class Gate:
         return settings.max_upload + FORM if upload else settings.max_body
 
     def _bounded(self, scope: Message, receive: Receive) -> Receive:
-        """``receive``, which raises Refusal 413 once more has come than may."""
-        most, got = self._most(scope), 0
+        """``receive``, which raises Refusal 413 once more has come than may, and 408 where it takes too long."""
+        most, got, coming, end = self._most(scope), 0, True, time.monotonic() + BODY_SECONDS
 
         async def counted() -> Message:
-            nonlocal got
-            message = await receive()
+            nonlocal got, coming
+            if not coming:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), end - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Refusal(408, "the request took too long to come", code="timeout", headers={"Connection": "close"}) from None
+            coming = bool(message.get("more_body"))
             got += len(message.get("body", b""))
             if got > most:
                 raise _too_large(most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -41,58 +42,62 @@ def serve(
 
     Raises what opening the bundle raises, InputError for one that cannot batch, ReftError where nothing can listen there.
     """
-    artifact = open_artifact(bundle, verify=verify)
-    bank = open_bank(artifact, max_bytes=bank_bytes)
-    tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
-    with open_session(artifact, threads=threads, kernel=kernel) as session:
-        from runtimes.ort.session import OrtSession
-
-        if not isinstance(session, OrtSession):
-            raise InputError(f"{bundle} is a classifier, which has no text to serve; `reft-export run` labels texts")
-        batcher = Batcher(session, tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk)
-        with batcher:
-            server = TextServer(batcher, bank, tokenizer, settings)
-            listen(server, host=host, port=port, on_start=on_start)
-            batcher.close()  # what is left ends now
-
-
-def listen(server: TextServer, *, host: str, port: int, on_start: Callable[[str], None], **options: Any) -> None:
-    """``options``: of ``create_app``. Raises ReftError where nothing can listen at that address."""
-    running = Running(
-        uvicorn.Config(
-            create_app(server, **options),
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(server.settings.grace_seconds) + LAST_SECONDS,
-        ),
-        server,
-        on_start,
-    )
+    bound = bind(host, port)  # what fails, fails before anything is loaded
     try:
-        running.run()
-    except SystemExit:  # of uvicorn, which has told why in its log
-        if not running.started:
-            raise ReftError(f"nothing can listen at {host}:{port}; choose another --port or --host") from None
-        raise
+        artifact = open_artifact(bundle, verify=verify)
+        bank = open_bank(artifact, max_bytes=bank_bytes)
+        tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
+        with open_session(artifact, threads=threads, kernel=kernel) as session:
+            from runtimes.ort.session import OrtSession
+
+            if not isinstance(session, OrtSession):
+                raise InputError(f"{bundle} is a classifier, which has no text to serve; `reft-export run` labels texts")
+            batcher = Batcher(session, tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk)
+            with batcher:
+                server = TextServer(batcher, bank, tokenizer, settings)
+                Running(server, bound, on_start).run(sockets=[bound])
+                batcher.close()  # what is left ends now
+    finally:
+        bound.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that will listen. Raises ReftError where nothing can."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as e:
+        bound.close()
+        raise ReftError(f"nothing can listen at {host}:{port} ({e.strerror or e}); choose another --port or --host") from None
+    return bound
 
 
 class Running(uvicorn.Server):
-    """uvicorn, which stops in two steps: what runs has its grace, then it is told of the end. A second signal ends it at once."""
+    """uvicorn on ``bound``. It stops in two steps: what runs has its grace, then it is told of the end. A second signal ends it at once.
 
-    def __init__(self, config: uvicorn.Config, server: TextServer, on_start: Callable[[str], None]) -> None:
-        super().__init__(config)
-        self._server, self._on_start = server, on_start
+    ``options``: of ``create_app``.
+    """
 
-    async def startup(self, sockets: Any = None) -> None:
+    def __init__(self, server: TextServer, bound: socket.socket, on_start: Callable[[str], None], **options: Any) -> None:
+        grace = server.settings.grace_seconds
+        super().__init__(
+            uvicorn.Config(
+                create_app(server, **options),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(grace) + LAST_SECONDS,
+            )
+        )
+        self._server, self._bound, self._on_start = server, bound, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        host, port = self._bound.getsockname()[:2]
+        self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
-    async def shutdown(self, sockets: Any = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._server.stop(self._server.settings.grace_seconds)
         await super().shutdown(sockets=sockets)
 

@@ -48,8 +48,9 @@ class ServeSettings:
             raise InputError(
                 f"request_seconds is {self.request_seconds} and grace_seconds {self.grace_seconds}, expected above 0, and 0 or more"
             )
-        if not all(self.api_keys) or self.admin_token == "":
-            raise InputError("an API key or the admin token is empty; leave it out, or give one")
+        for token in (*self.api_keys, *(() if self.admin_token is None else (self.admin_token,))):
+            if not token or not token.isascii() or not token.isprintable() or " " in token:
+                raise InputError("an API key or the admin token is empty, or holds more than ASCII letters, digits and signs; give another")
 
 
 class Keys:
