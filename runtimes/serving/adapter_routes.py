@@ -26,11 +26,12 @@ def adapter_routes(server: TextServer) -> APIRouter:
 
     @router.get("", summary="Every adapter")
     def adapters() -> Response:
-        return json_response({"object": "list", "data": [_told(server, each) for each in server.bank.listed.values()]})
+        resident = set(server.bank.resident)
+        return json_response({"object": "list", "data": [_told(each, each.name in resident) for each in server.bank.listed.values()]})
 
     @router.get("/{name}", summary="One adapter")
     def adapter(name: str) -> Response:
-        return json_response(_told(server, _known(server, name)))
+        return json_response(_told(_known(server, name), name in server.bank.resident))
 
     @router.put("/{name}", summary="Upload an adapter's files", status_code=201)
     def upload(
@@ -46,7 +47,7 @@ def adapter_routes(server: TextServer) -> APIRouter:
         with server.changing(name):
             there = name in server.bank
             put(server, name, files, replace=replace)
-        return json_response(_told(server, _known(server, name)), 200 if there else 201)
+        return json_response(_told(_known(server, name), name in server.bank.resident), 200 if there else 201)
 
     @router.delete("/{name}", summary="Delete an adapter")
     def delete(request: Request, name: str) -> Response:
@@ -133,6 +134,6 @@ def _of_the_bundle(name: str) -> Refusal:
     return Refusal(409, f"adapter {name} is the bundle's own; `reft-export add` changes those", code="adapter_of_bundle")
 
 
-def _told(server: TextServer, each: ListedAdapter) -> dict[str, Any]:
+def _told(each: ListedAdapter, resident: bool) -> dict[str, Any]:
     source = "bundle" if each.folder is None else "folder"
-    return {"id": each.name, "object": "adapter", "bytes": each.size, "source": source, "resident": each.name in server.bank.resident}
+    return {"id": each.name, "object": "adapter", "bytes": each.size, "source": source, "resident": resident}

@@ -33,15 +33,15 @@ def create_app(server: TextServer, *, log: Callable[[str], None] = log_to_stderr
     app.include_router(adapter_routes(server))
 
     @app.get("/health", tags=["operation"], summary="Whether the process lives")
-    def health() -> Response:
+    async def health() -> Response:
         return json_response({"status": "ok"})
 
     @app.get("/ready", tags=["operation"], summary="Whether requests are taken")
-    def ready() -> Response:
+    async def ready() -> Response:
         return json_response({"status": "stopping"}, 503) if server.stopping else json_response({"status": "ready"})
 
     @app.get("/metrics", tags=["operation"], summary="For Prometheus")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)

@@ -61,9 +61,7 @@ class Gate:
             else:
                 await self._app(scope, self._bounded(scope, receive), watched)
         except Exception as e:  # a bug of ours: its place is told, not its words, which may be a client's
-            record["error"] = (
-                f"{type(e).__name__} at {' < '.join(f'{f.name}:{f.lineno}' for f in traceback.extract_tb(e.__traceback__)[:-9:-1])}"
-            )
+            record["error"] = place_of(e)
             if not status:
                 await refusal_of(e).response()(scope, receive, watched)
         finally:
@@ -135,6 +133,12 @@ class Gate:
             return message
 
         return counted
+
+
+def place_of(error: BaseException) -> str:
+    """Its class and the functions that it came through, innermost first."""
+    frames = traceback.extract_tb(error.__traceback__)[:-9:-1]
+    return f"{type(error).__name__} at {' < '.join(f'{frame.name}:{frame.lineno}' for frame in frames)}"
 
 
 def _bearer(header: str) -> str | None:

@@ -45,6 +45,7 @@ class TextServer:
         self._template = ChatTemplate.load(bank.bundle.folder)
         self._plain: dict[str, bool] = {}
         """Adapters that were trained without the chat template, as far as somebody asked."""
+        self._admitted = 0
         self._flights: set[Flight] = set()
         self._lock = Lock()
         self._running: Counter[str] = Counter()
@@ -53,7 +54,7 @@ class TextServer:
         """That a request takes, lately."""
         if settings.adapters is not None:
             bank.scan(settings.adapters)
-        self.metrics = Metrics(batcher, bank, lambda: len(self._flights))
+        self.metrics = Metrics(batcher, bank, lambda: self._admitted)
 
     @property
     def retry_after(self) -> int:
@@ -132,13 +133,25 @@ class TextServer:
     # --- what runs ---
 
     @contextmanager
-    def flight(self, asks: Sequence[Ask], *, best: int | None, streams: bool) -> Iterator[Flight]:
-        """On the event loop. At the end its rows are free. Raises Refusal where too much runs already, or the server stops."""
+    def admitted(self) -> Iterator[None]:
+        """A request for text, from when it is read to when it is answered; on the event loop.
+
+        Raises Refusal where too much runs already, or the server stops.
+        """
         if self.stopping:
             raise Refusal(503, "the server stops; ask again later", code="stopping", headers={"Retry-After": str(self.retry_after)})
-        if len(self._flights) >= self.settings.concurrency:
-            message = f"{len(self._flights)} requests run or wait already; ask again later"
+        if self._admitted >= self.settings.concurrency:
+            message = f"{self._admitted} requests run or wait already; ask again later"
             raise Refusal(429, message, code="too_many_requests", headers={"Retry-After": str(self.retry_after)})
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    @contextmanager
+    def flight(self, asks: Sequence[Ask], *, best: int | None, streams: bool) -> Iterator[Flight]:
+        """On the event loop. At the end its rows are free. Raises Refusal where the adapter is being changed."""
         flight = Flight(asks, best=best, backlog=self.settings.backlog if streams else None, on_token=self.metrics.clock())
         start, late = time.monotonic(), Refusal(504, f"no answer within {self.settings.request_seconds:g} s; ask for less", code="timeout")
         timer = asyncio.get_running_loop().call_later(self.settings.request_seconds, flight.fail, late)

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from runtimes.serving.answers import Shape, shape_of
 from runtimes.serving.flight import Flight, Piece
-from runtimes.serving.gate import GONE, RECORD, Receive, Send
+from runtimes.serving.gate import GONE, RECORD, Receive, Send, place_of
 from runtimes.serving.refusals import Refusal, json_response, json_text, refusal_of
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest
 from runtimes.serving.server import TextServer
@@ -52,18 +52,19 @@ def _model(server: TextServer, name: str) -> dict[str, Any]:
 
 async def _answer(server: TextServer, request: Request, asked: TextRequest) -> Response:
     record = request.scope[RECORD]
-    asks = await asyncio.to_thread(server.asks, asked)
-    record["adapter"] = asks[0].adapter
-    shape = shape_of(asked, asks, server.tokenizer, server.fingerprint)
     with ExitStack() as stack:
+        stack.enter_context(server.admitted())
+        asks = await asyncio.to_thread(server.asks, asked)
+        record["adapter"] = asks[0].adapter
+        shape = shape_of(asked, asks, server.tokenizer, server.fingerprint)
         flight = stack.enter_context(server.flight(asks, best=asked.best, streams=bool(asked.stream)))
         stack.callback(lambda: record.update(prompt_tokens=shape.prompt_tokens, completion_tokens=shape.completion_tokens))
         try:
             await server.submit(flight)
         except Exception as e:
-            raise refusal_of(e, server.retry_after) from e
+            raise _refusal(e, server, record) from e
         if asked.stream:
-            return EventStream(flight, _events(flight, shape), stack.pop_all(), record)
+            return EventStream(flight, _events(flight, shape, server, record), stack.pop_all(), record)
         whole = asyncio.ensure_future(_ends(flight))
         if not await _unless_gone(whole, request.receive):
             record["status"] = GONE
@@ -71,7 +72,15 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
         try:
             return json_response(shape.whole(whole.result()))
         except Exception as e:
-            raise refusal_of(e, server.retry_after) from e
+            raise _refusal(e, server, record) from e
+
+
+def _refusal(error: Exception, server: TextServer, record: dict[str, Any]) -> Refusal:
+    """What the client is told; the log is told of a failure of ours where it was."""
+    refusal = refusal_of(error, server.retry_after)
+    if refusal is not error and refusal.status_code == 500:
+        record["error"] = place_of(error)
+    return refusal
 
 
 async def _ends(flight: Flight) -> list[Piece]:
@@ -95,7 +104,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _events(flight: Flight, shape: Shape) -> AsyncIterator[str]:
+async def _events(flight: Flight, shape: Shape, server: TextServer, record: dict[str, Any]) -> AsyncIterator[str]:
     """The data of each event."""
     for chunk in shape.opening(len(flight.asks)):
         yield json_text(chunk)
@@ -104,7 +113,7 @@ async def _events(flight: Flight, shape: Shape) -> AsyncIterator[str]:
             for chunk in shape.chunks(piece):
                 yield json_text(chunk)
     except Exception as e:  # the status is sent: what is left is an event
-        yield json_text(refusal_of(e).content)
+        yield json_text(_refusal(e, server, record).content)
         return
     if shape.tells_usage:
         yield json_text(shape.closing())

@@ -237,6 +237,22 @@ def test_a_bug_is_told_in_the_log_by_its_place(bundle: Bundle, monkeypatch: pyte
         assert each.http().post("/v1/completions", json=ASK).status_code == 200
 
 
+def test_a_run_that_fails_is_told_in_the_log(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(bundle) as each:
+
+        def fails(*_: object) -> None:
+            raise ReftError("onnxruntime says no")
+
+        monkeypatch.setattr(each.server.batcher._session, "run_pool", fails)
+        assert each.http().post("/v1/completions", json=ASK).status_code == 500
+        with pytest.raises(openai.APIError, match="failed to answer"):
+            list(each.client().completions.create(**LONG))
+        until(lambda: len(each.lines) == 2)
+        assert all("ReftError at fails" in line for line in each.lines)
+        monkeypatch.undo()
+        assert each.http().post("/v1/completions", json=ASK).status_code == 200
+
+
 def test_metrics(bundle: Bundle) -> None:
     with serving(bundle) as each:
         each.client().completions.create(**{**ASK, "model": "all", "n": 2})
