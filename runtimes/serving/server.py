@@ -31,7 +31,7 @@ MOST_RETRY = 60
 class TextServer:
     """Answers requests for text by ``batcher``, whose thread runs, with the adapters of ``bank``.
 
-    Raises what ``AdapterBank.scan`` raises of the settings' folder.
+    Raises InputError for a folder of adapters inside the bundle, and what ``AdapterBank.scan`` raises of it.
     """
 
     def __init__(self, batcher: Batcher, bank: AdapterBank, tokenizer: Tokenizer, settings: ServeSettings) -> None:
@@ -53,6 +53,8 @@ class TextServer:
         self._seconds = 1.0
         """That a request takes, lately."""
         if settings.adapters is not None:
+            if settings.adapters.resolve().is_relative_to(bank.bundle.folder.resolve()):
+                raise InputError(f"{settings.adapters} lies inside the bundle, which holds its own adapters; choose a folder beside it")
             bank.scan(settings.adapters)
         self.metrics = Metrics(batcher, bank, lambda: self._admitted)
 

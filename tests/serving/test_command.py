@@ -52,6 +52,7 @@ def test_what_cannot_be_served_costs_one_line(bundle: Bundle, tmp_path: Path) ->
     refused = {
         (str(tmp_path / "none"),): (2, "is not a folder"),
         (str(bundle.folder), "--adapters", str(tmp_path / "none")): (2, "cannot be listed"),
+        (str(bundle.folder), "--adapters", str(bundle.folder / "adapters")): (2, "lies inside the bundle"),
         (str(toy_bundle_of_version_1(tmp_path / "old")),): (2, "of version 1"),
         (str(bundle.folder), "--host", "256.0.0.1"): (1, "nothing can listen at"),
         (str(bundle.folder), "--api-key", ""): (2, "is empty"),
