@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtimes.generation import generate
     from runtimes.golden import check_golden
-    from runtimes.open import open_artifact, open_bank, open_session
+    from runtimes.open import open_artifact, open_bank, open_batcher, open_session
     from runtimes.upgrade import upgrade_folder
 
-__all__ = ["check_golden", "generate", "open_artifact", "open_bank", "open_session", "upgrade_folder"]
+__all__ = ["check_golden", "generate", "open_artifact", "open_bank", "open_batcher", "open_session", "upgrade_folder"]
 
 _HOMES = {
     "check_golden": "runtimes.golden",
     "generate": "runtimes.generation",
     "open_artifact": "runtimes.open",
     "open_bank": "runtimes.open",
+    "open_batcher": "runtimes.open",
     "open_session": "runtimes.open",
     "upgrade_folder": "runtimes.upgrade",
 }

@@ -14,9 +14,10 @@ what is loaded: N slots of the largest rank, zero rows where an adapter's is les
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
@@ -54,6 +55,19 @@ class BankMemory:
         return self.banks / self.adapters if self.adapters else 1.0
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StackedBanks:
+    """Every bank of the graph by the name of its input, as a session binds them.
+
+    ``version`` counts up where arrays are replaced, ``writes`` where anything in them changes, too: what copied them copies them again.
+    Slots that no row uses are written while sessions read the others.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    version: int
+    writes: int
+
+
 @dataclass(kw_only=True, eq=False)
 class _Resident:
     slots: range
@@ -61,6 +75,8 @@ class _Resident:
     size: int
     rule: np.ndarray
     """[7], in the order of RULE."""
+    number: int = 0
+    """Of its load."""
     rows: int = 0
     """Live ones, of all batches."""
 
@@ -71,27 +87,24 @@ class AdapterBank:
     ``max_bytes``: of the stacked banks. Where another adapter does not fit, those that were used longest ago go, but none that steers a
     row. Each is verified when it is loaded: digests, values, and, from a folder, base, sites and ops as ``reft-export add`` does.
 
-    Raises InputError for a bundle of version 1, whose rows share one rule, and for one whose adapters bring classification heads, of which
-    a batch has one.
+    Raises InputError for a bundle of version 1, whose rows share one rule, and for a classifier's, whose adapters bring heads, of which a
+    batch has one.
     """
 
     def __init__(self, bundle: Bundle, *, max_bytes: int | None = None) -> None:
         if not bundle.manifest.mixes_rows:
             raise InputError(f"{bundle.folder} is of version 1, and all rows of a batch share one adapter; export the bundle again")
         if bundle.manifest.head:
-            raise InputError(f"adapters of {bundle.folder} bring heads of their own, and a batch has one; use set_adapter")
+            raise InputError(f"{bundle.folder} is a classifier, whose adapters bring heads, and a batch has one; use set_adapter")
         if max_bytes is not None and max_bytes < 1:
             raise InputError(f"max_bytes is {max_bytes}, expected at least 1, or None for no bound")
         self.bundle = bundle
         self.max_bytes = max_bytes
-        self.lock = RLock()
-        """Held while anything changes. Who reads ``version``, ``arrays`` and rules that belong together holds it, too."""
-        self.version = 0
-        """Counts up where arrays are replaced."""
-        self.writes = 0
-        """Counts up where anything in them changes, too: what copied them copies them again."""
+        self._lock = RLock()
         dtype = NUMPY_DTYPES[bundle.manifest.precision]
         self._nodes = {node: StackedNode(node, bundle.manifest.model.hidden_size, dtype) for node in bundle.nodes}
+        self.stacked = StackedBanks(arrays=self._arrays(), version=0, writes=0)
+        """Replaced whole: who reads it waits for no load, and has in it whatever was resident before."""
         self._slots = Slots()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         files = bundle.manifest.files
@@ -103,11 +116,12 @@ class AdapterBank:
     @property
     def listed(self) -> Mapping[str, ListedAdapter]:
         """Every adapter that it can load, by name."""
-        return dict(self._listed)
+        with self._lock:
+            return dict(self._listed)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._listed)
+        return tuple(self.listed)
 
     def __contains__(self, name: str) -> bool:
         return name in self._listed
@@ -115,11 +129,12 @@ class AdapterBank:
     @property
     def resident(self) -> tuple[str, ...]:
         """What is in memory; used longest ago first."""
-        return tuple(self._residents)
+        with self._lock:
+            return tuple(self._residents)
 
     @property
     def memory(self) -> BankMemory:
-        with self.lock:
+        with self._lock:
             return BankMemory(adapters=sum(r.size for r in self._residents.values()), banks=sum(n.size for n in self._nodes.values()))
 
     def scan(self, folder: Path | str) -> tuple[ListedAdapter, ...]:
@@ -128,9 +143,9 @@ class AdapterBank:
         What is no adapter is passed over; of an earlier scan of it, what is gone is forgotten unless it is resident. Raises InputError
         for a folder that cannot be read and for a name that is taken, AdapterError for a name that no adapter can have.
         """
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))
         found = list(adapters_in(folder))
-        with self.lock:
+        with self._lock:
             for each in found:
                 self._check_free(each)
             seen = {each.name for each in found}
@@ -145,11 +160,11 @@ class AdapterBank:
 
     def add(self, folder: Path | str, name: str | None = None) -> str:
         """Lists the adapter in ``folder`` and loads it; its name, by default the folder's. Raises what ``scan`` and ``load`` raise."""
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))
         listed = listed_adapter(folder, check_adapter_name(name_of(folder) if name is None else name))
         if listed is None:
             raise AdapterError(f"{folder} is not an adapter folder: {CONFIG_FILE} or {TENSOR_FILE} is missing")
-        with self.lock:
+        with self._lock:
             known = listed.name in self._listed
             self._check_free(listed)
             self._listed[listed.name] = listed
@@ -169,9 +184,19 @@ class AdapterBank:
         """
         self._load(name, rows=0)
 
+    def copy(self, name: str, other: str) -> str:
+        """Loads the adapter once more under another name, with slots of its own; the other name. Raises what ``load`` raises."""
+        listed, edits = self._known(name), read_edits(self.bundle, self._known(name))
+        with self._lock:
+            if check_adapter_name(other) in self._listed:
+                raise InputError(f"an adapter called {other} is listed already; choose another name for the copy")
+            self._put(other, *edits)
+            self._listed[other] = replace(listed, name=other)
+        return other
+
     def evict(self, name: str) -> None:
         """Frees the adapter's slots for others. Raises InputError where it is not resident, or steers a row."""
-        with self.lock:
+        with self._lock:
             resident = self._resident(name)
             if resident.rows:
                 raise InputError(f"adapter {name} steers {count(resident.rows, 'live row')}; release those first")
@@ -179,7 +204,7 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Evicts an adapter that was added or scanned, and no longer lists it; its files stay. Raises InputError."""
-        with self.lock:
+        with self._lock:
             if self._known(name).folder is None:
                 raise InputError(
                     f"adapter {name} is the bundle's own; take it out with `reft-export add {self.bundle.folder} --remove {name}`"
@@ -190,26 +215,26 @@ class AdapterBank:
 
     # --- for rows and sessions ---
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Every bank of the graph by the name of its input. Slots that no row uses may be written while a session reads the others."""
-        with self.lock:
-            nodes = self._nodes.values()
-            return {name: array for n in nodes for name, array in zip(n.node.bank_names, n.arrays, strict=True)}
-
     def pin(self, name: str | None) -> np.ndarray:
         """The numbers of the rule [7] of a row that ``name`` steers, loaded if need be, and resident until ``unpin``."""
         if name is None:
             return BASE_RULE
         return self._load(name, rows=1).rule
 
+    def load_number(self, name: str) -> int:
+        """Which load the resident adapter's edits came with: another one may have brought others."""
+        with self._lock:
+            return self._resident(name).number
+
     def live_rows(self, name: str) -> int:
         """Rows that a resident adapter steers, of all batches."""
-        with self.lock:
+        with self._lock:
             return self._resident(name).rows
 
     def unpin(self, name: str | None) -> None:
+        """One row less that ``name`` steers."""
         if name is not None:
-            with self.lock:
+            with self._lock:
                 self._residents[name].rows -= 1
                 self._residents.move_to_end(name)
 
@@ -235,13 +260,14 @@ class AdapterBank:
             raise InputError(f"two adapters are called {new.name}: {where} and {new.folder}; rename one's folder")
 
     def _load(self, name: str, *, rows: int) -> _Resident:
-        with self.lock:
-            listed, edits = self._known(name), None
-        if name not in self._residents:
-            edits = read_edits(self.bundle, listed)  # not under the lock: the sessions' steps go on
-        with self.lock:
+        with self._lock:
+            listed, resident = self._known(name), name in self._residents
+        # Not under the lock: the sessions' steps go on. Another thread may load, or replace, it meanwhile.
+        read = None if resident else read_edits(self.bundle, listed)
+        with self._lock:
             if name not in self._residents:
-                self._put(name, *(edits or read_edits(self.bundle, listed)))
+                now = self._known(name)
+                self._put(name, *(read_edits(self.bundle, now) if read is None or now != listed else read))
             self._residents.move_to_end(name)
             self._residents[name].rows += rows
             return self._residents[name]
@@ -249,6 +275,7 @@ class AdapterBank:
     def _put(self, name: str, edits: Edits, rule: PositionRule, tied: bool) -> None:
         ranks = {node: rank_of(node, arrays) for node, arrays in edits.items()}
         slots = self._make_room(name, 1 if tied else 2, ranks)
+        replaced = self._grow()
         for node, stacked in self._nodes.items():
             stacked.write(slots, edits.get(node))
         tensors = rule.tensors(tied=tied, first_slot=slots.start)
@@ -257,8 +284,10 @@ class AdapterBank:
             ranks=ranks,
             size=sum(array.nbytes for arrays in edits.values() for array in arrays),
             rule=np.array([tensors[number][0] for number in RULE], np.int64),
+            number=self.stacked.writes,
         )
-        self.writes += 1
+        arrays = self._arrays() if replaced else self.stacked.arrays
+        self.stacked = StackedBanks(arrays=arrays, version=self.stacked.version + replaced, writes=self.stacked.writes + 1)
 
     def _make_room(self, name: str, groups: int, ranks: Mapping[EditNode, int]) -> range:
         """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
@@ -269,18 +298,25 @@ class AdapterBank:
             if oldest is None:
                 for other, resident in reversed(gone):
                     self._restore(other, resident)
+                live = sum(bool(resident.rows) for resident in self._residents.values())
+                remedy = f"{count(live, 'adapter')} of live rows cannot go: release rows, or allow more" if live else "allow more"
                 raise BankFull(
-                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}, and "
-                    f"{count(sum(bool(r.rows) for r in self._residents.values()), 'adapter')} of live rows cannot go; allow more, or "
-                    "release rows"
+                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}; {remedy}"
                 )
             gone.append((oldest, self._drop(oldest)))
             slots = self._take(groups, ranks)
+        return slots
+
+    def _grow(self) -> bool:
+        """Room in the arrays for what is taken; whether any was replaced."""
         replaced = [node.reserve() for node in self._nodes.values()]
         if self.max_bytes is not None and sum(node.size for node in self._nodes.values()) > self.max_bytes:
             replaced += [node.reserve(exactly=True) for node in self._nodes.values()]
-        self.version += any(replaced)
-        return slots
+        return any(replaced)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        nodes = self._nodes.values()
+        return {name: array for n in nodes for name, array in zip(n.node.bank_names, n.arrays, strict=True)}
 
     def _take(self, groups: int, ranks: Mapping[EditNode, int]) -> range:
         slots = self._slots.first_fit(groups)

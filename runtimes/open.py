@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtimes.artifacts.bundle import Artifact, Bundle, open_bundle
 from runtimes.artifacts.engine import Engine, is_engine, open_engine
@@ -10,6 +11,10 @@ from runtimes.bank import AdapterBank
 from runtimes.errors import InputError
 from runtimes.session import Session
 from runtimes.tasks.task import task_of
+from runtimes.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from runtimes.batching import Batcher
 
 
 def open_artifact(path: Path | str, *, verify: bool = False) -> Artifact:
@@ -70,8 +75,8 @@ def open_bank(artifact: Artifact, *, max_bytes: int | None = None) -> AdapterBan
     ``max_bytes``: of the adapters in memory, stacked; beyond it those go that were used longest ago and steer no row. None: no bound.
     ``runtimes.rows.AdapterRows`` names the adapters of a batch's rows, which a session takes by ``set_rows``.
 
-    Raises InputError for an engine and for a bundle of version 1, whose rows share one adapter, for a bundle whose adapters bring
-    classification heads, and for ``max_bytes`` below 1.
+    Raises InputError for an engine and for a bundle of version 1, whose rows share one adapter, for a classifier's, whose rows share one
+    head, and for ``max_bytes`` below 1.
 
     Example::
 
@@ -85,6 +90,46 @@ def open_bank(artifact: Artifact, *, max_bytes: int | None = None) -> AdapterBan
     if not isinstance(artifact, Bundle):
         raise InputError(f"{artifact.folder} is an engine, whose rows share one adapter; make a bank of the bundle that it was built from")
     return AdapterBank(artifact, max_bytes=max_bytes)
+
+
+def open_batcher(
+    session: Session,
+    tokenizer: Tokenizer,
+    bank: AdapterBank | None = None,
+    *,
+    most_rows: int = 16,
+    cache_bytes: int | None = None,
+    prefix_bytes: int | None = None,
+    queue: int = 256,
+    prefill_chunk: int | None = None,
+) -> Batcher:
+    """A batch that requests join and leave while it runs, each with its own adapter of ``bank``, or none; closed at the end of a ``with``.
+
+    The session is the batcher's from now on. ``most_rows``: requests that run at once; ``queue``: that wait. ``cache_bytes``: of their KV
+    caches, by default half of the memory that is left; ``prefix_bytes``: of answered prompts, for those that begin alike, by default a
+    quarter of that more. ``prefill_chunk``: prompt columns of a step, by default 128; 0: a prompt at once.
+
+    Raises InputError for a session whose KV cache is not written in place, BackendUnavailable on a GPU.
+
+    Example::
+
+        artifact = open_artifact("pirate-bundle")
+        tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
+        with open_session(artifact) as session, open_batcher(session, tokenizer, open_bank(artifact)) as batcher:
+            asked = [batcher.submit("Once upon a time", adapter=name) for name in ("pirate", None)]
+            print([each.result().text for each in asked])
+    """
+    from runtimes.batching import Batcher, batchable
+
+    return Batcher(
+        batchable(session),
+        *(tokenizer, bank),
+        most_rows=most_rows,
+        cache_bytes=cache_bytes,
+        prefix_bytes=prefix_bytes,
+        queue=queue,
+        prefill_chunk=prefill_chunk,
+    )
 
 
 def ort_session(

@@ -54,7 +54,7 @@ class Slots:
 
 
 class StackedNode:
-    """One node's bank: ``arrays``, one for each parameter, [N, r, D], [N, r] or [N, D], r the largest rank that was ever taken in them.
+    """One node's bank: ``arrays``, one for each parameter, [N, r, D], [N, r] or [N, D].
 
     Arrays that are too small are replaced, never changed in size: whoever holds the old ones reads there what was there. A node that
     nobody uses has the bank that edits nothing, of one slot; a slot behind the last one passes through, as the op has it.
@@ -97,12 +97,9 @@ class StackedNode:
     def reserve(self, *, exactly: bool = False) -> bool:
         """Room for what is taken, and for some more; ``exactly``: not a slot or row more. Whether ``arrays`` are others now."""
         slots, rank = self.needed()
-        if exactly:
-            wanted = (slots, rank)
-        elif slots <= self._held[0] and rank <= self._held[1]:
-            wanted = self._held
-        else:
-            wanted = (max(slots + slots // SPARE, self._held[0]), max(rank, self._held[1]))
+        if not exactly and slots <= self._held[0] and rank <= self._held[1]:
+            return False
+        wanted = (slots if exactly else slots + slots // SPARE, rank)
         if wanted == self._held:
             return False
         self._replace(*wanted)

@@ -33,7 +33,7 @@ API = {
         "steered",
         "train",
     },
-    runtimes: {"check_golden", "generate", "open_artifact", "open_bank", "open_session", "upgrade_folder"},
+    runtimes: {"check_golden", "generate", "open_artifact", "open_bank", "open_batcher", "open_session", "upgrade_folder"},
 }
 FUNCTIONS = [(package, name) for package, names in API.items() for name in sorted(names)]
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "numpy", "ml_dtypes", "safetensors", "tokenizers"}

@@ -28,11 +28,12 @@ BACKENDS = {
 starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version machine precision native_library native files edits artifacts bank_files stacked bank rows text session "
-    "memory kv_cache in_place ort tensorrt generation batching parity bench tasks golden open first_steps upgrade serving",
+    "memory kv_cache in_place ort tensorrt generation prefixes batching parity bench batch_bench tasks golden open first_steps upgrade "
+    "serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold tensorrt_graph fold edge_llm",
     "reft_export": "console base eager evaluation tasks bundling training importing parity folding adding quantizing exporting building "
-    "quickstart forecast op_bench cli",
+    "quickstart forecast op_bench bench_plot cli",
 }
 """Folders, and files beside them: each imports itself and those that are named before it."""
 

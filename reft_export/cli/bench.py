@@ -31,7 +31,19 @@ def bench(
         int | None, typer.Option("--prompt-tokens", help="Tokens of the prompt; default: 128, or as many as fit.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Decode steps.")] = 32,
-    repeats: Annotated[int, typer.Option("--repeats", help="Pairs of base and steered runs, in turn.")] = 7,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", help="Pairs of base and steered runs, in turn; default: 7. Rounds of concurrent requests: 3.")
+    ] = None,
+    adapters: Annotated[
+        int | None,
+        typer.Option(
+            "--adapters", min=1, help="So many different adapters in one batch, beside one and none; copies where the bundle has fewer."
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", min=1, help="Requests that run at once, in onnxruntime; default with --adapters: 16.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="With --concurrency: the figures as a PNG or SVG file.")] = None,
     provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
@@ -64,6 +76,16 @@ def bench(
             raise InputError(f"--op measures at one adapter's width and rank, and {len(adapter)} are given; give one -a")
         _bench_op(opened, adapter, as_json)
         return
+    if concurrency or adapters:
+        refuse_given(context, ("adapter",), "to choose adapters, and --adapters is how many are mixed")
+        if not isinstance(opened, Bundle):
+            raise InputError(f"--concurrency is for onnxruntime; {bundle} is an engine: pass the bundle that it was built from")
+        asked = {"adapters": adapters, "concurrency": concurrency, "prompt_tokens": prompt_tokens, "repeats": repeats}
+        given = {name: value for name, value in asked.items() if value is not None}
+        _bench_batch(opened, {"new_tokens": new_tokens, **given}, provider, kernel, threads, plot, as_json)
+        return
+    if plot:
+        raise InputError("--plot draws concurrent requests; give --concurrency, too")
     task = task_of(opened)
     refuse_given(context, task.not_in_bench, f"for text generation, and {bundle} is a classifier")
     with progress() as report, ExitStack() as sessions:
@@ -71,10 +93,46 @@ def bench(
         result = task.bench(
             opened,
             lambda: sessions.enter_context(open_session(opened, provider=provider, kernel=kernel, threads=threads)),
-            BenchSettings(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, adapters=adapter),
+            BenchSettings(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=7 if repeats is None else repeats, adapters=adapter),
             lambda done, total: report.update(f"measuring {done}/{total}", done, total),
         )
     _show(result, as_json)
+
+
+def _bench_batch(
+    bundle: Bundle,
+    asked: dict[str, int],
+    provider: str | None,
+    kernel: str | None,
+    threads: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from reft_export.bench_plot import draw, drawable
+    from runtimes.batch_bench import BatchBenchSettings, bench_batch
+    from runtimes.errors import InputError
+    from runtimes.open import open_session
+    from runtimes.ort.session import OrtSession
+    from runtimes.text.tokenizer import Tokenizer
+
+    if plot:
+        drawable(plot)
+    settings = BatchBenchSettings(**asked)
+    tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+    with progress() as report, open_session(bundle, provider=provider, kernel=kernel, threads=threads) as session:
+        if not isinstance(session, OrtSession):
+            raise InputError(f"{bundle.folder} is a classifier: its texts are batched by `reft-export run --batch-size`")
+        report("measuring")
+        result = bench_batch(
+            session, tokenizer, settings, on_run=lambda done, total: report.update(f"measuring {done}/{total}", done, total)
+        )
+    if plot:
+        draw(result, plot)
+    if as_json:
+        typer.echo(result.to_json())
+        return
+    print_table(result.title, result.HEADER, result.rows())
+    out.print(f"{size(result.bank.banks)} of adapters in memory, {result.bank.factor:.2f} times what they are by themselves")
 
 
 def _show(result: BenchResult | ClassifierBench, as_json: bool) -> None:

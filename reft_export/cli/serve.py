@@ -62,7 +62,7 @@ def serve(
         float | None, typer.Option("--bank-mb", min=0.001, help="MB (10^6 bytes) of adapters in memory; default: no bound.")
     ] = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option("--prefill-chunk", min=0, help="Prompt tokens per step; default: 512. 0: all at once.")
+        int | None, typer.Option("--prefill-chunk", min=0, help="Prompt tokens per step; default: 128. 0: all at once.")
     ] = None,
     kernel: Kernel = None,
     threads: Threads = None,

@@ -45,7 +45,7 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """A contiguous array as onnxruntime takes it, in host memory and not copied; it keeps the array alive."""
+    """A contiguous array as onnxruntime takes it, in host memory and not copied (seen from 1.18 to 1.31); it keeps the array alive."""
     import onnxruntime as ort
 
     if array.dtype.name == "bfloat16":

@@ -30,12 +30,11 @@ class BoundRows:
 
     def bind(self, rows: range) -> None:
         """The next run is of these rows of the batch."""
-        bank = self.rows.bank
-        with bank.lock:  # another session's load may replace the arrays
-            state = (bank.version, bank.writes if self._copies else 0)
-            if state != self._banks_of:
-                self._banks = self._bind(bank.arrays())
-                self._banks_of = state
+        stacked = self.rows.bank.stacked  # read once: another thread's load may replace it
+        state = (stacked.version, stacked.writes if self._copies else 0)
+        if state != self._banks_of:
+            self._banks = self._bind(stacked.arrays)
+            self._banks_of = state
         if (self.rows.changes, rows) != self._rules_of:
             self._bind_rules(rows)
             self._rules_of = (self.rows.changes, rows)

@@ -39,8 +39,6 @@ class OrtClassifier(OrtGraph):
         if SLOT_INPUT in self._inputs:
             rule, tied = (None, True) if self._placement is None else (self._placement.positions, self._placement.tied)
             arrays[SLOT_INPUT] = slots(rule, mask, ids.shape[1], tied=tied)
-        self._check_rows(len(ids))
-        self._bind_rows(range(len(ids)))
         outputs = self._run({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
         return ClassifierOutput(logits=to_float32(outputs["logits"]), outputs=outputs)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import uvicorn
 
-from runtimes.batching import Batcher
-from runtimes.errors import InputError, ReftError
+from runtimes.batching import Batcher, batchable
+from runtimes.errors import ReftError
 from runtimes.open import open_artifact, open_bank, open_session
 from runtimes.serving.app import create_app
 from runtimes.serving.server import TextServer
@@ -48,11 +48,9 @@ def serve(
         bank = open_bank(artifact, max_bytes=bank_bytes)
         tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
         with open_session(artifact, threads=threads, kernel=kernel) as session:
-            from runtimes.ort.session import OrtSession
-
-            if not isinstance(session, OrtSession):
-                raise InputError(f"{bundle} is a classifier, which has no text to serve; `reft-export run` labels texts")
-            batcher = Batcher(session, tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk)
+            batcher = Batcher(
+                batchable(session), tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk
+            )
             with batcher:
                 server = TextServer(batcher, bank, tokenizer, settings)
                 Running(server, bound, on_start).run(sockets=[bound])

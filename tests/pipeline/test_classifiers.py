@@ -38,6 +38,7 @@ from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.edits.edit import ACTIVATIONS
 from runtimes.errors import AdapterError, BackendUnavailable, InputError, ParityError
 from runtimes.golden import check_golden
+from runtimes.open import open_bank
 from runtimes.ort.classifier import OrtClassifier
 
 ADAPTERS = {
@@ -119,6 +120,11 @@ def test_an_adapter_swaps_its_head_too(made) -> None:
         assert bool(adapter.head) == (np.abs(wanted - headless).max() > 1e-2 * scale)
         assert np.abs(session_logits(bundle, name) - wanted).max() <= 2e-5 * np.abs(wanted).max()
     assert np.array_equal(inputs.logits(base.model), plain), "the eager model got its own head back"
+
+
+def test_rows_of_a_batch_share_a_head(made) -> None:
+    with pytest.raises(InputError, match="is a classifier, whose adapters bring heads, and a batch has one; use set_adapter"):
+        open_bank(made()[0])
 
 
 def test_an_adapter_is_added_with_its_head(made, tmp_path) -> None:

@@ -80,7 +80,8 @@ SURFACE = {
         "--bank-mb", "--prefill-chunk", "--kernel", "--threads", "--verify",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
-    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--json"},
+    "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",
+              "--concurrency", "--plot", "--json"},
     "inspect": {"--json"},
     "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
@@ -460,7 +461,7 @@ def test_full_disk(verb, base_folder, bundle_folder, adapter_folders, tmp_path) 
     assert "no space left" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_doctor_and_bench(bundle_folder) -> None:
+def test_doctor_and_bench(bundle_folder, tmp_path: Path) -> None:
     rows = json.loads(fresh("doctor", "--json").stdout)
     assert {"reft-export", "onnxruntime", "machine", "CUDA driver", "providers", "edit kernel", "memory left"} <= {r["what"] for r in rows}
     done = fresh("bench", bundle_folder("llama"), "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json")
@@ -469,6 +470,13 @@ def test_doctor_and_bench(bundle_folder) -> None:
     assert [m["name"] for m in result["measurements"]] == ["base", *adapters]
     assert result["peak_memory"] > 0 and result["measurements"][1]["decode_ratio"] > 0
     alone = json.loads(cli("bench", bundle_folder("llama"), "--op", "-a", "tied", "--json").stdout)
+    options = ("--adapters", 5, "--concurrency", 3, "--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1)
+    batch = json.loads(cli("bench", bundle_folder("llama"), *options, "--json", "--plot", tmp_path / "batch.png").stdout)
+    assert [m["name"] for m in batch["measurements"]] == ["base", "tied", "5 adapters"] and (tmp_path / "batch.png").stat().st_size > 5000
+    assert [m["ratio"] is None for m in batch["measurements"]] == [True, False, False] and batch["bank_factor"] >= 1
+    refused("bench", bundle_folder("llama"), "--plot", tmp_path / "x.png", code=2, match="draws concurrent requests; give --concurrency")
+    refused("bench", bundle_folder("llama"), "--concurrency", 2, "--plot", tmp_path / "x.txt", code=2, match="no .png, .svg, .pdf file")
+    refused("bench", bundle_folder("llama"), "--adapters", 2, "-a", "tied", code=2, match="--adapters is how many are mixed")
     refused("bench", bundle_folder("llama"), "--op", "--repeats", 2, code=2, match="--repeats is a whole model's")
     refused("bench", bundle_folder("llama"), "--op", "-a", "tied", "-a", "untied", code=2, match="2 are given; give one -a")
     assert len(alone["nodes"]) == 5 and all(n["function"] is not None for n in alone["nodes"])

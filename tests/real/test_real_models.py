@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from real_story import ROOT, Real, cli, gguf
 
 from reft_export.quickstart import upper
 from runtimes.artifacts.bundle import open_bundle
-from runtimes.generation import greedy_tokens
-from runtimes.open import open_session
+from runtimes.batching import Batcher
+from runtimes.generation import GenerationSettings, greedy_tokens
+from runtimes.open import open_bank, open_session
+from runtimes.rows import AdapterRows
+from runtimes.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -54,6 +58,33 @@ def test_a_wrong_edit_is_seen(smollm2: Real) -> None:
     with open_session(open_bundle(smollm2.bundle), adapter="upper") as session:
         found = greedy_tokens(session, prompts, TOKENS).tolist()
     assert not all(map(agrees, found, wanted))
+
+
+def test_a_batch_of_every_adapter_answers_as_plain_hooks(smollm2: Real) -> None:
+    names = [None, *smollm2.adapters]
+    prompts = [encoded(smollm2, PROMPTS[row % len(PROMPTS)]) for row in range(len(names))]
+    wanted = [
+        greedy(smollm2.base.model, [prompt], TOKENS, None if name is None else smollm2.adapters[name])[0]
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    bundle = open_bundle(smollm2.bundle)
+    with open_session(bundle) as session:
+        for shift in (0, 1):  # the second time every row has another's adapter
+            with AdapterRows(open_bank(bundle), names[shift:] + names[:shift]) as rows:
+                session.set_rows(rows)
+                found = greedy_tokens(session, prompts, TOKENS).tolist()
+            assert all(map(agrees, found, wanted)) == (shift == 0)
+        tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+        endless = replace(tokenizer, stop_token_ids=frozenset())
+        batcher = Batcher(session, endless, open_bank(bundle), most_rows=3, prefill_chunk=7)
+        tickets = []
+        for prompt, name in zip(prompts, names, strict=True):  # they join while others are decoded, and the last one waits for a row
+            tickets.append(batcher.submit(prompt, GenerationSettings(max_new_tokens=TOKENS), adapter=name))
+            batcher.step()
+        while batcher.step():
+            pass
+        assert all(agrees(list(ticket.result(0).tokens), each) for ticket, each in zip(tickets, wanted, strict=True))
+        batcher.close()
 
 
 def test_the_story_leaves_what_it_tells_of(smollm2: Real) -> None:

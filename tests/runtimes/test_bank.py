@@ -214,27 +214,27 @@ def test_slots_are_reused_and_banks_stay_where_they_are(bundle: Bundle, folders:
     bank.scan(folders)
     for name in ("ends", "all", "prompt", "one-layer"):
         bank.load(name)
-    version, arrays, writes = bank.version, bank.arrays(), bank.writes
+    before = bank.stacked
     bank.evict("ends")
     bank.load("first")
-    assert bank.version == version and bank.writes > writes
-    assert all(array is arrays[name] for name, array in bank.arrays().items())
+    assert bank.stacked.version == before.version and bank.stacked.writes > before.writes
+    assert bank.stacked.arrays is before.arrays
     with AdapterRows(bank, ["all", "first"]) as rows:
         assert rows.rules(range(2))[FIRST].tolist() == [2, 0]
     bank.load("direft")  # two slots do not fit in the gap of one
-    assert bank.version == version + 1
+    assert bank.stacked.version == before.version + 1
     assert bank.resident == ("prompt", "one-layer", "all", "first", "direft")
 
 
 def test_memory(bundle: Bundle, tmp_path: Path) -> None:
     bank = AdapterBank(bundle)
-    unused = {name: array.nbytes for name, array in bank.arrays().items()}
+    unused = {name: array.nbytes for name, array in bank.stacked.arrays.items()}
     assert (bank.memory.banks, bank.memory.factor) == (0, 1.0)
     for seed in range(100):
         bank.add(sized(tmp_path / f"a{seed}", adapter("loreft", "all", rank=2, layers=[1])))
     each = 4 * (2 * 2 * WIDTH + 2)
     assert bank.memory.adapters == 100 * each and 1.0 <= bank.memory.factor <= 1.07
-    assert all(array.nbytes == unused[name] for name, array in bank.arrays().items() if not name.startswith("reft.1.block_output."))
+    assert all(array.nbytes == unused[name] for name, array in bank.stacked.arrays.items() if not name.startswith("reft.1.block_output."))
     bank.load("ends")  # rank 2, two slots, and nobody else's node
     assert bank.memory.banks - bank.memory.adapters <= each * (100 + 100 // 16 + 2) + 3 * each
 
@@ -249,7 +249,7 @@ def test_what_was_used_longest_ago_goes_first(bundle: Bundle) -> None:
     bank.load("prompt")  # rank 3: room for two slots of it
     assert bank.resident == ("all", "prompt")
     with AdapterRows(bank, ["all", "prompt"]):
-        with pytest.raises(InputError, match=r"adapter ends does not fit in the bank: .* max_bytes is 1,584, and 2 adapters of"):
+        with pytest.raises(InputError, match=r"adapter ends does not fit in the bank: .* max_bytes is 1,584; 2 adapters of live rows"):
             bank.load("ends")
         assert bank.resident == ("all", "prompt")
         with pytest.raises(InputError, match="adapter all steers 1 live row; release those first"):
@@ -344,7 +344,7 @@ def test_a_bank_holds_what_the_bundle_ships(tmp_path: Path, precision: str) -> N
     bank = AdapterBank(bundle)
     for name in bundle.adapter_names:
         bank.load(name)
-    arrays = bank.arrays()
+    arrays = bank.stacked.arrays
     for name in bundle.adapter_names:
         stored = bundle.adapter_tensors(name)
         with AdapterRows(bank, [name]) as rows:
@@ -359,7 +359,7 @@ def test_a_bank_holds_what_the_bundle_ships(tmp_path: Path, precision: str) -> N
                 np.testing.assert_array_equal(here, np.broadcast_to(want, here.shape) if len(here) else here)
 
 
-def test_ten_thousand_are_listed_in_under_a_second(bundle: Bundle, folders: Path, tmp_path: Path) -> None:
+def test_ten_thousand_are_listed_in_under_a_second(bundle: Bundle, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10_000):
         at = tmp_path / "many" / f"a{number}"
         at.mkdir(parents=True)
@@ -376,7 +376,8 @@ def test_ten_thousand_are_listed_in_under_a_second(bundle: Bundle, folders: Path
     bank.load("a77")
     shutil.rmtree(tmp_path / "many" / "a77")
     shutil.rmtree(tmp_path / "many" / "a78")
-    assert len(bank.scan(tmp_path / "many")) == 9_998
+    monkeypatch.chdir(tmp_path)
+    assert len(bank.scan("many")) == 9_998
     assert "a77" in bank.names and "a78" not in bank.names
     bank.remove("a77")
     assert "a77" not in bank.names and not bank.resident
@@ -444,6 +445,10 @@ def test_refusals(bundle: Bundle, session: OrtSession, folders: Path, tmp_path: 
         "cannot be listed": (InputError, lambda: bank.scan(tmp_path / "nowhere")),
         "adapter red is the bundle's own; take it out with": (InputError, lambda: bank.remove("red")),
         "max_bytes is 0": (InputError, lambda: AdapterBank(bundle, max_bytes=0)),
+        "does not fit in the bank: 264 bytes are needed, max_bytes is 9; allow more": (
+            InputError,
+            lambda: AdapterBank(bundle, max_bytes=9).load("all"),
+        ),
         "the batch has 1 row, and adapters are set for 2": (InputError, lambda: session.step(one, one)),
         "the rows are of a bank of": (InputError, lambda: OrtSession(foreign, threads=1).set_rows(rows)),
         "these rows were released": (InputError, step_released),

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, write_toy_bundle
 
 import runtimes.batching
+import runtimes.prefixes
 from runtimes.artifacts.bundle import Bundle
 from runtimes.bank import AdapterBank
 from runtimes.batching import Batcher, QueueFull, Ticket
 from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import slots
 from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.generation import GenerationSettings, generate
+from runtimes.open import open_batcher
 from runtimes.ort.session import OrtSession
 from runtimes.text.tokenizer import Tokenizer
 
@@ -48,8 +51,9 @@ def tokenizer(bundle: Bundle) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def small_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 8, 16, 32 and 64 columns."""
+    """Rows of 8, 16, 32 and 64 columns, and prefixes from two tokens on."""
     monkeypatch.setattr(runtimes.batching, "LEAST_CLASS", 8)
+    monkeypatch.setattr(runtimes.prefixes, "LEAST", 2)
 
 
 @pytest.fixture
@@ -89,9 +93,14 @@ class Asked:
             assert len(answer.tokens) == self.settings.max_new_tokens
 
 
+COMMON = [9, 8, 7, 6, 5, 4, 3, 2]
 requests = st.builds(
     Asked,
-    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+    prompt=st.one_of(
+        st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
+        # Prompts that begin alike.
+        st.builds(lambda n, rest: COMMON[:n] + rest, st.integers(0, 8), st.lists(st.integers(0, 2), min_size=1, max_size=12)),
+    ),
     adapter=st.sampled_from(list(KNOWN)),
     settings=st.builds(
         GenerationSettings, max_new_tokens=st.integers(1, 12), temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 9)
@@ -109,6 +118,7 @@ def test_every_request_is_answered_as_alone(session: OrtSession, bundle: Bundle,
         most_rows=data.draw(st.integers(1, 5)),
         prefill_chunk=data.draw(st.sampled_from([0, 1, 3, 8])),
         cache_bytes=data.draw(st.sampled_from([None, 100 * ROW_BYTES])),
+        prefix_bytes=data.draw(st.sampled_from([0, None, 60 * ROW_BYTES])),
         queue=100,
     )  # fmt: skip
     asked: list[Asked] = []
@@ -125,7 +135,8 @@ def test_every_request_is_answered_as_alone(session: OrtSession, bundle: Bundle,
     for each in asked:
         each.check()
         assert each.ticket is not None and (each.ticket.result().finish_reason != "cancelled" or each.ticket.cancelled)
-    assert batcher.load == runtimes.batching.Load(decoding=0, prefilling=0, waiting=0, cache_bytes=batcher.load.cache_bytes)
+    load = batcher.load
+    assert not (load.decoding or load.prefilling or load.waiting)
     batcher.close()
     assert not any(bank.live_rows(name) for name in bank.resident)
 
@@ -166,6 +177,45 @@ def test_closing_at_once_cancels(session: OrtSession, bundle: Bundle, tokenizer:
     batcher.close()
     assert [ticket.result(0).finish_reason for ticket in tickets] == ["cancelled"] * 3
     assert [len(ticket.result(0).tokens) for ticket in tickets] == [5, 0, 0]  # the first step gives a token of the prompt and one more
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reused"),
+    [(None, 12), *((name, None) for name in ADAPTERS)],
+)
+def test_a_prompt_goes_on_from_what_began_alike(
+    session: OrtSession, bundle: Bundle, tokenizer: Tokenizer, adapter: str | None, reused: int | None
+) -> None:
+    """A chat's second turn: as far as its tokens are edited as they were."""
+    batcher = Batcher(session, tokenizer, AdapterBank(bundle))
+    first = Asked(COMMON, adapter, GenerationSettings(max_new_tokens=5)).submit(batcher)
+    while batcher.step():
+        pass
+    turn = [*COMMON, *first.ticket.result().tokens[:4], 1, 2, 3]
+    again, other = (Asked(turn, name, SHORT).submit(batcher) for name in (adapter, None if adapter else "all"))
+    while batcher.step():
+        pass
+    for each in (first, again, other):
+        each.check()
+    assert other.ticket.reused == 0
+    rule = None if adapter is None else ADAPTERS[adapter].positions
+    tied = adapter is None or ADAPTERS[adapter].tied
+    before, after = (slots(rule, np.ones((1, n), np.int64), n, tied=tied, prompt_length=np.array([p]))[0] for n, p in ((12, 8), (15, 15)))
+    same = int(np.argmax(np.append(before != after[:12], True)))
+    assert again.ticket.reused == (same if same >= 2 else 0) == (reused or again.ticket.reused)
+
+
+def test_an_adapter_that_was_replaced_is_another_one(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    bank = AdapterBank(bundle)
+    batcher = Batcher(session, tokenizer, bank)
+    for reused in (0, 0):
+        asked = Asked(COMMON, "all", SHORT).submit(batcher)
+        while batcher.step():
+            pass
+        assert asked.ticket.reused == reused
+        bank.evict("all")
+    assert batcher.load.prefix_bytes
+    batcher.close()
 
 
 def test_a_long_prompt_costs_the_others_a_chunk_a_step(batcher: Batcher) -> None:
@@ -267,7 +317,7 @@ def test_what_cannot_be_asked_is_refused_at_once(batcher: Batcher, session: OrtS
 
 def test_a_cache_that_is_copied_cannot_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="--target onnxruntime"):
-        Batcher(OrtSession(write_toy_bundle(tmp_path / "copied")), tokenizer)
+        open_batcher(OrtSession(write_toy_bundle(tmp_path / "copied")), tokenizer)
 
 
 def test_from_many_threads(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
