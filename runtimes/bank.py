@@ -123,6 +123,9 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         return tuple(self.listed)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._listed
+
     @property
     def resident(self) -> tuple[str, ...]:
         """What is in memory; used longest ago first."""

@@ -22,11 +22,14 @@ BACKENDS = {
     "tensorrt": ("tensorrt/",),
     "tensorrt_rtx": ("tensorrt/",),
     "cuda": ("tensorrt/",),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), ("serving/",)),
 }
-"""A backend is imported only by its own folder of runtimes; onnxruntime also writes and reads its own adapter files."""
+"""A backend is imported only by its own folder of runtimes, and so is what serves; onnxruntime also writes and reads its own adapter files.
+starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version machine precision native_library native files edits artifacts bank_files stacked bank rows text session "
-    "memory kv_cache in_place ort tensorrt generation prefixes batching parity bench batch_bench tasks golden open first_steps upgrade",
+    "memory kv_cache in_place ort tensorrt generation prefixes batching parity bench batch_bench tasks golden open first_steps upgrade "
+    "serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold tensorrt_graph fold edge_llm",
     "reft_export": "console base eager evaluation tasks bundling training importing parity folding adding quantizing exporting building "
@@ -163,7 +166,9 @@ def test_the_product_knows_nothing_of_its_tests() -> None:
 
 
 TASK_NAMES = {"TEXT_GENERATION", "TEXT_CLASSIFICATION", "text-generation", "text-classification"}
-DEVICE_VERBS = [ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "classify", "parity", "bench", "inspect")]
+DEVICE_VERBS = [
+    ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "classify", "parity", "bench", "inspect", "serve")
+]
 
 
 def _device_modules() -> list[Path]:

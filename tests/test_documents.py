@@ -177,6 +177,7 @@ NOT_RUN = {
     "SUPPORT.md": "test_support_table runs cells",
     "QUANTIZED_STEERING.md": "minutes",
     "quantization-quality.md": "real models, hours",
+    "serve.md": "it serves until it is stopped; tests/serving starts it",
     "tensorrt-plugins.md": "the line names folders of the machine",
     "tensorrt.md": "needs TensorRT-RTX, where test_build builds",
 }

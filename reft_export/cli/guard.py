@@ -43,6 +43,10 @@ HOST_EXTRAS = {
     "gguf": "host",
     "onnxruntime": "cpu",
     "onnxruntime_genai": "genai",
+    "fastapi": "serve",
+    "pydantic": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 
 

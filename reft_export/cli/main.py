@@ -26,6 +26,7 @@ VERBS = {
         "add",
         "build",
         "run",
+        "serve",
         "parity",
         "bench",
         "inspect",

@@ -109,10 +109,14 @@ def template_for(artifact: Artifact, adapter: str | None, chat: str = "auto") ->
     """
     if chat == "never":
         return None
-    data = {} if adapter is None else artifact.adapter_record(adapter).training.get("data")
-    if chat == "auto" and isinstance(data, Mapping) and data.get("chat_template") is False:
-        return None
-    return ChatTemplate.load(artifact.folder)
+    training = {} if adapter is None else artifact.adapter_record(adapter).training
+    return None if chat == "auto" and trained_without_template(training) else ChatTemplate.load(artifact.folder)
+
+
+def trained_without_template(training: Mapping[str, Any]) -> bool:
+    """Whether an adapter's record says that its prompts went through no chat template."""
+    data = training.get("data")
+    return isinstance(data, Mapping) and data.get("chat_template") is False
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -74,6 +74,11 @@ SURFACE = {
         "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
         "--prefill-chunk", "--verify", "--json",
     },
+    "serve": {
+        "--adapters", "--host", "--port", "--api-key", "--admin-token", "--rows", "--queue", "--concurrency", "--max-tokens",
+        "--max-prompt-tokens", "--max-choices", "--max-body-kb", "--max-upload-mb", "--request-seconds", "--grace-seconds", "--cache-mb",
+        "--bank-mb", "--prefill-chunk", "--kernel", "--threads", "--verify",
+    },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",
               "--concurrency", "--plot", "--json"},

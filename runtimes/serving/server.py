@@ -1,0 +1,214 @@
+"""A running batch and its adapters, as requests reach them: names, prompts, limits, and what runs now."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+from runtimes.bank import AdapterBank
+from runtimes.batching import Batcher
+from runtimes.edits.adapter import read_adapter_config
+from runtimes.errors import InputError
+from runtimes.serving.flight import Ask, Flight
+from runtimes.serving.metrics import Metrics
+from runtimes.serving.refusals import Refusal
+from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest, adapter_of
+from runtimes.serving.settings import Keys, ServeSettings
+from runtimes.text.chat import ChatTemplate, trained_without_template
+from runtimes.text.prompts import encode
+from runtimes.text.tokenizer import Tokenizer, check_token_ids
+
+MOST_RETRY = 60
+"""Seconds."""
+
+
+class TextServer:
+    """Answers requests for text by ``batcher``, whose thread runs, with the adapters of ``bank``.
+
+    Raises InputError for a folder of adapters inside the bundle, and what ``AdapterBank.scan`` raises of it.
+    """
+
+    def __init__(self, batcher: Batcher, bank: AdapterBank, tokenizer: Tokenizer, settings: ServeSettings) -> None:
+        self.batcher, self.bank, self.tokenizer, self.settings = batcher, bank, tokenizer, settings
+        self.keys = Keys((*settings.api_keys, *filter(None, (settings.admin_token,)))) if settings.api_keys else Keys(())
+        """Of /v1; none: it is open."""
+        self.admin = Keys(filter(None, (settings.admin_token,)))
+        self.started = int(time.time())
+        self.fingerprint = f"fp_{bank.bundle.digest[:12]}"
+        self.stopping = False
+        self._template = ChatTemplate.load(bank.bundle.folder)
+        self._plain: dict[str, bool] = {}
+        """Adapters that were trained without the chat template, as far as somebody asked."""
+        self._admitted = 0
+        self._flights: set[Flight] = set()
+        self._lock = Lock()
+        self._running: Counter[str] = Counter()
+        self._changing: set[str] = set()
+        self._seconds = 1.0
+        """That a request takes, lately."""
+        if settings.adapters is not None:
+            if settings.adapters.resolve().is_relative_to(bank.bundle.folder.resolve()):
+                raise InputError(f"{settings.adapters} lies inside the bundle, which holds its own adapters; choose a folder beside it")
+            bank.scan(settings.adapters)
+        self.metrics = Metrics(batcher, bank, lambda: self._admitted)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds, for those who are sent away."""
+        return max(1, min(MOST_RETRY, math.ceil(self._seconds)))
+
+    # --- from a request to tokens ---
+
+    def adapter(self, model: str) -> str | None:
+        """Raises Refusal 404 for a model that there is not."""
+        try:
+            name = adapter_of(model)
+        except InputError:
+            name = ""
+        if name is not None and name not in self.bank:
+            raise Refusal(404, f"there is no model {model!r}; GET /v1/models lists them", code="model_not_found", param="model")
+        return name
+
+    def asks(self, request: TextRequest) -> list[Ask]:
+        """Every answer that is wanted, prompt by prompt. Reads and renders: not for the event loop. Raises Refusal and InputError."""
+        adapter = self.adapter(request.model)
+        prompts = [self._chat(request, adapter)] if isinstance(request, ChatRequest) else self._prompts(request)
+        count = request.n or 1
+        if count * len(prompts) > self.settings.max_choices:
+            message = f"{count * len(prompts)} answers are asked for, at most {self.settings.max_choices} are given at once; lower n"
+            raise Refusal(400, message, param="n")
+        asks = []
+        for prompt in prompts:
+            new = self._new_tokens(request, len(prompt))
+            asks += [Ask(prompt=prompt, adapter=adapter, settings=request.generation(new, sample)) for sample in range(count)]
+        return asks
+
+    def _chat(self, request: ChatRequest, adapter: str | None) -> list[int]:
+        messages = [message.plain() for message in request.messages]
+        template = None if adapter is not None and self._trained_plain(adapter) else self._template
+        try:
+            return self._checked(encode(messages, self.tokenizer, template, None), "the conversation", "messages")
+        except InputError as e:
+            raise Refusal(400, str(e), param="messages") from None
+
+    def _prompts(self, request: TextRequest) -> list[list[int]]:
+        assert isinstance(request, CompletionRequest)
+        texts = request.prompts
+        try:
+            encoded = [self.tokenizer.encode_prompt(each) if isinstance(each, str) else each for each in texts]
+            return [self._checked(ids, f"prompt {number}", "prompt") for number, ids in enumerate(encoded)]
+        except InputError as e:
+            raise Refusal(400, str(e), param="prompt") from None
+
+    def _checked(self, ids: Sequence[int], what: str, param: str) -> list[int]:
+        most = self.settings.max_prompt_tokens
+        if most is not None and len(ids) > most:
+            message = f"{what} has {len(ids)} tokens, at most {most} are taken here; shorten it"
+            raise Refusal(400, message, param=param, code="context_length_exceeded")
+        return check_token_ids(ids, self.bank.bundle.manifest.model.vocab_size, what)
+
+    def _new_tokens(self, request: TextRequest, prompt: int) -> int:
+        most = self.settings.max_new_tokens
+        if request.new_tokens is not None:
+            if request.new_tokens > most:
+                message = f"{request.new_tokens} new tokens are asked for, at most {most} are given; lower max_tokens"
+                raise Refusal(400, message, param="max_tokens")
+            return request.new_tokens
+        return max(1, min(most, self.bank.bundle.manifest.model.context_length - prompt))
+
+    def _trained_plain(self, name: str) -> bool:
+        if name not in self._plain:
+            folder = self.bank.listed[name].folder
+            if folder is None:
+                training: Mapping[str, Any] = self.bank.bundle.adapter_record(name).training
+            else:
+                training = read_adapter_config(folder).training
+            self._plain[name] = trained_without_template(training)
+        return self._plain[name]
+
+    # --- what runs ---
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request for text, from when it is read to when it is answered; on the event loop.
+
+        Raises Refusal where too much runs already, or the server stops.
+        """
+        if self.stopping:
+            raise Refusal(503, "the server stops; ask again later", code="stopping", headers={"Retry-After": str(self.retry_after)})
+        if self._admitted >= self.settings.concurrency:
+            message = f"{self._admitted} requests run or wait already; ask again later"
+            raise Refusal(429, message, code="too_many_requests", headers={"Retry-After": str(self.retry_after)})
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    @contextmanager
+    def flight(self, asks: Sequence[Ask], *, best: int | None, streams: bool) -> Iterator[Flight]:
+        """On the event loop. At the end its rows are free. Raises Refusal where the adapter is being changed."""
+        flight = Flight(asks, best=best, backlog=self.settings.backlog if streams else None, on_token=self.metrics.clock())
+        start, late = time.monotonic(), Refusal(504, f"no answer within {self.settings.request_seconds:g} s; ask for less", code="timeout")
+        timer = asyncio.get_running_loop().call_later(self.settings.request_seconds, flight.fail, late)
+        self._flights.add(flight)
+        try:
+            with self._using(asks[0].adapter):
+                yield flight
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+        finally:
+            timer.cancel()
+            flight.close()
+            self._flights.discard(flight)
+
+    async def submit(self, flight: Flight) -> None:
+        """Raises what ``Batcher.submit`` raises. It may read an adapter: the loop goes on meanwhile."""
+        await asyncio.to_thread(flight.submit, self.batcher)
+        self.metrics.took([ask.prompt for ask in flight.asks])
+
+    @contextmanager
+    def _using(self, name: str | None) -> Iterator[None]:
+        if name is None:
+            yield
+            return
+        with self._lock:
+            if name in self._changing:
+                raise Refusal(409, f"adapter {name} is being changed; ask again", code="adapter_changing", headers={"Retry-After": "1"})
+            self._running[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[name] -= 1
+                if not self._running[name]:
+                    del self._running[name]
+
+    @contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Within, no request uses the adapter. Raises Refusal 409 where one does, or somebody else changes it."""
+        with self._lock:
+            if self._running[name] or name in self._changing:
+                raise Refusal(409, f"adapter {name} is in use; change it when its requests have ended", code="adapter_in_use")
+            del self._running[name]
+            self._changing.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing.discard(name)
+                self._plain.pop(name, None)
+
+    def stop(self, after: float) -> None:
+        """On the event loop: takes no more requests, and ends in so many seconds what runs then."""
+        self.stopping = True
+        asyncio.get_running_loop().call_later(after, self._end_all)
+
+    def _end_all(self) -> None:
+        for flight in list(self._flights):
+            flight.fail(Refusal(503, "the server stops; ask again later", code="stopping"))
