@@ -47,6 +47,7 @@ SURFACE = {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
         "--probes", "--force", "--json",
     },
+    "compose": {"--output", "--strength", "--accept-base", "--force", "--dry-run", "--json"},
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
