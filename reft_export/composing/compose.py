@@ -99,9 +99,8 @@ def compose(adapters: Mapping[str, Adapter], strengths: Mapping[str, float], *, 
     method = _method(adapters, every)
     first = next(iter(adapters.values()))
     tied = all(adapter.tied for adapter in adapters.values())
-    sites = sorted({site for adapter in adapters.values() for site in adapter.sites})
-    groups = ("",) if tied else ("prefix", "suffix")  # one edit of a tied adapter is both of an untied one's
-    slots = {(site, group): _slot(adapters, site, group) for site in sites for group in groups}
+    slots = _slots(adapters)
+    sites = sorted({site for site, _ in slots})
     values = {slot: _values(slot, parts, method, every, first.activation) for slot, parts in slots.items()}
     counts = {slot: _rows(each, method) for slot, each in values.items()}
     rank = max(counts.values())
@@ -128,17 +127,36 @@ def compose(adapters: Mapping[str, Adapter], strengths: Mapping[str, float], *, 
         adapter=adapter,
         strengths=every,
         ranks={site: max(count for (at, _), count in counts.items() if at == site) for site in sites},
-        meetings=tuple(_meetings(slots)),
+        meetings=meetings_of(adapters),
         notes=tuple(notes),
     )
+
+
+def meetings_of(adapters: Mapping[str, Adapter]) -> tuple[Meeting, ...]:
+    """Every two of the adapters, by name, at every site and position group that both edit."""
+    found = []
+    for (site, group), parts in _slots(adapters).items():
+        for (one, first), (other, second) in combinations(_edits(site, parts).items(), 2):
+            overlap = None
+            if isinstance(first, LowRankEdit) and isinstance(second, LowRankEdit):
+                overlap = overlap_of(first, second)
+            found.append(Meeting(site=site, group=group, first=one, second=other, overlap=overlap))
+    return tuple(found)
 
 
 Parts = Mapping[str, tuple[Adapter, str]]
 """Of one site and group: the adapters that edit there, by name, each with its own group."""
 
 
-def _slot(adapters: Mapping[str, Adapter], site: Site, group: str) -> Parts:
-    return {name: (a, "" if a.tied else group) for name, a in adapters.items() if site in a.sites}
+def _slots(adapters: Mapping[str, Adapter]) -> dict[tuple[Site, str], Parts]:
+    """Who edits what. One edit of a tied adapter is both of an untied one's."""
+    sites = sorted({site for adapter in adapters.values() for site in adapter.sites})
+    groups = ("",) if all(adapter.tied for adapter in adapters.values()) else ("prefix", "suffix")
+    return {
+        (site, group): {name: (a, "" if a.tied else group) for name, a in adapters.items() if site in a.sites}
+        for site in sites
+        for group in groups
+    }
 
 
 def _edits(site: Site, parts: Parts) -> dict[str, Edit]:
@@ -222,17 +240,6 @@ def _method(adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> 
                 "give a strength when it runs: reft-export run --strength"
             )
     return "noreft"
-
-
-def _meetings(slots: Mapping[tuple[Site, str], Parts]) -> list[Meeting]:
-    found = []
-    for (site, group), parts in slots.items():
-        for (one, first), (other, second) in combinations(_edits(site, parts).items(), 2):
-            overlap = None
-            if isinstance(first, LowRankEdit) and isinstance(second, LowRankEdit):
-                overlap = overlap_of(first, second)
-            found.append(Meeting(site=site, group=group, first=one, second=other, overlap=overlap))
-    return found
 
 
 def _provenance(adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> dict[str, object]:
