@@ -71,8 +71,8 @@ SURFACE = {
         "--max-slots", "--max-rank", "--timing-cache", "--workspace", "--weight-streaming", "--force", "--dry-run", "--json",
     },
     "run": {
-        "--prompt", "--prompts", "--pair", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
-        "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
+        "--prompt", "--prompts", "--pair", "--adapter", "--strength", "--provider", "--kernel", "--threads", "--chat", "--system",
+        "--stream", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
         "--prefill-chunk", "--verify", "--json",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
