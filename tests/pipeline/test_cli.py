@@ -323,6 +323,32 @@ def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders
     assert not (tmp_path / "no").exists()
 
 
+def test_orthogonal_adapters_in_one(base_folder, adapter_folders, tmp_path) -> None:
+    """train --orthogonal-to says what is left of overlap and interaction, and compose sees the same."""
+    model, data = base_folder("llama"), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    there = adapter_folders("llama", ("tied",))[0]
+    sites = json.loads(cli("inspect", there, "--json").stdout)["sites"]
+    layers = ";".join(site.partition(".")[0] for site in sites)
+    form = ("-m", model, "-d", data, "--rank", 2, "--layers", layers, "--positions", "f2+l2", "--max-steps", 3, "--samples", 0)
+    done = cli("train", *form, "-o", tmp_path / "new", "--orthogonal-to", f"there={there}", "--json")
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout)["orthogonal_to"]["there"]
+    assert left["sites"] == len(sites) and left["overlap"] < 1e-6 and left["interaction"] < 1e-6
+    shown = fresh("compose", there, tmp_path / "new", "-o", tmp_path / "both", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert all(each["overlap"]["interaction"] < 1e-6 for each in json.loads(shown.stdout)["meetings"])
+    said = cli("train", *form, "-o", tmp_path / "again", "--orthogonal-to", there)
+    assert re.search(r"tied: overlap \S+e-\d+, interaction \S+e-\d+ at \d shared sites", said.stdout), said.stdout
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (tmp_path / "new" / "adapter.safetensors").read_bytes()
+    again = ("train", *form, "-o", tmp_path / "no", "--orthogonal-to", there)
+    refused(*again, "--start", tmp_path / "new", code=2, match="--orthogonal-to is for an adapter that begins anew")
+    refused(*again, "--method", "red", code=2, match="--rank 2 does not apply to red")
+    other = adapter_folders("gpt2", ("tied",))[0]
+    refused("train", *form, "-o", tmp_path / "no", "--orthogonal-to", other, code=2, match="adapter tied was trained on gpt2")
+    assert not (tmp_path / "no").exists()
+
+
 def test_export_refusals_and_dry_run(base_folder, tmp_path) -> None:
     refused("export", "-m", base_folder("llama"), "-o", tmp_path / "b", "-p", "int3", code=2, match="precision 'int3' is unknown")
     refused("export", "-m", base_folder("llama"), "-a", tmp_path, "-o", tmp_path / "b", code=2, match="adapter.json is missing")
