@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reft_export.adding.add import add_adapter, remove_adapter
     from reft_export.base.load import load_base
     from reft_export.building.build import build_engine
+    from reft_export.composing.compose import compose_adapters
     from reft_export.eager.steering import steered
     from reft_export.exporting.export import export_bundle
     from reft_export.folding.fold import fold_bundle
@@ -30,6 +31,7 @@ __all__ = [
     "add_adapter",
     "build_engine",
     "check_parity",
+    "compose_adapters",
     "export_bundle",
     "fold_bundle",
     "import_adapter",
@@ -44,6 +46,7 @@ _HOMES = {
     "add_adapter": "reft_export.adding.add",
     "build_engine": "reft_export.building.build",
     "check_parity": "reft_export.parity.check",
+    "compose_adapters": "reft_export.composing.compose",
     "export_bundle": "reft_export.exporting.export",
     "fold_bundle": "reft_export.folding.fold",
     "import_adapter": "reft_export.importing.importer",

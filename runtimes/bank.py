@@ -10,6 +10,8 @@
 An adapter has a run of slots, one for each of its position groups, at the same place in the bank of every edit node that it uses; at the
 others its slots hold no edit or lie behind the last one. The rule of its row names the first of them (reft.first_slot). Banks grow with
 what is loaded: N slots of the largest rank, zero rows where an adapter's is less.
+
+``Scaled("pirate", 0.5)`` in place of a name is the adapter at another strength (runtimes/edits/strength.py), in slots of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapte
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode
 from runtimes.edits.positions import PositionRule
+from runtimes.edits.strength import Scaled, Steering, at_strength, parts_of, scaled_banks
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import name_of
 from runtimes.precision import NUMPY_DTYPES
@@ -35,6 +38,8 @@ from runtimes.stacked import Slots, StackedNode
 
 RULE = tuple(name for name in RULE_DEFAULTS if name != PROMPT_LENGTH)
 """The numbers of a row's rule that follow from its adapter."""
+IDLE_STRENGTHS = 32
+"""Adapters at a strength that stay in memory while they steer no row: requests may ask for any number of them."""
 BASE_RULE = np.array([RULE_DEFAULTS[name] for name in RULE], np.int64)
 
 
@@ -106,7 +111,9 @@ class AdapterBank:
         self.stacked = StackedBanks(arrays=self._arrays(), version=0, writes=0)
         """Replaced whole: who reads it waits for no load, and has in it whatever was resident before."""
         self._slots = Slots()
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._residents: OrderedDict[Steering, _Resident] = OrderedDict()
+        self._scaled: OrderedDict[Scaled, None] = OrderedDict()
+        """Those of the residents at a strength; used longest ago first."""
         files = bundle.manifest.files
         listed = (ListedAdapter(name=n, size=files[f"adapters/{n}.onnx_adapter"].size) for n in bundle.adapter_names)
         self._listed = {each.name: each for each in listed}
@@ -128,9 +135,9 @@ class AdapterBank:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """What is in memory; used longest ago first."""
+        """What is in memory, at whatever strength; used longest ago first."""
         with self._lock:
-            return tuple(self._residents)
+            return tuple(dict.fromkeys(parts_of(key)[0] for key in self._residents))
 
     @property
     def memory(self) -> BankMemory:
@@ -151,7 +158,7 @@ class AdapterBank:
             seen = {each.name for each in found}
             gone = [n for n, each in self._listed.items() if each.folder is not None and each.folder.parent == folder and n not in seen]
             for name in gone:
-                if name not in self._residents:
+                if not self._strengths(name):
                     del self._listed[name]
             self._listed.update((each.name, each) for each in found)
         return tuple(found)
@@ -176,13 +183,14 @@ class AdapterBank:
             raise
         return listed.name
 
-    def load(self, name: str) -> None:
+    def load(self, steering: Steering) -> None:
         """Puts the adapter into the banks, if it is not there; it is then the last to go.
 
-        Raises InputError for a name that is not listed and for banks that do not fit in ``max_bytes``; AdapterError or BundleError for an
-        adapter that is damaged or does not fit the bundle. The bank is then as it was.
+        Raises InputError for a name that is not listed, for banks that do not fit in ``max_bytes`` and for a strength that takes an edit
+        beyond the graph's float type; AdapterError or BundleError for an adapter that is damaged or does not fit the bundle. The bank is
+        then as it was.
         """
-        self._load(name, rows=0)
+        self._load(_plain(steering), rows=0)
 
     def copy(self, name: str, other: str) -> str:
         """Loads the adapter once more under another name, with slots of its own; the other name. Raises what ``load`` raises."""
@@ -195,12 +203,13 @@ class AdapterBank:
         return other
 
     def evict(self, name: str) -> None:
-        """Frees the adapter's slots for others. Raises InputError where it is not resident, or steers a row."""
+        """Frees the adapter's slots, of every strength, for others. Raises InputError where it is not resident, or steers a row."""
         with self._lock:
-            resident = self._resident(name)
-            if resident.rows:
-                raise InputError(f"adapter {name} steers {count(resident.rows, 'live row')}; release those first")
-            self._drop(name)
+            mine = self._all_of(name)
+            if rows := self.live_rows(name):
+                raise InputError(f"adapter {name} steers {count(rows, 'live row')}; release those first")
+            for each in mine:
+                self._drop(each)
 
     def remove(self, name: str) -> None:
         """Evicts an adapter that was added or scanned, and no longer lists it; its files stay. Raises InputError."""
@@ -209,34 +218,36 @@ class AdapterBank:
                 raise InputError(
                     f"adapter {name} is the bundle's own; take it out with `reft-export add {self.bundle.folder} --remove {name}`"
                 )
-            if name in self._residents:
+            if self._strengths(name):
                 self.evict(name)
             del self._listed[name]
 
     # --- for rows and sessions ---
 
-    def pin(self, name: str | None) -> np.ndarray:
-        """The numbers of the rule [7] of a row that ``name`` steers, loaded if need be, and resident until ``unpin``."""
-        if name is None:
+    def pin(self, steering: Steering | None) -> np.ndarray:
+        """The numbers of the rule [7] of a row that the adapter steers, loaded if need be, and resident until ``unpin``."""
+        if steering is None:
             return BASE_RULE
-        return self._load(name, rows=1).rule
+        return self._load(_plain(steering), rows=1).rule
 
-    def load_number(self, name: str) -> int:
+    def load_number(self, steering: Steering) -> int:
         """Which load the resident adapter's edits came with: another one may have brought others."""
         with self._lock:
-            return self._resident(name).number
+            return self._resident(_plain(steering)).number
 
     def live_rows(self, name: str) -> int:
-        """Rows that a resident adapter steers, of all batches."""
+        """Rows that a resident adapter steers, at whatever strength, of all batches."""
         with self._lock:
-            return self._resident(name).rows
+            return sum(self._residents[key].rows for key in self._all_of(name))
 
-    def unpin(self, name: str | None) -> None:
-        """One row less that ``name`` steers."""
-        if name is not None:
+    def unpin(self, steering: Steering | None) -> None:
+        """One row less that the adapter steers."""
+        if steering is not None:
             with self._lock:
-                self._residents[name].rows -= 1
-                self._residents.move_to_end(name)
+                key = _plain(steering)
+                self._residents[key].rows -= 1
+                self._residents.move_to_end(key)
+                self._forget_strengths(key)
 
     # --- inside ---
 
@@ -247,11 +258,31 @@ class AdapterBank:
             raise InputError(f"no adapter {name!r} is listed; known: {shown}{more}")
         return self._listed[name]
 
-    def _resident(self, name: str) -> _Resident:
-        if name not in self._residents:
-            self._known(name)
-            raise InputError(f"adapter {name} is not resident; load it first")
-        return self._residents[name]
+    def _resident(self, key: Steering) -> _Resident:
+        if key not in self._residents:
+            self._known(parts_of(key)[0])
+            raise InputError(f"adapter {key} is not resident; load it first")
+        return self._residents[key]
+
+    def _strengths(self, name: str) -> list[Steering]:
+        """What is resident of an adapter, by itself and at other strengths; nothing where it is gone."""
+        plain: list[Steering] = [name] if name in self._residents else []
+        return plain + [key for key in self._scaled if key.adapter == name]
+
+    def _all_of(self, name: str) -> list[Steering]:
+        """The same; raises InputError where it is nothing."""
+        mine = self._strengths(name)
+        if not mine:
+            self._resident(name)
+        return mine
+
+    def _forget_strengths(self, used: Steering) -> None:
+        """``used`` was the last one: of those at a strength that steer no row, what was used longest ago goes."""
+        if isinstance(used, Scaled):
+            self._scaled.move_to_end(used)
+            idle = [key for key in self._scaled if not self._residents[key].rows]
+            for key in idle[:-IDLE_STRENGTHS]:
+                self._drop(key)
 
     def _check_free(self, new: ListedAdapter) -> None:
         known = self._listed.get(new.name)
@@ -259,37 +290,46 @@ class AdapterBank:
             where = self.bundle.folder if known.folder is None else known.folder
             raise InputError(f"two adapters are called {new.name}: {where} and {new.folder}; rename one's folder")
 
-    def _load(self, name: str, *, rows: int) -> _Resident:
+    def _load(self, key: Steering, *, rows: int) -> _Resident:
+        name, _ = parts_of(key)
         with self._lock:
-            listed, resident = self._known(name), name in self._residents
+            listed, resident = self._known(name), key in self._residents
         # Not under the lock: the sessions' steps go on. Another thread may load, or replace, it meanwhile.
-        read = None if resident else read_edits(self.bundle, listed)
+        read = None if resident else self._read(key, listed)
         with self._lock:
-            if name not in self._residents:
+            if key not in self._residents:
                 now = self._known(name)
-                self._put(name, *(read_edits(self.bundle, now) if read is None or now != listed else read))
-            self._residents.move_to_end(name)
-            self._residents[name].rows += rows
-            return self._residents[name]
+                self._put(key, *(self._read(key, now) if read is None or now != listed else read))
+            self._residents.move_to_end(key)
+            self._residents[key].rows += rows
+            self._forget_strengths(key)
+            return self._residents[key]
 
-    def _put(self, name: str, edits: Edits, rule: PositionRule, tied: bool) -> None:
+    def _read(self, key: Steering, listed: ListedAdapter) -> tuple[Edits, PositionRule, bool]:
+        edits, rule, tied = read_edits(self.bundle, listed)
+        name, strength = parts_of(key)
+        return {node: scaled_banks(node, arrays, strength, name) for node, arrays in edits.items()}, rule, tied
+
+    def _put(self, key: Steering, edits: Edits, rule: PositionRule, tied: bool) -> None:
         ranks = {node: rank_of(node, arrays) for node, arrays in edits.items()}
-        slots = self._make_room(name, 1 if tied else 2, ranks)
+        slots = self._make_room(key, 1 if tied else 2, ranks)
         replaced = self._grow()
         for node, stacked in self._nodes.items():
             stacked.write(slots, edits.get(node))
         tensors = rule.tensors(tied=tied, first_slot=slots.start)
-        self._residents[name] = _Resident(
+        self._residents[key] = _Resident(
             slots=slots,
             ranks=ranks,
             size=sum(array.nbytes for arrays in edits.values() for array in arrays),
             rule=np.array([tensors[number][0] for number in RULE], np.int64),
             number=self.stacked.writes,
         )
+        if isinstance(key, Scaled):
+            self._scaled[key] = None
         arrays = self._arrays() if replaced else self.stacked.arrays
         self.stacked = StackedBanks(arrays=arrays, version=self.stacked.version + replaced, writes=self.stacked.writes + 1)
 
-    def _make_room(self, name: str, groups: int, ranks: Mapping[EditNode, int]) -> range:
+    def _make_room(self, key: Steering, groups: int, ranks: Mapping[EditNode, int]) -> range:
         """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
         slots, gone = self._take(groups, ranks), []
         while self.max_bytes is not None and (needed := sum(node.least_size() for node in self._nodes.values())) > self.max_bytes:
@@ -301,7 +341,7 @@ class AdapterBank:
                 live = sum(bool(resident.rows) for resident in self._residents.values())
                 remedy = f"{count(live, 'adapter')} of live rows cannot go: release rows, or allow more" if live else "allow more"
                 raise BankFull(
-                    f"adapter {name} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}; {remedy}"
+                    f"adapter {key} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}; {remedy}"
                 )
             gone.append((oldest, self._drop(oldest)))
             slots = self._take(groups, ranks)
@@ -330,18 +370,28 @@ class AdapterBank:
         for node, rank in ranks.items():
             self._nodes[node].give_back(slots, rank)
 
-    def _drop(self, name: str) -> _Resident:
-        resident = self._residents.pop(name)
+    def _drop(self, key: Steering) -> _Resident:
+        resident = self._residents.pop(key)
+        if isinstance(key, Scaled):
+            del self._scaled[key]
         self._give_back(resident.slots, resident.ranks)
         return resident
 
-    def _restore(self, name: str, resident: _Resident) -> None:
+    def _restore(self, key: Steering, resident: _Resident) -> None:
         """What ``_drop`` took: its edits are still in its slots."""
         self._slots.take(resident.slots)
         for node, rank in resident.ranks.items():
             self._nodes[node].take(resident.slots, rank)
-        self._residents[name] = resident
-        self._residents.move_to_end(name, last=False)
+        self._residents[key] = resident
+        self._residents.move_to_end(key, last=False)
+        if isinstance(key, Scaled):
+            self._scaled[key] = None
+            self._scaled.move_to_end(key, last=False)
+
+
+def _plain(steering: Steering) -> Steering:
+    """The same by the name alone at strength 1, which is the adapter itself."""
+    return at_strength(*parts_of(steering))
 
 
 def count(number: int, what: str) -> str:

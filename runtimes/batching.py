@@ -29,6 +29,7 @@ import numpy as np
 from runtimes.bank import RULE, AdapterBank, BankFull
 from runtimes.edits.op import FIRST_SLOT, PROMPT_LENGTH
 from runtimes.edits.positions import slots_of
+from runtimes.edits.strength import Steering, at_strength
 from runtimes.errors import InputError, ReftError
 from runtimes.generation import Continuation, Generation, GenerationSettings, prefill_columns
 from runtimes.kv_cache import bytes_per_token
@@ -81,9 +82,10 @@ class Load:
 class Ticket:
     """One request's place in the batch, and its answer."""
 
-    def __init__(self, prompt: list[int], adapter: str | None, columns: int, on_end: Callable[[Ticket], None] | None = None) -> None:
+    def __init__(self, prompt: list[int], adapter: Steering | None, columns: int, on_end: Callable[[Ticket], None] | None = None) -> None:
         self.prompt = prompt
         self.adapter = adapter
+        """By its name, or at a strength; None: the base."""
         self.columns = columns
         """That its row needs in the end."""
         self.cancelled = False
@@ -194,7 +196,7 @@ class _Pool:
             columns = self._pool.cache.read_row(row.index, row.fed)
             prefixes.keep(Prefix(key=self._key(row), tokens=tokens, slots=self._slots(row, row.fed), columns=columns))
 
-    def _key(self, row: _Row) -> tuple[str, int] | None:
+    def _key(self, row: _Row) -> tuple[Steering, int] | None:
         name, rows = row.ticket.adapter, self._pool.rows
         return None if name is None or rows is None else (name, rows.bank.load_number(name))
 
@@ -295,15 +297,18 @@ class Batcher:
         settings: GenerationSettings = GenerationSettings(),
         *,
         adapter: str | None = None,
+        strength: float = 1.0,
         on_text: Callable[[str], None] | None = None,
         on_token: Callable[[int, np.ndarray], None] | None = None,
         on_end: Callable[[Ticket], None] | None = None,
     ) -> Ticket:
-        """A request, from any thread. ``prompt`` and ``settings`` as of ``generate``; ``adapter``: a name of the bank's, None is the base.
+        """A request, from any thread. ``prompt`` and ``settings`` as of ``generate``; ``adapter``: a name of the bank's, None is the base;
+        ``strength``: how much of what it adds is added (runtimes/edits/strength.py).
 
         Called on the batcher's thread: ``on_text(piece)``, ``on_token(token, logits)`` with the logits [V] that it was chosen from, good
         until it returns, and ``on_end(ticket)``. One that raises ends its request alone.
-        Raises QueueFull, and InputError for a prompt that does not fit the context or the cache, and for an unknown adapter.
+        Raises QueueFull, and InputError for a prompt that does not fit the context or the cache, for an unknown adapter, and for a
+        strength of none, or that is not finite.
         """
         model = self._session.bundle.manifest.model
         ids = check_token_ids(self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt, model.vocab_size, "the prompt")
@@ -318,12 +323,15 @@ class Batcher:
                 f"a row of {columns} tokens takes {needed / 1e6:,.0f} MB of KV cache, and all may take {self._cache_bytes / 1e6:,.0f}; "
                 "shorten the prompt, lower max_new_tokens, or allow more"
             )
-        if adapter is not None:
+        if adapter is None and strength != 1:
+            raise InputError(f"strength {strength} is an adapter's, and none is asked for; name one, or leave it out")
+        steering = None if adapter is None else at_strength(adapter, strength)
+        if steering is not None:
             if self._bank is None:
                 raise InputError(f"adapter {adapter!r} is asked for, and this batch runs the base alone")
             with suppress(BankFull):  # it waits until some row leaves
-                self._bank.load(adapter)
-        ticket = Ticket(ids, adapter, columns, on_end)
+                self._bank.load(steering)
+        ticket = Ticket(ids, steering, columns, on_end)
         continuation = Continuation(0, ids, self._tokenizer, settings, None if on_text is None else lambda _, piece: on_text(piece))
         with self._changed:
             if self._closing:

@@ -8,11 +8,13 @@ from types import TracebackType
 import numpy as np
 
 from runtimes.bank import RULE, AdapterBank, count
+from runtimes.edits.strength import Steering
 from runtimes.errors import InputError
 
 
 class AdapterRows:
-    """The adapters of a batch's rows, in order: names of ``bank``, or None for the base. Those that are not resident are loaded.
+    """The adapters of a batch's rows, in order: names of ``bank``, ``Scaled(name, strength)``, or None for the base. Those that are not
+    resident are loaded.
 
     They may change between two steps: ``rows[i] = name``, ``append``, ``remove``. What they name stays resident until ``release``, or the
     end of a ``with``. One thread at a time changes them, or steps a session with them.
@@ -20,12 +22,12 @@ class AdapterRows:
     Raises what ``AdapterBank.load`` raises.
     """
 
-    def __init__(self, bank: AdapterBank, names: Iterable[str | None] = ()) -> None:
+    def __init__(self, bank: AdapterBank, names: Iterable[Steering | None] = ()) -> None:
         self.bank = bank
         self.changes = 0
         """Counts up where a row changes."""
         self.released = False
-        self._names: list[str | None] = []
+        self._names: list[Steering | None] = []
         self._rules = np.zeros((len(RULE), 0), np.int64)
         """[7, rows or more]"""
         try:
@@ -36,16 +38,16 @@ class AdapterRows:
             raise
 
     @property
-    def names(self) -> tuple[str | None, ...]:
+    def names(self) -> tuple[Steering | None, ...]:
         return tuple(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, row: int) -> str | None:
+    def __getitem__(self, row: int) -> Steering | None:
         return self._names[row]
 
-    def __setitem__(self, row: int, name: str | None) -> None:
+    def __setitem__(self, row: int, name: Steering | None) -> None:
         """Raises what ``AdapterBank.load`` raises; the row is then as it was."""
         self._check()
         before = self._names[row]
@@ -54,7 +56,7 @@ class AdapterRows:
         self.bank.unpin(before)
         self.changes += 1
 
-    def append(self, name: str | None) -> None:
+    def append(self, name: Steering | None) -> None:
         """Another row, behind the last one."""
         self._check()
         rule, row = self.bank.pin(name), len(self)

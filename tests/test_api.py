@@ -24,6 +24,7 @@ API = {
         "add_adapter",
         "build_engine",
         "check_parity",
+        "compose_adapters",
         "export_bundle",
         "fold_bundle",
         "import_adapter",

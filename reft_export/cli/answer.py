@@ -12,9 +12,13 @@ from typing import Any
 from reft_export.cli.run_options import RunOptions, check_adapters
 from reft_export.console import err, escape, say
 from runtimes.artifacts.bundle import Artifact, Limits
+from runtimes.bank import AdapterBank
+from runtimes.edits.strength import at_strength, check_strength
 from runtimes.errors import InputError
-from runtimes.generation import Generation, GenerationSettings, generate
-from runtimes.session import Session
+from runtimes.generation import Generation, GenerationSettings, batches, generate, padding_of, prefill_columns
+from runtimes.open import open_bank
+from runtimes.rows import AdapterRows
+from runtimes.session import Session, as_decoder
 from runtimes.text.chat import ChatTemplate, template_for
 from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
 from runtimes.text.tokenizer import Tokenizer
@@ -29,10 +33,24 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     requests = _requests(options)
     check_adapters(opened, requests)
     templates = _templates(opened, requests, options)
+    bank = _bank(opened, requests, options)
     asks = _another_sample_each([_ask(request, settings, tokenizer, templates, options) for request in requests])
     for ask in asks:
         ask.check(opened.limits)
-    return partial(_answer, tokenizer=tokenizer, asks=asks, limits=opened.limits, options=options)
+    return partial(_answer, tokenizer=tokenizer, asks=asks, limits=opened.limits, options=options, bank=bank)
+
+
+def _bank(opened: Artifact, requests: Sequence[Request], options: RunOptions) -> AdapterBank | None:
+    """What holds adapters at another strength than their own. Raises InputError where they cannot have one."""
+    if options.strength == 1:
+        return None
+    if options.adapter is None and not any(request.options.get("adapter") for request in requests):
+        raise InputError(f"--strength {options.strength:g} is an adapter's, and none steers; name one with --adapter (-a)")
+    check_strength(options.strength, options.adapter or "every adapter")
+    try:
+        return open_bank(opened)
+    except InputError as e:
+        raise InputError(f"--strength {options.strength:g}: {e}") from None
 
 
 def _requests(options: RunOptions) -> list[Request]:
@@ -53,7 +71,9 @@ def _templates(opened: Artifact, requests: Sequence[Request], options: RunOption
     return templates
 
 
-def _answer(session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limits: Limits, options: RunOptions) -> None:
+def _answer(
+    session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limits: Limits, options: RunOptions, bank: AdapterBank | None
+) -> None:
     """Prints every answer as soon as those before it are there."""
     alone = len(asks) == 1 and not options.as_json
     on_text = (lambda _, piece: say(piece)) if alone and options.stream else None
@@ -61,10 +81,13 @@ def _answer(session: Session, *, tokenizer: Tokenizer, asks: Sequence[Ask], limi
     batch_size, prefill_chunk = min(options.batch_size, limits.rows or options.batch_size), options.prefill_chunk
     if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
         prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
-    _try_adapters(session, asks)
-    for index, answer in in_order(_answers(session, tokenizer, asks, batch_size, on_text, prefill_chunk)):
+    steer = Steer(session, bank, options.strength)
+    _try_adapters(steer, asks)
+    for index, answer in in_order(_answers(steer, tokenizer, asks, batch_size, on_text, prefill_chunk)):
         if options.as_json:
             record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
+            if bank is not None and asks[index].adapter is not None:
+                record["strength"] = options.strength
             record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
             say(json.dumps(record, ensure_ascii=False) + "\n")
         elif on_text:
@@ -141,21 +164,58 @@ def _another_sample_each(asks: Sequence[Ask]) -> list[Ask]:
     return numbered
 
 
-def _try_adapters(session: Session, asks: Sequence[Ask]) -> None:
+@dataclass(frozen=True)
+class Steer:
+    """Lets one adapter steer all rows of a batch, at its own strength or, through ``bank``, at another."""
+
+    session: Session
+    bank: AdapterBank | None
+    strength: float
+
+    def check(self, adapter: str | None) -> None:
+        """Raises InputError for an adapter that the session cannot take, or not at that strength."""
+        if self.bank is None:
+            self.session.set_adapter(adapter)
+        elif adapter is not None:
+            self.bank.load(at_strength(adapter, self.strength))
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        asks: Sequence[Ask],
+        on_text: OnText | None,
+        prefill_chunk: int | None,
+    ) -> Iterator[Generation]:
+        """Answers to ``asks``, of one adapter and one count of new tokens, in their order."""
+        adapter, tokens, settings = asks[0].adapter, [ask.tokens for ask in asks], [ask.settings for ask in asks]
+        if self.bank is None or adapter is None:
+            self.session.set_adapter(adapter)
+            yield from generate(self.session, tokenizer, tokens, settings, on_text=on_text, prefill_chunk=prefill_chunk)
+            return
+        decoder = as_decoder(self.session)
+        answers: dict[int, Generation] = {}
+        # Rows are those of a call: what generate would feed in several batches is fed so here.
+        for batch in batches(tokens, padding_of(decoder), chunk=prefill_columns(decoder, prefill_chunk)):
+            with AdapterRows(self.bank, [at_strength(adapter, self.strength)] * len(batch)) as rows:
+                self.session.set_rows(rows)
+                own, prompts = [settings[i] for i in batch], [tokens[i] for i in batch]
+                made = generate(self.session, tokenizer, prompts, own, on_text=on_text, prefill_chunk=prefill_chunk)
+                answers.update(zip(batch, made, strict=True))
+        yield from (answers[i] for i in range(len(asks)))
+
+
+def _try_adapters(steer: Steer, asks: Sequence[Ask]) -> None:
     """Every adapter once, before the first answer: an engine may not take one. Raises InputError, with the line that names it."""
     for ask in {ask.adapter: ask for ask in reversed(asks)}.values():
         try:
-            session.set_adapter(ask.adapter)
+            steer.check(ask.adapter)
         except InputError as e:
             raise InputError(f"{ask.where}: {e}" if "adapter" in ask.own else str(e)) from None
 
 
 def _answers(
-    session: Session, tokenizer: Tokenizer, asks: Sequence[Ask], batch_size: int, on_text: OnText | None, prefill_chunk: int | None
+    steer: Steer, tokenizer: Tokenizer, asks: Sequence[Ask], batch_size: int, on_text: OnText | None, prefill_chunk: int | None
 ) -> Iterator[tuple[int, Generation]]:
     """(number, answer) of every prompt, in batches of one adapter and one count of new tokens."""
     for batch in batches_of_alike([(ask.adapter, ask.settings.max_new_tokens) for ask in asks], batch_size):
-        part = [asks[i] for i in batch]
-        session.set_adapter(part[0].adapter)
-        tokens, settings = [ask.tokens for ask in part], [ask.settings for ask in part]
-        yield from zip(batch, generate(session, tokenizer, tokens, settings, on_text=on_text, prefill_chunk=prefill_chunk), strict=True)
+        yield from zip(batch, steer.generate(tokenizer, [asks[i] for i in batch], on_text, prefill_chunk), strict=True)

@@ -20,6 +20,7 @@ VERBS = {
         "quickstart",
         "train",
         "import",
+        "compose",
         "export",
         "fold",
         "quantize",

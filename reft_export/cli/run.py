@@ -13,7 +13,8 @@ from reft_export.cli.run_options import RunOptions
 from reft_export.console import err, escape
 
 GENERATION = (
-    "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "prefill_chunk",
+    "strength", "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop",
+    "prefill_chunk",
 )  # fmt: skip
 """Parameters that mean nothing for a classifier."""
 
@@ -39,6 +40,9 @@ def run(
         list[str] | None, typer.Option("--pair", help="Of a classifier: the second text of a pair; repeat with --prompt.")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="An adapter of the bundle; default: none, the base.")] = None,
+    strength: Annotated[
+        float, typer.Option("--strength", help="How much of what an adapter adds is added: 1 is the adapter, 0 the base. In onnxruntime.")
+    ] = 1.0,
     provider: Provider = None,
     kernel: Kernel = None,
     threads: Threads = None,
@@ -90,6 +94,7 @@ def run(
         prompts=prompts,
         pair=pair or [],
         adapter=adapter,
+        strength=strength,
         chat=chat,
         system=system,
         stream=stream,

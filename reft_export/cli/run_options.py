@@ -19,6 +19,8 @@ class RunOptions:
     prompts: Path | None
     pair: Sequence[str]
     adapter: str | None
+    strength: float
+    """Of every adapter that steers."""
     chat: str
     system: str | None
     stream: bool

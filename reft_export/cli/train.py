@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -105,6 +106,14 @@ class Sources:
         bool | None,
         typer.Option("--head/--no-head", help="Of a classifier: train its head with the edit, as the paper does. Default: --head."),
     ] = None
+    orthogonal_to: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--orthogonal-to",
+            help="An adapter folder that the new adapter shall not interfere with: it writes nothing that this one writes or reads, and "
+            "reads nothing that it writes. Repeat for several; NAME=FOLDER names one.",
+        ),
+    ] = None
     accept_base: AcceptBase = False
 
 
@@ -134,6 +143,7 @@ def train(
 
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
+    from reft_export.base.adapters import folders_of, load_adapters
     from reft_export.training.data import check_file
     from reft_export.training.settings import TrainSettings
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
@@ -144,13 +154,14 @@ def train(
     started = None if sources.start is None else load_adapter(sources.start)
     if started is not None:
         settings = _of_form(started, settings, context)
+    others = load_adapters(sources.orthogonal_to or [])
     _refuse_contradictions(context, settings, sources)
     if dry_run:
         from reft_export.forecast import refuse_download
 
         refuse_download(model)
     check_adapter_name(output.resolve().name)
-    inputs = [Path(model), *data, *filter(None, (sources.base_bundle, sources.start))]
+    inputs = [Path(model), *data, *filter(None, (sources.base_bundle, sources.start)), *folders_of(sources.orthogonal_to or [])]
     check_destination(output, force=force, inputs=inputs)
     for path in data:
         check_file(path)
@@ -164,7 +175,7 @@ def train(
 
             bundle = made_from(bundle, model)
         base = _load(model, bundle, settings, weights=not dry_run)
-        _check_base(context, base, started, sources)
+        _check_base(context, base, started, others, sources)
         trained_on = None if bundle is None else bundle.digest
         if dry_run:
             from reft_export.cli.export import show_forecast
@@ -172,7 +183,7 @@ def train(
             from reft_export.training.objective import Origin
             from reft_export.training.trainer import prepare
 
-            origin = Origin(start=started, trained_on=trained_on, head=sources.head)
+            origin = Origin(start=started, trained_on=trained_on, head=sources.head, orthogonal_to=others)
             ready = prepare(base, data, settings, output, origin, force=force)
             show_forecast(forecast_training(model, base, len(ready.examples.training), settings), as_json=as_json)
             return
@@ -187,10 +198,11 @@ def train(
             force=force,
             start=started,
             trained_on=trained_on,
+            orthogonal_to=others,
             on_step=_StepLine(report),
             on_phase=report,
         )
-    _print_json(output, result) if as_json else _print(output, settings, result)
+    _print_json(output, result, others) if as_json else _print(output, settings, result, others)
 
 
 def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) -> TrainSettings:
@@ -216,15 +228,19 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {settings.dtype} would round; leave --dtype out")
     if settings.max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
+    if sources.start is not None:
+        refuse_given(context, ("orthogonal_to",), "for an adapter that begins anew, and --start goes on with one")
 
 
-def _check_base(context: typer.Context, base: Base, started: Adapter | None, sources: Sources) -> None:
-    """Raises AdapterError where the started adapter is another base's, InputError for options of another task."""
+def _check_base(context: typer.Context, base: Base, started: Adapter | None, others: Mapping[str, Adapter], sources: Sources) -> None:
+    """Raises AdapterError where an adapter is another base's, InputError for options of another task."""
     from reft_export.base.adapters import check_fit
     from runtimes.files.folders import name_of
 
     if started is not None and sources.start is not None:
         check_fit(name_of(sources.start), started, base, accept_base=sources.accept_base)
+    for name, other in others.items():
+        check_fit(name, other, base, accept_base=sources.accept_base)
     names, reason = OTHERS[base.task]
     refuse_given(context, names, reason.format(base.info.name))
 
@@ -252,16 +268,35 @@ class _StepLine:
         self._report.update(f"training, step {step}/{total}, loss {loss:.3f}{held_out}", step, total)
 
 
-def _print_json(output: Path, result: TrainResult) -> None:
+def _left(adapter: Adapter, others: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """Of every adapter that the new one is orthogonal to: sites that they share, the largest overlap and interaction there."""
+    from reft_export.composing.compose import meetings_of
+
+    left = {}
+    for name, other in others.items():
+        found = [each.overlap for each in meetings_of({"": adapter, name: other}) if each.overlap is not None]
+        left[name] = {
+            "sites": len(set(adapter.sites) & set(other.sites)),
+            "overlap": max(each.write_overlap for each in found),
+            "interaction": max(max(each.interaction, each.reverse_interaction) for each in found),
+        }
+    return left
+
+
+def _print_json(output: Path, result: TrainResult, others: Mapping[str, Adapter]) -> None:
     from runtimes.files.records import to_json
 
-    shown = {"samples": to_json(result.samples_after)} if result.accuracy is None else {"accuracy": to_json(result.accuracy)}
+    shown: dict[str, Any] = (
+        {"samples": to_json(result.samples_after)} if result.accuracy is None else {"accuracy": to_json(result.accuracy)}
+    )
     truncated = list(result.truncated_lines)
     kept = to_json(result.kept)
+    if others:
+        shown["orthogonal_to"] = _left(result.adapter, others)
     print_json({"adapter": str(output), "history": to_json(result.history), "kept": kept, "truncated": truncated, **shown})
 
 
-def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
+def _print(output: Path, settings: TrainSettings, result: TrainResult, others: Mapping[str, Adapter]) -> None:
     """The answers before and after, or the accuracies; and the loss."""
     from runtimes.edits.methods import form_of
 
@@ -291,3 +326,7 @@ def _print(output: Path, settings: TrainSettings, result: TrainResult) -> None:
             f"steered {accuracy.after:.1%}"
         )
     out.print(line, markup=False)
+    for name, left in _left(result.adapter, others).items():
+        out.print(
+            f"{name}: overlap {left['overlap']:.2g}, interaction {left['interaction']:.2g} at {left['sites']} shared sites", markup=False
+        )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
+from reft_export.training.avoided import Avoided
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS, Initial, Parameter, activated_methods
@@ -37,16 +38,37 @@ class OrthonormalRows(nn.Module):
     R depends on the row spaces of V's leading rows alone: scaling V, as weight decay does, leaves R as it is. (Under
     torch's own orthogonal parametrization AdamW's weight decay destroys R, and its backward is some hundred times
     slower.)
+
+    With ``avoided`` [k, D], orthonormal rows, R avoided^T = 0, too.
     """
 
     def __init__(self, rank: int, width: int) -> None:
         super().__init__()
         self.V = nn.Parameter(torch.empty(rank, width))
+        self.avoided: Tensor | None
+        self.register_buffer("avoided", None, persistent=False)
         nn.init.orthogonal_(self.V)
 
     def forward(self) -> Tensor:
-        q, t = torch.linalg.qr(self.V.T)
+        q, t = torch.linalg.qr(_outside(self.V, self.avoided).T)
         return (q * torch.where(torch.diagonal(t) < 0, -1.0, 1.0).to(q.dtype)).T
+
+
+class FreeRows(nn.Module):
+    """X [r, D] with X avoided^T = 0, from a free V [r, D]: X = V (I - avoided^T avoided), for orthonormal ``avoided`` [k, D]."""
+
+    def __init__(self, V: nn.Parameter, avoided: Tensor) -> None:
+        super().__init__()
+        self.V = V
+        self.avoided: Tensor
+        self.register_buffer("avoided", avoided, persistent=False)
+
+    def forward(self) -> Tensor:
+        return _outside(self.V, self.avoided)
+
+
+def _outside(V: Tensor, avoided: Tensor | None) -> Tensor:
+    return V if avoided is None else V - (V @ avoided.T) @ avoided
 
 
 INITIAL: Mapping[Initial, Callable[[Parameter, tuple[int, ...], int], nn.Parameter | OrthonormalRows]] = {
@@ -61,14 +83,23 @@ INITIAL: Mapping[Initial, Callable[[Parameter, tuple[int, ...], int], nn.Paramet
 class Intervention(nn.Module):
     """One trained edit. Its parameters are attributes, called as the method calls them."""
 
-    def __init__(self, method: str, rank: int, width: int, *, activation: str = "", dropout: float = 0.0) -> None:
+    def __init__(
+        self, method: str, rank: int, width: int, *, activation: str = "", dropout: float = 0.0, avoided: Avoided | None = None
+    ) -> None:
         super().__init__()
         self.method = METHODS[method]
         self.act = ACTIVATION_FUNCTIONS[activation]
         self.dropout = nn.Dropout(dropout)
         shapes = self.method.shapes(rank, width)
         for parameter in self.method.parameters:
-            setattr(self, parameter.name, INITIAL[parameter.initial](parameter, shapes[parameter.name], width))
+            value = INITIAL[parameter.initial](parameter, shapes[parameter.name], width)
+            if avoided is not None and "D" in parameter.axes and (basis := avoided.of(parameter.role)) is not None:
+                rows = torch.from_numpy(np.asarray(basis, np.float32))
+                if isinstance(value, OrthonormalRows):
+                    value.avoided = rows
+                else:
+                    value = FreeRows(value, rows)
+            setattr(self, parameter.name, value)
 
     def forward(self, h: Tensor) -> Tensor:
         """The delta of rows h [t, D], in h's dtype: float32 for a float32 module."""
@@ -79,22 +110,22 @@ class Intervention(nn.Module):
         return h + self(h)
 
     def trained(self) -> Iterator[tuple[Parameter, nn.Parameter]]:
-        """What the optimiser moves: of orthonormal rows, the free ones that they are made of."""
+        """What the optimiser moves: of orthonormal rows, and of those that avoid others, the free ones that they are made of."""
         for parameter in self.method.parameters:
             value = getattr(self, parameter.name)
-            yield parameter, value.V if isinstance(value, OrthonormalRows) else value
+            yield parameter, value.V if isinstance(value, (OrthonormalRows, FreeRows)) else value
 
     def parameters_of(self) -> dict[str, Tensor]:
         """The adapter's parameters, by name."""
         values = {name: getattr(self, name) for name in self.method.names}
-        return {name: value() if isinstance(value, OrthonormalRows) else value for name, value in values.items()}
+        return {name: value() if isinstance(value, (OrthonormalRows, FreeRows)) else value for name, value in values.items()}
 
 
 class Interventions(nn.Module):
     """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
 
     RED has no rank: whatever is given, its own is 0. Raises InputError for an unknown method, an activation the method has no place
-    for, and a rank outside 1 to D.
+    for, and a rank outside 1 to D. ``avoided``: by site, what its edit keeps out of.
     """
 
     def __init__(
@@ -107,6 +138,7 @@ class Interventions(nn.Module):
         tied: bool = True,
         activation: str = "",
         dropout: float = 0.0,
+        avoided: Mapping[Site, Avoided] | None = None,
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -125,7 +157,9 @@ class Interventions(nn.Module):
         groups = ("",) if tied else ("prefix", "suffix")
         self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups) for site in self.sites}
         self._by_key = {
-            key: Intervention(method, rank, width, activation=activation, dropout=dropout) for keys in self.keys.values() for key in keys
+            key: Intervention(method, rank, width, activation=activation, dropout=dropout, avoided=(avoided or {}).get(site))
+            for site, keys in self.keys.items()
+            for key in keys
         }
         # ModuleDict refuses dots in its keys.
         self.each = nn.ModuleDict({key.replace(".", "-"): module for key, module in self._by_key.items()})

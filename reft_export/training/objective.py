@@ -38,6 +38,8 @@ class Origin:
     """Of a decoder: the float model, whose answers with ``start`` are learned in place of the data's."""
     head: bool | None = None
     """Of a classifier: whether its head is trained with the edit; None: it is."""
+    orthogonal_to: Mapping[str, Adapter] = field(default_factory=dict)
+    """By name: adapters that the edit keeps out of the way of (reft_export/training/avoided.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

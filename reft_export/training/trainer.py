@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from reft_export.base.classifiers import check_head
 from reft_export.base.load import DTYPES, Base, base_from_memory, check_device, move
 from reft_export.base.token_rules import context_of
+from reft_export.training.avoided import avoided
 from reft_export.training.checkpoints import StepRecord, best_step, check_working_folder, discard, open_working_folder
 from reft_export.training.classification import LabelObjective
 from reft_export.training.data import Data, Examples, TrainingData, split
@@ -68,6 +69,7 @@ def train(
     force: bool = False,
     start: Adapter | None = None,
     trained_on: str | None = None,
+    orthogonal_to: Mapping[str, Adapter] | None = None,
     teacher: PreTrainedModel | None = None,
     on_step: OnStep | None = None,
     on_phase: Phase | None = None,
@@ -84,8 +86,10 @@ def train(
     seed.
 
     ``start``: an adapter to go on from (settings: ``settings_like``). ``trained_on``: digest of the bundle whose weights the base
-    carries. ``teacher``: the float decoder; with it the loss is the divergence from what it says when ``start`` steers it. ``head``:
-    whether a classifier's head is trained with the edit, which it is unless said otherwise.
+    carries. ``orthogonal_to``: adapters by name whose edits the new ones do not interfere with at the sites that they share
+    (reft_export/training/avoided.py has the formula); not with ``start``. ``teacher``: the float decoder; with it the loss is the
+    divergence from what it says when ``start`` steers it. ``head``: whether a classifier's head is trained with the edit, which it is
+    unless said otherwise.
 
     Raises InputError for settings, data or outputs that cannot be used, before anything is trained; ReftError where the
     loss is not finite or memory runs out; TrainingInterrupted on Ctrl-C, which leaves the last checkpoint, no adapter.
@@ -106,7 +110,7 @@ def train(
         train(model, records, settings, Path("pirate"), tokenizer=tokenizer)
     """
     phase = on_phase or (lambda _: None)
-    origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head)
+    origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head, orthogonal_to=orthogonal_to or {})
     with claimed(output, force=force):
         ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
         folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
@@ -154,7 +158,7 @@ def prepare(
     tokenizer_of(base)
     objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
-    interventions, rule = _interventions(base, settings, origin.start)
+    interventions, rule = _interventions(base, settings, origin)
     context = context_of(base)
     if (settings.max_length or 0) > context:
         raise InputError(f"max_length is {settings.max_length}; {objective.limit(context)}")
@@ -170,6 +174,7 @@ def prepare(
         "start": None if origin.start is None else origin.start.digest,
         "trained_on": origin.trained_on,
         **objective.record(),
+        **_others(origin),
     }
     check_working_folder(output, run, resume=settings.resume, force=force)
     return Preparation(
@@ -186,17 +191,29 @@ def prepare(
     )
 
 
-def _interventions(base: Base, settings: TrainSettings, start: Adapter | None) -> tuple[Interventions, PositionRule]:
-    """What is trained, by the seed's initial values or those of ``start``, and at which positions."""
+def _others(origin: Origin) -> dict[str, Any]:
+    """What a run and its adapter record of the adapters that the edit is orthogonal to; nothing where there are none."""
+    return {"orthogonal_to": {name: a.digest for name, a in origin.orthogonal_to.items()}} if origin.orthogonal_to else {}
+
+
+def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, PositionRule]:
+    """What is trained, by the seed's initial values or those of the started adapter, and at which positions."""
+    start, sites = origin.start, settings.sites(base.info.num_hidden_layers)
+    if start is not None and origin.orthogonal_to:
+        raise InputError(
+            "a started adapter is not orthogonal to others, and going on with it would be another one; leave out one of the two"
+        )
+    spaces = avoided(origin.orthogonal_to, sites, settings.method, settings.rank, base.info.hidden_size)
     set_seed(settings.seed)
     interventions = Interventions(
         method=settings.method,
         rank=settings.rank,
-        sites=settings.sites(base.info.num_hidden_layers),
+        sites=sites,
         width=base.info.hidden_size,
         tied=settings.tied,
         activation=settings.activation,
         dropout=settings.dropout,
+        avoided=spaces,
     )
     if start is None:
         return interventions, settings.rule
@@ -215,7 +232,12 @@ def _train(
 
     with frozen(base.model):
         outcome = objective.train(ready.interventions, ready.rule, ready.examples, loop, phase)
-        record = provenance(ready, outcome.history) | ({} if start is None else {"start": start.digest}) | {**outcome.record}
+        record = (
+            provenance(ready, outcome.history)
+            | ({} if start is None else {"start": start.digest})
+            | {**outcome.record}
+            | _others(ready.origin)
+        )
         adapter = ready.interventions.to_adapter(
             base.info, ready.rule, dtype=base.dtype, trained_on=ready.origin.trained_on, training=record, head=outcome.head
         )

@@ -168,9 +168,10 @@ class Adapter:
 
     def edits(self) -> dict[Site, tuple[Edit, ...]]:
         """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""
-        return {site: tuple(self._edit(site, group) for group in self.groups) for site in self.sites}
+        return {site: tuple(self.edit(site, group) for group in self.groups) for site in self.sites}
 
-    def _edit(self, site: Site, group: str) -> Edit:
+    def edit(self, site: Site, group: str) -> Edit:
+        """The folded edit of one of the site's ``groups``, in float64."""
         return fold_parameters(self.method, self.parameters(site, group), self.activation)
 
     def parameters(self, site: Site, group: str) -> dict[str, np.ndarray]:

@@ -70,6 +70,8 @@ class Bank:
     """Behind N: "r", the rank, which every adapter chooses; "D", the width of the stream."""
     no_edit: float
     """What fills it, with N = r = 1, where nothing is edited. RED's bias is -0.0: h + -0.0 is h to the bit, for both zeros."""
+    scales: bool = False
+    """A strength moves it, and so all of what the edit adds (runtimes/edits/strength.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ OPS: Mapping[str, OpSpec] = {
     OP_TYPE: OpSpec(
         edit=LowRankEdit,
         banks=(
-            Bank(name="U", axes=("r", "D"), no_edit=0.0),
+            Bank(name="U", axes=("r", "D"), no_edit=0.0, scales=True),
             Bank(name="A", axes=("r", "D"), no_edit=0.0),
             Bank(name="b", axes=("r",), no_edit=0.0),
         ),
@@ -98,7 +100,10 @@ OPS: Mapping[str, OpSpec] = {
     ),
     RED_TYPE: OpSpec(
         edit=ScaleBiasEdit,
-        banks=(Bank(name="scale", axes=("D",), no_edit=1.0), Bank(name="bias", axes=("D",), no_edit=-0.0)),
+        banks=(
+            Bank(name="scale", axes=("D",), no_edit=1.0, scales=True),
+            Bank(name="bias", axes=("D",), no_edit=-0.0, scales=True),
+        ),
         suffix="red",
     ),
 }

@@ -41,12 +41,13 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--keep", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
-        "--device", "--resume", "--base", "--start", "--head", "--accept-base", "--force", "--dry-run", "--json",
+        "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
         "--probes", "--force", "--json",
     },
+    "compose": {"--output", "--strength", "--accept-base", "--force", "--dry-run", "--json"},
     "export": {
         "--model", "--adapter", "--output", "--precision", "--exporter", "--logits", "--sites", "--opset",
         "--target", "--block-size", "--accuracy-level", "--min-retention", "--accept-loss", "--format",
@@ -70,8 +71,8 @@ SURFACE = {
         "--max-slots", "--max-rank", "--timing-cache", "--workspace", "--weight-streaming", "--force", "--dry-run", "--json",
     },
     "run": {
-        "--prompt", "--prompts", "--pair", "--adapter", "--provider", "--kernel", "--threads", "--chat", "--system", "--stream",
-        "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
+        "--prompt", "--prompts", "--pair", "--adapter", "--strength", "--provider", "--kernel", "--threads", "--chat", "--system",
+        "--stream", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
         "--prefill-chunk", "--verify", "--json",
     },
     "serve": {
@@ -325,6 +326,32 @@ def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders
     refused("train", "--base", bundle_folder("llama"), "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="train without --base")
     refused("train", "--start", started, "--rank", 9, "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="its rank is 4")
     refused("quantize", bundle_folder("llama"), "-m", model, "-a", tmp_path / "on", "-o", tmp_path / "no", code=2, match="on")
+    assert not (tmp_path / "no").exists()
+
+
+def test_orthogonal_adapters_in_one(base_folder, adapter_folders, tmp_path) -> None:
+    """train --orthogonal-to says what is left of overlap and interaction, and compose sees the same."""
+    model, data = base_folder("llama"), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    there = adapter_folders("llama", ("tied",))[0]
+    sites = json.loads(cli("inspect", there, "--json").stdout)["sites"]
+    layers = ";".join(site.partition(".")[0] for site in sites)
+    form = ("-m", model, "-d", data, "--rank", 2, "--layers", layers, "--positions", "f2+l2", "--max-steps", 3, "--samples", 0)
+    done = cli("train", *form, "-o", tmp_path / "new", "--orthogonal-to", f"there={there}", "--json")
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout)["orthogonal_to"]["there"]
+    assert left["sites"] == len(sites) and left["overlap"] < 1e-6 and left["interaction"] < 1e-6
+    shown = fresh("compose", there, tmp_path / "new", "-o", tmp_path / "both", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert all(each["overlap"]["interaction"] < 1e-6 for each in json.loads(shown.stdout)["meetings"])
+    said = cli("train", *form, "-o", tmp_path / "again", "--orthogonal-to", there)
+    assert re.search(r"tied: overlap \S+e-\d+, interaction \S+e-\d+ at \d shared sites", said.stdout), said.stdout
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (tmp_path / "new" / "adapter.safetensors").read_bytes()
+    again = ("train", *form, "-o", tmp_path / "no", "--orthogonal-to", there)
+    refused(*again, "--start", tmp_path / "new", code=2, match="--orthogonal-to is for an adapter that begins anew")
+    refused(*again, "--method", "red", code=2, match="--rank 2 does not apply to red")
+    other = adapter_folders("gpt2", ("tied",))[0]
+    refused("train", *form, "-o", tmp_path / "no", "--orthogonal-to", other, code=2, match="adapter tied was trained on gpt2")
     assert not (tmp_path / "no").exists()
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_bundle import ADAPTERS, LAYERS, ROUNDING, VOCABULARY, WIDTH, ToyDecoder, toy_tokenizer, write_toy_bundle
 
+import runtimes.bank
 import runtimes.stacked
 from runtimes.artifacts.bundle import Bundle
 from runtimes.bank import RULE, AdapterBank
@@ -25,6 +26,7 @@ from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS
 from runtimes.edits.op import rank_rows
 from runtimes.edits.positions import PositionRule
+from runtimes.edits.strength import Scaled, Steering, parts_of
 from runtimes.errors import AdapterError, InputError, ReftError
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
@@ -70,6 +72,11 @@ IN_FOLDERS = {
     "first": adapter("loreft", "f1", rank=1, layers=[0]),
 }
 KNOWN: dict[str | None, Adapter | None] = {None: None, **IN_THE_BUNDLE, **IN_FOLDERS}
+
+steerings: st.SearchStrategy[Steering | None] = st.one_of(
+    st.sampled_from(list(KNOWN)),
+    st.builds(Scaled, st.sampled_from([name for name in KNOWN if name]), st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+)
 
 
 @pytest.fixture(scope="module", params=["in place", "copied"])
@@ -122,10 +129,11 @@ def feed(session: OrtSession, tokens: list[list[int]], prompts: Sequence[int], w
 
 
 def check_rows(
-    session: OrtSession, names: Sequence[str | None], tokens: list[list[int]], prompts: Sequence[int], widths: Sequence[int]
+    session: OrtSession, names: Sequence[Steering | None], tokens: list[list[int]], prompts: Sequence[int], widths: Sequence[int]
 ) -> None:
     for row, found in enumerate(feed(session, tokens, prompts, widths)):
-        want = DECODER.logits(tokens[row][: len(found)], KNOWN[names[row]], prompts[row])
+        name, strength = (None, 1.0) if (steering := names[row]) is None else parts_of(steering)
+        want = DECODER.logits(tokens[row][: len(found)], KNOWN[name], prompts[row], strength)
         rounding.check(found, want, ROUNDING, f"row {row} of {list(names)}")
 
 
@@ -134,7 +142,7 @@ def check_rows(
 def test_every_row_is_as_alone(session: OrtSession, small_bank: AdapterBank, data: st.DataObject) -> None:
     """Of any mixture of forms, ranks and positions; B = S is as frequent as all others together."""
     batch = data.draw(st.integers(1, 5))
-    names = data.draw(st.lists(st.sampled_from(list(KNOWN)), min_size=batch, max_size=batch))
+    names = data.draw(st.lists(steerings, min_size=batch, max_size=batch))
     longest = data.draw(st.one_of(st.just(batch), st.integers(1, 7)))
     prompts = [longest, *data.draw(st.lists(st.integers(1, longest), min_size=batch - 1, max_size=batch - 1))]
     steps = data.draw(st.integers(0, 2))
@@ -158,10 +166,11 @@ def test_every_row_is_as_alone(session: OrtSession, small_bank: AdapterBank, dat
 def test_rows_that_come_go_and_change(session: OrtSession, small_bank: AdapterBank, data: st.DataObject) -> None:
     with AdapterRows(small_bank) as rows:
         session.set_rows(rows)
-        names: list[str | None] = []
-        for _ in range(data.draw(st.integers(1, 8))):
-            change, name = data.draw(st.sampled_from(["append", "append", "set", "remove"])), data.draw(st.sampled_from(list(KNOWN)))
-            at = data.draw(st.integers(-len(names), len(names) - 1)) if names else 0
+        names: list[Steering | None] = []
+        changes = st.tuples(st.sampled_from(["append", "append", "set", "remove"]), steerings, st.integers(-8, 7))
+        # All at once: what fits depends on what an earlier example left in the bank.
+        for change, name, place in data.draw(st.lists(changes, min_size=1, max_size=8)):
+            at = place % len(names) - (len(names) if place < 0 else 0) if names else 0
             try:
                 if change == "append" or not names:
                     rows.append(name)
@@ -176,19 +185,21 @@ def test_rows_that_come_go_and_change(session: OrtSession, small_bank: AdapterBa
             except InputError as error:
                 if "does not fit in the bank" not in str(error):
                     raise
-            assert rows.names == tuple(names) and set(filter(None, names)) <= set(small_bank.resident)
+            assert rows.names == tuple(names) and {parts_of(each)[0] for each in names if each} <= set(small_bank.resident)
             if names:
                 tokens = [[7 * (row + 1) + column for column in range(4)] for row in range(len(names))]
                 check_rows(session, names, tokens, [3] * len(names), [3])
 
 
-@pytest.mark.parametrize("fault", ["first slot", "halves", "rules of other rows", "stale slots"])
+@pytest.mark.parametrize("fault", ["first slot", "halves", "rules of other rows", "stale slots", "strength"])
 def test_a_planted_fault_is_seen(session: OrtSession, folders: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "first slot":
         right = PositionRule.tensors
         monkeypatch.setattr(PositionRule, "tensors", lambda self, *, tied, first_slot=0: right(self, tied=tied, first_slot=first_slot + 1))
     elif fault == "halves":
         monkeypatch.setattr(runtimes.stacked, "rank_rows", lambda rank, padded, activated: rank_rows(rank, padded, "all"))
+    elif fault == "strength":
+        monkeypatch.setattr(runtimes.bank, "scaled_banks", lambda node, arrays, strength, adapter: tuple(arrays))
     elif fault == "rules of other rows":
         right_rules = AdapterRows.rules
         monkeypatch.setattr(AdapterRows, "rules", lambda self, rows: np.roll(right_rules(self, rows), 1, axis=1))
@@ -197,7 +208,7 @@ def test_a_planted_fault_is_seen(session: OrtSession, folders: Path, monkeypatch
         monkeypatch.setattr(runtimes.stacked.StackedNode, "write", lambda self, slots, e: right_write(self, slots, e) if e else None)
     bank = AdapterBank(session.bundle)
     bank.scan(folders)
-    names = ["bias-noreft", "wide-noreft", "noreft", None, "one-layer"]
+    names = ["bias-noreft", Scaled("wide-noreft", 0.5), "noreft", None, Scaled("one-layer", -1.0)]
     with AdapterRows(bank, ["ends", "red", "direft"]):
         pass
     for name in ("ends", "direft"):
@@ -207,6 +218,34 @@ def test_a_planted_fault_is_seen(session: OrtSession, folders: Path, monkeypatch
         session.set_rows(rows)
         with pytest.raises(AssertionError):
             check_rows(session, names, tokens, [5] * 5, [5])
+
+
+def test_strengths(bundle: Bundle, session: OrtSession) -> None:
+    """Slots of their own, none for strength 1; the base at 0; idle ones go, in the order of their last use."""
+    bank = AdapterBank(bundle)
+    tokens = [[11, 40, 7, 99, 5 + row, 5] for row in range(3)]
+    with AdapterRows(bank, ["red", Scaled("red", 1.0), Scaled("red", 0.0)]) as rows:
+        assert bank.live_rows("red") == 3 and (rows.rules(range(1)) == rows.rules(range(1, 2))).all()
+        session.set_rows(rows)
+        check_rows(session, ["red", "red", None], tokens, [5] * 3, [5])
+        rows[2] = Scaled("red", -0.5)
+        check_rows(session, rows.names, tokens, [5] * 3, [5])
+        with pytest.raises(InputError, match="adapter red steers 3 live rows"):
+            bank.evict("red")
+        three = bank.memory.adapters
+        for strength in range(2, 2 + 2 * runtimes.bank.IDLE_STRENGTHS):
+            rows[1] = Scaled("red", float(strength))
+        assert bank.memory.adapters == three * (3 + runtimes.bank.IDLE_STRENGTHS) // 3
+    bank.evict("red")
+    assert not bank.resident and not bank.memory.adapters
+    for strength, message in {
+        float("nan"): "the strength of red is nan, expected a finite number",
+        float("inf"): "is inf, expected",
+        1e39: "strength 1e.39 takes red beyond float32 at 0.block_output; lower it",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            AdapterRows(bank, [Scaled("red", strength)])
+    assert not bank.resident
 
 
 def test_slots_are_reused_and_banks_stay_where_they_are(bundle: Bundle, folders: Path) -> None:

@@ -70,12 +70,17 @@ class Asked:
     prompt: list[int]
     adapter: str | None
     settings: GenerationSettings
+    strength: float = 1.0
     ticket: Ticket | None = None
     seen: list[np.ndarray] = field(default_factory=list)
 
     def submit(self, batcher: Batcher) -> Asked:
         self.ticket = batcher.submit(
-            self.prompt, self.settings, adapter=self.adapter, on_token=lambda _, logits: self.seen.append(logits.copy())
+            self.prompt,
+            self.settings,
+            adapter=self.adapter,
+            strength=self.strength,
+            on_token=lambda _, logits: self.seen.append(logits.copy()),
         )
         return self
 
@@ -85,7 +90,8 @@ class Asked:
         assert answer.prompt_tokens == len(self.prompt)
         assert len(self.seen) == len(answer.tokens)
         if self.seen:
-            want = DECODER.logits([*self.prompt, *answer.tokens], KNOWN[self.adapter], len(self.prompt))[len(self.prompt) - 1 : -1]
+            want = DECODER.logits([*self.prompt, *answer.tokens], KNOWN[self.adapter], len(self.prompt), self.strength)
+            want = want[len(self.prompt) - 1 : -1]
             rounding.check(np.stack(self.seen), want, ROUNDING, f"{self.adapter} after {self.prompt}")
         if self.settings.temperature == 0:
             assert list(answer.tokens) == [int(each.argmax()) for each in self.seen]
@@ -94,14 +100,17 @@ class Asked:
 
 
 COMMON = [9, 8, 7, 6, 5, 4, 3, 2]
+steerings = st.one_of(
+    st.sampled_from([(name, 1.0) for name in KNOWN]), st.tuples(st.sampled_from(list(ADAPTERS)), st.sampled_from([0.0, 0.5]))
+)
 requests = st.builds(
-    Asked,
+    lambda steering, **rest: Asked(adapter=steering[0], strength=steering[1], **rest),
+    steerings,
     prompt=st.one_of(
         st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
         # Prompts that begin alike.
         st.builds(lambda n, rest: COMMON[:n] + rest, st.integers(0, 8), st.lists(st.integers(0, 2), min_size=1, max_size=12)),
     ),
-    adapter=st.sampled_from(list(KNOWN)),
     settings=st.builds(
         GenerationSettings, max_new_tokens=st.integers(1, 12), temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 9)
     ),
@@ -309,6 +318,10 @@ def test_what_cannot_be_asked_is_refused_at_once(batcher: Batcher, session: OrtS
         batcher.submit("Hi", SHORT)
     with pytest.raises(InputError, match="runs the base alone"):
         Batcher(session, tokenizer).submit("Hi", SHORT, adapter="all")
+    with pytest.raises(InputError, match="strength 0.5 is an adapter's, and none is asked for"):
+        batcher.submit("Hi", SHORT, strength=0.5)
+    with pytest.raises(InputError, match="the strength of all is nan"):
+        batcher.submit("Hi", SHORT, adapter="all", strength=float("nan"))
     with pytest.raises(InputError, match="KV cache"):
         Batcher(session, tokenizer, cache_bytes=20 * ROW_BYTES).submit("Hi", GenerationSettings(max_new_tokens=30))
     with pytest.raises(InputError, match="most_rows is 0"):

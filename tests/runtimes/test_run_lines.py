@@ -106,6 +106,34 @@ def test_every_line_is_answered_as_alone(bundle: Bundle, adapter: str | None, ba
             assert record["text"] == tokenizer.decode(tokens), line
 
 
+@pytest.mark.parametrize("form", ["copied", "in place", "no position_ids"])
+@pytest.mark.parametrize("strength", [0.5, 0.0, -1.0])
+def test_a_strength(tmp_path: Path, form: str, strength: float) -> None:
+    """Of whatever adapter a line has, in batches of any lengths."""
+    bundle = write_toy_bundle(tmp_path / "b", in_place=form == "in place", position_ids=form != "no position_ids")
+    lines = [{"prompt": p, "adapter": a} for p in ("The fox", "Hi", "a lazy dog", "Hi") for a in ("ends", None, "all")]
+    got = records("run", bundle.folder, "--prompts", write(tmp_path / "x.jsonl", lines), "-n", 6, "--strength", strength)
+    tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+    for line, record in zip(lines, got, strict=True):
+        want = DECODER.greedy(toy_tokenizer().encode(line["prompt"]).ids, 6, ADAPTERS.get(line["adapter"]), strength)
+        assert record["text"] == tokenizer.decode(want), (line, record)
+        assert record.get("strength") == (strength if line["adapter"] else None)
+
+
+def test_strengths_that_cannot_be(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ["-p", "Hi", "-n", 2]
+    refused(cli("run", bundle.folder, *one, "--strength", 0.5), r"--strength 0.5 is an adapter's, and none steers; name one with --adapter")
+    refused(cli("run", bundle.folder, *one, "-a", "all", "--strength", "nan"), "the strength of all is nan, expected a finite number")
+    refused(
+        cli("run", bundle.folder, *one, "-a", "all", "--strength", "1e300"), r"strength 1e\+300 takes all beyond float32 at 0.block_output"
+    )
+    install_doubles(monkeypatch, "tensorrt-rtx")
+    engine = write_toy_engine(bundle, tmp_path / "e", target="tensorrt-rtx")
+    refused(
+        cli("run", engine.folder, *one, "-a", "all", "--strength", 0.5), r"--strength 0.5: .* is an engine, .* make a bank of the bundle"
+    )
+
+
 def test_the_same_lines_on_an_engine(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, columns and contexts are those it was built for: lines of other lengths and counts fit, each alone as together."""
     install_doubles(monkeypatch, "tensorrt-rtx")

@@ -86,8 +86,13 @@ class ToyDecoder:
         scale = {"embed": 1.0, "places": 0.5, "head": 0.25}
         return cls({n: (random.standard_normal(s) * scale.get(n, 0.35)).astype(np.float32) for n, s in shapes.items()})
 
-    def logits(self, tokens: list[int], adapter: Adapter | None = None, prompt_length: int | None = None) -> np.ndarray:
-        """[S, V] of one whole row: block output = x + tanh(x up) down after x = h + softmax(causal q k^T / 4) v o."""
+    def logits(
+        self, tokens: list[int], adapter: Adapter | None = None, prompt_length: int | None = None, strength: float = 1.0
+    ) -> np.ndarray:
+        """[S, V] of one whole row: block output = x + tanh(x up) down after x = h + softmax(causal q k^T / 4) v o.
+
+        ``strength``: of what the adapter's edits add.
+        """
         w = {n: x.astype(np.float64) for n, x in self.weights.items()}
         h = w["embed"][tokens] + w["places"][: len(tokens)]
         slot = np.full(len(tokens), -1)
@@ -103,13 +108,13 @@ class ToyDecoder:
             h = h + np.tanh(h @ w[f"{i}.up"]) @ w[f"{i}.down"]
             edits = {} if adapter is None else adapter.edits()
             for s, edit in enumerate(edits.get(Site(layer=i), ())):
-                h = np.where((slot == s)[:, None], edit.apply(h), h)
+                h = h + strength * np.where((slot == s)[:, None], edit.apply(h) - h, 0)
         return h @ w["head"]
 
-    def greedy(self, prompt: list[int], count: int, adapter: Adapter | None = None) -> list[int]:
+    def greedy(self, prompt: list[int], count: int, adapter: Adapter | None = None, strength: float = 1.0) -> list[int]:
         tokens = list(prompt)
         for _ in range(count):
-            tokens.append(int(self.logits(tokens, adapter, len(prompt))[-1].argmax()))
+            tokens.append(int(self.logits(tokens, adapter, len(prompt), strength)[-1].argmax()))
         return tokens[len(prompt) :]
 
     def graph(self, *, precision: str = "fp32", logits: str = "all", position_ids: bool = True, in_place: bool = False) -> onnx.ModelProto:
