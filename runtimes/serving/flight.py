@@ -28,6 +28,7 @@ class Ask:
 
     prompt: list[int]
     adapter: str | None
+    strength: float
     settings: GenerationSettings
 
 
@@ -96,6 +97,7 @@ class Flight:
                         ask.prompt,
                         ask.settings,
                         adapter=ask.adapter,
+                        strength=ask.strength,
                         on_text=answer.on_text,
                         on_token=answer.on_token,
                         on_end=answer.on_end,

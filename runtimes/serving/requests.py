@@ -57,7 +57,10 @@ class ResponseFormat(BaseModel):
 
 
 class TextRequest(BaseModel):
-    """What both endpoints take. ``top_k`` and ``repetition_penalty`` are not OpenAI's; other servers spell them so."""
+    """What both endpoints take. ``top_k``, ``repetition_penalty`` and ``strength`` are not OpenAI's; other servers spell the first two so.
+
+    ``strength``: how much of what the adapter adds is added; 1 is the adapter itself.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -67,6 +70,7 @@ class TextRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    strength: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[str, Field(min_length=1, max_length=256)] | Stop | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None

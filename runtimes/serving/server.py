@@ -78,6 +78,9 @@ class TextServer:
     def asks(self, request: TextRequest) -> list[Ask]:
         """Every answer that is wanted, prompt by prompt. Reads and renders: not for the event loop. Raises Refusal and InputError."""
         adapter = self.adapter(request.model)
+        if adapter is None and request.strength is not None:
+            raise Refusal(400, "strength is an adapter's, and base has none; name an adapter as the model", param="strength")
+        strength = 1.0 if request.strength is None else request.strength
         prompts = [self._chat(request, adapter)] if isinstance(request, ChatRequest) else self._prompts(request)
         count = request.n or 1
         if count * len(prompts) > self.settings.max_choices:
@@ -86,7 +89,8 @@ class TextServer:
         asks = []
         for prompt in prompts:
             new = self._new_tokens(request, len(prompt))
-            asks += [Ask(prompt=prompt, adapter=adapter, settings=request.generation(new, sample)) for sample in range(count)]
+            each = (request.generation(new, sample) for sample in range(count))
+            asks += [Ask(prompt=prompt, adapter=adapter, strength=strength, settings=settings) for settings in each]
         return asks
 
     def _chat(self, request: ChatRequest, adapter: str | None) -> list[int]:

@@ -242,7 +242,7 @@ def test_the_verb(tmp_path: Path) -> None:
         save_adapter(made, tmp_path / name)
 
     def run(*arguments: object):
-        return CliRunner().invoke(app, ["compose", *map(str, arguments)])
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compose", *map(str, arguments)])
 
     folders = (tmp_path / "one", f"2nd={tmp_path / 'two'}")
     shown = run(*folders, "-o", tmp_path / "both", "--dry-run")
