@@ -48,6 +48,8 @@ CHUNK = 128
 rows that decode wait a quarter of the time."""
 LEAST_CLASS = 128
 """Columns of the smallest rows."""
+PREFIX_BYTES = 2**29
+"""Of answered prompts at most where nobody says."""
 CACHE_SHARE = 0.5
 """Of the memory that is left: what the KV cache may take where nobody says."""
 
@@ -153,10 +155,6 @@ class _Pool:
     def capacity(self) -> int:
         return self._pool.cache.capacity
 
-    @property
-    def full(self) -> bool:
-        return len(self.rows) == self._pool.cache.rows
-
     def join(self, row: _Row) -> None:
         """Raises what loading its adapter raises."""
         if self._pool.rows is not None:
@@ -252,7 +250,8 @@ class Batcher:
     Without ``with``, ``step`` runs one. The session is the batcher's: nobody else steps it.
     ``bank``: the adapters that requests may name; None: base alone. ``most_rows``: requests that run at once. ``cache_bytes``: of all KV
     caches, by default half of the memory that is left; beyond it requests wait. ``queue``: requests that may wait.
-    ``prefix_bytes``: of answered prompts, kept for those that begin alike; by default a quarter of ``cache_bytes`` more, 0 keeps none.
+    ``prefix_bytes``: of answered prompts, kept for those that begin alike; by default a quarter of ``cache_bytes`` more, up to
+    PREFIX_BYTES; 0 keeps none.
     ``prefill_chunk``: prompt columns of a step, by default CHUNK; 0 feeds a prompt at once.
 
     Raises InputError for a bundle whose cache is not written in place, BackendUnavailable on a GPU.
@@ -280,14 +279,14 @@ class Batcher:
         self._row_bytes = bytes_per_token(session.cache_tensors)
         room = available_memory()
         self._cache_bytes = cache_bytes if cache_bytes is not None else None if room is None else int(CACHE_SHARE * room)
-        self._prefixes = Prefixes((self._cache_bytes or 0) // 4 if prefix_bytes is None else prefix_bytes)
+        self._prefixes = Prefixes(min((self._cache_bytes or 0) // 4, PREFIX_BYTES) if prefix_bytes is None else prefix_bytes)
         self._pools: dict[int, _Pool] = {}
         self._waiting: deque[tuple[Ticket, Continuation, Callable[[int, np.ndarray], None] | None]] = deque()
         self._prefilling: deque[_Row] = deque()
         self._changed = Condition(RLock())
         self._closing = False
         self._thread: Thread | None = None
-        self._pool_of(LEAST_CLASS)  # what cannot batch is refused now
+        self._pool_of(self._class_of(1))  # what cannot batch is refused now
 
     # --- asking ---
 

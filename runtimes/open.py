@@ -107,7 +107,7 @@ def open_batcher(
 
     The session is the batcher's from now on. ``most_rows``: requests that run at once; ``queue``: that wait. ``cache_bytes``: of their KV
     caches, by default half of the memory that is left; ``prefix_bytes``: of answered prompts, for those that begin alike, by default a
-    quarter of that more. ``prefill_chunk``: prompt columns of a step, by default 128; 0: a prompt at once.
+    quarter of that more, up to 512 MB. ``prefill_chunk``: prompt columns of a step, by default 128; 0: a prompt at once.
 
     Raises InputError for a session whose KV cache is not written in place, BackendUnavailable on a GPU.
 

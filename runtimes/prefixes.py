@@ -14,6 +14,8 @@ import numpy as np
 
 LEAST = 16
 """Tokens: fewer are fed as fast as they are found."""
+MOST_KEPT = 256
+"""Each is looked at for every prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +40,7 @@ class Prefix:
 
 
 class Prefixes:
-    """At most ``most`` bytes of them; what was used longest ago goes first."""
+    """At most ``most`` bytes of them, and MOST_KEPT; what was used longest ago goes first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -70,5 +72,5 @@ class Prefixes:
             each for each in self._kept if not (each.key == prefix.key and each.common(prefix.tokens, prefix.slots) == len(each.tokens))
         ]
         self._kept.append(prefix)
-        while self.size > self.most:
+        while len(self._kept) > MOST_KEPT or self.size > self.most:
             self._kept.pop(0)

@@ -26,6 +26,7 @@ from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.generation import GenerationSettings, generate
 from runtimes.open import open_batcher
 from runtimes.ort.session import OrtSession
+from runtimes.prefixes import Prefix
 from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
@@ -212,6 +213,27 @@ def test_a_prompt_goes_on_from_what_began_alike(
     before, after = (slots(rule, np.ones((1, n), np.int64), n, tied=tied, prompt_length=np.array([p]))[0] for n, p in ((12, 8), (15, 15)))
     same = int(np.argmax(np.append(before != after[:12], True)))
     assert again.ticket.reused == (same if same >= 2 else 0) == (reused or again.ticket.reused)
+
+
+def test_few_prefixes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.prefixes, "MOST_KEPT", 3)
+    prefixes = runtimes.prefixes.Prefixes(10**6)
+
+    def kept(first: int) -> Prefix:
+        tokens = np.array([first, 1, 2, 3])
+        return Prefix(key=None, tokens=tokens, slots=np.zeros(4), columns=[np.zeros((1, 4, 2), np.float32)])
+
+    def found(first: int) -> int:
+        return prefixes.find(None, np.array([first, 1, 2, 9]), np.zeros(4))[1]
+
+    for first in range(3):
+        prefixes.keep(kept(first))
+    assert found(0) == 3  # which is then the last to go
+    prefixes.keep(kept(7))
+    assert [found(first) for first in (0, 1, 2, 7)] == [3, 0, 3, 3] and prefixes.size == 3 * 32
+    longer = Prefix(key=None, tokens=np.array([7, 1, 2, 3, 4]), slots=np.zeros(5), columns=[np.zeros((1, 5, 2), np.float32)])
+    prefixes.keep(longer)
+    assert prefixes.size == 2 * 32 + 40  # in place of what it begins with
 
 
 def test_an_adapter_that_was_replaced_is_another_one(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
