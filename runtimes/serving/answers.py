@@ -30,15 +30,22 @@ class Shape(ABC):
         }
         self._last = [ask.prompt[-1] for ask in asks]
         """Of each answer, the token before the next one."""
-        self.prompt_tokens = sum(len(ask.prompt) for ask in asks) // (request.n or 1)
+        self._each = request.n or 1
+        self.prompt_tokens = sum(len(ask.prompt) for ask in asks) // self._each
         self.completion_tokens = 0
+        self._reused = 0
         self.tells_usage = request.stream_options is not None and request.stream_options.include_usage
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens that were fed and sampled, the one that ends an answer among them; a prompt counts once, whatever n."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+    def usage(self) -> dict[str, Any]:
+        """Tokens that were fed and sampled, the one that ends an answer among them; a prompt counts once, whatever n, and of what was in
+        the cache already the mean."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._reused // self._each},
+        }
 
     def whole(self, ends: Sequence[Piece]) -> dict[str, Any]:
         """``ends``: the last piece of each answer, which holds all of it."""
@@ -61,6 +68,7 @@ class Shape(ABC):
 
     def _count(self, pieces: Sequence[Piece]) -> None:
         self.completion_tokens += sum(len(piece.end.tokens) for piece in pieces if piece.end is not None)
+        self._reused += sum(piece.reused for piece in pieces)
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **({"usage": None} if self.tells_usage else {})}

@@ -57,12 +57,13 @@ def _said(logprob: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What is new of answer ``index``; ``end`` with the last one."""
+    """What is new of answer ``index``; ``end`` with the last one, and ``reused``, tokens of its prompt that were in the cache already."""
 
     index: int
     text: str = ""
     chosen: tuple[Chosen, ...] = ()
     end: Generation | None = None
+    reused: int = 0
 
 
 class SlowReader(Exception):
@@ -189,11 +190,11 @@ class _Answer:
             self._flight.failed(e)
             return
         if answer.finish_reason != "cancelled":
-            self._flight.say(self._taken(answer))
+            self._flight.say(self._taken(answer, ticket.reused))
         else:
             self._flight.failed(Refusal(503, "the server stops; ask again later", code="stopping"))
 
-    def _taken(self, end: Generation | None = None) -> Piece:
-        piece = Piece(index=self._index, text="".join(self._text), chosen=tuple(self._chosen), end=end)
+    def _taken(self, end: Generation | None = None, reused: int = 0) -> Piece:
+        piece = Piece(index=self._index, text="".join(self._text), chosen=tuple(self._chosen), end=end, reused=reused)
         self._text, self._chosen = [], []
         return piece

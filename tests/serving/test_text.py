@@ -190,6 +190,15 @@ def test_what_asks_for_nothing_is_taken(served: Served) -> None:
     assert create(model="all", messages=parts, max_tokens=5, temperature=0, **neutral).choices[0].message.content == want
 
 
+def test_the_usage_tells_what_was_in_the_cache(served: Served) -> None:
+    prompt = "naive cafe a lazy dog jumps over the quick"
+    ask = {"model": "base", "prompt": prompt, "max_tokens": 2, "temperature": 0}
+    first, again = (served.client().completions.create(**ask).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens < again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 1
+    other = served.client().completions.create(**{**ask, "model": "all"}).usage
+    assert other.prompt_tokens_details.cached_tokens == 0 and other.prompt_tokens == again.prompt_tokens
+
+
 def test_an_adapter_at_a_strength(served: Served, alone: OrtSession, tokenizer: Tokenizer) -> None:
     create = served.client().completions.create
     for strength, name in ((0, None), (1, "all")):
