@@ -166,7 +166,8 @@ class AdapterBank:
     # --- loading and evicting ---
 
     def add(self, folder: Path | str, name: str | None = None) -> str:
-        """Lists the adapter in ``folder`` and loads it; its name, by default the folder's. Raises what ``scan`` and ``load`` raise."""
+        """Lists the adapter in ``folder`` and loads it; its name, by default the folder's. One that is resident is loaded anew, unless it
+        steers a row. Raises what ``scan``, ``evict`` and ``load`` raise."""
         folder = Path(os.path.abspath(folder))
         listed = listed_adapter(folder, check_adapter_name(name_of(folder) if name is None else name))
         if listed is None:
@@ -174,6 +175,8 @@ class AdapterBank:
         with self._lock:
             known = listed.name in self._listed
             self._check_free(listed)
+            if self._strengths(listed.name):  # its files may be others by now
+                self.evict(listed.name)
             self._listed[listed.name] = listed
         try:
             self.load(listed.name)
@@ -182,6 +185,11 @@ class AdapterBank:
                 del self._listed[listed.name]
             raise
         return listed.name
+
+    def check(self, listed: ListedAdapter) -> None:
+        """Reads the adapter and loads nothing. Raises what ``load`` raises where it is damaged, or fits neither the bundle nor the bank."""
+        edits, _, tied = read_edits(self.bundle, listed)
+        self._check_alone(listed.name, 1 if tied else 2, {node: rank_of(node, arrays) for node, arrays in edits.items()})
 
     def load(self, steering: Steering) -> None:
         """Puts the adapter into the banks, if it is not there; it is then the last to go.
@@ -236,9 +244,9 @@ class AdapterBank:
             return self._resident(_plain(steering)).number
 
     def live_rows(self, name: str) -> int:
-        """Rows that a resident adapter steers, at whatever strength, of all batches."""
+        """Rows that an adapter steers, at whatever strength, of all batches."""
         with self._lock:
-            return sum(self._residents[key].rows for key in self._all_of(name))
+            return sum(self._residents[key].rows for key in self._strengths(name))
 
     def unpin(self, steering: Steering | None) -> None:
         """One row less that the adapter steers."""
@@ -299,7 +307,7 @@ class AdapterBank:
         with self._lock:
             if key not in self._residents:
                 now = self._known(name)
-                self._put(key, *(self._read(key, now) if read is None or now != listed else read))
+                self._put(key, *(self._read(key, now) if read is None or now is not listed else read))
             self._residents.move_to_end(key)
             self._residents[key].rows += rows
             self._forget_strengths(key)
@@ -331,6 +339,7 @@ class AdapterBank:
 
     def _make_room(self, key: Steering, groups: int, ranks: Mapping[EditNode, int]) -> range:
         """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
+        self._check_alone(key, groups, ranks)
         slots, gone = self._take(groups, ranks), []
         while self.max_bytes is not None and (needed := sum(node.least_size() for node in self._nodes.values())) > self.max_bytes:
             self._give_back(slots, ranks)
@@ -346,6 +355,11 @@ class AdapterBank:
             gone.append((oldest, self._drop(oldest)))
             slots = self._take(groups, ranks)
         return slots
+
+    def _check_alone(self, key: Steering, groups: int, ranks: Mapping[EditNode, int]) -> None:
+        alone = sum(self._nodes[node].size_alone(groups, rank) for node, rank in ranks.items())
+        if self.max_bytes is not None and alone > self.max_bytes:
+            raise InputError(f"adapter {key} alone takes {alone:,} bytes of the bank, and max_bytes is {self.max_bytes:,}; allow more")
 
     def _grow(self) -> bool:
         """Room in the arrays for what is taken; whether any was replaced."""

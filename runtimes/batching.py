@@ -10,14 +10,14 @@ A step feeds waiting prompts, at most one chunk of columns in all, and then one 
 joins costs the running ones no more than a chunk. Rows own rows of a KV cache that is written in place (RowPool), of the least capacity
 class, a power of two, that holds prompt and answer; every class is one run of a step. Prompts take turns, chunk by chunk.
 
-Every row computes what it would compute alone: what a row's steps are is decided by its own tokens, and by the chunks that its prompt is
-fed in.
+Every row computes what it would compute alone, to rounding: its chunks are those that it would be fed alone, but for what an earlier prompt
+left in the cache.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Condition, Event, RLock, Thread
@@ -84,8 +84,17 @@ class Load:
 class Ticket:
     """One request's place in the batch, and its answer."""
 
-    def __init__(self, prompt: list[int], adapter: Steering | None, columns: int, on_end: Callable[[Ticket], None] | None = None) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        adapter: Steering | None,
+        columns: int,
+        *,
+        scope: Hashable = None,
+        on_end: Callable[[Ticket], None] | None = None,
+    ) -> None:
         self.prompt = prompt
+        self.scope = scope
         self.adapter = adapter
         """By its name, or at a strength; None: the base."""
         self.columns = columns
@@ -194,9 +203,10 @@ class _Pool:
             columns = self._pool.cache.read_row(row.index, row.fed)
             prefixes.keep(Prefix(key=self._key(row), tokens=tokens, slots=self._slots(row, row.fed), columns=columns))
 
-    def _key(self, row: _Row) -> tuple[Steering, int] | None:
+    def _key(self, row: _Row) -> Hashable:
         name, rows = row.ticket.adapter, self._pool.rows
-        return None if name is None or rows is None else (name, rows.bank.load_number(name))
+        steering = None if name is None or rows is None else (name, rows.bank.load_number(name))
+        return row.ticket.scope, steering
 
     def _slots(self, row: _Row, count: int) -> np.ndarray:
         """Those of its first ``count`` tokens, as if its adapter's slots began at 0."""
@@ -284,7 +294,9 @@ class Batcher:
         self._waiting: deque[tuple[Ticket, Continuation, Callable[[int, np.ndarray], None] | None]] = deque()
         self._prefilling: deque[_Row] = deque()
         self._changed = Condition(RLock())
-        self._closing = False
+        self._closing = self._dropping = False
+        self._blocked: Ticket | None = None
+        """Waits for room in the bank: it is looked at again when a row has left."""
         self._thread: Thread | None = None
         self._pool_of(self._class_of(1))  # what cannot batch is refused now
 
@@ -297,12 +309,14 @@ class Batcher:
         *,
         adapter: str | None = None,
         strength: float = 1.0,
+        scope: Hashable = None,
         on_text: Callable[[str], None] | None = None,
         on_token: Callable[[int, np.ndarray], None] | None = None,
         on_end: Callable[[Ticket], None] | None = None,
     ) -> Ticket:
         """A request, from any thread. ``prompt`` and ``settings`` as of ``generate``; ``adapter``: a name of the bank's, None is the base;
-        ``strength``: how much of what it adds is added (runtimes/edits/strength.py).
+        ``strength``: how much of what it adds is added (runtimes/edits/strength.py); ``scope``: of whose answered prompts it may go on
+        from one, as how much was there already tells of it.
 
         Called on the batcher's thread: ``on_text(piece)``, ``on_token(token, logits)`` with the logits [V] that it was chosen from, good
         until it returns, and ``on_end(ticket)``. One that raises ends its request alone.
@@ -330,7 +344,7 @@ class Batcher:
                 raise InputError(f"adapter {adapter!r} is asked for, and this batch runs the base alone")
             with suppress(BankFull):  # it waits until some row leaves
                 self._bank.load(steering)
-        ticket = Ticket(ids, steering, columns, on_end)
+        ticket = Ticket(ids, steering, columns, scope=scope, on_end=on_end)
         continuation = Continuation(0, ids, self._tokenizer, settings, None if on_text is None else lambda _, piece: on_text(piece))
         with self._changed:
             if self._closing:
@@ -376,13 +390,7 @@ class Batcher:
     def close(self, *, wait: bool = False) -> None:
         """Takes no more requests. ``wait``: those that are there get their answers first; else they end as cancelled."""
         with self._changed:
-            self._closing = True
-            if not wait:
-                for ticket, *_ in self._waiting:
-                    ticket.cancel()
-                for pool in self._pools.values():
-                    for row in pool.rows:
-                        row.ticket.cancel()
+            self._closing, self._dropping = True, not wait
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
@@ -410,9 +418,12 @@ class Batcher:
     def _live(self) -> int:
         return sum(len(pool.rows) for pool in self._pools.values())
 
+    def _tickets(self) -> list[Ticket]:
+        return [ticket for ticket, *_ in self._waiting] + [row.ticket for pool in self._pools.values() for row in pool.rows]
+
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            tickets = [ticket for ticket, *_ in self._waiting] + [row.ticket for pool in self._pools.values() for row in pool.rows]
+            tickets = self._tickets()
             self._waiting.clear()
             self._prefilling.clear()
             for pool in self._pools.values():
@@ -426,6 +437,9 @@ class Batcher:
 
     def _leave_cancelled(self) -> None:
         with self._changed:
+            if self._dropping:
+                for ticket in self._tickets():
+                    ticket.cancel()
             gone = [each for each in self._waiting if each[0].cancelled]
             self._waiting = deque(each for each in self._waiting if not each[0].cancelled)
         for ticket, continuation, _ in gone:
@@ -439,16 +453,20 @@ class Batcher:
         while self._waiting and self._live() < self._most_rows:
             ticket, continuation, on_token = self._waiting[0]
             size = self._class_of(ticket.columns)
-            if not self._fits(size):
+            if (ticket is self._blocked and self._live()) or not self._fits(size):
                 return
             row = _Row(ticket=ticket, continuation=continuation, pool=self._pool_of(size), on_token=on_token)
             try:
-                row.pool.join(row)
+                if ticket.cancelled:  # its adapter may be on its way out
+                    self._answer(ticket, continuation, "cancelled")
+                else:
+                    row.pool.join(row)
             except Exception as e:  # of its adapter
                 if isinstance(e, BankFull) and self._live():
+                    self._blocked = ticket
                     return
                 ticket.end(error=e)
-            else:
+            if not ticket.done:
                 row.pool.reuse(row, self._prefixes)
                 self._prefilling.append(row)
             with self._changed:
@@ -521,6 +539,7 @@ class Batcher:
         row.ticket.end(error=error)
 
     def _leave(self, row: _Row) -> None:
+        self._blocked = None
         if row in self._prefilling:
             self._prefilling.remove(row)
         row.pool.leave(row)

@@ -83,6 +83,10 @@ class StackedNode:
         """Bytes of such arrays."""
         return self._size(*self.needed())
 
+    def size_alone(self, slots: int, rank: int) -> int:
+        """Bytes of arrays that hold so many slots of ``rank``, and nothing else."""
+        return self._size(slots, rank)
+
     def take(self, slots: range, rank: int) -> None:
         """Notes an edit of ``rank`` in ``slots``; ``reserve`` makes room, ``write`` puts it there."""
         insort(self._ends, slots.stop)

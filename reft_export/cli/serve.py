@@ -58,6 +58,10 @@ def serve(
     cache_mb: Annotated[
         float | None, typer.Option("--cache-mb", min=0.001, help="MB (10^6 bytes) of KV cache; default: half of the memory that is left.")
     ] = None,
+    prefix_mb: Annotated[
+        float | None,
+        typer.Option("--prefix-mb", min=0, help="MB (10^6 bytes) of answered prompts that are kept; default: up to 512. 0: none."),
+    ] = None,
     bank_mb: Annotated[
         float | None, typer.Option("--bank-mb", min=0.001, help="MB (10^6 bytes) of adapters in memory; default: no bound.")
     ] = None,
@@ -96,6 +100,7 @@ def serve(
         rows=rows,
         queue=queue,
         cache_bytes=None if cache_mb is None else int(cache_mb * 1e6),
+        prefix_bytes=None if prefix_mb is None else int(prefix_mb * 1e6),
         bank_bytes=None if bank_mb is None else int(bank_mb * 1e6),
         prefill_chunk=prefill_chunk,
         threads=threads,

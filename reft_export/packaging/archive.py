@@ -2,7 +2,7 @@
 
     NAME.tar.gz           NAME/install.sh      checks every file, makes an environment beside itself, installs from wheels/ alone
     NAME.tar.gz.sha256    NAME/SHA256SUMS      of every other file
-                          NAME/bundle/         the bundle
+    archive.json          NAME/bundle/         the bundle
                           NAME/wheels/         of reft-export and of all that it needs
 
 The same input makes the same bytes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,8 @@ def package_archive(artifact: Artifact, wheels: Path, output: Path, *, force: bo
                     tar.addfile(_member(f"{name}/{member}", path.stat().st_size), content)
         digest, size = sha256_of(archive), archive.stat().st_size
         (work / f"{archive.name}.sha256").write_text(f"{digest}  {archive.name}\n", encoding="utf-8")
+        record = {"archive": archive.name, "sha256": digest, "bytes": size}
+        (work / "archive.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return Packaged(archive=output / archive.name, sha256=digest, files=len(members) + len(texts), size=size)
 
 
@@ -108,7 +111,8 @@ def _extra(wheels: Sequence[Path], folder: Path) -> str:
     if missing:
         raise InputError(
             f"{folder} has no wheel of {', '.join(missing)}; `make wheels` makes reft-export's own, and for another machine than this one: "
-            f"pip download -d {folder} --only-binary=:all: --platform manylinux_2_28_aarch64 --python-version 3.11 {' '.join(NEEDED[1:])}"
+            f"pip download -d {folder} --only-binary=:all: --platform manylinux_2_28_aarch64 --python-version 3.11 "
+            f"{' '.join((*NEEDED[1:], RUNTIMES['cpu']))}"
         )
     if len(extras) > 1:
         raise InputError(f"{folder} has wheels of onnxruntime and of onnxruntime-gpu, which share one folder; keep one of them")

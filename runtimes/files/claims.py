@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,6 +23,9 @@ PARTIAL = ".partial"
 """Suffix of an output that is being written."""
 OLD = ".old"
 """Suffix of an output that is being replaced, where the system cannot do that in one step."""
+
+SECRETS = ("--api-key", "--admin-token")
+"""Options whose values are told to nobody."""
 
 _claims: ContextVar[frozenset[Path]] = ContextVar("claims", default=frozenset())
 """The outputs that this thread writes."""
@@ -199,9 +202,17 @@ def _is(path: Path, handle: int) -> bool:
         return False
 
 
+def _without_secrets(words: Sequence[str]) -> Iterator[str]:
+    before = ""
+    for word in words:
+        name, equals, _ = word.partition("=")
+        yield ".." if before in SECRETS else f"{name}=.." if equals and name in SECRETS else word
+        before = word
+
+
 def _introduce(handle: int) -> None:
     """Says in the lock's file who holds it: the second writer repeats it."""
-    words = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    words = " ".join([os.path.basename(sys.argv[0]), *_without_secrets(sys.argv[1:])])
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} ({words if len(words) <= 200 else words[:200] + '..'})".encode(errors="replace"))

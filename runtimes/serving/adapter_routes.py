@@ -11,13 +11,13 @@ from fastapi.responses import Response
 
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.bank import BankFull
-from runtimes.bank_files import ListedAdapter, read_edits
+from runtimes.bank_files import ListedAdapter
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE
 from runtimes.errors import InputError, ReftError
 from runtimes.files.claims import remove
 from runtimes.files.folders import atomic_folder, marker
 from runtimes.serving.gate import RECORD
-from runtimes.serving.refusals import Refusal, json_response, refusal_of
+from runtimes.serving.refusals import Refusal, json_response
 from runtimes.serving.server import TextServer
 
 
@@ -93,13 +93,14 @@ def put(server: TextServer, name: str, files: dict[str, UploadFile], *, replace:
     except InputError as e:
         if known is None and folder.exists():
             raise Refusal(409, f"something that is no adapter is called {name} in the server's folder", code="adapter_exists") from e
-        raise refusal_of(e) from e
+        # Of whoever writes there, or of a folder that cannot be written: the server's own words, and paths.
+        raise Refusal(409, f"adapter {name} cannot be written now; ask again, or ask who runs the server", code="adapter_busy") from e
 
 
 def _check(server: TextServer, name: str, work: Path) -> None:
     """As the bank does when it loads one; raises Refusal 400, which names no path of this machine."""
     try:
-        read_edits(server.bank.bundle, ListedAdapter(name=name, size=0, folder=work))
+        server.bank.check(ListedAdapter(name=name, size=0, folder=work))
     except ReftError as e:
         said = str(e).replace(str(work), name).replace(str(server.bank.bundle.folder), "the bundle")
         raise Refusal(400, said, code="invalid_adapter") from e

@@ -83,11 +83,12 @@ class Shape(ABC):
         """(the token's text, the likeliest ones' texts and log-probabilities), as they read behind the token before them."""
         before = self._last[index]
         self._last[index] = each.token
-        return self._text(before, each.token), [(self._text(before, token), logprob) for token, logprob in each.best]
+        one = self._tokenizer.decode([before], skip_special_tokens=False)
+        return self._text(before, one, each.token), [(self._text(before, one, token), logprob) for token, logprob in each.best]
 
-    def _text(self, before: int, token: int) -> str:
-        """A decoder may strip the space before its first token, so there is one before it."""
-        one, both = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([before], [before, token]))
+    def _text(self, before: int, one: str, token: int) -> str:
+        """A decoder may strip the space before its first token, so there is one before it, whose text is ``one``."""
+        both = self._tokenizer.decode([before, token], skip_special_tokens=False)
         return both[len(one) :] if both.startswith(one) else self._tokenizer.decode([token], skip_special_tokens=False)
 
 

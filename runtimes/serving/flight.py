@@ -29,6 +29,7 @@ class Ask:
     prompt: list[int]
     adapter: str | None
     strength: float
+    scope: str
     settings: GenerationSettings
 
 
@@ -99,6 +100,7 @@ class Flight:
                         ask.settings,
                         adapter=ask.adapter,
                         strength=ask.strength,
+                        scope=ask.scope,
                         on_text=answer.on_text,
                         on_token=answer.on_token,
                         on_end=answer.on_end,

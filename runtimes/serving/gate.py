@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import sys
@@ -26,6 +27,8 @@ FORM = 1 << 16
 """Bytes of a form around its files."""
 BODY_SECONDS = 60.0
 """That a request may take to come."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
+"""That metrics tell apart: a client may send any word."""
 GONE = 499
 """As nginx logs a client that hung up before it was answered."""
 
@@ -67,7 +70,7 @@ class Gate:
         finally:
             status = record.pop("status", status) or GONE
             route = getattr(scope.get("route"), "path", "other")
-            self._server.metrics.answered(route, scope["method"] if route != "other" else "other", status)
+            self._server.metrics.answered(route, scope["method"] if scope["method"] in METHODS else "other", status)
             self._tell(scope, record, number, status, time.perf_counter() - start)
 
     def _tell(self, scope: Message, record: dict[str, Any], number: str, status: int, seconds: float) -> None:
@@ -139,6 +142,11 @@ def place_of(error: BaseException) -> str:
     """Its class and the functions that it came through, innermost first."""
     frames = traceback.extract_tb(error.__traceback__)[:-9:-1]
     return f"{type(error).__name__} at {' < '.join(f'{frame.name}:{frame.lineno}' for frame in frames)}"
+
+
+def asker(scope: Message) -> str:
+    """What stands for a request's key, which it does not tell."""
+    return hashlib.sha256((_bearer(Headers(scope=scope).get("authorization", "")) or "").encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _bearer(header: str) -> str | None:

@@ -31,6 +31,7 @@ def serve(
     rows: int = 16,
     queue: int = 256,
     cache_bytes: int | None = None,
+    prefix_bytes: int | None = None,
     bank_bytes: int | None = None,
     prefill_chunk: int | None = None,
     threads: int | None = None,
@@ -49,7 +50,12 @@ def serve(
         tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
         with open_session(artifact, threads=threads, kernel=kernel) as session:
             batcher = Batcher(
-                batchable(session), tokenizer, bank, most_rows=rows, queue=queue, cache_bytes=cache_bytes, prefill_chunk=prefill_chunk
+                *(batchable(session), tokenizer, bank),
+                most_rows=rows,
+                cache_bytes=cache_bytes,
+                prefix_bytes=prefix_bytes,
+                queue=queue,
+                prefill_chunk=prefill_chunk,
             )
             with batcher:
                 server = TextServer(batcher, bank, tokenizer, settings)

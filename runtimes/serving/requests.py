@@ -35,7 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """They change no answer."""
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=8)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=8, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -138,7 +138,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates have it: "developer" is what "system" was called before."""
@@ -147,7 +147,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(TextRequest):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=512)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=512, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -169,14 +169,17 @@ class ChatRequest(TextRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 DEFAULT_TOKENS = 16
 """Of a completion, as OpenAI's."""
 
 
 class CompletionRequest(TextRequest):
     prompt: (
-        str | Ids | Annotated[list[str], Field(min_length=1, max_length=128)] | Annotated[list[Ids], Field(min_length=1, max_length=128)]
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=128, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 

@@ -75,8 +75,10 @@ class TextServer:
             raise Refusal(404, f"there is no model {model!r}; GET /v1/models lists them", code="model_not_found", param="model")
         return name
 
-    def asks(self, request: TextRequest) -> list[Ask]:
-        """Every answer that is wanted, prompt by prompt. Reads and renders: not for the event loop. Raises Refusal and InputError."""
+    def asks(self, request: TextRequest, asker: str) -> list[Ask]:
+        """Every answer that is wanted, prompt by prompt; ``asker``: whose answered prompts they may go on from.
+
+        Reads and renders: not for the event loop. Raises Refusal and InputError."""
         adapter = self.adapter(request.model)
         if adapter is None and request.strength is not None:
             raise Refusal(400, "strength is an adapter's, and base has none; name an adapter as the model", param="strength")
@@ -90,7 +92,7 @@ class TextServer:
         for prompt in prompts:
             new = self._new_tokens(request, len(prompt))
             each = (request.generation(new, sample) for sample in range(count))
-            asks += [Ask(prompt=prompt, adapter=adapter, strength=strength, settings=settings) for settings in each]
+            asks += [Ask(prompt=prompt, adapter=adapter, strength=strength, scope=asker, settings=settings) for settings in each]
         return asks
 
     def _chat(self, request: ChatRequest, adapter: str | None) -> list[int]:
@@ -197,7 +199,8 @@ class TextServer:
     def changing(self, name: str) -> Iterator[None]:
         """Within, no request uses the adapter. Raises Refusal 409 where one does, or somebody else changes it."""
         with self._lock:
-            if self._running[name] or name in self._changing:
+            # A row whose client hung up is there until the next step.
+            if self._running[name] or name in self._changing or self.bank.live_rows(name):
                 raise Refusal(409, f"adapter {name} is in use; change it when its requests have ended", code="adapter_in_use")
             del self._running[name]
             self._changing.add(name)

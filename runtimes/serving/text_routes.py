@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from runtimes.serving.answers import Shape, shape_of
 from runtimes.serving.flight import Flight, Piece
-from runtimes.serving.gate import GONE, RECORD, Receive, Send, place_of
+from runtimes.serving.gate import GONE, RECORD, Receive, Send, asker, place_of
 from runtimes.serving.refusals import Refusal, json_response, json_text, refusal_of
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest
 from runtimes.serving.server import TextServer
@@ -54,7 +54,7 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
     record = request.scope[RECORD]
     with ExitStack() as stack:
         stack.enter_context(server.admitted())
-        asks = await asyncio.to_thread(server.asks, asked)
+        asks = await asyncio.to_thread(server.asks, asked, asker(request.scope))
         record["adapter"] = asks[0].adapter
         shape = shape_of(asked, asks, server.tokenizer, server.fingerprint)
         flight = stack.enter_context(server.flight(asks, best=asked.best, streams=bool(asked.stream)))
@@ -70,7 +70,7 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
             record["status"] = GONE
             return Response(status_code=GONE)
         try:
-            return json_response(shape.whole(whole.result()))
+            return json_response(await asyncio.to_thread(shape.whole, whole.result()))  # log-probabilities are many words
         except Exception as e:
             raise _refusal(e, server, record) from e
 

@@ -46,10 +46,22 @@ def test_wheels_of_a_gpu_bring_its_extra(bundle_folder, tmp_path: Path) -> None:
         assert "'reft-export[gpu]'" in tar.extractfile(script).read().decode()
 
 
+def test_force_replaces_an_archive_and_nothing_else(bundle_folder, tmp_path: Path) -> None:
+    bundle, packages, output = open_bundle(bundle_folder("llama")), wheels(tmp_path / "wheels", *NEEDED, "onnxruntime"), tmp_path / "out"
+    made = package_archive(bundle, packages, output)
+    with pytest.raises(InputError, match="pass --force"):
+        package_archive(bundle, packages, output)
+    assert package_archive(bundle, packages, output, force=True).sha256 == made.sha256
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(InputError, match="other files than ours"):
+        package_archive(bundle, packages, tmp_path / "mine", force=True)
+
+
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        (NEEDED, "no wheel of onnxruntime;"),
+        (NEEDED, "no wheel of onnxruntime;.* rich onnxruntime"),
         ((*NEEDED[1:], "onnxruntime"), "no wheel of reft-export;"),
         ((*NEEDED, "onnxruntime", "onnxruntime-gpu"), "keep one of them"),
         ((), "no wheel of reft-export, numpy"),

@@ -484,7 +484,7 @@ def test_refusals(bundle: Bundle, session: OrtSession, folders: Path, tmp_path: 
         "cannot be listed": (InputError, lambda: bank.scan(tmp_path / "nowhere")),
         "adapter red is the bundle's own; take it out with": (InputError, lambda: bank.remove("red")),
         "max_bytes is 0": (InputError, lambda: AdapterBank(bundle, max_bytes=0)),
-        "does not fit in the bank: 264 bytes are needed, max_bytes is 9; allow more": (
+        "adapter all alone takes 264 bytes of the bank, and max_bytes is 9; allow more": (
             InputError,
             lambda: AdapterBank(bundle, max_bytes=9).load("all"),
         ),
@@ -507,3 +507,15 @@ def test_version_1_cannot_mix(tmp_path: Path) -> None:
     old = write_toy_bundle(tmp_path / "old", one_rule=True)
     with pytest.raises(InputError, match="is of version 1, and all rows of a batch share one adapter; export the bundle again"):
         AdapterBank(old)
+
+
+def test_an_adapter_that_is_added_again_is_read_again(bundle: Bundle, tmp_path: Path) -> None:
+    """Its files may be others, and of the same size."""
+    bank, folder = AdapterBank(bundle), tmp_path / "mine"
+    save_adapter(adapter("loreft", "all", rank=1), folder)
+    bank.add(folder)
+    before = bank.load_number("mine")
+    with AdapterRows(bank, ["mine"]), pytest.raises(InputError, match="steers 1 live row"):
+        bank.add(folder)
+    bank.add(folder)
+    assert bank.load_number("mine") != before

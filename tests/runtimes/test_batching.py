@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, write_toy_bundle
 
+import runtimes.bank
 import runtimes.batching
 import runtimes.prefixes
 from runtimes.artifacts.bundle import Bundle
@@ -213,6 +214,45 @@ def test_a_prompt_goes_on_from_what_began_alike(
     before, after = (slots(rule, np.ones((1, n), np.int64), n, tied=tied, prompt_length=np.array([p]))[0] for n, p in ((12, 8), (15, 15)))
     same = int(np.argmax(np.append(before != after[:12], True)))
     assert again.ticket.reused == (same if same >= 2 else 0) == (reused or again.ticket.reused)
+
+
+def test_nobody_goes_on_from_another_ones_prompt(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    batcher = Batcher(session, tokenizer, AdapterBank(bundle))
+    reused = []
+    for scope in ("mine", "yours", "mine"):
+        ticket = batcher.submit(COMMON, SHORT, scope=scope)
+        while batcher.step():
+            pass
+        reused.append(ticket.reused)
+    assert reused == [0, 0, len(COMMON) - 1]
+
+
+def test_what_waits_for_the_bank_is_read_again_only_when_a_row_has_left(
+    session: OrtSession, bundle: Bundle, tokenizer: Tokenizer, monkeypatch
+) -> None:
+    read = []
+    plain = runtimes.bank.read_edits
+    monkeypatch.setattr(runtimes.bank, "read_edits", lambda bundle, listed: (read.append(listed.name), plain(bundle, listed))[1])
+    alone = AdapterBank(bundle)
+    alone.load("ends")
+    bank = AdapterBank(bundle, max_bytes=alone.memory.banks)
+    batcher = Batcher(session, tokenizer, bank)
+    running = Asked(PROMPT, "all", GenerationSettings(max_new_tokens=20)).submit(batcher)
+    batcher.step()
+    waiting = Asked(PROMPT, "ends", SHORT).submit(batcher)
+    before = len(read)
+    for _ in range(10):
+        batcher.step()
+    assert len(read) - before <= 1 and not waiting.seen
+    while batcher.step():
+        pass
+    running.check()
+    waiting.check()
+
+
+def test_an_adapter_that_no_room_is_enough_for_is_refused_at_once(session: OrtSession, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="alone takes"):
+        Batcher(session, tokenizer, AdapterBank(bundle, max_bytes=100)).submit("Hi", SHORT, adapter="all")
 
 
 def test_few_prefixes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

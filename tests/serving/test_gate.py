@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from served import Served, serving, until
 
 from runtimes.artifacts.bundle import Bundle
 from runtimes.errors import InputError, ReftError
 from runtimes.serving import gate
 from runtimes.serving.process import bind
+from runtimes.serving.requests import ChatRequest, CompletionRequest
 from runtimes.serving.settings import Keys, ServeSettings
 
 KEY, OTHER, ADMIN = "sk-one", "sk-two", "adm-secret"
@@ -225,7 +227,7 @@ def test_the_log_holds_no_prompt_no_key_and_no_answer(keyed: Served) -> None:
 def test_a_bug_is_told_in_the_log_by_its_place(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(bundle) as each:
 
-        def broken(_: object) -> None:
+        def broken(*_: object) -> None:
             raise RuntimeError("SECRET")
 
         monkeypatch.setattr(each.server, "asks", broken)
@@ -268,6 +270,31 @@ def test_metrics(bundle: Bundle) -> None:
         }  # fmt: skip
         assert {name: each.metric(name) for name in expected} == expected
         assert each.metric("reft_cache_bytes") > 0 and each.metric("reft_bank_bytes") > 0
+
+
+def test_metrics_know_no_word_of_a_client(served: Served) -> None:
+    for method in ("FOO1", "FOO2"):
+        with _connection(served) as sock:
+            sock.sendall(f"{method} /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            while sock.recv(1 << 16):
+                pass
+    assert "FOO" not in served.http().get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "base", "messages": [{"role": "user", "content": [{}] * 100_000}]},
+        {"model": "base", "messages": [{}] * 100_000},
+        {"model": "base", "prompt": [0.5] * 100_000},
+    ],
+)
+def test_a_body_of_many_faults_costs_what_one_does(body: dict[str, Any]) -> None:
+    """Each fault is an object of its own, which the framework copies: only the first is looked for."""
+    kind = ChatRequest if "messages" in body else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 20
 
 
 def test_stopping_lets_what_runs_finish(bundle: Bundle) -> None:
