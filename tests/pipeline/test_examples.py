@@ -21,6 +21,7 @@ import runtimes
 from reft_export.quickstart import base_path
 from runtimes.edits.adapter import load_adapter
 from runtimes.generation import GenerationSettings
+from runtimes.rows import AdapterRows
 from runtimes.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,11 +125,20 @@ def test_the_example_of_a_docstring_runs(function, trained, tmp_path, monkeypatc
     for name, target in {"pirate": "pirate", "pirate-bundle": "bundle"}.items():
         (tmp_path / name).symlink_to(trained[0] / "examples-out" / target)
     (tmp_path / "base").symlink_to(base_path())
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "polite").symlink_to(tmp_path / "pirate")
     monkeypatch.chdir(tmp_path)
     public = {name: getattr(package, name) for package in (runtimes, reft_export) for name in package.__all__}
-    also = {"np": np, "Path": Path, "Tokenizer": Tokenizer, "GenerationSettings": GenerationSettings, "load_adapter": load_adapter}
-    ids = torch.tensor([[5, 6, 7]])
-    exec(dedent(inspect.getdoc(function).partition("Example::\n")[2]), {**public, **also, "ids": ids, "mask": torch.ones_like(ids)})
+    also = {
+        "np": np,
+        "Path": Path,
+        "Tokenizer": Tokenizer,
+        "GenerationSettings": GenerationSettings,
+        "load_adapter": load_adapter,
+        "AdapterRows": AdapterRows,
+    }
+    ids = np.array([[5, 6, 7]] * 3) if function is runtimes.open_bank else torch.tensor([[5, 6, 7]])
+    exec(dedent(inspect.getdoc(function).partition("Example::\n")[2]), {**public, **also, "ids": ids, "mask": ids * 0 + 1})
 
 
 @pytest.mark.slow
