@@ -20,27 +20,25 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Condition, Event, RLock, Thread
+from threading import Condition, RLock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
-from runtimes.bank import RULE, AdapterBank, BankFull
-from runtimes.edits.op import FIRST_SLOT, PROMPT_LENGTH
-from runtimes.edits.positions import slots_of
-from runtimes.edits.strength import Steering, at_strength
+from runtimes.bank import AdapterBank, BankFull
+from runtimes.batch_rows import BatchPool, BatchRow, Ticket
+from runtimes.edits.strength import at_strength
 from runtimes.errors import InputError, ReftError
-from runtimes.generation import Continuation, Generation, GenerationSettings, prefill_columns
+from runtimes.generation import Continuation, GenerationSettings, prefill_columns
 from runtimes.kv_cache import bytes_per_token
 from runtimes.memory import available_memory
-from runtimes.prefixes import Prefix, Prefixes
+from runtimes.prefixes import Prefixes
 from runtimes.rows import AdapterRows
 from runtimes.session import Session
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
 if TYPE_CHECKING:
-    from runtimes.ort.row_pool import RowPool
     from runtimes.ort.session import OrtSession
 
 CHUNK = 128
@@ -81,179 +79,6 @@ class Load:
     prefix_bytes: int
 
 
-class Ticket:
-    """One request's place in the batch, and its answer."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        adapter: Steering | None,
-        columns: int,
-        *,
-        scope: Hashable = None,
-        on_end: Callable[[Ticket], None] | None = None,
-    ) -> None:
-        self.prompt = prompt
-        self.scope = scope
-        self.adapter = adapter
-        """By its name, or at a strength; None: the base."""
-        self.columns = columns
-        """That its row needs in the end."""
-        self.cancelled = False
-        self.reused = 0
-        """Tokens of the prompt whose keys and values were there already."""
-        self._done = Event()
-        self._answer: Generation | None = None
-        self._error: BaseException | None = None
-        self._on_end = on_end
-
-    def cancel(self) -> None:
-        """Leaves the batch before its next step; the answer is then what there was, with finish_reason "cancelled"."""
-        self.cancelled = True
-
-    @property
-    def done(self) -> bool:
-        return self._done.is_set()
-
-    def result(self, timeout: float | None = None) -> Generation:
-        """Waits for the answer. Raises what ended the request without one, and TimeoutError."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"no answer within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None
-        return self._answer
-
-    def end(self, answer: Generation | None = None, error: BaseException | None = None) -> None:
-        """Called by the batcher, once."""
-        self._answer, self._error = answer, error
-        self._done.set()
-        if self._on_end is not None:
-            with suppress(Exception):  # the batch goes on, whatever its listeners do
-                self._on_end(self)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Row:
-    """A request that has a row of the cache."""
-
-    ticket: Ticket
-    continuation: Continuation
-    pool: _Pool
-    index: int = 0
-    fed: int = 0
-    """Tokens in the cache."""
-    on_token: Callable[[int, np.ndarray], None] | None = None
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.ticket.prompt
-
-
-class _Pool:
-    """Rows of one capacity: those that decode first, then those whose prompt is being fed."""
-
-    def __init__(self, pool: RowPool) -> None:
-        self._pool = pool
-        self.rows: list[_Row] = []
-        self.decoding = 0
-        self.used = 0
-        """Rows that were ever used, whose memory is taken."""
-
-    @property
-    def capacity(self) -> int:
-        return self._pool.cache.capacity
-
-    def join(self, row: _Row) -> None:
-        """Raises what loading its adapter raises."""
-        if self._pool.rows is not None:
-            self._pool.rows.append(row.ticket.adapter)
-        row.index = len(self.rows)
-        self.rows.append(row)
-        self.used = max(self.used, len(self.rows))
-
-    def feed(self, row: _Row, count: int) -> np.ndarray:
-        """Logits behind the next ``count`` tokens of its prompt."""
-        ids = np.array(row.prompt[row.fed : row.fed + count], np.int64)
-        logits = self._pool.feed(row.index, ids, row.fed, len(row.prompt))
-        row.fed += count
-        return logits
-
-    def decode(self) -> np.ndarray:
-        """Logits [n, V] behind the last token of every row that decodes."""
-        rows = self.rows[: self.decoding]
-        tokens = np.array([row.continuation.tokens[-1] for row in rows], np.int64)
-        lengths, prompts = (np.array(each, np.int64) for each in ([row.fed for row in rows], [len(row.prompt) for row in rows]))
-        logits = self._pool.decode(tokens, lengths, prompts)
-        for row in rows:
-            row.fed += 1
-        return logits
-
-    def reuse(self, row: _Row, prefixes: Prefixes) -> None:
-        """Begins with what an earlier prompt left."""
-        columns, count = prefixes.find(self._key(row), np.array(row.prompt), self._slots(row, len(row.prompt)))
-        if count:
-            self._pool.cache.write_row(row.index, columns, count)
-            row.fed = row.ticket.reused = count
-
-    def keep(self, row: _Row, prefixes: Prefixes) -> None:
-        """Keeps what the row's tokens left in the cache."""
-        if prefixes.most and row.fed:
-            tokens = np.array([*row.prompt, *row.continuation.tokens][: row.fed])
-            columns = self._pool.cache.read_row(row.index, row.fed)
-            prefixes.keep(Prefix(key=self._key(row), tokens=tokens, slots=self._slots(row, row.fed), columns=columns))
-
-    def _key(self, row: _Row) -> Hashable:
-        name, rows = row.ticket.adapter, self._pool.rows
-        steering = None if name is None or rows is None else (name, rows.bank.load_number(name))
-        return row.ticket.scope, steering
-
-    def _slots(self, row: _Row, count: int) -> np.ndarray:
-        """Those of its first ``count`` tokens, as if its adapter's slots began at 0."""
-        rule: dict[str, np.ndarray] = {}
-        if self._pool.rows is not None:
-            rule = dict(zip(RULE, self._pool.rows.rules(range(row.index, row.index + 1)), strict=True))
-        rule |= {FIRST_SLOT: np.zeros(1, np.int64), PROMPT_LENGTH: np.array([len(row.prompt)], np.int64)}
-        return slots_of(rule, np.ones((1, count), np.int64), count)[0]
-
-    def begin(self, row: _Row) -> None:
-        """Its prompt is fed: from the next step on it decodes."""
-        self._swap(row.index, self.decoding)
-        self.decoding += 1
-
-    def leave(self, row: _Row) -> None:
-        if row.index < self.decoding:
-            self.decoding -= 1
-            self._move_out(row, self.decoding)
-        self._move_out(row, len(self.rows) - 1)
-        self.rows.pop()
-        if self._pool.rows is not None:
-            self._pool.rows.remove(len(self.rows))
-
-    def close(self) -> None:
-        if self._pool.rows is not None:
-            self._pool.rows.release()
-
-    def _move_out(self, row: _Row, index: int) -> None:
-        """``row``, which is over, changes places with the one at ``index``: that one's columns alone matter."""
-        if row.index != index:
-            other = self.rows[index]
-            self._pool.cache.copy_row(index, row.index, other.fed)
-            self._exchange(row.index, index)
-
-    def _swap(self, one: int, other: int) -> None:
-        if one != other:
-            self._pool.cache.swap_rows(one, other, max(self.rows[one].fed, self.rows[other].fed))
-            self._exchange(one, other)
-
-    def _exchange(self, one: int, other: int) -> None:
-        rows, adapters = self.rows, self._pool.rows
-        rows[one], rows[other] = rows[other], rows[one]
-        rows[one].index, rows[other].index = one, other
-        if adapters is not None:
-            adapters.swap(one, other)
-
-
 class Batcher:
     """Runs requests on ``session`` in one batch that changes between steps; a context manager, whose thread runs the steps.
 
@@ -290,9 +115,9 @@ class Batcher:
         room = available_memory()
         self._cache_bytes = cache_bytes if cache_bytes is not None else None if room is None else int(CACHE_SHARE * room)
         self._prefixes = Prefixes(min((self._cache_bytes or 0) // 4, PREFIX_BYTES) if prefix_bytes is None else prefix_bytes)
-        self._pools: dict[int, _Pool] = {}
+        self._pools: dict[int, BatchPool] = {}
         self._waiting: deque[tuple[Ticket, Continuation, Callable[[int, np.ndarray], None] | None]] = deque()
-        self._prefilling: deque[_Row] = deque()
+        self._prefilling: deque[BatchRow] = deque()
         self._changed = Condition(RLock())
         self._closing = self._dropping = False
         self._blocked: Ticket | None = None
@@ -455,7 +280,7 @@ class Batcher:
             size = self._class_of(ticket.columns)
             if (ticket is self._blocked and self._live()) or not self._fits(size):
                 return
-            row = _Row(ticket=ticket, continuation=continuation, pool=self._pool_of(size), on_token=on_token)
+            row = BatchRow(ticket=ticket, continuation=continuation, pool=self._pool_of(size), on_token=on_token)
             try:
                 if ticket.cancelled:  # its adapter may be on its way out
                     self._answer(ticket, continuation, "cancelled")
@@ -496,7 +321,7 @@ class Batcher:
             row.pool.begin(row)
             self._push(row, logits)
 
-    def _decode(self, pool: _Pool) -> None:
+    def _decode(self, pool: BatchPool) -> None:
         rows = pool.rows[: pool.decoding]
         try:
             logits = pool.decode()
@@ -507,7 +332,7 @@ class Batcher:
         for row, own in zip(rows, logits, strict=True):
             self._push(row, own)
 
-    def _push(self, row: _Row, logits: np.ndarray) -> None:
+    def _push(self, row: BatchRow, logits: np.ndarray) -> None:
         """Chooses the row's next token; a row that is over leaves."""
         answer = row.continuation
         try:
@@ -522,7 +347,7 @@ class Batcher:
         elif len(answer.tokens) == answer.settings.max_new_tokens:
             self._finish(row, "length")
 
-    def _finish(self, row: _Row, reason: str) -> None:
+    def _finish(self, row: BatchRow, reason: str) -> None:
         row.pool.keep(row, self._prefixes)
         self._leave(row)
         self._answer(row.ticket, row.continuation, reason)
@@ -534,11 +359,11 @@ class Batcher:
         except Exception as e:  # of whoever listens
             ticket.end(error=e)
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: BatchRow, error: Exception) -> None:
         self._leave(row)
         row.ticket.end(error=error)
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: BatchRow) -> None:
         self._blocked = None
         if row in self._prefilling:
             self._prefilling.remove(row)
@@ -569,10 +394,10 @@ class Batcher:
                 self._pools.pop(other).close()
         return self._taken() + size * self._row_bytes <= self._cache_bytes
 
-    def _pool_of(self, size: int) -> _Pool:
+    def _pool_of(self, size: int) -> BatchPool:
         if size not in self._pools:
             rows = AdapterRows(self._bank) if self._bank is not None and self._bank.bundle.nodes else None
-            pool = _Pool(self._session.open_pool(rows, self._most_rows, size))
+            pool = BatchPool(self._session.open_pool(rows, self._most_rows, size))
             with self._changed:
                 self._pools[size] = pool
         return self._pools[size]

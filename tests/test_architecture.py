@@ -28,8 +28,8 @@ BACKENDS = {
 starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version machine precision native_library native files edits artifacts bank_files stacked bank rows text session "
-    "memory kv_cache in_place ort tensorrt generation prefixes batching parity bench batch_bench tasks golden open first_steps upgrade "
-    "serving",
+    "memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
+    "first_steps upgrade serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold tensorrt_graph fold edge_llm",
     "reft_export": "console base composing eager evaluation tasks bundling training importing parity "

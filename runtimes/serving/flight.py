@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.batching import Batcher, Ticket
+from runtimes.batch_rows import Ticket
+from runtimes.batching import Batcher
 from runtimes.generation import Generation, GenerationSettings
 from runtimes.serving.refusals import Refusal
 

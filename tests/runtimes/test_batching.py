@@ -20,7 +20,8 @@ import runtimes.batching
 import runtimes.prefixes
 from runtimes.artifacts.bundle import Bundle
 from runtimes.bank import AdapterBank
-from runtimes.batching import Batcher, QueueFull, Ticket
+from runtimes.batch_rows import Ticket
+from runtimes.batching import Batcher, QueueFull
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import slots
 from runtimes.errors import BundleError, InputError, ReftError

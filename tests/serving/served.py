@@ -56,6 +56,16 @@ def toy(folder: Path) -> Bundle:
     return change_manifest(bundle)
 
 
+class SlowBatcher(Batcher):
+    """Whose steps take ``seconds`` beside their own."""
+
+    seconds = 0.0
+
+    def step(self) -> bool:
+        time.sleep(self.seconds)
+        return super().step()
+
+
 @contextmanager
 def serving(
     bundle: Bundle, settings: ServeSettings = ServeSettings(), *, slow: float = 0.0, bank_bytes: int | None = None, **batcher: Any
@@ -65,10 +75,8 @@ def serving(
     tokenizer, bank = Tokenizer.load(bundle.folder, bundle.manifest.model), AdapterBank(bundle, max_bytes=bank_bytes)
     lines: list[str] = []
     started: list[str] = []
-    with Batcher(session, tokenizer, bank, **batcher) as running_batch:
-        if slow:
-            step = running_batch.step
-            running_batch.step = lambda: (time.sleep(slow), step())[1]  # type: ignore[method-assign]
+    with SlowBatcher(session, tokenizer, bank, **batcher) as running_batch:
+        running_batch.seconds = slow
         server = TextServer(running_batch, bank, tokenizer, settings)
         with bind("127.0.0.1", 0) as bound:
             running = Running(server, bound, started.append, log=lines.append)

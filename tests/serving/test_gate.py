@@ -174,8 +174,8 @@ async def _forever() -> None:
 
 def test_a_full_queue_and_too_many_requests_say_when_to_come_back(bundle: Bundle) -> None:
     with serving(bundle, slow=0.05, most_rows=1, queue=1) as each:
-        streams = [iter(each.client().completions.create(**LONG))]
-        next(streams[0])
+        running = each.client().completions.create(**LONG)
+        next(iter(running))
         waiting = threading.Thread(target=lambda: list(each.client().completions.create(**{**LONG, "max_tokens": 2})))
         waiting.start()
         until(lambda: each.server.batcher.load.waiting == 1)
@@ -183,7 +183,7 @@ def test_a_full_queue_and_too_many_requests_say_when_to_come_back(bundle: Bundle
             each.client().completions.create(**ASK)
         assert caught.value.code == "queue_full" and int(caught.value.response.headers["Retry-After"]) >= 1
         assert each.metric("reft_waiting") == 1 and each.metric("reft_rows_decoding") == 1
-        streams[0].close()  # type: ignore[attr-defined]
+        running.close()
         waiting.join(20)
     with serving(bundle, ServeSettings(concurrency=1), slow=0.05) as each:
         first = iter(each.client().completions.create(**LONG))
