@@ -33,7 +33,7 @@ def package(
 
     if not archive or wheels is None or output is None:
         missing = [name for name, given in {"--archive": archive, "--wheels": wheels, "-o": output}.items() if not given]
-        raise InputError(f"{', '.join(missing)} is missing: reft-export package BUNDLE --archive --wheels WHEELS -o OUT")
+        raise InputError(f"missing: {', '.join(missing)}; say reft-export package BUNDLE --archive --wheels WHEELS -o OUT")
     opened = open_artifact(bundle, verify=True)
     with progress() as report:
         report("packing")

@@ -102,6 +102,8 @@ def _check(server: TextServer, name: str, work: Path) -> None:
     try:
         server.bank.check(ListedAdapter(name=name, size=0, folder=work))
     except ReftError as e:
+        if PROBES_FILE in str(e) and not (work / PROBES_FILE).exists():
+            raise Refusal(400, f"{CONFIG_FILE} lists probes; send {PROBES_FILE}, too", param=PROBES_FILE, code="missing_file") from e
         said = str(e).replace(str(work), name).replace(str(server.bank.bundle.folder), "the bundle")
         raise Refusal(400, said, code="invalid_adapter") from e
 

@@ -10,9 +10,11 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import Response
 
 from runtimes.batching import QueueFull
-from runtimes.errors import ReftError
+from runtimes.errors import AdapterError, BundleError, ReftError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNUSABLE = (AdapterError, BundleError)
+"""Of files on the server, whose places are told to its log alone."""
 LONGEST = 600
 """Characters of a message: what it quotes is a stranger's."""
 
@@ -51,6 +53,8 @@ def refusal_of(error: BaseException, retry_after: int = 1) -> Refusal:
         return error
     if isinstance(error, QueueFull):
         return Refusal(429, str(error), code="queue_full", headers={"Retry-After": str(retry_after)})
+    if isinstance(error, UNUSABLE):
+        return Refusal(500, "this adapter cannot be used; the server's log says why", code="adapter_unusable")
     if isinstance(error, ReftError) and error.exit_code == 2:
         return Refusal(400, str(error), code="context_length_exceeded" if "exceed the context" in str(error) else None)
     return Refusal(500, "the server failed to answer; its log says why", code="internal_error")

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from runtimes.serving.answers import Shape, shape_of
 from runtimes.serving.flight import Flight, Piece
 from runtimes.serving.gate import GONE, RECORD, Receive, Send, asker, place_of
-from runtimes.serving.refusals import Refusal, json_response, json_text, refusal_of
+from runtimes.serving.refusals import UNUSABLE, Refusal, json_response, json_text, refusal_of
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest
 from runtimes.serving.server import TextServer
 
@@ -54,7 +54,10 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
     record = request.scope[RECORD]
     with ExitStack() as stack:
         stack.enter_context(server.admitted())
-        asks = await asyncio.to_thread(server.asks, asked, asker(request.scope))
+        try:
+            asks = await asyncio.to_thread(server.asks, asked, asker(request.scope))
+        except UNUSABLE as e:
+            raise _refusal(e, server, record) from e
         record["adapter"] = asks[0].adapter
         shape = shape_of(asked, asks, server.tokenizer, server.fingerprint)
         flight = stack.enter_context(server.flight(asks, best=asked.best, streams=bool(asked.stream)))
@@ -79,7 +82,7 @@ def _refusal(error: Exception, server: TextServer, record: dict[str, Any]) -> Re
     """What the client is told; the log is told of a failure of ours where it was."""
     refusal = refusal_of(error, server.retry_after)
     if refusal is not error and refusal.status_code == 500:
-        record["error"] = place_of(error)
+        record["error"] = str(error) if isinstance(error, UNUSABLE) else place_of(error)
     return refusal
 
 

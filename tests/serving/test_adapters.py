@@ -200,6 +200,28 @@ def test_a_link_and_a_stranger_in_the_folder_stay(served: Served, home: Path, tm
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_probes_that_are_listed_come_along(served: Served, home: Path, tmp_path: Path) -> None:
+    probed = replace(NEW, probes=({"prompt": "Hi", "completion": "yes"},))
+    files = files_of(probed, tmp_path / "new")
+    answer = put(served, "mine", files)
+    assert answer.status_code == 400 and "send probes.jsonl, too" in answer.json()["error"]["message"] and not os.listdir(home)
+    files["probes.jsonl"] = (tmp_path / "new" / "probes.jsonl").read_bytes()
+    assert put(served, "mine", files).status_code == 201 and text(served, "mine")
+
+
+def test_a_damaged_adapter_of_the_folder_is_told_to_the_log(bundle: Bundle, home: Path, tmp_path: Path) -> None:
+    """The client is told no place on this machine."""
+    save_adapter(NEW, home / "mine")
+    with (home / "mine" / "adapter.safetensors").open("ab") as damaged:
+        damaged.write(b"x")
+    with serving(bundle, ServeSettings(adapters=home)) as served:
+        answer = served.http().post("/v1/completions", json={**ASK, "model": "mine"})
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "adapter_unusable"
+        assert str(home) not in answer.text
+        until(lambda: any("does not match its sha256" in line for line in served.lines))
+        assert served.http().post("/v1/completions", json={**ASK, "model": "base"}).status_code == 200
+
+
 def test_without_a_folder_nothing_is_uploaded(bundle: Bundle, tmp_path: Path) -> None:
     with serving(bundle, ServeSettings(admin_token=ADMIN)) as served:
         answer = put(served, "mine", files_of(NEW, tmp_path / "new"))
