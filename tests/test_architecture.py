@@ -29,7 +29,7 @@ starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version machine precision native_library native files edits artifacts bank_files stacked bank rows text session "
     "memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
-    "first_steps upgrade serving",
+    "conversation first_steps upgrade serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold tensorrt_graph fold edge_llm",
     "reft_export": "console base composing eager evaluation tasks bundling training importing parity "
@@ -168,7 +168,7 @@ def test_the_product_knows_nothing_of_its_tests() -> None:
 
 TASK_NAMES = {"TEXT_GENERATION", "TEXT_CLASSIFICATION", "text-generation", "text-classification"}
 DEVICE_VERBS = [
-    ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "classify", "parity", "bench", "inspect", "serve")
+    ROOT / "reft_export" / "cli" / f"{verb}.py" for verb in ("run", "answer", "converse", "classify", "parity", "bench", "inspect", "serve")
 ]
 
 

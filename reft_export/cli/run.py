@@ -13,8 +13,8 @@ from reft_export.cli.run_options import RunOptions
 from reft_export.console import err, escape
 
 GENERATION = (
-    "strength", "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop",
-    "prefill_chunk",
+    "interactive", "strength", "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed",
+    "stop", "prefill_chunk",
 )  # fmt: skip
 """Parameters that mean nothing for a classifier."""
 
@@ -36,6 +36,10 @@ def run(
             "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed` and `stop`.",
         ),
     ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", "-i", help="A conversation, whose KV cache is kept over its turns; /help says its commands."),
+    ] = False,
     pair: Annotated[
         list[str] | None, typer.Option("--pair", help="Of a classifier: the second text of a pair; repeat with --prompt.")
     ] = None,
@@ -79,7 +83,7 @@ def run(
 
     A classifier says the label of each text, and the probabilities of all labels.
     """
-    from reft_export.cli import answer, classify
+    from reft_export.cli import answer, classify, converse
     from runtimes.artifacts.bundle import not_held
     from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
     from runtimes.errors import InputError
@@ -87,8 +91,10 @@ def run(
 
     check_session_options(provider, kernel)
     check_choice("--chat", chat, ("auto", "always", "never"))
-    if bool(prompt) == bool(prompts):
-        raise InputError("give either --prompt TEXT (-p) or --prompts FILE.jsonl")
+    if interactive:
+        refuse_given(context, ("prompts",), "answers that are known beforehand, and --interactive is a conversation")
+    elif bool(prompt) == bool(prompts):
+        raise InputError("give either --prompt TEXT (-p) or --prompts FILE.jsonl, or --interactive (-i)")
     options = RunOptions(
         prompt=prompt or [],
         prompts=prompts,
@@ -117,7 +123,7 @@ def run(
         if adapter in opened.manifest.not_held:
             err.print(f"[yellow]note:[/] {escape(not_held(bundle, adapter))}")
     prepare, refused, why = {
-        TEXT_GENERATION: (answer.prepare, ("pair",), f"a classifier's, and {bundle} generates text"),
+        TEXT_GENERATION: ((converse if interactive else answer).prepare, ("pair",), f"a classifier's, and {bundle} generates text"),
         TEXT_CLASSIFICATION: (classify.prepare, GENERATION, f"for text generation, and {bundle} is a classifier"),
     }[opened.manifest.task]
     refuse_given(context, refused, why)

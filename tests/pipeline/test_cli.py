@@ -71,9 +71,9 @@ SURFACE = {
         "--max-slots", "--max-rank", "--timing-cache", "--workspace", "--weight-streaming", "--force", "--dry-run", "--json",
     },
     "run": {
-        "--prompt", "--prompts", "--pair", "--adapter", "--strength", "--provider", "--kernel", "--threads", "--chat", "--system",
-        "--stream", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop", "--batch-size",
-        "--prefill-chunk", "--verify", "--json",
+        "--prompt", "--prompts", "--interactive", "--pair", "--adapter", "--strength", "--provider", "--kernel", "--threads", "--chat",
+        "--system", "--stream", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop",
+        "--batch-size", "--prefill-chunk", "--verify", "--json",
     },
     "serve": {
         "--adapters", "--host", "--port", "--api-key", "--admin-token", "--rows", "--queue", "--concurrency", "--max-tokens",
