@@ -12,8 +12,9 @@ operators of other domains than ONNX's, but for its plugins and the functions th
     reft.first_logit   none either, and its Slice goes: every column has logits, and the session takes the last ones off the device
     LoReFT, RED        the plugin's (without a function to fall back to), or the function in its per-token form
     CumSum             of whole numbers: a product with a triangle of ones (cumulative_sum.py)
-    all else           as it was: the KV cache is ordinary inputs and outputs, casts around float32 islands are explicit in the graph,
-                       which is what a strongly typed network wants, and DequantizeLinear and QuantizeLinear pass through
+    present.*          where asked for the new columns alone, not all of the KV cache (new_columns.py)
+    all else           as it was: casts around float32 islands are explicit in the graph, which is what a strongly typed network wants, and
+                       DequantizeLinear and QuantizeLinear pass through
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from graph_passes.cumulative_sum import replace_cumulative_sums
 from graph_passes.first_logit import remove_first_logit
 from graph_passes.function_body import use_bodies
 from graph_passes.insert import banks_of, is_edit
+from graph_passes.new_columns import give_new_columns
 from graph_passes.shape_inputs import shape_inputs
 from graph_passes.tied_head import write_out
 from graph_passes.unfold import unfold_graph
 from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.values import EngineCache
 from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import EngineError, GraphError
 
@@ -53,13 +56,17 @@ class EngineGraph:
     outputs: tuple[TensorRecord, ...]
     edit_nodes: int
     """LoReFT and RED nodes that are left: as many plugin layers, where the plugin is used."""
+    cache: EngineCache = "whole"
 
 
-def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str, np.ndarray] | None = None) -> EngineGraph:
+def derive_tensorrt_graph(
+    model: ir.Model, *, plugin: bool, freeze: Mapping[str, np.ndarray] | None = None, new_columns: bool = False
+) -> EngineGraph:
     """Changes ``model``, a bundle's graph, into the one that TensorRT reads; weights stay where they are.
 
     ``freeze``: every bank and, where the graph computes slots, every rule of one adapter by input name; {} removes the edits altogether
-    (the base). None leaves them all as inputs. ``plugin``: the edits are left to the plugin, else to their functions.
+    (the base). None leaves them all as inputs. ``plugin``: the edits are left to the plugin, else to their functions. ``new_columns``:
+    a step gives out what is new in the KV cache, where every layer joins it to the past (the result's ``cache`` says whether it does).
 
     Raises EngineError for operators that TensorRT does not have and for inputs whose numbers decide shapes, GraphError where ``freeze``
     does not fit the graph.
@@ -80,11 +87,13 @@ def derive_tensorrt_graph(model: ir.Model, *, plugin: bool, freeze: Mapping[str,
             del model.functions[identifier]
     else:
         use_bodies(model, per_token=True)
+    columns = new_columns and give_new_columns(model.graph)
     return EngineGraph(
         model=model,
         inputs=tuple(map(_record, model.graph.inputs)),
         outputs=tuple(map(_record, model.graph.outputs)),
         edit_nodes=sum(map(is_edit, model.graph)),
+        cache="columns" if columns else "whole",
     )
 
 

@@ -31,7 +31,7 @@ BOTTOM_TO_TOP = {
     "memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
     "conversation first_steps upgrade serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
-    "tied_head slots first_logit insert unfold tensorrt_graph fold edge_llm",
+    "tied_head slots first_logit insert unfold new_columns tensorrt_graph fold edge_llm",
     "reft_export": "console base composing eager evaluation tasks bundling training importing parity "
     "folding adding quantizing exporting building packaging quickstart forecast op_bench bench_plot cli",
 }

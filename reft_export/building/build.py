@@ -99,6 +99,7 @@ def _manifest(plan: BuildPlan, settings: BuildSettings, result: BuildResult, gra
         frozen=settings.freeze,
         inputs=plan.graph.inputs,
         outputs=plan.graph.outputs,
+        cache=plan.graph.cache,
         profiles=plan.profiles,
         weight_streaming=settings.weight_streaming,
         build_seconds=result.seconds,

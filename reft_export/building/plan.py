@@ -94,7 +94,7 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     model = load_graph(bundle.graph_path)
     _refuse_in_place(bundle, model)
     check_recorded(bundle, model)
-    graph = derive_tensorrt_graph(model, plugin=plugin is not None, freeze=banks)
+    graph = derive_tensorrt_graph(model, plugin=plugin is not None, freeze=banks, new_columns=_takes_pads_between(bundle))
     builder, capabilities = _builder(settings, notes)
     if plugin is not None:
         check_kernels(plugin, capabilities)
@@ -138,6 +138,16 @@ def _refuse_in_place(bundle: Bundle, model: ir.Model) -> None:
             f"{bundle.folder} was exported for onnxruntime ({count} {ATTENTION} nodes, which TensorRT does not have); export it for "
             f"TensorRT: `reft-export export -m {bundle.manifest.model.name}{adapters} -o OUT --target tensorrt`"
         )
+
+
+def _takes_pads_between(bundle: Bundle) -> bool:
+    """Whether pads may stand between a row's past and its new tokens, as in a KV cache that is wider than what is in it.
+
+    The gate held the graph to that, padded on the right, where it tells positions apart by what it is given; a window counts columns.
+    """
+    manifest = bundle.manifest
+    told = any(record.name == "position_ids" for record in manifest.inputs)
+    return told and manifest.padding == "left" and manifest.model.sliding_window is None
 
 
 def _builder(settings: BuildSettings, notes: list[str]) -> tuple[str, tuple[str, ...]]:

@@ -166,6 +166,7 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         "plugin": "none: the edit is expanded" if e.plugin is None else f"{e.plugin.file} ({e.plugin.sha256[:16]})",
         "frozen": e.frozen or "nothing: adapters swap",
         "weight streaming": e.weight_streaming,
+        "cache": {"whole": "all of it at every step", "columns": "new columns at every step"}[e.cache],
         "bundle": e.bundle_digest,
         "graph": e.graph_digest,
         "built in": f"{e.build_seconds:.1f} s by {e.created_by}",

@@ -34,7 +34,7 @@ from runtimes.artifacts.bundle import (
     read_manifest,
 )
 from runtimes.artifacts.engine_adapter import read_engine_adapter
-from runtimes.artifacts.values import Target
+from runtimes.artifacts.values import EngineCache, Target
 from runtimes.errors import BundleError
 from runtimes.files.folders import UNPROVEN, marker
 from runtimes.files.records import RecordError, from_json, to_json
@@ -94,6 +94,8 @@ class EngineManifest:
     """The adapter whose banks became constants ("base": no adapter's); None where adapters are engine inputs and swap."""
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
+    cache: EngineCache = "whole"
+    """What ``present.*`` are; engines that do not say give all of it."""
     profiles: tuple[Profile, ...]
     weight_streaming: bool
     build_seconds: float

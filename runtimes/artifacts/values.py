@@ -29,6 +29,8 @@ Scheme = Literal["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp
 QuantizationMethod = Literal["imatrix", "rtn", "hqq", "k_quant"]
 Target = Literal["tensorrt", "tensorrt-rtx"]
 """Of an engine."""
+EngineCache = Literal["whole", "columns"]
+"""What an engine's step gives out of the KV cache: all of it, or the new columns alone."""
 
 
 def known(kind: Any, value: str, name: str) -> Any:

@@ -36,6 +36,12 @@ class DeviceBuffers:
         self._buffers[name] = (self._device.allocate(size), size)
         return self._buffers[name][0]
 
+    def release(self, name: str) -> None:
+        """Gives its memory back once everything that was queued is done."""
+        address, _ = self._buffers.pop(name)
+        self._device.synchronize()
+        self._device.free(address)
+
     def address(self, name: str) -> int:
         return self._buffers[name][0]
 
@@ -51,7 +57,8 @@ class CacheTensor:
 
 
 class DeviceCache:
-    """The KV cache of one batch, every tensor on two sides: a step reads one and writes the other.
+    """The KV cache of one batch in an engine whose steps give out all of it, every tensor on two sides: a step reads one and writes the
+    other.
 
     The live side holds [B, heads, columns, dim], of which the last ``width`` columns are the cache and the others, on the left, zeros:
     pads that a mask of 0 must cover. (Pads are zeros, as attention multiplies what it masked by 0, and 0 * NaN is NaN.)
@@ -73,8 +80,12 @@ class DeviceCache:
         self.batch, self.columns, self.width, self._live = batch, 0, 0, 0
         self._reserve(0, 1)
 
-    def shapes(self, added: int = 0) -> dict[str, tuple[int, int, int, int]]:
-        """The shape of every tensor on the live side, with so many columns ``added``."""
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """The shape of every tensor on the live side."""
+        return self.new_shapes(0)
+
+    def new_shapes(self, added: int) -> dict[str, tuple[int, int, int, int]]:
+        """Of what a step of ``added`` columns writes: all of the cache, and them."""
         return {t.name: (self.batch, t.heads, self.columns + added, t.dim) for t in self._tensors}
 
     def past_addresses(self) -> Mapping[str, int]:

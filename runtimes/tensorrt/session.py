@@ -1,12 +1,19 @@
 """Runs an engine in TensorRT or TensorRT-RTX: the KV cache stays on the device, adapters are swapped by rebinding their addresses.
 
-A step reads the cache from one side of a pair of buffers and writes the whole of it to the other; with the sides in turn nothing is
-copied, and the shapes grow by every step. A decode step is short, and much of it is the launching of its kernels, which a CUDA graph
-saves; but a graph replays fixed shapes and addresses. So with ``cuda_graphs`` a decode step sees a cache of a bucket's width:
+A decode step is short, and much of it is the launching of its kernels, which a CUDA graph saves; but a graph replays fixed shapes and
+addresses. So a step sees a cache of a bucket's width, W the next multiple of 64, whose pads are zeros under a mask of 0; position_ids and
+slots count real tokens. Where the engine's steps give out their new columns alone (``cache`` of its manifest, column_cache.py):
 
-    past  [B, heads, W, dim]    W the next multiple of 64; the cache at the end, zeros before it
-    mask  [B, W + 1]            0 over those pads; position_ids and slots count real tokens, and windows count columns from the end
-    then  past = present[:, :, 1:]     the oldest pad falls out, and the next step has the same shapes and addresses
+    past     [B, heads, W, dim]    the cache, and pads behind it
+    mask     [B, W + S]            1 over the cache, 0 over the pads, and the new columns'
+    present  [B, heads, S, dim]    is copied to behind the cache, and the next step has the same shapes and addresses
+
+An engine whose attention has a window, which counts columns, gives out the whole cache (device_cache.py). Without ``cuda_graphs`` a step
+reads one side of a pair of buffers and writes the other, and shapes grow; with them
+
+    past     [B, heads, W, dim]    pads, and the cache at the end: windows count columns from there
+    mask     [B, W + 1]
+    then     past = present[:, :, 1:]     the oldest pad falls out
 
 One graph replays for every step of a bucket; at its end the cache is laid out in the next one. TensorRT wants one ordinary run after
 every change of a shape, so a graph is captured on a binding's second use; and a graph is void when anything in its context is set anew,
@@ -19,7 +26,7 @@ Not yet run on a GPU: tested with a double of TensorRT and of CUDA whose engine 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +38,7 @@ from runtimes.errors import InputError, ReftError
 from runtimes.rows import AdapterRows
 from runtimes.session import ClosedAtEnd, Past, StepOutput, check_step, closed, step_inputs
 from runtimes.tensorrt.adapters import DeviceAdapters
+from runtimes.tensorrt.column_cache import ColumnCache
 from runtimes.tensorrt.cuda_device import CudaDevice
 from runtimes.tensorrt.device_cache import CacheTensor, DeviceBuffers, DeviceCache
 from runtimes.tensorrt.library import check_device, load_tensorrt, present_compute_capability, tensorrt_version
@@ -78,7 +86,8 @@ class TensorRTSession(ClosedAtEnd):
         try:
             self._engine = loaded = LoadedEngine(engine, tensorrt, plugin)
             self._buffers = DeviceBuffers(self._device)
-            self._cache = DeviceCache(self._device, self._buffers, _cache_tensors(loaded))
+            kind = ColumnCache if engine.engine.cache == "columns" else DeviceCache
+            self._cache: ColumnCache | DeviceCache = kind(self._device, self._buffers, _cache_tensors(loaded))
             self._adapters = DeviceAdapters(engine, loaded, self._device, self._buffers)
             runtime_graphs = cuda_graphs and self.provider == "tensorrt-rtx"
             for profile in ("prefill", "decode"):
@@ -196,44 +205,67 @@ class TensorRTSession(ClosedAtEnd):
         self._number += 1
         if past is None:
             self._cache.start(batch)
-        return self._grow("prefill", arrays, added, last_logits)
+        if isinstance(self._cache, ColumnCache):
+            return self._append(self._cache, "prefill", arrays, added, last_logits)
+        return self._grow(self._cache, "prefill", arrays, added, last_logits)
 
     def _decode(self, arrays: Mapping[str, np.ndarray], last_logits: int | None) -> np.ndarray:
         self._check_limits("decode", arrays, self._cache.batch, self._cache.width)
         self._number += 1
+        if isinstance(self._cache, ColumnCache):
+            return self._append(self._cache, "decode", arrays, 1, last_logits)
         # A graph that counts columns itself would count the pads of a bucket.
         if not self.cuda_graphs or not self.takes_position_ids:
-            return self._grow("decode", arrays, 1, last_logits)
-        self._cache.lay_out(self._bucket())
-        mask = np.pad(arrays["attention_mask"], [(0, 0), (self._cache.pads, 0)])
-        context = self._contexts["decode"]
-        binding = self._binding({**arrays, "attention_mask": mask}, 1)
-        if not context.has(binding):
-            self._drop_graph()
+            return self._grow(self._cache, "decode", arrays, 1, last_logits)
+        return self._shift(self._cache, arrays, last_logits)
+
+    def _append(
+        self, cache: ColumnCache, profile: str, arrays: Mapping[str, np.ndarray], added: int, last_logits: int | None
+    ) -> np.ndarray:
+        """A step whose new columns are written behind the cache."""
+        cache.lay_out(self._bucket(cache.width))
+        mask, pads = arrays["attention_mask"], np.zeros((cache.batch, cache.columns - cache.width), arrays["attention_mask"].dtype)
+        mask = np.concatenate([mask[:, : cache.width], pads, mask[:, cache.width :]], 1)
+        binding, context = self._binding({**arrays, "attention_mask": mask}, added), self._contexts[profile]
+        if profile == "decode":
+            self._replay(context, binding, context.enqueue)
+        else:
             context.bind(binding)
-        self._replay(context)
+            context.enqueue()
+        cache.append(added, self._bucket(cache.width + added))
+        return self._logits(binding, last_logits)
+
+    def _shift(self, cache: DeviceCache, arrays: Mapping[str, np.ndarray], last_logits: int | None) -> np.ndarray:
+        """A decode step whose oldest pad falls out."""
+        cache.lay_out(self._bucket(cache.width))
+        mask = np.pad(arrays["attention_mask"], [(0, 0), (cache.pads, 0)])
+        binding, context = self._binding({**arrays, "attention_mask": mask}, 1), self._contexts["decode"]
+
+        def work() -> None:
+            context.enqueue()
+            cache.shift()
+
+        self._replay(context, binding, work)
         logits = self._logits(binding, last_logits)
-        self._cache.shifted()
+        cache.shifted()
         return logits
 
-    def _grow(self, profile: str, arrays: Mapping[str, np.ndarray], added: int, last_logits: int | None) -> np.ndarray:
+    def _grow(self, cache: DeviceCache, profile: str, arrays: Mapping[str, np.ndarray], added: int, last_logits: int | None) -> np.ndarray:
         """A step whose cache is as wide as it is, and wider after it."""
-        self._cache.lay_out(self._cache.width)
+        cache.lay_out(cache.width)
         context = self._contexts[profile]
         binding = self._binding(arrays, added)
         context.bind(binding)
         context.enqueue()
         logits = self._logits(binding, last_logits)
-        self._cache.turn(added)
+        cache.turn(added)
         return logits
 
-    def _replay(self, context: BoundContext) -> None:
-        """Runs the bound decode step and shifts the cache: as such at first, from a graph after that."""
-
-        def work() -> None:
-            context.enqueue()
-            self._cache.shift()
-
+    def _replay(self, context: BoundContext, binding: Binding, work: Callable[[], None]) -> None:
+        """``work`` of a decode step on ``binding``: queued as such at first, from a graph after that."""
+        if not context.has(binding):
+            self._drop_graph()
+            context.bind(binding)
         self._uses += 1
         if self.provider == "tensorrt-rtx" or self._uses == 1 or not self.cuda_graphs:
             work()
@@ -253,11 +285,11 @@ class TensorRTSession(ClosedAtEnd):
             self._device.free_graph(self._graph)
         self._graph, self._uses = None, 0
 
-    def _bucket(self) -> int:
-        """The width that the cache is laid out in: the next multiple of BUCKET, within what the decode profile takes."""
+    def _bucket(self, width: int) -> int:
+        """The columns that a cache of ``width`` is laid out in: the next multiple of BUCKET, within what the decode profile takes."""
         ranges = self._open.profile("decode").shapes
         limit = min(ranges[PAST + name].max[2] for name in self._cache.shapes())
-        return min(-(-self._cache.width // BUCKET) * BUCKET, limit)
+        return max(min(-(-width // BUCKET) * BUCKET, limit), width)
 
     def _check_limits(self, profile: str, arrays: Mapping[str, np.ndarray], batch: int, before: int) -> None:
         past = {PAST + name: (batch, shape[1], before, shape[3]) for name, shape in self._cache.shapes().items()}
@@ -278,7 +310,7 @@ class TensorRTSession(ClosedAtEnd):
         columns = 1 if self.bundle.manifest.logits == "last" else added
         logits = (self._cache.batch, columns, self.bundle.manifest.model.vocab_size)
         addresses["logits"] = self._buffers.reserve("logits", size_of(logits, self._open.outputs["logits"]))
-        outputs = {"logits": logits, **{PRESENT + name: shape for name, shape in self._cache.shapes(added).items()}}
+        outputs = {"logits": logits, **{PRESENT + name: shape for name, shape in self._cache.new_shapes(added).items()}}
         return Binding(inputs=inputs, outputs=outputs, addresses=addresses)
 
     def _logits(self, binding: Binding, last: int | None) -> np.ndarray:

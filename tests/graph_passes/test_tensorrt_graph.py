@@ -259,6 +259,43 @@ def test_exported_families_prefill_and_decode(family: str) -> None:
             rounding.check(got[1][name], got[0][name], EXPORTED_ROUNDING, name)
 
 
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "opt", "gpt_neox"))])
+def test_new_columns_behind_a_past_with_pads(family: str) -> None:
+    """A step gives out what is new; the past it reads is wider than what is in it, pads behind that under a mask of 0."""
+    model = export_decoder(build_decoder(family))
+    fold_graph(model, NODES)
+    derived = derive_tensorrt_graph(_copy(model), plugin=False, new_columns=True)
+    assert derived.cache == "columns"
+    onnx.checker.check_model(ir.to_proto(derived.model), full_check=True)
+    adapter = _banks(model) | _rule("f2+l2", tied=False) | {PROMPT_LENGTH: np.array([6])}
+    whole, new = session(model), session(derived.model)
+    names = [output.name for output in whole.get_outputs()]
+    past: dict[str, np.ndarray] | None = None
+    columns = 9
+    for ids in (np.array([[5, 9, 2, 7]]), np.array([[1, 8]]), np.array([[4]]), np.array([[3]])):
+        fed = feeds(whole, ids, past=past) | adapter
+        want = dict(zip(names, whole.run(None, fed), strict=True))
+        width = fed["attention_mask"].shape[1] - ids.shape[1]
+        if width:
+            for name in [name for name in fed if name.startswith("past_key_values.")]:
+                fed[name] = np.pad(fed[name], [(0, 0), (0, 0), (0, columns - width), (0, 0)])
+            fed["attention_mask"] = np.insert(fed["attention_mask"], [width] * (columns - width), 0, axis=1)
+        got = dict(zip(names, new.run(None, fed), strict=True))
+        for name in names:
+            rounding.check(got[name], want[name] if name == "logits" else want[name][:, :, width:], EXPORTED_ROUNDING, name)
+        past = want
+
+
+def test_a_cache_that_is_no_plain_join_is_given_out_whole() -> None:
+    model = _folded()
+    key = next(value for value in model.graph.outputs if value.name == "present.1.key")
+    key.producer().replace_input_with(1, key.producer().inputs[0])  # the past twice
+    before = [value.name for value in model.graph.outputs]
+    derived = derive_tensorrt_graph(model, plugin=False, new_columns=True)
+    assert derived.cache == "whole"
+    assert [record.name for record in derived.outputs] == before
+
+
 def test_planted_faults_are_seen() -> None:
     """A bank that is not bound, and one that is bound to the wrong node, change the numbers that the tests above compare."""
     model = _folded()

@@ -163,7 +163,9 @@ def test_precisions(cli, bundle_folder, tensorrt_plugin, precision, tmp_path) ->
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_other_families(cli, bundle_folder, family, tmp_path) -> None:
     _build(cli, bundle_folder(family, "fp16"), tmp_path / "engine", "--no-plugin", "--sm", 89)
-    assert open_engine(tmp_path / "engine").engine.outputs[0].name == "logits"
+    engine = open_engine(tmp_path / "engine").engine
+    assert engine.outputs[0].name == "logits"
+    assert engine.cache == {"gpt2": "columns", "gemma3_text": "whole"}[family], "a window counts columns"
 
 
 @pytest.mark.slow

@@ -343,7 +343,8 @@ class ContextDouble:
         if name == "logits":
             return (batch, record.shape[1] if isinstance(record.shape[1], int) else added, record.shape[2])
         past = self.shapes[name.replace("present.", "past_key_values.", 1)]
-        return (batch, past[1], past[2] + added, past[3])
+        new_alone = record.shape[2] == self.engine.inputs["input_ids"].shape[1]
+        return (batch, past[1], added if new_alone else past[2] + added, past[3])
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         missing = sorted(set(self.engine.names) - set(self.addresses)) + self.infer_shapes()

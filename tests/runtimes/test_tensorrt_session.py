@@ -30,7 +30,7 @@ from runtimes.open import open_bank
 from runtimes.ort.session import OrtSession
 from runtimes.rows import AdapterRows
 from runtimes.session import Session
-from runtimes.tensorrt import device_cache
+from runtimes.tensorrt import column_cache, device_cache
 from runtimes.tensorrt import session as tensorrt_session
 from runtimes.tensorrt.cuda_device import CudaDevice
 from runtimes.tensorrt.session import TensorRTSession
@@ -42,6 +42,8 @@ TOKENS = [5, 17, 40, 9, 77, 120, 3, 61]
 VARIANTS = [("all", "graph", True), ("all", "input", True), ("last", "graph", True), ("all", "graph", False)]
 """logits, slots, position_ids"""
 TARGETS = ["tensorrt", "tensorrt-rtx"]
+KINDS = ["columns", "whole"]
+"""What a step gives out of the KV cache."""
 Doubles = tuple[CudaDouble, TensorRTDouble]
 
 
@@ -53,12 +55,22 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Bundle]:
 
 @pytest.fixture(scope="module")
 def engines(bundles: dict[tuple, Bundle]) -> dict[tuple, Engine]:
-    return {v: write_toy_engine(b, b.folder.parent / f"{b.folder.name}-engine") for v, b in bundles.items()}
+    """By variant and kind."""
+    return {
+        (v, kind): write_toy_engine(b, b.folder.parent / f"{b.folder.name}-{kind}", columns=kind == "columns")
+        for v, b in bundles.items()
+        for kind in KINDS
+    }
 
 
 @pytest.fixture
 def engine(engines: dict[tuple, Engine]) -> Engine:
-    return engines[VARIANTS[0]]
+    return engines[VARIANTS[0], "columns"]
+
+
+@pytest.fixture
+def whole(engines: dict[tuple, Engine]) -> Engine:
+    return engines[VARIANTS[0], "whole"]
 
 
 @pytest.fixture
@@ -82,16 +94,17 @@ def forward(session: Session, tokens: list[int] = TOKENS) -> np.ndarray:
     return session.step(np.array([tokens]), np.ones((1, len(tokens)), np.int64)).logits[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "growing"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_greedy_generation_is_onnxruntimes_token_for_token(
-    bundles: dict, engines: dict, cuda: CudaDouble, bucket: int, variant: tuple, graphs: bool, chunk: int | None
+    bundles: dict, engines: dict, cuda: CudaDouble, bucket: int, variant: tuple, graphs: bool, chunk: int | None, kind: str
 ) -> None:
     """Padded batches, chunked prefill, several buckets, and one adapter after the other in one session."""
     expected = OrtSession(bundles[variant], threads=1)
     settings = GenerationSettings(max_new_tokens=24)
-    with TensorRTSession(engines[variant], cuda_graphs=graphs) as session:
+    with TensorRTSession(engines[variant, kind], cuda_graphs=graphs) as session:
         tokenizer = Tokenizer.load(session.bundle.folder)
         for name in (None, "ends", "prompt", None, "all", "ends"):
             expected.set_adapter(name)
@@ -104,15 +117,16 @@ def test_greedy_generation_is_onnxruntimes_token_for_token(
     assert cuda.is_empty
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "growing"])
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
 def test_steps_equal_the_numpy_decoder(
-    bundles: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int, name: str | None, graphs: bool, target: str
+    bundles: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int, name: str | None, graphs: bool, target: str, kind: str
 ) -> None:
     cuda, _ = install_doubles(monkeypatch, target)
     expected = DECODER.logits(TOKENS * 3, ADAPTERS.get(name), prompt_length=6)
-    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", target=target)
+    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", target=target, columns=kind == "columns")
     with TensorRTSession(engine, cuda_graphs=graphs, adapter=name) as session:
         past, start, length = None, 0, np.array([6])
         for width in (2, 3, *[1] * 12, 4, 1, 1, 1):  # a chunk after decode steps: a second turn
@@ -125,9 +139,10 @@ def test_steps_equal_the_numpy_decoder(
     assert cuda.is_empty
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "growing"])
-def test_rows_that_end_become_pads(engine: Engine, cuda: CudaDouble, bucket: int, graphs: bool) -> None:
-    with TensorRTSession(engine, cuda_graphs=graphs) as session:
+def test_rows_that_end_become_pads(engines: dict, cuda: CudaDouble, bucket: int, graphs: bool, kind: str) -> None:
+    with TensorRTSession(engines[VARIANTS[0], kind], cuda_graphs=graphs) as session:
         batch = DecodeBatch(session, IDS)
         for logits, prompt in zip(batch.prefill(4), IDS, strict=True):
             rounding.check(logits, DECODER.logits(prompt)[-1], ROUNDING)
@@ -138,14 +153,15 @@ def test_rows_that_end_become_pads(engine: Engine, cuda: CudaDouble, bucket: int
             rounding.check(logits[row], DECODER.logits(IDS[row] + added)[-1], ROUNDING)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "growing"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_rung_of_the_golden_arrays_passes(
-    bundles: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int, variant: tuple, target: str, graphs: bool
+    bundles: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: int, variant: tuple, target: str, graphs: bool, kind: str
 ) -> None:
     cuda, _ = install_doubles(monkeypatch, target)
-    engine = write_toy_engine(bundles[variant], tmp_path / "e", target=target)
+    engine = write_toy_engine(bundles[variant], tmp_path / "e", target=target, columns=kind == "columns")
     with TensorRTSession(engine, cuda_graphs=graphs) as session:
         report = check_golden(engine, session)
         report.require()
@@ -217,9 +233,43 @@ def test_one_graph_serves_a_bucket(engine: Engine, cuda: CudaDouble) -> None:
         assert (cuda.counts["captures"], len(cuda.graphs)) == (2, 1), "an old graph does not outlive the bindings it was made of"
 
 
-def test_a_full_bucket_moves_to_the_next(engine: Engine, cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_columns_are_copied_to_behind_the_cache(engine: Engine, cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy a step for all tensors, whose rows lie alike, and one more where the cache moves to the next bucket."""
     monkeypatch.setattr(tensorrt_session, "BUCKET", 8)
+    monkeypatch.setattr(column_cache, "ALIGNMENT", 1)
+    copied: list[int] = []
+    original = cuda.cudaMemcpy2DAsync
+    cuda.cudaMemcpy2DAsync = lambda *a: copied.append(a[4] * a[5]) or original(*a)
+    column = 2 * 2 * 16 * 4  # keys and values of two layers, one head of 16 float32
     with TensorRTSession(engine) as session:
+        batch = DecodeBatch(session, [TOKENS[:5]])
+        batch.prefill()
+        assert copied == [5 * column]
+        columns = []
+        for _ in range(12):
+            batch.append([1])
+            columns.append(session._cache.columns)
+    assert columns == [8, 8, 8, *[16] * 8, 24]
+    assert copied[1:] == [*[column] * 3, 8 * column, *[column] * 8, 16 * column, column]
+    assert cuda.counts["captures"] == 2
+    assert cuda.is_empty
+
+
+def test_rows_that_do_not_lie_alike_are_copied_by_themselves(engine: Engine, cuda: CudaDouble) -> None:
+    """A column of 64 bytes a tensor is not what TensorRT aligns addresses to."""
+    copies: list[int] = []
+    original = cuda.cudaMemcpy2DAsync
+    cuda.cudaMemcpy2DAsync = lambda *a: copies.append(a[0]) or original(*a)
+    with TensorRTSession(engine) as session:
+        session.step(np.array([TOKENS[:3]]), np.ones((1, 3)))
+        addresses = [*session._cache.past_addresses().values(), *session._cache.present_addresses(3).values()]
+    assert len(copies) == 4
+    assert all(address % column_cache.ALIGNMENT == addresses[0] % column_cache.ALIGNMENT for address in addresses[:4])
+
+
+def test_a_full_bucket_moves_to_the_next(whole: Engine, cuda: CudaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_session, "BUCKET", 8)
+    with TensorRTSession(whole) as session:
         batch = DecodeBatch(session, [TOKENS[:5]])
         batch.prefill()
         columns = [batch.append([1]) is not None and session._cache.columns for _ in range(20)]
@@ -228,8 +278,8 @@ def test_a_full_bucket_moves_to_the_next(engine: Engine, cuda: CudaDouble, monke
     assert cuda.counts["captures"] == 3
 
 
-def test_the_first_side_is_the_next_past_without_a_copy(engine: Engine, cuda: CudaDouble) -> None:
-    with TensorRTSession(engine, cuda_graphs=False) as session:
+def test_the_first_side_is_the_next_past_without_a_copy(whole: Engine, cuda: CudaDouble) -> None:
+    with TensorRTSession(whole, cuda_graphs=False) as session:
         batch = DecodeBatch(session, [TOKENS])
         batch.prefill()
         blocks = cuda.counts["malloc"]
@@ -340,7 +390,7 @@ def test_bench_runs(engine: Engine, tmp_path: Path, bundles: dict, cuda: CudaDou
 
 
 def test_tensorrt_rtx_captures_by_itself(bundles: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", target="tensorrt-rtx")
+    engine = write_toy_engine(bundles[VARIANTS[0]], tmp_path / "e", target="tensorrt-rtx", columns=False)
     for graphs in (True, False):
         cuda, tensorrt = install_doubles(monkeypatch, "tensorrt-rtx")
         with TensorRTSession(engine, cuda_graphs=graphs) as session:

@@ -55,11 +55,16 @@ def write_toy_engine(
     rank: int = 8,
     weight_streaming: bool = False,
     perturbed: bool = False,
+    columns: bool = True,
 ) -> Engine:
-    """``bfloat16``: an engine of that type made of a float32 bundle. ``perturbed``: one weight is not the bundle's. ``batch`` to
-    ``rank``: the largest shapes."""
+    """``columns``: steps give out new columns alone, where the bundle's graph takes position_ids.
+
+    ``bfloat16``: an engine of that type made of a float32 bundle. ``perturbed``: one weight is not the bundle's. ``batch`` to
+    ``rank``: the largest shapes.
+    """
     frozen = None if freeze is None else {} if freeze == "base" else read_onnx_adapter(bundle.adapter(freeze).file)
-    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=False, freeze=frozen)
+    columns = columns and any(record.name == "position_ids" for record in bundle.manifest.inputs)
+    graph = derive_tensorrt_graph(load_graph(bundle.graph_path), plugin=False, freeze=frozen, new_columns=columns)
 
     def typed(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
         return tuple(
@@ -105,6 +110,7 @@ def write_toy_engine(
             frozen=freeze,
             inputs=inputs,
             outputs=outputs,
+            cache=graph.cache,
             profiles=profiles,
             weight_streaming=weight_streaming,
             build_seconds=0.0,
