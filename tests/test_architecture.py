@@ -27,8 +27,8 @@ BACKENDS = {
 """A backend is imported only by its own folder of runtimes, and so is what serves; onnxruntime also writes and reads its own adapter files.
 starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
-    "runtimes": "errors version machine precision native_library native files edits artifacts bank_files stacked bank rows text session "
-    "memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
+    "runtimes": "errors version bound_process machine precision native_library native files edits artifacts bank_files stacked bank rows "
+    "text session memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
     "conversation first_steps upgrade serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold new_columns tensorrt_graph fold edge_llm",

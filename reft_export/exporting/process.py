@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reft_export.base.load import Base
+from runtimes.bound_process import bound
 from runtimes.errors import ExportError
 
 
@@ -24,7 +25,7 @@ def run_exporter(module: str, arguments: Sequence[str | Path], scratch: Path, *,
     scratch.mkdir()
     # The working folder comes first on that process's sys.path: the user's own could hold modules that shadow the exporter's.
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        bound([sys.executable, "-m", module, *map(str, arguments)]),
         cwd=scratch,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtimes.artifacts.engine import Profile
+from runtimes.bound_process import bound
 from runtimes.errors import BackendUnavailable, BuildError
 from runtimes.files.records import from_json, to_json
 from runtimes.tensorrt.builder import BuildResult, BuildSpec
@@ -93,8 +94,8 @@ def run_trtexec(spec: BuildSpec, folder: Path, *, update: Callable[[str], None])
 
 
 def _shapes(profile: Profile) -> Iterator[str]:
-    for option, bound in (("--minShapes", "min"), ("--optShapes", "opt"), ("--maxShapes", "max")):
-        shapes = (f"{name}:{'x'.join(map(str, getattr(shape, bound)))}" for name, shape in profile.shapes.items())
+    for option, limit in (("--minShapes", "min"), ("--optShapes", "opt"), ("--maxShapes", "max")):
+        shapes = (f"{name}:{'x'.join(map(str, getattr(shape, limit)))}" for name, shape in profile.shapes.items())
         yield f"{option}={','.join(shapes)}"
 
 
@@ -111,11 +112,19 @@ def _stated_version(line: str) -> str | None:
 def _process(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None, *, cwd: Path
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process in a session of its own, so that Ctrl-C reaches this one alone, which then ends it; stderr goes to a file."""
+    """A process in a session of its own, so that Ctrl-C reaches this one alone, which then ends it; stderr goes to a file. It does not
+    outlive this one: it may have an hour's work before it."""
     log = folder / "builder.log"
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", cwd=cwd, env=environment, start_new_session=True
+            bound(command),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+            cwd=cwd,
+            env=environment,
+            start_new_session=True,
         )
         try:
             yield process, log

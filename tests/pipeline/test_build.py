@@ -381,6 +381,42 @@ def test_ctrl_c_ends_the_builder(bundle_folder, tmp_path) -> None:
     assert builder and not Path(f"/proc/{builder[0]}").exists()
 
 
+def test_a_killed_command_takes_its_builder_along(bundle_folder, tmp_path) -> None:
+    """And the next run of the same output removes what both left."""
+    (tmp_path / "mock").mkdir()
+    (tmp_path / "mock" / "tensorrt_rtx.py").write_text(MOCK_RTX)
+    environment = {**_environment(), "PYTHONPATH": str(tmp_path / "mock")}
+    bundle, output = bundle_folder("llama", "fp16"), tmp_path / "out" / "engine"
+    shutil.copytree(bundle, output)
+    command = [sys.executable, "-m", "reft_export.cli.main", "build", str(bundle), "--target", "tensorrt-rtx"]
+    command += ["-o", str(output), "--force"]
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        until(lambda: "runtimes.tensorrt.builder" in "".join(map(_command_line, children.read_text().split())))  # noqa: B023
+        builders = children.read_text().split()
+        process.send_signal(end)
+        process.wait(30)
+        until(lambda: not any(map(_command_line, builders)))  # noqa: B023
+        assert open_bundle(output, verify=True).digest == open_bundle(bundle).digest, "the old output is as it was"
+    assert [path.name for path in output.parent.iterdir()] == ["engine"], "the terminated run removed what the killed one left, and its own"
+
+
+def until(there: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def _command_line(pid: str) -> str:
+    """Of a process that runs; "" of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 MOCK_TRTEXEC = """#!{python}
 # A mock of trtexec that writes its command line where the engine should be.
 import sys
