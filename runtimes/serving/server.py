@@ -16,11 +16,13 @@ from runtimes.batching import Batcher
 from runtimes.edits.adapter import read_adapter_config
 from runtimes.errors import InputError
 from runtimes.serving.flight import Ask, Flight
+from runtimes.serving.grammars import SchemaCompiler
 from runtimes.serving.metrics import Metrics
 from runtimes.serving.refusals import Refusal
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest, adapter_of
 from runtimes.serving.settings import Keys, ServeSettings
 from runtimes.text.chat import ChatTemplate, trained_without_template
+from runtimes.text.grammars import Grammar
 from runtimes.text.prompts import encode
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
@@ -43,6 +45,7 @@ class TextServer:
         self.fingerprint = f"fp_{bank.bundle.digest[:12]}"
         self.stopping = False
         self._template = ChatTemplate.load(bank.bundle.folder)
+        self._schemas = SchemaCompiler(tokenizer, bank.bundle.manifest.model.vocab_size)
         self._plain: dict[str, bool] = {}
         """Adapters that were trained without the chat template, as far as somebody asked."""
         self._admitted = 0
@@ -75,7 +78,12 @@ class TextServer:
             raise Refusal(404, f"there is no model {model!r}; GET /v1/models lists them", code="model_not_found", param="model")
         return name
 
-    def asks(self, request: TextRequest, asker: str) -> list[Ask]:
+    async def grammar(self, request: TextRequest) -> Grammar | None:
+        """What the answers are held to. Raises Refusal."""
+        schema = request.schema_of_answers
+        return None if schema is None else await self._schemas.grammar(schema, self.retry_after)
+
+    def asks(self, request: TextRequest, asker: str, grammar: Grammar | None = None) -> list[Ask]:
         """Every answer that is wanted, prompt by prompt; ``asker``: whose answered prompts they may go on from.
 
         Reads and renders: not for the event loop. Raises Refusal and InputError."""
@@ -91,7 +99,7 @@ class TextServer:
         asks = []
         for prompt in prompts:
             new = self._new_tokens(request, len(prompt))
-            each = (request.generation(new, sample) for sample in range(count))
+            each = (request.generation(new, sample, grammar) for sample in range(count))
             asks += [Ask(prompt=prompt, adapter=adapter, strength=strength, scope=asker, settings=settings) for settings in each]
         return asks
 
