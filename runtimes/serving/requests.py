@@ -45,6 +45,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class OwnOptions(BaseModel):
+    """This server's own. ``edited_tokens``: the answer says which tokens the adapter edits, a stream's first event does."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    edited_tokens: bool = False
+
+
 class JsonSchema(BaseModel):
     """``strict`` changes nothing: every answer fits its schema. ``name`` and ``description`` are the client's own."""
 
@@ -77,7 +85,8 @@ class ResponseFormat(BaseModel):
 
 
 class TextRequest(BaseModel):
-    """What both endpoints take. ``top_k``, ``repetition_penalty`` and ``strength`` are not OpenAI's; other servers spell the first two so.
+    """What both endpoints take. ``top_k``, ``repetition_penalty``, ``strength`` and ``reft`` are not OpenAI's; other servers spell the
+    first two so.
 
     ``strength``: how much of what the adapter adds is added; 1 is the adapter itself.
     """
@@ -97,6 +106,7 @@ class TextRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    reft: OwnOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
