@@ -11,12 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtimes.errors import BundleError, InputError
 from runtimes.session import DecoderSession, Past, Session, StepOutput, as_decoder
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
+
+if TYPE_CHECKING:
+    from runtimes.text.grammars import Grammar
 
 PAD = 0
 """Token id under a mask of 0. Any id of the vocabulary will do; a tokenizer's own pad token may lie outside the model's."""
@@ -47,6 +51,8 @@ class GenerationSettings:
     """A text that ends the row; it is cut off."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a row, besides the tokenizer's own."""
+    grammar: Grammar | None = None
+    """What the text fits, whole or as far as max_new_tokens go; of runtimes/text/grammars.py."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -361,6 +367,7 @@ class Continuation:
         self._number = number
         self.settings = settings
         self._stop_ids = tokenizer.stop_token_ids | set(settings.stop_token_ids)
+        self._allowed = None if settings.grammar is None else settings.grammar.begin(self._stop_ids)
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._filter = StopFilter(settings.stop)
         self._on_text = on_text
@@ -374,7 +381,7 @@ class Continuation:
 
     def push(self, logits: np.ndarray) -> None:
         """Chooses the next token and gives out the text it completes."""
-        token = self._choose(logits)
+        token = self._choose(logits if self._allowed is None else self._allowed.mask(logits))
         self.tokens.append(token)
         if token in self._stop_ids:
             self.finish("stop")
@@ -382,6 +389,10 @@ class Continuation:
         self._give(self._filter.push(self._detokenizer.push(token)))
         if self._filter.stopped:
             self.finished = "stop"
+        elif self._allowed is not None:
+            self._allowed.push(token)
+            if self._allowed.ended:
+                self.finish("stop")
 
     def finish(self, reason: str) -> None:
         """Ends the row, once; held-back text is given out, as it turned out to be no stop string."""

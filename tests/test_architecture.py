@@ -22,10 +22,11 @@ BACKENDS = {
     "tensorrt": ("tensorrt/",),
     "tensorrt_rtx": ("tensorrt/",),
     "cuda": ("tensorrt/",),
+    "llguidance": ("text/grammars.py",),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), ("serving/",)),
 }
-"""A backend is imported only by its own folder of runtimes, and so is what serves; onnxruntime also writes and reads its own adapter files.
-starlette and pydantic are fastapi's own."""
+"""A backend is imported only by its own folder of runtimes, and so is what serves, and what holds answers to a schema; onnxruntime also
+writes and reads its own adapter files. starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version bound_process machine precision native_library native files edits artifacts bank_files stacked bank rows "
     "text session memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "

@@ -15,11 +15,13 @@ from runtimes.artifacts.bundle import Artifact, Limits
 from runtimes.bank import AdapterBank
 from runtimes.edits.strength import at_strength, check_strength
 from runtimes.errors import InputError
+from runtimes.files.records import read_json_object
 from runtimes.generation import Generation, GenerationSettings, batches, generate, padding_of, prefill_columns
 from runtimes.open import open_bank
 from runtimes.rows import AdapterRows
 from runtimes.session import Session, as_decoder
 from runtimes.text.chat import ChatTemplate, template_for
+from runtimes.text.grammars import Grammars
 from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
 from runtimes.text.tokenizer import Tokenizer
 
@@ -34,7 +36,8 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     check_adapters(opened, requests)
     templates = _templates(opened, requests, options)
     bank = _bank(opened, requests, options)
-    asks = _another_sample_each([_ask(request, settings, tokenizer, templates, options) for request in requests])
+    asks = [_ask(request, settings, tokenizer, templates, options) for request in requests]
+    asks = _another_sample_each(_held_to_schemas(asks, requests, options, tokenizer, opened.manifest.model.vocab_size))
     for ask in asks:
         ask.check(opened.limits)
     return partial(_answer, tokenizer=tokenizer, asks=asks, limits=opened.limits, options=options, bank=bank)
@@ -148,6 +151,24 @@ def _sampling(own: Mapping[str, Any]) -> dict[str, Any]:
     if "stop" in changes:
         changes["stop"] = (changes["stop"],) if isinstance(changes["stop"], str) else tuple(changes["stop"])
     return changes
+
+
+def _held_to_schemas(
+    asks: Sequence[Ask], requests: Sequence[Request], options: RunOptions, tokenizer: Tokenizer, vocab_size: int
+) -> list[Ask]:
+    """Each with its schema, where it has one. Raises InputError with the file or the line, BackendUnavailable without llguidance."""
+    given = None if options.json_schema is None else read_json_object(options.json_schema, InputError)
+    schemas = [request.options.get("json_schema", given) for request in requests]
+    if all(schema is None for schema in schemas):
+        return list(asks)
+    grammars, held = Grammars(tokenizer, vocab_size), []
+    for ask, schema in zip(asks, schemas, strict=True):
+        try:
+            grammar = None if schema is None else grammars.json_schema(schema)
+        except InputError as e:
+            raise InputError(f"{ask.where if 'json_schema' in ask.own else options.json_schema}: {e}") from None
+        held.append(replace(ask, settings=replace(ask.settings, grammar=grammar)))
+    return held
 
 
 def _another_sample_each(asks: Sequence[Ask]) -> list[Ask]:

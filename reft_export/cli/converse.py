@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -15,8 +16,10 @@ from runtimes.artifacts.bundle import Artifact
 from runtimes.conversation import Conversation, conversing_template
 from runtimes.edits.strength import check_strength
 from runtimes.errors import InputError, ReftError
+from runtimes.files.records import read_json_object
 from runtimes.generation import GenerationSettings
 from runtimes.session import Session
+from runtimes.text.grammars import Grammars
 from runtimes.text.tokenizer import Tokenizer
 
 HELP = "/adapter NAME steers from now on (none: the base), /strength X how much, /reset begins anew, /exit or Ctrl-D ends, Ctrl-C an answer"
@@ -31,6 +34,12 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     if options.as_json:
         raise InputError("--json is for answers to prompts, and --interactive is a conversation; leave one out")
     conversing_template(opened, options.adapter, options.chat)
+    if options.json_schema is not None:
+        try:
+            grammar = Grammars(tokenizer, opened.manifest.model.vocab_size).json_schema(read_json_object(options.json_schema, InputError))
+        except InputError as e:
+            raise InputError(f"{options.json_schema}: {e}") from None
+        settings = replace(settings, grammar=grammar)
     return partial(_converse, tokenizer=tokenizer, settings=settings, options=options)
 
 

@@ -14,7 +14,7 @@ from reft_export.console import err, escape
 
 GENERATION = (
     "interactive", "strength", "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed",
-    "stop", "prefill_chunk",
+    "stop", "json_schema", "prefill_chunk",
 )  # fmt: skip
 """Parameters that mean nothing for a classifier."""
 
@@ -33,7 +33,7 @@ def run(
             "--prompts",
             help="JSONL with a `prompt` or chat `messages` a line, of a classifier `text` and `text_pair`; - is stdin. Answers are JSONL. "
             "In place of the options a line can have its own `adapter` (a name, or null) and, where text is generated, `system`, "
-            "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed` and `stop`.",
+            "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` and `json_schema`.",
         ),
     ] = None,
     interactive: Annotated[
@@ -69,6 +69,9 @@ def run(
         ),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; repeat for several.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="A JSON schema that every answer fits, as far as its tokens go.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts of a JSONL file that run together.")] = 8,
     prefill_chunk: Annotated[
         int | None,
@@ -107,6 +110,7 @@ def run(
         batch_size=batch_size,
         prefill_chunk=prefill_chunk,
         as_json=bool(prompts) or as_json,
+        json_schema=json_schema,
         settings={
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,

@@ -28,6 +28,8 @@ class RunOptions:
     prefill_chunk: int | None
     as_json: bool
     """Answers as JSONL; those of a file are."""
+    json_schema: Path | None
+    """That every answer fits, but where a line says another, or null."""
     settings: Mapping[str, Any]
     """Of GenerationSettings, not yet checked."""
 

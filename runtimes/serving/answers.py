@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from runtimes.serving.edited import text_behind
 from runtimes.serving.flight import Ask, Chosen, Piece
 from runtimes.serving.requests import ChatRequest, TextRequest
 from runtimes.text.tokenizer import REPLACEMENT, Tokenizer
@@ -31,6 +32,9 @@ class Shape(ABC):
         self._last = [ask.prompt[-1] for ask in asks]
         """Of each answer, the token before the next one."""
         self._each = request.n or 1
+        edited = [ask.edited.content() for ask in asks[:: self._each] if ask.edited is not None]
+        self._extension: dict[str, Any] = {"reft": {"edited_tokens": edited}} if edited else {}
+        """Of this server's own, where it was asked for."""
         self.prompt_tokens = sum(len(ask.prompt) for ask in asks) // self._each
         self.completion_tokens = 0
         self._reused = 0
@@ -51,11 +55,11 @@ class Shape(ABC):
         """``ends``: the last piece of each answer, which holds all of it."""
         choices = [self._choice(piece) for piece in sorted(ends, key=lambda piece: piece.index)]
         self._count(ends)
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage}
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage, **self._extension}
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         """What a stream of so many answers begins with."""
-        return []
+        return [{**self._head, "object": self.chunk_kind, "choices": [], **self._extension}] if self._extension else []
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """What a stream shows of a piece."""
@@ -83,13 +87,8 @@ class Shape(ABC):
         """(the token's text, the likeliest ones' texts and log-probabilities), as they read behind the token before them."""
         before = self._last[index]
         self._last[index] = each.token
-        one = self._tokenizer.decode([before], skip_special_tokens=False)
-        return self._text(before, one, each.token), [(self._text(before, one, token), logprob) for token, logprob in each.best]
-
-    def _text(self, before: int, one: str, token: int) -> str:
-        """A decoder may strip the space before its first token, so there is one before it, whose text is ``one``."""
-        both = self._tokenizer.decode([before, token], skip_special_tokens=False)
-        return both[len(one) :] if both.startswith(one) else self._tokenizer.decode([token], skip_special_tokens=False)
+        texts = [text_behind(self._tokenizer, before, token) for token in (each.token, *(token for token, _ in each.best))]
+        return texts[0], [(text, logprob) for text, (_, logprob) in zip(texts[1:], each.best, strict=True)]
 
 
 class ChatShape(Shape):
@@ -97,7 +96,8 @@ class ChatShape(Shape):
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         start = {"role": "assistant", "content": ""}
-        return [self._chunk({"index": i, "delta": start, "logprobs": None, "finish_reason": None}) for i in range(count)]
+        first = [self._chunk({"index": i, "delta": start, "logprobs": None, "finish_reason": None}) for i in range(count)]
+        return super().opening(count) + first
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         assert piece.end is not None

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from runtimes.errors import ReftError
 from runtimes.serving.adapter_routes import adapter_routes
 from runtimes.serving.gate import Gate, log_to_stderr
+from runtimes.serving.page import page
 from runtimes.serving.refusals import Refusal, error_content, json_response, refusal_of, refusal_of_validation
 from runtimes.serving.server import TextServer
 from runtimes.serving.text_routes import text_routes
@@ -31,6 +32,10 @@ def create_app(server: TextServer, *, log: Callable[[str], None] = log_to_stderr
     app = FastAPI(title="reft-export", version=VERSION, docs_url=None, redoc_url=None)
     app.include_router(text_routes(server))
     app.include_router(adapter_routes(server))
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return page()
 
     @app.get("/health", tags=["operation"], summary="Whether the process lives")
     async def health() -> Response:

@@ -17,6 +17,7 @@ import numpy as np
 from runtimes.batch_rows import Ticket
 from runtimes.batching import Batcher
 from runtimes.generation import Generation, GenerationSettings
+from runtimes.serving.edited import EditedTokens
 from runtimes.serving.refusals import Refusal
 
 LEAST_LOGPROB = -9999.0
@@ -32,6 +33,8 @@ class Ask:
     strength: float
     scope: str
     settings: GenerationSettings
+    edited: EditedTokens | None = None
+    """Where the client wants to be told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtimes.errors import InputError
 from runtimes.generation import GenerationSettings
+from runtimes.text.grammars import JSON_OBJECT, Grammar
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -44,20 +45,48 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class OwnOptions(BaseModel):
+    """This server's own. ``edited_tokens``: the answer says which tokens the adapter edits, a stream's first event does."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    edited_tokens: bool = False
+
+
+class JsonSchema(BaseModel):
+    """``strict`` changes nothing: every answer fits its schema. ``name`` and ``description`` are the client's own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     type: str
+    json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _text_alone(self) -> ResponseFormat:
-        if self.type != "text":
-            raise ValueError(f"{self.type!r} is not supported; only text is, which no grammar holds")
+    def _known(self) -> ResponseFormat:
+        if self.type not in ("text", "json_object", "json_schema"):
+            raise ValueError(f"{self.type[:60]!r} is not supported; text, json_object and json_schema are")
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("the type json_schema and a json_schema belong together; give both, or neither")
         return self
+
+    @property
+    def schema_of_answers(self) -> Mapping[str, Any] | None:
+        """None: they say what they like."""
+        return self.json_schema.content if self.json_schema is not None else JSON_OBJECT if self.type == "json_object" else None
 
 
 class TextRequest(BaseModel):
-    """What both endpoints take. ``top_k``, ``repetition_penalty`` and ``strength`` are not OpenAI's; other servers spell the first two so.
+    """What both endpoints take. ``top_k``, ``repetition_penalty``, ``strength`` and ``reft`` are not OpenAI's; other servers spell the
+    first two so.
 
     ``strength``: how much of what the adapter adds is added; 1 is the adapter itself.
     """
@@ -77,6 +106,7 @@ class TextRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    reft: OwnOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -112,7 +142,12 @@ class TextRequest(BaseModel):
         """Likeliest tokens to tell with each one; None: no log-probabilities."""
         return None
 
-    def generation(self, new_tokens: int, sample: int) -> GenerationSettings:
+    @property
+    def schema_of_answers(self) -> Mapping[str, Any] | None:
+        """None: they say what they like."""
+        return None if self.response_format is None else self.response_format.schema_of_answers
+
+    def generation(self, new_tokens: int, sample: int, grammar: Grammar | None = None) -> GenerationSettings:
         """The settings of answer ``sample`` of ``n``. Raises InputError. As OpenAI's, the temperature is 1 unless it is said."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return GenerationSettings(
@@ -124,6 +159,7 @@ class TextRequest(BaseModel):
             seed=self.seed,
             sample=sample,
             stop=stop,
+            grammar=grammar,
         )
 
 

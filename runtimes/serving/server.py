@@ -6,21 +6,24 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
-from typing import Any
 
 from runtimes.bank import AdapterBank
 from runtimes.batching import Batcher
 from runtimes.edits.adapter import read_adapter_config
 from runtimes.errors import InputError
+from runtimes.serving.edited import EditedTokens, Steered, edited_tokens
 from runtimes.serving.flight import Ask, Flight
+from runtimes.serving.grammars import SchemaCompiler
 from runtimes.serving.metrics import Metrics
 from runtimes.serving.refusals import Refusal
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest, adapter_of
 from runtimes.serving.settings import Keys, ServeSettings
 from runtimes.text.chat import ChatTemplate, trained_without_template
+from runtimes.text.grammars import Grammar
 from runtimes.text.prompts import encode
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
@@ -43,8 +46,9 @@ class TextServer:
         self.fingerprint = f"fp_{bank.bundle.digest[:12]}"
         self.stopping = False
         self._template = ChatTemplate.load(bank.bundle.folder)
-        self._plain: dict[str, bool] = {}
-        """Adapters that were trained without the chat template, as far as somebody asked."""
+        self._schemas = SchemaCompiler(tokenizer, bank.bundle.manifest.model.vocab_size)
+        self._steered: dict[str, Steered] = {}
+        """Adapters, as far as somebody asked."""
         self._admitted = 0
         self._flights: set[Flight] = set()
         self._lock = Lock()
@@ -75,7 +79,12 @@ class TextServer:
             raise Refusal(404, f"there is no model {model!r}; GET /v1/models lists them", code="model_not_found", param="model")
         return name
 
-    def asks(self, request: TextRequest, asker: str) -> list[Ask]:
+    async def grammar(self, request: TextRequest) -> Grammar | None:
+        """What the answers are held to. Raises Refusal."""
+        schema = request.schema_of_answers
+        return None if schema is None else await self._schemas.grammar(schema, self.retry_after)
+
+    def asks(self, request: TextRequest, asker: str, grammar: Grammar | None = None) -> list[Ask]:
         """Every answer that is wanted, prompt by prompt; ``asker``: whose answered prompts they may go on from.
 
         Reads and renders: not for the event loop. Raises Refusal and InputError."""
@@ -91,13 +100,18 @@ class TextServer:
         asks = []
         for prompt in prompts:
             new = self._new_tokens(request, len(prompt))
-            each = (request.generation(new, sample) for sample in range(count))
-            asks += [Ask(prompt=prompt, adapter=adapter, strength=strength, scope=asker, settings=settings) for settings in each]
+            edited = self._edited(prompt, adapter, strength) if request.reft is not None and request.reft.edited_tokens else None
+            each = (request.generation(new, sample, grammar) for sample in range(count))
+            own = partial(Ask, prompt=prompt, adapter=adapter, strength=strength, scope=asker, edited=edited)
+            asks += [own(settings=settings) for settings in each]
         return asks
+
+    def _edited(self, prompt: Sequence[int], adapter: str | None, strength: float) -> EditedTokens:
+        return edited_tokens(self.tokenizer, prompt, None if adapter is None else self._known(adapter), strength)
 
     def _chat(self, request: ChatRequest, adapter: str | None) -> list[int]:
         messages = [message.plain() for message in request.messages]
-        template = None if adapter is not None and self._trained_plain(adapter) else self._template
+        template = None if adapter is not None and self._known(adapter).plain else self._template
         try:
             return self._checked(encode(messages, self.tokenizer, template, None), "the conversation", "messages")
         except InputError as e:
@@ -128,15 +142,13 @@ class TextServer:
             return request.new_tokens
         return max(1, min(most, self.bank.bundle.manifest.model.context_length - prompt))
 
-    def _trained_plain(self, name: str) -> bool:
-        if name not in self._plain:
-            folder = self.bank.listed[name].folder
-            if folder is None:
-                training: Mapping[str, Any] = self.bank.bundle.adapter_record(name).training
-            else:
-                training = read_adapter_config(folder).training
-            self._plain[name] = trained_without_template(training)
-        return self._plain[name]
+    def _known(self, name: str) -> Steered:
+        if name not in self._steered:
+            folder, bundle = self.bank.listed[name].folder, self.bank.bundle
+            record = bundle.adapter_record(name) if folder is None else read_adapter_config(folder)
+            plain = trained_without_template(record.training)
+            self._steered[name] = Steered(rule=record.rules[0].rule, tied=record.rules[0].tied, plain=plain)
+        return self._steered[name]
 
     # --- what runs ---
 
@@ -209,7 +221,7 @@ class TextServer:
         finally:
             with self._lock:
                 self._changing.discard(name)
-                self._plain.pop(name, None)
+                self._steered.pop(name, None)
 
     def stop(self, after: float) -> None:
         """On the event loop: takes no more requests, and ends in so many seconds what runs then."""

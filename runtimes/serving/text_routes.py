@@ -55,7 +55,8 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
     with ExitStack() as stack:
         stack.enter_context(server.admitted())
         try:
-            asks = await asyncio.to_thread(server.asks, asked, asker(request.scope))
+            grammar = await server.grammar(asked)
+            asks = await asyncio.to_thread(server.asks, asked, asker(request.scope), grammar)
         except UNUSABLE as e:
             raise _refusal(e, server, record) from e
         record["adapter"] = asks[0].adapter

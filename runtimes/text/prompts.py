@@ -51,7 +51,8 @@ SAMPLING: dict[str, Key] = {
     "stop": (_texts, "a text, or a list of texts"),
 }
 """The settings of generation that a line may have of its own, by the names that the options have."""
-OPTIONS = {**ADAPTER, "system": (lambda v: v is None or _text(v), "a text, or null for none"), **SAMPLING}
+JSON_SCHEMA: dict[str, Key] = {"json_schema": (lambda v: v is None or isinstance(v, dict), "a JSON schema, or null for none")}
+OPTIONS = {**ADAPTER, "system": (lambda v: v is None or _text(v), "a text, or null for none"), **SAMPLING, **JSON_SCHEMA}
 
 
 @dataclass(frozen=True, kw_only=True)

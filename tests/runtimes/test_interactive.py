@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -56,6 +57,17 @@ def test_a_pipe_line_by_line(bundle: Path) -> None:
     assert whole.stdout == said(bundle, ("a b", NAME))[0] + "\n"
     base = piped(bundle, "/strength 0\na b\n", "-a", NAME)
     assert base.stdout == answers[0] + "\n"
+
+
+def test_a_schema_holds_every_turn(bundle: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": ["a", "b"]}))
+    done = piped(bundle, "a b\nc d\n", "-n", "9", "--json-schema", str(schema))
+    assert done.exit_code == 0, done.stderr
+    assert [json.loads(line) in ("a", "b") for line in done.stdout.splitlines()] == [True, True]
+    schema.write_text("[")
+    refused = piped(bundle, "a b\n", "--json-schema", str(schema))
+    assert refused.exit_code == 2 and str(schema) in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, toy_tokenizer, write_toy_bundle
 from toy_engine import install_doubles, write_toy_engine
@@ -190,7 +191,10 @@ def test_a_system_message_of_its_own(chat: Bundle, tmp_path: Path) -> None:
 
 MESSAGE = {"role": "user", "content": "Hi"}
 REFUSED = {
-    "unknown key": ({"prompt": "x", "temprature": 1}, r"has unknown keys \['temprature'\]; known are \['adapter', 'max_new_tokens'"),
+    "unknown key": (
+        {"prompt": "x", "temprature": 1},
+        r"has unknown keys \['temprature'\]; known are \['adapter', 'json_schema', 'max_new_tokens'",
+    ),
     "id": ({"prompt": "x", "id": 3}, r"has unknown keys \['id'\]"),
     "tools": ({"messages": [MESSAGE], "tools": []}, r"has unknown keys \['tools'\]"),
     "completion": ({"prompt": "x", "completion": "y"}, "completion is a training line's, which answers it already"),
@@ -201,6 +205,7 @@ REFUSED = {
     "adapter type": ({"prompt": "x", "adapter": 5}, "adapter is 5, expected an adapter's name, or null for the base"),
     "adapter list": ({"prompt": "x", "adapter": ["ends", "all"]}, r'adapter is \["ends", "all"\], expected an adapter\'s name'),
     "tokens": ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+    "schema": ({"prompt": "x", "json_schema": "object"}, 'json_schema is "object", expected a JSON schema, or null for none'),
     "no whole number": ({"prompt": "x", "max_new_tokens": 1.5}, "max_new_tokens is 1.5, expected a whole number"),
     "true": ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens is true, expected a whole number"),
     "null": ({"prompt": "x", "temperature": None}, "temperature is null, expected a number"),
@@ -246,6 +251,30 @@ def test_messages_that_no_template_would_show(chat: Bundle, tmp_path: Path) -> N
     turns = {"messages": [MESSAGE, {"role": "assistant", "content": "yes"}, MESSAGE]}
     refused(cli("run", silent.folder, "--prompts", write(two, [turns]), "-n", 4), "two.jsonl:1: .*leaves out message 1 .of the assistant.")
     assert cli("run", silent.folder, "-p", "Hi", "-n", 4).exit_code == 0
+
+
+def test_answers_that_fit_a_schema(bundle: Bundle, tmp_path: Path) -> None:
+    """The option's, or the line's own, or none."""
+    own, given = {"type": "string", "pattern": "^[a-f]{3,8}$"}, {"type": "integer", "minimum": 3, "maximum": 99}
+    file = write(tmp_path / "schema.json", [given])
+    lines = [
+        {"prompt": "Hi", "adapter": name, **more} for name in (None, "all") for more in ({}, {"json_schema": own}, {"json_schema": None})
+    ]
+    answers = records("run", bundle.folder, "--prompts", write(tmp_path / "x.jsonl", lines), "-n", 12, "--json-schema", file)
+    free = records("run", bundle.folder, "--prompts", write(tmp_path / "y.jsonl", [lines[2], lines[5]]), "-n", 12)
+    for i, answer in enumerate(answers):
+        if i % 3 == 2:
+            assert answer["text"] == free[i // 3]["text"]
+            continue
+        assert answer["finish_reason"] == "stop" and jsonschema_rs.is_valid((given, own)[i % 3], json.loads(answer["text"]))
+    assert cli("run", bundle.folder, "-p", "Hi", "-n", 12, "--json-schema", file).stdout.strip() == answers[0]["text"]
+    refused(
+        cli("run", bundle.folder, "-p", "Hi", "--json-schema", write(file, [{"not": {}}])), "schema.json: no answer can be held to this"
+    )
+    refused(cli("run", bundle.folder, "-p", "Hi", "--json-schema", write(file, ["{"])), "schema.json")
+    refused(cli("run", bundle.folder, "-p", "Hi", "--json-schema", tmp_path / "none.json"), "none.json")
+    bad = write(tmp_path / "x.jsonl", [{"prompt": "fine"}, {"prompt": "Hi", "json_schema": {"not": {}}}])
+    refused(cli("run", bundle.folder, "--prompts", bad, "-n", 4), "x.jsonl:2: no answer can be held")
 
 
 def test_a_checkers_prompts_are_training_lines(tmp_path: Path) -> None:

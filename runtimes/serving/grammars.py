@@ -1,0 +1,55 @@
+"""Schemas of requests to grammars, beside the event loop: one is compiled at a time, a few wait, and nobody else waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from runtimes.errors import BackendUnavailable, InputError
+from runtimes.serving.refusals import Refusal
+from runtimes.text.grammars import Grammar, Grammars, source_of
+from runtimes.text.tokenizer import Tokenizer
+
+MOST_WAITING = 8
+"""Schemas that nobody asked for lately, the one that is compiled among them."""
+PARAM = "response_format"
+
+
+class SchemaCompiler:
+    """Reads the tokenizer now: it keeps Python's lock, which would stop every answer later. Without llguidance it refuses every schema."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._grammars: Grammars | None = None
+        self._missing = ""
+        try:
+            self._grammars = Grammars(tokenizer, vocab_size)
+        except (BackendUnavailable, InputError) as e:
+            self._missing = str(e)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reft-schemas")
+        self._waiting = 0
+
+    async def grammar(self, schema: Mapping[str, Any], retry_after: int) -> Grammar:
+        """Raises Refusal: 400 for a schema that cannot hold an answer, or where none can, 429 where too many are compiled already."""
+        if self._grammars is None:
+            raise Refusal(400, f"no JSON schema holds an answer of this server: {self._missing}", param=PARAM, code="no_grammars")
+        try:
+            found = self._grammars.known(source_of(schema))
+            if found is None:
+                found = await self._compiled(self._grammars, schema, retry_after)
+            if isinstance(found, str):
+                raise InputError(found)
+        except InputError as e:
+            raise Refusal(400, str(e), param=PARAM, code="invalid_json_schema") from None
+        return found
+
+    async def _compiled(self, grammars: Grammars, schema: Mapping[str, Any], retry_after: int) -> Grammar:
+        if self._waiting >= MOST_WAITING:
+            message = f"{self._waiting} JSON schemas are compiled or wait already; ask again later"
+            raise Refusal(429, message, code="too_many_schemas", headers={"Retry-After": str(retry_after)})
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, grammars.json_schema, schema)
+        finally:
+            self._waiting -= 1

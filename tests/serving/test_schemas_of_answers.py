@@ -1,0 +1,143 @@
+"""Answers that fit a JSON schema, over HTTP by the official client: with every adapter, streamed or not, whatever else is asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema_rs
+import openai
+import pydantic
+import pytest
+from served import Served, serving, until
+from toy_bundle import ADAPTERS
+
+from runtimes.artifacts.bundle import Bundle
+from runtimes.serving import grammars as module
+from runtimes.text import grammars as compiler
+
+NAMES = ("base", *ADAPTERS)
+MESSAGES = [{"role": "user", "content": "The fox"}]
+SCHEMA: dict[str, Any] = {"type": "string", "pattern": "^[a-f]{3,8}$"}
+RECORD: dict[str, Any] = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+NEVER_ENDS = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(1, 60)]}
+
+
+def fits(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_a_steered_answer_fits(served: Served, model: str) -> None:
+    create = served.client().chat.completions.create
+    ask: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_tokens": 40, "response_format": fits(SCHEMA), "seed": 5}
+    for options in ({"temperature": 0}, {"temperature": 2, "n": 3}, {"temperature": 1, "logprobs": True, "top_logprobs": 3}):
+        answer = create(**ask, **options)
+        for choice in answer.choices:
+            assert choice.finish_reason == "stop"
+            assert jsonschema_rs.is_valid(SCHEMA, json.loads(choice.message.content))
+        pieces = [chunk.choices[0] for chunk in create(**ask, **options, stream=True)]
+        first = [piece for piece in pieces if piece.index == 0]
+        assert "".join(piece.delta.content or "" for piece in first) == answer.choices[0].message.content
+
+
+def test_an_object(served: Served) -> None:
+    ends = set()
+    for seed in range(12):
+        choice = (
+            served.client()
+            .chat.completions.create(
+                model="all",
+                messages=MESSAGES,
+                max_tokens=40,
+                seed=seed,
+                response_format=fits(RECORD) if seed % 2 else {"type": "json_object"},
+            )
+            .choices[0]
+        )
+        ends.add(choice.finish_reason)
+        assert choice.message.content.startswith("{")
+        if choice.finish_reason == "stop":
+            said = json.loads(choice.message.content)
+            assert isinstance(said, dict) and (seed % 2 == 0 or jsonschema_rs.is_valid(RECORD, said))
+    assert "stop" in ends
+
+
+def test_a_type_of_the_client_is_read_back(served: Served) -> None:
+    class Answer(pydantic.BaseModel):
+        yes: bool
+
+    for seed in range(20):
+        try:
+            parsed = served.client().chat.completions.parse(
+                model="all", messages=MESSAGES, max_tokens=40, seed=seed, response_format=Answer
+            )
+        except openai.LengthFinishReasonError:
+            continue
+        assert isinstance(parsed.choices[0].message.parsed, Answer)
+        return
+    raise AssertionError("no answer was whole")
+
+
+def test_log_probabilities_are_the_models_own(served: Served) -> None:
+    """Of the token that was taken, and of those that the model likes better: the schema is not in them, as in vLLM."""
+    ask: dict[str, Any] = {"model": "all", "messages": MESSAGES, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    free = served.client().chat.completions.create(**ask, max_tokens=1).choices[0].logprobs.content[0]
+    held = served.client().chat.completions.create(**ask, max_tokens=1, response_format=fits({"const": "Q"})).choices[0].logprobs.content[0]
+    assert held.token == '"' and held.token != free.token and held.logprob < free.logprob
+    assert [each.token for each in held.top_logprobs] == [each.token for each in free.top_logprobs]
+
+
+def test_others_go_on_while_a_schema_does_not_compile(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SECONDS", 1)
+    refused: list[openai.BadRequestError] = []
+
+    def ask() -> None:
+        try:
+            served.client().chat.completions.create(model="base", messages=MESSAGES, response_format=fits(NEVER_ENDS))
+        except openai.BadRequestError as e:
+            refused.append(e)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: served.server._schemas._waiting == 1)
+    answered = 0
+    while asking.is_alive() and answered < 10:
+        assert served.client().completions.create(model="all", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
+        answered += not refused
+    asking.join()
+    assert answered and refused[0].code == "invalid_json_schema" and refused[0].param == "response_format"
+    assert "takes more than" in str(refused[0])
+
+
+def test_schemas_that_wait_are_few(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_WAITING", 0)
+    create = served.client().chat.completions.create
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(model="base", messages=MESSAGES, max_tokens=2, response_format=fits({"const": "new"}))
+    assert caught.value.code == "too_many_schemas" and caught.value.response.headers["Retry-After"]
+    create(model="base", messages=MESSAGES, max_tokens=2, response_format=fits(SCHEMA))  # which is known
+    create(model="base", messages=MESSAGES, max_tokens=2)
+
+
+@pytest.fixture
+def without_the_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with serving(bundle) as each:
+        yield each
+
+
+def test_without_the_library_they_are_refused(without_the_library: Served) -> None:
+    create = without_the_library.client().chat.completions.create
+    with pytest.raises(openai.BadRequestError, match=r"reft-export\[grammar\]") as caught:
+        create(model="base", messages=MESSAGES, response_format={"type": "json_object"})
+    assert caught.value.code == "no_grammars"
+    assert create(model="base", messages=MESSAGES, max_tokens=2, response_format={"type": "text"}).choices
