@@ -35,8 +35,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def piped(bundle: Path, text: str | bytes, *options: str) -> Result:
-    return CliRunner().invoke(app, ["run", str(bundle), "--interactive", "-n", "4", *options], input=text, catch_exceptions=False)
+def piped(bundle: Path, text: str | bytes, *options: str, tokens: int = 4) -> Result:
+    command = ["run", str(bundle), "--interactive", "-n", str(tokens), *options]
+    return CliRunner().invoke(app, command, input=text, catch_exceptions=False)
 
 
 def said(bundle: Path, *turns: tuple[str, str | None]) -> list[str]:
@@ -61,10 +62,13 @@ def test_a_pipe_line_by_line(bundle: Path) -> None:
 
 def test_a_schema_holds_every_turn(bundle: Path, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps({"enum": ["a", "b"]}))
-    done = piped(bundle, "a b\nc d\n", "-n", "9", "--json-schema", str(schema))
+    schema.write_text(
+        json.dumps({"type": "object", "properties": {"a": {"enum": ["b", "c"]}}, "required": ["a"], "additionalProperties": False})
+    )
+    done = piped(bundle, "a b\n/reset\nc d\n", "--json-schema", str(schema), tokens=48)
     assert done.exit_code == 0, done.stderr
-    assert [json.loads(line) in ("a", "b") for line in done.stdout.splitlines()] == [True, True]
+    first, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert first["a"] in ("b", "c") and json.loads(done.stdout[end:])["a"] in ("b", "c")
     schema.write_text("[")
     refused = piped(bundle, "a b\n", "--json-schema", str(schema))
     assert refused.exit_code == 2 and str(schema) in refused.stderr
