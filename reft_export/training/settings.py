@@ -71,6 +71,10 @@ class TrainSettings:
     dtype: str = "auto"
     """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
+    cache_mb: int = 2048
+    """Memory, in MB, for what the base makes of prompts' tokens before the first edited ones, from epoch to epoch; 0: none is kept."""
+    cache_dtype: str = "auto"
+    """That memory's: auto, the base's; or float16, which holds twice as much and rounds it."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
 
@@ -81,6 +85,7 @@ class TrainSettings:
         _one_of("keep", self.keep, KEEP)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("cache_dtype", self.cache_dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.activation and not METHODS[self.method].activated:
             raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
@@ -93,7 +98,7 @@ class TrainSettings:
         for name in ("max_steps", "max_length"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
-        for name in ("lr", "weight_decay", "max_gradient_norm", "samples"):
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb"):
             _in_range(name, getattr(self, name), 0)
         _in_range("seed", self.seed, 0, below=SEEDS)
         _in_range("probes", self.probes, 0, below=MOST + 1)

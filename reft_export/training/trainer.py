@@ -56,6 +56,8 @@ class TrainResult:
     """A classifier's."""
     kept: StepRecord
     """The step whose parameters were saved."""
+    notes: tuple[str, ...] = ()
+    """How the steps were computed, in words."""
 
 
 def train(
@@ -253,6 +255,7 @@ def _train(
         samples_after=samples_after,
         accuracy=outcome.accuracy,
         kept=kept_step(outcome.history, ready.settings),
+        notes=outcome.notes,
     )
 
 
