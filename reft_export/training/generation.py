@@ -16,6 +16,7 @@ from reft_export.training.data import Data, Example, Examples, TrainingData, col
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
+from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from reft_export.training.teacher import Teacher, teaching
 from reft_export.training.way_choice import choose_way
@@ -83,6 +84,7 @@ class CompletionObjective(Objective[Example]):
         before = self.samples(examples, phase)
         with (
             steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
+            recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
             way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, self.settings, phase)

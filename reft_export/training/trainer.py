@@ -218,6 +218,8 @@ def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple
         avoided=spaces,
     )
     if start is None:
+        if settings.init == "identity":
+            interventions.start_without_edit()
         return interventions, settings.rule
     check_head(start, base.model)
     interventions.start_from(start)
