@@ -198,7 +198,7 @@ def train(
 
             origin = Origin(start=started, trained_on=trained_on, head=sources.head, orthogonal_to=others)
             ready = prepare(base, data, settings, output, origin, force=force)
-            show_forecast(forecast_training(model, base, len(ready.examples.training), settings), as_json=as_json)
+            show_forecast(forecast_training(model, ready), as_json=as_json)
             return
         from reft_export.training.trainer import train as run_training
 
@@ -306,7 +306,14 @@ def _print_json(output: Path, result: TrainResult, others: Mapping[str, Adapter]
     kept = to_json(result.kept)
     if others:
         shown["orthogonal_to"] = _left(result.adapter, others)
-    print_json({"adapter": str(output), "history": to_json(result.history), "kept": kept, "truncated": truncated, **shown})
+    written = {
+        "adapter": str(output),
+        "history": to_json(result.history),
+        "kept": kept,
+        "truncated": truncated,
+        "notes": list(result.notes),
+    }
+    print_json({**written, **shown})
 
 
 def _print(output: Path, settings: TrainSettings, result: TrainResult, others: Mapping[str, Adapter]) -> None:
@@ -319,6 +326,8 @@ def _print(output: Path, settings: TrainSettings, result: TrainResult, others: M
         out.print(f"{len(result.truncated_lines)} {cut} were cut to --max-length, first at {escape(result.truncated_lines[0])}")
     for before, after in zip(result.samples_before, result.samples_after, strict=True):
         out.print(f"[bold]{escape(before.prompt)}[/]\n  [dim]before:[/] {escape(before.text)}\n  [dim]after: [/] {escape(after.text)}")
+    for note in result.notes:
+        out.print(note, markup=False)
     first, last = result.history[0], result.history[-1]
     parameters = sum(t.size for t in result.adapter.tensors.values())
     head = sum(t.size for t in result.adapter.head.values())
