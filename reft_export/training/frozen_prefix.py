@@ -11,6 +11,7 @@ and a resumed run must have those of the uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class FrozenCache(DynamicCache):
             super().update(states[layer], states[layers + layer], layer)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
@@ -111,5 +112,6 @@ class PrefixStore:
             self._head.logits(computes_nothing(ids), input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         finally:
             steering.prompt_length, steering.rows = before
-        states = torch.stack([layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]).to(self._dtype)
+        layers: list[Any] = cache.layers
+        states = torch.stack([layer.keys for layer in layers] + [layer.values for layer in layers]).to(self._dtype)
         return [states[:, row, :, : len(each)] for row, each in enumerate(prefixes)]

@@ -63,7 +63,7 @@ def ours(model: Any, examples: Sequence[Example], way: str) -> Made:
 
 
 def lora(model: Any, modules: list[str]) -> Made:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
     peft = get_peft_model(model, LoraConfig(r=8, target_modules=modules, lora_dropout=0.0))
     trained = [p for p in peft.parameters() if p.requires_grad]
@@ -74,7 +74,7 @@ def lora(model: Any, modules: list[str]) -> Made:
 
 
 def pyreft(model: Any) -> Made:
-    import pyreft as library
+    import pyreft as library  # pyright: ignore[reportMissingImports]
 
     sites = [
         {

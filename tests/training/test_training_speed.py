@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import steer
@@ -23,7 +23,7 @@ from reft_export.training.loop import TrainingInterrupted, _LengthGrouped
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
-from reft_export.training.ways import Ways
+from reft_export.training.ways import Batch, Way, Ways, difference
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
@@ -205,8 +205,8 @@ def test_methods_without_such_a_start_are_refused() -> None:
         replace(SETTINGS, init="zero")
 
 
-def test_what_is_planned_of_prefixes(base: Base, data: Path) -> None:
-    read = load_data(data, base.tokenizer, max_length=200)
+def test_what_is_planned_of_prefixes(tokenizer: PreTrainedTokenizerFast, data: Path) -> None:
+    read = load_data(data, tokenizer, max_length=200)
     examples = Examples(training=list(read.examples), held_out=[])
 
     def plan(**changes: Any) -> way_choice.PrefixPlan:
@@ -220,3 +220,45 @@ def test_what_is_planned_of_prefixes(base: Base, data: Path) -> None:
     assert not any(plan(positions=positions).splits for positions in ("f1", "f2+l2", "prompt", "all"))
     short = max(example.prompt_length for example in examples.training)
     assert plan(positions=f"l{short}").splits, "an end gets at most half of a prompt"
+
+
+@pytest.mark.parametrize(("family", "changes", "behind"), [("mamba", {}, False), ("gemma3_text", {"sliding_window": 4}, True)])
+def test_a_family_is_tried_and_not_looked_up(family: str, changes: dict[str, Any], behind: bool) -> None:
+    """A recurrent state is no cache of keys and values; windows that are shorter than a prompt are."""
+    from test_ways import batch_of, interventions_of
+
+    shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **shape, num_key_value_heads=2, head_dim=8, pad_token_id=258, **changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    batch, made, said = batch_of(((14, 3), (25, 5))), interventions_of(model), difference_of
+    with steer(model, made.edits(), rule=PositionRule(last=2), tied=True) as steering:
+        ways = Ways(head=CountedHead(model), steering=steering, rule=PositionRule(last=2))
+        store = PrefixStore(ways.head, steering, dtype=torch.float32, pad_token_id=0)
+        assert said(ways.counted, ways, batch, made) is None
+        assert (said(ways.behind_prefix(store), ways, batch, made) is None) == behind
+
+
+def difference_of(way: Way, ways: Ways, batch: Batch, made: Interventions) -> str | None:
+    return difference(way, ways.plain, batch, list(made.parameters()), torch.float32)
+
+
+@pytest.mark.parametrize("fault", ["mask", "states"])
+def test_a_way_that_gives_something_else_is_not_taken(
+    base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    right = PrefixStore.cache_of
+
+    def wrong(self: PrefixStore, prefixes: Any) -> Any:
+        cache, mask = right(self, prefixes)
+        if fault == "mask":
+            mask[:, 0] = 1 - mask[:, 0]  # one token of the longest row is not seen, and a pad of the others is
+        else:
+            layer: Any = cache.layers[1]
+            layer.keys = layer.keys.roll(1, dims=-2)
+        return cache, mask
+
+    monkeypatch.setattr(PrefixStore, "cache_of", wrong)
+    result = train(base, data, replace(SETTINGS, epochs=2), tmp_path / "a")
+    (note,) = result.notes
+    assert "every token is computed in every step" in note and ("a loss of" in note or "gradients that are off" in note)

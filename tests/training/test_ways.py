@@ -54,7 +54,7 @@ def check(model: PreTrainedModel, rule: PositionRule, batch: Batch, intervention
     with steer(model, interventions.edits(), rule=rule, tied=interventions.tied) as steering:
         ways = Ways(head=CountedHead(model), steering=steering, rule=rule)
         loss, gradients = measured(ways.plain, batch, interventions)
-        others = {"counted": ways.counted}
+        others: dict[str, Way] = {"counted": ways.counted}
         if min(frozen_tokens(rule, n) for n in batch.prompt_length.tolist()):
             store = PrefixStore(ways.head, steering, dtype=torch.float32, pad_token_id=258)
             prefixes = [
