@@ -120,7 +120,7 @@ def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def forecast_training(model: str, ready: Preparation) -> Forecast:
     """A frozen base, what autograd keeps of the longest batch, the store of unedited tokens, and the optimizer."""
-    from reft_export.training.footprint import footprint, matmul_rate, steps_of
+    from reft_export.training.footprint import OVERHEAD, footprint, matmul_rate, steps_of
 
     base, settings, rows = ready.base, ready.settings, ready.examples.training
     total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
@@ -143,7 +143,7 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
         parameters=total,
         memory=TRAINING_LIBRARIES + total * base.model.dtype.itemsize + needed.memory,
         disk=1e6,
-        seconds=2 * needed.work / matmul_rate(base.model) if device == "cpu" else None,
+        seconds=OVERHEAD * 2 * needed.work / matmul_rate(base.model) if device == "cpu" else None,
     )
 
 

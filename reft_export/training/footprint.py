@@ -27,6 +27,12 @@ KEPT = 1.5
 """Values that autograd keeps of a token, over those that the block's linear maps put out."""
 LOGIT_COPIES = 3
 """Logits, their log-softmax and its gradient, float32."""
+PASSING = 10
+"""Blocks whose outputs lie in memory beside what autograd keeps: temporaries, gradients, and what the allocator does not give back."""
+OVERHEAD = 1.1
+"""Of norms, attention and activations over the linear maps' time."""
+FEW = 64
+"""A forward reads every weight however few tokens there are: it costs as if it had this many more."""
 OPTIMIZER_COPIES = 4
 """Of the trained parameters: themselves, gradient, two moments."""
 
@@ -65,12 +71,13 @@ def footprint(
         rest = max(row.length - frozen_tokens(rule, row.prompt_length) for row in rows)
         kept = size * (rest * KEPT * outputs + longest * states) + 2 * size * longest * _cache_values(model, len(blocks))
         kept = max(kept, min(size, 2) * longest * KEPT * outputs)  # the way is tried on two rows
-    elif settings.gradient_checkpointing:
-        kept = size * longest * (width * (len(blocks) - first) + KEPT * max(out for _, out in linear))
     else:
-        kept = size * longest * KEPT * outputs
+        block = max(out for _, out in linear)
+        again = width * (len(blocks) - first) + KEPT * block
+        kept = size * longest * ((again if settings.gradient_checkpointing else KEPT * outputs) + min(PASSING, len(blocks)) * block)
     counted = max(row.length - row.prompt_length for row in rows) if decoder else 1
-    logits = 4.0 * LOGIT_COPIES * size * counted * (model.config.get_text_config().vocab_size if decoder else model.config.num_labels)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0]) if decoder else 0
+    logits = 4.0 * LOGIT_COPIES * size * counted * vocabulary
     trained = sum(p.numel() for p in interventions.parameters())
     cache = 0.0
     if plan is not None and plan.kept:
@@ -101,13 +108,21 @@ def _work(
 ) -> float:
     """A forward through every layer, a backward through those from the first edited one on; a kept prefix once, another in every step."""
     below, above = (sum(weights for weights, _ in each) for each in (linear[:first], linear[first:]))
-    passes = steps_of(rows, settings) * settings.batch_size * settings.gradient_accumulation / len(rows)
     with_graph = below + (3 if settings.gradient_checkpointing else 2) * above
-    tokens, prefix = sum(row.length for row in rows), 0
-    if plan is not None and plan.splits:
-        prefix = sum(frozen_tokens(rule, row.prompt_length) for row in rows)
+    size, splits = settings.batch_size, plan is not None and plan.splits
+    if settings.group_by_length:
+        rows = sorted(rows, key=lambda row: row.length)
+    frozen = [frozen_tokens(rule, row.prompt_length) if splits else 0 for row in rows]
+    rest = [row.length - count for row, count in zip(rows, frozen, strict=True)]
+    passes = steps_of(rows, settings) * size * settings.gradient_accumulation / len(rows)
     often = 1.0 if plan is not None and plan.kept else passes
-    return passes * (tokens - prefix) * with_graph + often * prefix * (below + above)
+    return passes * _padded(rest, size) * with_graph + (often * _padded(frozen, size) * (below + above) if splits else 0.0)
+
+
+def _padded(lengths: Sequence[int], size: int) -> int:
+    """Tokens that cost what all batches do, in the order of the examples."""
+    batches = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    return sum(len(batch) * max(batch) + FEW for batch in batches)
 
 
 def _linear(block: nn.Module) -> tuple[int, int]:
@@ -128,9 +143,9 @@ def matmul_rate(model: PreTrainedModel, seconds: float = 0.3) -> float:
     """Floating-point operations a second of the largest linear map of a block on 256 tokens, here and now, in the base's dtype."""
     shape = max((tuple(p.shape) for p in decoder_layers(model)[0].parameters() if p.ndim == 2), key=math.prod)
     weights, tokens = torch.ones(shape, dtype=model.dtype), torch.ones((256, shape[1]), dtype=model.dtype)
-    tokens @ weights.T
+    torch.matmul(tokens, weights.T)
     started, times = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        tokens @ weights.T
+        torch.matmul(tokens, weights.T)
         times += 1
     return 2 * 256 * math.prod(shape) * times / (time.perf_counter() - started)
