@@ -305,7 +305,7 @@ def cache_size(token: int, context: int) -> str:
 def duration(seconds: float) -> str:
     for unit, each in (("s", 60), ("min", 60), ("h", 24)):
         if seconds < 2 * each or unit == "h":
-            return f"{seconds:.0f} {unit}" if seconds >= 10 else f"{seconds:.1f} {unit}"
+            return f"{seconds:.1f} {unit}"
         seconds /= each
     return ""
 

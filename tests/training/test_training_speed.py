@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -262,3 +263,13 @@ def test_a_way_that_gives_something_else_is_not_taken(
     result = train(base, data, replace(SETTINGS, epochs=2), tmp_path / "a")
     (note,) = result.notes
     assert "every token is computed in every step" in note and ("a loss of" in note or "gradients that are off" in note)
+
+
+def test_a_bfloat16_base_is_trained_behind_its_prefixes(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path
+) -> None:
+    rounded = copy.deepcopy(llama).to(torch.bfloat16)
+    settings = replace(SETTINGS, epochs=6, lr=2e-2, gradient_checkpointing=True)
+    result = train(base_from_memory(rounded, tokenizer, name="tiny-llama"), data, settings, tmp_path / "a")
+    assert len(result.notes) == 1 and "computed without a graph" in result.notes[0]
+    assert result.history[-1].loss < 0.97 * result.history[0].loss and result.adapter.dtype == "bfloat16"
