@@ -81,7 +81,7 @@ class Ways:
             columns = columns.clamp(max=batch.input_ids.shape[1] - 1)
             self.steering.prompt_length = batch.prompt_length
             return self.head.logits(
-                batch.counted.gather(1, columns) & real,
+                batch.counted.gather(1, columns),
                 input_ids=batch.input_ids.gather(1, columns),
                 attention_mask=torch.cat([mask, real.long()], dim=1),
                 past_key_values=cache,
