@@ -302,6 +302,14 @@ def cache_size(token: int, context: int) -> str:
     return f"{size(token)} a token, {size(token * context)} at the full context of {context} tokens"
 
 
+def duration(seconds: float) -> str:
+    for unit, each in (("s", 60), ("min", 60), ("h", 24)):
+        if seconds < 2 * each or unit == "h":
+            return f"{seconds:.1f} {unit}"
+        seconds /= each
+    return ""
+
+
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

@@ -16,14 +16,13 @@ from reft_export.base.token_rules import stated_context
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
-from reft_export.training.settings import TrainSettings
 from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # an export is forecast without torch
-    from reft_export.base.load import Base
+    from reft_export.training.trainer import Preparation
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int8 with a float32 scale for 64 weights, int4 with one for 32."""
@@ -37,6 +36,8 @@ EXPORTERS = {
 HEAD_KEYS = ("num_attention_heads", "n_head")
 LIBRARIES = 0.9e9
 """Memory of torch, transformers and onnxruntime themselves, as measured on a tiny model."""
+TRAINING_LIBRARIES = 0.43e9
+"""Of torch and transformers, with what loading leaves behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class Forecast:
     """Of a decoder: the KV cache of one row's token. None where its config leaves that to its family."""
     context: int | None = None
     """Tokens that a row can have at most."""
+    seconds: float | None = None
+    """Of the steps of a training on this machine, as busy as it is now."""
 
 
 def _cache(settings: ExportSettings) -> str:
@@ -115,21 +118,32 @@ def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
-def forecast_training(model: str, base: Base, examples: int, settings: TrainSettings) -> Forecast:
-    """A frozen base and its activations; the edit's own parameters and optimizer state are small beside them."""
+def forecast_training(model: str, ready: Preparation) -> Forecast:
+    """A frozen base, what autograd keeps of the longest batch, the store of unedited tokens, and the optimizer."""
+    from reft_export.training.footprint import OVERHEAD, footprint, matmul_rate, steps_of
+
+    base, settings, rows = ready.base, ready.settings, ready.examples.training
     total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
     _, device = settings.placement()
-    weights = total * (4.0 if base.dtype == "float32" else 2.0)
+    needed = footprint(base.model, ready.interventions, ready.rule, ready.examples, settings)
+    plan = needed.plan
+    apart: tuple[str, ...] = ()
+    if plan is not None and plan.splits:
+        how = f"once, kept in {needed.cache / 1e6:.0f} MB" if plan.kept else "in every step"
+        apart = (f"compute the {plan.prefix} of {plan.tokens} tokens before the first edited ones without a graph, {how}",)
+    steps = steps_of(rows, settings)
     return Forecast(
         steps=(
             f"load {described(model)} in {base.dtype} on {device}, frozen",
+            *apart,
             f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}, "
-            f"{examples} examples",
+            f"{len(rows)} examples, {steps} steps",
             "write the adapter",
         ),
         parameters=total,
-        memory=LIBRARIES + 1.5 * weights,
+        memory=TRAINING_LIBRARIES + total * base.model.dtype.itemsize + needed.memory,
         disk=1e6,
+        seconds=OVERHEAD * 2 * needed.work / matmul_rate(base.model) if device == "cpu" else None,
     )
 
 

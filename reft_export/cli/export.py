@@ -218,11 +218,11 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
 
 
 def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
-    from reft_export.console import cache_size, size
+    from reft_export.console import cache_size, duration, size
 
     free = shutil.disk_usage(Path.cwd()).free
     if as_json:
-        sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk}
+        sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk, "seconds": forecast.seconds}
         print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
         return
     for number, step in enumerate(forecast.steps, 1):
@@ -231,5 +231,7 @@ def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
         f"{forecast.parameters / 1e6:.1f} M parameters; about {size(forecast.memory)} memory, "
         f"{size(forecast.disk)} disk ({size(free)} free)"
     )
+    if forecast.seconds is not None:
+        out.print(f"about {duration(forecast.seconds)} of steps, on this machine as busy as it is now")
     if forecast.token is not None and forecast.context is not None:
         out.print(f"KV cache of a row: {cache_size(forecast.token, forecast.context)}")

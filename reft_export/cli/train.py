@@ -56,6 +56,7 @@ class Form:
 class Optimization:
     """How its parameters move."""
 
+    init: Annotated[str, typer.Option("--init", help="pyreft: its random values; identity: nothing is edited at first.")] = "pyreft"
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 9e-4
     schedule: Annotated[str, typer.Option("--schedule", help="linear, cosine or constant, after the warm-up.")] = "linear"
     warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps over which the rate rises.")] = 0.1
@@ -89,6 +90,18 @@ class Run:
     seed: Annotated[int, typer.Option("--seed")] = 42
     dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto"
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto"
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Batches of examples of like length: fewer pads, and another order.")
+    ] = False
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute layers again in place of keeping them: less memory, more time.")
+    ] = False
+    cache_mb: Annotated[
+        int, typer.Option("--cache-mb", help="MB for what is computed once of prompts' tokens before the first edited one; 0: none.")
+    ] = 2048
+    cache_dtype: Annotated[
+        str, typer.Option("--cache-dtype", help="Of that: auto (the base's), float32, bfloat16, float16; a narrower one rounds.")
+    ] = "auto"
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False
 
 
@@ -185,7 +198,7 @@ def train(
 
             origin = Origin(start=started, trained_on=trained_on, head=sources.head, orthogonal_to=others)
             ready = prepare(base, data, settings, output, origin, force=force)
-            show_forecast(forecast_training(model, base, len(ready.examples.training), settings), as_json=as_json)
+            show_forecast(forecast_training(model, ready), as_json=as_json)
             return
         from reft_export.training.trainer import train as run_training
 
@@ -229,7 +242,7 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
     if settings.max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if sources.start is not None:
-        refuse_given(context, ("orthogonal_to",), "for an adapter that begins anew, and --start goes on with one")
+        refuse_given(context, ("orthogonal_to", "init"), "for an adapter that begins anew, and --start goes on with one")
 
 
 def _check_base(context: typer.Context, base: Base, started: Adapter | None, others: Mapping[str, Adapter], sources: Sources) -> None:
@@ -293,7 +306,14 @@ def _print_json(output: Path, result: TrainResult, others: Mapping[str, Adapter]
     kept = to_json(result.kept)
     if others:
         shown["orthogonal_to"] = _left(result.adapter, others)
-    print_json({"adapter": str(output), "history": to_json(result.history), "kept": kept, "truncated": truncated, **shown})
+    written = {
+        "adapter": str(output),
+        "history": to_json(result.history),
+        "kept": kept,
+        "truncated": truncated,
+        "notes": list(result.notes),
+    }
+    print_json({**written, **shown})
 
 
 def _print(output: Path, settings: TrainSettings, result: TrainResult, others: Mapping[str, Adapter]) -> None:
@@ -306,6 +326,8 @@ def _print(output: Path, settings: TrainSettings, result: TrainResult, others: M
         out.print(f"{len(result.truncated_lines)} {cut} were cut to --max-length, first at {escape(result.truncated_lines[0])}")
     for before, after in zip(result.samples_before, result.samples_after, strict=True):
         out.print(f"[bold]{escape(before.prompt)}[/]\n  [dim]before:[/] {escape(before.text)}\n  [dim]after: [/] {escape(after.text)}")
+    for note in result.notes:
+        out.print(note, markup=False)
     first, last = result.history[0], result.history[-1]
     parameters = sum(t.size for t in result.adapter.tensors.values())
     head = sum(t.size for t in result.adapter.head.values())

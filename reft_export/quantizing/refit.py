@@ -37,6 +37,7 @@ from reft_export.evaluation.quantization_report import RefitFigures
 from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.settings import RefitSettings
+from reft_export.training.counted import CountedHead
 from reft_export.training.data import Data, Example, collate, iter_examples, load_data
 from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
@@ -45,6 +46,7 @@ from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
+from reft_export.training.ways import Ways
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.edits.adapter import Adapter, save_adapter
@@ -234,7 +236,8 @@ def adapter_loss(
         steer(base.model, interventions.edits(), rule=adapter.positions, tied=adapter.tied) as steering,
         nullcontext() if teacher is None else teaching(*teacher) as lesson,
     ):
-        model = EditedModel(base.model, interventions, steering, lesson).eval()
+        ways = Ways(head=CountedHead(base.model), steering=steering, rule=adapter.positions)
+        model = EditedModel(interventions, ways.counted, lesson).eval()
         for start in range(0, len(examples), batch_size):
             chosen = examples[start : start + batch_size]
             total += float(model(**collate(chosen, pad_token_id=0), num_items_in_batch=1)["loss"])

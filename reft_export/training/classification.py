@@ -9,6 +9,7 @@ Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.labelled_data import LabelledText, collate_labelled, load_labelled
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
+from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
@@ -103,7 +105,8 @@ class LabelObjective(Objective[LabelledText]):
         before = _accuracy(model, asked, batch_size, lambda **batch: model(**model_inputs(model, **batch)).logits)
         with (
             with_head(model, {} if self._trains_head else started),
-            steer(model, interventions.edits(), rule=rule, tied=self.settings.tied),
+            steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
+            recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
         ):
             first = _first_head(model, self.origin.start) if self._trains_head else {}
             edited = EditedClassifier(model, interventions, first).to(model.device)

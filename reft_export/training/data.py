@@ -53,6 +53,10 @@ class Example:
     """The completion was cut to max_length, and so has no end token."""
 
     @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
     def labels(self) -> tuple[int, ...]:
         return (IGNORED,) * self.prompt_length + self.input_ids[self.prompt_length :]
 
@@ -65,6 +69,11 @@ class Tokenized(Protocol):
 
     @property
     def prompt_length(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """All of its tokens."""
+        ...
 
     @property
     def truncated(self) -> bool: ...

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
-from reft_export.eager.steering import Steering, greedy_tokens, steer, steered
-from reft_export.training.data import IGNORED, Data, Example, Examples, TrainingData, collate, load_data
+from reft_export.eager.steering import greedy_tokens, steer, steered
+from reft_export.training.data import Data, Example, Examples, TrainingData, collate, load_data
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
+from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from reft_export.training.teacher import Teacher, teaching
+from reft_export.training.way_choice import choose_way
+from reft_export.training.ways import Batch, Way, loss_of
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -32,10 +32,9 @@ SAMPLE_TOKENS = 48
 class EditedModel(TrainedModel):
     """A decoder's; the loss is on completions."""
 
-    def __init__(self, model: PreTrainedModel, interventions: Interventions, steering: Steering, teacher: Teacher | None = None) -> None:
+    def __init__(self, interventions: Interventions, way: Way, teacher: Teacher | None = None) -> None:
         super().__init__(interventions)
-        self._outside = (model, steering, teacher)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._outside = (way, teacher)
 
     def forward(
         self,
@@ -47,20 +46,11 @@ class EditedModel(TrainedModel):
     ) -> dict[str, Tensor]:
         """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
         num_items_in_batch (else by their number)."""
-        model, steering, teacher = self._outside
-        steering.prompt_length = prompt_length
-        # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
-        wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
-        keep = {"logits_to_keep": wanted} if self._keeps else {}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **keep}
-        targets = labels[:, 1 - wanted :]
-        counted = targets != IGNORED
-        logits = model(**inputs).logits[:, -wanted:-1][counted]
-        if teacher is None:
-            total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
-        else:
-            total = teacher.divergence(logits, counted, prompt_length, **inputs)
-        return self.counted(total / (counted.sum() if num_items_in_batch is None else num_items_in_batch))
+        way, teacher = self._outside
+        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels, prompt_length=prompt_length)
+        logits = way(batch)
+        total = loss_of(logits, batch) if teacher is None else teacher.divergence(logits, batch)
+        return self.counted(total / (len(logits) if num_items_in_batch is None else num_items_in_batch))
 
 
 class CompletionObjective(Objective[Example]):
@@ -92,13 +82,15 @@ class CompletionObjective(Objective[Example]):
     def train(self, interventions: Interventions, rule: PositionRule, examples: Examples[Example], loop: Loop, phase: Phase) -> Outcome:
         model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
         before = self.samples(examples, phase)
-        phase("training")
         with (
             steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
+            recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
-            history = loop(EditedModel(model, interventions.to(model.device), steering, lesson))
-        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before)
+            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, self.settings, phase)
+            phase("training")
+            history = loop(EditedModel(interventions, way, lesson))
+        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=said)
 
     def samples(self, examples: Examples[Example], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:
         asked = examples.shown[: self.settings.samples]

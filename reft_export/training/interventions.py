@@ -3,7 +3,7 @@
 
 Parameters are float32 whatever the base's dtype, and delta is computed in float32. Initial values are pyreft's: R a
 random matrix with orthonormal rows, every linear map uniform in +-1/sqrt(D) (torch's default for Linear), s uniform in
-[0, 1). RED starts as its authors' does, with scale 1 and bias 0: it edits nothing.
+[0, 1). RED starts as its authors' does, with scale 1 and bias 0: it edits nothing. Others start so on request (``start_without_edit``).
 
 Dropout zeroes elements of delta and scales the others by 1/(1 - p), while training only. pyreft drops elements of
 h + delta, and so noises the frozen residual stream as well; here an edit that is dropped leaves h as it was.
@@ -178,6 +178,17 @@ class Interventions(nn.Module):
         decayed = [p for p in self.parameters() if id(p) in decays]
         plain = [p for p in self.parameters() if id(p) not in decays]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def start_without_edit(self) -> None:
+        """Sets every intervention to its method's start of y = h; the method must have one."""
+        start = METHODS[self.method].no_edit_start
+        assert start is not None, f"{self.method} has no start that edits nothing"
+        for module in self._by_key.values():
+            values = start(module.parameters_of())
+            for parameter, target in module.trained():
+                if parameter.name in values:
+                    target.copy_(values[parameter.name])
 
     @torch.no_grad()
     def start_from(self, adapter: Adapter) -> None:

@@ -39,6 +39,10 @@ class LabelledText:
         """All of a text is prompt."""
         return len(self.text)
 
+    @property
+    def length(self) -> int:
+        return len(self.text)
+
 
 def load_labelled(data: Data, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData[LabelledText]:
     """Reads and tokenizes the data. Raises InputError naming file and line for anything not of the form above."""

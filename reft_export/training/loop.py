@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reft_export.base.load import Base
@@ -28,6 +29,8 @@ OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
 
 CHECKPOINTS_PER_RUN = 10
+GROUPED = 50
+"""Batches whose examples are sorted by length together, as transformers does."""
 
 
 class TrainingInterrupted(ReftError):
@@ -129,6 +132,39 @@ class _Listed(Dataset[E]):
         return self._examples[index]
 
 
+class _LengthGrouped(Sampler[int]):
+    """Indices by batches of like lengths, an order of its own for each epoch: shuffled examples, GROUPED batches of them sorted by length,
+    and their batches shuffled. The incomplete batch is the last."""
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+        self._lengths, self._size, self._seed, self._epoch = lengths, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self._seed} {self._epoch}")
+        order, chunk = draw.sample(range(len(self)), len(self)), GROUPED * self._size
+        last = order[len(order) - len(order) % self._size :]
+        order = order[: len(order) - len(last)]
+        sorted_ = [i for first in range(0, len(order), chunk) for i in sorted(order[first : first + chunk], key=self._lengths.__getitem__)]
+        batches = [sorted_[first : first + self._size] for first in range(0, len(sorted_), self._size)]
+        draw.shuffle(batches)
+        yield from (index for batch in (*batches, last) for index in batch)
+
+
+class _Trainer(Trainer):
+    """With a sampler of its own, where there is one."""
+
+    grouped: _LengthGrouped | None = None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self.grouped or super()._get_train_sampler(*args, **kwargs)
+
+
 def run_loop(
     model: TrainedModel,
     base: Base,
@@ -148,7 +184,7 @@ def run_loop(
     history = read_history(checkpoint)
     recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), on_step)
     pad = pad_token(base)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(settings, total, folder, base.model.device),
         data_collator=partial(collate, pad_token_id=PAD if pad is None else pad),
@@ -160,6 +196,9 @@ def run_loop(
         ),
         callbacks=[recorder],
     )
+    if settings.group_by_length:
+        lengths = [example.length for example in examples.training]
+        trainer.grouped = _LengthGrouped(lengths, settings.batch_size, settings.seed)
     trainer.remove_callback(PrinterCallback)
     with _failures(model, base, settings, history, total, folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -71,6 +71,8 @@ class Outcome:
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     samples_before: tuple[Sample, ...] = ()
     accuracy: Accuracy | None = None
+    notes: tuple[str, ...] = ()
+    """How its steps were computed, for people."""
 
 
 class Objective(ABC, Generic[E]):

@@ -22,6 +22,7 @@ SEEDS = 2**32
 
 CHAT_TEMPLATE = ("auto", "always", "never")
 KEEP = ("best", "last")
+INITS = ("pyreft", "identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class TrainSettings:
     """One intervention for prefix and suffix positions, or one for each."""
     activation: str = ""
     dropout: float = 0.0
+    init: str = "pyreft"
+    """Where the parameters start: pyreft's random values, or identity, which edits nothing: the first step is the base."""
 
     lr: float = 9e-4
     schedule: str = "linear"
@@ -53,6 +56,10 @@ class TrainSettings:
     """Batches per optimiser step; every completion token of the step has the same weight, whatever its batch."""
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
+    group_by_length: bool = False
+    """Batches of examples of like length, which pads less; drawn by the seed, others than without."""
+    gradient_checkpointing: bool = False
+    """Each layer is computed again in the backward pass in place of being kept: less memory, a longer step."""
 
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
@@ -71,6 +78,10 @@ class TrainSettings:
     dtype: str = "auto"
     """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
+    cache_mb: int = 2048
+    """Memory, in MB, for what the base makes of prompts' tokens before the first edited ones, from epoch to epoch; 0: none is kept."""
+    cache_dtype: str = "auto"
+    """That memory's: auto, the base's; or float16, which holds twice as much and rounds it."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
 
@@ -81,9 +92,13 @@ class TrainSettings:
         _one_of("keep", self.keep, KEEP)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("cache_dtype", self.cache_dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.activation and not METHODS[self.method].activated:
             raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
+        _one_of("init", self.init, INITS)
+        if self.init == "identity":
+            _check_identity(self.method, self.activation)
         if METHODS[self.method].full_rank:
             object.__setattr__(self, "rank", 0)
         else:
@@ -93,7 +108,7 @@ class TrainSettings:
         for name in ("max_steps", "max_length"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
-        for name in ("lr", "weight_decay", "max_gradient_norm", "samples"):
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb"):
             _in_range(name, getattr(self, name), 0)
         _in_range("seed", self.seed, 0, below=SEEDS)
         _in_range("probes", self.probes, 0, below=MOST + 1)
@@ -187,6 +202,14 @@ def differing(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """``name: theirs, now mine`` for every entry in which two records differ."""
     names = sorted({*mine, *other})
     return [f"{n}: {other.get(n)!r}, now {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+
+
+def _check_identity(method: str, activation: str) -> None:
+    if METHODS[method].no_edit_start is None:
+        known = ", ".join(name for name, each in METHODS.items() if each.no_edit_start is not None)
+        raise InputError(f"init identity: {method} has no values that edit nothing and can be trained; methods that have: {known}")
+    if activation and not METHODS[method].no_edit_activated:
+        raise InputError(f"init identity: {method} with {activation} edits at any start, act(R h) being another than R h; leave one out")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

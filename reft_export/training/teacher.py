@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from reft_export.eager.steering import Steering, steered
+from reft_export.training.counted import CountedHead
+from reft_export.training.ways import Batch
 from runtimes.edits.adapter import Adapter
 
 
@@ -22,18 +24,17 @@ class Teacher:
     """A second model in memory beside the trained one; it takes no gradient."""
 
     def __init__(self, model: PreTrainedModel, steering: Steering) -> None:
-        self._model, self._steering = model, steering
+        self._head, self._steering = CountedHead(model), steering
 
-    def divergence(self, logits: Tensor, counted: Tensor, prompt_length: Tensor, **inputs: Tensor | int | bool) -> Tensor:
-        """sum over counted tokens of KL(teacher || student), in nats.
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Tensor:
+        self._steering.prompt_length = batch.prompt_length
+        return self._head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
-        logits [n, V] are the student's at the tokens where counted [B, S] is true; ``inputs`` are those of the student's forward, whose
-        logits' last column is dropped.
-        """
-        self._steering.prompt_length = prompt_length
-        with torch.no_grad():
-            targets = self._model(**inputs).logits[:, -counted.shape[1] - 1 : -1][counted]
-        return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets.float(), -1), log_target=True, reduction="sum")
+    def divergence(self, logits: Tensor, batch: Batch) -> Tensor:
+        """sum over counted tokens of KL(teacher || student), in nats; logits [n, V] are the student's at those tokens."""
+        targets = self._targets(batch).float()
+        return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets, -1), log_target=True, reduction="sum")
 
 
 @contextmanager

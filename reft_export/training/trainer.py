@@ -56,6 +56,8 @@ class TrainResult:
     """A classifier's."""
     kept: StepRecord
     """The step whose parameters were saved."""
+    notes: tuple[str, ...] = ()
+    """How the steps were computed, in words."""
 
 
 def train(
@@ -216,6 +218,8 @@ def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple
         avoided=spaces,
     )
     if start is None:
+        if settings.init == "identity":
+            interventions.start_without_edit()
         return interventions, settings.rule
     check_head(start, base.model)
     interventions.start_from(start)
@@ -253,6 +257,7 @@ def _train(
         samples_after=samples_after,
         accuracy=outcome.accuracy,
         kept=kept_step(outcome.history, ready.settings),
+        notes=outcome.notes,
     )
 
 

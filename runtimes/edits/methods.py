@@ -64,6 +64,10 @@ class Method:
     """The parameters of the NoReFT that does the same; where the method is not ``activated``, without an activation."""
     of_edit: Callable[[Edit], Values] | None = None
     """The parameters of any edit without an activation that has the form of ``fold``'s: the method holds edits of other methods."""
+    no_edit_start: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
+    """(initial parameters) -> what some of them become so that training starts from y = h, with a gradient. None: it has no such start."""
+    no_edit_activated: bool = False
+    """That start edits nothing with an activation, too."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,6 +139,7 @@ METHODS: Mapping[str, Method] = {
         fold=lambda x, activation: _fold_noreft(_loreft_as_noreft(x), activation),
         activated=True,
         as_noreft=_loreft_as_noreft,
+        no_edit_start=lambda x: {"W": x["R"], "b": 0 * x["b"]},
     ),
     "noreft": Method(
         formula="y = h + P^T (act(W h + b) - (P h + p))",
@@ -143,6 +148,7 @@ METHODS: Mapping[str, Method] = {
         fold=_fold_noreft,
         activated=True,
         as_noreft=dict,
+        no_edit_start=lambda x: {"W": x["P"], "b": x["p"]},
     ),
     "direft": Method(
         formula="y = h + W2^T act(W1 h + b)",
@@ -151,6 +157,8 @@ METHODS: Mapping[str, Method] = {
         fold=lambda x, activation: LowRankEdit(U=x["W2"], A=x["W1"], b=x["b"], activation=activation),
         activated=True,
         of_edit=_direft_of,
+        no_edit_start=lambda x: {"W2": 0 * x["W2"]},
+        no_edit_activated=True,
     ),
     "consreft": Method(
         formula="y = h + R^T (s - R h)",
@@ -164,6 +172,7 @@ METHODS: Mapping[str, Method] = {
         parameters=(_rows("R", "projection", "orthonormal"), _coordinates("s", "source", "unit")),
         delta=lambda x, h, act: x["s"] @ x["R"],
         fold=lambda x, activation: LowRankEdit(U=x["R"], A=np.zeros_like(x["R"]), b=x["s"]),
+        no_edit_start=lambda x: {"s": 0 * x["s"]},
     ),
     "red": Method(
         formula="y = scale * h + bias",
@@ -171,6 +180,7 @@ METHODS: Mapping[str, Method] = {
         delta=lambda x, h, act: (x["scale"] - 1) * h + x["bias"],
         fold=lambda x, activation: ScaleBiasEdit(scale=x["scale"], bias=x["bias"]),
         of_edit=_red_of,
+        no_edit_start=lambda x: {},
     ),
 }
 """By name. pyreft calls this direft Nodireft; its own Direft keeps W2 orthonormal."""

@@ -41,7 +41,8 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--keep", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
-        "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
+        "--device", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype", "--resume", "--base",
+        "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",

@@ -1,0 +1,117 @@
+"""The tokens before a row's first edited one: no training changes what the base makes of them, so their keys and values are computed once.
+
+Attention is causal, so a token is touched by the edits of itself and of those before it. With positions at the prompt's end
+(``l<n>``) all tokens before them have the base's keys and values in every layer. A store keeps these for as many examples as fit into its
+bytes; those of others are computed for each batch anew, without a graph. Training then runs the rest of a row over them.
+
+An example's keys and values are computed in one group of examples, whatever batch asks for them: which one it is in decides the last bits,
+and a resumed run must have those of the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from reft_export.eager.steering import Steering
+from reft_export.training.counted import CountedHead, computes_nothing
+from runtimes.edits.positions import PositionRule
+
+Tokens = tuple[int, ...]
+
+
+def frozen_tokens(rule: PositionRule, prompt_length: int) -> int:
+    """How many tokens of a prompt stand before the first edited one: L - l, l cut to L // 2 where the rule truncates."""
+    if rule.first or rule.prompt or rule.everywhere:
+        return 0
+    return prompt_length - min(rule.last, prompt_length // 2 if rule.truncate else prompt_length)
+
+
+class FrozenCache(DynamicCache):
+    """Keys and values that are read and never added to: a layer that is computed twice, as gradient checkpointing does, reads the same."""
+
+    def __init__(self, states: Tensor) -> None:
+        """``states`` [2 layers, B, H, T, D]: the keys of every layer, then the values."""
+        super().__init__()
+        layers = len(states) // 2
+        for layer in range(layers):
+            super().update(states[layer], states[layers + layer], layer)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+
+class PrefixStore:
+    """Keys and values of prefixes by their tokens, [2 layers, H, P, D] each."""
+
+    def __init__(self, head: CountedHead, steering: Steering, *, dtype: torch.dtype, pad_token_id: int) -> None:
+        self._head, self._steering, self._dtype, self._pad = head, steering, dtype, pad_token_id
+        self._kept: dict[Tokens, Tensor] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return sum(states.numel() * states.element_size() for states in self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, prefixes: Sequence[Tokens], *, limit: int, group: int, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Computes and keeps as many of ``prefixes``, from the first on, as ``limit`` bytes hold, ``group`` at a time."""
+        different = list(dict.fromkeys(filter(None, prefixes)))
+        if not different:
+            return
+        token = self.token_bytes(different[0])
+        chosen: list[Tokens] = []
+        for prefix in different:
+            limit -= token * len(prefix)
+            if limit < 0:
+                break
+            chosen.append(prefix)
+        chosen.sort(key=len)
+        for first in range(0, len(chosen), group):
+            each = chosen[first : first + group]
+            self._kept |= zip(each, (states.clone() for states in self._compute(each)), strict=True)
+            on_step(min(first + group, len(chosen)), len(chosen))
+
+    def token_bytes(self, prefix: Tokens) -> int:
+        """What one token takes."""
+        (states,) = self._compute([prefix[:1]])
+        return states.numel() * states.element_size()
+
+    def cache_of(self, prefixes: Sequence[Tokens]) -> tuple[FrozenCache, Tensor]:
+        """(the rows' keys and values, their mask [B, T]), left-padded, so that a row's tokens stand in one piece with those that follow."""
+        kept = [self._kept.get(prefix) for prefix in prefixes]
+        missing = [prefix for prefix, states in zip(prefixes, kept, strict=True) if states is None]
+        computed = iter(self._compute(missing) if missing else ())
+        found = [next(computed) if states is None else states for states in kept]
+        width, dtype = max(map(len, prefixes)), self._head.model.dtype
+        layers, heads, _, size = found[0].shape
+        states = found[0].new_zeros((layers, len(found), heads, width, size), dtype=dtype)
+        mask = torch.zeros((len(found), width), dtype=torch.long, device=states.device)
+        for row, each in enumerate(found):
+            length = each.shape[2]
+            states[:, row, :, width - length :] = each
+            mask[row, width - length :] = 1
+        return FrozenCache(states), mask
+
+    @torch.no_grad()
+    def _compute(self, prefixes: Sequence[Tokens]) -> list[Tensor]:
+        model, width = self._head.model, max(map(len, prefixes))
+        ids = torch.tensor([[*each, *[self._pad] * (width - len(each))] for each in prefixes], device=model.device)
+        mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in prefixes], device=model.device)
+        cache, steering = DynamicCache(), self._steering
+        before = steering.prompt_length, steering.rows
+        steering.prompt_length, steering.rows = None, slice(0, 0)  # no row of these is edited
+        try:
+            self._head.logits(computes_nothing(ids), input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        finally:
+            steering.prompt_length, steering.rows = before
+        layers: list[Any] = cache.layers
+        states = torch.stack([layer.keys for layer in layers] + [layer.values for layer in layers]).to(self._dtype)
+        return [states[:, row, :, : len(each)] for row, each in enumerate(prefixes)]

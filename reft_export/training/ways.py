@@ -1,0 +1,121 @@
+"""Ways to a decoder's logits at the counted tokens of a batch: the plain one, and faster ones that give the same.
+
+plain           every token with a graph from the first edited layer on, every logit behind the shortest prompt
+counted         the same, with the head on counted tokens alone (counted.py)
+behind prefix   the tokens before a row's first edited one without a graph, or from a store, and the rest over them (frozen_prefix.py)
+
+Whether a family takes a faster way is not looked up but tried: loss and gradients of two examples, the shortest and the longest, must be
+those of the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reft_export.eager.steering import Steering
+from reft_export.training.counted import CountedHead
+from reft_export.training.data import IGNORED
+from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
+from runtimes.edits.positions import PositionRule
+
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Relative, by the base's dtype; of the 16-bit ones a few roundings of it, since another order of sums rounds otherwise."""
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+"""||difference|| / ||gradient||."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Right-padded rows, as ``reft_export.training.data.collate`` makes them."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    prompt_length: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """[B, S], the tokens whose logits the loss takes: those in front of a label."""
+        return F.pad(self.labels[:, 1:] != IGNORED, (0, 1))
+
+    @property
+    def targets(self) -> Tensor:
+        """[n], the labels that the logits at the counted tokens are held against."""
+        return self.labels[:, 1:][self.labels[:, 1:] != IGNORED]
+
+
+Way = Callable[[Batch], Tensor]
+"""Batch to logits [n, V] at its counted tokens, row by row; the steered model's hooks are on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ways:
+    """The ways of one steered model."""
+
+    head: CountedHead
+    steering: Steering
+    rule: PositionRule
+
+    def plain(self, batch: Batch) -> Tensor:
+        self.steering.prompt_length = batch.prompt_length
+        return self.head.every_logit(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def counted(self, batch: Batch) -> Tensor:
+        self.steering.prompt_length = batch.prompt_length
+        return self.head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def behind_prefix(self, store: PrefixStore) -> Way:
+        def way(batch: Batch) -> Tensor:
+            frozen = [frozen_tokens(self.rule, length) for length in batch.prompt_length.tolist()]
+            rows = batch.input_ids.tolist()
+            cache, mask = store.cache_of([tuple(row[:count]) for row, count in zip(rows, frozen, strict=True)])
+            start = torch.tensor(frozen, device=batch.input_ids.device)[:, None]
+            lengths = batch.attention_mask.sum(1, keepdim=True)
+            columns = start + torch.arange(int((lengths - start).max()), device=start.device)
+            real = columns < lengths
+            columns = columns.clamp(max=batch.input_ids.shape[1] - 1)
+            self.steering.prompt_length = batch.prompt_length
+            return self.head.logits(
+                batch.counted.gather(1, columns),
+                input_ids=batch.input_ids.gather(1, columns),
+                attention_mask=torch.cat([mask, real.long()], dim=1),
+                past_key_values=cache,
+                use_cache=True,
+                **({"position_ids": columns} if self.head.takes_positions else {}),
+            )
+
+        return way
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy at the counted tokens, summed, in nats."""
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+def difference(way: Way, plain: Way, batch: Batch, parameters: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+    """How loss or gradients of a way differ from the plain one's, in words; None where they agree."""
+    want, gradients = _measured(plain, batch, parameters)
+    try:
+        got, others = _measured(way, batch, parameters)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever a family's own code raises where it cannot do this
+        return f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+    if not (got - want).abs() <= LOSS_TOLERANCE[dtype] * want.abs().clamp(min=1):
+        return f"a loss of {got:.6g}, and {want:.6g} the plain way"
+    if not (others - gradients).norm() <= GRADIENT_TOLERANCE[dtype] * gradients.norm():
+        return f"gradients that are off by {(others - gradients).norm():.2g}, of {gradients.norm():.2g}"
+    return None
+
+
+def _measured(way: Way, batch: Batch, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(loss, all gradients in one vector)."""
+    loss = loss_of(way(batch), batch)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return loss.detach(), torch.cat([g.flatten() for g in gradients])
