@@ -35,25 +35,26 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     requests = _requests(options)
     check_adapters(opened, requests)
     templates = _templates(opened, requests, options)
-    bank = _bank(opened, requests, options)
     asks = [_ask(request, settings, tokenizer, templates, options) for request in requests]
     asks = _another_sample_each(_held_to_schemas(asks, requests, options, tokenizer, opened.manifest.model.vocab_size))
+    bank = _bank(opened, asks, options)
     for ask in asks:
         ask.check(opened.limits)
     return partial(_answer, tokenizer=tokenizer, asks=asks, limits=opened.limits, options=options, bank=bank)
 
 
-def _bank(opened: Artifact, requests: Sequence[Request], options: RunOptions) -> AdapterBank | None:
+def _bank(opened: Artifact, asks: Sequence[Ask], options: RunOptions) -> AdapterBank | None:
     """What holds adapters at another strength than their own. Raises InputError where they cannot have one."""
-    if options.strength == 1:
-        return None
-    if options.adapter is None and not any(request.options.get("adapter") for request in requests):
+    if options.strength != 1 and all(ask.adapter is None for ask in asks):
         raise InputError(f"--strength {options.strength:g} is an adapter's, and none steers; name one with --adapter (-a)")
-    check_strength(options.strength, options.adapter or "every adapter")
+    scaled = [ask for ask in asks if ask.strength != 1]
+    if not scaled:
+        return None
     try:
         return open_bank(opened)
     except InputError as e:
-        raise InputError(f"--strength {options.strength:g}: {e}") from None
+        where = f"{scaled[0].where}: strength" if "strength" in scaled[0].own else "--strength"
+        raise InputError(f"{where} {scaled[0].strength:g}: {e}") from None
 
 
 def _requests(options: RunOptions) -> list[Request]:
@@ -84,13 +85,13 @@ def _answer(
     batch_size, prefill_chunk = min(options.batch_size, limits.rows or options.batch_size), options.prefill_chunk
     if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
         prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
-    steer = Steer(session, bank, options.strength)
+    steer = Steer(session, bank)
     _try_adapters(steer, asks)
     for index, answer in in_order(_answers(steer, tokenizer, asks, batch_size, on_text, prefill_chunk)):
         if options.as_json:
             record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
-            if bank is not None and asks[index].adapter is not None:
-                record["strength"] = options.strength
+            if asks[index].strength != 1:
+                record["strength"] = asks[index].strength
             record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
             say(json.dumps(record, ensure_ascii=False) + "\n")
         elif on_text:
@@ -108,6 +109,8 @@ class Ask:
     where: str
     tokens: list[int]
     adapter: str | None
+    strength: float
+    """1 where no adapter steers."""
     settings: GenerationSettings
     own: frozenset[str]
 
@@ -138,11 +141,19 @@ def _ask(
             where=request.where,
             tokens=encode(request.messages, tokenizer, templates[chosen], own.get("system", options.system), options.chat),
             adapter=chosen,
+            strength=_strength(own, chosen, options.strength),
             settings=replace(settings, **_sampling(own)),
             own=frozenset(own),
         )
     except InputError as e:
         raise InputError(f"{request.where}: {e}") from None
+
+
+def _strength(own: Mapping[str, Any], adapter: str | None, given: float) -> float:
+    """Raises InputError for one that is not finite, and for a line's own where nothing steers."""
+    if adapter is None and "strength" in own:
+        raise InputError("strength is an adapter's, and none steers this line; name one, or leave it out")
+    return 1.0 if adapter is None else check_strength(float(own.get("strength", given)), adapter)
 
 
 def _sampling(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def _another_sample_each(asks: Sequence[Ask]) -> list[Ask]:
     numbered = []
     for ask in asks:
         if "seed" not in ask.own:
-            same = (ask.adapter, ask.settings, tuple(ask.tokens))
+            same = (ask.adapter, ask.strength, ask.settings, tuple(ask.tokens))
             ask = replace(ask, settings=replace(ask.settings, sample=seen[same]))
             seen[same] += 1
         numbered.append(ask)
@@ -191,14 +202,13 @@ class Steer:
 
     session: Session
     bank: AdapterBank | None
-    strength: float
 
-    def check(self, adapter: str | None) -> None:
+    def check(self, ask: Ask) -> None:
         """Raises InputError for an adapter that the session cannot take, or not at that strength."""
-        if self.bank is None:
-            self.session.set_adapter(adapter)
-        elif adapter is not None:
-            self.bank.load(at_strength(adapter, self.strength))
+        if self.bank is None or ask.adapter is None or ask.strength == 1:
+            self.session.set_adapter(ask.adapter)
+        else:
+            self.bank.load(at_strength(ask.adapter, ask.strength))
 
     def generate(
         self,
@@ -207,9 +217,14 @@ class Steer:
         on_text: OnText | None,
         prefill_chunk: int | None,
     ) -> Iterator[Generation]:
-        """Answers to ``asks``, of one adapter and one count of new tokens, in their order."""
-        adapter, tokens, settings = asks[0].adapter, [ask.tokens for ask in asks], [ask.settings for ask in asks]
-        if self.bank is None or adapter is None:
+        """Answers to ``asks``, of one adapter at one strength and one count of new tokens, in their order."""
+        adapter, strength, tokens, settings = (
+            asks[0].adapter,
+            asks[0].strength,
+            [ask.tokens for ask in asks],
+            [ask.settings for ask in asks],
+        )
+        if self.bank is None or adapter is None or strength == 1:
             self.session.set_adapter(adapter)
             yield from generate(self.session, tokenizer, tokens, settings, on_text=on_text, prefill_chunk=prefill_chunk)
             return
@@ -217,7 +232,7 @@ class Steer:
         answers: dict[int, Generation] = {}
         # Rows are those of a call: what generate would feed in several batches is fed so here.
         for batch in batches(tokens, padding_of(decoder), chunk=prefill_columns(decoder, prefill_chunk)):
-            with AdapterRows(self.bank, [at_strength(adapter, self.strength)] * len(batch)) as rows:
+            with AdapterRows(self.bank, [at_strength(adapter, strength)] * len(batch)) as rows:
                 self.session.set_rows(rows)
                 own, prompts = [settings[i] for i in batch], [tokens[i] for i in batch]
                 made = generate(self.session, tokenizer, prompts, own, on_text=on_text, prefill_chunk=prefill_chunk)
@@ -227,16 +242,16 @@ class Steer:
 
 def _try_adapters(steer: Steer, asks: Sequence[Ask]) -> None:
     """Every adapter once, before the first answer: an engine may not take one. Raises InputError, with the line that names it."""
-    for ask in {ask.adapter: ask for ask in reversed(asks)}.values():
+    for ask in {(ask.adapter, ask.strength): ask for ask in reversed(asks)}.values():
         try:
-            steer.check(ask.adapter)
+            steer.check(ask)
         except InputError as e:
-            raise InputError(f"{ask.where}: {e}" if "adapter" in ask.own else str(e)) from None
+            raise InputError(f"{ask.where}: {e}" if {"adapter", "strength"} & ask.own else str(e)) from None
 
 
 def _answers(
     steer: Steer, tokenizer: Tokenizer, asks: Sequence[Ask], batch_size: int, on_text: OnText | None, prefill_chunk: int | None
 ) -> Iterator[tuple[int, Generation]]:
-    """(number, answer) of every prompt, in batches of one adapter and one count of new tokens."""
-    for batch in batches_of_alike([(ask.adapter, ask.settings.max_new_tokens) for ask in asks], batch_size):
+    """(number, answer) of every prompt, in batches of one adapter at one strength and one count of new tokens."""
+    for batch in batches_of_alike([(ask.adapter, ask.strength, ask.settings.max_new_tokens) for ask in asks], batch_size):
         yield from zip(batch, steer.generate(tokenizer, [asks[i] for i in batch], on_text, prefill_chunk), strict=True)

@@ -32,8 +32,8 @@ def run(
         typer.Option(
             "--prompts",
             help="JSONL with a `prompt` or chat `messages` a line, of a classifier `text` and `text_pair`; - is stdin. Answers are JSONL. "
-            "In place of the options a line can have its own `adapter` (a name, or null) and, where text is generated, `system`, "
-            "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` and `json_schema`.",
+            "In place of the options a line can have its own `adapter` (a name, or null) and, where text is generated, `strength`, "
+            "`system`, `max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, `stop` and `json_schema`.",
         ),
     ] = None,
     interactive: Annotated[

@@ -52,7 +52,8 @@ SAMPLING: dict[str, Key] = {
 }
 """The settings of generation that a line may have of its own, by the names that the options have."""
 JSON_SCHEMA: dict[str, Key] = {"json_schema": (lambda v: v is None or isinstance(v, dict), "a JSON schema, or null for none")}
-OPTIONS = {**ADAPTER, "system": (lambda v: v is None or _text(v), "a text, or null for none"), **SAMPLING, **JSON_SCHEMA}
+STRENGTH: dict[str, Key] = {"strength": (_number, "a number: 1 is the adapter itself, 0 the base")}
+OPTIONS = {**ADAPTER, **STRENGTH, "system": (lambda v: v is None or _text(v), "a text, or null for none"), **SAMPLING, **JSON_SCHEMA}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,9 @@ LINES: list[dict[str, Any]] = [
     {"prompt": "a lazy dog", "temperature": 1.5, "seed": 7, "adapter": "ends"},
     {"prompt": "a lazy dog", "temperature": 2, "top_k": 20, "top_p": 0.9, "seed": 8},
     {"prompt": "Hi", "repetition_penalty": 1e6, "max_new_tokens": 12},
+    {"prompt": "The fox", "adapter": "ends", "strength": 0.5},
+    {"prompt": "Hi", "adapter": "all", "strength": 0},
+    {"prompt": "Hi", "adapter": "all", "strength": 1},
     {"prompt": "a lazy dog jumps over", "temperature": 1.5, "stop": ["e", "o"], "seed": 3},
     {"prompt": "quick", "stop": "e", "temperature": 4.0, "seed": 4, "max_new_tokens": 20, "adapter": "prompt"},
 ]
@@ -121,6 +124,19 @@ def test_a_strength(tmp_path: Path, form: str, strength: float) -> None:
         assert record.get("strength") == (strength if line["adapter"] else None)
 
 
+def test_a_strength_of_each_line(bundle: Bundle, tmp_path: Path) -> None:
+    """In place of the command's; a line without an adapter has none."""
+    lines = [{"prompt": "The fox", "adapter": a, **s} for a in ("ends", "all", None) for s in ({}, {"strength": 0.5}, {"strength": 1})]
+    lines = [line for line in lines if line["adapter"] or "strength" not in line]
+    got = records("run", bundle.folder, "--prompts", write(tmp_path / "x.jsonl", lines), "-n", 6, "--strength", -1)
+    tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+    for line, record in zip(lines, got, strict=True):
+        strength = line.get("strength", -1)
+        want = DECODER.greedy(toy_tokenizer().encode("The fox").ids, 6, ADAPTERS.get(line["adapter"]), strength)
+        assert record["text"] == tokenizer.decode(want), (line, record)
+        assert record.get("strength", 1) == (strength if line["adapter"] else 1)
+
+
 def test_strengths_that_cannot_be(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = ["-p", "Hi", "-n", 2]
     refused(cli("run", bundle.folder, *one, "--strength", 0.5), r"--strength 0.5 is an adapter's, and none steers; name one with --adapter")
@@ -133,6 +149,15 @@ def test_strengths_that_cannot_be(bundle: Bundle, tmp_path: Path, monkeypatch: p
     refused(
         cli("run", engine.folder, *one, "-a", "all", "--strength", 0.5), r"--strength 0.5: .* is an engine, .* make a bank of the bundle"
     )
+    for folder, line, match in (
+        (bundle.folder, {"strength": 0.5}, r"x.jsonl:2: strength is an adapter's, and none steers this line"),
+        (bundle.folder, {"adapter": None, "strength": 1}, r"x.jsonl:2: strength is an adapter's"),
+        (bundle.folder, {"adapter": "all", "strength": "1"}, r'x.jsonl:2: strength is "1", expected a number'),
+        (bundle.folder, {"adapter": "all", "strength": 1e300}, r"x.jsonl:2: .*takes all beyond float32"),
+        (engine.folder, {"adapter": "all", "strength": 0.5}, r"x.jsonl:2: strength 0.5: .* is an engine"),
+    ):
+        lines = write(tmp_path / "x.jsonl", [{"prompt": "a"}, {"prompt": "Hi", **line}])
+        refused(cli("run", folder, "--prompts", lines, "-n", 2), match)
 
 
 def test_the_same_lines_on_an_engine(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +166,8 @@ def test_the_same_lines_on_an_engine(bundle: Bundle, tmp_path: Path, monkeypatch
     engine = write_toy_engine(bundle, tmp_path / "e", target="tensorrt-rtx", batch=3, sequence=16, context=32)
     long = {"prompt": "a lazy dog jumps over the quick brown fox"}
     length = len(toy_tokenizer().encode(long["prompt"]).ids)
-    lines = write(tmp_path / "x.jsonl", [*LINES, long | {"max_new_tokens": 32 - length}, {"prompt": "a", "max_new_tokens": 31}])
+    taken = [line for line in LINES if line.get("strength", 1) == 1]
+    lines = write(tmp_path / "x.jsonl", [*taken, long | {"max_new_tokens": 32 - length}, {"prompt": "a", "max_new_tokens": 31}])
     both = [records("run", where, "--prompts", lines, "-n", 8) for where in (bundle.folder, engine.folder)]
     assert both[0] == both[1]
     frozen = write_toy_engine(bundle, tmp_path / "f", target="tensorrt-rtx", freeze="ends")
