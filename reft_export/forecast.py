@@ -24,6 +24,7 @@ from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # an export is forecast without torch
     from reft_export.base.load import Base
+    from reft_export.contrasting.steer import SteerPlan
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int8 with a float32 scale for 64 weights, int4 with one for 32."""
@@ -129,6 +130,25 @@ def forecast_training(model: str, base: Base, examples: int, settings: TrainSett
         ),
         parameters=total,
         memory=LIBRARIES + 1.5 * weights,
+        disk=1e6,
+    )
+
+
+def forecast_steering(model: str, base: Base, plan: SteerPlan) -> Forecast:
+    """The base as it is, and a batch's activations."""
+    total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
+    settings, contrast = plan.settings, plan.contrast
+    what = "add the difference of the means" if settings.method == "add" else "take its direction out"
+    return Forecast(
+        steps=(
+            f"load {described(model)} in {base.dtype}",
+            f"read {plan.read} of {len(contrast.positive)} positive and {len(contrast.negative)} negative lines at "
+            f"{len(plan.candidates)} sites",
+            f"{what} at positions {settings.rule}, and try strengths",
+            "write the adapter",
+        ),
+        parameters=total,
+        memory=LIBRARIES + 1.25 * total * (4.0 if base.dtype == "float32" else 2.0),
         disk=1e6,
     )
 
