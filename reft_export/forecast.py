@@ -135,9 +135,10 @@ def forecast_training(model: str, base: Base, examples: int, settings: TrainSett
 
 
 def forecast_steering(model: str, base: Base, plan: SteerPlan) -> Forecast:
-    """The base as it is, and a batch's activations."""
+    """The base as it is, and of every line a vector a site."""
     total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
     settings, contrast = plan.settings, plan.contrast
+    vectors = 4.0 * len(contrast.both) * len(plan.candidates) * base.info.hidden_size
     what = "add the difference of the means" if settings.method == "add" else "take its direction out"
     return Forecast(
         steps=(
@@ -148,7 +149,7 @@ def forecast_steering(model: str, base: Base, plan: SteerPlan) -> Forecast:
             "write the adapter",
         ),
         parameters=total,
-        memory=LIBRARIES + 1.25 * total * (4.0 if base.dtype == "float32" else 2.0),
+        memory=LIBRARIES + 1.25 * total * (4.0 if base.dtype == "float32" else 2.0) + vectors,
         disk=1e6,
     )
 

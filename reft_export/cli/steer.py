@@ -34,8 +34,8 @@ class Direction:
         str | None,
         typer.Option(
             "--layers",
-            help="What is edited: all, 8-16, 3;9;18. Default of add: the one layer whose direction tells held-out lines apart best; of "
-            "ablate: all.",
+            help="What is edited: all, 8-16, 3;9;18. Default of add: the earliest layer whose direction tells held-out lines apart best; "
+            "of ablate: all.",
             show_default=False,
         ),
     ] = None
@@ -68,7 +68,7 @@ class Lines:
         typer.Option(
             "--read",
             help="Of a completion, else of the prompt or text: last token, mean over its tokens, or a number: 2 is the token before the "
-            "last. auto: mean where every line has a completion, else last.",
+            "last. auto: mean over completions and texts, last where there are prompts alone.",
         ),
     ] = "auto"
     chat_template: Annotated[str, typer.Option("--chat-template", help="For prompts: auto, always, never. Texts go without.")] = "auto"

@@ -28,7 +28,7 @@ class Activations:
     """Of n passages at one site."""
 
     values: np.ndarray
-    """float64 [n, D]: of every passage the mean of h over the tokens that are read."""
+    """float32 [n, D]: of every passage the mean of h over the tokens that are read."""
     norm: float
     """The mean norm of h over all of those tokens, of every passage alike."""
 
@@ -39,14 +39,14 @@ def read_activations(
 ) -> dict[Site, Activations]:
     """By site. ``read``: last, mean, or the n-th from the end (``Passage.at``).
 
-    Batches are right-padded, where causal attention keeps pads from every token that is read. The means are taken in float64.
+    Batches are right-padded, where causal attention keeps pads from every token that is read. Means are taken in float64 and rounded once.
 
     Raises InputError for a site that the base does not have, a passage too short for ``read``, and for values that are not finite.
     """
     spans = [passage.at(read) for passage in passages]
     modules = {site: site_module(base.model, site) for site in sites}
     device, width = device_of(base.model), base.info.hidden_size
-    values = {site: np.zeros((len(passages), width)) for site in sites}
+    values = {site: np.zeros((len(passages), width), np.float32) for site in sites}
     norms = {site: np.zeros(len(passages)) for site in sites}
     # Of like length together: pads are computed, too.
     order = sorted(range(len(passages)), key=lambda index: len(passages[index].example.input_ids))

@@ -82,7 +82,12 @@ class Contrast:
 
     def reads(self, read: str) -> str:
         """What ``read`` means here."""
-        return ("mean" if all(passage.answered for passage in self.both) else "last") if read == "auto" else read
+        return ("mean" if self.told else "last") if read == "auto" else read
+
+    @property
+    def told(self) -> bool:
+        """Every line says something of its side's own: a completion or a text, not a prompt alone."""
+        return all(passage.answered or passage.templated is None for passage in self.both)
 
 
 class _One(Source):

@@ -25,6 +25,8 @@ FOLDS = 5
 EARLIEST, LATEST = 0.2, 0.8
 """Shares of the depth between which a layer is chosen. Before, the tokens themselves tell the sides apart; behind, what is added has few
 layers left to act in."""
+HALF = 0.5
+"""Of the best margin: accuracy alone is perfect long before the contrast is whole, where lines are alike."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +55,11 @@ class Separation:
 
 def separations(read: Mapping[Site, Activations], positives: int) -> tuple[Separation, ...]:
     """Of every site whose first ``positives`` rows are the positive lines'."""
-    return tuple(_separation(site, each.values[:positives], each.values[positives:], each.norm) for site, each in read.items())
+    found = []
+    for site, each in read.items():
+        values = each.values.astype(np.float64)
+        found.append(_separation(site, values[:positives], values[positives:], each.norm))
+    return tuple(found)
 
 
 def _separation(site: Site, positive: np.ndarray, negative: np.ndarray, norm: float) -> Separation:
@@ -85,8 +91,10 @@ def _held_out(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, n
 
 
 def chosen_layer(found: Sequence[Separation], layers: int) -> int:
-    """The earliest layer between EARLIEST and LATEST of the base's depth whose accuracy is within one standard error of the best there."""
+    """The earliest layer between EARLIEST and LATEST of the base's depth that tells the sides apart nearly as well as the best there does:
+    its accuracy within one standard error, its margin at least HALF."""
     between = [each for each in found if EARLIEST * layers <= each.site.layer < LATEST * layers] or list(found)
     best = max(each.accuracy for each in between)
-    least = best - math.sqrt(best * (1 - best) / between[0].lines)
-    return min(each.site.layer for each in between if each.accuracy >= least)
+    accurate = [each for each in between if each.accuracy >= best - math.sqrt(best * (1 - best) / each.lines)]
+    widest = max(each.margin for each in accurate)
+    return min(each.site.layer for each in accurate if each.margin >= HALF * widest)

@@ -33,7 +33,7 @@ class SteerSettings:
     positions: str = "all"
     read: str = "auto"
     """Of the tokens that are read (reft_export/contrasting/passages.py): last, mean over them, or n: the n-th from their end. auto: mean
-    over completions, last where a side has none."""
+    over completions and texts, last where there are prompts alone."""
     chat_template: str = "auto"
     """Whether prompts are rendered through the tokenizer's chat template; auto: where there is one. Texts never are."""
     max_length: int | None = None

@@ -8,6 +8,7 @@ Nats are the mean of -log p over tokens. Prompts alone have no completions, so t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75)
 """Of the stream's norm: what the strengths that are tried add, where none is given. All edited sites share it."""
 AROUND = (0.5, 1.0, 2.0)
 """Times a strength that is given: what is tried then."""
-LINES = 8
-"""Of each side that are measured on."""
+LINES, ROWS = 8, 4
+"""Of each side that are measured on, and how many at once."""
 OWN_ANSWERS, OWN_TOKENS = 4, 24
 LESS_LIKELY = 0.25
 LEFT = 1.0
@@ -67,8 +68,7 @@ def yardstick(base: Base, contrast: Contrast) -> Yardstick:
     sides = [tuple(_scored(side[i]) for i in spread(len(side), LINES)) for side in (contrast.positive, contrast.negative)]
     asked = [prompt_of(contrast.negative[i]) for i in spread(len(contrast.negative), OWN_ANSWERS)]
     own = tuple(_answered(base, example) for example in asked)
-    known = all(passage.answered or passage.templated is None for passage in contrast.both)
-    return Yardstick(positive=sides[0] if known else (), negative=sides[1] if known else (), own=own)
+    return Yardstick(positive=sides[0] if contrast.told else (), negative=sides[1] if contrast.told else (), own=own)
 
 
 def prompt_of(passage: Passage) -> Example:
@@ -124,16 +124,20 @@ def chosen_strength(found: Sequence[StrengthFigures]) -> float:
 @torch.no_grad()
 def _nats(base: Base, examples: Sequence[Example], adapter: Adapter | None) -> float:
     """Nats a token of the labels, under the adapter; a text's positions are counted as a prompt's."""
-    total, tokens = 0.0, 0
+    total, tokens, device = 0.0, 0, device_of(base.model)
+    keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
     with nullcontext() if adapter is None else steered(base.model, adapter) as steering:
-        for start in range(0, len(examples), LINES):
-            batch = collate(examples[start : start + LINES], pad_token_id=PAD)
-            inputs = {name: batch[name].to(device_of(base.model)) for name in ("input_ids", "attention_mask")}
+        for start in range(0, len(examples), ROWS):
+            batch = collate(examples[start : start + ROWS], pad_token_id=PAD)
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             if steering is not None:
                 steering.prompt_length = batch["prompt_length"]
-            logits = base.model(**inputs, use_cache=False).logits[:, :-1].float().cpu()
-            labels = batch["labels"][:, 1:]
+            # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
+            wanted = batch["input_ids"].shape[1] - int(batch["prompt_length"].min()) + 1
+            kept = {"logits_to_keep": wanted} if keeps else {}
+            labels = batch["labels"][:, 1 - wanted :].to(device)
             counted = labels != IGNORED
-            total += float(F.cross_entropy(logits[counted], labels[counted], reduction="sum"))
+            logits = base.model(**inputs, use_cache=False, **kept).logits[:, -wanted:-1][counted]
+            total += float(F.cross_entropy(logits.float(), labels[counted], reduction="sum"))
             tokens += int(counted.sum())
     return total / tokens

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_encoders
 import torch
 
 from reft_export.base.load import Base, base_from_memory, load_base, load_without_weights
@@ -255,9 +256,10 @@ def test_the_best_layer_is_none_of_the_first_or_last() -> None:
             for n, (accuracy, margin) in enumerate(figures)
         ]
 
-    ten = [(1.0, 9.0), (1.0, 8.0), (0.9, 2.0), (0.9, 3.0), (1.0, 4.0), (1.0, 5.0), (1.0, 7.0), (0.9, 2.0), (1.0, 8.0), (1.0, 9.0)]
-    assert chosen_layer(found(*ten), 10) == 4
-    assert chosen_layer(found(*ten[:4], (0.9, 4.0), (0.94, 1.0), (0.95, 9.0), *ten[7:8]), 10) == 5, "0.95 of 40 is as good as 0.94"
+    rising = [(1.0, 99.0), (1.0, 99.0), (0.8, 9.0), (1.0, 4.9), (1.0, 5.0), (1.0, 5.5), (1.0, 10.0), (1.0, 7.0), (1.0, 99.0), (1.0, 99.0)]
+    assert chosen_layer(found(*rising), 10) == 4
+    close = [(1.0, 9.0), (1.0, 9.0), (0.9, 9.0), (0.9, 9.0), (0.94, 5.0), (0.95, 9.0), (0.95, 9.0), (0.8, 2.0), (1.0, 9.0), (1.0, 9.0)]
+    assert chosen_layer(found(*close), 10) == 4, "of 40 lines 0.94 is as good as 0.95"
     assert chosen_layer(found((1.0, 1.0)), 1) == 0
 
 
@@ -334,6 +336,12 @@ def test_a_base_that_overflows_is_refused(tmp_path: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(InputError, match=r"1\.block_output is not finite in float32"):
         steer_adapter(base_from_memory(model, tiny.tokenizer()), GLAD, SAD, tmp_path / "a", SteerSettings())
+
+
+def test_a_classifier_is_refused(tmp_path: Path) -> None:
+    classifier = load_base(tiny_encoders.save_base(tmp_path / "base", "bert"), require_tokenizer=True)
+    with pytest.raises(InputError, match="base is a classifier, and steer measures what a decoder says"):
+        steer_adapter(classifier, GLAD, SAD, tmp_path / "a", SteerSettings())
 
 
 def test_an_output_that_is_there_stays(base: Base, tmp_path: Path) -> None:
