@@ -27,14 +27,14 @@ from runtimes.edits.adapter import Adapter
 from runtimes.edits.probes import spread
 from runtimes.generation import PAD
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75)
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
 """Of the stream's norm: what the strengths that are tried add, where none is given. All edited sites share it."""
 AROUND = (0.5, 1.0, 2.0)
 """Times a strength that is given: what is tried then."""
 LINES, ROWS = 8, 4
 """Of each side that are measured on, and how many at once."""
 OWN_ANSWERS, OWN_TOKENS = 4, 24
-LESS_LIKELY = 0.25
+LESS_LIKELY = 0.1
 LEFT = 1.0
 """Nats a token that a strength may cost: the completions that it steers to, or without them the base's own answers."""
 
@@ -67,7 +67,7 @@ def yardstick(base: Base, contrast: Contrast) -> Yardstick:
     """LINES of each side, spread over it, and the base's answers to OWN_ANSWERS prompts of the negative side."""
     sides = [tuple(_scored(side[i]) for i in spread(len(side), LINES)) for side in (contrast.positive, contrast.negative)]
     asked = [prompt_of(contrast.negative[i]) for i in spread(len(contrast.negative), OWN_ANSWERS)]
-    own = tuple(_answered(base, example) for example in asked)
+    own = _answered(base, asked)
     return Yardstick(positive=sides[0] if contrast.told else (), negative=sides[1] if contrast.told else (), own=own)
 
 
@@ -84,12 +84,18 @@ def _scored(passage: Passage) -> Example:
     return passage.example if passage.answered else replace(passage.example, prompt_length=1)
 
 
-def _answered(base: Base, example: Example) -> Example:
-    prompt = list(example.input_ids[: example.prompt_length])
-    room = max(1, min(OWN_TOKENS, context_of(base) - len(prompt)))
-    ids = torch.tensor([prompt], device=device_of(base.model))
-    (answer,) = greedy_tokens(base.model, ids, None, room, eos=stop_tokens(base))
-    return replace(example, input_ids=(*prompt, *answer), prompt_length=len(prompt))
+def _answered(base: Base, asked: Sequence[Example]) -> tuple[Example, ...]:
+    """The prompts with the base's greedy answers as completions; left-padded, in one batch."""
+    prompts = [example.input_ids[: example.prompt_length] for example in asked]
+    width = max(map(len, prompts))
+    device, room = device_of(base.model), max(1, min(OWN_TOKENS, context_of(base) - width))
+    ids = torch.tensor([[*[PAD] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
+    answers = greedy_tokens(base.model, ids, mask, room, eos=stop_tokens(base))
+    return tuple(
+        replace(example, input_ids=(*prompt, *answer), prompt_length=len(prompt))
+        for example, prompt, answer in zip(asked, prompts, answers, strict=True)
+    )
 
 
 def measure(

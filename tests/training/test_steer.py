@@ -267,7 +267,7 @@ def test_a_strength_is_as_large_as_the_text_bears() -> None:
     def figures(*rows: tuple[float, float | None, float]) -> list[StrengthFigures]:
         return [StrengthFigures(strength=s, positive=p, negative=p, own=own) for s, p, own in rows]
 
-    assert chosen_strength(figures((0, 3.0, 1.0), (0.5, 2.8, 1.1), (1, 3.2, 3.0), (2, 3.3, 4.0), (4, 3.0, 9.0))) == 1
+    assert chosen_strength(figures((0, 3.0, 1.0), (0.5, 2.8, 1.1), (1, 3.08, 3.0), (2, 3.3, 4.0), (4, 3.0, 9.0))) == 1
     assert chosen_strength(figures((0, None, 1.0), (0.5, None, 1.1), (1, None, 1.9), (2, None, 2.1))) == 1
     assert chosen_strength(figures((0, 3.0, 1.0), (0.5, 9.0, 1.1), (1, 3.0, 3.0))) == 0.5
 
