@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reft_export.base.load import load_base
     from reft_export.building.build import build_engine
     from reft_export.composing.compose import compose_adapters
+    from reft_export.contrasting.steer import steer_adapter
     from reft_export.eager.steering import steered
     from reft_export.exporting.export import export_bundle
     from reft_export.folding.fold import fold_bundle
@@ -38,6 +39,7 @@ __all__ = [
     "load_base",
     "quantize_bundle",
     "remove_adapter",
+    "steer_adapter",
     "steered",
     "train",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "load_base": "reft_export.base.load",
     "quantize_bundle": "reft_export.quantizing.quantize",
     "remove_adapter": "reft_export.adding.add",
+    "steer_adapter": "reft_export.contrasting.steer",
     "steered": "reft_export.eager.steering",
     "train": "reft_export.training.trainer",
 }

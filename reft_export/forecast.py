@@ -22,6 +22,8 @@ from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # an export is forecast without torch
+    from reft_export.base.load import Base
+    from reft_export.contrasting.steer import SteerPlan
     from reft_export.training.trainer import Preparation
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 32}
@@ -144,6 +146,26 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
         memory=TRAINING_LIBRARIES + total * base.model.dtype.itemsize + needed.memory,
         disk=1e6,
         seconds=OVERHEAD * 2 * needed.work / matmul_rate(base.model) if device == "cpu" else None,
+    )
+
+
+def forecast_steering(model: str, base: Base, plan: SteerPlan) -> Forecast:
+    """The base as it is, and of every line a vector a site."""
+    total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
+    settings, contrast = plan.settings, plan.contrast
+    vectors = 4.0 * len(contrast.both) * len(plan.candidates) * base.info.hidden_size
+    what = "add the difference of the means" if settings.method == "add" else "take its direction out"
+    return Forecast(
+        steps=(
+            f"load {described(model)} in {base.dtype}",
+            f"read {plan.read} of {len(contrast.positive)} positive and {len(contrast.negative)} negative lines at "
+            f"{len(plan.candidates)} sites",
+            f"{what} at positions {settings.rule}, and try strengths",
+            "write the adapter",
+        ),
+        parameters=total,
+        memory=LIBRARIES + 1.25 * total * (4.0 if base.dtype == "float32" else 2.0) + vectors,
+        disk=1e6,
     )
 
 

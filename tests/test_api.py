@@ -31,6 +31,7 @@ API = {
         "load_base",
         "quantize_bundle",
         "remove_adapter",
+        "steer_adapter",
         "steered",
         "train",
     },

@@ -187,7 +187,7 @@ def train(
             from reft_export.parity.ladder import made_from
 
             bundle = made_from(bundle, model)
-        base = _load(model, bundle, settings, weights=not dry_run)
+        base = load_placed(model, bundle, settings, weights=not dry_run)
         _check_base(context, base, started, others, sources)
         trained_on = None if bundle is None else bundle.digest
         if dry_run:
@@ -258,7 +258,7 @@ def _check_base(context: typer.Context, base: Base, started: Adapter | None, oth
     refuse_given(context, names, reason.format(base.info.name))
 
 
-def _load(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights: bool) -> Base:
+def load_placed(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights: bool) -> Base:
     """The base to train, on the bundle's weights where there is one; without ``weights`` only everything that they are not needed for."""
     from reft_export.base.load import load_base, load_without_weights
 

@@ -44,6 +44,11 @@ SURFACE = {
         "--device", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype", "--resume", "--base",
         "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
     },
+    "steer": {
+        "--model", "--output", "--method", "--layers", "--stream", "--from-layer", "--strength", "--positions", "--read",
+        "--chat-template", "--max-length", "--batch-size", "--samples", "--probes", "--dtype", "--device", "--base", "--accept-base",
+        "--force", "--dry-run", "--json",
+    },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
         "--probes", "--force", "--json",

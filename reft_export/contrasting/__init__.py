@@ -1,0 +1,1 @@
+"""Adapters without training: a direction measured between two sides of a contrast, which is added or taken out."""
