@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import threading
@@ -108,7 +109,7 @@ def test_others_go_on_while_a_schema_does_not_compile(served: Served, monkeypatc
 
     asking = threading.Thread(target=ask)
     asking.start()
-    until(lambda: served.server._schemas._waiting == 1)
+    until(lambda: len(served.server._schemas._coming) == 1)
     answered = 0
     while asking.is_alive() and answered < 10:
         assert served.client().completions.create(model="all", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
@@ -126,6 +127,37 @@ def test_schemas_that_wait_are_few(served: Served, monkeypatch: pytest.MonkeyPat
     assert caught.value.code == "too_many_schemas" and caught.value.response.headers["Retry-After"]
     create(model="base", messages=MESSAGES, max_tokens=2, response_format=fits(SCHEMA))  # which is known
     create(model="base", messages=MESSAGES, max_tokens=2)
+
+
+def test_those_who_ask_for_the_same_wait_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten with a schema that is new, where one may wait, and one of them hangs up."""
+    monkeypatch.setattr(module, "MOST_WAITING", 1)
+    schema = {"type": "string", "pattern": "^[g-k]{2,5}$"}
+    tried: list[str] = []
+    real = compiler._try
+
+    def slowly(grammar: str) -> None:
+        tried.append(grammar)
+        until(lambda: served.metric("reft_requests_running") >= 9)
+        real(grammar)
+
+    monkeypatch.setattr(compiler, "_try", slowly)
+
+    async def ask(client: openai.AsyncOpenAI) -> str:
+        answer = await client.chat.completions.create(
+            model="all", messages=MESSAGES, max_tokens=20, temperature=0, response_format=fits(schema)
+        )
+        return answer.choices[0].message.content
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            asked = [asyncio.ensure_future(ask(client)) for _ in range(10)]
+            while not tried:
+                await asyncio.sleep(0.01)
+            asked[0].cancel()
+            return list(await asyncio.gather(*asked[1:]))
+
+    assert len(set(asyncio.run(all_of_them()))) == 1 and len(tried) == 1
 
 
 @pytest.fixture
