@@ -18,13 +18,15 @@ PARAM = "response_format"
 
 
 class SchemaCompiler:
-    """Reads the tokenizer now: it keeps Python's lock, which would stop every answer later. Without llguidance it refuses every schema."""
+    """Reads the tokenizer now: it keeps Python's lock, which would stop every answer later. Refuses every schema without llguidance, and
+    where it is not ``wanted``."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, wanted: bool = True) -> None:
         self._grammars: Grammars | None = None
-        self._missing = ""
+        self._missing = "it was started with --no-schemas"
         try:
-            self._grammars = Grammars(tokenizer, vocab_size)
+            if wanted:
+                self._grammars = Grammars(tokenizer, vocab_size)
         except (BackendUnavailable, InputError) as e:
             self._missing = str(e)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reft-schemas")

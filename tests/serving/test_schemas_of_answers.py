@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema_rs
@@ -19,6 +18,7 @@ from toy_bundle import ADAPTERS, VOCABULARY
 from runtimes.artifacts.bundle import Bundle
 from runtimes.serving import grammars as module
 from runtimes.serving.grammars import SchemaCompiler
+from runtimes.serving.settings import ServeSettings
 from runtimes.text import grammars as compiler
 from runtimes.text.grammars import Grammar
 from runtimes.text.tokenizer import Tokenizer
@@ -171,16 +171,13 @@ def test_one_who_does_not_wait_does_not_end_it_for_the_others(tokenizer: Tokeniz
     assert one is other
 
 
-@pytest.fixture
-def without_the_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with serving(bundle) as each:
-        yield each
-
-
-def test_without_the_library_they_are_refused(without_the_library: Served) -> None:
-    create = without_the_library.client().chat.completions.create
-    with pytest.raises(openai.BadRequestError, match=r"reft-export\[grammar\]") as caught:
-        create(model="base", messages=MESSAGES, response_format={"type": "json_object"})
-    assert caught.value.code == "no_grammars"
-    assert create(model="base", messages=MESSAGES, max_tokens=2, response_format={"type": "text"}).choices
+@pytest.mark.parametrize(("settings", "said"), [({}, r"pip install 'reft-export\[grammar\]'"), ({"schemas": False}, "--no-schemas")])
+def test_where_there_are_none_they_are_refused(bundle: Bundle, settings: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not settings:
+        monkeypatch.setitem(sys.modules, "llguidance", None)
+    with serving(bundle, ServeSettings(**settings)) as each:
+        create = each.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match=said) as caught:
+            create(model="base", messages=MESSAGES, response_format={"type": "json_object"})
+        assert caught.value.code == "no_grammars"
+        assert create(model="base", messages=MESSAGES, max_tokens=2, response_format={"type": "text"}).choices
