@@ -68,6 +68,10 @@ def serve(
     prefill_chunk: Annotated[
         int | None, typer.Option("--prefill-chunk", min=0, help="Prompt tokens per step; default: 128. 0: all at once.")
     ] = None,
+    schemas: Annotated[
+        bool,
+        typer.Option("--schemas/--no-schemas", help="Whether answers may be held to JSON schemas; the start reads the tokenizer for it."),
+    ] = True,
     kernel: Kernel = None,
     threads: Threads = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
@@ -88,6 +92,7 @@ def serve(
         max_choices=max_choices,
         concurrency=concurrency,
         request_seconds=request_seconds,
+        schemas=schemas,
         grace_seconds=grace_seconds,
     )
     if not settings.api_keys and host not in ("127.0.0.1", "localhost", "::1"):

@@ -46,7 +46,7 @@ class TextServer:
         self.fingerprint = f"fp_{bank.bundle.digest[:12]}"
         self.stopping = False
         self._template = ChatTemplate.load(bank.bundle.folder)
-        self._schemas = SchemaCompiler(tokenizer, bank.bundle.manifest.model.vocab_size)
+        self._schemas = SchemaCompiler(tokenizer, bank.bundle.manifest.model.vocab_size, wanted=settings.schemas)
         self._steered: dict[str, Steered] = {}
         """Adapters, as far as somebody asked."""
         self._admitted = 0

@@ -36,6 +36,8 @@ class ServeSettings:
     request_seconds: float = 300.0
     backlog: int = 256
     """Tokens that a stream's reader may be behind; then its request ends."""
+    schemas: bool = True
+    """Whether answers may be held to JSON schemas, for which the tokenizer is read once more."""
     grace_seconds: float = 30.0
     """What running requests have left once the server is told to stop."""
 

@@ -45,14 +45,14 @@ LIMITS: Mapping[str, Any] = {
 }
 """Of a step some 10 ms, of a grammar 40 MB at most."""
 OPTIONS: Mapping[str, Any] = {
-    "whitespace_pattern": r"( {1,2}|\n {0,16})",
-    "item_separator": ",",
-    "key_separator": ":",
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
     "lenient": False,
     "coerce_one_of": False,
 }
-"""A model that may say any number of spaces says them until its tokens are used up. What llguidance does not know is refused, and a schema
-has no say in it."""
+"""A blank behind a comma and a colon, or none: some models that may say any number of spaces say them until their tokens are used up. What
+llguidance does not know is refused, and a schema has no say in it."""
 KEPT = 64
 """Grammars that were asked for last, and schemas that were refused."""
 
@@ -200,6 +200,8 @@ class AllowedTokens:
 
 def source_of(schema: Any) -> str:
     """A schema's text. Raises InputError for one that is no JSON, or too large."""
+    if isinstance(schema, Mapping):  # llguidance takes options out of a schema
+        schema = {key: value for key, value in schema.items() if key != "x-guidance"}
     try:
         text = json.dumps(schema, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:

@@ -1,7 +1,8 @@
 """``PYTHONPATH=tests python -m evidence.serving_load [SECONDS]``: a thousand streams at once against ``serve`` on the toy bundle.
 
-Rounds of 1,000 requests over four adapters (one of them none), each answer held against ``generate`` for it alone; client and server share
-one process. Prints a line a round: answers that were right, seconds to the first piece of text, seconds between two, memory.
+Rounds of 1,000 requests over four adapters (one of them none), every fifth held to a JSON schema, each answer against ``generate`` for it
+alone; client and server share one process. Prints a line a round: answers that were right, seconds to the first piece of text, seconds
+between two, memory.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from served import ADAPTERS, Served, ServeSettings, serving, toy  # noqa: E402
 from runtimes.artifacts.bundle import Bundle  # noqa: E402
 from runtimes.generation import GenerationSettings, generate  # noqa: E402
 from runtimes.ort.session import OrtSession  # noqa: E402
+from runtimes.text.grammars import Grammars  # noqa: E402
 from runtimes.text.tokenizer import Tokenizer  # noqa: E402
 
 STREAMS = 1000
 KINDS = 40
 """Different requests."""
+SCHEMA = {"type": "string", "pattern": "^[a-f]{3,8}$"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +50,18 @@ class Heard:
 
 def requests(bundle: Bundle) -> list[Request]:
     session, tokenizer = OrtSession(bundle, threads=1), Tokenizer.load(bundle.folder, bundle.manifest.model)
+    grammar = Grammars(tokenizer, bundle.manifest.model.vocab_size).json_schema(SCHEMA)
+    form = {"type": "json_schema", "json_schema": {"name": "letters", "schema": SCHEMA}}
     made = []
     for i in range(KINDS):
         name, prompt = (None, *ADAPTERS)[i % 4], "The quick brown fox jumps"[: 2 + i % 20]
-        settings = GenerationSettings(max_new_tokens=20 + i % 20, temperature=i % 2, seed=i)
+        held = i % 5 == 4
+        settings = GenerationSettings(max_new_tokens=20 + i % 20, temperature=i % 2, seed=i, grammar=grammar if held else None)
         session.set_adapter(name)
         answer = generate(session, tokenizer, [prompt], settings)[0].text
         body = {"model": name or "base", "prompt": prompt, "max_tokens": settings.max_new_tokens, "temperature": i % 2, "seed": i}
-        made.append(Request(body={**body, "stream": True}, answer=answer))
+        body |= {"stream": True, **({"response_format": form} if held else {})}
+        made.append(Request(body=body, answer=answer))
     return made
 
 

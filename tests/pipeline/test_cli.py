@@ -84,7 +84,7 @@ SURFACE = {
     "serve": {
         "--adapters", "--host", "--port", "--api-key", "--admin-token", "--rows", "--queue", "--concurrency", "--max-tokens",
         "--max-prompt-tokens", "--max-choices", "--max-body-kb", "--max-upload-mb", "--request-seconds", "--grace-seconds", "--cache-mb",
-        "--prefix-mb", "--bank-mb", "--prefill-chunk", "--kernel", "--threads", "--verify",
+        "--prefix-mb", "--bank-mb", "--prefill-chunk", "--schemas", "--kernel", "--threads", "--verify",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",

@@ -71,6 +71,7 @@ def test_it_needs_nothing_from_elsewhere(served: Served) -> None:
 
 def test_base_and_adapters_side_by_side(page: Page, served: Served) -> None:
     ready(page, served)
+    expect(page.get_by_label("API key")).to_be_hidden()
     page.get_by_label("Prompt", exact=True).fill("The fox")
     page.get_by_label("Second adapter", exact=True).select_option("all")
     page.get_by_label("Strength").nth(1).fill("0.5")
