@@ -56,8 +56,8 @@ class Passage:
         number = 1 if read == "last" else abs(int(read))
         if number > self.stop - self.start:
             raise InputError(
-                f"{self.example.where}: {self.stop - self.start} tokens can be read, and read is {read}: the {number}th from their end; "
-                "use last or mean, or lengthen the line"
+                f"{self.example.where}: {self.stop - self.start} tokens can be read, and read is {read}, counted from their end; use last "
+                "or mean, or lengthen the line"
             )
         return self.stop - number, self.stop - number + 1
 

@@ -199,6 +199,21 @@ def test_ablation_leaves_nothing_of_the_direction(base: Base, tmp_path: Path) ->
         assert np.abs(h @ v).max() < 2e-6 * np.linalg.norm(h, axis=1).max()
 
 
+def test_ablation_as_the_paper_does_it(base: Base, tmp_path: Path) -> None:
+    """Out of what a block gets, and of what its attention and MLP write: then nothing of it is left behind the block either."""
+    settings = SteerSettings(method="ablate", from_layer=0, streams="block_input;attention_output;mlp_output", samples=0)
+    made = steer_adapter(base, GLAD, SAD, tmp_path / "less", settings)
+    assert len(made.adapter.sites) == 3 * tiny.LAYERS
+    behind = [Site(layer=layer) for layer in range(tiny.LAYERS)]
+    passages = reader(base).contrast(GLAD, SAD).both
+    v = made.adapter.parameters(made.adapter.sites[0], "")["R"][0].astype(np.float64)
+    plain = read_activations(base, passages, behind, "last", batch_size=4)
+    with steered(base.model, made.adapter):
+        left = read_activations(base, passages, behind, "last", batch_size=4)
+    for site in behind:
+        assert np.abs(left[site].values @ v).max() < 5e-6 * left[site].norm < np.abs(plain[site].values @ v).max()
+
+
 def test_addition_moves_the_stream_by_the_strength(base: Base, tmp_path: Path) -> None:
     behind = Site(layer=2, stream="block_input")
     passages = reader(base).contrast(GLAD, SAD).both
