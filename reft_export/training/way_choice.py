@@ -65,7 +65,7 @@ def choose_way(
     ways = Ways(head=CountedHead(model), steering=steering, rule=rule)
     pad = pad_token(base)
     pad = PAD if pad is None else pad
-    batch = _tried(model, examples, rule, pad)
+    batch = _tried(model, examples, rule, pad, min(settings.batch_size, 2))
     parameters = [p for p in interventions.parameters() if p.requires_grad]
     training = interventions.training
     interventions.eval()  # no dropout: both ways are to give the same
@@ -87,6 +87,8 @@ def choose_way(
         if differs is None:
             return ways.counted, tuple(notes)
         return ways.plain, (*notes, f"every logit is computed: on the counted tokens alone, the head gave {differs}")
+    except torch.OutOfMemoryError:
+        return ways.plain, ("every token and logit is computed: there was no memory to try another way",)
     finally:
         interventions.train(training)
 
@@ -95,10 +97,11 @@ def _stored(model: PreTrainedModel, settings: TrainSettings) -> torch.dtype:
     return model.dtype if settings.cache_dtype == "auto" else DTYPES[settings.cache_dtype]
 
 
-def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRule, pad: int) -> Batch:
-    """The examples with the fewest and the most frozen tokens: always the same ones, so that a resumed run finds the same way."""
+def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRule, pad: int, rows: int) -> Batch:
+    """The examples with the most and the fewest frozen tokens, or the first alone: always the same, so that a resumed run finds the same
+    way."""
     by_prefix = sorted(examples.training, key=lambda example: (frozen_tokens(rule, example.prompt_length), len(example.input_ids)))
-    chosen = [by_prefix[0], by_prefix[-1]]
+    chosen = [by_prefix[-1], by_prefix[0]][:rows]
     return Batch(**{name: value.to(model.device) for name, value in collate(chosen, pad_token_id=pad).items()})
 
 
