@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runtimes.edits.adapter import Adapter
 
 OTHERS = {
-    TEXT_CLASSIFICATION: (("chat_template", "samples"), "a decoder's, and {} is a classifier"),
+    TEXT_CLASSIFICATION: (("chat_template", "format", "train_on", "samples"), "a decoder's, and {} is a classifier"),
     TEXT_GENERATION: (("head",), "a classifier's, and {} is a decoder"),
 }
 """By the base's task: parameters that mean nothing for it, and why."""
@@ -76,6 +76,15 @@ class Reading:
     ] = "best"
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per example; default: the base's context.")] = None
     chat_template: Annotated[str, typer.Option("--chat-template", help="For prompt/completion lines: auto, always, never.")] = "auto"
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Of a decoder's lines: prompt-completion, messages, text, alpaca, sharegpt; auto: by their keys. A form that is named "
+            "leaves other keys unread.",
+        ),
+    ] = "auto"
+    train_on: Annotated[str, typer.Option("--train-on", help="Of a conversation's answers: last, or all.")] = "last"
     samples: Annotated[int, typer.Option("--samples", help="Prompts answered before and after.")] = 3
     probes: Annotated[
         int, typer.Option("--probes", help="Lines that the adapter carries, to be measured on: held-out ones, if any. 0 to 32.")
@@ -125,8 +134,8 @@ def train(
         typer.Option(
             "--data",
             "-d",
-            help="JSONL: prompt and completion, or messages; of a classifier text, label, and for a pair text_pair. Repeat for several "
-            "files, which are joined in their order.",
+            help="JSONL: prompt and completion, messages, text, or --format's others; of a classifier text, label, and for a pair "
+            "text_pair. Repeat for several files, which are joined in their order.",
         ),
     ],
     output: Output,
@@ -144,8 +153,8 @@ def train(
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
     from reft_export.base.adapters import folders_of, load_adapters
-    from reft_export.training.data import check_file
     from reft_export.training.settings import TrainSettings
+    from reft_export.training.sources import check_file
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
     from runtimes.edits.adapter import load_adapter
     from runtimes.files.folders import check_destination, claimed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
-from reft_export.training.data import check_file
+from reft_export.training.sources import check_file
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS

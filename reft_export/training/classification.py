@@ -22,12 +22,13 @@ from reft_export.base.classifiers import head_parameters, with_head
 from reft_export.base.load import Base
 from reft_export.eager.steering import steer
 from reft_export.tasks.classification import model_inputs
-from reft_export.training.data import Data, Examples, TrainingData
+from reft_export.training.data import Examples, TrainingData
 from reft_export.training.interventions import Interventions
 from reft_export.training.labelled_data import LabelledText, collate_labelled, load_labelled
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from reft_export.base.load import Base
 from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
 from reft_export.eager.steering import Steering, greedy_tokens, steer, steered
-from reft_export.training.data import IGNORED, Data, Example, Examples, TrainingData, collate, load_data
+from reft_export.training.data import IGNORED, Example, Examples, TrainingData, collate, load_data
+from reft_export.training.forms import AsProbe, probe_of_form
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from reft_export.training.teacher import Teacher, teaching
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
@@ -49,8 +51,8 @@ class EditedModel(TrainedModel):
         num_items_in_batch (else by their number)."""
         model, steering, teacher = self._outside
         steering.prompt_length = prompt_length
-        # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
-        wanted = input_ids.shape[1] - int(prompt_length.min()) + 1
+        # No logits are needed before the token that the first trained one follows: vocabularies are large.
+        wanted = input_ids.shape[1] - int((labels != IGNORED).int().argmax(1).min()) + 1
         keep = {"logits_to_keep": wanted} if self._keeps else {}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **keep}
         targets = labels[:, 1 - wanted :]
@@ -78,10 +80,21 @@ class CompletionObjective(Objective[Example]):
         return f"the context of {self.base.info.name} ends at {context}"
 
     def read(self, data: Data, max_length: int) -> TrainingData[Example]:
-        template = self.settings.chat_template
-        read = load_data(data, tokenizer_of(self.base), max_length=max_length, chat_template=template, stop_tokens=self._stop)
+        settings = self.settings
+        read = load_data(
+            data,
+            tokenizer_of(self.base),
+            max_length=max_length,
+            chat_template=settings.chat_template,
+            stop_tokens=self._stop,
+            form=settings.format,
+            train_on=settings.train_on,
+        )
         _check_vocabulary(read, vocabulary_of(self.base))
         return read
+
+    def as_probe(self) -> AsProbe:
+        return probe_of_form(self.settings.format)
 
     def record(self) -> dict[str, Any]:
         return {"objective": "data" if self.origin.teacher is None else "teacher"}

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.load import Base
 from reft_export.training.checkpoints import StepRecord
-from reft_export.training.data import Data, E, Examples, TrainingData
+from reft_export.training.data import E, Examples, TrainingData
+from reft_export.training.forms import AsProbe, probe_as_it_is
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -86,6 +88,9 @@ class Objective(ABC, Generic[E]):
     @abstractmethod
     def read(self, data: Data, max_length: int) -> TrainingData[E]:
         """The tokenized data; raises InputError for a line that cannot be trained on."""
+
+    def as_probe(self) -> AsProbe:
+        return probe_as_it_is
 
     @abstractmethod
     def record(self) -> dict[str, Any]:

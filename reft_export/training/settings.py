@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reft_export.training.forms import AUTO, FORMS
+from reft_export.training.rendering import TRAIN_ON
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.edits.methods import METHODS, activated_methods
@@ -63,6 +65,10 @@ class TrainSettings:
     """Tokens per example, prompt and completion; None: the base's context."""
     chat_template: str = "auto"
     """Whether prompt/completion lines are rendered through the tokenizer's chat template; auto: where there is one."""
+    format: str = "auto"
+    """Of a decoder's lines (reft_export/training/forms.py); auto: every line's own, by its keys."""
+    train_on: str = "last"
+    """Which of a conversation's answers are trained: the last, or all of them."""
     samples: int = 3
     """Prompts that are answered before and after training; 0 for none."""
     probes: int = MOST
@@ -78,6 +84,8 @@ class TrainSettings:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("schedule", self.schedule, tuple(SCHEDULES))
         _one_of("chat_template", self.chat_template, CHAT_TEMPLATE)
+        _one_of("format", self.format, (AUTO, *FORMS))
+        _one_of("train_on", self.train_on, TRAIN_ON)
         _one_of("keep", self.keep, KEEP)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))

@@ -20,13 +20,14 @@ from reft_export.base.token_rules import context_of
 from reft_export.training.avoided import avoided
 from reft_export.training.checkpoints import StepRecord, best_step, check_working_folder, discard, open_working_folder
 from reft_export.training.classification import LabelObjective
-from reft_export.training.data import Data, Examples, TrainingData, split
+from reft_export.training.data import Examples, TrainingData, split
 from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Objective, Origin, Phase, Sample, tokenizer_of
 from reft_export.training.probes import probes_of
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
@@ -77,8 +78,8 @@ def train(
     """Trains interventions on a decoder or a classifier, and saves the adapter to ``output`` when it is done.
 
     ``base``: from ``load_base``, or a transformers model in memory, which comes with its ``tokenizer`` and is frozen from then on.
-    ``data``: a JSONL file, several as if they were one, or its records in memory as dicts: prompt and completion, or messages; of a
-    classifier text, label, and for a pair text_pair.
+    ``data``: a JSONL file, several as if they were one, or its records in memory as dicts: prompt and completion, messages, text, or
+    another of reft_export/training/forms.py; of a classifier text, label, and for a pair text_pair.
 
     The base stays as it is, in eval mode: its own dropout, where a config has one, is off, so the edit is trained on
     the model that is shipped. Load the base with ``settings.placement()``; ``device`` moves it, another ``dtype`` is
@@ -187,7 +188,7 @@ def prepare(
         read=read,
         examples=examples,
         run=run,
-        probes=probes_of(data, examples.shown, settings.probes),
+        probes=probes_of(data, examples.shown, settings.probes, objective.as_probe()),
     )
 
 
