@@ -134,8 +134,8 @@ def train(
         typer.Option(
             "--data",
             "-d",
-            help="JSONL: prompt and completion, messages, text, or --format's others; of a classifier text, label, and for a pair "
-            "text_pair. Repeat for several files, which are joined in their order.",
+            help="A JSONL or Parquet file, or a data set's folder: prompt and completion, messages, text, or --format's others; of a "
+            "classifier text, label, and for a pair text_pair. Repeat for several, which are joined in their order.",
         ),
     ],
     output: Output,
@@ -154,7 +154,7 @@ def train(
     """
     from reft_export.base.adapters import folders_of, load_adapters
     from reft_export.training.settings import TrainSettings
-    from reft_export.training.sources import check_file
+    from reft_export.training.sources import check_source
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
     from runtimes.edits.adapter import load_adapter
     from runtimes.files.folders import check_destination, claimed
@@ -173,7 +173,7 @@ def train(
     inputs = [Path(model), *data, *filter(None, (sources.base_bundle, sources.start)), *folders_of(sources.orthogonal_to or [])]
     check_destination(output, force=force, inputs=inputs)
     for path in data:
-        check_file(path)
+        check_source(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
     with nullcontext() if dry_run else claimed(output, force=force, inputs=inputs), progress() as report:
         from reft_export.base.gguf import described

@@ -49,7 +49,7 @@ E = TypeVar("E", bound=Tokenized)
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """A file of training data, by its name and its bytes."""
+    """A file of training data, by its name and the bytes of its lines."""
 
     file: str
     sha256: str
