@@ -36,6 +36,19 @@ class LabelledText:
     truncated: bool = False
 
     @property
+    def form(self) -> str:
+        return "labelled text"
+
+    @property
+    def trained(self) -> tuple[tuple[int, int], ...]:
+        """No token: the loss is on the label."""
+        return ()
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        return self.text.ids
+
+    @property
     def prompt_length(self) -> int:
         """All of a text is prompt."""
         return len(self.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from reft_export.training.objective import Accuracy, Objective, Origin, Phase, S
 from reft_export.training.probes import probes_of
 from reft_export.training.settings import TrainSettings
 from reft_export.training.sources import Data
+from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
-from runtimes.edits.probes import Probe
+from runtimes.edits.probes import Probe, spread
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination, claimed
 
@@ -55,6 +57,8 @@ class TrainResult:
     """A decoder's answers."""
     accuracy: Accuracy | None = None
     """A classifier's."""
+    statistics: DataStatistics
+    """Of the data, as the model saw it."""
     kept: StepRecord
     """The step whose parameters were saved."""
 
@@ -72,6 +76,7 @@ def train(
     trained_on: str | None = None,
     orthogonal_to: Mapping[str, Adapter] | None = None,
     teacher: PreTrainedModel | None = None,
+    on_ready: Callable[[Preparation], None] | None = None,
     on_step: OnStep | None = None,
     on_phase: Phase | None = None,
 ) -> TrainResult:
@@ -114,6 +119,8 @@ def train(
     origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head, orthogonal_to=orthogonal_to or {})
     with claimed(output, force=force):
         ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
+        if on_ready is not None:
+            on_ready(ready)
         folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
         return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
 
@@ -142,6 +149,15 @@ class Preparation:
     """What the run's checkpoints belong to."""
     probes: tuple[Probe, ...] = ()
     """What the adapter will carry."""
+
+    @cached_property
+    def statistics(self) -> DataStatistics:
+        return statistics_of(self.examples.training, self.examples.held_out, self.rule, tokenizer_of(self.base))
+
+    def marked(self, count: int) -> list[tuple[Run, ...]]:
+        """``count`` training examples, spread over the data, by what is edited and what is trained."""
+        chosen = (self.examples.training[index] for index in spread(len(self.examples.training), count))
+        return [marked(example, self.rule, tokenizer_of(self.base)) for example in chosen]
 
 
 def prepare(
@@ -250,6 +266,7 @@ def _train(
         adapter=adapter,
         history=tuple(outcome.history),
         truncated_lines=ready.read.truncated_lines,
+        statistics=ready.statistics,
         samples_before=outcome.samples_before,
         samples_after=samples_after,
         accuracy=outcome.accuracy,

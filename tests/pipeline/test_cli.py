@@ -42,7 +42,8 @@ SURFACE = {
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--keep", "--max-length", "--chat-template", "--format", "--train-on", "--samples",
         "--probes", "--seed", "--dtype",
-        "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
+        "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
+        "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
