@@ -15,12 +15,13 @@ from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
 from reft_export.cli.train_options import Form, Optimization, Reading, Run, Sources
 from reft_export.cli.train_report import PREVIEWED, show_data, show_json, show_preview, show_result
-from reft_export.console import Progress, progress
+from reft_export.console import Progress, err, progress
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 if TYPE_CHECKING:
     from reft_export.base.load import Base
     from reft_export.training.settings import TrainSettings
+    from reft_export.training.trainer import TrainResult
     from runtimes.artifacts.bundle import Bundle
     from runtimes.edits.adapter import Adapter
 
@@ -83,9 +84,14 @@ def train(
 
         refuse_download(model)
     check_adapter_name(output.resolve().name)
-    inputs = [Path(model), *data, *filter(None, (sources.base_bundle, sources.start)), *folders_of(sources.orthogonal_to or [])]
+    inputs = [
+        Path(model),
+        *data,
+        *filter(None, (sources.eval_data, sources.base_bundle, sources.start)),
+        *folders_of(sources.orthogonal_to or []),
+    ]
     check_destination(output, force=force, inputs=inputs)
-    for path in data:
+    for path in (*data, *filter(None, (sources.eval_data,))):
         check_source(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
     with nullcontext() if unweighted else claimed(output, force=force, inputs=inputs), progress() as report:
@@ -107,7 +113,7 @@ def train(
             from runtimes.files.records import to_json
 
             origin = Origin(start=started, trained_on=trained_on, head=sources.head, orthogonal_to=others)
-            ready = prepare(base, data, settings, output, origin, force=force)
+            ready = prepare(base, data, settings, output, origin, eval_data=sources.eval_data, force=force)
             if preview:
                 show_preview(ready.marked(PREVIEWED), as_json=as_json)
                 return
@@ -123,6 +129,7 @@ def train(
             data,
             settings,
             output,
+            eval_data=sources.eval_data,
             head=sources.head,
             force=force,
             start=started,
@@ -132,7 +139,18 @@ def train(
             on_step=_StepLine(report),
             on_phase=report,
         )
+        _leave_record(result, settings, output)
     show_json(output, result, others) if as_json else show_result(output, settings, result, others)
+
+
+def _leave_record(result: TrainResult, settings: TrainSettings, output: Path) -> None:
+    """The history and its picture beside the adapter, which is saved: what goes wrong here costs a line."""
+    from reft_export.training.learning_curve import write_training_record
+
+    try:
+        write_training_record(result, settings, output)
+    except OSError as e:
+        err.print(f"note: the history could not be written beside the adapter: {e.strerror}", markup=False)
 
 
 def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) -> TrainSettings:
@@ -156,6 +174,8 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
         )
     if sources.base_bundle is not None and settings.dtype not in ("auto", "float32"):
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {settings.dtype} would round; leave --dtype out")
+    if sources.eval_data is not None:
+        refuse_given(context, ("eval_fraction",), "what --eval-data is in place of")
     if settings.max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if sources.start is not None:

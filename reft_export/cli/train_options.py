@@ -48,9 +48,19 @@ class Reading:
     """What is made of the data."""
 
     eval_fraction: Annotated[float, typer.Option("--eval-fraction", help="Share of the examples held out.")] = 0.0
+    metric: Annotated[
+        str,
+        typer.Option(
+            "--metric",
+            help="Of held-out examples, beside their loss: accuracy, exact-match, or FILE.py:FUNCTION, which is run and says of an answer "
+            "and its line whether it is right.",
+        ),
+    ] = "loss"
     keep: Annotated[
-        str, typer.Option("--keep", help="The adapter that is saved: best, by the held-out loss where there is one; or last.")
+        str,
+        typer.Option("--keep", help="The adapter that is saved: best, by --metric on the held-out examples where there are any; or last."),
     ] = "best"
+    patience: Annotated[int | None, typer.Option("--patience", help="End after so many evaluations without a better one.")] = None
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per example; default: the base's context.")] = None
     chat_template: Annotated[str, typer.Option("--chat-template", help="For prompt/completion lines: auto, always, never.")] = "auto"
     format: Annotated[
@@ -82,6 +92,9 @@ class Run:
 class Sources:
     """What the run starts from, beside base and data."""
 
+    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Held-out examples of their own, in place of --eval-fraction.")] = (
+        None
+    )
     base_bundle: Annotated[
         Path | None, typer.Option("--base", help="A quantized bundle of the base: train on the exact weights that it ships.")
     ] = None

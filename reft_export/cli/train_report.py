@@ -106,6 +106,7 @@ def show_json(output: Path, result: TrainResult, others: Mapping[str, Adapter]) 
 
 def show_result(output: Path, settings: TrainSettings, result: TrainResult, others: Mapping[str, Adapter]) -> None:
     """The answers before and after, or the accuracies; and the loss."""
+    from reft_export.training.checkpoints import stale_evaluations
     from runtimes.edits.methods import form_of
 
     accuracy = result.accuracy
@@ -124,10 +125,17 @@ def show_result(output: Path, settings: TrainSettings, result: TrainResult, othe
     if held_out := [record for record in result.history if record.eval_loss is not None]:
         started, ended, kept = held_out[0], held_out[-1], result.kept
         line += f"; held out {started.eval_loss:.3f} to {ended.eval_loss:.3f}"
+        if ended.metric is not None:
+            line += f", {settings.metric} {started.metric:.1%} to {ended.metric:.1%}"
+        if settings.patience is not None and stale_evaluations(result.history) >= settings.patience:
+            line += f"; ended after {settings.patience} evaluations without a better one"
         if kept is ended:
             line += f"; the last step's adapter is saved{'' if settings.keep == 'last' else ', which is the best'}"
-        else:
+        elif kept.metric is None:
             line += f"; the adapter of step {kept.step} is saved, whose {kept.eval_loss:.3f} is the lowest"
+        else:
+            line += f"; the adapter of step {kept.step} is saved, whose {settings.metric} of {kept.metric:.1%} is the best"
+            line += ", at the lowest loss of those" if started.metric == kept.metric or ended.metric == kept.metric else ""
     if accuracy is not None:
         line += (
             f"; accuracy on {accuracy.texts} {'held-out' if accuracy.held_out else 'training'} texts: base {accuracy.before:.1%}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from reft_export.training.data import IGNORED, Example, Examples, TrainingData, 
 from reft_export.training.forms import AsProbe, probe_of_form
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
+from reft_export.training.metrics import AnswerMetric, answer_metric
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
 from reft_export.training.settings import TrainSettings
 from reft_export.training.sources import Data
@@ -102,7 +104,18 @@ class CompletionObjective(Objective[Example]):
     def collate(self, examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
         return collate(examples, pad_token_id=pad_token_id)
 
-    def train(self, interventions: Interventions, rule: PositionRule, examples: Examples[Example], loop: Loop, phase: Phase) -> Outcome:
+    def metric(self, examples: Examples[Example], held_out_data: Data) -> AnswerMetric | None:
+        return answer_metric(self.settings.metric, self.base, examples, held_out_data, self.settings.batch_size)
+
+    def train(
+        self,
+        interventions: Interventions,
+        rule: PositionRule,
+        examples: Examples[Example],
+        loop: Loop,
+        phase: Phase,
+        metric: AnswerMetric | None = None,
+    ) -> Outcome:
         model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
         before = self.samples(examples, phase)
         phase("training")
@@ -110,7 +123,8 @@ class CompletionObjective(Objective[Example]):
             steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
-            history = loop(EditedModel(model, interventions.to(model.device), steering, lesson))
+            measure = None if metric is None else partial(metric.measure, steering)
+            history = loop(EditedModel(model, interventions.to(model.device), steering, lesson), measure)
         return Outcome(history=history, record={} if start is None else self.record(), samples_before=before)
 
     def samples(self, examples: Examples[Example], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import pad_token
-from reft_export.training.checkpoints import StepRecord, best_step, complete_checkpoint, discard, last_checkpoint, read_best, read_history
+from reft_export.training.checkpoints import (
+    StepRecord,
+    best_step,
+    complete_checkpoint,
+    discard,
+    last_checkpoint,
+    read_best,
+    read_history,
+    stale_evaluations,
+)
 from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import SCHEDULES, TrainSettings
@@ -26,6 +37,9 @@ from runtimes.generation import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
+
+Measure = Callable[[], float]
+"""The share of the held-out examples that the model does right as it stands."""
 
 CHECKPOINTS_PER_RUN = 10
 
@@ -80,11 +94,14 @@ class _Recorder(TrainerCallback):
         best: dict[str, Tensor] | None,
         total: int,
         evaluates: bool,
+        patience: int | None,
+        measure: Measure | None,
         on_step: OnStep | None,
     ) -> None:
+        self.patience, self.measure = patience, measure
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
         self.best = best
-        """The parameters of the step with the lowest held-out loss."""
+        """The parameters of the best step so far."""
         self.on_step = on_step or (lambda *_: None)
         self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
         self.lr = 0.0
@@ -107,9 +124,12 @@ class _Recorder(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self.eval_loss = metrics["eval_loss"]
         last = self.history[-1]
-        self.history[-1] = StepRecord(step=last.step, loss=last.loss, lr=last.lr, eval_loss=self.eval_loss)
+        metric = None if self.measure is None else self.measure()
+        self.history[-1] = replace(last, eval_loss=self.eval_loss, metric=metric)
         if best_step(self.history) is self.history[-1]:
             self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        if self.patience is not None and stale_evaluations(self.history) >= self.patience:
+            control.should_training_stop = True
         self.on_step(last.step, self.total, last.loss, self.eval_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -138,6 +158,7 @@ def run_loop(
     folder: Path,
     checkpoint: Path | None,
     on_step: OnStep | None,
+    measure: Measure | None = None,
 ) -> list[StepRecord]:
     """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step.
 
@@ -146,7 +167,7 @@ def run_loop(
     batches = math.ceil(len(examples.training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     history = read_history(checkpoint)
-    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), on_step)
+    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), settings.patience, measure, on_step)
     pad = pad_token(base)
     trainer = Trainer(
         model=model,
@@ -162,7 +183,10 @@ def run_loop(
     )
     trainer.remove_callback(PrinterCallback)
     with _failures(model, base, settings, history, total, folder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and settings.patience is not None and stale_evaluations(history) >= settings.patience:
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"))  # its patience had ended when it was killed
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if settings.keep == "best" and recorder.best is not None:
         model.load_state_dict(recorder.best)
     return history

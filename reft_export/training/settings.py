@@ -24,6 +24,8 @@ SEEDS = 2**32
 
 CHAT_TEMPLATE = ("auto", "always", "never")
 KEEP = ("best", "last")
+LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
+"""What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,13 @@ class TrainSettings:
 
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
+    metric: str = "loss"
+    """Of held-out examples, beside their loss: accuracy, exact-match, or ``file.py:function`` (reft_export/training/metrics.py)."""
     keep: str = "best"
-    """Which step's parameters are saved: of those whose held-out loss was taken the one with the lowest, or the last. The last without
-    held-out examples."""
+    """Which step's parameters are saved: of those whose held-out loss was taken the one with the best metric, of equals the lowest loss;
+    or the last. The last without held-out examples."""
+    patience: int | None = None
+    """End after so many evaluations without a better one; None: never before the last step."""
     max_length: int | None = None
     """Tokens per example, prompt and completion; None: the base's context."""
     chat_template: str = "auto"
@@ -98,7 +104,9 @@ class TrainSettings:
             _in_range("rank", self.rank, 1)
         for name in ("epochs", "batch_size", "gradient_accumulation"):
             _in_range(name, getattr(self, name), 1)
-        for name in ("max_steps", "max_length"):
+        if self.metric not in METRICS and ".py:" not in self.metric:
+            raise InputError(f"metric {self.metric!r} is unknown; known: {', '.join(METRICS)}, or file.py:function")
+        for name in ("max_steps", "max_length", "patience"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
         for name in ("lr", "weight_decay", "max_gradient_norm", "samples"):

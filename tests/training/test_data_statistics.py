@@ -14,6 +14,7 @@ from reft_export.base.load import base_from_memory, save_base
 from reft_export.cli.main import app
 from reft_export.training.data import load_data
 from reft_export.training.statistics import Lengths, marked, statistics_of
+from runtimes.edits.adapter import load_adapter
 from runtimes.edits.positions import PositionRule
 
 PAIRS = [{"prompt": "abcdefgh", "completion": "xy"}, {"prompt": "abcd", "completion": "é!"}, {"prompt": "abcdef", "completion": "x" * 30}]
@@ -61,4 +62,10 @@ def test_the_command_line_shows_both(llama: PreTrainedModel, tokenizer: PreTrain
     assert said("--dry-run", "--json")["data"]["tokens"]["max"] == 37
     assert not (tmp_path / "a").exists()
     assert said("--max-steps", "1", "--samples", "0", "--json")["data"]["examples"] == 3
-    assert "edited     " in said("--max-steps", "1", "--samples", "0", "--force")
+    table = said("--max-steps", "2", "--samples", "1", "--force", "--eval-fraction", "0.4", "--metric", "exact-match")
+    assert "edited     " in table and "exact-match 0.0% to 0.0%" in table
+    left = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert len(left["history"]) == 2 and left["samples"][0]["prompt"] in {pair["prompt"] for pair in PAIRS}
+    assert left["metric"] == "exact-match" and left["kept"]["metric"] == 0.0
+    assert (tmp_path / "a" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert load_adapter(tmp_path / "a").training["steps"] == 2, "no part of the adapter"
