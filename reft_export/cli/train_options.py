@@ -85,6 +85,9 @@ class Run:
     seed: Annotated[int, typer.Option("--seed")] = 42
     dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto"
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto"
+    report_to: Annotated[
+        str, typer.Option("--report-to", help="Figures as they come: none, tensorboard (to OUTPUT.tensorboard), wandb, mlflow.")
+    ] = "none"
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False
 
 

@@ -30,7 +30,8 @@ from reft_export.training.checkpoints import (
 )
 from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
-from reft_export.training.settings import SCHEDULES, TrainSettings
+from reft_export.training.reporting import events_folder, reporting_callbacks
+from reft_export.training.settings import NO_REPORT, SCHEDULES, TrainSettings
 from runtimes.errors import InputError, ReftError
 from runtimes.files.folders import NO_SPACE, disk_is_full
 from runtimes.generation import PAD
@@ -99,6 +100,8 @@ class _Recorder(TrainerCallback):
         on_step: OnStep | None,
     ) -> None:
         self.patience, self.measure = patience, measure
+        self.report: Callable[[dict[str, float]], None] = lambda _: None
+        """Sends figures to where the run reports, in transformers' names; the held-out loss Trainer sends itself."""
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
         self.best = best
         """The parameters of the best step so far."""
@@ -119,6 +122,7 @@ class _Recorder(TrainerCallback):
         due = record.step % self.every == 0 or record.step == self.total
         control.should_save = due
         control.should_evaluate = due and self.evaluates
+        self.report({"loss": record.loss, "learning_rate": record.lr})
         self.on_step(record.step, self.total, record.loss, self.eval_loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
@@ -126,6 +130,8 @@ class _Recorder(TrainerCallback):
         last = self.history[-1]
         metric = None if self.measure is None else self.measure()
         self.history[-1] = replace(last, eval_loss=self.eval_loss, metric=metric)
+        if metric is not None:
+            self.report({"eval_metric": metric})
         if best_step(self.history) is self.history[-1]:
             self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         if self.patience is not None and stale_evaluations(self.history) >= self.patience:
@@ -179,8 +185,10 @@ def run_loop(
             torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
         ),
-        callbacks=[recorder],
+        callbacks=[recorder, *reporting_callbacks(settings.report_to, events_folder(folder))],
     )
+    if settings.report_to != NO_REPORT:
+        recorder.report = trainer.log
     trainer.remove_callback(PrinterCallback)
     with _failures(model, base, settings, history, total, folder):
         if checkpoint is not None and settings.patience is not None and stale_evaluations(history) >= settings.patience:

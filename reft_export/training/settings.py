@@ -22,10 +22,14 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 SEEDS = 2**32
 """Of numpy's generator, which transformers seeds too."""
 
+NOT_COMPARED = ("resume", "device", "samples", "probes", "keep", "report_to")
+"""Settings that do not decide how the parameters move."""
 CHAT_TEMPLATE = ("auto", "always", "never")
 KEEP = ("best", "last")
 LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
 """What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
+
+NO_REPORT, *_ = REPORTS = ("none", "tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ class TrainSettings:
     dtype: str = "auto"
     """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
+    report_to: str = "none"
+    """Where every step's loss and rate, and every evaluation, are sent as well: tensorboard, wandb or mlflow."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
 
@@ -93,6 +99,7 @@ class TrainSettings:
         _one_of("format", self.format, (AUTO, *FORMS))
         _one_of("train_on", self.train_on, TRAIN_ON)
         _one_of("keep", self.keep, KEEP)
+        _one_of("report_to", self.report_to, REPORTS)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -142,7 +149,7 @@ class TrainSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings that decide how the parameters move, as they are written into the adapter and compared on resume."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples", "probes", "keep")}
+        return {name: value for name, value in asdict(self).items() if name not in NOT_COMPARED}
 
 
 def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:

@@ -28,6 +28,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.loop import Measure, OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Objective, Origin, Phase, Sample, tokenizer_of
 from reft_export.training.probes import probes_of
+from reft_export.training.reporting import check_reporting
 from reft_export.training.settings import LOSS, TrainSettings
 from reft_export.training.sources import Data
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
@@ -181,6 +182,7 @@ def prepare(
     """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
     tokenizer_of(base)
+    check_reporting(settings.report_to)
     objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
     interventions, rule = _interventions(base, settings, origin)

@@ -41,7 +41,7 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
-        "--chat-template", "--format", "--train-on", "--samples",
+        "--chat-template", "--format", "--train-on", "--report-to", "--samples",
         "--probes", "--seed", "--dtype",
         "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
         "--dry-run", "--json",
