@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -217,13 +217,17 @@ def show_result(output: Path, result, *, as_json: bool) -> None:
     out.print(f"{output}: {size(total)}, {len(manifest.nodes)} edit nodes, adapters: {names}", markup=False)
 
 
-def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
+def show_forecast(forecast: Forecast, *, as_json: bool, data: Any = None) -> None:
+    """``data``: what JSON says of the data that is trained on."""
     from reft_export.console import cache_size, duration, size
 
     free = shutil.disk_usage(Path.cwd()).free
     if as_json:
         sizes = {"parameters": forecast.parameters, "memory": forecast.memory, "disk": forecast.disk, "seconds": forecast.seconds}
-        print_json({"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context})
+        print_json(
+            {"steps": list(forecast.steps), **sizes, "kv_cache_token": forecast.token, "context": forecast.context}
+            | ({} if data is None else {"data": data})
+        )
         return
     for number, step in enumerate(forecast.steps, 1):
         out.print(f"{number}. {step}", markup=False)

@@ -43,6 +43,8 @@ HOST_EXTRAS = {
     "gguf": "host",
     "onnxruntime": "cpu",
     "onnxruntime_genai": "genai",
+    "datasets": "data",
+    "pyarrow": "data",
     "fastapi": "serve",
     "pydantic": "serve",
     "uvicorn": "serve",

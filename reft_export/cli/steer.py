@@ -112,8 +112,8 @@ def steer(
 ) -> None:
     """Make an adapter from two sides of a contrast without training: the difference of their means, or its direction taken out."""
     from reft_export.contrasting.settings import SteerSettings
-    from reft_export.training.data import check_file
     from reft_export.training.settings import TrainSettings
+    from reft_export.training.sources import check_source
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
     from runtimes.errors import InputError
     from runtimes.files.folders import check_destination, claimed
@@ -131,7 +131,7 @@ def steer(
     inputs = [Path(model), *files, *filter(None, (placement.base_bundle,))]
     check_destination(output, force=force, inputs=inputs)
     for path in files:
-        check_file(path)
+        check_source(path)
     bundle = None if placement.base_bundle is None else open_bundle(placement.base_bundle)
     with nullcontext() if dry_run else claimed(output, force=force, inputs=inputs), progress() as report:
         from reft_export.base.gguf import described

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reft_export.training.data import Data, DataFile, Example, Line, Source, iter_examples, read_object, sources_of
+from reft_export.training.data import DataFile, iter_examples
+from reft_export.training.sources import Data, Line, Source, read_object, sources_of
+from reft_export.training.tokenizing import Example
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # lines are refused without torch

@@ -27,9 +27,9 @@ from reft_export.contrasting.separability import Separation, chosen_layer, separ
 from reft_export.contrasting.settings import SteerSettings
 from reft_export.contrasting.strengths import AROUND, StrengthFigures, chosen_strength, measure, prompt_of, strengths_of, yardstick
 from reft_export.eager.steering import site_module, steered
-from reft_export.training.data import Data
 from reft_export.training.generation import greedy_samples
 from reft_export.training.objective import Phase, Sample, tokenizer_of
+from reft_export.training.sources import Data
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.edit import Site

@@ -21,8 +21,9 @@ from reft_export.base.token_rules import context_of, stop_tokens
 from reft_export.console import count
 from reft_export.contrasting.passages import Contrast, Passage
 from reft_export.eager.steering import device_of, greedy_tokens, steered
-from reft_export.training.data import IGNORED, Example, collate
+from reft_export.training.data import collate
 from reft_export.training.objective import Phase
+from reft_export.training.tokenizing import IGNORED, Example
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.probes import spread
 from runtimes.generation import PAD

@@ -94,7 +94,7 @@ def load_task(checker: str, prompts: Path, *, max_new_tokens: int = 64) -> Check
     """The function and the prompts, both tried: the checker is asked once, about an empty answer. Raises InputError."""
     task = CheckedTask(
         name=checker,
-        check=_load_function(checker),
+        check=load_function(checker),
         prompts=tuple((where, _without_answer(messages, where)) for where, messages in read_prompts(prompts)),
         max_new_tokens=max_new_tokens,
     )
@@ -110,19 +110,19 @@ def _without_answer(messages: list[dict[str, Any]], where: str) -> tuple[dict[st
     return tuple(kept)
 
 
-def _load_function(spec: str) -> Check:
+def load_function(spec: str, *, option: str = "--checker") -> Check:
     """``module:function`` with the working directory on the path, as servers load applications; or a .py file's."""
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
-        raise InputError(f"--checker {spec!r} is not module:function or file.py:function")
+        raise InputError(f"{option} {spec!r} is not module:function or file.py:function")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else _import_here(place)
     except Exception as e:  # importing runs the user's code
-        raise InputError(f"--checker {spec}: {place} cannot be imported ({type(e).__name__}: {e})") from e
+        raise InputError(f"{option} {spec}: {place} cannot be imported ({type(e).__name__}: {e})") from e
     function = getattr(module, name, None)
     if not callable(function):
         has = "has no" if function is None else f"holds a {type(function).__name__}, not a function, as"
-        raise InputError(f"--checker {spec}: {place} {has} {name}")
+        raise InputError(f"{option} {spec}: {place} {has} {name}")
     return function
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
-from reft_export.training.data import check_file
+from reft_export.training.sources import check_source
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS
@@ -89,7 +89,7 @@ def import_adapter(
         raise InputError(f"--stream {request.stream!r} is unknown; known: {', '.join(STREAMS)}")
     activation_of(request.activation or "", "--activation")
     if probes is not None:
-        check_file(probes)
+        check_source(probes)
     if probes is not None and format is None and (source / CONFIG_FILE).is_file() and not _has_interventions(source / "config.json"):
         return _with_other_probes(source, model, output, request, probes, force=force, report=report)
     format = format or detect(source)

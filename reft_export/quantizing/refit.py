@@ -38,12 +38,13 @@ from reft_export.folding.foreign_base import refuse_quantized
 from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.settings import RefitSettings
 from reft_export.training.counted import CountedHead
-from reft_export.training.data import Data, Example, collate, iter_examples, load_data
+from reft_export.training.data import Example, collate, iter_examples, load_data
 from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
+from reft_export.training.sources import Data
 from reft_export.training.teacher import teaching
 from reft_export.training.trainer import train
 from reft_export.training.ways import Ways
@@ -241,7 +242,7 @@ def adapter_loss(
         for start in range(0, len(examples), batch_size):
             chosen = examples[start : start + batch_size]
             total += float(model(**collate(chosen, pad_token_id=0), num_items_in_batch=1)["loss"])
-            count += sum(len(e.input_ids) - e.prompt_length for e in chosen)
+            count += sum(e.trained_tokens for e in chosen)
     return total / count
 
 

@@ -38,12 +38,20 @@ class StepRecord:
     lr: float
     eval_loss: float | None = None
     """Loss over the held-out examples after this step, where it was taken."""
+    metric: float | None = None
+    """The share of them that is done right, where the run has a metric beside the loss."""
 
 
 def best_step(history: Sequence[StepRecord]) -> StepRecord | None:
-    """The first of the lowest held-out loss; None where none was taken."""
-    evaluated = [(record.eval_loss, record) for record in history if record.eval_loss is not None]
+    """The first of the highest metric, and of equals of the lowest held-out loss; None where none was taken."""
+    evaluated = [((-(record.metric or 0.0), record.eval_loss), record) for record in history if record.eval_loss is not None]
     return min(evaluated, key=lambda each: each[0], default=(None, None))[1]
+
+
+def stale_evaluations(history: Sequence[StepRecord]) -> int:
+    """How many evaluations came after the best one."""
+    best = best_step(history)
+    return sum(record.eval_loss is not None and best is not None and record.step > best.step for record in history)
 
 
 def working_folder(output: Path) -> Path:

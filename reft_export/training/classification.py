@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from reft_export.base.classifiers import head_parameters, with_head
 from reft_export.base.load import Base
 from reft_export.eager.steering import steer
 from reft_export.tasks.classification import model_inputs
-from reft_export.training.data import Data, Examples, TrainingData
+from reft_export.training.data import Examples, TrainingData
 from reft_export.training.interventions import Interventions
 from reft_export.training.labelled_data import LabelledText, collate_labelled, load_labelled
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
 from reft_export.training.recomputed import recomputed_blocks
-from reft_export.training.settings import TrainSettings
+from reft_export.training.settings import ACCURACY, LOSS, TrainSettings
+from reft_export.training.sources import Data
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -96,8 +98,19 @@ class LabelObjective(Objective[LabelledText]):
     def collate(self, examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, Tensor]:
         return collate_labelled(examples, pad_token_id=pad_token_id)
 
+    def metric(self, examples: Examples[LabelledText], held_out_data: Data) -> str | None:
+        if self.settings.metric not in (LOSS, ACCURACY):
+            raise InputError(f"metric {self.settings.metric} is of answers, and {self.base.info.name} is a classifier; use accuracy")
+        return None if self.settings.metric == LOSS else ACCURACY
+
     def train(
-        self, interventions: Interventions, rule: PositionRule, examples: Examples[LabelledText], loop: Loop, phase: Phase
+        self,
+        interventions: Interventions,
+        rule: PositionRule,
+        examples: Examples[LabelledText],
+        loop: Loop,
+        phase: Phase,
+        metric: str | None = None,
     ) -> Outcome:
         model, asked, batch_size = self.base.model, examples.shown, self.settings.batch_size
         started = {} if self.origin.start is None else self.origin.start.head
@@ -111,7 +124,8 @@ class LabelObjective(Objective[LabelledText]):
             first = _first_head(model, self.origin.start) if self._trains_head else {}
             edited = EditedClassifier(model, interventions, first).to(model.device)
             phase("training")
-            history = loop(edited)
+            measure = None if metric is None else partial(_accuracy, model, examples.held_out, batch_size, edited.logits)
+            history = loop(edited, measure)
             phase("taking the accuracy")
             after = _accuracy(model, asked, batch_size, edited.eval().logits)
         head = {name: value.detach().to("cpu", torch.float32).numpy().copy() for name, value in edited.head_values().items()}

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from reft_export.base.token_rules import output_rows
 from reft_export.eager.steering import decoder_layers
 from reft_export.training.data import Example, Examples, Tokenized
-from reft_export.training.frozen_prefix import frozen_tokens
+from reft_export.training.frozen_prefix import frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
 from reft_export.training.way_choice import PrefixPlan, plan_prefixes
@@ -68,15 +69,15 @@ def footprint(
     longest = max(row.length for row in rows)
     states = 2.0 * width * (len(blocks) - first)  # keys and values of every head
     if plan is not None and plan.splits:
-        rest = max(row.length - frozen_tokens(rule, row.prompt_length) for row in rows)
+        rest = max(row.length - frozen_of(rule, row) for row in rows)
         kept = size * (rest * KEPT * outputs + longest * states) + 2 * size * longest * _cache_values(model, len(blocks))
         kept = max(kept, min(size, 2) * longest * KEPT * outputs)  # the way is tried on two rows
     else:
         block = max(out for _, out in linear)
         again = width * (len(blocks) - first) + KEPT * block
         kept = size * longest * ((again if settings.gradient_checkpointing else KEPT * outputs) + min(PASSING, len(blocks)) * block)
-    counted = max(row.length - row.prompt_length for row in rows) if decoder else 1
-    vocabulary = int(model.get_output_embeddings().weight.shape[0]) if decoder else 0
+    counted = max(sum(end - start for start, end in row.trained) for row in rows) if decoder else 1
+    vocabulary = output_rows(model) if decoder else 0
     logits = 4.0 * LOGIT_COPIES * size * counted * vocabulary
     trained = sum(p.numel() for p in interventions.parameters())
     cache = 0.0
@@ -112,7 +113,7 @@ def _work(
     size, splits = settings.batch_size, plan is not None and plan.splits
     if settings.group_by_length:
         rows = sorted(rows, key=lambda row: row.length)
-    frozen = [frozen_tokens(rule, row.prompt_length) if splits else 0 for row in rows]
+    frozen = [frozen_of(rule, row) if splits else 0 for row in rows]
     rest = [row.length - count for row, count in zip(rows, frozen, strict=True)]
     passes = steps_of(rows, settings) * size * settings.gradient_accumulation / len(rows)
     often = 1.0 if plan is not None and plan.kept else passes

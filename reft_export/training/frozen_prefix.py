@@ -19,16 +19,23 @@ from transformers import DynamicCache
 
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead, computes_nothing
+from reft_export.training.data import Tokenized
 from runtimes.edits.positions import PositionRule
 
 Tokens = tuple[int, ...]
 
 
-def frozen_tokens(rule: PositionRule, prompt_length: int) -> int:
-    """How many tokens of a prompt stand before the first edited one: L - l, l cut to L // 2 where the rule truncates."""
+def frozen_tokens(rule: PositionRule, prompt_length: int, first_counted: int) -> int:
+    """How many tokens of a row stand before the first edited one, L - l with l cut to L // 2 where the rule truncates, and before the
+    first whose logits a loss takes: of plain text that is the first of all."""
     if rule.first or rule.prompt or rule.everywhere:
         return 0
-    return prompt_length - min(rule.last, prompt_length // 2 if rule.truncate else prompt_length)
+    return min(prompt_length - min(rule.last, prompt_length // 2 if rule.truncate else prompt_length), first_counted)
+
+
+def frozen_of(rule: PositionRule, example: Tokenized) -> int:
+    """``frozen_tokens`` of an example."""
+    return frozen_tokens(rule, example.prompt_length, example.trained[0][0] - 1)
 
 
 class FrozenCache(DynamicCache):

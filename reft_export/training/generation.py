@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 from reft_export.base.load import Base
 from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
 from reft_export.eager.steering import greedy_tokens, steer, steered
-from reft_export.training.data import Data, Example, Examples, TrainingData, collate, load_data
+from reft_export.training.data import Example, Examples, TrainingData, collate, load_data
+from reft_export.training.forms import AsProbe, probe_of_form
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
+from reft_export.training.metrics import AnswerMetric, answer_metric
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from reft_export.training.teacher import Teacher, teaching
 from reft_export.training.way_choice import choose_way
 from reft_export.training.ways import Batch, Way, loss_of
@@ -68,10 +72,21 @@ class CompletionObjective(Objective[Example]):
         return f"the context of {self.base.info.name} ends at {context}"
 
     def read(self, data: Data, max_length: int) -> TrainingData[Example]:
-        template = self.settings.chat_template
-        read = load_data(data, tokenizer_of(self.base), max_length=max_length, chat_template=template, stop_tokens=self._stop)
+        settings = self.settings
+        read = load_data(
+            data,
+            tokenizer_of(self.base),
+            max_length=max_length,
+            chat_template=settings.chat_template,
+            stop_tokens=self._stop,
+            form=settings.format,
+            train_on=settings.train_on,
+        )
         _check_vocabulary(read, vocabulary_of(self.base))
         return read
+
+    def as_probe(self) -> AsProbe:
+        return probe_of_form(self.settings.format)
 
     def record(self) -> dict[str, Any]:
         return {"objective": "data" if self.origin.teacher is None else "teacher"}
@@ -79,7 +94,18 @@ class CompletionObjective(Objective[Example]):
     def collate(self, examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
         return collate(examples, pad_token_id=pad_token_id)
 
-    def train(self, interventions: Interventions, rule: PositionRule, examples: Examples[Example], loop: Loop, phase: Phase) -> Outcome:
+    def metric(self, examples: Examples[Example], held_out_data: Data) -> AnswerMetric | None:
+        return answer_metric(self.settings.metric, self.base, examples, held_out_data, self.settings.batch_size)
+
+    def train(
+        self,
+        interventions: Interventions,
+        rule: PositionRule,
+        examples: Examples[Example],
+        loop: Loop,
+        phase: Phase,
+        metric: AnswerMetric | None = None,
+    ) -> Outcome:
         model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
         before = self.samples(examples, phase)
         with (
@@ -89,7 +115,8 @@ class CompletionObjective(Objective[Example]):
         ):
             way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, self.settings, phase)
             phase("training")
-            history = loop(EditedModel(interventions, way, lesson))
+            measure = None if metric is None else partial(metric.measure, steering)
+            history = loop(EditedModel(interventions, way, lesson), measure)
         return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=said)
 
     def samples(self, examples: Examples[Example], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from reft_export.tasks.classification import encode
-from reft_export.training.data import Data, Source, TrainingData, check_text, joined, read_object
+from reft_export.training.data import TrainingData, joined
+from reft_export.training.sources import Data, Source, check_text, read_object
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText, padded
 
@@ -33,6 +34,19 @@ class LabelledText:
     where: str
     """File and line, for messages."""
     truncated: bool = False
+
+    @property
+    def form(self) -> str:
+        return "labelled text"
+
+    @property
+    def trained(self) -> tuple[tuple[int, int], ...]:
+        """No token: the loss is on the label."""
+        return ()
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        return self.text.ids
 
     @property
     def prompt_length(self) -> int:

@@ -6,27 +6,42 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import pad_token
-from reft_export.training.checkpoints import StepRecord, best_step, complete_checkpoint, discard, last_checkpoint, read_best, read_history
+from reft_export.training.checkpoints import (
+    StepRecord,
+    best_step,
+    complete_checkpoint,
+    discard,
+    last_checkpoint,
+    read_best,
+    read_history,
+    stale_evaluations,
+)
 from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
-from reft_export.training.settings import SCHEDULES, TrainSettings
+from reft_export.training.reporting import events_folder, reporting_callbacks
+from reft_export.training.settings import NO_REPORT, SCHEDULES, TrainSettings
 from runtimes.errors import InputError, ReftError
 from runtimes.files.folders import NO_SPACE, disk_is_full
 from runtimes.generation import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
+
+Measure = Callable[[], float]
+"""The share of the held-out examples that the model does right as it stands."""
 
 CHECKPOINTS_PER_RUN = 10
 GROUPED = 50
@@ -83,11 +98,16 @@ class _Recorder(TrainerCallback):
         best: dict[str, Tensor] | None,
         total: int,
         evaluates: bool,
+        patience: int | None,
+        measure: Measure | None,
         on_step: OnStep | None,
     ) -> None:
+        self.patience, self.measure = patience, measure
+        self.report: Callable[[dict[str, float]], None] = lambda _: None
+        """Sends figures to where the run reports, in transformers' names; the held-out loss Trainer sends itself."""
         self.model, self.history, self.total, self.evaluates = model, history, total, evaluates
         self.best = best
-        """The parameters of the step with the lowest held-out loss."""
+        """The parameters of the best step so far."""
         self.on_step = on_step or (lambda *_: None)
         self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
         self.lr = 0.0
@@ -105,14 +125,20 @@ class _Recorder(TrainerCallback):
         due = record.step % self.every == 0 or record.step == self.total
         control.should_save = due
         control.should_evaluate = due and self.evaluates
+        self.report({"loss": record.loss, "learning_rate": record.lr})
         self.on_step(record.step, self.total, record.loss, self.eval_loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self.eval_loss = metrics["eval_loss"]
         last = self.history[-1]
-        self.history[-1] = StepRecord(step=last.step, loss=last.loss, lr=last.lr, eval_loss=self.eval_loss)
+        metric = None if self.measure is None else self.measure()
+        self.history[-1] = replace(last, eval_loss=self.eval_loss, metric=metric)
+        if metric is not None:
+            self.report({"eval_metric": metric})
         if best_step(self.history) is self.history[-1]:
             self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        if self.patience is not None and stale_evaluations(self.history) >= self.patience:
+            control.should_training_stop = True
         self.on_step(last.step, self.total, last.loss, self.eval_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,6 +200,7 @@ def run_loop(
     folder: Path,
     checkpoint: Path | None,
     on_step: OnStep | None,
+    measure: Measure | None = None,
 ) -> list[StepRecord]:
     """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step.
 
@@ -182,7 +209,7 @@ def run_loop(
     batches = math.ceil(len(examples.training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     history = read_history(checkpoint)
-    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), on_step)
+    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), settings.patience, measure, on_step)
     pad = pad_token(base)
     trainer = _Trainer(
         model=model,
@@ -194,14 +221,19 @@ def run_loop(
             torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
         ),
-        callbacks=[recorder],
+        callbacks=[recorder, *reporting_callbacks(settings.report_to, events_folder(folder))],
     )
     if settings.group_by_length:
         lengths = [example.length for example in examples.training]
         trainer.grouped = _LengthGrouped(lengths, settings.batch_size, settings.seed)
+    if settings.report_to != NO_REPORT:
+        recorder.report = trainer.log
     trainer.remove_callback(PrinterCallback)
     with _failures(model, base, settings, history, total, folder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and settings.patience is not None and stale_evaluations(history) >= settings.patience:
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"))  # its patience had ended when it was killed
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if settings.keep == "best" and recorder.best is not None:
         model.load_state_dict(recorder.best)
     return history

@@ -13,16 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.load import Base
 from reft_export.training.checkpoints import StepRecord
-from reft_export.training.data import Data, E, Examples, TrainingData
+from reft_export.training.data import E, Examples, TrainingData
+from reft_export.training.forms import AsProbe, probe_as_it_is
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import TrainedModel
+from reft_export.training.loop import Measure, TrainedModel
 from reft_export.training.settings import TrainSettings
+from reft_export.training.sources import Data
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
-Loop = Callable[[TrainedModel], list[StepRecord]]
-"""Trains the model on the run's examples."""
+Loop = Callable[[TrainedModel, "Measure | None"], list[StepRecord]]
+"""Trains the model on the run's examples; the measure is taken beside the held-out loss."""
 Phase = Callable[[str], None]
 """Told what begins."""
 
@@ -89,6 +91,9 @@ class Objective(ABC, Generic[E]):
     def read(self, data: Data, max_length: int) -> TrainingData[E]:
         """The tokenized data; raises InputError for a line that cannot be trained on."""
 
+    def as_probe(self) -> AsProbe:
+        return probe_as_it_is
+
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """What a resumed run must have in common with it."""
@@ -98,8 +103,14 @@ class Objective(ABC, Generic[E]):
         """A batch: what the trained model's forward takes."""
 
     @abstractmethod
-    def train(self, interventions: Interventions, rule: PositionRule, examples: Examples[E], loop: Loop, phase: Phase) -> Outcome:
-        """Calls ``loop`` once, with the base steered; the base is frozen."""
+    def metric(self, examples: Examples[E], held_out_data: Data) -> Any:
+        """What ``train`` measures held-out examples by, checked; None of the loss alone. ``held_out_data``: where they were read from."""
+
+    @abstractmethod
+    def train(
+        self, interventions: Interventions, rule: PositionRule, examples: Examples[E], loop: Loop, phase: Phase, metric: Any = None
+    ) -> Outcome:
+        """Calls ``loop`` once, with the base steered; the base is frozen. ``metric``: what the method of that name gave."""
 
     def samples(self, examples: Examples[E], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:
         """What the base answers, steered by ``adapter`` where there is one; nothing of a base that does not answer."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reft_export.training.data import Data, Example, Tokenized, load_data, read_object, sources_of
+from reft_export.training.data import Example, Tokenized, load_data
+from reft_export.training.forms import AsProbe, probe_as_it_is, probe_of_form
+from reft_export.training.sources import Data, read_object, sources_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.probes import MOST, Probe, spread
@@ -16,7 +18,7 @@ if TYPE_CHECKING:  # what has no probes needs no torch
     from reft_export.training.labelled_data import LabelledText
 
 
-def probes_of(data: Data, examples: Sequence[Tokenized], count: int) -> tuple[Probe, ...]:
+def probes_of(data: Data, examples: Sequence[Tokenized], count: int, as_probe: AsProbe) -> tuple[Probe, ...]:
     """The lines of ``data`` that ``count`` of its ``examples`` were read from, spread over them. Reads the data once more."""
     chosen = {examples[index].where for index in spread(len(examples), count)}
     if not chosen:
@@ -24,7 +26,7 @@ def probes_of(data: Data, examples: Sequence[Tokenized], count: int) -> tuple[Pr
     lines = {
         line.where: line for source in sources_of(data) for line in source.lines() if line.where in chosen
     }  # a file may be given twice
-    return tuple(record for record in map(read_object, lines.values()) if record is not None)
+    return tuple(as_probe(record, where) for where, line in lines.items() if (record := read_object(line)) is not None)
 
 
 def read_probe_file(data: Data, base: Base, adapter: Adapter) -> tuple[tuple[Probe, ...], int]:
@@ -34,7 +36,8 @@ def read_probe_file(data: Data, base: Base, adapter: Adapter) -> tuple[tuple[Pro
     data, or longer than its context.
     """
     examples = tokenized(data, base, adapter)
-    return probes_of(data, examples, MOST), len(examples)
+    as_probe = probe_as_it_is if base.task == TEXT_CLASSIFICATION else probe_of_form()
+    return probes_of(data, examples, MOST, as_probe), len(examples)
 
 
 def probe_examples(base: Base, adapter: Adapter) -> Sequence[Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reft_export.training.forms import AUTO, FORMS
+from reft_export.training.rendering import TRAIN_ON
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.edits.methods import METHODS, activated_methods
@@ -20,9 +22,15 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 SEEDS = 2**32
 """Of numpy's generator, which transformers seeds too."""
 
+NOT_COMPARED = ("resume", "device", "samples", "probes", "keep", "report_to")
+"""Settings that do not decide how the parameters move."""
 CHAT_TEMPLATE = ("auto", "always", "never")
 KEEP = ("best", "last")
 INITS = ("pyreft", "identity")
+LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
+"""What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
+
+NO_REPORT, *_ = REPORTS = ("none", "tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +71,21 @@ class TrainSettings:
 
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
+    metric: str = "loss"
+    """Of held-out examples, beside their loss: accuracy, exact-match, or ``file.py:function`` (reft_export/training/metrics.py)."""
     keep: str = "best"
-    """Which step's parameters are saved: of those whose held-out loss was taken the one with the lowest, or the last. The last without
-    held-out examples."""
+    """Which step's parameters are saved: of those whose held-out loss was taken the one with the best metric, of equals the lowest loss;
+    or the last. The last without held-out examples."""
+    patience: int | None = None
+    """End after so many evaluations without a better one; None: never before the last step."""
     max_length: int | None = None
     """Tokens per example, prompt and completion; None: the base's context."""
     chat_template: str = "auto"
     """Whether prompt/completion lines are rendered through the tokenizer's chat template; auto: where there is one."""
+    format: str = "auto"
+    """Of a decoder's lines (reft_export/training/forms.py); auto: every line's own, by its keys."""
+    train_on: str = "last"
+    """Which of a conversation's answers are trained: the last, or all of them."""
     samples: int = 3
     """Prompts that are answered before and after training; 0 for none."""
     probes: int = MOST
@@ -82,6 +98,8 @@ class TrainSettings:
     """Memory, in MB, for what the base makes of prompts' tokens before the first edited ones, from epoch to epoch; 0: none is kept."""
     cache_dtype: str = "auto"
     """That memory's: auto, the base's; or float16, which holds twice as much and rounds it."""
+    report_to: str = "none"
+    """Where every step's loss and rate, and every evaluation, are sent as well: tensorboard, wandb or mlflow."""
     resume: bool = False
     """Go on from the last checkpoint of an interrupted run with the same settings, data and base."""
 
@@ -89,7 +107,10 @@ class TrainSettings:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("schedule", self.schedule, tuple(SCHEDULES))
         _one_of("chat_template", self.chat_template, CHAT_TEMPLATE)
+        _one_of("format", self.format, (AUTO, *FORMS))
+        _one_of("train_on", self.train_on, TRAIN_ON)
         _one_of("keep", self.keep, KEEP)
+        _one_of("report_to", self.report_to, REPORTS)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("cache_dtype", self.cache_dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -105,7 +126,9 @@ class TrainSettings:
             _in_range("rank", self.rank, 1)
         for name in ("epochs", "batch_size", "gradient_accumulation"):
             _in_range(name, getattr(self, name), 1)
-        for name in ("max_steps", "max_length"):
+        if self.metric not in METRICS and ".py:" not in self.metric:
+            raise InputError(f"metric {self.metric!r} is unknown; known: {', '.join(METRICS)}, or file.py:function")
+        for name in ("max_steps", "max_length", "patience"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
         for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb"):
@@ -141,7 +164,7 @@ class TrainSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings that decide how the parameters move, as they are written into the adapter and compared on resume."""
-        return {name: value for name, value in asdict(self).items() if name not in ("resume", "device", "samples", "probes", "keep")}
+        return {name: value for name, value in asdict(self).items() if name not in NOT_COMPARED}
 
 
 def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:

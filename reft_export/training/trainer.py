@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,21 @@ from reft_export.base.token_rules import context_of
 from reft_export.training.avoided import avoided
 from reft_export.training.checkpoints import StepRecord, best_step, check_working_folder, discard, open_working_folder
 from reft_export.training.classification import LabelObjective
-from reft_export.training.data import Data, Examples, TrainingData, split
+from reft_export.training.data import Examples, TrainingData, split
+from reft_export.training.forms import TEXT
 from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import OnStep, TrainedModel, run_loop
+from reft_export.training.loop import Measure, OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Objective, Origin, Phase, Sample, tokenizer_of
 from reft_export.training.probes import probes_of
-from reft_export.training.settings import TrainSettings
+from reft_export.training.reporting import check_reporting
+from reft_export.training.settings import LOSS, TrainSettings
+from reft_export.training.sources import Data
+from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.positions import PositionRule, slots
-from runtimes.edits.probes import Probe
+from runtimes.edits.probes import Probe, spread
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination, claimed
 
@@ -54,6 +59,8 @@ class TrainResult:
     """A decoder's answers."""
     accuracy: Accuracy | None = None
     """A classifier's."""
+    statistics: DataStatistics
+    """Of the data, as the model saw it."""
     kept: StepRecord
     """The step whose parameters were saved."""
     notes: tuple[str, ...] = ()
@@ -66,6 +73,7 @@ def train(
     settings: TrainSettings,
     output: Path,
     *,
+    eval_data: Data | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     head: bool | None = None,
     force: bool = False,
@@ -73,14 +81,16 @@ def train(
     trained_on: str | None = None,
     orthogonal_to: Mapping[str, Adapter] | None = None,
     teacher: PreTrainedModel | None = None,
+    on_ready: Callable[[Preparation], None] | None = None,
     on_step: OnStep | None = None,
     on_phase: Phase | None = None,
 ) -> TrainResult:
     """Trains interventions on a decoder or a classifier, and saves the adapter to ``output`` when it is done.
 
     ``base``: from ``load_base``, or a transformers model in memory, which comes with its ``tokenizer`` and is frozen from then on.
-    ``data``: a JSONL file, several as if they were one, or its records in memory as dicts: prompt and completion, or messages; of a
-    classifier text, label, and for a pair text_pair.
+    ``data``: a JSONL file, several as if they were one, or its records in memory as dicts: prompt and completion, messages, text, or
+    another of reft_export/training/forms.py; of a classifier text, label, and for a pair text_pair. ``eval_data``: held-out examples, in
+    place of ``settings.eval_fraction``.
 
     The base stays as it is, in eval mode: its own dropout, where a config has one, is off, so the edit is trained on
     the model that is shipped. Load the base with ``settings.placement()``; ``device`` moves it, another ``dtype`` is
@@ -114,7 +124,9 @@ def train(
     phase = on_phase or (lambda _: None)
     origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head, orthogonal_to=orthogonal_to or {})
     with claimed(output, force=force):
-        ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, force=force, phase=phase)
+        ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, eval_data=eval_data, force=force, phase=phase)
+        if on_ready is not None:
+            on_ready(ready)
         folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
         return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
 
@@ -139,10 +151,23 @@ class Preparation:
     rule: PositionRule
     read: TrainingData[Any]
     examples: Examples[Any]
+    held_out: TrainingData[Any] | None = None
+    """Held-out data of its own, where the run has some."""
+    metric: Any = None
+    """What held-out examples are measured by, beside their loss."""
     run: dict[str, Any]
     """What the run's checkpoints belong to."""
     probes: tuple[Probe, ...] = ()
     """What the adapter will carry."""
+
+    @cached_property
+    def statistics(self) -> DataStatistics:
+        return statistics_of(self.examples.training, self.examples.held_out, self.rule, tokenizer_of(self.base))
+
+    def marked(self, count: int) -> list[tuple[Run, ...]]:
+        """``count`` training examples, spread over the data, by what is edited and what is trained."""
+        chosen = (self.examples.training[index] for index in spread(len(self.examples.training), count))
+        return [marked(example, self.rule, tokenizer_of(self.base)) for example in chosen]
 
 
 def prepare(
@@ -152,12 +177,14 @@ def prepare(
     output: Path,
     origin: Origin = Origin(),
     *,
+    eval_data: Data | None = None,
     force: bool = False,
     phase: Phase = lambda _: None,
 ) -> Preparation:
     """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
     check_destination(output, force=force)
     tokenizer_of(base)
+    check_reporting(settings.report_to)
     objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
     interventions, rule = _interventions(base, settings, origin)
@@ -167,10 +194,17 @@ def prepare(
     phase("reading the data")
     read = objective.read(data, settings.max_length or context)
     check_positions(read, rule)
-    examples = Examples(**dict(zip(("training", "held_out"), split(read.examples, settings.eval_fraction, settings.seed), strict=True)))
+    held_out = None if eval_data is None else _held_out(eval_data, read, rule, settings, objective, context)
+    training, rest = split(read.examples, settings.eval_fraction, settings.seed)
+    examples = Examples(training=training, held_out=rest if held_out is None else list(held_out.examples))
+    if not examples.held_out and (settings.metric != LOSS or settings.patience is not None):
+        needs = "patience" if settings.metric == LOSS else f"metric {settings.metric}"
+        raise InputError(f"{needs} is of held-out examples, and there are none; give eval_data, or eval_fraction")
+    held_out_data = data if eval_data is None else eval_data
     run = {
         **settings.record(),
         "data": read.digest,
+        **({} if held_out is None else {"eval_data": held_out.digest}),
         "base": base.info.fingerprint,
         "base_dtype": base.dtype,
         "start": None if origin.start is None else origin.start.digest,
@@ -189,8 +223,28 @@ def prepare(
         read=read,
         examples=examples,
         run=run,
-        probes=probes_of(data, examples.shown, settings.probes),
+        held_out=held_out,
+        metric=objective.metric(examples, held_out_data),
+        probes=probes_of(held_out_data if examples.held_out else data, examples.shown, settings.probes, objective.as_probe()),
     )
+
+
+def _held_out(
+    data: Data, trained: TrainingData[Any], rule: PositionRule, settings: TrainSettings, objective: Objective[Any], context: int
+) -> TrainingData[Any]:
+    """Data of its own in place of a share of the training data; raises InputError for what says nothing of the training."""
+    if settings.eval_fraction:
+        raise InputError("eval_data is in place of eval_fraction; leave one of them out")
+    if not isinstance(data, (str, Path)) and not len(data):
+        raise InputError("eval_data has no examples; give some, or leave it out")
+    read = objective.read(data, settings.max_length or context)
+    kinds = [{each.form == TEXT for each in one.examples} for one in (trained, read)]
+    if not kinds[1] <= kinds[0]:
+        one = next(example for example in read.examples if (example.form == TEXT) not in kinds[0])
+        other = trained.examples[0]
+        raise InputError(f"{one.where} is {one.form}, and what is trained on is {other.form}: its loss says nothing of the training")
+    check_positions(read, rule)
+    return read
 
 
 def _others(origin: Origin) -> dict[str, Any]:
@@ -231,11 +285,11 @@ def _train(
 ) -> TrainResult:
     base, objective, start = ready.base, ready.objective, ready.origin.start
 
-    def loop(model: TrainedModel) -> list[StepRecord]:
-        return run_loop(model, base, ready.examples, objective.collate, ready.settings, folder, checkpoint, on_step)
+    def loop(model: TrainedModel, measure: Measure | None) -> list[StepRecord]:
+        return run_loop(model, base, ready.examples, objective.collate, ready.settings, folder, checkpoint, on_step, measure)
 
     with frozen(base.model):
-        outcome = objective.train(ready.interventions, ready.rule, ready.examples, loop, phase)
+        outcome = objective.train(ready.interventions, ready.rule, ready.examples, loop, phase, ready.metric)
         record = (
             provenance(ready, outcome.history)
             | ({} if start is None else {"start": start.digest})
@@ -253,6 +307,7 @@ def _train(
         adapter=adapter,
         history=tuple(outcome.history),
         truncated_lines=ready.read.truncated_lines,
+        statistics=ready.statistics,
         samples_before=outcome.samples_before,
         samples_after=samples_after,
         accuracy=outcome.accuracy,
@@ -316,6 +371,7 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
     return {
         "data": {
             "files": [asdict(each) for each in data.files],
+            **({} if ready.held_out is None else {"eval_files": [asdict(each) for each in ready.held_out.files]}),
             "examples": len(examples.training),
             "held_out": len(examples.held_out),
             "truncated": len(data.truncated_lines),
@@ -330,6 +386,7 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
         "steps": len(history),
         "kept_step": kept.step,
         "kept_eval_loss": kept.eval_loss,
+        **({} if kept.metric is None else {"kept_metric": kept.metric}),
         "final_loss": history[-1].loss,
         "final_eval_loss": evaluated[-1] if evaluated else None,
     }

@@ -13,7 +13,7 @@ from reft_export.base.token_rules import pad_token
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, Examples, collate
-from reft_export.training.frozen_prefix import PrefixStore, Tokens, frozen_tokens
+from reft_export.training.frozen_prefix import PrefixStore, Tokens, frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.objective import Phase
 from reft_export.training.settings import TrainSettings
@@ -43,7 +43,7 @@ class PrefixPlan:
 
 def plan_prefixes(rule: PositionRule, examples: Examples[Example], settings: TrainSettings) -> PrefixPlan:
     every = [*examples.training, *examples.held_out]
-    counts = [frozen_tokens(rule, example.prompt_length) for example in every]
+    counts = [frozen_of(rule, example) for example in every]
     tokens, prefix = sum(len(example.input_ids) for example in every), sum(counts)
     splits = min(counts) > 0 and prefix >= LEAST_SHARE * tokens
     seen = (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation
@@ -100,14 +100,12 @@ def _stored(model: PreTrainedModel, settings: TrainSettings) -> torch.dtype:
 def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRule, pad: int, rows: int) -> Batch:
     """The examples with the most and the fewest frozen tokens, or the first alone: always the same, so that a resumed run finds the same
     way."""
-    by_prefix = sorted(examples.training, key=lambda example: (frozen_tokens(rule, example.prompt_length), len(example.input_ids)))
+    by_prefix = sorted(examples.training, key=lambda example: (frozen_of(rule, example), len(example.input_ids)))
     chosen = [by_prefix[-1], by_prefix[0]][:rows]
     return Batch(**{name: value.to(model.device) for name, value in collate(chosen, pad_token_id=pad).items()})
 
 
 def _keep(store: PrefixStore, rule: PositionRule, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
-    prefixes: Sequence[Tokens] = [
-        example.input_ids[: frozen_tokens(rule, example.prompt_length)] for example in (*examples.training, *examples.held_out)
-    ]
+    prefixes: Sequence[Tokens] = [example.input_ids[: frozen_of(rule, example)] for example in (*examples.training, *examples.held_out)]
     phase(f"computing the unedited tokens of {len(prefixes)} prompts")
     store.keep(prefixes, limit=int(settings.cache_mb * 1e6), group=settings.batch_size)

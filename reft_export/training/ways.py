@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
-from reft_export.training.data import IGNORED
 from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
+from reft_export.training.tokenizing import IGNORED
 from runtimes.edits.positions import PositionRule
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -71,7 +71,8 @@ class Ways:
 
     def behind_prefix(self, store: PrefixStore) -> Way:
         def way(batch: Batch) -> Tensor:
-            frozen = [frozen_tokens(self.rule, length) for length in batch.prompt_length.tolist()]
+            firsts = zip(batch.prompt_length.tolist(), batch.counted.int().argmax(1).tolist(), strict=True)
+            frozen = [frozen_tokens(self.rule, length, first) for length, first in firsts]
             rows = batch.input_ids.tolist()
             cache, mask = store.cache_of([tuple(row[:count]) for row, count in zip(rows, frozen, strict=True)])
             start = torch.tensor(frozen, device=batch.input_ids.device)[:, None]

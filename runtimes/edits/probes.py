@@ -1,8 +1,8 @@
 """``probes.jsonl``: up to 32 lines of an adapter's own task, in the form of its training data.
 
-A line is ``{"prompt": "...", "completion": "..."}`` or ``{"messages": [..]}``, of a classifier ``{"text": "...", "label": ...}`` with a
-``text_pair`` where it has one: what ``train`` reads, so that the file is training data as it stands. How a prompt is rendered is the
-adapter's: through the chat template as its own training was.
+A line is ``{"prompt": "...", "completion": "..."}``, ``{"messages": [..]}`` with ``tools`` where it has some, or ``{"text": "..."}``; of a
+classifier ``{"text": "...", "label": ...}`` with a ``text_pair`` where it has one: what ``train`` reads, so that the file is training data
+as it stands. How a prompt is rendered is the adapter's: through the chat template as its own training was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtimes.errors import AdapterError
 from runtimes.files.records import unique_keys
 
 MOST = 32
-DECODER_FORMS = (frozenset({"prompt", "completion"}), frozenset({"messages"}))
+DECODER_FORMS = tuple(map(frozenset[str], ({"prompt", "completion"}, {"messages"}, {"messages", "tools"}, {"text"})))
 CLASSIFIER_FORMS = (frozenset({"text", "label"}), frozenset({"text", "text_pair", "label"}))
 
 Probe = Mapping[str, Any]
@@ -25,7 +25,7 @@ def check_probes(probes: Sequence[Probe], labels: Collection[str]) -> None:
     """Raises AdapterError for more than MOST of them, and for lines that are not of the form of a base with those ``labels``, or none."""
     if len(probes) > MOST:
         raise AdapterError(f"{len(probes)} probes, expected at most {MOST}; give fewer")
-    forms, said = (CLASSIFIER_FORMS, "text and label") if labels else (DECODER_FORMS, "prompt and completion, or messages")
+    forms, said = (CLASSIFIER_FORMS, "text and label") if labels else (DECODER_FORMS, "prompt and completion, messages, or text")
     for number, probe in enumerate(probes, 1):
         if frozenset(probe) not in forms:
             raise AdapterError(f"probe {number} has {', '.join(sorted(probe)) or 'nothing'}, expected {said}; give the adapter others")

@@ -37,7 +37,7 @@ from reft_export.base.load import load_base
 from reft_export.eager.steering import edit_rows, steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate, load_data
-from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
+from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.ways import Batch, Ways, loss_of
 from runtimes.edits.edit import Site
@@ -58,7 +58,7 @@ def ours(model: Any, examples: Sequence[Example], way: str) -> Made:
     ways = Ways(head=CountedHead(model), steering=STEERED.enter_context(steer(model, made.edits(), rule=RULE, tied=True)), rule=RULE)
     store = PrefixStore(ways.head, ways.steering, dtype=model.dtype, pad_token_id=0)
     if way == "kept":
-        store.keep([e.input_ids[: frozen_tokens(RULE, e.prompt_length)] for e in examples], limit=10**10, group=8)
+        store.keep([e.input_ids[: frozen_of(RULE, e)] for e in examples], limit=10**10, group=8)
     chosen = {"plain": ways.plain, "counted": ways.counted}.get(way) or ways.behind_prefix(store)
     return list(made.parameters()), lambda batch: loss_of(chosen(batch), batch) / len(batch.targets)
 

@@ -40,9 +40,11 @@ SURFACE = {
     "train": {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
-        "--weight-decay", "--eval-fraction", "--keep", "--max-length", "--chat-template", "--samples", "--probes", "--seed", "--dtype",
-        "--device", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype", "--resume", "--base",
-        "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--dry-run", "--json",
+        "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
+        "--chat-template", "--format", "--train-on", "--report-to", "--samples",
+        "--probes", "--seed", "--dtype", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype",
+        "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
+        "--dry-run", "--json",
     },
     "steer": {
         "--model", "--output", "--method", "--layers", "--stream", "--from-layer", "--strength", "--positions", "--read",

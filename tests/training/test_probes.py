@@ -126,7 +126,7 @@ def test_an_adapter_is_given_others(base_folder: Path, tmp_path: Path) -> None:
 
 
 BAD = {
-    "a classifier's": ('{"text": "a", "label": 0}', r"p.jsonl:1: lacks \['completion', 'prompt'\] and has unknown keys"),
+    "a classifier's": ('{"text": "a", "label": 0}', r"p.jsonl:1: has unknown keys \['label'\]; .* labelled texts are a classifier's"),
     "no completion": ('{"prompt": "a"}', r"p.jsonl:1: lacks \['completion'\]"),
     "an empty completion": ('{"prompt": "a", "completion": " "}', "p.jsonl:1: completion is empty"),
     "not JSON": ("prompt: a", "p.jsonl:1: not JSON"),
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_refused(base: Base, tmp_path: Path) -> None:
         (b"\xff\n", 1, "probes.jsonl:1 is not JSON"),
         (b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', 1, "probes.jsonl:1 is not JSON"),
         (whole * 11, 33, "33 probes, expected at most 32"),
-        (b'{"prompt": "a"}\n', 1, "probe 1 has prompt, expected prompt and completion, or messages"),
+        (b'{"prompt": "a"}\n', 1, "probe 1 has prompt, expected prompt and completion, messages, or text"),
     ):
         with pytest.raises(AdapterError, match=match):
             load_adapter(resealed(folder, content, count))

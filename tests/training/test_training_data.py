@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from reft_export.training.data import IGNORED, TrainingData, collate, load_data, split
+from reft_export.training.data import TrainingData, collate, load_data, split
+from reft_export.training.tokenizing import IGNORED
 from runtimes.errors import InputError
 
 EOS, PAD = 257, 258
@@ -131,8 +132,8 @@ REFUSED = {
     "no template": (chat_line(USER, ANSWER), "messages need a chat template, and the tokenizer has none"),
     "one message": (chat_line(ANSWER), "a list of at least one message and the assistant's answer"),
     "no list": ({"messages": "hi"}, "a list of at least one message"),
-    "message keys": (chat_line({**USER, "name": "x"}, ANSWER), "message 0 must have exactly the keys role and content"),
-    "no object": (chat_line("u", ANSWER), "message 0 must have exactly the keys role and content, got str"),
+    "message keys": (chat_line({**USER, "weight": 1}, ANSWER), "message 0 must have the keys role and content, and may have name"),
+    "no object": (chat_line("u", ANSWER), "message 0 must have the keys role and content, and may have name"),
     "last is the user's": (chat_line(USER, ANSWER, USER), "the last message is the user's"),
     "empty answer": (chat_line(USER, {"role": "assistant", "content": ""}), "content of message 1 is empty"),
     "content in parts": (chat_line({"role": "user", "content": []}, ANSWER), "content of message 0 is list"),

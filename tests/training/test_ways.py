@@ -55,10 +55,11 @@ def check(model: PreTrainedModel, rule: PositionRule, batch: Batch, intervention
         ways = Ways(head=CountedHead(model), steering=steering, rule=rule)
         loss, gradients = measured(ways.plain, batch, interventions)
         others: dict[str, Way] = {"counted": ways.counted}
-        if min(frozen_tokens(rule, n) for n in batch.prompt_length.tolist()):
+        if min(frozen_tokens(rule, n, n - 1) for n in batch.prompt_length.tolist()):
             store = PrefixStore(ways.head, steering, dtype=torch.float32, pad_token_id=258)
             prefixes = [
-                tuple(row[: frozen_tokens(rule, n)]) for row, n in zip(batch.input_ids.tolist(), batch.prompt_length.tolist(), strict=True)
+                tuple(row[: frozen_tokens(rule, n, n - 1)])
+                for row, n in zip(batch.input_ids.tolist(), batch.prompt_length.tolist(), strict=True)
             ]
             store.keep(prefixes[:kept], limit=10**9, group=2)
             assert len(store) == len(set(prefixes[:kept]))
@@ -104,4 +105,4 @@ def test_ways_agree_whatever_is_trained(run: tuple[PositionRule, Batch, dict[str
 def test_frozen_tokens_are_those_before_the_first_slot(last: int, length: int, truncate: bool) -> None:
     rule = PositionRule(last=last, truncate=truncate)
     edited = slots(rule, np.ones((1, length)), length, prompt_length=np.array([length]))[0] >= 0
-    assert frozen_tokens(rule, length) == (int(edited.argmax()) if edited.any() else length)
+    assert frozen_tokens(rule, length, length) == (int(edited.argmax()) if edited.any() else length)
