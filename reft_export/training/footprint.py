@@ -76,7 +76,8 @@ def footprint(
         again = width * (len(blocks) - first) + KEPT * block
         kept = size * longest * ((again if settings.gradient_checkpointing else KEPT * outputs) + min(PASSING, len(blocks)) * block)
     counted = max(row.length - row.prompt_length for row in rows) if decoder else 1
-    vocabulary = int(model.get_output_embeddings().weight.shape[0]) if decoder else 0
+    head = model.get_output_embeddings() if decoder else None
+    vocabulary = 0 if head is None else int(head.weight.shape[0])
     logits = 4.0 * LOGIT_COPIES * size * counted * vocabulary
     trained = sum(p.numel() for p in interventions.parameters())
     cache = 0.0
