@@ -329,7 +329,7 @@ def test_settings_are_refused(settings: dict[str, object], said: str) -> None:
         ([{"positive": "a"}] * 2, None, {}, r"data\[0\]: lacks negative"),
         ([{"positive": "a", "negative": 3}] * 2, None, {}, r"data\[0\]: negative is int, expected a text"),
         ([{"positive": "a", "negative": "b", "label": 1}] * 2, None, {}, r"has unknown keys \['label'\]"),
-        ([{"text": "a", "label": 1}] * 2, SAD, {}, r"data\[0\]: lacks .* has unknown keys"),
+        ([{"text": "a", "label": 1}] * 2, SAD, {}, r"data\[0\]: has unknown keys \['label'\]; expected text lines like"),
         ([{"text": " "}] * 2, SAD, {}, r"data\[0\]: text is empty"),
         ([{"prompt": 3}] * 2, SAD, {}, r"data\[0\]: prompt is int, expected a string"),
         (GLAD, SAD, {"layers": "1-9"}, "layer 9 does not exist in this base"),

@@ -268,7 +268,7 @@ def test_a_way_that_gives_something_else_is_not_taken(
 def test_a_bfloat16_base_is_trained_behind_its_prefixes(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path
 ) -> None:
-    rounded = copy.deepcopy(llama).to(torch.bfloat16)
+    rounded = copy.deepcopy(llama).bfloat16()
     settings = replace(SETTINGS, epochs=6, lr=2e-2, gradient_checkpointing=True)
     result = train(base_from_memory(rounded, tokenizer, name="tiny-llama"), data, settings, tmp_path / "a")
     assert len(result.notes) == 1 and "computed without a graph" in result.notes[0]
