@@ -115,7 +115,7 @@ class CompletionObjective(Objective[Example]):
         ):
             way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, self.settings, phase)
             phase("training")
-            measure = None if metric is None else partial(metric.measure, steering)
+            measure = None if metric is None else partial(metric.measure, steering, way)
             history = loop(EditedModel(interventions, way, lesson), measure)
         return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=said)
 

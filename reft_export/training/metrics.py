@@ -10,12 +10,12 @@ A prompt is all that stands before an example's last answer, as on a device.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import context_of, stop_tokens
@@ -25,7 +25,8 @@ from reft_export.training.data import Examples
 from reft_export.training.forms import TEXT
 from reft_export.training.settings import ACCURACY, EXACT_MATCH, LOSS
 from reft_export.training.sources import Data, read_object, sources_of
-from reft_export.training.tokenizing import Example
+from reft_export.training.tokenizing import IGNORED, Example
+from reft_export.training.ways import Batch, Way
 from runtimes.errors import InputError
 from runtimes.generation import PAD
 
@@ -56,16 +57,16 @@ class AnswerMetric:
     records: Mapping[str, Mapping[str, Any]]
 
     @torch.no_grad()
-    def measure(self, steering: Steering) -> float:
-        """The share of the questions that are answered right by the base as ``steering`` steers it."""
-        right = self._chosen(steering) if self.choices else self._answered(steering)
+    def measure(self, steering: Steering, way: Way) -> float:
+        """The share of the questions that are answered right by the base as ``steering`` steers it; ``way``: to its logits."""
+        right = self._chosen(way) if self.choices else self._answered(steering)
         return sum(right) / len(right)
 
-    def _chosen(self, steering: Steering) -> list[bool]:
+    def _chosen(self, way: Way) -> list[bool]:
         rows = [(question.prompt, choice) for question in self.questions for choice in self.choices]
         found: list[float] = []
         for start in range(0, len(rows), self.batch_size):
-            found += log_likelihoods(self.base, steering, rows[start : start + self.batch_size])
+            found += log_likelihoods(way, rows[start : start + self.batch_size], self.base.model.device)
         width = len(self.choices)
         scores = [found[start : start + width] for start in range(0, len(found), width)]
         return [self.choices[row.index(max(row))] == question.answer for row, question in zip(scores, self.questions, strict=True)]
@@ -148,22 +149,18 @@ def _records(data: Data, wanted: set[str]) -> dict[str, Mapping[str, Any]]:
     return {line.where: record for line in lines if (record := read_object(line)) is not None}
 
 
-def log_likelihoods(base: Base, steering: Steering, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-    """log p(answer | prompt) of every (prompt, answer), summed over the answer's tokens, in nats."""
-    model, device = base.model, base.model.device
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    shortest = min(len(prompt) for prompt, _ in rows)
-    ids = torch.tensor([[*prompt, *answer, *[PAD] * (width - len(prompt) - len(answer))] for prompt, answer in rows], device=device)
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], device=device)
-    mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-    steering.prompt_length = [len(prompt) for prompt, _ in rows]
-    # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
-    first = shortest - 1
-    keep = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits[:, -(width - first) :]
-    found = []
-    for row, (prompt, answer) in zip(logits, rows, strict=True):
-        start = len(prompt) - 1 - first
-        said = torch.log_softmax(row[start : start + len(answer)].float(), -1)
-        found.append(float(said[torch.arange(len(answer)), torch.tensor(answer)].sum()))
-    return found
+def log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> list[float]:
+    """log p(answer | prompt) of every (prompt, answer), summed over the answer's tokens, in nats. ``way``: to logits, as in training."""
+    width, counts = max(len(prompt) + len(answer) for prompt, answer in rows), [len(answer) for _, answer in rows]
+
+    def padded(fill: int, each: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in each], device=device)
+
+    batch = Batch(
+        input_ids=padded(PAD, [[*prompt, *answer] for prompt, answer in rows]),
+        attention_mask=padded(0, [[1] * (len(prompt) + len(answer)) for prompt, answer in rows]),
+        labels=padded(IGNORED, [[*[IGNORED] * len(prompt), *answer] for prompt, answer in rows]),
+        prompt_length=torch.tensor([len(prompt) for prompt, _ in rows], device=device),
+    )
+    said = torch.log_softmax(way(batch).float(), -1).gather(1, batch.targets[:, None])[:, 0]
+    return [float(each.sum()) for each in said.split(counts)]

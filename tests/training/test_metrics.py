@@ -14,12 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.checkpoints import StepRecord, best_step, stale_evaluations
+from reft_export.training.counted import CountedHead
 from reft_export.training.data import Examples, load_data
 from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.metrics import answer_metric, log_likelihoods
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
+from reft_export.training.ways import Ways
 from runtimes.edits.adapter import load_adapter
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
 SETTINGS = TrainSettings(rank=4, layers="0;2", positions="all", lr=5e-2, epochs=10, batch_size=4, samples=0, seed=7)
@@ -44,7 +47,8 @@ def test_the_best_step_is_of_the_metric_then_of_the_loss() -> None:
 def test_likelihoods_are_the_models_own(base: Base) -> None:
     adapter_rows = [((1, 2, 3, 4, 5), (6, 7)), ((9, 8, 7), (5, 4, 3, 2))]
     with steered(base.model, load_random(base)) as steering:
-        found = log_likelihoods(base, steering, adapter_rows)
+        ways = Ways(head=CountedHead(base.model), steering=steering, rule=PositionRule.parse("f1+l1"))
+        found = log_likelihoods(ways.counted, adapter_rows, base.model.device)
         for value, (prompt, answer) in zip(found, adapter_rows, strict=True):
             steering.prompt_length = [len(prompt)]
             logits = base.model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
@@ -58,9 +62,10 @@ def load_random(base: Base) -> Any:
     return tiny.random_adapter(base.info, positions="f1+l1")
 
 
-def test_a_run_says_what_its_adapter_does(base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", ["all", "l2"])
+def test_a_run_says_what_its_adapter_does(base: Base, positions: str, tmp_path: Path) -> None:
     """The saved adapter's share of right answers, counted here once more one row at a time; and the held-out lines are its probes."""
-    result = train(base, RECORDS, replace(SETTINGS, metric="accuracy", epochs=4), tmp_path / "choice", eval_data=HELD)
+    result = train(base, RECORDS, replace(SETTINGS, metric="accuracy", epochs=4, positions=positions), tmp_path / "choice", eval_data=HELD)
     adapter, right = load_adapter(tmp_path / "choice"), 0
     assert adapter.training["kept_metric"] == result.kept.metric and list(adapter.probes) == HELD
     assert adapter.training["data"]["held_out"] == 6 == result.statistics.held_out and len(adapter.training["data"]["eval_files"]) == 1
