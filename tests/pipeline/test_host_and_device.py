@@ -51,12 +51,14 @@ TEMPLATES = {
     "chatml": CHATML,
     "eos": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
-    "bos": "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} {{ eos_token }}\n{% endfor %}",
+    "bos": "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} {{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
     "no end": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
     "word": "{% for m in messages %}{{ m['content'] }}<word>{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m['content'] | trim }}<|im_end|>{% endgeneration %}{% endfor %}",
     "no system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
-    "json and date": "{{ strftime_now('%Y') }}{% for m in messages %}{{ m | tojson }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+    "json and date": "{{ strftime_now('%Y') }}{% for m in messages %}{{ m | tojson }}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    """{% if add_generation_prompt %}{{ '{"role": "assistant", "content": "' }}{% endif %}""",
     "named": [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "tools"}],
 }
 TEXTS = ("Hello there.", "a<word>b", "a <|im_end|> b", " two  spaces ", "é世🙂\n", "ends</s>", "n't do , that .")
