@@ -24,7 +24,7 @@ from runtimes.errors import InputError
 if TYPE_CHECKING:  # an export is forecast without torch
     from reft_export.base.load import Base
     from reft_export.contrasting.steer import SteerPlan
-    from reft_export.training.trainer import Preparation
+    from reft_export.training.preparation import Preparation
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 32}
 """Bytes a linear weight takes in the bundle; int8 with a float32 scale for 64 weights, int4 with one for 32."""

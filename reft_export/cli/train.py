@@ -109,7 +109,7 @@ def train(
             from reft_export.cli.export import show_forecast
             from reft_export.forecast import forecast_training
             from reft_export.training.objective import Origin
-            from reft_export.training.trainer import prepare
+            from reft_export.training.preparation import prepare
             from runtimes.files.records import to_json
 
             origin = Origin(start=started, trained_on=trained_on, head=sources.head, orthogonal_to=others)

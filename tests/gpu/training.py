@@ -26,8 +26,9 @@ def losses(name: str, dtype: str, device: str, folder: Path, *, dry: bool) -> li
     # Not at the head: the stages read this module's constants, and need no torch.
     from reft_export.base.load import load_base
     from reft_export.quickstart import base_path
+    from reft_export.training.preparation import prepare
     from reft_export.training.settings import TrainSettings
-    from reft_export.training.trainer import prepare, train
+    from reft_export.training.trainer import train
 
     data = base_path().parent / "pirate.train.jsonl"
     # The CPU stands in for a GPU that is not there: what is checked is the data and the settings.

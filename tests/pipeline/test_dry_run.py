@@ -25,8 +25,8 @@ from reft_export.exporting.assemble import check_model
 from reft_export.exporting.plan import KEYS_AND_VALUES, plan_export
 from reft_export.exporting.settings import ExportSettings
 from reft_export.training.checkpoints import HISTORY_FILE, open_working_folder
+from reft_export.training.preparation import prepare
 from reft_export.training.settings import TrainSettings
-from reft_export.training.trainer import prepare
 from runtimes.edits.adapter import save_adapter
 from runtimes.errors import EngineError
 
