@@ -314,7 +314,9 @@ def penalized(logits: np.ndarray, settings: GenerationSettings, seen: Sequence[i
     check_finite(scores.max())
     if settings.repetition_penalty != 1 and len(seen):
         scores, index = scores.copy(), np.unique(seen)
-        scores[index] *= np.where(scores[index] > 0, 1 / settings.repetition_penalty, settings.repetition_penalty)
+        with np.errstate(over="ignore"):  # of a penalty near 0 the largest number is what is left
+            factors = np.where(scores[index] > 0, 1 / np.float64(settings.repetition_penalty), settings.repetition_penalty)
+            scores[index] = np.minimum(scores[index] * factors, np.finfo(np.float64).max)
     return scores
 
 

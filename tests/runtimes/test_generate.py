@@ -178,6 +178,15 @@ def test_a_repetition_penalty_changes_greedy_too(session: OrtSession, tokenizer:
     assert len({*penalized.tokens}) == 10 and not set(penalized.tokens) & set(IDS[0])
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-308, 1e308])
+@pytest.mark.filterwarnings("error")
+def test_an_extreme_penalty_leaves_probabilities(penalty: float) -> None:
+    """Of a token that a grammar masked none."""
+    settings = GenerationSettings(temperature=1, repetition_penalty=penalty)
+    found = probabilities(np.array([1.0, 20.0, -3.0, -np.inf]), settings, [0, 1, 2, 3])
+    assert found.sum() == pytest.approx(1) and found[3] == 0 and np.isfinite(found).all()
+
+
 def test_logits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ReftError, match="not finite"):
         probabilities(np.array([0.0, np.nan]), GenerationSettings(temperature=1))
