@@ -39,14 +39,11 @@ from reft_export.parity.ladder import check_same_base
 from reft_export.quantizing.settings import RefitSettings
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate, iter_examples, load_data
-from reft_export.training.generation import EditedModel
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.sources import Data
 from reft_export.training.teacher import teaching
-from reft_export.training.trainer import train
 from reft_export.training.ways import Ways
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
@@ -164,6 +161,10 @@ def _refit(
     settings: RefitSettings,
     report: Report,
 ) -> Refitted:
+    # transformers' Trainer brings what else is installed, datasets among it: whoever refits nothing goes without.
+    from reft_export.training.loop import TrainingInterrupted
+    from reft_export.training.trainer import train
+
     report(f"refitting {name}, {settings.steps} steps")
     run = settings_like(
         adapter,
@@ -223,6 +224,8 @@ def adapter_loss(
 ) -> float:
     """Mean over the completions' tokens of -log p(token), or of KL(teacher || base steered by ``adapter``), in nats; ``teacher``: the
     float32 model and the adapter that steers it."""
+    from reft_export.training.generation import EditedModel
+
     interventions = Interventions(
         method=adapter.method,
         rank=adapter.rank,

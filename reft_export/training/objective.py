@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from torch import Tensor
@@ -16,14 +16,16 @@ from reft_export.training.checkpoints import StepRecord
 from reft_export.training.data import E, Examples, TrainingData
 from reft_export.training.forms import AsProbe, probe_as_it_is
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import Measure, TrainedModel
 from reft_export.training.settings import TrainSettings
 from reft_export.training.sources import Data
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
-Loop = Callable[[TrainedModel, "Measure | None"], list[StepRecord]]
+if TYPE_CHECKING:  # transformers' Trainer brings what else is installed: recording an adapter's probes goes without
+    from reft_export.training.loop import Measure, TrainedModel
+
+Loop = Callable[["TrainedModel", "Measure | None"], list[StepRecord]]
 """Trains the model on the run's examples; the measure is taken beside the held-out loss."""
 Phase = Callable[[str], None]
 """Told what begins."""
