@@ -12,6 +12,7 @@ import typer
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output
+from reft_export.cli.placement import Device, Dtype, load_placed
 from reft_export.console import escape, out, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Lines:
 class Placement:
     """The base's."""
 
-    dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto"
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
     base_bundle: Annotated[
         Path | None, typer.Option("--base", help="A quantized bundle of the base: measure on the exact weights that it ships.")
     ] = None
@@ -134,15 +135,7 @@ def steer(
         check_source(path)
     bundle = None if placement.base_bundle is None else open_bundle(placement.base_bundle)
     with nullcontext() if dry_run else claimed(output, force=force, inputs=inputs), progress() as report:
-        from reft_export.base.gguf import described
-        from reft_export.cli.train import load_placed
-
-        report(f"loading {described(model)}")
-        if bundle is not None and placement.accept_base:
-            from reft_export.parity.ladder import made_from
-
-            bundle = made_from(bundle, model)
-        base = load_placed(model, bundle, placed, weights=not dry_run)
+        base, trained_on = load_placed(model, bundle, placed, report, weights=not dry_run, accept_base=placement.accept_base)
         from reft_export.contrasting.steer import plan_steering, steer_adapter
 
         if dry_run:
@@ -152,7 +145,6 @@ def steer(
             plan = plan_steering(base, positive, negative, output, settings, force=force)
             show_forecast(forecast_steering(model, base, plan), as_json=as_json)
             return
-        trained_on = None if bundle is None else bundle.digest
         result = steer_adapter(base, positive, negative, output, settings, trained_on=trained_on, force=force, report=report)
     _print_json(output, result) if as_json else _print(output, settings, result)
 

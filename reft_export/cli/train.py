@@ -13,6 +13,7 @@ import typer
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
+from reft_export.cli.placement import load_placed
 from reft_export.cli.train_options import Form, Optimization, Reading, Run, Sources
 from reft_export.cli.train_report import PREVIEWED, show_data, show_json, show_preview, show_result
 from reft_export.console import Progress, err, progress
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from reft_export.base.load import Base
     from reft_export.training.settings import TrainSettings
     from reft_export.training.trainer import TrainResult
-    from runtimes.artifacts.bundle import Bundle
     from runtimes.edits.adapter import Adapter
 
 OTHERS = {
@@ -95,16 +95,8 @@ def train(
         check_source(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
     with nullcontext() if unweighted else claimed(output, force=force, inputs=inputs), progress() as report:
-        from reft_export.base.gguf import described
-
-        report(f"loading {described(model)}")
-        if bundle is not None and sources.accept_base:
-            from reft_export.parity.ladder import made_from
-
-            bundle = made_from(bundle, model)
-        base = load_placed(model, bundle, settings, weights=not unweighted)
+        base, trained_on = load_placed(model, bundle, settings, report, weights=not unweighted, accept_base=sources.accept_base)
         _check_base(context, base, started, others, sources)
-        trained_on = None if bundle is None else bundle.digest
         if unweighted:
             from reft_export.cli.export import show_forecast
             from reft_export.forecast import forecast_training
@@ -192,18 +184,6 @@ def _check_base(context: typer.Context, base: Base, started: Adapter | None, oth
         check_fit(name, other, base, accept_base=sources.accept_base)
     names, reason = OTHERS[base.task]
     refuse_given(context, names, reason.format(base.info.name))
-
-
-def load_placed(model: str, bundle: Bundle | None, settings: TrainSettings, *, weights: bool) -> Base:
-    """The base to train, on the bundle's weights where there is one; without ``weights`` only everything that they are not needed for."""
-    from reft_export.base.load import load_base, load_without_weights
-
-    dtype, device = settings.placement()
-    if bundle is None:
-        return (load_base if weights else load_without_weights)(model, dtype=dtype, device=device, require_tokenizer=True)
-    from reft_export.quantizing.refit import load_on_bundle
-
-    return load_on_bundle(bundle, model, device=device, weights=weights)
 
 
 class _StepLine:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from reft_export.cli.options import AcceptBase
+from reft_export.cli.placement import Device, Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class Run:
     """The run itself."""
 
     seed: Annotated[int, typer.Option("--seed")] = 42
-    dtype: Annotated[str, typer.Option("--dtype", help="The base's: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto"
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
     report_to: Annotated[
         str, typer.Option("--report-to", help="Figures as they come: none, tensorboard (to OUTPUT.tensorboard), wandb, mlflow.")
     ] = "none"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from reft_export.base.load import Base, base_from_memory
 
 VOCABULARY, WIDTH, LAYERS = 320, 32, 3
 BOS, EOS, PAD = 256, 257, 258
@@ -102,3 +106,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
+    return base_from_memory(llama, tokenizer, name="tiny-llama")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve lines of different lengths, all answered alike: enough to learn the answer."""
+    lines = [{"prompt": f"what is {'very ' * (i % 3)}{i}?", "completion": " ok" * (1 + i % 3)} for i in range(12)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base.load import Base, base_from_memory
+from reft_export.base.load import Base
 from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.checkpoints import StepRecord, best_step, stale_evaluations
 from reft_export.training.counted import CountedHead
@@ -29,11 +28,6 @@ SETTINGS = TrainSettings(rank=4, layers="0;2", positions="all", lr=5e-2, epochs=
 WORDS = (" yes", " no!")
 RECORDS = [{"prompt": f"is {n} {'even' if n % 2 else 'odd'}?", "completion": WORDS[n % 2]} for n in range(12)]
 HELD = [{"prompt": f"is {n} {'even' if n % 2 else 'odd'}?", "completion": WORDS[n % 2]} for n in range(20, 26)]
-
-
-@pytest.fixture
-def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return base_from_memory(llama, tokenizer, name="tiny-llama")
 
 
 def test_the_best_step_is_of_the_metric_then_of_the_loss() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from models.adapters import random_adapter
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import reft_export.training.interventions as modules
-from reft_export.base.load import Base, base_from_memory
+from reft_export.base.load import Base
 from reft_export.composing.compose import compose, meetings_of
 from reft_export.training.avoided import avoided
 from reft_export.training.interventions import Interventions
@@ -27,19 +25,6 @@ from runtimes.errors import AdapterError, InputError, ReftError
 SETTINGS = TrainSettings(rank=2, layers="0;2", positions="all", lr=5e-2, epochs=10, batch_size=4, samples=0, seed=7, chat_template="never")
 SITES = (Site(layer=0), Site(layer=2))
 LOW_RANK = [name for name, method in METHODS.items() if not method.full_rank]
-
-
-@pytest.fixture
-def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return base_from_memory(llama, tokenizer, name="tiny-llama")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    lines = [{"prompt": f"what is {'very ' * (i % 3)}{i}?", "completion": " ok" * (1 + i % 3)} for i in range(12)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def given_to(base: Base) -> dict[str, Adapter]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import tiny_encoders
 from reseal import reseal
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_export.base.load import Base, base_from_memory, load_base, save_base
+from reft_export.base.load import Base, load_base, save_base
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.training.probes import probe_examples
@@ -23,11 +22,6 @@ from runtimes.edits.probes import probes_bytes, read_probes, spread
 from runtimes.errors import AdapterError, InputError, ReftError
 
 SETTINGS = TrainSettings(rank=1, layers="0", positions="l1", max_steps=1, batch_size=2, samples=0, seed=7)
-
-
-@pytest.fixture
-def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return base_from_memory(llama, tokenizer, name="tiny-llama")
 
 
 def lines(count: int) -> list[dict]:

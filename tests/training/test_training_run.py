@@ -28,20 +28,6 @@ from runtimes.errors import BackendUnavailable, InputError, ReftError
 SETTINGS = TrainSettings(rank=2, layers="0;2", positions="f2+l2", lr=5e-3, epochs=3, batch_size=4, samples=1, seed=7)
 
 
-@pytest.fixture
-def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return base_from_memory(llama, tokenizer, name="tiny-llama")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Twelve lines of different lengths, all answered alike: enough to learn the answer."""
-    lines = [{"prompt": f"what is {'very ' * (i % 3)}{i}?", "completion": " ok" * (1 + i % 3)} for i in range(12)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
-
-
 def losses(result: TrainResult) -> list[float]:
     return [record.loss for record in result.history]
 

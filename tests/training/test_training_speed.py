@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,6 @@ from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
 SETTINGS = TrainSettings(rank=2, layers="0;2", positions="l2", lr=5e-3, epochs=3, batch_size=4, samples=0, seed=7)
-
-
-@pytest.fixture
-def base(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Base:
-    return base_from_memory(llama, tokenizer, name="tiny-llama")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    lines = [{"prompt": f"what is {'very ' * (i % 3)}{i}?", "completion": " ok" * (1 + i % 3)} for i in range(12)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def close(one: TrainResult, other: TrainResult, tolerance: float = 1e-4) -> bool:
