@@ -8,22 +8,22 @@ Nats are the mean of -log p over tokens. Prompts alone have no completions, so t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional as F
 
 from reft_export.base.load import Base
-from reft_export.base.token_rules import context_of, stop_tokens
 from reft_export.console import count
 from reft_export.contrasting.passages import Contrast, Passage
-from reft_export.eager.steering import device_of, greedy_tokens, steered
+from reft_export.eager.steering import device_of, steered
+from reft_export.training.counted import CountedHead
 from reft_export.training.data import collate
+from reft_export.training.greedy import greedy_answers
 from reft_export.training.objective import Phase
-from reft_export.training.tokenizing import IGNORED, Example
+from reft_export.training.tokenizing import Example
+from reft_export.training.ways import Batch, loss_of
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.probes import spread
 from runtimes.generation import PAD
@@ -88,11 +88,7 @@ def _scored(passage: Passage) -> Example:
 def _answered(base: Base, asked: Sequence[Example]) -> tuple[Example, ...]:
     """The prompts with the base's greedy answers as completions; left-padded, in one batch."""
     prompts = [example.input_ids[: example.prompt_length] for example in asked]
-    width = max(map(len, prompts))
-    device, room = device_of(base.model), max(1, min(OWN_TOKENS, context_of(base) - width))
-    ids = torch.tensor([[*[PAD] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
-    mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
-    answers = greedy_tokens(base.model, ids, mask, room, eos=stop_tokens(base))
+    answers = greedy_answers(base, prompts, OWN_TOKENS)
     return tuple(
         replace(example, input_ids=(*prompt, *answer), prompt_length=len(prompt))
         for example, prompt, answer in zip(asked, prompts, answers, strict=True)
@@ -131,20 +127,14 @@ def chosen_strength(found: Sequence[StrengthFigures]) -> float:
 @torch.no_grad()
 def _nats(base: Base, examples: Sequence[Example], adapter: Adapter | None) -> float:
     """Nats a token of the labels, under the adapter; a text's positions are counted as a prompt's."""
-    total, tokens, device = 0.0, 0, device_of(base.model)
-    keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
+    total, tokens, head = 0.0, 0, CountedHead(base.model)
     with nullcontext() if adapter is None else steered(base.model, adapter) as steering:
         for start in range(0, len(examples), ROWS):
-            batch = collate(examples[start : start + ROWS], pad_token_id=PAD)
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            inputs = collate(examples[start : start + ROWS], pad_token_id=PAD)
+            batch = Batch(**{name: value.to(device_of(base.model)) for name, value in inputs.items()})
             if steering is not None:
-                steering.prompt_length = batch["prompt_length"]
-            # No logits are needed before the last prompt token of the shortest prompt: vocabularies are large.
-            wanted = batch["input_ids"].shape[1] - int(batch["prompt_length"].min()) + 1
-            kept = {"logits_to_keep": wanted} if keeps else {}
-            labels = batch["labels"][:, 1 - wanted :].to(device)
-            counted = labels != IGNORED
-            logits = base.model(**inputs, use_cache=False, **kept).logits[:, -wanted:-1][counted]
-            total += float(F.cross_entropy(logits.float(), labels[counted], reduction="sum"))
-            tokens += int(counted.sum())
+                steering.prompt_length = batch.prompt_length
+            logits = head.every_logit(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            total += float(loss_of(logits, batch))
+            tokens += len(logits)
     return total / tokens

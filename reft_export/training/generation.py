@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reft_export.base.load import Base
-from reft_export.base.token_rules import context_of, stop_tokens, vocabulary_of
-from reft_export.eager.steering import greedy_tokens, steer, steered
+from reft_export.base.token_rules import stop_tokens, vocabulary_of
+from reft_export.eager.steering import steer, steered
 from reft_export.training.data import Example, Examples, TrainingData, collate, load_data
 from reft_export.training.forms import AsProbe, probe_of_form
+from reft_export.training.greedy import greedy_answers, text_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.metrics import AnswerMetric, answer_metric
@@ -28,7 +28,6 @@ from reft_export.training.ways import Batch, Way, loss_of
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
-from runtimes.generation import PAD
 
 SAMPLE_TOKENS = 48
 
@@ -130,21 +129,12 @@ class CompletionObjective(Objective[Example]):
 
 def greedy_samples(base: Base, examples: Sequence[Example]) -> tuple[Sample, ...]:
     """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
-    tokenizer, device, stop = tokenizer_of(base), base.model.device, stop_tokens(base)
-    prompts = [example.input_ids[: example.prompt_length] for example in examples]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[*[PAD] * (width - len(p)), *p] for p in prompts], device=device)
-    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
-    answers = greedy_tokens(base.model, ids, mask, min(SAMPLE_TOKENS, context_of(base) - width), eos=stop)
-
-    def text(tokens: Sequence[int]) -> str:
-        # Without the clean-up that some tokenizers ask for, which takes spaces out of answers: a stream cannot do it.
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
+    prompts, stop = [example.input_ids[: example.prompt_length] for example in examples], stop_tokens(base)
+    answers = greedy_answers(base, prompts, SAMPLE_TOKENS)
     # A stop token need not be a special one, which decoding would leave out.
     ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
     return tuple(
-        Sample(prompt=text(prompt), text=text([*prompt, *answer])[len(text(prompt)) :])
+        Sample(prompt=text_of(base, prompt), text=text_of(base, [*prompt, *answer])[len(text_of(base, prompt)) :])
         for prompt, answer in zip(prompts, ended, strict=True)
     )
 

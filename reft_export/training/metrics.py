@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from reft_export.base.load import Base
-from reft_export.base.token_rules import context_of, stop_tokens
-from reft_export.eager.steering import Steering, greedy_tokens
+from reft_export.base.token_rules import stop_tokens
+from reft_export.eager.steering import Steering
 from reft_export.evaluation.checker import load_function
 from reft_export.training.data import Examples
 from reft_export.training.forms import TEXT
+from reft_export.training.greedy import greedy_answers, text_of
 from reft_export.training.settings import ACCURACY, EXACT_MATCH, LOSS
 from reft_export.training.sources import Data, read_object, sources_of
 from reft_export.training.tokenizing import IGNORED, Example
@@ -84,18 +85,11 @@ class AnswerMetric:
         return right
 
     def _greedy(self, steering: Steering, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
-        width, device = max(map(len, prompts)), self.base.model.device
-        ids = torch.tensor([[*[PAD] * (width - len(p)), *p] for p in prompts], device=device)
-        mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
-        room = max(1, min(most, context_of(self.base) - width))
-        return [
-            self._text(answer) for answer in greedy_tokens(self.base.model, ids, mask, room, steering=steering, eos=stop_tokens(self.base))
-        ]
+        return [self._text(answer) for answer in greedy_answers(self.base, prompts, most, steering=steering)]
 
     def _text(self, tokens: Sequence[int]) -> str:
         kept = [token for token in tokens if token not in stop_tokens(self.base)]  # one need not be special, which decoding leaves out
-        assert self.base.tokenizer is not None
-        return str(self.base.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text_of(self.base, kept)
 
     def _checked(self, question: Question, answer: str) -> bool:
         assert self.check is not None
