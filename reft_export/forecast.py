@@ -13,6 +13,7 @@ from reft_export.base.gguf import described
 from reft_export.base.hub import HUB_ID
 from reft_export.base.stored import stored_tensors, without_tables
 from reft_export.base.token_rules import stated_context
+from reft_export.console import size
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
@@ -131,7 +132,7 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
     plan = needed.plan
     apart: tuple[str, ...] = ()
     if plan is not None and plan.splits:
-        how = f"once, kept in {needed.cache / 1e6:.0f} MB" if plan.kept else "in every step"
+        how = f"once, kept in {size(needed.cache)}" if plan.kept else "in every step"
         apart = (f"compute the {plan.prefix} of {plan.tokens} tokens before the first edited ones without a graph, {how}",)
     steps = steps_of(rows, settings)
     return Forecast(

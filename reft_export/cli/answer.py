@@ -31,6 +31,7 @@ OnText = Callable[[int, str], None]
 def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     """What is left to do in a session. Raises InputError and BundleError, with the line, for what can be refused before there is one."""
     settings = GenerationSettings(**options.settings)
+    check_strength(options.strength, options.adapter or "every adapter")
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
     requests = _requests(options)
     check_adapters(opened, requests)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from reft_export.base.load import DTYPES, Base
 from reft_export.base.token_rules import pad_token
+from reft_export.console import size
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, Examples, collate
@@ -80,7 +81,7 @@ def choose_way(
                 said = f"{plan.prefix} of {plan.tokens} tokens stand before the first edited one and are computed without a graph"
                 if plan.kept:
                     _keep(store, rule, examples, settings, phase)
-                    said += f"; those of {len(store)} prompts once, kept in {store.size / 1e6:.0f} MB"
+                    said += f"; those of {len(store)} prompts once, kept in {size(store.size)}"
                 return ways.behind_prefix(store), (said,)
             notes.append(f"every token is computed in every step: apart from the others, the unedited ones gave {differs}")
         differs = difference(ways.counted, ways.plain, batch, parameters, model.dtype)

@@ -37,7 +37,7 @@ is made by
   other no order follows. Quantized for TensorRT, a scheme runs in float here, and its speed says nothing.
 - Retention: what each adapter keeps of its training on its own probes ([concepts](concepts.md#parity)). The gates of `quantize` are left
   out, and so are its mends: more bits below 0.9, and training on what ships below 0.8.
-- 5,264 tokens are 200 sentences (`--sentences 200`); differences of 0.01 nats are within what another 200 would change. 48,592 are 2,000
+- 5,264 tokens are 200 sentences; differences of 0.01 nats are within what another 200 would change. 48,592 are 2,000
   (2026-11-30): of a bundle without adapters, so that scales and int8 weights were chosen on the base's golden rows alone; speed was not
   measured.
 - llama.cpp's and our weight-only products round activations to int8 while they multiply; at accuracy level 1 they do not.

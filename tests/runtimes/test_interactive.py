@@ -117,6 +117,13 @@ class Terminal:
             except OSError:  # the terminal was left
                 assert self.shown.count(text) >= times, self.shown
 
+    def until_it_waits(self, seconds: float = 30) -> None:
+        """Python's readline shows the prompt, then waits, and a signal in between is not looked at before the next key."""
+        end = time.monotonic() + seconds
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, self.shown
+            time.sleep(0.01)
+
 
 @pytest.fixture
 def terminal(bundle: Path) -> Iterator[Terminal]:
@@ -146,5 +153,6 @@ def test_a_terminal(terminal: Terminal, bundle: Path) -> None:
 
 def test_ctrl_c_at_the_prompt_ends_it(terminal: Terminal) -> None:
     terminal.until("> ")
+    terminal.until_it_waits()
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.process.wait(30) == 130
