@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,18 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
     return command
 
 
+VERBS = ("fold", "add", "upgrade", "import", "train", "export", "quantize")
 CASES = (("upgrade", "kill"), ("upgrade", "full"), ("add", "kill"), ("train", "term"), ("export", "full"), ("quantize", "kill"))
-"""A verb with an end each, as every one takes many seconds; the others by hand."""
+"""A verb with an end each, as every one takes many seconds; the others by hand: ``pytest tests/pipeline/test_killed.py --all-ends``."""
 
 
-@pytest.mark.parametrize(("verb", "end"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "end" in metafunc.fixturenames:
+        sample = [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+        every = metafunc.config.getoption("--all-ends")
+        metafunc.parametrize(("verb", "end"), list(product(VERBS, ENDS)) if every else sample)
+
+
 def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
     output = tmp_path / "out"
     shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
