@@ -168,11 +168,11 @@ def _say_plainly(line: str) -> None:
 
 
 class Progress:
-    """Says what is being done and how long it took, on stderr: a terminal's status line, or lines of a log."""
+    """Says what is being done and how long it took, on stderr: a terminal's status line, or lines of a log; nothing where ``silent``."""
 
-    def __init__(self) -> None:
-        self._status = err.status("") if err.is_terminal else None
-        self._log = None if err.is_terminal else StageLog(_say_plainly)
+    def __init__(self, *, silent: bool = False) -> None:
+        self._status = err.status("") if err.is_terminal and not silent else None
+        self._log = None if err.is_terminal or silent else StageLog(_say_plainly)
         self._step: tuple[str, float] | None = None
 
     def __call__(self, step: str) -> None:
@@ -218,8 +218,8 @@ def count(report: Callable[[str], None], text: str, done: int, total: int) -> No
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    steps = Progress()
+def progress(*, silent: bool = False) -> Iterator[Progress]:
+    steps = Progress(silent=silent)
     try:
         yield steps
     except BaseException:

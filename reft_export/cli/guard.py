@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -68,7 +69,10 @@ def guarded(verb: Callable[P, R]) -> Callable[..., R]:
         except BaseException as e:  # a panic of a Rust library is no Exception
             if debug:
                 err.print(traceback.format_exc(), markup=False)
-            fail(*_told(e, verb.__name__))
+            message, code = _told(e, verb.__name__)
+            if _is_said_by_another(e):
+                raise typer.Exit(code) from None
+            fail(message, code)
 
     hints = get_type_hints(verb, include_extras=True)
     own = [each.replace(annotation=hints[each.name]) for each in signature(verb).parameters.values()]
@@ -98,6 +102,14 @@ def _told(e: BaseException, verb: str) -> tuple[str, int]:
         return f"{e.filename} cannot be read or written: {e.strerror}", 2
     said = " ".join(str(e).split())[:LONGEST] or "without a word"
     return f"{type(e).__name__}: {said}; this is a bug of reft-export: run it again with --debug, and report what that shows", 1
+
+
+def _is_said_by_another(e: BaseException) -> bool:
+    """Of the processes that a launcher started for one verb each meets the same refusals and is stopped by the same signal: the first says
+    so."""
+    if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
+        return False
+    return isinstance(e, (ReftError, KeyboardInterrupt)) and not getattr(e, "of_one_process", False)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +66,7 @@ def train(
     On a classifier, the paper's GLUE setting is --rank 1 --positions f1 --lr 6e-4 --batch-size 32 --max-length 256.
     """
     from reft_export.base.adapters import folders_of, load_adapters
+    from reft_export.training.processes import agreed, join, leads
     from reft_export.training.settings import TrainSettings
     from reft_export.training.sources import check_source
     from runtimes.artifacts.bundle import check_adapter_name, open_bundle
@@ -94,7 +95,11 @@ def train(
     for path in (*data, *filter(None, (sources.eval_data,))):
         check_source(path)
     bundle = None if sources.base_bundle is None else open_bundle(sources.base_bundle)
-    with nullcontext() if unweighted else claimed(output, force=force, inputs=inputs), progress() as report:
+    join(settings.device)
+    silent = not leads()
+    with ExitStack() as held, progress(silent=silent) as report:
+        if not unweighted:
+            agreed(lambda: held.enter_context(claimed(output, force=force, inputs=inputs)))
         base, trained_on = load_placed(model, bundle, settings, report, weights=not unweighted, accept_base=sources.accept_base)
         _check_base(context, base, started, others, sources)
         if unweighted:
@@ -126,11 +131,13 @@ def train(
             start=started,
             trained_on=trained_on,
             orthogonal_to=others,
-            on_ready=None if as_json else lambda ready: show_data(ready.statistics, settings),
+            on_ready=None if as_json or silent else lambda ready: show_data(ready.statistics, settings),
             on_step=_StepLine(report),
             on_phase=report,
         )
-        _leave_record(result, settings, output)
+    if silent:
+        return
+    _leave_record(result, settings, output)
     show_json(output, result, others) if as_json else show_result(output, settings, result, others)
 
 

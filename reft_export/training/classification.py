@@ -57,17 +57,17 @@ class EditedClassifier(TrainedModel):
         head = {name: value.to(model.dtype) for name, value in self.head_values().items()}
         return functional_call(model, head, kwargs=model_inputs(model, input_ids, attention_mask, token_type_ids)).logits
 
-    def forward(
+    def loss(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Tensor:
         """Cross entropy of the labels, summed over texts and divided by num_items_in_batch (else by their number)."""
         total = F.cross_entropy(self.logits(input_ids, attention_mask, token_type_ids).float(), labels, reduction="sum")
-        return self.counted(total / (len(labels) if num_items_in_batch is None else num_items_in_batch))
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         matrices = [p for p in self.head.values() if p.ndim > 1]

@@ -39,21 +39,21 @@ class EditedModel(TrainedModel):
         super().__init__(interventions)
         self._outside = (way, teacher)
 
-    def forward(
+    def loss(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
         prompt_length: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Tensor:
         """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
         num_items_in_batch (else by their number)."""
         way, teacher = self._outside
         batch = Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels, prompt_length=prompt_length)
         logits = way(batch)
         total = loss_of(logits, batch) if teacher is None else teacher.divergence(logits, batch)
-        return self.counted(total / (len(logits) if num_items_in_batch is None else num_items_in_batch))
+        return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
 
 
 class CompletionObjective(Objective[Example]):

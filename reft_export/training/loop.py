@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import pad_token
+from reft_export.training.batches import LengthGrouped, Listed, SharedBatches
 from reft_export.training.checkpoints import (
     StepRecord,
     best_step,
@@ -31,9 +31,10 @@ from reft_export.training.checkpoints import (
 )
 from reft_export.training.data import E, Examples
 from reft_export.training.interventions import Interventions
+from reft_export.training.processes import LOST, ProcessFailed, agreed, leads, lost_process, process_count, process_index, summed
 from reft_export.training.reporting import events_folder, reporting_callbacks
 from reft_export.training.settings import NO_REPORT, SCHEDULES, TrainSettings
-from runtimes.errors import InputError, ReftError
+from runtimes.errors import ReftError
 from runtimes.files.folders import NO_SPACE, disk_is_full
 from runtimes.generation import PAD
 
@@ -44,8 +45,6 @@ Measure = Callable[[], float]
 """The share of the held-out examples that the model does right as it stands."""
 
 CHECKPOINTS_PER_RUN = 10
-GROUPED = 50
-"""Batches whose examples are sorted by length together, as transformers does."""
 
 
 class TrainingInterrupted(ReftError):
@@ -59,7 +58,7 @@ class _NotFinite(Exception):
 
 
 class TrainedModel(nn.Module):
-    """Loss of the hooked base, as a module whose parameters are what is trained alone; subclasses give ``forward``.
+    """Loss of the hooked base, as a module whose parameters are what is trained alone; subclasses give ``loss``.
 
     The base is kept out of the module tree on purpose: Trainer then optimises, moves and checkpoints the edit only, and
     ``train()`` leaves the base in eval mode.
@@ -75,17 +74,26 @@ class TrainedModel(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.interventions.parameter_groups(weight_decay)
 
-    def counted(self, loss: Tensor) -> dict[str, Tensor]:
-        """What ``forward`` returns; raises _NotFinite."""
-        if not torch.isfinite(loss):
+    @abstractmethod
+    def loss(self, **batch: Any) -> Tensor:
+        """Of what the run's ``collate`` made: over num_items_in_batch where Trainer gives it, else the batch's mean."""
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """Raises _NotFinite."""
+        loss = self.loss(**batch) if len(batch["labels"]) else torch.zeros(())  # another process has the rows of this batch
+        if process_count() > 1:  # which wait for the gradient of every parameter
+            loss = loss + torch.stack([0.0 * p.sum() for p in self.parameters()]).sum()
+        # Of several processes one that ended here would be waited for: their gradients tell all of them.
+        if not torch.isfinite(loss) and process_count() == 1:
             raise _NotFinite("the loss")
         if self.training:
             self._step_loss += loss.detach().item()
         return {"loss": loss}
 
     def take_step_loss(self) -> float:
+        """Of all processes; all of them ask."""
         loss, self._step_loss = self._step_loss, 0.0
-        return loss
+        return summed([loss])[0]
 
 
 class _Recorder(TrainerCallback):
@@ -131,7 +139,7 @@ class _Recorder(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self.eval_loss = metrics["eval_loss"]
         last = self.history[-1]
-        metric = None if self.measure is None else self.measure()
+        metric = None if self.measure is None else agreed(self.measure)
         self.history[-1] = replace(last, eval_loss=self.eval_loss, metric=metric)
         if metric is not None:
             self.report({"eval_metric": metric})
@@ -142,53 +150,39 @@ class _Recorder(TrainerCallback):
         self.on_step(last.step, self.total, last.loss, self.eval_loss)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history, self.best)
-
-
-class _Listed(Dataset[E]):
-    """A list as the dataset that Trainer's signature asks for."""
-
-    def __init__(self, examples: list[E]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> E:
-        return self._examples[index]
-
-
-class _LengthGrouped(Sampler[int]):
-    """Indices by batches of like lengths, an order of its own for each epoch: shuffled examples, GROUPED batches of them sorted by length,
-    and their batches shuffled. The incomplete batch is the last."""
-
-    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
-        self._lengths, self._size, self._seed, self._epoch = lengths, size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self._seed} {self._epoch}")
-        order, chunk = draw.sample(range(len(self)), len(self)), GROUPED * self._size
-        last = order[len(order) - len(order) % self._size :]
-        order = order[: len(order) - len(last)]
-        sorted_ = [i for first in range(0, len(order), chunk) for i in sorted(order[first : first + chunk], key=self._lengths.__getitem__)]
-        batches = [sorted_[first : first + self._size] for first in range(0, len(sorted_), self._size)]
-        draw.shuffle(batches)
-        yield from (index for batch in (*batches, last) for index in batch)
+        agreed(lambda: None)  # every process has written its random state
+        if leads():
+            complete_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.history, self.best)
 
 
 class _Trainer(Trainer):
-    """With a sampler of its own, where there is one."""
+    """With the order of examples, and the held-out loss, that do not depend on the number of processes."""
 
-    grouped: _LengthGrouped | None = None
+    batches: Callable[[], SharedBatches]
+    held_out: Callable[[], Iterator[tuple[int, dict[str, Tensor]]]]
+    """Batches with their numbers of examples."""
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return self.grouped or super()._get_train_sampler(*args, **kwargs)
+    def get_train_dataloader(self) -> SharedBatches:
+        return self.batches()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """{"eval_loss": the mean of the batches' means, each weighed by its examples}."""
+        model = self.model
+        assert isinstance(model, TrainedModel)
+        model.eval()
+        losses, examples = 0.0, 0.0
+        with torch.no_grad():
+            for number, (count, batch) in enumerate(self.held_out()):
+                if number % process_count() == process_index():
+                    losses += count * model(**self._prepare_inputs(batch))["loss"].item()
+                    examples += count
+        losses, examples = summed([losses, examples])
+        metrics = {"eval_loss": losses / examples}
+        if not math.isfinite(losses):
+            raise _NotFinite("the held-out loss")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def run_loop(
@@ -211,21 +205,24 @@ def run_loop(
     history = read_history(checkpoint)
     recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), settings.patience, measure, on_step)
     pad = pad_token(base)
+    padded = partial(collate, pad_token_id=PAD if pad is None else pad)
+    training, held_out, size = Listed(examples.training), examples.held_out, settings.batch_size
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, total, folder, base.model.device),
-        data_collator=partial(collate, pad_token_id=PAD if pad is None else pad),
-        train_dataset=_Listed(examples.training),
-        eval_dataset=_Listed(examples.held_out) if examples.held_out else None,
+        data_collator=padded,
+        train_dataset=training,
+        eval_dataset=Listed(held_out) if held_out else None,
         optimizers=(
             torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
         ),
         callbacks=[recorder, *reporting_callbacks(settings.report_to, events_folder(folder))],
     )
-    if settings.group_by_length:
-        lengths = [example.length for example in examples.training]
-        trainer.grouped = _LengthGrouped(lengths, settings.batch_size, settings.seed)
+    grouped = LengthGrouped([example.length for example in examples.training], size, settings.seed) if settings.group_by_length else None
+    trainer.batches = lambda: SharedBatches(training, grouped, size, settings.seed, padded, pin=base.model.device.type == "cuda")
+    parts = [held_out[first : first + size] for first in range(0, len(held_out), size)]
+    trainer.held_out = lambda: ((len(part), padded(part)) for part in parts)
     if settings.report_to != NO_REPORT:
         recorder.report = trainer.log
     trainer.remove_callback(PrinterCallback)
@@ -247,20 +244,25 @@ def _failures(
     try:
         yield
     except _NotFinite as e:
-        discard(folder)
+        _discard(folder)
         raise ReftError(
             f"{e} is not finite at step {len(history) + 1} of {total} (last loss "
             f"{history[-1].loss if history else 'none'}, lr {settings.lr:g}, base in {base.dtype}); "
             "no adapter was written; lower the learning rate, or train with a base in float32"
         ) from None
     except torch.OutOfMemoryError:
-        raise ReftError(
+        raise (ReftError if process_count() == 1 else ProcessFailed)(
             f"out of memory at step {len(history) + 1} with batches of {settings.batch_size}; lower the batch size and "
             "raise gradient accumulation by as much, or lower max_length"
         ) from None
     except KeyboardInterrupt:
         raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
     except Exception as e:
+        if process_count() > 1 and lost_process(e):
+            raise ProcessFailed(
+                f"{LOST} at step {len(history) + 1} of {total}, and its own message or the launcher's says why; no adapter was written; "
+                f"{_to_go_on(folder)}"
+            ) from None
         if not disk_is_full(e):
             raise
         raise ReftError(f"{NO_SPACE} at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
@@ -272,12 +274,17 @@ def _to_go_on(folder: Path) -> str:
     """What is left of a run that ended early, and how to go on; half-written checkpoints are removed."""
     last = last_checkpoint(folder)
     if last is None:
-        discard(folder)
+        _discard(folder)
         return "there was no checkpoint yet to go on from"
     for other in folder.glob("checkpoint-*"):
         if other != last:
-            discard(other)
+            _discard(other)
     return f"{last} is kept: pass --resume to go on from it"
+
+
+def _discard(folder: Path) -> None:
+    if leads():
+        discard(folder)
 
 
 def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.device) -> TrainingArguments:
@@ -298,6 +305,7 @@ def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.
         fp16=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,  # TrainedModel leaves none unused
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -308,8 +316,7 @@ def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.
         save_strategy="no",
         eval_strategy="no",
     )
-    if args.world_size > 1:
-        raise InputError(f"training takes one process, and this is one of {args.world_size}; start it without a launcher")
+    assert args.world_size == process_count()
     assert args.device.type == device.type  # and asking for the device has counted the GPUs
     args._n_gpu = 1  # hooks do not survive DataParallel, which Trainer would use where several are visible
     return args

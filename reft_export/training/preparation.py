@@ -24,6 +24,7 @@ from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
 from reft_export.training.objective import Objective, Origin, Phase, tokenizer_of
 from reft_export.training.probes import probes_of
+from reft_export.training.processes import process_count
 from reft_export.training.reporting import check_reporting
 from reft_export.training.settings import LOSS, TrainSettings
 from reft_export.training.sources import Data
@@ -87,6 +88,10 @@ def prepare(
     check_destination(output, force=force)
     tokenizer_of(base)
     check_reporting(settings.report_to)
+    if process_count() > settings.batch_size:
+        raise InputError(
+            f"a step has {settings.batch_size} examples for {process_count()} processes; raise the batch size, or start fewer processes"
+        )
     objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
     interventions, rule = _interventions(base, settings, origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from reft_export.training.checkpoints import StepRecord, best_step, discard, ope
 from reft_export.training.loop import Measure, OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Origin, Phase, Sample
 from reft_export.training.preparation import Preparation, orthogonal_record, prepare
+from reft_export.training.processes import agreed, join, leads, process_count
 from reft_export.training.settings import TrainSettings
 from reft_export.training.sources import Data
 from reft_export.training.statistics import DataStatistics
@@ -102,13 +103,15 @@ def train(
         train(model, records, settings, Path("pirate"), tokenizer=tokenizer)
     """
     phase = on_phase or (lambda _: None)
+    join(settings.device)
     origin = Origin(start=start, trained_on=trained_on, teacher=teacher, head=head, orthogonal_to=orthogonal_to or {})
-    with claimed(output, force=force):
+    with ExitStack() as held:
+        agreed(lambda: held.enter_context(claimed(output, force=force)))
         ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, eval_data=eval_data, force=force, phase=phase)
         if on_ready is not None:
             on_ready(ready)
-        folder, checkpoint = open_working_folder(output, ready.run, resume=settings.resume, force=force)
-        return _train(ready, output, folder, checkpoint, force=force, on_step=on_step, phase=phase)
+        opened = agreed(lambda: open_working_folder(output, ready.run, resume=settings.resume, force=force))
+        return _train(ready, output, *opened, force=force, on_step=on_step, phase=phase)
 
 
 def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:
@@ -139,9 +142,10 @@ def _train(
             base.info, ready.rule, dtype=base.dtype, trained_on=ready.origin.trained_on, training=record, head=outcome.head
         )
         adapter = replace(adapter, probes=ready.probes)
-        save_adapter(adapter, output, force=force)
-        discard(folder)
-        samples_after = objective.samples(ready.examples, phase, adapter)
+        if leads():
+            save_adapter(adapter, output, force=force)
+            discard(folder)
+        samples_after = objective.samples(ready.examples, phase, adapter) if leads() else ()
     return TrainResult(
         adapter=adapter,
         history=tuple(outcome.history),
@@ -196,6 +200,7 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "steps": len(history),
+        **({"processes": process_count()} if process_count() > 1 else {}),
         "kept_step": kept.step,
         "kept_eval_loss": kept.eval_loss,
         **({} if kept.metric is None else {"kept_metric": kept.metric}),
