@@ -41,6 +41,9 @@ from runtimes.generation import PAD
 OnStep = Callable[[int, int, float, "float | None"], None]
 """(step, total steps, its loss, latest held-out loss); called once more for a step after which that loss was taken."""
 
+OnEvaluation = Callable[[StepRecord], None]
+"""Told of every step after which the held-out examples were taken; what it raises ends the run without an adapter."""
+
 Measure = Callable[[], float]
 """The share of the held-out examples that the model does right as it stands."""
 
@@ -109,6 +112,7 @@ class _Recorder(TrainerCallback):
         patience: int | None,
         measure: Measure | None,
         on_step: OnStep | None,
+        on_evaluation: OnEvaluation | None,
     ) -> None:
         self.patience, self.measure = patience, measure
         self.report: Callable[[dict[str, float]], None] = lambda _: None
@@ -117,6 +121,7 @@ class _Recorder(TrainerCallback):
         self.best = best
         """The parameters of the best step so far."""
         self.on_step = on_step or (lambda *_: None)
+        self.on_evaluation = on_evaluation or (lambda _: None)
         self.every = math.ceil(total / CHECKPOINTS_PER_RUN)
         self.lr = 0.0
         self.eval_loss = next((r.eval_loss for r in reversed(history) if r.eval_loss is not None), None)
@@ -148,6 +153,7 @@ class _Recorder(TrainerCallback):
         if self.patience is not None and stale_evaluations(self.history) >= self.patience:
             control.should_training_stop = True
         self.on_step(last.step, self.total, last.loss, self.eval_loss)
+        self.on_evaluation(self.history[-1])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         agreed(lambda: None)  # every process has written its random state
@@ -195,6 +201,7 @@ def run_loop(
     checkpoint: Path | None,
     on_step: OnStep | None,
     measure: Measure | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> list[StepRecord]:
     """Trains ``model`` on batches that ``collate`` makes of the examples; its loss after every step.
 
@@ -203,7 +210,8 @@ def run_loop(
     batches = math.ceil(len(examples.training) / settings.batch_size)
     total = settings.max_steps or settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     history = read_history(checkpoint)
-    recorder = _Recorder(model, history, read_best(checkpoint), total, bool(examples.held_out), settings.patience, measure, on_step)
+    best, evaluates = read_best(checkpoint), bool(examples.held_out)
+    recorder = _Recorder(model, history, best, total, evaluates, settings.patience, measure, on_step, on_evaluation)
     pad = pad_token(base)
     padded = partial(collate, pad_token_id=PAD if pad is None else pad)
     training, held_out, size = Listed(examples.training), examples.held_out, settings.batch_size

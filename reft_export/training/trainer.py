@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.load import Base, base_from_memory
 from reft_export.training.checkpoints import StepRecord, best_step, discard, open_working_folder
-from reft_export.training.loop import Measure, OnStep, TrainedModel, run_loop
+from reft_export.training.loop import Measure, OnEvaluation, OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Origin, Phase, Sample
 from reft_export.training.preparation import Preparation, orthogonal_record, prepare
 from reft_export.training.processes import agreed, join, leads, process_count
@@ -64,6 +64,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     on_ready: Callable[[Preparation], None] | None = None,
     on_step: OnStep | None = None,
+    on_evaluation: OnEvaluation | None = None,
     on_phase: Phase | None = None,
 ) -> TrainResult:
     """Trains interventions on a decoder or a classifier, and saves the adapter to ``output`` when it is done.
@@ -111,7 +112,7 @@ def train(
         if on_ready is not None:
             on_ready(ready)
         opened = agreed(lambda: open_working_folder(output, ready.run, resume=settings.resume, force=force))
-        return _train(ready, output, *opened, force=force, on_step=on_step, phase=phase)
+        return _train(ready, output, *opened, force=force, on_step=on_step, on_evaluation=on_evaluation, phase=phase)
 
 
 def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:
@@ -123,12 +124,20 @@ def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _train(
-    ready: Preparation, output: Path, folder: Path, checkpoint: Path | None, *, force: bool, on_step: OnStep | None, phase: Phase
+    ready: Preparation,
+    output: Path,
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    force: bool,
+    on_step: OnStep | None,
+    on_evaluation: OnEvaluation | None,
+    phase: Phase,
 ) -> TrainResult:
     base, objective, start = ready.base, ready.objective, ready.origin.start
 
     def loop(model: TrainedModel, measure: Measure | None) -> list[StepRecord]:
-        return run_loop(model, base, ready.examples, objective.collate, ready.settings, folder, checkpoint, on_step, measure)
+        return run_loop(model, base, ready.examples, objective.collate, ready.settings, folder, checkpoint, on_step, measure, on_evaluation)
 
     with frozen(base.model):
         outcome = objective.train(ready.interventions, ready.rule, ready.examples, loop, phase, ready.metric)
