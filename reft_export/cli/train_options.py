@@ -31,11 +31,10 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimization:
-    """How its parameters move."""
+class Steps:
+    """How its parameters move, but for how fast."""
 
     init: Annotated[str, typer.Option("--init", help="pyreft: its random values; identity: nothing is edited at first.")] = "pyreft"
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 9e-4
     schedule: Annotated[str, typer.Option("--schedule", help="linear, cosine or constant, after the warm-up.")] = "linear"
     warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps over which the rate rises.")] = 0.1
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 6
@@ -43,6 +42,13 @@ class Optimization:
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a batch.")] = 8
     gradient_accumulation: Annotated[int, typer.Option("--gradient-accumulation", help="Batches an optimizer step.")] = 1
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's; R stays orthonormal whatever it is.")] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization(Steps):
+    """How its parameters move."""
+
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 9e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +87,12 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """The run itself."""
+class Computing:
+    """Where and how a run is computed."""
 
     seed: Annotated[int, typer.Option("--seed")] = 42
     dtype: Dtype = "auto"
     device: Device = "auto"
-    report_to: Annotated[
-        str, typer.Option("--report-to", help="Figures as they come: none, tensorboard (to OUTPUT.tensorboard), wandb, mlflow.")
-    ] = "none"
     group_by_length: Annotated[
         bool, typer.Option("--group-by-length", help="Batches of examples of like length: fewer pads, and another order.")
     ] = False
@@ -102,6 +105,15 @@ class Run:
     cache_dtype: Annotated[
         str, typer.Option("--cache-dtype", help="Of that: auto (the base's), float32, bfloat16, float16; a narrower one rounds.")
     ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Computing):
+    """The run itself."""
+
+    report_to: Annotated[
+        str, typer.Option("--report-to", help="Figures as they come: none, tensorboard (to OUTPUT.tensorboard), wandb, mlflow.")
+    ] = "none"
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False
 
 
