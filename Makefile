@@ -82,12 +82,12 @@ $(AUDITWHEEL)/.installed: .ci/constraints.txt
 $(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,data,serve,dev]'
+	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,data,serve,sweep,dev]'
 	@touch $@
 
 $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints-transformers-4.txt -e '.[cpu,host,optimum,serve,dev]'
+	$(OLD)/bin/python -m pip --disable-pip-version-check install -q -c .ci/constraints-transformers-4.txt -e '.[cpu,host,optimum,serve,sweep,dev]'
 	@touch $@
 
 clean:

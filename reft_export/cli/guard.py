@@ -46,6 +46,8 @@ HOST_EXTRAS = {
     "onnxruntime_genai": "genai",
     "datasets": "data",
     "pyarrow": "data",
+    "optuna": "sweep",
+    "sqlalchemy": "sweep",
     "fastapi": "serve",
     "pydantic": "serve",
     "uvicorn": "serve",

@@ -19,6 +19,7 @@ VERBS = {
     for name in (
         "quickstart",
         "train",
+        "sweep",
         "steer",
         "import",
         "compose",
