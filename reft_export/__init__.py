@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reft_export.importing.importer import import_adapter
     from reft_export.parity.check import check_parity
     from reft_export.quantizing.quantize import quantize_bundle
+    from reft_export.sweeping.sweep import sweep
     from reft_export.training.trainer import train
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "remove_adapter",
     "steer_adapter",
     "steered",
+    "sweep",
     "train",
 ]
 
@@ -57,6 +59,7 @@ _HOMES = {
     "remove_adapter": "reft_export.adding.add",
     "steer_adapter": "reft_export.contrasting.steer",
     "steered": "reft_export.eager.steering",
+    "sweep": "reft_export.sweeping.sweep",
     "train": "reft_export.training.trainer",
 }
 """No submodule may have one of these names: its import would put the module in the function's place."""

@@ -33,6 +33,7 @@ API = {
         "remove_adapter",
         "steer_adapter",
         "steered",
+        "sweep",
         "train",
     },
     runtimes: {"check_golden", "generate", "open_artifact", "open_bank", "open_batcher", "open_session", "upgrade_folder"},

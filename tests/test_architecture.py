@@ -242,3 +242,8 @@ def test_top_level_is_as_agreed() -> None:
     top = {name.partition("/")[0] for name in listed if name}
     files = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "LICENSE", ".gitignore"}
     assert top <= {*ROOMS, "tests", "docs", "examples", ".ci", *files}
+
+
+def test_one_folder_imports_optuna() -> None:
+    found = {path for path in _modules() if _imports(path) & {"optuna", "sqlalchemy"}}
+    assert found and all(path.parent == ROOT / "reft_export" / "sweeping" for path in found)

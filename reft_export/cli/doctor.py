@@ -29,6 +29,7 @@ PACKAGES = (
     ("matplotlib", "host", "plots of quickstart"),
     ("onnxruntime-genai", "genai", "stock generation on a bundle"),
     ("optimum-onnx", "optimum", "optimum's own export"),
+    ("optuna", "sweep", "sweep"),
     *((name, "serve", "serve") for name in ("fastapi", "uvicorn", "prometheus_client", "python-multipart")),
     ("tensorrt", "tensorrt", "TensorRT"),
     ("tensorrt-rtx-cu13", "tensorrt-rtx", "TensorRT-RTX"),

@@ -46,6 +46,13 @@ SURFACE = {
         "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
         "--dry-run", "--json",
     },
+    "sweep": {
+        "--model", "--data", "--output", "--layers", "--ranks", "--positions", "--learning-rates", "--methods", "--trials", "--storage",
+        "--probe-only", "--stream", "--init", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size",
+        "--gradient-accumulation", "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep",
+        "--max-length", "--chat-template", "--format", "--train-on", "--samples", "--probes", "--seed", "--dtype", "--device",
+        "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype", "--base", "--accept-base", "--json",
+    },
     "steer": {
         "--model", "--output", "--method", "--layers", "--stream", "--from-layer", "--strength", "--positions", "--read",
         "--chat-template", "--max-length", "--batch-size", "--samples", "--probes", "--dtype", "--device", "--base", "--accept-base",

@@ -17,7 +17,7 @@ SEVERAL = {
     ("train", "--data"), ("export", "--adapter"), ("add", "--adapter"), ("add", "--remove"), ("fold", "--adapter"),
     ("quantize", "--adapter"), ("quantize", "--keep-high"), ("export", "--keep-high"),
     ("build", "--sm"), ("run", "--prompt"), ("run", "--pair"), ("run", "--stop"), ("bench", "--adapter"),
-    ("compose", "--strength"), ("serve", "--api-key"), ("train", "--orthogonal-to"),
+    ("compose", "--strength"), ("sweep", "--data"), ("serve", "--api-key"), ("train", "--orthogonal-to"),
 }  # fmt: skip
 """Every option that takes several values, and uses them all."""
 
