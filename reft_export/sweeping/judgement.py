@@ -20,8 +20,9 @@ class Judgement:
 
     ranks: tuple[tuple[int, int | None], ...]
     """Of every proposed trial that has ended, its number and its rank among the complete ones by quality; None: pruned or failed."""
+    ended: int
+    """Trials, complete or not."""
     complete: int
-    """Trials."""
     correlation: float | None
     """Spearman's, of score and quality over the complete trials: 1 where the scores order them rightly. None of fewer than LEAST trials,
     or where one of both does not vary."""
@@ -43,6 +44,7 @@ def judged(found: FirstPass, trials: Sequence[TrialResult], layers: Sequence[str
     qualities = [each.value for each in order]
     return Judgement(
         ranks=tuple((each.number, places.get(each.number)) for each in trials if each.proposed),
+        ended=len(trials),
         complete=len(order),
         correlation=spearman(scores, qualities if maximized else [-each for each in qualities]),
         best_layers=best_layers,

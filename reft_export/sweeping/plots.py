@@ -46,8 +46,9 @@ def _png(figure: Any) -> bytes:
 
 
 def _heat_maps(result: SweepResult, quality: str, *, maximized: bool) -> bytes:
-    """The best quality of a cell; empty cells were not completed."""
+    """The best quality of a cell; without a colour of trials that were ended early, of which it is the last."""
     space, trials = result.space, complete(result.trials)
+    pruned = [each for each in result.trials if each.ended == "pruned" and each.quality is not None]
     panels: list[tuple[str, tuple[str, ...], Callable[[TrialResult], str]]] = []
     if any(not METHODS[method].full_rank for method in space.methods):
         panels.append(("rank", tuple(map(str, space.ranks)), lambda each: str(each.point.rank)))
@@ -60,26 +61,42 @@ def _heat_maps(result: SweepResult, quality: str, *, maximized: bool) -> bytes:
     values = [each.value for each in trials]
     low, high = min(values), max(values)
     for axes, (name, columns, column_of) in zip(all_axes, panels, strict=True):
-        cells = np.full((len(space.layers), len(columns)), np.nan)
-        for each in trials:
-            if (column := column_of(each)) in columns:
-                at = space.layers.index(each.point.layers), columns.index(column)
-                cells[at] = (np.fmax if maximized else np.fmin)(cells[at], each.value)
+        cells, early = (_cells(each, result, columns, column_of, maximized=maximized) for each in (trials, pruned))
         image = axes.imshow(cells, aspect="auto", cmap=COLOURS if maximized else f"{COLOURS}_r", vmin=low, vmax=high)
-        for (row, column), value in np.ndenumerate(cells):
+        for (row, column), value in np.ndenumerate(np.where(np.isnan(cells), early, cells)):
             if np.isfinite(value):
                 shade = (value - low) / ((high - low) or 1.0)
                 dark = shade < 0.5 if maximized else shade > 0.5
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                colour = GRAY if np.isnan(cells[row, column]) else "white" if dark else "black"
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xticks(range(len(columns)), columns, fontsize=8)
-        axes.set_yticks(range(len(space.layers)), [_short(each) for each in space.layers], fontsize=8)
+        axes.set_yticks(range(len(space.layers)), [_short(each) for each in space.layers] if axes is all_axes[0] else [], fontsize=8)
         axes.set_xlabel(name)
     all_axes[0].set_ylabel("layers")
-    figure.colorbar(image, ax=all_axes, label=quality)
+    figure.colorbar(image, ax=all_axes, label=f"{quality} (gray: ended early)" if pruned else quality)
     return _png(figure)
 
 
+def _cells(
+    trials: Sequence[TrialResult],
+    result: SweepResult,
+    columns: Sequence[str],
+    column_of: Callable[[TrialResult], str],
+    *,
+    maximized: bool,
+) -> np.ndarray:
+    """[layers, columns], the best quality of each; NaN without a trial."""
+    cells = np.full((len(result.space.layers), len(columns)), np.nan)
+    for each in trials:
+        if (column := column_of(each)) in columns:
+            at = result.space.layers.index(each.point.layers), columns.index(column)
+            cells[at] = (np.fmax if maximized else np.fmin)(cells[at], each.value)
+    return cells
+
+
 def _front(result: SweepResult, quality: str) -> bytes:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     figure, (left, right) = _figure(2, 9.4, 3.8)
     on_front = {each.number for each in result.front}
     for axes, name, value in (
@@ -92,6 +109,9 @@ def _front(result: SweepResult, quality: str) -> bytes:
             for each in shown if chosen else ():
                 axes.annotate(str(each.number), (value(each), each.value), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.set(xscale="log", xlabel=name)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color=GRID)
     left.set_ylabel(quality)
     left.legend(frameon=False, fontsize=8)

@@ -114,12 +114,12 @@ def judgement_lines(result: SweepResult) -> list[str]:
     told, lines = result.judgement, []
     for number, rank in told.ranks:
         trial = next(each for each in result.trials if each.number == number)
-        place_ = f"rank {rank} of {told.complete} complete trials" if rank else trial.ended
-        lines.append(f"proposal {number} (layers {trial.point.layers}, positions {trial.point.positions}): {place_}")
+        ended = f"rank {rank} of {told.ended} trials, of which {told.complete} were complete" if rank else trial.ended
+        lines.append(f"proposal {number} (layers {trial.point.layers}, positions {trial.point.positions}): {ended}")
     if told.best_layers is not None and result.best is not None:
         lines.append(f"the best trial's layers, {result.best.point.layers}, were number {told.best_layers} of {told.searched} by score")
     if told.correlation is not None:
-        lines.append(f"rank correlation of score and quality over {told.complete} trials: {told.correlation:+.2f}")
+        lines.append(f"rank correlation of score and quality over {told.complete} complete trials: {told.correlation:+.2f}")
     return lines
 
 

@@ -31,7 +31,7 @@ class TrialResult:
 
     @property
     def value(self) -> float:
-        """The quality of a complete one."""
+        """The quality of one that has it."""
         assert self.quality is not None, f"trial {self.number} has {self.ended} without a quality"
         return self.quality
 

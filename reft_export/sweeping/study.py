@@ -35,9 +35,12 @@ SWEEP, NUMBER, FAILED = "sweep", "number", "failed"
 """User attributes: of the study what it is of; of a trial its number, and why it failed by itself."""
 RANDOM_TRIALS = 8
 """Before the sampler learns from those that ended."""
-UNPRUNED_TRIALS = 3
+UNPRUNED_TRIALS = 5
+"""Complete ones, before a trial is ended early: the first are proposals, and a median of those would end all that is not one."""
 UNPRUNED_SHARE = 0.3
 """Of a trial's steps, before which it is not ended: the learning rate still rises."""
+LEAST_FOR_IMPORTANCES = 8
+"""Complete trials: shares of fewer are noise."""
 ANSWER_SECONDS, LOCKED_SECONDS = 10, 60
 PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
 
@@ -126,12 +129,14 @@ class Study:
         return trial, suggested(trial, space)
 
     def importances(self) -> dict[str, float]:
-        """Of the choices for the quality, by PED-ANOVA, which needs no other package; those of which there is one candidate left out."""
+        """Of the choices for the quality, summing to 1, by PED-ANOVA, which needs no other package. Empty of few trials."""
+        if len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < LEAST_FOR_IMPORTANCES:
+            return {}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return optuna.importance.get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
-        except (ValueError, RuntimeError):  # too few trials, or all alike
+        except (ValueError, RuntimeError):  # all are alike
             return {}
 
     def end(self, trial: optuna.Trial, quality: float) -> None:

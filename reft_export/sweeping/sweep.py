@@ -235,7 +235,7 @@ class _Sweep:
             space=self.space,
             judgement=judged(self.first_pass, trials, self.space.layers, maximized=maximized),
             left=left,
-            importances=self.study.importances() if len(order) >= 2 else {},
+            importances=self.study.importances(),
         )
         if left:
             return result

@@ -19,6 +19,7 @@ from conftest import WIDTH
 
 from reft_export.base.load import Base
 from reft_export.eager.steering import steer
+from reft_export.sweeping import study
 from reft_export.sweeping.costs import edited_tokens, parameters_of, steering_cost
 from reft_export.sweeping.first_pass import FirstPass, LayerFigures, candidates, proposals
 from reft_export.sweeping.gains import STEP, layer_gains
@@ -65,6 +66,13 @@ def in_a_fork(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.fixture(autouse=True)
+def _sampled_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler learns, and trials are pruned, within the few trials here."""
+    monkeypatch.setattr(study, "RANDOM_TRIALS", 1)
+    monkeypatch.setattr(study, "UNPRUNED_TRIALS", 2)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What is kept of the sweep that nobody interrupts, made by the first test that asks."""
@@ -86,6 +94,7 @@ def uninterrupted(whole: dict[str, object], base: Base, data: Path) -> tuple[Pat
 def test_a_sweep_leaves_the_best_adapter_and_its_report(uninterrupted: tuple[Path, SweepResult], base: Base, data: Path, tmp_path) -> None:
     folder, result = uninterrupted
     assert [each.number for each in result.trials] == [1, 2, 3, 4, 5] and result.left == 0
+    assert "pruned" in {each.ended for each in result.trials}
     assert result.best == result.front[0] == ranked(result.trials, maximized=False)[0]
     settings = replace(result.best.point.applied(TRAINING), samples=0)
     alone = train(base, data, settings, tmp_path / "alone")
@@ -344,7 +353,7 @@ def test_the_guess_is_judged_by_the_trials() -> None:
         for i, (layers, quality) in enumerate(zip("0120", (1.0, 2.0, 3.0, 1.5), strict=True))
     ]
     told = judged(found, trials, ("0", "1", "2"), maximized=False)
-    assert told.ranks == ((2, 3),) and told.best_layers == 1 and told.correlation == pytest.approx(0.9487, abs=1e-4)
+    assert told.ranks == ((2, 3),) and told.ended == 4 and told.best_layers == 1 and told.correlation == pytest.approx(0.9487, abs=1e-4)
     assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == 1 and spearman([1, 1, 1, 1], [1, 2, 3, 4]) is None
 
 
@@ -359,13 +368,13 @@ def finished(
 
 
 def fabricated() -> Iterator[TrialResult]:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    made = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     space = replace(SETTINGS.space, layers=("0", "1", "0;1"))
     for _ in range(40):
-        trial = study.ask()
+        trial = made.ask()
         chosen = suggested(trial, space)
-        study.tell(trial, round(1 / parameters_of(chosen, TRAINING, 32, 3) + chosen.lr, 3))
-    for number, each in enumerate(study.get_trials(), 1):
+        made.tell(trial, round(1 / parameters_of(chosen, TRAINING, 32, 3) + chosen.lr, 3))
+    for number, each in enumerate(made.get_trials(), 1):
         chosen = point_of(each)
         parameters = parameters_of(chosen, TRAINING, 32, 3)
         cost = steering_cost(chosen, TRAINING, 32, 3, {"l1": 1.0, "prompt": 8.0}[chosen.positions])
