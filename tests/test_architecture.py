@@ -48,6 +48,8 @@ LIGHT = (
     "reft_export.importing.importer",
     "reft_export.quantizing.quantize",
     "reft_export.quantizing.swap",
+    "reft_export.sweeping.folder",
+    "reft_export.sweeping.settings",
     "reft_export.training.data",
 )
 """What verbs call. They refuse what they can before they import what takes seconds."""

@@ -47,7 +47,6 @@ HOST_EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
     "optuna": "sweep",
-    "sqlalchemy": "sweep",
     "fastapi": "serve",
     "pydantic": "serve",
     "uvicorn": "serve",

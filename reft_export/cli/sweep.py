@@ -111,7 +111,9 @@ def sweep(
     inputs = [Path(model), *data, *filter(None, (place.eval_data, place.base_bundle))]
     if output is not None:
         from reft_export.sweeping.folder import check_folder
+        from reft_export.sweeping.settings import check_optuna
 
+        check_optuna()
         check_folder(output, inputs)
     for path in (*data, *filter(None, (place.eval_data,))):
         check_source(path)

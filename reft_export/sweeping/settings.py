@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from reft_export.training.settings import LOSS, TrainSettings, parse_layers
 from runtimes.edits.methods import METHODS
-from runtimes.errors import InputError
+from runtimes.errors import BackendUnavailable, InputError
 
 T = TypeVar("T")
 
@@ -114,6 +115,12 @@ class SweepSettings:
         training = {name: value for name, value in self.training.record().items() if name not in searched}
         asked = {name: getattr(self, name) for name in ("methods", "layers", "ranks", "positions", "learning_rates")}
         return {**{name: asked[name] for name in asked}, "training": training}
+
+
+def check_optuna() -> None:
+    """Raises BackendUnavailable where it is not installed: trials need it, the first pass does not."""
+    if find_spec("optuna") is None:
+        raise BackendUnavailable("trials need optuna; pip install 'reft-export[sweep]'")
 
 
 def _listed(name: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:

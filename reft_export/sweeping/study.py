@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.pruners import MedianPruner
 from optuna.samplers import PartialFixedSampler, TPESampler
@@ -48,16 +48,25 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @contextmanager
-def _storage_errors(url: str) -> Iterator[None]:
+def storage_errors(url: str, *more: type[Exception]) -> Iterator[None]:
+    """What a database, or ``more``, raises inside becomes one line that names it, without its password."""
     try:
         yield
+    except (SQLAlchemyError, StorageInternalError, *more) as e:
+        said, shown = " ".join(str(e).split())[:200], _shown(url)
+        raise InputError(f"storage {shown} does not answer as a database for optuna: {said}; check the URL, or leave it out") from None
+
+
+def _opened(url: str) -> RDBStorage:
+    parsed = make_url(url)
+    if parsed.host:  # drivers wait minutes for a host that says nothing
+        port = parsed.port or PORTS.get(parsed.get_backend_name(), 0)
+        socket.create_connection((parsed.host, port), timeout=ANSWER_SECONDS).close()
+    options = {"connect_args": {"timeout": LOCKED_SECONDS}} if parsed.get_backend_name() == "sqlite" else {}
+    try:
+        return RDBStorage(url, engine_kwargs=options)
     except ModuleNotFoundError as e:
         raise BackendUnavailable(f"storage {_shown(url)} needs the Python package {e.name}; pip install {e.name}") from None
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, RuntimeError) as e:
-        said = " ".join(str(e).split())[:200]
-        raise InputError(
-            f"storage {_shown(url)} does not answer as a database of optuna's: {said}; check the URL, or leave it out"
-        ) from None
 
 
 def _shown(url: str) -> str:
@@ -73,13 +82,8 @@ class Study:
 
     def __init__(self, url: str, name: str, *, maximized: bool, seed: int, steps: int) -> None:
         self._seed = seed
-        with _storage_errors(url):
-            parsed = make_url(url)
-            if parsed.host:  # drivers wait minutes for a host that says nothing
-                port = parsed.port or PORTS.get(parsed.get_backend_name(), 0)
-                socket.create_connection((parsed.host, port), timeout=ANSWER_SECONDS).close()
-            options = {"connect_args": {"timeout": LOCKED_SECONDS}} if parsed.get_backend_name() == "sqlite" else {}
-            storage = RDBStorage(url, engine_kwargs=options)
+        with storage_errors(url, OSError, RuntimeError):
+            storage = _opened(url)
             direction = "maximize" if maximized else "minimize"
             pruner = MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=int(UNPRUNED_SHARE * steps))
             self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True)
@@ -97,7 +101,7 @@ class Study:
         kept = dict((self.sweep or {}).get("asked", {}))
         if changes := differing(_flat(asked), _flat(kept)):
             raise InputError(
-                f"{where} holds a study of another sweep ({'; '.join(changes[:3])}{'; ..' if changes[3:] else ''}); "
+                f"{where} is of another sweep ({'; '.join(changes[:3])}{'; ..' if changes[3:] else ''}); "
                 "repeat its command, or choose another output"
             )
 

@@ -22,7 +22,7 @@ from reft_export.sweeping.prepared import Prepared, prepare_sweep
 from reft_export.sweeping.report import write_report
 from reft_export.sweeping.results import TrialResult, front, ranked
 from reft_export.sweeping.settings import Point, Space, SweepSettings
-from reft_export.sweeping.study import FAILED, Study, point_of
+from reft_export.sweeping.study import FAILED, Study, point_of, storage_errors
 from reft_export.training.checkpoints import StepRecord, discard, working_folder
 from reft_export.training.footprint import steps_of
 from reft_export.training.loop import TrainingInterrupted
@@ -80,8 +80,9 @@ def sweep(
 def run_sweep(prepared: Prepared, output: Path, *, storage: str | None = None, report: Phase = lambda _: None) -> SweepResult:
     """``sweep`` after its checks."""
     run = _Sweep(prepared, output, storage, report)
-    run.work()
-    return run.finish()
+    with storage_errors(run.url):
+        run.work()
+        return run.finish()
 
 
 class _Sweep:
@@ -90,14 +91,13 @@ class _Sweep:
     def __init__(self, prepared: Prepared, output: Path, storage: str | None, report: Phase) -> None:
         self.prepared, self.settings, self.output, self.report = prepared, prepared.settings, output.absolute(), report
         self.name = output.name if storage else "sweep"
-        where = storage or f"sqlite:///{self.output / STUDY_FILE}"
+        self.url = storage or f"sqlite:///{self.output / STUDY_FILE}"
         with waiting_claim(self.output, self._wait):
             identity = open_folder(self.output)
             steps = steps_of(prepared.ready.examples.training, self.settings.training)
-            self.study = Study(where, self.name, maximized=self.settings.maximized, seed=self.settings.training.seed, steps=steps)
+            self.study = Study(self.url, self.name, maximized=self.settings.maximized, seed=self.settings.training.seed, steps=steps)
             kept = self.study.sweep or self._begin(identity)
-            told = storage or str(self.output)
-            self.study.check(prepared.asked, told)
+            self.study.check(prepared.asked, f"{output}" if storage is None else f"study {self.name} of the storage")
             if kept["folder"] != identity:
                 raise InputError(f"the study {self.name} of the storage belongs to another output than {output}; workers share one folder")
         self.first_pass = from_json(FirstPass, kept["first_pass"])

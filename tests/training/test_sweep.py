@@ -22,7 +22,7 @@ from reft_export.eager.steering import steer
 from reft_export.sweeping import study
 from reft_export.sweeping.costs import edited_tokens, parameters_of, steering_cost
 from reft_export.sweeping.first_pass import FirstPass, LayerFigures, candidates, proposals
-from reft_export.sweeping.gains import STEP, layer_gains
+from reft_export.sweeping.gains import STEP, _Sums, layer_gains
 from reft_export.sweeping.judgement import judged, spearman
 from reft_export.sweeping.outcome import SweepResult
 from reft_export.sweeping.readability import answers_of, layer_accuracies, ridge_accuracy
@@ -190,7 +190,7 @@ def test_what_is_another_sweeps_is_refused(uninterrupted: tuple[Path, SweepResul
     folder, _ = uninterrupted
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("ok", "no"))
-    with pytest.raises(InputError, match=r"holds a study of another sweep \(data: '.*', now '.*'\); repeat its command"):
+    with pytest.raises(InputError, match=r"is of another sweep \(data: '.*', now '.*'\); repeat its command"):
         sweep(base, other, SETTINGS, folder)
     with pytest.raises(InputError, match=r"another sweep \(ranks: '1,2', now '1,3'\)"):
         sweep(base, data, replace(SETTINGS, ranks="1,3"), folder)
@@ -212,7 +212,7 @@ def test_what_is_another_sweeps_is_refused(uninterrupted: tuple[Path, SweepResul
     ("url", "said"),
     [
         ("nonsense", "storage 'nonsense' does not answer"),
-        ("sqlite:////nowhere/at/all.db", "does not answer as a database"),
+        ("sqlite:////nowhere/at/all.db", "does not answer as a database for optuna"),
         ("postgresql://me:secret@127.0.0.1:1/x", r"storage postgresql://me:\*\*\*@127.0.0.1:1/x does not answer.*refused"),
     ],
 )
@@ -220,6 +220,18 @@ def test_a_storage_that_does_not_answer_is_refused(url: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as e:
         Study(url, "x", maximized=False, seed=1, steps=10)
     assert "\n" not in str(e.value) and "secret" not in str(e.value)
+
+
+def test_a_number_is_begun_again_with_its_parameters_whatever_ended_meanwhile(tmp_path) -> None:
+    """As where one of several workers is killed: the others go on."""
+    space = replace(SETTINGS.space, layers=("0", "1", "2", "all"))
+    made = Study(f"sqlite:///{tmp_path}/s.db", "x", maximized=False, seed=1, steps=10)
+    begun = {number: made.start(number, space, None) for number in (1, 2, 3)}
+    made.end(begun[1][0], 0.5)
+    made.end(begun[2][0], 0.1)
+    again = Study(f"sqlite:///{tmp_path}/s.db", "x", maximized=False, seed=1, steps=10)
+    assert again.start(3, space, point())[1] == begun[3][1] != again.start(4, space, None)[1]
+    assert again.ended(3) is None and len(again.attempts(3)) == 2
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -298,12 +310,11 @@ def test_gains_are_the_slopes_of_the_loss(base: Base, data: Path) -> None:
     assert got == pytest.approx(STEP * norms[0] * np.linalg.norm(slopes) / tokens, rel=1e-3)
 
 
-def test_gradients_without_anything_in_common_gain_nothing(base: Base, data: Path) -> None:
-    """What a line's own gradient would gain is not what is shared: with one line a fold the norm of the sum would say more."""
-    examples = load_data(data, base.tokenizer, max_length=256).examples
-    shared = layer_gains(base, examples, [Site(layer=1)], ["l1"], batch_size=4)[Site(layer=1)]["l1"]
-    own = np.mean([layer_gains(base, [each] * 2, [Site(layer=1)], ["l1"], batch_size=2)[Site(layer=1)]["l1"] for each in examples[:4]])
-    assert shared < own
+def test_gradients_without_anything_in_common_gain_nothing() -> None:
+    """The norm of noise is no gain; a direction that all folds share is gained whole."""
+    noise = np.random.default_rng(0).normal(size=(5, 64))
+    assert abs(_Sums(gradients=noise, norms=[1.0]).gain()) < 0.4 * STEP * np.linalg.norm(noise.sum(0))
+    assert _Sums(gradients=np.ones((5, 64)), norms=[2.0]).gain() == pytest.approx(STEP * 2 * 5 * 8)
 
 
 def test_a_linear_map_reads_what_is_there() -> None:
