@@ -17,6 +17,7 @@ from reft_export.sweeping.folder import trial_folder
 from reft_export.sweeping.settings import SweepSettings
 from reft_export.training.objective import Phase
 from reft_export.training.preparation import Preparation, check_positions, prepare
+from reft_export.training.processes import process_count
 from reft_export.training.sources import Data
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.positions import PositionRule
@@ -63,6 +64,8 @@ def prepare_sweep(
     report: Phase = lambda _: None,
 ) -> Prepared:
     """Every check of ``sweep``: base, candidates, every line of the data. ``output``: None of a first pass alone, which writes nothing."""
+    if process_count() > 1:
+        raise InputError(f"one process trains a trial, and this is one of {process_count()}; start the command several times, unlaunched")
     base = base if isinstance(base, Base) else base_from_memory(base, tokenizer)
     if base.task != TEXT_GENERATION:
         raise InputError(f"{base.info.name} is a classifier, and sweep searches a decoder's adapter; train one for it")

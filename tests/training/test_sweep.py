@@ -257,7 +257,7 @@ def test_candidates_that_mean_nothing_are_refused(changes: dict[str, object], sa
         SweepSettings(**changes)
 
 
-def test_what_the_base_or_the_data_cannot_do_is_refused_before_anything_is_trained(base: Base, data: Path, tmp_path) -> None:
+def test_what_the_base_or_the_data_cannot_do_is_refused_before_anything_is_trained(base: Base, data: Path, tmp_path, monkeypatch) -> None:
     for changes, said in (
         ({"layers": "0,7"}, "layer 7 does not exist"),
         ({"ranks": "33"}, "rank 33 does not fit this base"),
@@ -265,6 +265,10 @@ def test_what_the_base_or_the_data_cannot_do_is_refused_before_anything_is_train
     ):
         with pytest.raises(InputError, match=said):
             sweep(base, data, replace(SETTINGS, **changes), tmp_path / "sweep")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="one process trains a trial, and this is one of 2"):
+        sweep(base, data, SETTINGS, tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 
