@@ -51,7 +51,7 @@ def held_to_eager(
     steerers, floats = steerers_of(adapters), m.quantization is None and m.precision == "fp32"
     stored = known_inputs(bundle, base)
     inputs = stored | adapter_inputs(base, adapters, stored[BASE_GOLDEN])
-    fp32 = {} if floats else fp32_answers(base.model, inputs, steerers)
+    fp32 = {} if floats else fp32_answers(base.model, inputs, steerers, of_base=False)
     with temporary_folder() as proof:
         record_adapters(bundle, base, inputs, steerers, fp32, proof)
         del base

@@ -26,7 +26,7 @@ from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
-from reft_export.parity.golden import Recorded, inputs_of, record_base, record_quantized
+from reft_export.parity.golden import InputsByName, Recorded, inputs_of, record_base, record_quantized
 from reft_export.parity.quality import Attempt, QualityGate
 from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
@@ -88,10 +88,11 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
     if task.decodes:
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
+    inputs = inputs_of(base, plan.adapters)
     recorded = record_base(
         work / "golden",
         base,
-        inputs_of(base, plan.adapters),
+        inputs,
         steerers_of(plan.adapters),
         settings.float_type,
         quantized=settings.weight_only is not None,
@@ -108,7 +109,7 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
     chosen = None
     if settings.weight_only is not None:
-        of = _material(plan, exported, base, recorded, settings, quality)
+        of = _material(plan, exported, base, inputs, recorded, settings, quality)
         chosen = choose_weights(of, settings.weight_only, quality, report)
         graph = chosen.graph
     stored = _stored(exported, chosen, settings)
@@ -161,7 +162,13 @@ def _beside_weights(plan: ExportPlan, graph: ir.Model) -> int:
 
 
 def _material(
-    plan: ExportPlan, exported: ExportedGraph, base: Base, recorded: Recorded, settings: ExportSettings, quality: QualityGate
+    plan: ExportPlan,
+    exported: ExportedGraph,
+    base: Base,
+    inputs: InputsByName,
+    recorded: Recorded,
+    settings: ExportSettings,
+    quality: QualityGate,
 ) -> Material:
     """The graph is copied for a second try where one may come: its weights stay in memory until the first is measured."""
     asked = None
@@ -174,7 +181,7 @@ def _material(
         graph=exported.model.clone if copied else lambda: exported.model,
         model=EagerModel(base.model, lambda: load_base(plan.checkpoint.folder, name=plan.checkpoint.name, checked=True).model),
         sources=exported.weights,
-        inputs=recorded.inputs,
+        inputs=inputs,
         steerers=recorded.steerers,
         fp32=recorded.fp32,
         again=again,

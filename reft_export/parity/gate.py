@@ -33,7 +33,7 @@ def gate(
     rungs = [*stepped, *_proven(bundle, proof, names)]
     shipped = _shipped(bundle, names)
     notes = shipped.notes
-    if settles and (costly := [each for each in shipped.quality if each.rounded_away]):
+    if settles and _rounds_inside(bundle) and (costly := [each for each in shipped.quality if each.rounded_away]):
         multiply_in_float(bundle)
         shipped = _shipped(open_bundle(folder), names)
         worst = max(costly, key=lambda each: each.here - each.exact)
@@ -49,6 +49,11 @@ def gate(
             raise ParityError(f"{e}; no bundle was written, the figures are in {figures}{remedy and '; '}{remedy}", report) from None
     figures.unlink(missing_ok=True)  # of an earlier attempt
     return report
+
+
+def _rounds_inside(bundle: Bundle) -> bool:
+    """Whether there is an accuracy level to settle."""
+    return bundle.manifest.quantization is not None and bundle.manifest.quantization.rounds_inside
 
 
 def _proven(bundle: Bundle, proof: Path | None, names: Collection[str] | None) -> list[Rung]:

@@ -44,7 +44,7 @@ class Recorded:
     inputs: InputsByName
     steerers: Mapping[str, Steerer]
     fp32: Mapping[str, Arrays]
-    """By adapter what the float32 model says, as ``fp32_answers`` names it; empty of a bundle that is float32."""
+    """By name what the float32 model says, as ``fp32_answers`` gives it; empty of a bundle that is float32."""
 
 
 def record_base(
@@ -54,6 +54,7 @@ def record_base(
 
     ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then.
     """
+    inputs = with_likelihoods(base, inputs) if quantized else inputs
     fp32 = fp32_answers(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
     set_precision(base.model, precision)
     if not quantized:
@@ -75,6 +76,11 @@ def adapter_inputs(base: Base, adapters: Mapping[str, Adapter], of_base: Inputs)
         name: TASKS[base.task].probe_inputs(base.model, probe_examples(base, adapter), of_base) if adapter.probes else shared
         for name, adapter in adapters.items()
     }
+
+
+def with_likelihoods(base: Base, inputs: InputsByName) -> InputsByName:
+    """``inputs`` as a quantized bundle is recorded on them: what rounding costs the base is measured, too."""
+    return {**inputs, BASE_GOLDEN: TASKS[base.task].with_likelihoods(base, inputs[BASE_GOLDEN])}
 
 
 def reference_noise(model: PreTrainedModel, inputs: Inputs, steerer: Steerer | None, said: Arrays) -> np.ndarray:
@@ -132,7 +138,8 @@ def record_golden(
         if noisy:
             arrays["noise"] = reference_noise(model, inputs[name], steerer, said)
         if steerer is not None:
-            arrays |= _named("base_", base_of(inputs[name])) | dict({} if fp32 is None else fp32[name])
+            arrays |= _named("base_", base_of(inputs[name]))
+        arrays |= dict({} if fp32 is None else fp32.get(name, {}))
         schema = GoldenSchema(
             task=task.name,
             vocabulary=output_rows(model),
@@ -160,13 +167,19 @@ def _named(kind: str, said: Arrays) -> dict[str, np.ndarray]:
     return {f"{kind}{name}": array for name, array in said.items()}
 
 
-def fp32_answers(model: PreTrainedModel, inputs: InputsByName, steerers: Mapping[str, Steerer]) -> dict[str, Arrays]:
-    """By adapter what the float32 model says with it and without, for ``record_golden``'s delta references: arrays fp32_*."""
+def fp32_answers(
+    model: PreTrainedModel, inputs: InputsByName, steerers: Mapping[str, Steerer], *, of_base: bool = True
+) -> dict[str, Arrays]:
+    """What the float32 model says, for ``record_golden``: arrays fp32_*. By adapter with it and without, which deltas are held to; of the
+    base, unless its arrays are there already, how likely its passages are, where it has any."""
     base_of = _base_answers(model)
-    return {
+    found: dict[str, Arrays] = {
         name: _named("fp32_", inputs[name].said(model, steerer)) | _named("fp32_base_", base_of(inputs[name]))
         for name, steerer in steerers.items()
     }
+    if of_base and inputs[BASE_GOLDEN].likelihoods:
+        found[BASE_GOLDEN] = {"fp32_log_probabilities": base_of(inputs[BASE_GOLDEN])["log_probabilities"]}
+    return found
 
 
 def record_quantized(

@@ -90,7 +90,7 @@ def put_in(work: Path, model: str, adapters: Mapping[str, Adapter], proof: Path,
         check_fit(name, adapter, base, accept_base=accept_base)
     stored = known_inputs(bundle, base)
     inputs = stored | adapter_inputs(base, adapters, stored[BASE_GOLDEN])
-    fp32 = stored_fp32(bundle) | fp32_answers(base.model, inputs, steerers_of(adapters))
+    fp32 = stored_fp32(bundle) | fp32_answers(base.model, inputs, steerers_of(adapters), of_base=False)
     manifest = replace_adapters(work, base, inputs, adapters, fp32, proof)
     gc.collect()
     return manifest
@@ -116,5 +116,5 @@ def replace_adapters(
 
 def stored_fp32(bundle: Bundle) -> dict[str, Arrays]:
     """What the float32 model said when a quantized bundle was made: with every adapter as it was before any refit, and without."""
-    golden = {name: bundle.golden(name) for name in bundle.adapter_names}
+    golden = {name: bundle.golden(name) for name in {*bundle.adapter_names, *bundle.golden_names}}
     return {name: {key: value for key, value in arrays.items() if key.startswith("fp32_")} for name, arrays in golden.items()}

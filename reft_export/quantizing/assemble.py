@@ -30,7 +30,7 @@ from reft_export.evaluation.quantization_report import Measurements, variant_nam
 from reft_export.folding.foreign_base import check_weights_known, completed
 from reft_export.parity.activation_ladder import step_rungs
 from reft_export.parity.gate import check_structure, gate
-from reft_export.parity.golden import fp32_answers, record_quantized
+from reft_export.parity.golden import fp32_answers, record_quantized, with_likelihoods
 from reft_export.parity.ladder import check_same_base, known_inputs, made_from, stored_inputs
 from reft_export.parity.quality import Attempt, QualityGate, hold_quality
 from reft_export.quantizing.adapters import refit_in
@@ -184,14 +184,15 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
     if "tokenizer.json" not in bundle.manifest.files:  # folded without the base, from a folder that had none
         copy_tokenizer(base.folder, base.tokenizer, work)
     report("recording what the float32 model says")
-    inputs = known_inputs(bundle, base)
+    known = known_inputs(bundle, base)
+    inputs = with_likelihoods(base, known)
     fp32 = fp32_answers(base.model, inputs, steerers)
     set_precision(base.model, bundle.manifest.precision)
     material = Material(
         graph=lambda: load_graph(bundle.graph_path),
         model=EagerModel(base.model, partial(_float_model, plan)),
         sources=bundle.manifest.weights,
-        inputs=inputs,
+        inputs=known,
         steerers=steerers,
         fp32=fp32,
         again=measurable(fp32),

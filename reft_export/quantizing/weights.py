@@ -26,7 +26,7 @@ from reft_export.quantizing.cache import quantize_cache
 from reft_export.quantizing.importance import input_importance
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
 from runtimes.parity.retention import quality, recorded
 
 
@@ -57,7 +57,8 @@ class EagerModel:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Material:
-    """What is quantized. ``graph`` gives the float graph, anew at every call where ``again`` says that it may be called again."""
+    """What is quantized. ``graph`` gives the float graph, anew at every call where ``again`` says that it may be called again. ``inputs``:
+    what the weights are chosen on. The passages that the base's likelihood is measured on are none of it, so that it is no flattery."""
 
     graph: Callable[[], ir.Model]
     model: EagerModel
@@ -65,7 +66,7 @@ class Material:
     inputs: Mapping[str, Inputs]
     steerers: Mapping[str, Steerer]
     fp32: Mapping[str, Mapping[str, np.ndarray]]
-    """By adapter, as ``fp32_answers`` gives it."""
+    """By name, as ``fp32_answers`` gives it."""
     again: bool = True
     turns: bool = False
     """Whether ``graph`` reads its weights from disk: then the model is put away while they are quantized, as both are as large."""
@@ -137,7 +138,7 @@ def may_be_mixed(settings: QuantizationSettings) -> bool:
 
 def measurable(fp32: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
     """Whether a decoder's adapter was recorded on probes, so that what it keeps can be measured."""
-    return any("fp32_log_probabilities" in arrays for arrays in fp32.values())
+    return any("fp32_log_probabilities" in arrays for name, arrays in fp32.items() if name != BASE_GOLDEN)
 
 
 def _with_int8(of: Material, settings: QuantizationSettings, asked: MixedPrecision, report: Report) -> tuple[QuantizationSettings, str]:

@@ -55,6 +55,10 @@ class ClassifierInputs:
     task: ClassVar[str] = TEXT_CLASSIFICATION
 
     @property
+    def likelihoods(self) -> bool:
+        return False
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -114,6 +118,9 @@ class Classification:
 
     def inputs(self, base: Base) -> ClassifierInputs:
         return classifier_inputs(base.model, base.tokenizer)
+
+    def with_likelihoods(self, base: Base, inputs: ClassifierInputs) -> ClassifierInputs:
+        return inputs
 
     def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: ClassifierInputs) -> ClassifierInputs:
         """The adapter's texts, and behind them as many of the base's as make one wrong label in all no more than in the base's alone."""

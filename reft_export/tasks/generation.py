@@ -12,6 +12,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from reft_export.base.token_rules import decoder_context, output_rows
+from reft_export.tasks.passages import passage_rows
 from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.probes import spread
@@ -61,7 +62,7 @@ TEXTS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GoldenInputs:
-    """Right-padded prompts with their completions: the base's continuations, or an adapter's probes."""
+    """Right-padded prompts with their completions: the base's continuations, and of a quantized one passages; or an adapter's probes."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -70,27 +71,43 @@ class GoldenInputs:
     logit_columns: np.ndarray
     continued: int
     """The first rows, which are continued and fed in every way."""
-    probes: bool = False
+    likelihoods: bool = False
+    """Whether the log-probabilities of the completions are recorded: of probes, and of a base with passages."""
     task: ClassVar[str] = TEXT_GENERATION
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: value for name, value in vars(self).items() if name not in ("continued", "probes")}
+        return {name: value for name, value in vars(self).items() if name not in ("continued", "likelihoods")}
 
     def for_adapters(self, model: PreTrainedModel) -> GoldenInputs:
-        """The same rows for adapters without probes, whose files hold the logits of several models."""
-        return replace(self, logit_columns=_columns(len(self.logit_positions), output_rows(model), ADAPTER_LOGITS))
+        """The rows that are continued, for adapters without probes, whose files hold the logits of several models."""
+        columns = _columns(len(self.logit_positions), output_rows(model), ADAPTER_LOGITS)
+        return replace(self._with_rows(self._tokens()[: self.continued], self.prompt_length[: self.continued]), logit_columns=columns)
+
+    def with_passages(self, passages: Sequence[Sequence[int]]) -> GoldenInputs:
+        """Each of ``passages`` [S] in a row behind the others, all but its first token being what is predicted: the base's likelihood is
+        recorded on them, and on its continuations."""
+        rows = [*self._tokens(), *passages]
+        return replace(self._with_rows(rows, np.append(self.prompt_length, [1] * len(passages))), likelihoods=True)
+
+    def _tokens(self) -> list[list[int]]:
+        return [row[real > 0].tolist() for row, real in zip(self.input_ids, self.attention_mask, strict=True)]
+
+    def _with_rows(self, rows: Sequence[Sequence[int]], prompt_length: np.ndarray) -> GoldenInputs:
+        ids, mask = pad_right(rows)
+        return replace(self, input_ids=ids, attention_mask=mask, prompt_length=prompt_length, likelihoods=False)
 
     def said(self, model: PreTrainedModel, steerer: Steerer | None = None) -> dict[str, np.ndarray]:
-        """What golden_schema's DECODER says of one model: logits, best_tokens, best_logits, logsumexp; of probes log_probabilities."""
-        found, tokens = self._read(model, steerer, completions=self.probes)
+        """What golden_schema's DECODER says of one model: logits, best_tokens, best_logits, logsumexp; and the completions'
+        log_probabilities where those are recorded."""
+        found, tokens = self._read(model, steerer, completions=self.likelihoods)
         said = {
             "logits": found.logits,
             "best_tokens": found.tokens,
             "best_logits": found.at_tokens,
             "logsumexp": found.logsumexp,
         }
-        return said | ({"log_probabilities": tokens} if self.probes else {})
+        return said | ({"log_probabilities": tokens} if self.likelihoods else {})
 
     def differs(self, model: PreTrainedModel, steerer: Steerer | None, said: Mapping[str, np.ndarray]) -> Figures:
         """Of what the model says now, against what was ``said``."""
@@ -179,13 +196,17 @@ class Generation:
     def inputs(self, base: Base) -> GoldenInputs:
         return golden_inputs(base.model, golden_prompts(base.model, base.tokenizer))
 
+    def with_likelihoods(self, base: Base, inputs: GoldenInputs) -> GoldenInputs:
+        passages = [] if inputs.likelihoods else passage_rows(base.tokenizer, decoder_context(base.model))
+        return inputs.with_passages(passages) if passages else inputs
+
     def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: GoldenInputs) -> GoldenInputs:
         return probe_inputs(model, [(each.input_ids, each.prompt_length) for each in examples])
 
     def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> GoldenInputs:
         names = [field.name for field in fields(GoldenInputs) if field.name in arrays]
         stored = {name: arrays[name] for name in names}
-        return GoldenInputs(**stored, continued=len(arrays["greedy_tokens"]), probes="log_probabilities" in arrays)
+        return GoldenInputs(**stored, continued=len(arrays["greedy_tokens"]), likelihoods="log_probabilities" in arrays)
 
     def answers(self, model: PreTrainedModel, asked: Mapping[str, tuple[GoldenInputs, Steerer | None]]) -> dict[str, Arrays]:
         return {name: {"greedy_tokens": tokens} for name, tokens in eager_greedy(model, asked).items()}
@@ -233,7 +254,7 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     """Pads the prompts and appends the base's own greedy continuation."""
     continuation = _greedy(model, prompts, min(CONTINUATION, max_tokens))
     rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, continuation.tolist(), strict=True)]
-    return _inputs(model, rows, list(map(len, prompts)), len(rows), BASE_LOGITS, probes=False)
+    return _inputs(model, rows, list(map(len, prompts)), len(rows), BASE_LOGITS, likelihoods=False)
 
 
 def probe_inputs(model: PreTrainedModel, probes: Sequence[tuple[Sequence[int], int]]) -> GoldenInputs:
@@ -251,11 +272,11 @@ def probe_inputs(model: PreTrainedModel, probes: Sequence[tuple[Sequence[int], i
         if row not in first and len(rows[row][0]) <= room:
             kept, room = [*kept, row], room - len(rows[row][0])
     chosen = [rows[row] for row in (*first, *kept)]
-    return _inputs(model, [row for row, _ in chosen], [prompt for _, prompt in chosen], len(first), ADAPTER_LOGITS, probes=True)
+    return _inputs(model, [row for row, _ in chosen], [prompt for _, prompt in chosen], len(first), ADAPTER_LOGITS, likelihoods=True)
 
 
 def _inputs(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], prompts: Sequence[int], continued: int, models: int, *, probes: bool
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], prompts: Sequence[int], continued: int, models: int, *, likelihoods: bool
 ) -> GoldenInputs:
     """``models``: of how many the file will hold logits."""
     ids, mask = pad_right(rows)
@@ -271,7 +292,7 @@ def _inputs(
         logit_positions=real,
         logit_columns=_columns(len(real), output_rows(model), models),
         continued=continued,
-        probes=probes,
+        likelihoods=likelihoods,
     )
 
 

@@ -47,6 +47,11 @@ class Inputs(Protocol):
     task: ClassVar[str]
 
     @property
+    def likelihoods(self) -> bool:
+        """Whether ``said`` says log-probabilities of completions."""
+        ...
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """By the names of runtimes/artifacts/golden_schema.py."""
         ...
@@ -81,6 +86,11 @@ class Task(Protocol):
 
     def inputs(self, base: Base) -> Inputs:
         """The base's."""
+        ...
+
+    def with_likelihoods(self, base: Base, inputs: Any) -> Inputs:
+        """The base's ``inputs``, and what its likelihood is measured on where it is quantized; as they are where that is there, or where
+        there is none: a classifier's texts have no right labels, and a base without tokenizer has no text."""
         ...
 
     def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: Any) -> Inputs:

@@ -13,7 +13,8 @@ Logits [K, V] of a real vocabulary would be larger than the adapter: a file hold
 position, which is an unbiased sample of all values, so that errors and the steering's cosine and norm are taken over it; beside it each
 position's likeliest tokens and the log of the sum of all exponentials (``logsumexp``), which top-1 and KL need. All columns together are
 the whole vocabulary several times, or as much of it as fits. ``log_probabilities`` are of every token of a completion after all before it,
-one row behind the other, of adapters with probes; a classifier has ``targets``, the labels of its probes.
+one row behind the other: of adapters with probes, and of a quantized base, behind whose continued rows stand passages that were written
+for it (the first token is their prompt). A classifier has ``targets``, the labels of its probes.
 
 Logits are those of the eager model with the weights that the bundle ships, so that export errors show alone; the fp32 ones are of the
 float32 model before any quantization or rounding, and delta parity is measured against them, so that it says what quantization left of
@@ -49,7 +50,9 @@ OLDER = "logit_columns"
 
 ALWAYS, ADAPTERS, FLOAT32, NOISE = "always", "adapters", "adapters, of a bundle that is not float32", "where activations are quantized"
 PROBES, FLOAT32_PROBES = "adapters with probes", "adapters with probes, of a bundle that is not float32"
+SCORED, FLOAT32_SCORED = "adapters with probes, and a quantized base with passages", "the same, of a bundle that is not float32"
 """When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise."""
+LIKELIHOODS = {PROBES, FLOAT32_PROBES, SCORED, FLOAT32_SCORED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +108,9 @@ def _sampled_logits() -> tuple[GoldenArray, ...]:
 
 def _log_probabilities() -> tuple[GoldenArray, ...]:
     kinds = {
-        "log_probabilities": (PROBES, "of every token of the completions, in nats, under this name"),
+        "log_probabilities": (SCORED, "of every token of the completions, in nats, under this name"),
         "base_log_probabilities": (PROBES, "the same under the base"),
-        "fp32_log_probabilities": (FLOAT32_PROBES, "under this name, by the float32 model"),
+        "fp32_log_probabilities": (FLOAT32_SCORED, "under this name, by the float32 model"),
         "fp32_base_log_probabilities": (FLOAT32_PROBES, "under the base, by the float32 model"),
     }
     return tuple(
@@ -182,17 +185,17 @@ class GoldenSchema:
 
     @property
     def required(self) -> set[str]:
-        optional = {NOISE, PROBES, FLOAT32_PROBES, *((FLOAT32,) if self.float32 else ())}
+        optional = {NOISE, *LIKELIHOODS, *((FLOAT32,) if self.float32 else ())}
         return {name for name, array in self.table.items() if array.when not in optional}
 
     def required_with(self, names: Collection[str]) -> set[str]:
         """``required`` of a file that holds the arrays ``names``: of some kinds all are there or none."""
         table = self.table
         kinds = {table[name].when for name in names if name in table}
-        if FLOAT32_PROBES in kinds or (PROBES in kinds and not self.float32):
-            kinds |= {PROBES, FLOAT32_PROBES}
-        if FLOAT32_PROBES in kinds:
-            kinds |= {FLOAT32}
+        if kinds & {FLOAT32_PROBES, FLOAT32_SCORED} or (kinds & LIKELIHOODS and not self.float32):
+            kinds |= {FLOAT32, *LIKELIHOODS}
+        elif kinds & LIKELIHOODS:
+            kinds |= {PROBES, SCORED}
         return self.required | {name for name, array in table.items() if array.when in kinds - {NOISE}}
 
     def check_headers(self, headers: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:

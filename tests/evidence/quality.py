@@ -40,8 +40,12 @@ LONGEST = 256
 """Tokens of a sentence; what comes behind is left out."""
 LLAMA_CPP = "llama.cpp"
 LLAMA = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0", "F32")
-BUDGETS = {f"int4 {block} + int8, {size} MB": size * 1_000_000 for block in (32, 64) for size in (102, 119)}
-"""Bytes of all weights where the most sensitive ones are int8: of the rows of that name."""
+AUTO = "int4 32 + int8, auto"
+BUDGETS: dict[str, int | None] = {
+    AUTO: None,
+    **{f"int4 {block} + int8, {size} MB": size * 1_000_000 for block in (32, 64) for size in (102, 119)},
+}
+"""Bytes of all weights where the most sensitive ones are int8, of the rows of that name; None is what ``--keep-high auto`` takes."""
 CALIBRATED_ON = 48
 """Sentences for the ranges of activations: others than the perplexity's."""
 
@@ -82,6 +86,7 @@ def settings_of() -> dict[str, QuantizationSettings | None]:
         "int8": settings_for("weight-only", 8),
         "int4 32": int4(),
         "int4 32 rtn": int4(method="rtn"),
+        AUTO: int4(),
         "int4 32 + int8, 102 MB": int4(),
         "int4 32 + int8, 119 MB": int4(),
         "int4 64 + int8, 102 MB": int4(64),
@@ -193,7 +198,7 @@ def quantized(source: Path, model: str, name: str, settings: QuantizationSetting
 
 
 def _mixed(
-    model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int, memory: Path, blocks: WeightBlocks
+    model: str, bundle: Any, graph: Any, settings: QuantizationSettings, budget: int | None, memory: Path, blocks: WeightBlocks
 ) -> QuantizationSettings:
     """The product's choice, by sensitivities on the rows of the bundle's own golden arrays; they are kept in the folder ``memory``."""
     from calibration.mixed import choose_int8, sizes

@@ -295,6 +295,20 @@ def test_a_quantized_bundle_may_not_drop_what_its_delta_is_held_to(tmp_path: Pat
         steering_figures(bundle, OrtSession(bundle, threads=1), "ends")
 
 
+def test_a_quantized_base_has_both_likelihoods_or_none(recorded: Arrays) -> None:
+    scored = {n: a for n, a in recorded.items() if not n.startswith("base_") and n != "noise"}
+    both = scored | {"fp32_log_probabilities": scored["log_probabilities"]}
+    neither = {n: a for n, a in scored.items() if n != "log_probabilities"}
+    base = schema(adapter=False, float32=False, vocabulary=vocabulary(recorded))
+    base.check(both)
+    base.check(neither)
+    for arrays in (scored, neither | {"fp32_log_probabilities": both["fp32_log_probabilities"]}):
+        with pytest.raises(golden_schema.GoldenError, match=r"lacks \['(fp32_)?log_probabilities'\]"):
+            base.check(arrays)
+    with pytest.raises(golden_schema.GoldenError, match=r"holds \['base_log_probabilities'\]"):
+        base.check(both | {"base_log_probabilities": both["log_probabilities"]})
+
+
 def test_arrays_of_an_adapter_that_is_not_listed(tmp_path: Path) -> None:
     bundle = own(tmp_path)
     with pytest.raises(BundleError, match="adapters/ends.json is listed, and adapter 'ends' is not"):
