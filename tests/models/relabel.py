@@ -111,11 +111,16 @@ def relabel(model: str | Path, folder: Path, *, seed: int = SEED) -> Path:
     return folder
 
 
-def fewest_values(weight: torch.Tensor, block: int = 32) -> int:
-    """How many different values the poorest block along the last axis of ``weight`` [N, K] holds; a partial block is left out."""
+def different_values(weight: torch.Tensor, block: int = 32) -> np.ndarray:
+    """How many different values each block along the last axis of ``weight`` [N, K] holds; partial blocks are left out."""
     whole = weight[:, : weight.shape[1] // block * block].reshape(-1, block).numpy()
     ordered = np.sort(whole, axis=-1)  # many times as fast as torch's on short rows
-    return int((ordered[:, 1:] != ordered[:, :-1]).sum(-1).min()) + 1
+    return (ordered[:, 1:] != ordered[:, :-1]).sum(-1) + 1
+
+
+def fewest_values(weight: torch.Tensor, block: int = 32) -> int:
+    """Of the poorest block."""
+    return int(different_values(weight, block).min())
 
 
 def matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,8 +137,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     asked = parser.parse_args()
     relabel(asked.model, asked.folder, seed=asked.seed)
-    name, fewest = min(((name, fewest_values(weight)) for name, weight in matrices(asked.folder)), key=lambda found: found[1])
-    print(f"{asked.folder}: at least {fewest} values in a block of 32 ({name})")
+    counts = {name: different_values(weight) for name, weight in matrices(asked.folder)}
+    name, fewest = min(((name, int(count.min())) for name, count in counts.items()), key=lambda found: found[1])
+    total, poor = sum(map(len, counts.values())), sum(int((count <= 16).sum()) for count in counts.values())
+    print(f"{asked.folder}: at least {fewest} values in a block of 32 ({name}); {poor:,} of {total:,} blocks hold 16 or fewer")
 
 
 if __name__ == "__main__":

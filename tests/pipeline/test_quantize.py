@@ -22,6 +22,7 @@ from reft_export.base.dequantized import fake_quantize
 from reft_export.base.load import load_base
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.gate import lost_adapters
+from reft_export.parity.quality import QualityGate
 from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
@@ -66,7 +67,7 @@ def _check_delta_reference(folder, report, bits: int) -> None:
 
 
 def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_path, monkeypatch) -> None:
-    """A scale that is off by 1 % after the eager reference was dequantized: the gate at level 1 sees it."""
+    """A scale that is off by 1 % after the eager reference was dequantized: the gate at level 1 sees it, whatever loss is accepted."""
     from reft_export.quantizing import assemble as module
 
     right = module.write_graph
@@ -79,8 +80,9 @@ def test_planted_fault_in_a_quantized_weight(bundle_folder, base_folder, tmp_pat
         scales.const_value = kept
 
     monkeypatch.setattr(module, "write_graph", wrong)
+    source, taken = bundle_folder("llama"), QualityGate(accept_loss=True)
     with pytest.raises(ParityError, match="int4 level 1"):
-        quantize_bundle(bundle_folder("llama"), str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), **QUIET)
+        quantize_bundle(source, str(base_folder("llama")), tmp_path / "q", QuantizationSettings(), quality=taken, **QUIET)
     assert not (tmp_path / "q").exists()
 
 
