@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evidence import quality_page
-from evidence.quality import LLAMA_CPP, Row, keep, kept, log_likelihood, settings_of
+from evidence.quality import LLAMA_CPP, Row, keep, kept, log_likelihood, main, settings_of
 
 VOCABULARY = 7
 
@@ -72,6 +72,16 @@ def test_the_page_holds_every_row_and_its_place(tmp_path: Path) -> None:
     assert "- poor: 0.1600 nats above llama.cpp's curve at 96.0 MB" in text
     assert "Not measured yet: int8; int4 32; " in text and quality_page.page(quality_page.read(tmp_path)) == text
     assert (tmp_path / quality_page.PICTURE).stat().st_size > 1000
+
+
+def test_a_model_that_is_measured_joins_those_of_the_page(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    rows = [*OURS[:2], *LLAMA]
+    for row in rows:
+        keep(tmp_path / "other", row)
+    quality_page.write([("a model", OURS), ("other", OURS)], tmp_path)
+    main(["page", str(tmp_path / "other"), "--docs", str(tmp_path)])
+    assert quality_page.read(tmp_path) == [("a model", OURS), ("other", rows)]
 
 
 def test_the_page_is_what_its_rows_make() -> None:

@@ -334,9 +334,11 @@ def llama(asked: argparse.Namespace) -> None:
 
 
 def page(asked: argparse.Namespace) -> None:
-    from evidence.quality_page import write
+    """Of ``asked.folders``, and of the models that the page holds already."""
+    from evidence.quality_page import DATA, read, write
 
-    write([(folder.name, list(kept(folder).values())) for folder in asked.folders], asked.docs)
+    models = dict(read(asked.docs)) if (asked.docs / DATA).is_file() else {}
+    write(list((models | {folder.name: list(kept(folder).values()) for folder in asked.folders}).items()), asked.docs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
