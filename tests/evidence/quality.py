@@ -9,7 +9,7 @@ is kept in OUT/rows.jsonl as soon as it is measured, and a row that is there is 
 
     bytes        of the bundle without its golden arrays; of the GGUF file
     perplexity   exp(mean negative log-likelihood) over the tokens but the first of review sentences (evidence.review_text), each alone
-    decode       milliseconds a token behind 64 columns, one thread: the least of 24
+    decode       milliseconds a token behind 64 columns, one thread: the least of 24; not with --no-speed, for a machine that is not idle
     retention    what each adapter of FLOAT_BUNDLE keeps of its training, on its own probes (runtimes/parity/retention.py)
 
 A bundle is measured on the graph that ships, in onnxruntime, at its accuracy level. Its weights are quantized by the product's own code;
@@ -221,11 +221,11 @@ def _mixed(
 class Measured:
     nats: float
     tokens: int
-    decode_ms: float
+    decode_ms: float | None
     retention: dict[str, float]
 
 
-def measure(folder: Path, source: Path, rows: Sequence[Sequence[int]], *, threads: int) -> Measured:
+def measure(folder: Path, source: Path, rows: Sequence[Sequence[int]], *, threads: int, speed: bool = True) -> Measured:
     """Of the bundle ``folder``, made of the float one ``source``, whose golden arrays say what the float adapters do."""
     from evidence.context_bench import BLOCKS, STEPS, Fed
     from runtimes.artifacts.bundle import open_bundle
@@ -235,10 +235,12 @@ def measure(folder: Path, source: Path, rows: Sequence[Sequence[int]], *, thread
     with OrtSession(opened, threads=threads) as session:
         nats, tokens = log_likelihood(session, rows)
         kept_of = _retention(session, open_bundle(source))
-    with OrtSession(opened, threads=1) as session:
-        fed = Fed(session, None, COLUMNS + STEPS + 2, time.perf_counter)
-        fed.feed(COLUMNS)
-        decode = min(ms for _ in range(BLOCKS) for ms in fed.decode(STEPS))
+    decode = None
+    if speed:
+        with OrtSession(opened, threads=1) as session:
+            fed = Fed(session, None, COLUMNS + STEPS + 2, time.perf_counter)
+            fed.feed(COLUMNS)
+            decode = min(ms for _ in range(BLOCKS) for ms in fed.decode(STEPS))
     return Measured(nats=nats / tokens, tokens=tokens, decode_ms=decode, retention=kept_of)
 
 
@@ -265,7 +267,7 @@ def make(asked: argparse.Namespace) -> None:
         if name in kept(asked.folder) or (asked.only and name not in asked.only):
             continue
         with _bundle_of(name, settings, asked, calibrated_on) as (folder, seconds):
-            found = measure(folder, asked.bundle, rows, threads=asked.threads)
+            found = measure(folder, asked.bundle, rows, threads=asked.threads, speed=asked.speed)
             scheme = "float" if settings is None else settings.scheme
             runs = settings is None or settings.kind.runtime == "onnxruntime"
             keep(
@@ -326,7 +328,9 @@ def llama(asked: argparse.Namespace) -> None:
             program.quantize(asked.gguf, file, kind, threads=asked.threads)
         found = program.likelihoods(file, rows, threads=asked.threads)
         tokens, nats = sum(count for count, _ in found), math.fsum(total for _, total in found)
-        decode = min(program.bench(file, [COLUMNS], flash=flash).decode_ms[0] for flash in (False, True))
+        decode = None
+        if asked.speed:
+            decode = min(program.bench(file, [COLUMNS], flash=flash).decode_ms[0] for flash in (False, True))
         row = Row(
             name=f"llama.cpp {kind}", group="llama.cpp", bytes=file.stat().st_size, nats=nats / tokens, tokens=tokens, decode_ms=decode
         )
@@ -356,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verb[name].add_argument("--only", action="append")
         verb[name].add_argument("--sentences", type=int, default=2000)
         verb[name].add_argument("--threads", type=int, default=2)
+        verb[name].add_argument("--no-speed", dest="speed", action="store_false")
         verb[name].add_argument("--reviews", type=Path, default=Path("real-models"))
     verb["page"].add_argument("folders", type=Path, nargs="+")
     verb["page"].add_argument("--docs", type=Path, default=Path("docs"))

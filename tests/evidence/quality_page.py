@@ -28,6 +28,9 @@ is made by
     PYTHONPATH=tests python -m evidence.quality llama OUT/smollm2.gguf OUT/smollm2-fp32 OUT/SmolLM2
     PYTHONPATH=tests python -m evidence.quality page OUT/SmolLM2
 
+and Gemma 3 270M from `real-models/gemma3.gguf` likewise, without adapters: its scales and int8 weights are chosen on the base's golden rows
+alone.
+
 - The bases come out of 4-bit files. Their channels are permuted first, which leaves the function as it is and takes every block of 32 off
   the files' own grid: a method that only finds that grid again would look perfect.
 - Perplexity is over review sentences (vaderSentiment 0.5), each alone: short texts, so it is high for every row. The figure that counts is
