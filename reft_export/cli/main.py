@@ -31,6 +31,7 @@ VERBS = {
         "run",
         "serve",
         "parity",
+        "evaluate",
         "bench",
         "inspect",
         "package",

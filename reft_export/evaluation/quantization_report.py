@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_export.console import count, size
 from reft_export.evaluation.checker import CheckedTask
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Artifact, Bundle
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
 from runtimes.golden import steering_figures
@@ -239,7 +239,7 @@ def trimmed(report: QuantizationReport) -> tuple[list[str], list[list[str]]]:
     return [report.HEADER[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
-def variant_name(bundle: Bundle) -> str:
+def variant_name(bundle: Artifact) -> str:
     q = bundle.manifest.quantization
     if q is None:
         return bundle.manifest.precision

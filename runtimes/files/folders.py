@@ -18,7 +18,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE = "no space left on the disk, or for so large a file (ulimit -f)"
 FICLONE = 0x40049409
 """Of linux/fs.h: one file's bytes shared with another until either changes, where the file system can."""
-MARKERS = ("manifest.json", "adapter.json", "engine.json", "report.html", "reft.json", "reft_export.json", "archive.json")
+MARKERS = (
+    "manifest.json",
+    "adapter.json",
+    "engine.json",
+    "report.html",
+    "reft.json",
+    "reft_export.json",
+    "archive.json",
+    "evaluation.json",
+)
 """A folder that ``force`` may replace holds one of these: it was written by this project, not by anybody's hand."""
 
 

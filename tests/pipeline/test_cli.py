@@ -96,6 +96,10 @@ SURFACE = {
         "--prefix-mb", "--bank-mb", "--prefill-chunk", "--schemas", "--kernel", "--threads", "--verify",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
+    "evaluate": {
+        "--data", "--model", "--adapter", "--output", "--metric", "--format", "--chat-template", "--max-length", "--max-new-tokens",
+        "--batch-size", "--limit", "--dtype", "--device", "--provider", "--kernel", "--threads", "--accept-base", "--force", "--json",
+    },
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",
               "--concurrency", "--plot", "--json"},
     "inspect": {"--json"},

@@ -1,0 +1,175 @@
+"""Evaluates a base, its adapters, bundles and engines on one file of held-out lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reft_export.evaluating.device_tokenizer import DeviceTokenizer
+from reft_export.evaluating.evaluation import Evaluation, evaluation_of
+from reft_export.evaluating.held_out import HeldOut, chat_template_of, check_same_tokens, read_held_out
+from reft_export.evaluating.measure import measure
+from reft_export.evaluating.settings import EvaluationSettings
+from reft_export.evaluating.subjects import EAGER, EagerSubject, SessionSubject, Who
+from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.task_names import TEXT_GENERATION
+from runtimes.edits.adapter import Adapter
+from runtimes.errors import InputError
+from runtimes.files.folders import name_of
+from runtimes.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a bundle alone is evaluated without torch
+    from transformers import PreTrainedTokenizerBase
+
+    from reft_export.base.load import Base
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """As of ``runtimes.open_session``."""
+
+    provider: str | None = None
+    kernel: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """What is evaluated, in this order: the base and its adapters in eager PyTorch, then every artifact's base and adapters."""
+
+    base: Base | None
+    adapters: Mapping[str, Adapter]
+    artifacts: Mapping[str, Artifact]
+    """By name."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a table of nothing, for adapters without their base, and for classifiers."""
+        if self.base is None and not self.artifacts:
+            raise InputError("there is nothing to evaluate; name a bundle, or a base with -m")
+        if self.base is not None and self.base.task != TEXT_GENERATION:
+            raise InputError(f"{self.base.info.name} is a classifier, and evaluate is of decoders; train --metric accuracy measures it")
+        for name, artifact in self.artifacts.items():
+            if artifact.manifest.task != TEXT_GENERATION:
+                raise InputError(f"{name} is a classifier, and evaluate is of decoders")
+
+    @property
+    def context(self) -> int:
+        """Of the shortest."""
+        from reft_export.base.token_rules import context_of
+
+        contexts = [artifact.limits.tokens for artifact in self.artifacts.values()]
+        return min([*contexts, *([] if self.base is None else [context_of(self.base)])])
+
+    def rows(self, asked: int) -> int:
+        """Of a batch, that every artifact takes."""
+        return min([asked, *(each.limits.rows for each in self.artifacts.values() if each.limits.rows is not None)])
+
+    def training(self) -> dict[str, Mapping[str, object]]:
+        """What every adapter records of its training, by what it is called in messages."""
+        own = {f"adapter {name}": adapter.training for name, adapter in self.adapters.items()}
+        stored = {
+            f"{where}'s adapter {name}": artifact.adapter_record(name).training
+            for where, artifact in self.artifacts.items()
+            for name in artifact.adapter_names
+        }
+        return {**own, **stored}
+
+
+def artifacts_by_name(artifacts: Sequence[tuple[Path, Artifact]]) -> dict[str, Artifact]:
+    """By their folders' names; by their paths where two are called alike, or as eager PyTorch's row is."""
+    names = [name_of(path) for path, _ in artifacts]
+    named = {
+        str(path) if names.count(name) > 1 or name == EAGER else name: artifact
+        for name, (path, artifact) in zip(names, artifacts, strict=True)
+    }
+    if len(named) < len(artifacts):
+        raise InputError("an artifact is named twice; name each once")
+    return named
+
+
+def evaluate(
+    data: Sequence[Path],
+    table: Table,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    options: SessionOptions = SessionOptions(),
+    report: Report = lambda _: None,
+) -> Evaluation:
+    """Every row of the table on the same tokens.
+
+    Raises InputError for lines that cannot be asked, and where a tokenizer or a chat template reads them otherwise than the first one.
+    """
+    report("reading the data")
+    held_out = read_for(data, table, settings)
+    batch, context = table.rows(settings.batch_size), table.context
+    # One at a time: a subject is ready to run until the next one is asked for.
+    subjects = chain(_eager(table), _sessions(table, options))
+    return evaluation_of(held_out, [measure(each, held_out, batch_size=batch, context=context, report=report) for each in subjects])
+
+
+def read_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -> HeldOut:
+    """The lines as the first model of the table reads them, and every other does; InputError where one does not."""
+    template = chat_template_of(settings.chat_template, table.training())
+    read: list[tuple[str, HeldOut]] = []
+
+    def add(who: str, tokenizer: PreTrainedTokenizerBase | DeviceTokenizer, stop_tokens: Collection[int]) -> None:
+        lines = read_held_out(data, tokenizer, settings, stop_tokens=stop_tokens, context=table.context, chat_template=template)
+        read.append((who, lines))
+
+    if table.base is not None:
+        from reft_export.base.token_rules import stop_tokens
+        from reft_export.training.objective import tokenizer_of
+
+        add(f"{table.base.info.name} in {EAGER} PyTorch", tokenizer_of(table.base), stop_tokens(table.base))
+    for name, artifact in table.artifacts.items():
+        tokenizer = DeviceTokenizer.of(artifact)
+        add(name, tokenizer, tokenizer.tokenizer.stop_token_ids)
+    first, lines = read[0]
+    for who, others in read[1:]:
+        check_same_tokens(lines, first, others, who)
+    return lines
+
+
+def _eager(table: Table) -> Iterator[EagerSubject]:
+    """Each while its edits are on; the base first, under none."""
+    base = table.base
+    if base is None:
+        return
+    from reft_export.eager.steering import steer, steered
+
+    def who(adapter: str | None) -> Who:
+        return Who(artifact=EAGER, precision=base.dtype, adapter=adapter, model=base.info.fingerprint, exact=base.dtype == "float32")
+
+    with steer(base.model, {}, rule=None, tied=True) as steering:
+        yield EagerSubject(who=who(None), base=base, steering=steering)
+    for name, adapter in table.adapters.items():
+        with steered(base.model, adapter) as steering:
+            yield EagerSubject(who=who(name), base=base, steering=steering)
+
+
+def _sessions(table: Table, options: SessionOptions) -> Iterator[SessionSubject]:
+    """One session an artifact, the base first."""
+    from reft_export.evaluation.quantization_report import variant_name
+    from runtimes.open import open_session
+
+    for name, artifact in table.artifacts.items():
+        tokenizer, manifest = Tokenizer.load(artifact.folder, artifact.manifest.model), artifact.manifest
+        with open_session(artifact, provider=options.provider, kernel=options.kernel, threads=options.threads) as session:
+            for adapter in (None, *artifact.adapter_names):
+                session.set_adapter(adapter)
+                yield SessionSubject(
+                    who=Who(
+                        artifact=name,
+                        precision=variant_name(artifact),
+                        adapter=adapter,
+                        model=manifest.model.fingerprint,
+                        exact=manifest.precision == "fp32" and manifest.quantization is None,
+                    ),
+                    session=session,
+                    tokenizer=tokenizer,
+                )

@@ -1,0 +1,204 @@
+"""An evaluation for people and for programs: a table, report.md, evaluation.json, evaluation.png, and answers.jsonl, a line an example."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from reft_export.evaluating.evaluation import Evaluation, Row, Share
+from reft_export.evaluating.intervals import RESAMPLES, SEED, Interval
+from reft_export.evaluating.settings import EvaluationSettings
+from runtimes.files.folders import marker
+from runtimes.files.records import to_json
+
+RECORD_FILE = "evaluation.json"
+"""By which --force knows a folder of this project's (runtimes/files/folders.py)."""
+PAGE_FILE, PICTURE_FILE, ANSWERS_FILE = "report.md", "evaluation.png", "answers.jsonl"
+SHOWN, SHOWN_CHARACTERS = 5, 300
+"""Lines that the page shows of those that the rows answer differently, and how much of a text."""
+
+
+def short(metric: str) -> str:
+    """A function without its file."""
+    return metric.rpartition(":")[2]
+
+
+def header(found: Evaluation) -> tuple[str, ...]:
+    """Of ``table_rows``."""
+    several = len(found.rows) > 1
+    difference = ("vs first",) if several else ()
+    metrics = [column for name in found.held_out.metrics for column in (short(name), *difference)]
+    retention = ("retention",) if any(row.retention is not None for row in found.rows) else ()
+    return "artifact", "precision", "adapter", *metrics, "NLL", *difference, "perplexity", *retention, "new tokens", "seconds"
+
+
+def table_rows(found: Evaluation) -> list[tuple[str, ...]]:
+    """One a model: shares and their differences in percent, likelihoods in nats a token, each with its 95 % interval."""
+    several, retained = len(found.rows) > 1, "retention" in header(found)
+    return [_row(row, found.held_out.metrics, several=several, retained=retained) for row in found.rows]
+
+
+def _row(row: Row, metrics: Sequence[str], *, several: bool, retained: bool) -> tuple[str, ...]:
+    cells = [row.who.artifact, row.who.precision, row.who.adapter or ""]
+    for name in metrics:
+        cells += [_shared(row.shares[name]), *([_signed(row.shares[name].difference, 100, 1)] if several else [])]
+    cells += [f"{row.loss.value:.3f} {_bounds(row.loss, 1, 3)}", *([_signed(row.loss_difference, 1, 3)] if several else [])]
+    cells += [f"{row.perplexity:.2f}"]
+    cells += [("" if row.retention is None else f"{row.retention:.2f}")] if retained else []
+    return (*cells, str(row.new_tokens), f"{row.seconds:.1f}")
+
+
+def _shared(share: Share) -> str:
+    return f"{100 * share.interval.value:.1f} {_bounds(share.interval, 100, 1)}"
+
+
+def _signed(interval: Interval | None, scale: float, digits: int) -> str:
+    if interval is None:
+        return ""
+    value, low, high = (f"{scale * each:+.{digits}f}" for each in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _bounds(interval: Interval, scale: float, digits: int) -> str:
+    return f"[{scale * interval.low:.{digits}f}, {scale * interval.high:.{digits}f}]"
+
+
+def note_lines(found: Evaluation) -> list[str]:
+    """What the figures are, below the table."""
+    held_out = found.held_out
+    through = "through the chat template" if held_out.templated else "through no chat template"
+    lines = [f"{len(held_out.questions)} lines, {found.scored_tokens} tokens of their own answers scored, prompts {through}"]
+    if held_out.metrics:
+        lines.append("shares in percent with Wilson's 95 % interval")
+    lines.append(
+        f"NLL in nats a token; its interval, and those of differences, by a bootstrap over lines ({RESAMPLES} resamples, seed {SEED}), "
+        "paired with the first row"
+    )
+    if held_out.truncated:
+        lines.append(f"{held_out.truncated} lines were cut to the shortest context or --max-length, and their answers with them")
+    return lines
+
+
+def record_of(found: Evaluation, settings: EvaluationSettings) -> dict[str, Any]:
+    """evaluation.json: as JSON has it."""
+    held_out = found.held_out
+    return {
+        "data": to_json(held_out.files),
+        "lines": len(held_out.questions),
+        "truncated": held_out.truncated,
+        "scored_tokens": found.scored_tokens,
+        "chat_template": held_out.templated,
+        "settings": to_json(settings),
+        "intervals": {"level": 0.95, "shares": "wilson", "others": "bootstrap over lines, paired", "resamples": RESAMPLES, "seed": SEED},
+        "rows": [_row_record(row) for row in found.rows],
+    }
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    who = row.who
+    return {
+        "artifact": who.artifact,
+        "precision": who.precision,
+        "adapter": who.adapter,
+        "model": who.model,
+        "metrics": {
+            name: {"right": share.right, **to_json(share.interval), "difference": _or_null(share.difference)}
+            for name, share in row.shares.items()
+        },
+        "nll": {**to_json(row.loss), "difference": _or_null(row.loss_difference)},
+        "perplexity": row.perplexity,
+        "retention": row.retention,
+        "new_tokens": row.new_tokens,
+        "seconds": row.seconds,
+    }
+
+
+def _or_null(interval: Interval | None) -> Any:
+    return None if interval is None else to_json(interval)
+
+
+def answer_records(found: Evaluation) -> list[dict[str, Any]]:
+    """answers.jsonl: every line with what each row makes of it, side by side."""
+    held_out = found.held_out
+    return [
+        {
+            "line": question.where,
+            "prompt": held_out.prompt_text(question),
+            "expected": held_out.text(question.answer),
+            "rows": [_said(found, row, line) for row in range(len(found.rows))],
+        }
+        for line, question in enumerate(held_out.questions)
+    ]
+
+
+def _said(found: Evaluation, row: int, line: int) -> dict[str, Any]:
+    measured, held_out = found.measured[row], found.held_out
+    return {
+        "artifact": measured.who.artifact,
+        "adapter": measured.who.adapter,
+        **({"answer": measured.answers[line]} if measured.answers else {}),
+        **({"chosen": held_out.text(held_out.choices[measured.chosen[line]])} if measured.chosen else {}),
+        **{name: bool(right[line]) for name, right in measured.right.items()},
+        "nll": float(measured.losses[line]),
+        "tokens": len(measured.likelihoods[line]),
+    }
+
+
+def write_report(found: Evaluation, settings: EvaluationSettings, folder: Path) -> None:
+    """The files of the module's first line, into a folder that is being made; the picture where matplotlib is there. Raises OSError."""
+    from reft_export.evaluating.picture import draw
+
+    answers = answer_records(found)
+    _write(folder / ANSWERS_FILE, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in answers))
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        draw(found, folder / PICTURE_FILE)
+    _write(folder / PAGE_FILE, page(found, answers, picture=drawn))
+    _write(marker(folder, RECORD_FILE), json.dumps(record_of(found, settings), ensure_ascii=False, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def page(found: Evaluation, answers: Sequence[Mapping[str, Any]], *, picture: bool) -> str:
+    """report.md."""
+    files = ", ".join(f"{each.file} (sha256 {each.sha256[:12]})" for each in found.held_out.files)
+    parts = [f"# Evaluation on {_inline(files)}", _table(header(found), table_rows(found))]
+    parts += ["\n".join(f"- {line}" for line in note_lines(found))]
+    parts += [f"![the same figures]({PICTURE_FILE})"] if picture else []
+    differing = found.differing
+    if len(found.rows) > 1 and (found.held_out.metrics):
+        parts.append(f"## Lines that are answered differently: {len(differing)} of {len(answers)}")
+        parts += [_line(answers[line]) for line in differing[:SHOWN]]
+        parts.append(f"All lines: [{ANSWERS_FILE}]({ANSWERS_FILE}).")
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    rows = []
+    for said in record["rows"]:
+        verdicts = [key for key, value in said.items() if value is True]
+        answer = said.get("answer", said.get("chosen", ""))
+        rows.append((said["artifact"], said["adapter"] or "", _text(answer), ", ".join(map(short, verdicts))))
+    asked = f"**{_inline(record['line'])}** {_text(record['prompt'])}\n\nexpected: {_text(record['expected'])}"
+    return f"{asked}\n\n{_table(('artifact', 'adapter', 'answer', 'right by'), rows)}"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "&#124;") for cell in line) + " |" for line in lines)
+
+
+def _text(text: str) -> str:
+    """On one line, and as it is: neither HTML nor Markdown of a model's is to be rendered."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " .."
+    return _inline(" ".join(cut.split()))
+
+
+def _inline(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{each}" if each in "\\`*_[]#" else each for each in escaped)
