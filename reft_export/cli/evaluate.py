@@ -102,7 +102,7 @@ def evaluate(
     from reft_export.base.adapters import folders_of, load_adapters
     from reft_export.evaluating.evaluate import SessionOptions, Table, artifacts_by_name, read_for
     from reft_export.evaluating.evaluate import evaluate as evaluate_table
-    from reft_export.evaluating.report import header, note_lines, record_of, table_rows, write_report
+    from reft_export.evaluating.report import answer_columns, likelihood_columns, note_lines, record_of, table_of, who_columns, write_report
     from reft_export.evaluating.settings import EvaluationSettings
     from reft_export.training.sources import check_source
     from runtimes.files.folders import atomic_folder, check_destination, claimed
@@ -133,7 +133,8 @@ def evaluate(
     if as_json:
         print_json(record_of(found, settings))
         return
-    print_table("", header(found), table_rows(found))
+    for columns in filter(None, (answer_columns(found), likelihood_columns(found))):  # side by side they are wider than a terminal
+        print_table("", *table_of(*who_columns(found), *columns))
     for line in note_lines(found):
         out.print(line, markup=False)
     if output is not None:

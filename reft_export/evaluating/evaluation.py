@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,31 @@ class Evaluation:
         return sum(len(question.answer) for question in self.held_out.questions)
 
     @property
+    def repeats(self) -> bool:
+        """Whether some adapter, or the base, is in the table more than once: in several artifacts."""
+        return len({each.who.adapter for each in self.measured}) < len(self.measured)
+
+    @property
     def differing(self) -> list[int]:
-        """Lines that the rows do not all answer alike."""
-        answered = [each.answers or tuple(map(str, each.chosen)) for each in self.measured]
-        return [line for line, said in enumerate(zip(*answered, strict=True)) if len(set(said)) > 1]
+        """Lines that one adapter, or the base, answers otherwise in one artifact than in another, those first of which a metric says
+        otherwise, too; where nothing repeats, those that any two rows answer otherwise."""
+        groups: dict[str | None, list[Measured]] = {}
+        for each in self.measured:
+            groups.setdefault(each.who.adapter if self.repeats else None, []).append(each)
+
+        def kinds(line: int, said: Callable[[Measured, int], object]) -> bool:
+            return any(len({said(each, line) for each in group}) > 1 for group in groups.values())
+
+        found = [line for line in range(len(self.held_out.questions)) if kinds(line, _answer)]
+        return sorted(found, key=lambda line: not kinds(line, _verdicts))
+
+
+def _answer(measured: Measured, line: int) -> object:
+    return measured.answers[line : line + 1], measured.chosen[line : line + 1]
+
+
+def _verdicts(measured: Measured, line: int) -> object:
+    return tuple(bool(right[line]) for right in measured.right.values())
 
 
 def evaluation_of(held_out: HeldOut, measured: Sequence[Measured]) -> Evaluation:

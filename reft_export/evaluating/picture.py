@@ -24,7 +24,7 @@ def draw(found: Evaluation, path: Path) -> None:
     panels.append(("NLL of the data's answers", [row.loss for row in rows], "nats a token, 95 %"))
     figure = Figure(figsize=(NAME_WIDTH + PANEL_WIDTH * len(panels), 1.2 + ROW_HEIGHT * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    names = [f"{row.who.artifact} {row.who.precision}, {row.who.adapter or 'base'}" for row in rows]
+    names = [f"{' '.join(dict.fromkeys((row.who.artifact, row.who.precision)))}, {row.who.adapter or 'base'}" for row in rows]
     colors = [BASE if row.who.adapter is None else STEERED for row in rows]
     axes: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for each, (title, intervals, unit) in zip(axes, panels, strict=True):

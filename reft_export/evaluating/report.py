@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from reft_export.evaluating.evaluation import Evaluation, Row, Share
+from reft_export.evaluating.evaluation import Evaluation, Row
 from reft_export.evaluating.intervals import RESAMPLES, SEED, Interval
 from reft_export.evaluating.settings import EvaluationSettings
 from runtimes.files.folders import marker
@@ -26,40 +26,58 @@ def short(metric: str) -> str:
     return metric.rpartition(":")[2]
 
 
-def header(found: Evaluation) -> tuple[str, ...]:
-    """Of ``table_rows``."""
-    several = len(found.rows) > 1
-    difference = ("vs first",) if several else ()
-    metrics = [column for name in found.held_out.metrics for column in (short(name), *difference)]
-    retention = ("retention",) if any(row.retention is not None for row in found.rows) else ()
-    return "artifact", "precision", "adapter", *metrics, "NLL", *difference, "perplexity", *retention, "new tokens", "seconds"
+Column = tuple[str, Sequence[str]]
+"""(name, a cell a row)."""
 
 
-def table_rows(found: Evaluation) -> list[tuple[str, ...]]:
-    """One a model: shares and their differences in percent, likelihoods in nats a token, each with its 95 % interval."""
-    several, retained = len(found.rows) > 1, "retention" in header(found)
-    return [_row(row, found.held_out.metrics, several=several, retained=retained) for row in found.rows]
+def who_columns(found: Evaluation) -> list[Column]:
+    """That say which model a row is."""
+    who = [row.who for row in found.rows]
+    return [
+        ("artifact", [each.artifact for each in who]),
+        ("precision", [each.precision for each in who]),
+        ("adapter", [each.adapter or "" for each in who]),
+    ]
 
 
-def _row(row: Row, metrics: Sequence[str], *, several: bool, retained: bool) -> tuple[str, ...]:
-    cells = [row.who.artifact, row.who.precision, row.who.adapter or ""]
-    for name in metrics:
-        cells += [_shared(row.shares[name]), *([_signed(row.shares[name].difference, 100, 1)] if several else [])]
-    cells += [f"{row.loss.value:.3f} {_bounds(row.loss, 1, 3)}", *([_signed(row.loss_difference, 1, 3)] if several else [])]
-    cells += [f"{row.perplexity:.2f}"]
-    cells += [("" if row.retention is None else f"{row.retention:.2f}")] if retained else []
-    return (*cells, str(row.new_tokens), f"{row.seconds:.1f}")
+def answer_columns(found: Evaluation) -> list[Column]:
+    """Shares of the lines and their differences from the first row's, in percent, with their 95 % intervals."""
+    columns: list[Column] = []
+    for name in found.held_out.metrics:
+        shares = [row.shares[name] for row in found.rows]
+        columns.append((short(name), [f"{100 * each.interval.value:.1f} {_bounds(each.interval, 100, 0)}" for each in shares]))
+        columns += _difference(found, [each.difference for each in shares], 100, 1)
+    return columns
 
 
-def _shared(share: Share) -> str:
-    return f"{100 * share.interval.value:.1f} {_bounds(share.interval, 100, 1)}"
+def likelihood_columns(found: Evaluation) -> list[Column]:
+    """How likely the data's own answers are, in nats a token, with 95 % intervals; and what it all took."""
+    rows = found.rows
+    columns: list[Column] = [("NLL", [f"{row.loss.value:.3f} {_bounds(row.loss, 1, 2)}" for row in rows])]
+    columns += _difference(found, [row.loss_difference for row in rows], 1, 3)
+    columns.append(("perplexity", [f"{row.perplexity:.2f}" for row in rows]))
+    if any(row.retention is not None for row in rows):
+        columns.append(("retention", ["" if row.retention is None else f"{row.retention:.2f}" for row in rows]))
+    columns.append(("new tokens", [str(row.new_tokens) for row in rows]))
+    columns.append(("seconds", [f"{row.seconds:.1f}" for row in rows]))
+    return columns
+
+
+def table_of(*columns: Column) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows)."""
+    return tuple(name for name, _ in columns), list(zip(*(cells for _, cells in columns), strict=True))
+
+
+def _difference(found: Evaluation, intervals: Sequence[Interval | None], scale: float, digits: int) -> list[Column]:
+    """None of a table of one row."""
+    return [("vs first", [_signed(each, scale, digits) for each in intervals])] if len(found.rows) > 1 else []
 
 
 def _signed(interval: Interval | None, scale: float, digits: int) -> str:
     if interval is None:
         return ""
-    value, low, high = (f"{scale * each:+.{digits}f}" for each in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
+    low, high = (f"{scale * each:+.{digits - 1}f}" for each in (interval.low, interval.high))
+    return f"{scale * interval.value:+.{digits}f} [{low}, {high}]"
 
 
 def _bounds(interval: Interval, scale: float, digits: int) -> str:
@@ -167,12 +185,16 @@ def _write(path: Path, text: str) -> None:
 def page(found: Evaluation, answers: Sequence[Mapping[str, Any]], *, picture: bool) -> str:
     """report.md."""
     files = ", ".join(f"{each.file} (sha256 {each.sha256[:12]})" for each in found.held_out.files)
-    parts = [f"# Evaluation on {_inline(files)}", _table(header(found), table_rows(found))]
+    parts = [
+        f"# Evaluation on {_inline(files)}",
+        _table(*table_of(*who_columns(found), *answer_columns(found), *likelihood_columns(found))),
+    ]
     parts += ["\n".join(f"- {line}" for line in note_lines(found))]
     parts += [f"![the same figures]({PICTURE_FILE})"] if picture else []
     differing = found.differing
     if len(found.rows) > 1 and (found.held_out.metrics):
-        parts.append(f"## Lines that are answered differently: {len(differing)} of {len(answers)}")
+        whom = "artifacts" if found.repeats else "rows"
+        parts.append(f"## Lines that the {whom} answer differently: {len(differing)} of {len(answers)}")
         parts += [_line(answers[line]) for line in differing[:SHOWN]]
         parts.append(f"All lines: [{ANSWERS_FILE}]({ANSWERS_FILE}).")
     return "\n\n".join(parts) + "\n"

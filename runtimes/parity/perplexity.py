@@ -46,7 +46,7 @@ def perplexity(session: Session, tokenizer: Tokenizer, text: str) -> float:
 
 def log_likelihoods(session: Session, window: Sequence[int], prompt: int) -> list[float]:
     """log p of each token of the window from column ``prompt`` on, given those before it, in nats; under the session's active adapter."""
-    return [float(_log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt)]
+    return [float(log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt)]
 
 
 def agreement(session: Session, tokens: Sequence[int], prompt: int) -> tuple[int, int]:
@@ -70,7 +70,8 @@ def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterato
             yield tokens[column + 1], row
 
 
-def _log_softmax(row: np.ndarray) -> np.ndarray:
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    """x - log sum exp x of a row of logits [V], in float64."""
     x = np.asarray(row, np.float64)
     x = x - x.max()
     return x - math.log(np.exp(x).sum())

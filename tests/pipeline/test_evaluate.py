@@ -21,7 +21,7 @@ from reft_export.evaluating.evaluate import Table, artifacts_by_name, evaluate, 
 from reft_export.evaluating.evaluation import evaluation_of
 from reft_export.evaluating.held_out import chat_template_of
 from reft_export.evaluating.intervals import bootstrap, wilson
-from reft_export.evaluating.report import page, table_rows
+from reft_export.evaluating.report import page
 from reft_export.evaluating.settings import EvaluationSettings
 from reft_export.training.data import load_data
 from runtimes.artifacts.bundle import open_bundle
@@ -221,7 +221,8 @@ def test_a_models_text_is_not_rendered(found) -> None:
     made = evaluation_of(found.held_out, [found.measured[0], sly])
     record = [{"line": "x:1", "prompt": "p", "expected": "e", "rows": [{"artifact": "a", "adapter": None, "answer": sly.answers[0]}]}]
     text = page(made, record * 9, picture=False)
-    assert "<script>" not in text and "&lt;script&gt;&#124;\\`\\*\\#" in text and len(table_rows(made)) == 2
+    assert "<script>" not in text and "&lt;script&gt;&#124;\\`\\*\\#" in text
+    assert made.differing == list(range(9)) and made.repeats
 
 
 @pytest.mark.parametrize(
