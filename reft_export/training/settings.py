@@ -72,7 +72,7 @@ class TrainSettings:
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
     metric: str = "loss"
-    """Of held-out examples, beside their loss: accuracy, exact-match, or ``file.py:function`` (reft_export/training/metrics.py)."""
+    """Of held-out examples, beside their loss: accuracy, exact-match, or ``file.py:function`` (reft_export/training/questions.py)."""
     keep: str = "best"
     """Which step's parameters are saved: of those whose held-out loss was taken the one with the best metric, of equals the lowest loss;
     or the last. The last without held-out examples."""
