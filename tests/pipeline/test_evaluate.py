@@ -108,6 +108,18 @@ def test_figures_are_the_models_own(name, table, found, lines) -> None:
         assert row.answers[line] == base.tokenizer.decode([token for token in said if token != tiny.EOS], skip_special_tokens=True)
 
 
+def test_differences_are_from_the_first_row_line_by_line(found) -> None:
+    first, measured = found.rows[0], found.measured
+    assert first.loss_difference is None
+    for row, own in zip(found.rows[1:], measured[1:], strict=True):
+        assert row.loss_difference.value == pytest.approx(row.loss.value - first.loss.value)
+        assert row.loss_difference.low <= row.loss_difference.value <= row.loss_difference.high
+        for name, share in row.shares.items():
+            assert share.difference.value == pytest.approx(np.mean(own.right[name]) - np.mean(measured[0].right[name]))
+    same = found.rows[3]
+    assert same.who.adapter is None and max(abs(same.loss_difference.low), abs(same.loss_difference.high)) < 1e-3, "it is not paired"
+
+
 def test_retention_is_of_the_float32_models_in_the_table(found) -> None:
     """(NLL base - NLL here) / (NLL base - NLL steered), with the weights of a bundle that lost half of what the edit gave."""
     base, steered_row, quantized = found.measured[0], found.measured[1], found.measured[4]
