@@ -128,17 +128,26 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
     base, settings, rows = ready.base, ready.settings, ready.examples.training
     total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
     _, device = settings.placement()
-    needed = footprint(base.model, ready.interventions, ready.rule, ready.examples, settings)
+    reference = ready.objective.reference_rows(ready.examples)
+    needed = footprint(base.model, ready.interventions, ready.rule, ready.examples, settings, reference)
     plan = needed.plan
     apart: tuple[str, ...] = ()
     if plan is not None and plan.splits:
         how = f"once, kept in {size(needed.cache)}" if plan.kept else "in every step"
         apart = (f"compute the {plan.prefix} of {plan.tokens} tokens before the first edited ones without a graph, {how}",)
+    answers: tuple[str, ...] = ()
+    if ready.unanswered:
+        answers = (
+            f"answer {len(ready.unanswered)} prompts with the system prompt, at most {settings.max_new_tokens} tokens each, which the "
+            "figures below leave out",
+        )
     steps = steps_of(rows, settings)
     return Forecast(
         steps=(
             f"load {described(model)} in {base.dtype} on {device}, frozen",
+            *answers,
             *apart,
+            *(("compute what the base says without the edits",) if reference else ()),
             f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}, "
             f"{len(rows)} examples, {steps} steps",
             "write the adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,6 +151,28 @@ def asks_auto(values: list[str] | None) -> bool:
 def check_session_options(provider: str | None, kernel: str | None) -> None:
     check_choice("--provider", provider, ("cpu", "cuda", "tensorrt", "tensorrt-rtx"))
     check_choice("--kernel", kernel, ("fused", "function", "plugin", "expanded"))
+
+
+def text_or_file(value: str, option: str) -> str:
+    """A file's content, else the text itself. Raises InputError for a single word that is no file: that is a file's name with a slip."""
+    from runtimes.errors import InputError
+
+    try:
+        if Path(value).is_file():
+            value, where = Path(value).read_text(encoding="utf-8"), f"{option} {value}"
+        else:
+            where = option
+    except UnicodeDecodeError as e:
+        raise InputError(f"{option} {value}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:  # of a text
+            raise InputError(f"{option} {value} cannot be read: {e.strerror}") from None
+        where = option
+    if not value.strip():
+        raise InputError(f"{where} is empty; give the text")
+    if len(value.split()) == 1 and where == option:
+        raise InputError(f"{option} {value} is not a file, and one word is no system prompt; name the file, or write the text")
+    return value.strip()
 
 
 def given(context: typer.Context, name: str) -> bool:

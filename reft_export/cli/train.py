@@ -14,7 +14,7 @@ from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
 from reft_export.cli.placement import load_placed
-from reft_export.cli.train_options import Form, Optimization, Reading, Run, Sources
+from reft_export.cli.train_options import Aim, Form, Optimization, Reading, Run, Sources
 from reft_export.cli.train_report import PREVIEWED, show_data, show_json, show_preview, show_result
 from reft_export.console import Progress, err, progress
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from runtimes.edits.adapter import Adapter
 
 OTHERS = {
-    TEXT_CLASSIFICATION: (("chat_template", "format", "train_on", "samples"), "a decoder's, and {} is a classifier"),
+    TEXT_CLASSIFICATION: (
+        ("chat_template", "format", "train_on", "samples", "distill_system", "kl_weight"),
+        "a decoder's, and {} is a classifier",
+    ),
     TEXT_GENERATION: (("head",), "a classifier's, and {} is a decoder"),
 }
 """By the base's task: parameters that mean nothing for it, and why."""
@@ -51,6 +54,7 @@ def train(
     output: Output,
     form: Form,
     optimization: Optimization,
+    aim: Aim,
     reading: Reading,
     run: Run,
     sources: Sources,
@@ -73,12 +77,12 @@ def train(
     from runtimes.edits.adapter import load_adapter
     from runtimes.files.folders import check_destination, claimed
 
-    settings = TrainSettings(**vars(form), **vars(optimization), **vars(reading), **vars(run))
+    settings = TrainSettings(**vars(form), **vars(optimization), **aim.settings(), **vars(reading), **vars(run))
     started = None if sources.start is None else load_adapter(sources.start)
     if started is not None:
         settings = _of_form(started, settings, context)
     others = load_adapters(sources.orthogonal_to or [])
-    _refuse_contradictions(context, settings, sources)
+    _refuse_contradictions(context, settings, aim, sources)
     unweighted = dry_run or preview
     if unweighted:
         from reft_export.forecast import refuse_download
@@ -160,7 +164,7 @@ def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) 
     return replace(settings, **{name: getattr(like, name) for name in names if not given(context, name)})
 
 
-def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sources: Sources) -> None:
+def _refuse_contradictions(context: typer.Context, settings: TrainSettings, aim: Aim, sources: Sources) -> None:
     from runtimes.edits.methods import METHODS
     from runtimes.errors import InputError
 
@@ -174,6 +178,8 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, sour
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {settings.dtype} would round; leave --dtype out")
     if sources.eval_data is not None:
         refuse_given(context, ("eval_fraction",), "what --eval-data is in place of")
+    if aim.distill_system is None:
+        refuse_given(context, ("max_new_tokens",), "for answers that --distill-system gives")
     if settings.max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if sources.start is not None:

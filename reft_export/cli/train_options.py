@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from reft_export.cli.options import AcceptBase
+from reft_export.cli.options import AcceptBase, text_or_file
 from reft_export.cli.placement import Device, Dtype
 
 
@@ -49,6 +49,31 @@ class Optimization(Steps):
     """How its parameters move."""
 
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 9e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """What a decoder is trained for."""
+
+    distill_system: Annotated[
+        str | None,
+        typer.Option(
+            "--distill-system",
+            help="A system prompt, or a file of one: learn what the base says with it, without it. Lines without an answer are answered "
+            "by the base first.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of such an answer.")] = 256
+    kl_weight: Annotated[
+        float, typer.Option("--kl-weight", help="Of KL(base || steered) at the completions' tokens, added to the loss: stay near the base.")
+    ] = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Those of TrainSettings, with the file's content. Raises InputError for a file that is none."""
+        return {
+            **vars(self),
+            "distill_system": "" if self.distill_system is None else text_or_file(self.distill_system, "--distill-system"),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,16 @@ class Steering:
         """int32 [B, S] during a forward, else None."""
         self._signature = inspect.signature(model.forward)
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """No row is edited inside: the base's own forward, bit for bit."""
+        before = self.prompt_length, self.rows
+        self.prompt_length, self.rows = None, slice(0, 0)
+        try:
+            yield
+        finally:
+            self.prompt_length, self.rows = before
+
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.slot = None
         call = self._signature.bind_partial(*args, **kwargs).arguments

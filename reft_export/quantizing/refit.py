@@ -44,7 +44,7 @@ from reft_export.training.objective import tokenizer_of
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.sources import Data
 from reft_export.training.teacher import teaching
-from reft_export.training.ways import Ways
+from reft_export.training.ways import Ways, loss_of
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.edits.adapter import Adapter, save_adapter
@@ -241,7 +241,7 @@ def adapter_loss(
         nullcontext() if teacher is None else teaching(*teacher) as lesson,
     ):
         ways = Ways(head=CountedHead(base.model), steering=steering, rule=adapter.positions)
-        model = EditedModel(interventions, ways.counted, lesson).eval()
+        model = EditedModel(interventions, ways.counted, loss_of if lesson is None else lesson.divergence).eval()
         for start in range(0, len(examples), batch_size):
             chosen = examples[start : start + batch_size]
             total += float(model(**collate(chosen, pad_token_id=0), num_items_in_batch=1)["loss"])

@@ -31,7 +31,7 @@ from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import ACCURACY, LOSS, TrainSettings
-from reft_export.training.sources import Data
+from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -84,12 +84,15 @@ class LabelObjective(Objective[LabelledText]):
         super().__init__(base, settings, origin)
         if origin.teacher is not None:
             raise InputError(f"teacher is a decoder's, and {base.info.name} is a classifier; leave it out")
+        for name in ("distill_system", "kl_weight"):
+            if getattr(settings, name):
+                raise InputError(f"{name} is a decoder's, and {base.info.name} is a classifier; leave it out")
         self._trains_head = origin.head is not False
 
     def limit(self, context: int) -> str:
         return f"{self.base.info.name} takes {context} tokens"
 
-    def read(self, data: Data, max_length: int) -> TrainingData[LabelledText]:
+    def read(self, data: Lines, max_length: int) -> TrainingData[LabelledText]:
         return load_labelled(data, tokenizer_of(self.base), self.base.info.labels, max_length=max_length)
 
     def record(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class LabelObjective(Objective[LabelledText]):
     def collate(self, examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, Tensor]:
         return collate_labelled(examples, pad_token_id=pad_token_id)
 
-    def metric(self, examples: Examples[LabelledText], held_out_data: Data) -> str | None:
+    def metric(self, examples: Examples[LabelledText], held_out_data: Lines) -> str | None:
         if self.settings.metric not in (LOSS, ACCURACY):
             raise InputError(f"metric {self.settings.metric} is of answers, and {self.base.info.name} is a classifier; use accuracy")
         return None if self.settings.metric == LOSS else ACCURACY

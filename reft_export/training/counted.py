@@ -36,7 +36,26 @@ class CountedHead:
             logits = self.model(**inputs).logits
         finally:
             hook.remove()
-        return logits[0] if head.gathered else logits[counted]
+        return logits[counted] if head.states is None else logits[0]
+
+    def states(self, counted: Tensor, **inputs: Any) -> Tensor | None:
+        """[n, D], what the head is applied to at the counted tokens; None where the logits are not its product alone: a family that caps or
+        scales them behind it."""
+        if not isinstance(self._head, nn.Module):
+            return None
+        gathered = _Gathered(counted)
+        hook = self._head.register_forward_pre_hook(gathered)
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            hook.remove()
+        states = gathered.states
+        return states if states is not None and torch.equal(self.of_states(states), logits[0]) else None
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """Logits [n, V] of what ``states`` gave."""
+        assert isinstance(self._head, nn.Module)
+        return self._head(states[None])[0]
 
     def every_logit(self, counted: Tensor, **inputs: Any) -> Tensor:
         """The same without a hook: the logits behind the first counted token of any row, of which the counted ones are taken."""
@@ -49,13 +68,15 @@ class _Gathered:
     """The hook: hidden [B, S, D] to hidden[counted] as [1, n, D]."""
 
     def __init__(self, counted: Tensor) -> None:
-        self._counted, self.gathered = counted, False
+        self._counted = counted
+        self.states: Tensor | None = None
+        """[n, D], once the head was called with hidden states."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].shape[:-1] != self._counted.shape:
             return None
-        self.gathered = True
-        return (args[0][self._counted][None],)
+        self.states = args[0][self._counted]
+        return (self.states[None],)
 
 
 def computes_nothing(like: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from reft_export.base.token_rules import end_token
+from reft_export.training.distilled_data import PromptedTeacher
 from reft_export.training.forms import AUTO, FORMS, TEXT, read_record
 from reft_export.training.rendering import rendered
-from reft_export.training.sources import Data, Source, read_object, sources_of
+from reft_export.training.sources import Lines, Source, read_object, sources_of
 from reft_export.training.tokenizing import IGNORED, Example, Tokenizing
 from runtimes.errors import InputError
 
@@ -100,7 +102,7 @@ class Examples(Generic[E]):
         return self.held_out or self.training
 
 
-def joined(data: Data, read: Callable[[Source], Iterator[E]]) -> TrainingData[E]:
+def joined(data: Lines, read: Callable[[Source], Iterator[E]]) -> TrainingData[E]:
     """One file, or several in their order, or records in memory, as one. ``read``: the examples of one source, at least one."""
     sources, examples = sources_of(data), []
     for source in sources:
@@ -110,7 +112,7 @@ def joined(data: Data, read: Callable[[Source], Iterator[E]]) -> TrainingData[E]
 
 
 def load_data(
-    data: Data,
+    data: Lines,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -118,9 +120,10 @@ def load_data(
     stop_tokens: Collection[int] = (),
     form: str = AUTO,
     train_on: str = "last",
+    teacher: PromptedTeacher | None = None,
 ) -> TrainingData[Example]:
     """Reads and tokenizes the data. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos; ``form``: of
-    forms.FORMS, or auto: every line's own; ``train_on``: the last answer of a conversation, or all of them.
+    forms.FORMS, or auto: every line's own; ``train_on``: the last answer of a conversation, or all of them; ``teacher``: of a distillation.
 
     Raises InputError naming file and line for anything that is not of the form, for a prompt that leaves no room in ``max_length`` and for
     chat messages without a template; naming the file where it has no usable line.
@@ -128,7 +131,14 @@ def load_data(
 
     def read(source: Source) -> Iterator[Example]:
         return iter_examples(
-            source, tokenizer, max_length=max_length, chat_template=chat_template, stop_tokens=stop_tokens, form=form, train_on=train_on
+            source,
+            tokenizer,
+            max_length=max_length,
+            chat_template=chat_template,
+            stop_tokens=stop_tokens,
+            form=form,
+            train_on=train_on,
+            teacher=teacher,
         )
 
     read_data = joined(data, read)
@@ -145,6 +155,7 @@ def iter_examples(
     stop_tokens: Collection[int] = (),
     form: str = AUTO,
     train_on: str = "last",
+    teacher: PromptedTeacher | None = None,
 ) -> Iterator[Example]:
     """``load_data`` one example at a time. The refusal of a file without any comes at its end."""
     source = source if isinstance(source, Source) else Source(source)
@@ -161,8 +172,13 @@ def iter_examples(
         if record is not None:
             found = True
             name, content = read_record(record, line.where, form)
-            pieces = rendered(content, tokenizer, template=template, train_on=train_on, where=line.where)
-            yield tokenizing.example(pieces, number=line.number, where=line.where, form=name)
+            render = partial(rendered, tokenizer=tokenizer, template=template, train_on=train_on, where=line.where)
+            pieces = render(content)
+            example = tokenizing.example(pieces, number=line.number, where=line.where, form=name)
+            if teacher is not None:
+                seen = render(teacher.sees(content, template=template, where=line.where))
+                example = teacher.with_prompt(example, pieces, seen, tokenizing)
+            yield example
     if not found:
         sample = FORMS["prompt-completion" if form == AUTO else form].sample
         raise InputError(f"{source.where} has no examples; expected lines like {json.dumps(sample)}")

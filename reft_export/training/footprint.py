@@ -21,13 +21,15 @@ from reft_export.training.data import Example, Examples, Tokenized
 from reft_export.training.frozen_prefix import frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
-from reft_export.training.way_choice import PrefixPlan, plan_prefixes
+from reft_export.training.way_choice import LEAST_PASSES, PrefixPlan, passes_over, plan_prefixes
 from runtimes.edits.positions import PositionRule
 
 KEPT = 1.5
 """Values that autograd keeps of a token, over those that the block's linear maps put out."""
 LOGIT_COPIES = 3
 """Logits, their log-softmax and its gradient, float32."""
+REFERENCE_COPIES = 2
+"""Of a divergence: the reference's logits, and their log-softmax."""
 PASSING = 10
 """Blocks whose outputs lie in memory beside what autograd keeps: temporaries, gradients, and what the allocator does not give back."""
 OVERHEAD = 1.1
@@ -56,9 +58,14 @@ class Footprint:
 
 
 def footprint(
-    model: PreTrainedModel, interventions: Interventions, rule: PositionRule, examples: Examples[Tokenized], settings: TrainSettings
+    model: PreTrainedModel,
+    interventions: Interventions,
+    rule: PositionRule,
+    examples: Examples[Tokenized],
+    settings: TrainSettings,
+    reference: Sequence[Tokenized] = (),
 ) -> Footprint:
-    """``model`` may lie on torch's meta device."""
+    """``model`` may lie on torch's meta device. ``reference``: rows that the base computes without the edits, beside the steps."""
     blocks, value = list(decoder_layers(model)), model.dtype.itemsize
     first = min(site.layer for site in interventions.sites)
     linear = [_linear(block) for block in blocks]
@@ -78,17 +85,24 @@ def footprint(
         kept = size * longest * ((again if settings.gradient_checkpointing else KEPT * outputs) + min(PASSING, len(blocks)) * block)
     counted = max(sum(end - start for start, end in row.trained) for row in rows) if decoder else 1
     vocabulary = output_rows(model) if decoder else 0
-    logits = 4.0 * LOGIT_COPIES * size * counted * vocabulary
+    logits = 4.0 * (LOGIT_COPIES + (REFERENCE_COPIES if reference else 0)) * size * counted * vocabulary
     trained = sum(p.numel() for p in interventions.parameters())
     cache = 0.0
     if plan is not None and plan.kept:
         stored = {"auto": value, "float32": 4}.get(settings.cache_dtype, 2)
         cache = min(settings.cache_mb * 1e6, plan.prefix * _cache_values(model, len(blocks)) * stored)
+    work = _work(linear, first, rows, rule, plan, settings)
+    if reference:
+        once = settings.cache_mb > 0 and passes_over(examples, settings) >= LEAST_PASSES
+        often = 1.0 if once else passes_over(examples, settings)
+        work += often * _padded([row.length for row in reference], size) * sum(weights for weights, _ in linear)
+        tokens = sum(end - start for row in reference for start, end in row.trained)
+        cache += min(settings.cache_mb * 1e6 - cache, tokens * width * value) if once else 0.0
     return Footprint(
         activations=kept * value + logits,
         cache=cache,
         optimizer=4.0 * OPTIMIZER_COPIES * trained,
-        work=_work(linear, first, rows, rule, plan, settings),
+        work=work,
         plan=plan,
     )
 

@@ -112,13 +112,9 @@ class PrefixStore:
         model, width = self._head.model, max(map(len, prefixes))
         ids = torch.tensor([[*each, *[self._pad] * (width - len(each))] for each in prefixes], device=model.device)
         mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in prefixes], device=model.device)
-        cache, steering = DynamicCache(), self._steering
-        before = steering.prompt_length, steering.rows
-        steering.prompt_length, steering.rows = None, slice(0, 0)  # no row of these is edited
-        try:
+        cache = DynamicCache()
+        with self._steering.switched_off():
             self._head.logits(computes_nothing(ids), input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        finally:
-            steering.prompt_length, steering.rows = before
         layers: list[Any] = cache.layers
         states = torch.stack([layer.keys for layer in layers] + [layer.values for layer in layers]).to(self._dtype)
         return [states[:, row, :, : len(each)] for row, each in enumerate(prefixes)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import stop_tokens, vocabulary_of
-from reft_export.eager.steering import steer, steered
+from reft_export.eager.steering import Steering, steer, steered
 from reft_export.training.data import Example, Examples, TrainingData, collate, load_data
+from reft_export.training.distilled_data import PromptedTeacher
 from reft_export.training.forms import AsProbe, probe_of_form
 from reft_export.training.greedy import greedy_answers, text_of
 from reft_export.training.interventions import Interventions
@@ -20,11 +23,12 @@ from reft_export.training.loop import TrainedModel
 from reft_export.training.metrics import AnswerMetric, answer_metric
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
 from reft_export.training.recomputed import recomputed_blocks
+from reft_export.training.reference import Reference, kept_reference
 from reft_export.training.settings import TrainSettings
-from reft_export.training.sources import Data
+from reft_export.training.sources import Lines
 from reft_export.training.teacher import Teacher, teaching
 from reft_export.training.way_choice import choose_way
-from reft_export.training.ways import Batch, Way, loss_of
+from reft_export.training.ways import Batch, Loss, Way, divergence, loss_of
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -33,11 +37,11 @@ SAMPLE_TOKENS = 48
 
 
 class EditedModel(TrainedModel):
-    """A decoder's; the loss is on completions."""
+    """A decoder's; ``loss`` is on completions."""
 
-    def __init__(self, interventions: Interventions, way: Way, teacher: Teacher | None = None) -> None:
+    def __init__(self, interventions: Interventions, way: Way, loss: Loss = loss_of) -> None:
         super().__init__(interventions)
-        self._outside = (way, teacher)
+        self._outside = (way, loss)
 
     def loss(
         self,
@@ -45,19 +49,26 @@ class EditedModel(TrainedModel):
         attention_mask: Tensor,
         labels: Tensor,
         prompt_length: Tensor,
+        reference: Mapping[str, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Cross entropy of the labels, or with a teacher KL(teacher || model) at the same tokens; summed over tokens and divided by
-        num_items_in_batch (else by their number)."""
-        way, teacher = self._outside
-        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels, prompt_length=prompt_length)
+        """The loss summed over the labels' tokens and divided by num_items_in_batch (else by their number). ``reference``: the batch as
+        ``Batch.reference`` has it."""
+        way, loss = self._outside
+        batch = Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            prompt_length=prompt_length,
+            reference=None if reference is None else Batch.of(reference, input_ids.device),
+        )
         logits = way(batch)
-        total = loss_of(logits, batch) if teacher is None else teacher.divergence(logits, batch)
-        return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
+        return loss(logits, batch) / (len(logits) if num_items_in_batch is None else num_items_in_batch)
 
 
 class CompletionObjective(Objective[Example]):
-    """Cross entropy of the completions; with a teacher, the divergence from what it says at the same tokens."""
+    """Cross entropy of the completions, or with a teacher the divergence from what it says at the same tokens; and with ``kl_weight`` as
+    much of the divergence from what the base says there without the edits."""
 
     def __init__(self, base: Base, settings: TrainSettings, origin: Origin) -> None:
         super().__init__(base, settings, origin)
@@ -70,7 +81,7 @@ class CompletionObjective(Objective[Example]):
     def limit(self, context: int) -> str:
         return f"the context of {self.base.info.name} ends at {context}"
 
-    def read(self, data: Data, max_length: int) -> TrainingData[Example]:
+    def read(self, data: Lines, max_length: int) -> TrainingData[Example]:
         settings = self.settings
         read = load_data(
             data,
@@ -80,9 +91,14 @@ class CompletionObjective(Objective[Example]):
             stop_tokens=self._stop,
             form=settings.format,
             train_on=settings.train_on,
+            teacher=self.prompted_teacher(),
         )
         _check_vocabulary(read, vocabulary_of(self.base))
         return read
+
+    def prompted_teacher(self) -> PromptedTeacher | None:
+        """Of a distillation from a system prompt."""
+        return None
 
     def as_probe(self) -> AsProbe:
         return probe_of_form(self.settings.format)
@@ -90,10 +106,13 @@ class CompletionObjective(Objective[Example]):
     def record(self) -> dict[str, Any]:
         return {"objective": "data" if self.origin.teacher is None else "teacher"}
 
-    def collate(self, examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Any]:
         return collate(examples, pad_token_id=pad_token_id)
 
-    def metric(self, examples: Examples[Example], held_out_data: Data) -> AnswerMetric | None:
+    def reference_rows(self, examples: Examples[Example]) -> list[Example]:
+        return [*examples.training, *examples.held_out] if self.settings.kl_weight else []
+
+    def metric(self, examples: Examples[Example], held_out_data: Lines) -> AnswerMetric | None:
         return answer_metric(self.settings.metric, self.base, examples, held_out_data, self.settings.batch_size)
 
     def train(
@@ -112,11 +131,23 @@ class CompletionObjective(Objective[Example]):
             recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
-            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, self.settings, phase)
+            loss, kept, told = self.loss(steering, examples, lesson, phase)
+            settings = replace(self.settings, cache_mb=max(0, self.settings.cache_mb - math.ceil(kept / 1e6)))
+            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, settings, phase)
             phase("training")
             measure = None if metric is None else partial(metric.measure, steering, way)
-            history = loop(EditedModel(interventions, way, lesson), measure)
-        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=said)
+            history = loop(EditedModel(interventions, way, loss), measure)
+        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=(*told, *said))
+
+    def loss(
+        self, steering: Steering, examples: Examples[Example], lesson: Teacher | None, phase: Phase
+    ) -> tuple[Loss, int, tuple[str, ...]]:
+        """(what the steps lower, bytes that it keeps from step to step, what is to be said of it)."""
+        own: Loss = loss_of if lesson is None else lesson.divergence
+        if not self.settings.kl_weight:
+            return own, 0, ()
+        reference, said = kept_reference(self.base, steering, self.reference_rows(examples), examples, self.settings, phase)
+        return penalized(own, self.settings.kl_weight, reference), reference.size, said
 
     def samples(self, examples: Examples[Example], phase: Phase, adapter: Adapter | None = None) -> tuple[Sample, ...]:
         asked = examples.shown[: self.settings.samples]
@@ -125,6 +156,15 @@ class CompletionObjective(Objective[Example]):
         phase("sampling the base" if adapter is None else "sampling the steered model")
         with nullcontext() if adapter is None else steered(self.base.model, adapter):
             return greedy_samples(self.base, asked)
+
+
+def penalized(loss: Loss, weight: float, reference: Reference) -> Loss:
+    """loss + weight * sum over counted tokens of KL(base || steered), in nats."""
+
+    def total(logits: Tensor, batch: Batch) -> Tensor:
+        return loss(logits, batch) + weight * divergence(logits, reference.logits(batch))
+
+    return total
 
 
 def greedy_samples(base: Base, examples: Sequence[Example]) -> tuple[Sample, ...]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_export.tasks.classification import encode
 from reft_export.training.data import TrainingData, joined
-from reft_export.training.sources import Data, Source, check_text, read_object
+from reft_export.training.sources import Lines, Source, check_text, read_object
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText, padded
 
@@ -58,7 +58,7 @@ class LabelledText:
         return len(self.text)
 
 
-def load_labelled(data: Data, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData[LabelledText]:
+def load_labelled(data: Lines, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData[LabelledText]:
     """Reads and tokenizes the data. Raises InputError naming file and line for anything not of the form above."""
 
     def read(source: Source) -> Iterator[LabelledText]:

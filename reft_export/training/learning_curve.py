@@ -28,6 +28,7 @@ def write_training_record(result: TrainResult, settings: TrainSettings, folder: 
         "kept": to_json(result.kept),
         "history": to_json(result.history),
         "data": to_json(result.statistics),
+        **({"answers": dict(result.answers)} if result.answers else {}),
         "samples": [
             {"prompt": before.prompt, "before": before.text, "after": after.text}
             for before, after in zip(result.samples_before, result.samples_after, strict=True)

@@ -15,7 +15,7 @@ from reft_export.training.data import Examples
 from reft_export.training.greedy import greedy_answers, text_of
 from reft_export.training.questions import CHECKED_TOKENS, AnswerCheck, Question, check_answers, choices_of, question_of
 from reft_export.training.settings import ACCURACY, EXACT_MATCH, LOSS
-from reft_export.training.sources import Data
+from reft_export.training.sources import Lines
 from reft_export.training.tokenizing import IGNORED, Example
 from reft_export.training.ways import Batch, Way
 from runtimes.generation import PAD
@@ -65,7 +65,7 @@ class AnswerMetric:
         return text_of(self.base, kept)
 
 
-def answer_metric(name: str, base: Base, examples: Examples[Example], held_out_data: Data, batch_size: int) -> AnswerMetric | None:
+def answer_metric(name: str, base: Base, examples: Examples[Example], held_out_data: Lines, batch_size: int) -> AnswerMetric | None:
     """What ``name`` measures; None of the loss alone.
 
     Raises InputError for plain text, which has no answers; for accuracy, where the answers are too many or all the same; and for a function

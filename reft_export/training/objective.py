@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.load import Base
 from reft_export.training.checkpoints import StepRecord
-from reft_export.training.data import E, Examples, TrainingData
+from reft_export.training.data import E, Examples, Tokenized, TrainingData
 from reft_export.training.forms import AsProbe, probe_as_it_is
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
-from reft_export.training.sources import Data
+from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -90,7 +89,7 @@ class Objective(ABC, Generic[E]):
         """That nothing is longer than ``context`` tokens, in words."""
 
     @abstractmethod
-    def read(self, data: Data, max_length: int) -> TrainingData[E]:
+    def read(self, data: Lines, max_length: int) -> TrainingData[E]:
         """The tokenized data; raises InputError for a line that cannot be trained on."""
 
     def as_probe(self) -> AsProbe:
@@ -101,11 +100,15 @@ class Objective(ABC, Generic[E]):
         """What a resumed run must have in common with it."""
 
     @abstractmethod
-    def collate(self, examples: Sequence[E], *, pad_token_id: int) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[E], *, pad_token_id: int) -> dict[str, Any]:
         """A batch: what the trained model's forward takes."""
 
+    def reference_rows(self, examples: Examples[E]) -> list[Tokenized]:
+        """What the base computes beside the steps, without the edits."""
+        return []
+
     @abstractmethod
-    def metric(self, examples: Examples[E], held_out_data: Data) -> Any:
+    def metric(self, examples: Examples[E], held_out_data: Lines) -> Any:
         """What ``train`` measures held-out examples by, checked; None of the loss alone. ``held_out_data``: where they were read from."""
 
     @abstractmethod

@@ -19,6 +19,8 @@ from reft_export.training.avoided import avoided
 from reft_export.training.checkpoints import check_working_folder
 from reft_export.training.classification import LabelObjective
 from reft_export.training.data import Examples, TrainingData, split
+from reft_export.training.distillation import DistillationObjective
+from reft_export.training.distilled_data import answered, unanswered
 from reft_export.training.forms import TEXT
 from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
@@ -27,7 +29,7 @@ from reft_export.training.probes import probes_of
 from reft_export.training.processes import process_count
 from reft_export.training.reporting import check_reporting
 from reft_export.training.settings import LOSS, TrainSettings
-from reft_export.training.sources import Data
+from reft_export.training.sources import Data, Lines, Rewritten
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.positions import PositionRule, slots
@@ -35,8 +37,13 @@ from runtimes.edits.probes import Probe, spread
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
 
+
+def _of_decoder(base: Base, settings: TrainSettings, origin: Origin) -> Objective[Any]:
+    return (DistillationObjective if settings.distill_system else CompletionObjective)(base, settings, origin)
+
+
 OBJECTIVES: Mapping[str, Callable[[Base, TrainSettings, Origin], Objective[Any]]] = {
-    TEXT_GENERATION: CompletionObjective,
+    TEXT_GENERATION: _of_decoder,
     TEXT_CLASSIFICATION: LabelObjective,
 }
 """By the base's task."""
@@ -62,6 +69,8 @@ class Preparation:
     """What the run's checkpoints belong to."""
     probes: tuple[Probe, ...] = ()
     """What the adapter will carry."""
+    unanswered: frozenset[str] = frozenset()
+    """Where the lines stand that a distillation's teacher is to answer."""
 
     @cached_property
     def statistics(self) -> DataStatistics:
@@ -81,10 +90,12 @@ def prepare(
     origin: Origin = Origin(),
     *,
     eval_data: Data | None = None,
+    answers: Mapping[str, str] | None = None,
     force: bool = False,
     phase: Phase = lambda _: None,
 ) -> Preparation:
-    """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device."""
+    """Every check of ``train``, every line of the data included; the base's model may lie on torch's meta device. ``answers``: of a
+    distillation, those of its teacher to lines without one, by where they stand; None: they are still to come."""
     check_destination(output, force=force)
     tokenizer_of(base)
     check_reporting(settings.report_to)
@@ -99,15 +110,22 @@ def prepare(
     if (settings.max_length or 0) > context:
         raise InputError(f"max_length is {settings.max_length}; {objective.limit(context)}")
     phase("reading the data")
-    read = objective.read(data, settings.max_length or context)
+    lines: Lines = data
+    held_out_lines: Lines | None = eval_data
+    missing = set[str]()
+    if settings.distill_system:
+        given = [data, *([] if eval_data is None else [eval_data])]
+        missing = missing.union(*map(unanswered, given))
+        lines, held_out_lines = answered(data, answers), None if eval_data is None else answered(eval_data, answers)
+    read = objective.read(lines, settings.max_length or context)
     check_positions(read, rule)
-    held_out = None if eval_data is None else _held_out(eval_data, read, rule, settings, objective, context)
+    held_out = None if held_out_lines is None else _held_out(held_out_lines, read, rule, settings, objective, context)
     training, rest = split(read.examples, settings.eval_fraction, settings.seed)
     examples = Examples(training=training, held_out=rest if held_out is None else list(held_out.examples))
     if not examples.held_out and (settings.metric != LOSS or settings.patience is not None):
         needs = "patience" if settings.metric == LOSS else f"metric {settings.metric}"
         raise InputError(f"{needs} is of held-out examples, and there are none; give eval_data, or eval_fraction")
-    held_out_data = data if eval_data is None else eval_data
+    held_out_data = lines if held_out_lines is None else held_out_lines
     run = {
         **settings.record(),
         "data": read.digest,
@@ -132,17 +150,18 @@ def prepare(
         run=run,
         held_out=held_out,
         metric=objective.metric(examples, held_out_data),
-        probes=probes_of(held_out_data if examples.held_out else data, examples.shown, settings.probes, objective.as_probe()),
+        unanswered=frozenset(missing),
+        probes=probes_of(held_out_data if examples.held_out else lines, examples.shown, settings.probes, objective.as_probe()),
     )
 
 
 def _held_out(
-    data: Data, trained: TrainingData[Any], rule: PositionRule, settings: TrainSettings, objective: Objective[Any], context: int
+    data: Lines, trained: TrainingData[Any], rule: PositionRule, settings: TrainSettings, objective: Objective[Any], context: int
 ) -> TrainingData[Any]:
     """Data of its own in place of a share of the training data; raises InputError for what says nothing of the training."""
     if settings.eval_fraction:
         raise InputError("eval_data is in place of eval_fraction; leave one of them out")
-    if not isinstance(data, (str, Path)) and not len(data):
+    if not isinstance(data, (str, Path, Rewritten)) and not len(data):
         raise InputError("eval_data has no examples; give some, or leave it out")
     read = objective.read(data, settings.max_length or context)
     kinds = [{each.form == TEXT for each in one.examples} for one in (trained, read)]

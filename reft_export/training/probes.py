@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_export.training.data import Example, Tokenized, load_data
 from reft_export.training.forms import AsProbe, probe_as_it_is, probe_of_form
-from reft_export.training.sources import Data, read_object, sources_of
+from reft_export.training.sources import Data, Lines, read_object, sources_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.probes import MOST, Probe, spread
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what has no probes needs no torch
     from reft_export.training.labelled_data import LabelledText
 
 
-def probes_of(data: Data, examples: Sequence[Tokenized], count: int, as_probe: AsProbe) -> tuple[Probe, ...]:
+def probes_of(data: Lines, examples: Sequence[Tokenized], count: int, as_probe: AsProbe) -> tuple[Probe, ...]:
     """The lines of ``data`` that ``count`` of its ``examples`` were read from, spread over them. Reads the data once more."""
     chosen = {examples[index].where for index in spread(len(examples), count)}
     if not chosen:

@@ -16,7 +16,7 @@ from typing import Any
 
 from reft_export.evaluation.checker import load_function
 from reft_export.training.forms import TEXT
-from reft_export.training.sources import Data, read_object, sources_of
+from reft_export.training.sources import Lines, read_object, sources_of
 from reft_export.training.tokenizing import Example
 from runtimes.errors import InputError
 
@@ -65,7 +65,7 @@ class AnswerCheck:
     records: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def load(cls, name: str, data: Data, questions: Sequence[Question]) -> AnswerCheck:
+    def load(cls, name: str, data: Lines, questions: Sequence[Question]) -> AnswerCheck:
         """Tried on an empty answer. Raises InputError for a function that cannot be called, or says neither True nor False."""
         wanted = {question.where for question in questions}
         lines = (line for source in sources_of(data) for line in source.lines() if line.where in wanted)

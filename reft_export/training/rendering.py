@@ -44,17 +44,14 @@ def rendered(content: Normal, tokenizer: PreTrainedTokenizerBase, *, template: b
     if TEXT in content:
         return Rendered(pieces=(Piece(text=content[TEXT], trained=True),), templated=False)
     if "messages" not in content and not template:
-        return Rendered(pieces=_exchange(content["prompt"], content["completion"]), templated=False)
+        return Rendered(pieces=_pieces(content["prompt"], content["completion"]), templated=False)
     if not template:
         raise InputError(
             f"{where}: messages need a chat template, and "
             + ("chat_template is 'never'" if getattr(tokenizer, "chat_template", None) else "the tokenizer has none")
             + "; use prompt and completion lines, or a base with a template"
         )
-    messages = content.get("messages") or [
-        {"role": "user", "content": content["prompt"]},
-        {"role": "assistant", "content": content["completion"]},
-    ]
+    messages = content.get("messages") or exchange(content["prompt"], content["completion"])
     conversation = _Conversation(tokenizer, messages, content.get("tools"), where)
     conversation.check_keys()
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -62,7 +59,12 @@ def rendered(content: Normal, tokenizer: PreTrainedTokenizerBase, *, template: b
     return Rendered(pieces=conversation.all_answers(answers) if several else conversation.last_answer(), templated=True)
 
 
-def _exchange(prompt: str, completion: str) -> tuple[Piece, ...]:
+def exchange(prompt: str, completion: str) -> list[dict[str, Any]]:
+    """A prompt and its answer as messages."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _pieces(prompt: str, completion: str) -> tuple[Piece, ...]:
     return Piece(text=prompt, trained=False), Piece(text=completion, trained=True)
 
 
@@ -102,12 +104,12 @@ class _Conversation:
         self._check_system(whole)
         if whole.startswith(prompt):
             self._check_opening(prompt, whole[len(prompt) :], len(self.messages) - 1)
-            return _exchange(prompt, whole[len(prompt) :])
+            return _pieces(prompt, whole[len(prompt) :])
         # Some templates open the answer otherwise than they render one (a reasoning block that is dropped from past turns).
         # The prompt must be what inference starts from, so there the answer follows it as written.
         if answer.get("tool_calls"):
             raise InputError(f"{self.where}: the tokenizer's chat template opens an answer otherwise than it renders one with tool_calls")
-        return _exchange(prompt, answer["content"])
+        return _pieces(prompt, answer["content"])
 
     def all_answers(self, answers: Sequence[int]) -> tuple[Piece, ...]:
         """Pieces of the whole conversation, every one of the ``answers``, by its message's number, trained."""
@@ -126,7 +128,7 @@ class _Conversation:
             if len(through) <= len(opened):
                 raise InputError(f"{self.where}: the tokenizer's chat template leaves out the answer in message {index}")
             self._check_opening(opened, through[len(opened) :], index)
-            pieces += _exchange(whole[end : len(opened)], whole[len(opened) : len(through)])
+            pieces += _pieces(whole[end : len(opened)], whole[len(opened) : len(through)])
             end = len(through)
         return tuple(pieces)
 

@@ -30,6 +30,7 @@ INITS = ("pyreft", "identity")
 LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
 """What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
 
+
 NO_REPORT, *_ = REPORTS = ("none", "tensorboard", "wandb", "mlflow")
 
 
@@ -68,6 +69,13 @@ class TrainSettings:
     """Batches of examples of like length, which pads less; drawn by the seed, others than without."""
     gradient_checkpointing: bool = False
     """Each layer is computed again in the backward pass in place of being kept: less memory, a longer step."""
+
+    distill_system: str = ""
+    """A system prompt: KL(base with it || steered base without it) is lowered, in place of the cross entropy of completions."""
+    max_new_tokens: int = 256
+    """Of an answer that the base with the system prompt gives to a line without one."""
+    kl_weight: float = 0.0
+    """Of KL(base || steered) at the completions' tokens, which is added to the loss."""
 
     eval_fraction: float = 0.0
     """Share of the examples held out of training; their loss is taken ten times per run."""
@@ -124,14 +132,16 @@ class TrainSettings:
             object.__setattr__(self, "rank", 0)
         else:
             _in_range("rank", self.rank, 1)
-        for name in ("epochs", "batch_size", "gradient_accumulation"):
+        for name in ("epochs", "batch_size", "gradient_accumulation", "max_new_tokens"):
             _in_range(name, getattr(self, name), 1)
         if self.metric not in METRICS and ".py:" not in self.metric:
             raise InputError(f"metric {self.metric!r} is unknown; known: {', '.join(METRICS)}, or file.py:function")
         for name in ("max_steps", "max_length", "patience"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 1)
-        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb"):
+        if self.distill_system and not self.distill_system.strip():
+            raise InputError("distill_system is empty; give the system prompt that is to be learned")
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb", "kl_weight"):
             _in_range(name, getattr(self, name), 0)
         _in_range("seed", self.seed, 0, below=SEEDS)
         _in_range("probes", self.probes, 0, below=MOST + 1)

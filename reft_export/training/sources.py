@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,19 @@ from runtimes.files.records import unique_keys
 Records = Sequence[Mapping[str, Any]]
 Data = str | Path | Sequence[str | Path] | Records
 """A file, or the folder of a data set; several as if they were one; or records in memory."""
+Rewrite = Callable[[dict[str, Any], str], "Mapping[str, Any] | None"]
+"""(record, where it stands) to what is read in its place; None leaves the line out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rewritten:
+    """Data that is read otherwise than it lies there; names and digests are those of what lies there."""
+
+    data: Data
+    rewrite: Rewrite
+
+
+Lines = Data | Rewritten
 IN_MEMORY = "data"
 """What records in memory are called where a file has its name."""
 
@@ -47,7 +60,8 @@ class Line:
 class Source:
     """The lines of a file, or of records in memory as ``json.dumps`` would write them. ``sha256`` is of those that were read."""
 
-    def __init__(self, content: str | Path | Records) -> None:
+    def __init__(self, content: str | Path | Records, rewrite: Rewrite | None = None) -> None:
+        self._rewrite = rewrite
         self._path, self._records = (Path(content), ()) if isinstance(content, (str, Path)) else (None, content)
         self.name = IN_MEMORY if self._path is None else self._path.name
         self.where = IN_MEMORY if self._path is None else str(self._path)
@@ -61,7 +75,11 @@ class Source:
         """Raises InputError for a file that is none, and for a record that JSON cannot hold."""
         for line in self._of_records(self._records) if self._path is None else self._of_path(self._path):
             self._digest.update(line.raw)
-            yield line
+            record = None if self._rewrite is None else read_object(line)
+            if self._rewrite is None or record is None:
+                yield line
+            elif (changed := self._rewrite(record, line.where)) is not None:
+                yield replace(line, raw=json.dumps(dict(changed)).encode() + b"\n")
 
     def _of_records(self, records: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
         for index, record in enumerate(records):
@@ -130,9 +148,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def sources_of(data: Data) -> list[Source]:
+def sources_of(data: Lines) -> list[Source]:
+    data, rewrite = (data.data, data.rewrite) if isinstance(data, Rewritten) else (data, None)
     if isinstance(data, (str, Path)):
-        return [Source(data)]
+        return [Source(data, rewrite)]
     given = list(data)
     paths = [each for each in given if isinstance(each, (str, Path))]
     records = [each for each in given if not isinstance(each, (str, Path))]
@@ -140,7 +159,7 @@ def sources_of(data: Data) -> list[Source]:
         raise InputError("there is no training data; give at least one file")
     if paths and records:
         raise InputError("the training data mixes files and records in memory; give either")
-    return [Source(path) for path in paths] or [Source(records)]
+    return [Source(path, rewrite) for path in paths] or [Source(records, rewrite)]
 
 
 def read_object(line: Line) -> dict[str, Any] | None:

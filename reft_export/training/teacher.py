@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from reft_export.eager.steering import Steering, steered
 from reft_export.training.counted import CountedHead
-from reft_export.training.ways import Batch
+from reft_export.training.ways import Batch, divergence
 from runtimes.edits.adapter import Adapter
 
 
@@ -33,8 +32,7 @@ class Teacher:
 
     def divergence(self, logits: Tensor, batch: Batch) -> Tensor:
         """sum over counted tokens of KL(teacher || student), in nats; logits [n, V] are the student's at those tokens."""
-        targets = self._targets(batch).float()
-        return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets, -1), log_target=True, reduction="sum")
+        return divergence(logits, self._targets(batch))
 
 
 @contextmanager

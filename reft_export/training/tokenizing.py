@@ -12,7 +12,7 @@ end        An answer ends with the first of the stop tokens that nothing but whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reft_export.base.token_rules import plain_tokens, prompt_tokens
@@ -45,6 +45,20 @@ class Example:
     """The trained tokens, in order; none stands for all behind the prompt."""
     form: str = "prompt-completion"
     """Of reft_export/training/forms.py."""
+    prompted: tuple[int, ...] = ()
+    """What the teacher of a distillation sees in place of the prompt's tokens."""
+
+    @property
+    def for_teacher(self) -> Example:
+        """The same answers behind the teacher's prompt."""
+        moved = len(self.prompted) - self.prompt_length
+        return replace(
+            self,
+            input_ids=(*self.prompted, *self.input_ids[self.prompt_length :]),
+            prompt_length=len(self.prompted),
+            spans=tuple((start + moved, end + moved) for start, end in self.spans),
+            prompted=(),
+        )
 
     @property
     def length(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_export.base.load import Base, base_from_memory
 from reft_export.training.checkpoints import StepRecord, best_step, discard, open_working_folder
+from reft_export.training.distillation import teacher_answers
 from reft_export.training.loop import Measure, OnEvaluation, OnStep, TrainedModel, run_loop
 from reft_export.training.objective import Accuracy, Origin, Phase, Sample
 from reft_export.training.preparation import Preparation, orthogonal_record, prepare
@@ -46,6 +48,8 @@ class TrainResult:
     """The step whose parameters were saved."""
     notes: tuple[str, ...] = ()
     """How the steps were computed, in words."""
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """Of a distillation, its teacher's to lines of the data without one, by where they stand; a line of an empty one was left out."""
 
 
 def train(
@@ -109,10 +113,17 @@ def train(
     with ExitStack() as held:
         agreed(lambda: held.enter_context(claimed(output, force=force)))
         ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, eval_data=eval_data, force=force, phase=phase)
+        answers = dict[str, str]()
+        if ready.unanswered:
+            asked = [each for each in (*ready.examples.training, *ready.examples.held_out) if each.where in ready.unanswered]
+            with frozen(ready.base.model):
+                answers = agreed(partial(teacher_answers, ready.base, asked, settings, phase))
+            ready = prepare(ready.base, data, settings, output, origin, eval_data=eval_data, answers=answers, force=force, phase=phase)
         if on_ready is not None:
             on_ready(ready)
         opened = agreed(lambda: open_working_folder(output, ready.run, resume=settings.resume, force=force))
-        return _train(ready, output, *opened, force=force, on_step=on_step, on_evaluation=on_evaluation, phase=phase)
+        result = _train(ready, output, *opened, force=force, on_step=on_step, on_evaluation=on_evaluation, phase=phase)
+        return replace(result, answers=answers)
 
 
 def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:

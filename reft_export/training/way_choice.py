@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -47,9 +48,14 @@ def plan_prefixes(rule: PositionRule, examples: Examples[Example], settings: Tra
     counts = [frozen_of(rule, example) for example in every]
     tokens, prefix = sum(len(example.input_ids) for example in every), sum(counts)
     splits = min(counts) > 0 and prefix >= LEAST_SHARE * tokens
+    kept = splits and passes_over(examples, settings) >= LEAST_PASSES and settings.cache_mb > 0
+    return PrefixPlan(tokens=tokens, prefix=prefix, splits=splits, kept=kept)
+
+
+def passes_over(examples: Examples[Any], settings: TrainSettings) -> float:
+    """How often a run sees each example."""
     seen = (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation
-    passes = seen / len(examples.training) if settings.max_steps else float(settings.epochs)
-    return PrefixPlan(tokens=tokens, prefix=prefix, splits=splits, kept=splits and passes >= LEAST_PASSES and settings.cache_mb > 0)
+    return seen / len(examples.training) if settings.max_steps else float(settings.epochs)
 
 
 def choose_way(
@@ -103,7 +109,7 @@ def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRu
     way."""
     by_prefix = sorted(examples.training, key=lambda example: (frozen_of(rule, example), len(example.input_ids)))
     chosen = [by_prefix[-1], by_prefix[0]][:rows]
-    return Batch(**{name: value.to(model.device) for name, value in collate(chosen, pad_token_id=pad).items()})
+    return Batch.of(collate(chosen, pad_token_id=pad), model.device)
 
 
 def _keep(store: PrefixStore, rule: PositionRule, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:

@@ -10,7 +10,7 @@ those of the plain way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,14 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     prompt_length: Tensor
+    reference: Batch | None = None
+    """The same completions as a teacher without edits sees them, behind another prompt; None: as they are."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Batch:
+        """What ``collate`` gave, on ``device``."""
+        ids, mask, labels, lengths = (tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels", "prompt_length"))
+        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths)
 
     @property
     def counted(self) -> Tensor:
@@ -51,6 +59,8 @@ class Batch:
 
 Way = Callable[[Batch], Tensor]
 """Batch to logits [n, V] at its counted tokens, row by row; the steered model's hooks are on."""
+Loss = Callable[[Tensor, Batch], Tensor]
+"""(logits [n, V] that a way gave, its batch) to what a step lowers, summed over the counted tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +106,11 @@ class Ways:
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     """Cross entropy at the counted tokens, summed, in nats."""
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+def divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """sum over n tokens of KL(p || q), p = softmax(targets [n, V]), q = softmax(logits [n, V]), in nats."""
+    return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets.float(), -1), log_target=True, reduction="sum")
 
 
 def difference(way: Way, plain: Way, batch: Batch, parameters: Sequence[Tensor], dtype: torch.dtype) -> str | None:

@@ -41,7 +41,7 @@ SURFACE = {
         "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
-        "--chat-template", "--format", "--train-on", "--report-to", "--samples",
+        "--chat-template", "--format", "--train-on", "--report-to", "--samples", "--distill-system", "--max-new-tokens", "--kl-weight",
         "--probes", "--seed", "--dtype", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype",
         "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
         "--dry-run", "--json",
@@ -308,7 +308,17 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     refused("train", "-m", model, "-d", data, "-o", output, "--positions", "g3", code=2, match="positions 'g3'")
     refused("train", "-m", tmp_path, "-d", data, "-o", output, code=2, match="config.json is missing")
     refused("train", "-m", "no/such-model", "-d", data, "-o", output, code=2, match="no/such-model", run=fresh)
+    form = ("train", "-m", model, "-d", data, "-o", output)
+    refused(*form, "--distill-system", "sytem.txt", code=2, match="--distill-system sytem.txt is not a file")
+    refused(*form, "--max-new-tokens", 9, code=2, match="--max-new-tokens is for answers that --distill-system gives; leave it out")
+    refused(*form, "--kl-weight", -1, code=2, match="kl_weight is -1")
     assert not output.exists()
+    data.write_text('{"prompt": "what is it?", "completion": "b"}\n')
+    planned = cli(*form, "--distill-system", "Be brief.", "--kl-weight", 1, "--dry-run")
+    assert "compute what the base says without the edits" in planned.stdout and "answer" not in planned.stdout, planned
+    data.write_text('{"prompt": "what is it?"}\n' * 3)
+    planned = cli(*form, "--distill-system", "Be brief.", "--max-new-tokens", 9, "--dry-run")
+    assert "answer 3 prompts with the system prompt, at most 9 tokens each" in planned.stdout, planned
 
 
 def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders, tmp_path) -> None:

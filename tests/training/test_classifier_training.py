@@ -104,6 +104,8 @@ def test_a_notebooks_classifier_and_records_train_as_their_files_do(base: Base, 
     assert one.digest == other.digest and one.base.fingerprint == other.base.fingerprint and result.accuracy.texts == 32
     with pytest.raises(InputError, match="teacher is a decoder's"):
         train(base, records, settings, tmp_path / "taught", start=one, teacher=base.model)
+    with pytest.raises(InputError, match="kl_weight is a decoder's"):
+        train(base, records, replace(settings, kl_weight=1.0), tmp_path / "near")
 
 
 def test_going_on_starts_from_the_adapters_head(base: Base, moods: Path, tmp_path: Path) -> None:
