@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,9 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
     total = sum(count_parameters((name, tuple(parameter.shape)) for name, parameter in base.model.named_parameters()))
     _, device = settings.placement()
     reference = ready.objective.reference_rows(ready.examples)
-    needed = footprint(base.model, ready.interventions, ready.rule, ready.examples, settings, reference)
+    computed = ready.objective.rows(ready.examples)
+    sized = replace(settings, batch_size=settings.batch_size * len(computed.training) // len(rows))
+    needed = footprint(base.model, ready.interventions, ready.rule, computed, sized, reference)
     plan = needed.plan
     apart: tuple[str, ...] = ()
     if plan is not None and plan.splits:

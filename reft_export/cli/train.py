@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OTHERS = {
     TEXT_CLASSIFICATION: (
-        ("chat_template", "format", "train_on", "samples", "distill_system", "kl_weight"),
+        ("chat_template", "format", "train_on", "samples", "objective", "beta", "distill_system", "kl_weight"),
         "a decoder's, and {} is a classifier",
     ),
     TEXT_GENERATION: (("head",), "a classifier's, and {} is a decoder"),
@@ -47,8 +47,9 @@ def train(
         typer.Option(
             "--data",
             "-d",
-            help="A JSONL or Parquet file, or a data set's folder: prompt and completion, messages, text, or --format's others; of a "
-            "classifier text, label, and for a pair text_pair. Repeat for several, which are joined in their order.",
+            help="A JSONL or Parquet file, or a data set's folder: prompt and completion, messages, text, or --format's others; of dpo and "
+            "orpo prompt, chosen and rejected; of a classifier text, label, and for a pair text_pair. Repeat for several, joined in "
+            "their order.",
         ),
     ],
     output: Output,
@@ -178,6 +179,8 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, aim:
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {settings.dtype} would round; leave --dtype out")
     if sources.eval_data is not None:
         refuse_given(context, ("eval_fraction",), "what --eval-data is in place of")
+    if settings.objective == "sft":
+        refuse_given(context, ("beta",), "of --objective dpo or orpo")
     if aim.distill_system is None:
         refuse_given(context, ("max_new_tokens",), "for answers that --distill-system gives")
     if settings.max_steps is not None:

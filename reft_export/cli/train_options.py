@@ -55,6 +55,11 @@ class Optimization(Steps):
 class Aim:
     """What a decoder is trained for."""
 
+    objective: Annotated[
+        str,
+        typer.Option("--objective", help="sft: completions; dpo, orpo: pairs, of lines with chosen and rejected answers to a prompt."),
+    ] = "sft"
+    beta: Annotated[float, typer.Option("--beta", help="Of dpo, the tie to the base; of orpo, the weight of the odds ratio.")] = 0.1
     distill_system: Annotated[
         str | None,
         typer.Option(

@@ -130,8 +130,7 @@ def _nats(base: Base, examples: Sequence[Example], adapter: Adapter | None) -> f
     total, tokens, head = 0.0, 0, CountedHead(base.model)
     with nullcontext() if adapter is None else steered(base.model, adapter) as steering:
         for start in range(0, len(examples), ROWS):
-            inputs = collate(examples[start : start + ROWS], pad_token_id=PAD)
-            batch = Batch(**{name: value.to(device_of(base.model)) for name, value in inputs.items()})
+            batch = Batch.of(collate(examples[start : start + ROWS], pad_token_id=PAD), device_of(base.model))
             if steering is not None:
                 steering.prompt_length = batch.prompt_length
             logits = head.every_logit(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

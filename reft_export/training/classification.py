@@ -30,7 +30,7 @@ from reft_export.training.labelled_data import LabelledText, collate_labelled, l
 from reft_export.training.loop import TrainedModel
 from reft_export.training.objective import Accuracy, Loop, Objective, Origin, Outcome, Phase, tokenizer_of
 from reft_export.training.recomputed import recomputed_blocks
-from reft_export.training.settings import ACCURACY, LOSS, TrainSettings
+from reft_export.training.settings import ACCURACY, LOSS, SFT, TrainSettings
 from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import PositionRule
@@ -84,8 +84,8 @@ class LabelObjective(Objective[LabelledText]):
         super().__init__(base, settings, origin)
         if origin.teacher is not None:
             raise InputError(f"teacher is a decoder's, and {base.info.name} is a classifier; leave it out")
-        for name in ("distill_system", "kl_weight"):
-            if getattr(settings, name):
+        for name, default in (("distill_system", ""), ("kl_weight", 0.0), ("objective", SFT)):
+            if getattr(settings, name) != default:
                 raise InputError(f"{name} is a decoder's, and {base.info.name} is a classifier; leave it out")
         self._trains_head = origin.head is not False
 

@@ -160,12 +160,8 @@ def iter_examples(
     """``load_data`` one example at a time. The refusal of a file without any comes at its end."""
     source = source if isinstance(source, Source) else Source(source)
     lines = source.lines()
-    end = end_token(tokenizer, tuple(stop_tokens))
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat_template == "always" and not has_template:
-        raise InputError("chat_template is 'always', and the tokenizer has no chat template; use auto or never")
-    template = has_template and chat_template != "never"
-    tokenizing = Tokenizing(tokenizer, frozenset({*stop_tokens, end}), end, max_length)
+    template = uses_template(tokenizer, chat_template)
+    tokenizing = tokenizing_of(tokenizer, stop_tokens, max_length)
     found = False
     for line in lines:
         record = read_object(line)
@@ -182,6 +178,19 @@ def iter_examples(
     if not found:
         sample = FORMS["prompt-completion" if form == AUTO else form].sample
         raise InputError(f"{source.where} has no examples; expected lines like {json.dumps(sample)}")
+
+
+def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool:
+    """Raises InputError where there is none and there must be."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template == "always" and not has_template:
+        raise InputError("chat_template is 'always', and the tokenizer has no chat template; use auto or never")
+    return has_template and chat_template != "never"
+
+
+def tokenizing_of(tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int], max_length: int) -> Tokenizing:
+    end = end_token(tokenizer, tuple(stop_tokens))
+    return Tokenizing(tokenizer, frozenset({*stop_tokens, end}), end, max_length)
 
 
 def forms_of(examples: Sequence[Example]) -> dict[str, int]:

@@ -46,6 +46,9 @@ class Footprint:
 
     activations: float
     cache: float
+    """Of prompts' unedited tokens."""
+    reference: float
+    """Of what the base says without the edits."""
     optimizer: float
     work: float
     """Multiply-adds of all steps, in the linear maps."""
@@ -54,7 +57,7 @@ class Footprint:
 
     @property
     def memory(self) -> float:
-        return self.activations + self.cache + self.optimizer
+        return self.activations + self.cache + self.reference + self.optimizer
 
 
 def footprint(
@@ -91,16 +94,17 @@ def footprint(
     if plan is not None and plan.kept:
         stored = {"auto": value, "float32": 4}.get(settings.cache_dtype, 2)
         cache = min(settings.cache_mb * 1e6, plan.prefix * _cache_values(model, len(blocks)) * stored)
-    work = _work(linear, first, rows, rule, plan, settings)
+    work, said = _work(linear, first, rows, rule, plan, settings), 0.0
     if reference:
         once = settings.cache_mb > 0 and passes_over(examples, settings) >= LEAST_PASSES
         often = 1.0 if once else passes_over(examples, settings)
         work += often * _padded([row.length for row in reference], size) * sum(weights for weights, _ in linear)
         tokens = sum(end - start for row in reference for start, end in row.trained)
-        cache += min(settings.cache_mb * 1e6 - cache, tokens * width * value) if once else 0.0
+        said = min(settings.cache_mb * 1e6, tokens * width * value) if once else 0.0
     return Footprint(
         activations=kept * value + logits,
         cache=cache,
+        reference=said,
         optimizer=4.0 * OPTIMIZER_COPIES * trained,
         work=work,
         plan=plan,

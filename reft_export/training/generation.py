@@ -76,7 +76,7 @@ class CompletionObjective(Objective[Example]):
             raise InputError(f"head is a classifier's, and {base.info.name} is a decoder; leave it out")
         if origin.teacher is not None and origin.start is None:
             raise InputError("a teacher is steered by the adapter that the run starts from; pass start")
-        self._stop = stop_tokens(base)
+        self.stop_tokens = stop_tokens(base)
 
     def limit(self, context: int) -> str:
         return f"the context of {self.base.info.name} ends at {context}"
@@ -88,12 +88,12 @@ class CompletionObjective(Objective[Example]):
             tokenizer_of(self.base),
             max_length=max_length,
             chat_template=settings.chat_template,
-            stop_tokens=self._stop,
+            stop_tokens=self.stop_tokens,
             form=settings.format,
             train_on=settings.train_on,
             teacher=self.prompted_teacher(),
         )
-        _check_vocabulary(read, vocabulary_of(self.base))
+        check_vocabulary(read.examples, vocabulary_of(self.base))
         return read
 
     def prompted_teacher(self) -> PromptedTeacher | None:
@@ -132,12 +132,23 @@ class CompletionObjective(Objective[Example]):
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
             loss, kept, told = self.loss(steering, examples, lesson, phase)
-            settings = replace(self.settings, cache_mb=max(0, self.settings.cache_mb - math.ceil(kept / 1e6)))
-            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, examples, settings, phase)
+            rows, mine = self.rows(examples), self.settings
+            size = mine.batch_size * len(rows.training) // len(examples.training)
+            settings = replace(mine, batch_size=size, cache_mb=max(0, mine.cache_mb - math.ceil(kept / 1e6)))
+            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, rows, settings, phase)
             phase("training")
             measure = None if metric is None else partial(metric.measure, steering, way)
-            history = loop(EditedModel(interventions, way, loss), measure)
-        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=(*told, *said))
+            history = loop(self.trained_model(interventions, way, loss), measure)
+            found = self.found(way, interventions, examples)
+        notes = (*told, *said, *found)
+        return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=notes)
+
+    def trained_model(self, interventions: Interventions, way: Way, loss: Loss) -> TrainedModel:
+        return EditedModel(interventions, way, loss)
+
+    def found(self, way: Way, interventions: Interventions, examples: Examples[Example]) -> tuple[str, ...]:
+        """What is to be said of the trained model, beside its loss."""
+        return ()
 
     def loss(
         self, steering: Steering, examples: Examples[Example], lesson: Teacher | None, phase: Phase
@@ -179,9 +190,9 @@ def greedy_samples(base: Base, examples: Sequence[Example]) -> tuple[Sample, ...
     )
 
 
-def _check_vocabulary(data: TrainingData[Example], vocab_size: int) -> None:
+def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
     """A tokenizer with more tokens than the model: a device refuses such a prompt, too."""
-    for example in data.examples:
+    for example in examples:
         if max(example.input_ids) >= vocab_size:
             raise InputError(
                 f"{example.where}: token id {max(example.input_ids)} is outside the model's vocabulary of {vocab_size}; "

@@ -17,7 +17,7 @@ from reft_export.training.questions import CHECKED_TOKENS, AnswerCheck, Question
 from reft_export.training.settings import ACCURACY, EXACT_MATCH, LOSS
 from reft_export.training.sources import Lines
 from reft_export.training.tokenizing import IGNORED, Example
-from reft_export.training.ways import Batch, Way
+from reft_export.training.ways import Batch, Way, counted_log_likelihoods
 from runtimes.generation import PAD
 
 
@@ -92,7 +92,7 @@ def log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]
 
 def token_log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> tuple[Tensor, ...]:
     """[answer's tokens] of every (prompt, answer): log p of each, given all before it, in nats."""
-    width, counts = max(len(prompt) + len(answer) for prompt, answer in rows), [len(answer) for _, answer in rows]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
 
     def padded(fill: int, each: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in each], device=device)
@@ -103,5 +103,4 @@ def token_log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence
         labels=padded(IGNORED, [[*[IGNORED] * len(prompt), *answer] for prompt, answer in rows]),
         prompt_length=torch.tensor([len(prompt) for prompt, _ in rows], device=device),
     )
-    said = torch.log_softmax(way(batch).float(), -1).gather(1, batch.targets[:, None])[:, 0]
-    return said.split(counts)
+    return counted_log_likelihoods(way(batch), batch)

@@ -103,6 +103,10 @@ class Objective(ABC, Generic[E]):
     def collate(self, examples: Sequence[E], *, pad_token_id: int) -> dict[str, Any]:
         """A batch: what the trained model's forward takes."""
 
+    def rows(self, examples: Examples[E]) -> Examples[Any]:
+        """What a step computes of them."""
+        return examples
+
     def reference_rows(self, examples: Examples[E]) -> list[Tokenized]:
         """What the base computes beside the steps, without the edits."""
         return []

@@ -25,10 +25,11 @@ from reft_export.training.forms import TEXT
 from reft_export.training.generation import CompletionObjective
 from reft_export.training.interventions import Interventions
 from reft_export.training.objective import Objective, Origin, Phase, tokenizer_of
+from reft_export.training.preference import PreferenceObjective
 from reft_export.training.probes import probes_of
 from reft_export.training.processes import process_count
 from reft_export.training.reporting import check_reporting
-from reft_export.training.settings import LOSS, TrainSettings
+from reft_export.training.settings import LOSS, SFT, TrainSettings
 from reft_export.training.sources import Data, Lines, Rewritten
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
@@ -39,6 +40,8 @@ from runtimes.files.folders import check_destination
 
 
 def _of_decoder(base: Base, settings: TrainSettings, origin: Origin) -> Objective[Any]:
+    if settings.objective != SFT:
+        return PreferenceObjective(base, settings, origin)
     return (DistillationObjective if settings.distill_system else CompletionObjective)(base, settings, origin)
 
 

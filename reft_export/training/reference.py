@@ -52,12 +52,12 @@ class Reference:
                 states = self._head.states(batch.counted, **_inputs(batch))
             if states is None or self.size + states.numel() * states.element_size() > limit:
                 return
-            self._kept |= zip(_rows(batch), (each.clone() for each in states.split(batch.counted.sum(1).tolist())), strict=True)
+            self._kept |= zip(rows_of(batch), (each.clone() for each in states.split(batch.counted.sum(1).tolist())), strict=True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """[n, V], at the counted tokens of ``batch``, row by row."""
-        kept = [self._kept.get(row) for row in _rows(batch)] if self._kept else [None]
+        kept = [self._kept.get(row) for row in rows_of(batch)] if self._kept else [None]
         found = [states for states in kept if states is not None]
         if len(found) == len(kept):
             return self._head.of_states(torch.cat(found))
@@ -89,7 +89,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor | bool]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
 
 
-def _rows(batch: Batch) -> list[Row]:
+def rows_of(batch: Batch) -> list[Row]:
     lengths = batch.attention_mask.sum(1).tolist()
     rows = zip(batch.input_ids.tolist(), batch.labels.tolist(), lengths, strict=True)
     return [(tuple(ids[:length]), tuple(labels[:length])) for ids, labels, length in rows]

@@ -31,6 +31,9 @@ LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
 """What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
 
 
+SFT, DPO, ORPO = OBJECTIVES = ("sft", "dpo", "orpo")
+"""What a decoder is trained by: completions, or pairs of a chosen and a rejected one."""
+
 NO_REPORT, *_ = REPORTS = ("none", "tensorboard", "wandb", "mlflow")
 
 
@@ -70,6 +73,11 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Each layer is computed again in the backward pass in place of being kept: less memory, a longer step."""
 
+    objective: str = SFT
+    """Of a decoder: sft, completions; dpo or orpo, pairs of a chosen and a rejected one (reft_export/training/preference.py has the
+    formulas)."""
+    beta: float = 0.1
+    """Of dpo, the strength of the tie to the base; of orpo, the weight of the odds ratio."""
     distill_system: str = ""
     """A system prompt: KL(base with it || steered base without it) is lowered, in place of the cross entropy of completions."""
     max_new_tokens: int = 256
@@ -141,12 +149,15 @@ class TrainSettings:
                 _in_range(name, getattr(self, name), 1)
         if self.distill_system and not self.distill_system.strip():
             raise InputError("distill_system is empty; give the system prompt that is to be learned")
-        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb", "kl_weight"):
+        for name in ("lr", "weight_decay", "max_gradient_norm", "samples", "cache_mb", "kl_weight", "beta"):
             _in_range(name, getattr(self, name), 0)
         _in_range("seed", self.seed, 0, below=SEEDS)
         _in_range("probes", self.probes, 0, below=MOST + 1)
         for name in ("dropout", "warmup", "eval_fraction"):
             _in_range(name, getattr(self, name), 0, below=1)
+        _one_of("objective", self.objective, OBJECTIVES)
+        if self.objective != SFT:
+            _check_pairs(self)
         rule = self.rule
         if not self.tied and not (rule.first and rule.last):
             raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {rule}")
@@ -235,6 +246,14 @@ def differing(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """``name: theirs, now mine`` for every entry in which two records differ."""
     names = sorted({*mine, *other})
     return [f"{n}: {other.get(n)!r}, now {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
+
+
+def _check_pairs(settings: TrainSettings) -> None:
+    """Raises InputError for settings of completions that mean nothing of pairs."""
+    plain = {"distill_system": "", "kl_weight": 0.0, "train_on": "last", "format": AUTO}
+    for name, value in plain.items():
+        if getattr(settings, name) != value:
+            raise InputError(f"{name} is of completions, and objective {settings.objective} is of pairs of them; leave one of the two out")
 
 
 def _check_identity(method: str, activation: str) -> None:

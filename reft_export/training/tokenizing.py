@@ -48,6 +48,9 @@ class Example:
     prompted: tuple[int, ...] = ()
     """What the teacher of a distillation sees in place of the prompt's tokens."""
 
+    rejected: Example | None = None
+    """Of a pair: the answer that is preferred less, behind the same prompt."""
+
     @property
     def for_teacher(self) -> Example:
         """The same answers behind the teacher's prompt."""

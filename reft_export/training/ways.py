@@ -108,6 +108,17 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
+def counted_log_likelihoods(logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """By row, [its counted tokens]: log p of the token behind each, in nats."""
+    said = torch.log_softmax(logits.float(), -1).gather(1, batch.targets[:, None])[:, 0]
+    return said.split(batch.counted.sum(1).tolist())
+
+
+def row_log_likelihoods(logits: Tensor, batch: Batch) -> Tensor:
+    """[B], sum over a row's counted tokens of log p(token), in nats."""
+    return torch.stack([row.sum() for row in counted_log_likelihoods(logits, batch)])
+
+
 def divergence(logits: Tensor, targets: Tensor) -> Tensor:
     """sum over n tokens of KL(p || q), p = softmax(targets [n, V]), q = softmax(logits [n, V]), in nats."""
     return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(targets.float(), -1), log_target=True, reduction="sum")

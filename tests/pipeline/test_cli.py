@@ -42,6 +42,7 @@ SURFACE = {
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
         "--chat-template", "--format", "--train-on", "--report-to", "--samples", "--distill-system", "--max-new-tokens", "--kl-weight",
+        "--objective", "--beta",
         "--probes", "--seed", "--dtype", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype",
         "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
         "--dry-run", "--json",
@@ -311,11 +312,16 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     form = ("train", "-m", model, "-d", data, "-o", output)
     refused(*form, "--distill-system", "sytem.txt", code=2, match="--distill-system sytem.txt is not a file")
     refused(*form, "--max-new-tokens", 9, code=2, match="--max-new-tokens is for answers that --distill-system gives; leave it out")
+    refused(*form, "--beta", 1, code=2, match="--beta is of --objective dpo or orpo; leave it out")
+    refused(*form, "--objective", "dpo", code=2, match="data.jsonl:1: lacks ['chosen', 'rejected']")
     refused(*form, "--kl-weight", -1, code=2, match="kl_weight is -1")
     assert not output.exists()
     data.write_text('{"prompt": "what is it?", "completion": "b"}\n')
     planned = cli(*form, "--distill-system", "Be brief.", "--kl-weight", 1, "--dry-run")
     assert "compute what the base says without the edits" in planned.stdout and "answer" not in planned.stdout, planned
+    data.write_text('{"prompt": "what is it?", "chosen": "a", "rejected": "b"}\n')
+    planned = cli(*form, "--objective", "dpo", "--dry-run")
+    assert "compute what the base says without the edits" in planned.stdout and "1 preference" in planned.stdout, planned
     data.write_text('{"prompt": "what is it?"}\n' * 3)
     planned = cli(*form, "--distill-system", "Be brief.", "--max-new-tokens", 9, "--dry-run")
     assert "answer 3 prompts with the system prompt, at most 9 tokens each" in planned.stdout, planned
