@@ -19,7 +19,6 @@ from reft_export.exporting.settings import ExportSettings
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.methods import form_of
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # an export is forecast without torch
@@ -150,8 +149,7 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
             *answers,
             *apart,
             *(("compute what the base says without the edits",) if reference else ()),
-            f"train {form_of(settings.method, settings.rank)}, layers {settings.layers}, positions {settings.positions}, "
-            f"{len(rows)} examples, {steps} steps",
+            f"train {settings.described()}, positions {settings.positions}, {len(rows)} examples, {steps} steps",
             "write the adapter",
         ),
         parameters=total,

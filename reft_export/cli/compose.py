@@ -81,20 +81,19 @@ def _strengths(given: list[str]) -> dict[str, float]:
 
 
 def _record(output: Path | None, made: Composition) -> dict[str, Any]:
+    from runtimes.edits.form import described
     from runtimes.files.records import to_json
 
     a = made.adapter
     return {
         "adapter": None if output is None else str(output),
-        "method": a.method,
-        "rank": a.rank,
+        "form": described(a.site_forms),
         "positions": str(a.positions),
         "tied": a.tied,
-        "activation": a.activation,
         "base": a.base.name,
         "probes": len(a.probes),
         "strengths": dict(made.strengths),
-        "sites": [{"site": str(site), "rank": rank} for site, rank in made.ranks.items()],
+        "sites": [{"site": str(site), "method": a.form(site).method, "rank": rank} for site, rank in made.ranks.items()],
         "meetings": [
             {
                 "site": str(each.site),
@@ -125,8 +124,8 @@ def _row(each: Meeting, made: Composition) -> tuple[str, ...]:
 
 
 def _said(output: Path, made: Composition) -> str:
-    from runtimes.edits.methods import form_of
+    from runtimes.edits.form import described
 
     a = made.adapter
-    form = f"{form_of(a.method, a.rank)}{f', {a.activation}' if a.activation else ''}, {'tied' if a.tied else 'untied'}"
+    form = f"{described(a.site_forms)}, {'tied' if a.tied else 'untied'}"
     return f"{output}: {a.training['composed']}; {form}, positions {a.positions}, {len(a.sites)} sites"

@@ -166,11 +166,13 @@ def export_adapter(model: str, adapters: list[Path], output: Path, *, accept_bas
     with progress() as report:
         result = export_to_pyreft(model, folders_of(adapters)[0], output, accept_base=accept_base, force=force, report=report)
     if as_json:
-        print_json({"adapter": str(output), "class": result.kind, "interventions": result.interventions, "notes": list(result.notes)})
+        print_json(
+            {"adapter": str(output), "class": ", ".join(result.kinds), "interventions": result.interventions, "notes": list(result.notes)}
+        )
         return
     for note in result.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
-    out.print(escape(f"{output}: {result.interventions} interventions, pyreft's {result.kind}"))
+    out.print(escape(f"{output}: {result.interventions} interventions, pyreft's {' and '.join(result.kinds)}"))
 
 
 def show_result(output: Path, result, *, as_json: bool) -> None:

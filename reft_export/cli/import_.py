@@ -51,7 +51,7 @@ def import_(
     """Turn another library's adapter into an adapter folder. What its format does not record is asked for, never guessed."""
     from reft_export.importing.foreign import Request
     from reft_export.importing.importer import OWN, import_adapter
-    from runtimes.edits.methods import form_of
+    from runtimes.edits.form import described
 
     request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale, stream=stream)
     with progress() as report:
@@ -64,6 +64,7 @@ def import_(
                 "format": result.format,
                 "method": a.method,
                 "rank": a.rank,
+                "forms": {str(site): str(form) for site, form in a.forms.items()},
                 "positions": str(a.positions),
                 "tied": a.tied,
                 "activation": a.activation,
@@ -79,7 +80,7 @@ def import_(
     if result.format == OWN:
         out.print(escape(f"{output}: the adapter, with {len(a.probes)} probes of {probes}"))
         return
-    form = f"{form_of(a.method, a.rank)}{f', {a.activation}' if a.activation else ''}, {'tied' if a.tied else 'untied'}"
+    form = f"{described(a.site_forms)}, {'tied' if a.tied else 'untied'}"
     said = f", {len(a.probes)} probes" if a.probes else ""
     out.print(escape(f"{output}: {form}, positions {a.positions}, {len(a.sites)} sites{said}; from {result.format}, for {a.base.name}"))
     out.print(f"{result.format} does not fingerprint its base: that this one has its width and layers is all that could be checked")

@@ -13,7 +13,11 @@ from reft_export.cli.options import AsJson
 from reft_export.console import cache_size, escape, out, print_json, print_table, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from runtimes.artifacts.bundle import Bundle, Manifest
+    from runtimes.edits.edit import Site
+    from runtimes.edits.form import EditForm
 
 SENTENCES = ("sites", "not found")
 """Shown line by line: a tensor's name must not be cut."""
@@ -80,7 +84,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     adapters = []
     for name in bundle.adapter_names:
         r = bundle.adapter_record(name)
-        row = {"name": name, "method": r.method, "rank": _rank(r), "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
+        row = {"name": name, **_form(r.site_forms), "positions": r.positions, "tied": r.tied, "sites": len(r.sites)}
         row |= {"trained on": (r.trained_on or "the base")[:12], "held": name not in m.not_held}
         adapters.append(row | {"probes": _probes(bundle, name)})
     q = m.quantization
@@ -137,11 +141,11 @@ def _shares(retention: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in retention.items())
 
 
-def _rank(adapter: Any) -> int | None:
-    """None of a full-rank method, whose adapters store 0."""
-    from runtimes.edits.methods import METHODS
-
-    return None if METHODS[adapter.method].full_rank else adapter.rank
+def _form(forms: Mapping[Site, EditForm]) -> dict[str, Any]:
+    """An adapter's methods, and its ranks: "2 to 8" where they differ, None where it has none, being of full rank."""
+    methods = dict.fromkeys(form.method for form in forms.values())
+    ranks = sorted({form.rank for form in forms.values() if form.rank})
+    return {"method": " + ".join(methods), "rank": None if not ranks else ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"}
 
 
 def inspect_engine(path: Path) -> dict[str, Any]:
@@ -228,14 +232,13 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
     return {
         "adapter": str(path),
         "version": _version(config.format_version, config.digest),
-        "method": a.method,
-        "rank": _rank(a),
+        **_form(a.site_forms),
         "positions": str(a.positions),
         "tied": a.tied,
-        "activation": a.activation or "none",
+        "activation": " + ".join(dict.fromkeys(form.activation or "none" for form in a.site_forms.values())),
         "base": f"{a.base.name} ({a.base.num_hidden_layers} layers, width {a.base.hidden_size}), fingerprint {a.base.fingerprint}",
         "trained on": a.trained_on or "the base's own weights",
-        "sites": [str(s) for s in a.sites],
+        "sites": [f"{s}: {a.form(s)}" if a.forms else str(s) for s in a.sites],
         "parameters": sum(t.size for t in a.tensors.values()),
         **({"labels": list(a.base.labels), "head": sum(t.size for t in a.head.values()) or "the base's"} if a.base.labels else {}),
         **({"probes": config.probes.count} if config.probes else {}),

@@ -14,13 +14,14 @@ from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
 from reft_export.cli.placement import load_placed
-from reft_export.cli.train_options import Aim, Form, Optimization, Reading, Run, Sources
+from reft_export.cli.train_options import Aim, Form, Layers, Optimization, Reading, Run, Sources
 from reft_export.cli.train_report import PREVIEWED, show_data, show_json, show_preview, show_result
 from reft_export.console import Progress, err, progress
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 
 if TYPE_CHECKING:
     from reft_export.base.load import Base
+    from reft_export.training.edits import LayerEdits
     from reft_export.training.settings import TrainSettings
     from reft_export.training.trainer import TrainResult
     from runtimes.edits.adapter import Adapter
@@ -54,6 +55,7 @@ def train(
     ],
     output: Output,
     form: Form,
+    layers: Layers,
     optimization: Optimization,
     aim: Aim,
     reading: Reading,
@@ -78,7 +80,8 @@ def train(
     from runtimes.edits.adapter import load_adapter
     from runtimes.files.folders import check_destination, claimed
 
-    settings = TrainSettings(**vars(form), **vars(optimization), **aim.settings(), **vars(reading), **vars(run))
+    edits = _edits_of(context, layers)
+    settings = TrainSettings(**vars(form), **vars(optimization), **aim.settings(), **vars(reading), **vars(run), edits=edits)
     started = None if sources.start is None else load_adapter(sources.start)
     if started is not None:
         settings = _of_form(started, settings, context)
@@ -93,7 +96,7 @@ def train(
     inputs = [
         Path(model),
         *data,
-        *filter(None, (sources.eval_data, sources.base_bundle, sources.start)),
+        *filter(None, (layers.recipe, sources.eval_data, sources.base_bundle, sources.start)),
         *folders_of(sources.orthogonal_to or []),
     ]
     check_destination(output, force=force, inputs=inputs)
@@ -158,11 +161,31 @@ def _leave_record(result: TrainResult, settings: TrainSettings, output: Path) ->
 
 def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) -> TrainSettings:
     """``settings`` with the form of the started adapter, and its way of rendering prompts, where the user did not say them."""
-    from reft_export.training.settings import settings_like
+    from reft_export.training.settings import OF_EDITS, settings_like
 
     like = settings_like(started)
-    names = [field.name for field in fields(Form)] + ["chat_template"]
-    return replace(settings, **{name: getattr(like, name) for name in names if not given(context, name)})
+    names = {field.name for field in fields(Form)} | {"chat_template", "edits"}
+    if settings.edits:
+        names -= {"edits", *OF_EDITS}
+    return replace(settings, **{name: getattr(like, name) for name in names if name == "edits" or not given(context, name)})
+
+
+def _edits_of(context: typer.Context, layers: Layers) -> tuple[LayerEdits, ...]:
+    """Those of --edit or --recipe. Raises InputError for both, and for an option that they are in place of."""
+    from reft_export.training.edits import LayerEdits
+    from reft_export.training.recipe import read_recipe
+    from reft_export.training.settings import OF_EDITS
+    from runtimes.errors import InputError
+
+    if not layers.edit and layers.recipe is None:
+        return ()
+    said = "--recipe" if layers.recipe else "--edit"
+    if layers.edit and layers.recipe:
+        raise InputError("--edit and --recipe both say the edits of layers; leave one of them out")
+    if beside := [name for name in OF_EDITS if given(context, name)]:
+        flag = "--stream" if beside[0] == "streams" else f"--{beside[0]}"
+        raise InputError(f"{flag} is of one edit for all layers, and {said} says each layer's own; leave {flag} out, or {said}")
+    return tuple(map(LayerEdits.parse, layers.edit or ())) if layers.recipe is None else read_recipe(layers.recipe)
 
 
 def _refuse_contradictions(context: typer.Context, settings: TrainSettings, aim: Aim, sources: Sources) -> None:

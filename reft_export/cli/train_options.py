@@ -31,6 +31,21 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Edits that differ from layer to layer, in place of --method, --rank, --layers, --stream and --activation."""
+
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--edit",
+            help='The edit of some layers, "LAYERS: METHOD [rN] [ACTIVATION] [STREAM]", as in "4-10: loreft r4" or "18: red". Repeat for '
+            "others; in place of --method, --rank, --layers, --stream and --activation.",
+        ),
+    ] = None
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML or JSON file of such edits.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Steps:
     """How its parameters move, but for how fast."""
 

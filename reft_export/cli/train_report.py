@@ -108,7 +108,7 @@ def show_json(output: Path, result: TrainResult, others: Mapping[str, Adapter]) 
 def show_result(output: Path, settings: TrainSettings, result: TrainResult, others: Mapping[str, Adapter]) -> None:
     """The answers before and after, or the accuracies; and the loss."""
     from reft_export.training.checkpoints import stale_evaluations
-    from runtimes.edits.methods import form_of
+    from runtimes.edits.form import described
 
     accuracy = result.accuracy
     if result.truncated_lines:
@@ -122,7 +122,7 @@ def show_result(output: Path, settings: TrainSettings, result: TrainResult, othe
     parameters = sum(t.size for t in result.adapter.tensors.values())
     head = sum(t.size for t in result.adapter.head.values())
     line = (
-        f"{output}: {form_of(settings.method, settings.rank)}, {len(result.adapter.sites)} sites, {parameters} parameters"
+        f"{output}: {described(result.adapter.site_forms)}, {len(result.adapter.sites)} sites, {parameters} parameters"
         f"{f' and a head of {head}' if head else ''}; loss {first.loss:.3f} to {last.loss:.3f} in {last.step} steps"
     )
     if held_out := [record for record in result.history if record.eval_loss is not None]:

@@ -5,8 +5,9 @@
     an activation     rows stacked, held as direft or noreft: only where none of them reads what an earlier one writes, as an activation of
                       an activation fits no stored form
 
-Strength s is y = h + s (edit(h) - h) (runtimes/edits/strength.py). An adapter file has one method, one rule of positions, one activation
-and one rank: what does not fit into one is refused by name. The rank is the largest sum of a site's; others are filled with zero rows.
+Strength s is y = h + s (edit(h) - h) (runtimes/edits/strength.py). A site that one adapter edits alone, at strength 1, keeps its edit as it
+is. A site has one method, one activation and one rank, and an adapter one rule of positions: what does not fit is refused by name. The rank
+is the sum of the site's ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from reft_export.composing.alike import check_alike, is_plain
 from reft_export.composing.overlap import TOUCHES, Overlap, interaction, overlap_of
 from runtimes.edits.adapter import Adapter, save_adapter
 from runtimes.edits.edit import Edit, LowRankEdit, Site, in_sequence
-from runtimes.edits.methods import METHODS, Values, form_of
+from runtimes.edits.form import EditForm, commonest, described
+from runtimes.edits.methods import METHODS, Values
 from runtimes.edits.strength import at_strength, check_strength, scaled
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import claimed
@@ -49,7 +51,7 @@ class Composition:
     strengths: Mapping[str, float]
     """Of every part, by name, in order."""
     ranks: Mapping[Site, int]
-    """Rows that are no filling, of a site's largest group; 0: RED."""
+    """0: RED."""
     meetings: tuple[Meeting, ...]
     notes: tuple[str, ...]
     """What was decided that nobody asked for."""
@@ -96,27 +98,28 @@ def compose(adapters: Mapping[str, Adapter], strengths: Mapping[str, float], *, 
             raise InputError(f"the strength of {name} is 0, which adds nothing; leave the adapter out")
     every = {name: strengths.get(name, 1.0) for name in adapters}
     notes = check_alike(adapters, accept_base=accept_base)
-    method = _method(adapters, every)
     first = next(iter(adapters.values()))
-    tied = all(adapter.tied for adapter in adapters.values())
     slots = _slots(adapters)
     sites = sorted({site for site, _ in slots})
-    values = {slot: _values(slot, parts, method, every, first.activation) for slot, parts in slots.items()}
-    counts = {slot: _rows(each, method) for slot, each in values.items()}
-    rank = max(counts.values())
+    kinds = {site: _kind(site, adapters, every) for site in sites}
+    values = {slot: _values(slot, parts, *kinds[slot[0]], every) for slot, parts in slots.items()}
+    ranks = {site: _rows(each, kinds[site][0]) for (site, _), each in values.items()}
+    forms = {site: EditForm(method=method, rank=ranks[site], activation=act) for site, (method, act) in kinds.items()}
+    own = commonest(forms)
     adapter = Adapter(
-        method=method,
-        rank=rank,
+        method=own.method,
+        rank=own.rank,
         sites=tuple(sites),
         positions=first.positions,
-        tied=tied,
+        tied=all(adapter.tied for adapter in adapters.values()),
         base=first.base,
         tensors={
             ".".join(filter(None, (str(site), group, name))): value
             for (site, group), each in values.items()
-            for name, value in _filled(each, method, rank, first.base.hidden_size).items()
+            for name, value in _rounded(each).items()
         },
-        activation=first.activation,
+        activation=own.activation,
+        forms=forms,
         dtype=first.dtype,
         trained_on=first.trained_on,
         training=_provenance(adapters, every),
@@ -126,7 +129,7 @@ def compose(adapters: Mapping[str, Adapter], strengths: Mapping[str, float], *, 
     return Composition(
         adapter=adapter,
         strengths=every,
-        ranks={site: max(count for (at, _), count in counts.items() if at == site) for site in sites},
+        ranks=ranks,
         meetings=meetings_of(adapters),
         notes=tuple(notes),
     )
@@ -163,9 +166,12 @@ def _edits(site: Site, parts: Parts) -> dict[str, Edit]:
     return {name: adapter.edit(site, group) for name, (adapter, group) in parts.items()}
 
 
-def _values(slot: tuple[Site, str], parts: Parts, method: str, strengths: Mapping[str, float], activation: str) -> Values:
+def _values(slot: tuple[Site, str], parts: Parts, method: str, activation: str, strengths: Mapping[str, float]) -> Values:
     """The parameters of ``method`` that do what the parts do one after the other, in float64."""
     site, _ = slot
+    if (alone := _alone(parts, strengths)) is not None:
+        adapter, group = parts[alone]
+        return {key: np.asarray(value, np.float64) for key, value in adapter.parameters(site, group).items()}
     edits = _edits(site, parts)
     if not activation:
         series = reduce(in_sequence, (scaled(edit, strengths[name]) for name, edit in edits.items()))
@@ -189,7 +195,7 @@ def _values(slot: tuple[Site, str], parts: Parts, method: str, strengths: Mappin
 def _own(adapter: Adapter, site: Site, group: str, method: str, strength: float) -> Values:
     """An activated edit's parameters as ``method`` has them."""
     own = {key: np.asarray(value, np.float64) for key, value in adapter.parameters(site, group).items()}
-    as_noreft = METHODS[adapter.method].as_noreft
+    as_noreft = METHODS[adapter.form(site).method].as_noreft
     if method == "noreft" and as_noreft is not None:
         return as_noreft(own)
     return own | {"W2": strength * own["W2"]}
@@ -200,52 +206,59 @@ def _rows(values: Values, method: str) -> int:
     return next((len(values[parameter.name]) for parameter in METHODS[method].parameters if parameter.axes[0] == "r"), 0)
 
 
-def _filled(values: Values, method: str, rank: int, width: int) -> dict[str, np.ndarray]:
-    """float32, with rows that edit nothing up to ``rank``. Raises InputError for what float32 does not hold."""
-    full = {}
-    for parameter in METHODS[method].parameters:
-        value = np.full(METHODS[method].shapes(rank, width)[parameter.name], parameter.no_edit, np.float32)
-        with np.errstate(over="ignore"):
-            value[: len(values[parameter.name])] = values[parameter.name]
+def _rounded(values: Values) -> dict[str, np.ndarray]:
+    """In float32. Raises InputError for what float32 does not hold."""
+    with np.errstate(over="ignore"):
+        rounded = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    for name, value in rounded.items():
         if not np.isfinite(value).all():
-            raise InputError(f"the composed {parameter.name} is beyond float32; lower the strengths")
-        full[parameter.name] = value
-    return full
+            raise InputError(f"the composed {name} is beyond float32; lower the strengths")
+    return rounded
 
 
-def _method(adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> str:
-    """The method whose form holds them all; raises AdapterError where none does."""
-    named = [f"{name} ({form_of(a.method, a.rank)}{f', {a.activation}' if a.activation else ''})" for name, a in adapters.items()]
-    full_rank = {METHODS[a.method].full_rank for a in adapters.values()}
+def _alone(parts: Mapping[str, object], strengths: Mapping[str, float]) -> str | None:
+    """The name of the one part, where it is the only one and at strength 1."""
+    names = list(parts)
+    return names[0] if len(names) == 1 and strengths[names[0]] == 1 else None
+
+
+def _kind(site: Site, adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> tuple[str, str]:
+    """(method, activation) that hold all the edits of ``site``; raises AdapterError where none does."""
+    forms = {name: adapter.form(site) for name, adapter in adapters.items() if site in adapter.sites}
+    if (alone := _alone(forms, strengths)) is not None:
+        return forms[alone].method, forms[alone].activation
+    named = ", ".join(f"{name} ({form})" for name, form in forms.items())
+    full_rank = {METHODS[form.method].full_rank for form in forms.values()}
     if len(full_rank) > 1:
         raise AdapterError(
-            f"a scale and bias (RED) and a low-rank edit fit no one adapter: {', '.join(named)}; compose those of one form, and run the "
+            f"a scale and bias (RED) and a low-rank edit fit no one edit of {site}: {named}; compose those of one form, and run the "
             "others beside them as adapters of their own"
         )
     if full_rank == {True}:
-        return "red"
-    activations = {a.activation for a in adapters.values()}
+        return "red", ""
+    activations = {form.activation for form in forms.values()}
     if activations == {""}:
-        return "direft"
+        return "direft", ""
     if len(activations) > 1:
-        raise AdapterError(f"an adapter has one activation, or none at all: {', '.join(named)}; compose those that have the same")
-    if {a.method for a in adapters.values()} == {"direft"}:
-        return "direft"
-    if any(METHODS[a.method].as_noreft is None for a in adapters.values()):
-        raise AdapterError(f"with an activation direft and the others fit no one method: {', '.join(named)}; compose those of one method")
-    for name, strength in strengths.items():
-        if strength != 1:
+        raise AdapterError(f"{site} has one activation, or none at all: {named}; compose those that have the same")
+    activation = activations.pop()
+    if {form.method for form in forms.values()} == {"direft"}:
+        return "direft", activation
+    if any(METHODS[form.method].as_noreft is None for form in forms.values()):
+        raise AdapterError(f"with an activation direft and the others fit no one method: {named}; compose those of one method")
+    for name, form in forms.items():
+        if strengths[name] != 1:
             raise AdapterError(
-                f"with an activation no stored form holds {name} ({adapters[name].method}) at strength {strength:g}; leave it out, and "
+                f"with an activation no stored form holds {name} ({form.method}) at strength {strengths[name]:g}; leave it out, and "
                 "give a strength when it runs: reft-export run --strength"
             )
-    return "noreft"
+    return "noreft", activation
 
 
 def _provenance(adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> dict[str, object]:
     first = next(iter(adapters.values()))
     return {
         "composed": " + ".join(str(at_strength(name, strengths[name])) for name in adapters),
-        "parts": {name: {"digest": a.digest, "method": a.method, "strength": strengths[name]} for name, a in adapters.items()},
+        "parts": {name: {"digest": a.digest, "form": described(a.site_forms), "strength": strengths[name]} for name, a in adapters.items()},
         **({"data": {"chat_template": False}} if is_plain(first) else {}),
     }

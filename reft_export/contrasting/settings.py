@@ -7,7 +7,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reft_export.training.settings import CHAT_TEMPLATE, parse_layers, parse_streams
+from reft_export.training.edits import parse_layers, parse_streams
+from reft_export.training.settings import CHAT_TEMPLATE
 from runtimes.edits.edit import Site
 from runtimes.edits.positions import PositionRule
 from runtimes.edits.probes import MOST

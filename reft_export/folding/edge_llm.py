@@ -163,9 +163,10 @@ def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, 
             f"{len(adapters)} adapters for a TensorRT-Edge-LLM folder: one is baked into a folder as constants; run fold once per adapter, "
             "or pass --as-lora for weight files that its runtime switches"
         )
-    if full_rank := [name for name, adapter in adapters.items() if as_lora and METHODS[adapter.method].full_rank]:
+    full_rank = [name for name, a in adapters.items() if any(METHODS[form.method].full_rank for form in a.site_forms.values())]
+    if as_lora and full_rank:
         raise AdapterError(
-            f"adapter {full_rank[0]} is a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
+            f"adapter {full_rank[0]} has a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
         )
     names = list(map(check_adapter_name, adapters))
     first, *others = adapters.values()
@@ -243,6 +244,7 @@ def _record(adapters: Mapping[str, Adapter], config: Mapping[str, Any], origins:
                 "truncate": adapter.positions.truncate,
                 "tied": adapter.tied,
                 "activation": adapter.activation,
+                **({"forms": {str(site): str(form) for site, form in adapter.forms.items()}} if adapter.forms else {}),
                 "base": {"name": adapter.base.name, "fingerprint": adapter.base.fingerprint},
             }
             for name, adapter in adapters.items()

@@ -1,6 +1,6 @@
-"""A ForeignAdapter to ours: the same method where all sites share one, else the smallest form that holds them all.
+"""A ForeignAdapter to ours: at each site the method of its one intervention, else the smallest form that holds all that act there.
 
-An adapter has one method, rank and activation; pyreft lets every intervention have its own, several of them at one site, and
+A site has one method, rank and activation; pyreft lets every intervention have its own, several of them at one site, and
 positions at which only some sites are edited. The forms that hold more, y as in runtimes.edits.adapter:
 
     noreft    holds exactly what has a NoReFT that does the same (``Method.as_noreft``): loreft, and without an activation consreft
@@ -22,6 +22,7 @@ import numpy as np
 from reft_export.importing.foreign import ForeignAdapter, ForeignEdit, listed
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import in_sequence
+from runtimes.edits.form import EditForm, commonest
 from runtimes.edits.methods import METHODS, Values, fold_parameters
 from runtimes.errors import AdapterError
 
@@ -29,26 +30,27 @@ Slot = tuple[ForeignEdit, ...]
 
 
 def assemble(foreign: ForeignAdapter, base: BaseModel) -> Adapter:
-    """Raises AdapterError for widths and layers that the base does not have, and for mixtures that one adapter cannot hold."""
-    everything = [edit for slots in foreign.edits.values() for slot in slots for edit in slot]
-    for edit in everything:
-        _check_width(edit, base)
-    method = _common_method(foreign, everything)
-    rank = max(sum(map(_rank, slot)) for slots in foreign.edits.values() for slot in slots)
+    """Raises AdapterError for widths and layers that the base does not have, and for mixtures that one site cannot hold."""
+    for slots in foreign.edits.values():
+        for edit in (edit for slot in slots for edit in slot):
+            _check_width(edit, base)
+    forms = {site: _form(foreign, slots) for site, slots in sorted(foreign.edits.items())}
     tensors: dict[str, np.ndarray] = {}
     for site, slots in foreign.edits.items():
         for group, slot in zip(("",) if foreign.tied else ("prefix", "suffix"), slots, strict=True):
-            for name, value in _parameters(slot, method, rank, base.hidden_size).items():
+            for name, value in _parameters(slot, forms[site], base.hidden_size).items():
                 tensors[".".join(filter(None, (str(site), group, name)))] = value
+    own = commonest(forms)
     return Adapter(
-        method=method,
-        rank=rank,
-        sites=tuple(sorted(foreign.edits)),
+        method=own.method,
+        rank=own.rank,
+        sites=tuple(forms),
         positions=foreign.positions,
         tied=foreign.tied,
         base=base,
         tensors=tensors,
-        activation=foreign.activation if METHODS[method].activated else "",
+        activation=own.activation,
+        forms=forms,
         dropout=foreign.dropout,
         dtype=foreign.dtype,
         training=dict(foreign.record),
@@ -64,9 +66,16 @@ def _check_width(edit: ForeignEdit, base: BaseModel) -> None:
         )
 
 
-def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -> str:
+def _form(foreign: ForeignAdapter, slots: Sequence[Slot]) -> EditForm:
+    """What holds all the edits of one site; a site that nothing edits at any slot has none."""
+    method = _common_method(foreign, slots)
+    activation = foreign.activation if METHODS[method].activated else ""
+    return EditForm(method=method, rank=max(sum(map(_rank, slot)) for slot in slots), activation=activation)
+
+
+def _common_method(foreign: ForeignAdapter, slots: Sequence[Slot]) -> str:
+    everything = [edit for slot in slots for edit in slot]
     methods = {edit.method for edit in everything}
-    slots = [slot for each in foreign.edits.values() for slot in each]
     uniform = len({_rank(edit) for edit in everything}) == 1 and all(len(slot) == 1 for slot in slots)
     if len(methods) == 1 and uniform:
         return methods.pop()
@@ -74,7 +83,7 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
         if len(methods) == 1:
             return methods.pop()
         mixed = " and ".join(sorted(methods))
-        raise AdapterError(f"this adapter mixes {mixed}, which no one form holds; train them as adapters of one method")
+        raise AdapterError(f"a site of this adapter mixes {mixed}, which no one form holds; train them as adapters of one method")
     single = all(len(slot) <= 1 for slot in slots)
     if single and all(METHODS[name].as_noreft and (METHODS[name].activated or not foreign.activation) for name in methods):
         return "noreft"
@@ -82,7 +91,7 @@ def _common_method(foreign: ForeignAdapter, everything: Sequence[ForeignEdit]) -
         return "direft"
     names = listed(sorted({f"{edit.name} ({edit.method})" for edit in everything}))
     raise AdapterError(
-        f"this adapter mixes interventions that one adapter with activation {foreign.activation} cannot hold: {names}; "
+        f"this adapter mixes interventions that one site with activation {foreign.activation} cannot hold: {names}; "
         "train them as adapters of one method, with one intervention a site and position group"
     )
 
@@ -91,11 +100,12 @@ def _rank(edit: ForeignEdit) -> int:
     return next((len(edit.parameters[p.name]) for p in METHODS[edit.method].parameters if p.axes[0] == "r"), 0)
 
 
-def _parameters(slot: Slot, method: str, rank: int, width: int) -> dict[str, np.ndarray]:
-    """The parameters of ``method``, filled up to ``rank`` rows, that do what the edits of ``slot`` do one after the other."""
+def _parameters(slot: Slot, form: EditForm, width: int) -> dict[str, np.ndarray]:
+    """The parameters of ``form``, filled up to its rank, that do what the edits of ``slot`` do one after the other."""
+    method = form.method
     values = {} if not slot else slot[0].parameters if [e.method for e in slot] == [method] else _converted(slot, method)
     full = {}
-    for parameter, shape in zip(METHODS[method].parameters, METHODS[method].shapes(rank, width).values(), strict=True):
+    for parameter, shape in zip(METHODS[method].parameters, METHODS[method].shapes(form.rank, width).values(), strict=True):
         full[parameter.name] = np.full(shape, parameter.no_edit, np.float32)
         if parameter.name in values:
             full[parameter.name][: len(values[parameter.name])] = values[parameter.name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from reft_export.training.settings import parse_layers
+from reft_export.training.edits import parse_layers
 from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule

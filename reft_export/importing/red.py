@@ -43,7 +43,7 @@ from reft_export.importing.foreign import (
 from reft_export.importing.pyreft.sites import ComponentSites
 from reft_export.importing.statements import SCALES_AND_SHIFTS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import read_pickle, stored_dtype, vector_float32
-from reft_export.training.settings import parse_layers
+from reft_export.training.edits import parse_layers
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError

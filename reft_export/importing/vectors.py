@@ -44,7 +44,7 @@ from reft_export.importing.foreign import (
 from reft_export.importing.red import is_red, red_adapter
 from reft_export.importing.statements import ADDS, Meaning, Statements, check_statements
 from reft_export.importing.tensors import as_float32, read_safetensors, safetensors_metadata, vector_float32
-from reft_export.training.settings import parse_layers
+from reft_export.training.edits import parse_layers
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError

@@ -226,14 +226,7 @@ def adapter_loss(
     float32 model and the adapter that steers it."""
     from reft_export.training.generation import EditedModel
 
-    interventions = Interventions(
-        method=adapter.method,
-        rank=adapter.rank,
-        sites=adapter.sites,
-        width=base.info.hidden_size,
-        tied=adapter.tied,
-        activation=adapter.activation,
-    )
+    interventions = Interventions(adapter.site_forms, width=base.info.hidden_size, tied=adapter.tied)
     interventions.start_from(adapter)
     total, count = 0.0, 0
     with (

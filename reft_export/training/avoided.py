@@ -12,7 +12,7 @@ source (W; A = W - R) of the first one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from reft_export.composing.overlap import row_basis
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import LowRankEdit, Site
+from runtimes.edits.form import EditForm
 from runtimes.edits.methods import METHODS, Role
 from runtimes.errors import AdapterError, InputError
 
@@ -36,26 +37,26 @@ class Avoided:
         return {"projection": self.touched, "source": self.written}.get(role)
 
 
-def avoided(given: Mapping[str, Adapter], sites: Sequence[Site], method: str, rank: int, width: int) -> dict[Site, Avoided]:
-    """By site, of those that any of the ``given`` adapters, by name, edits too.
+def avoided(given: Mapping[str, Adapter], forms: Mapping[Site, EditForm], width: int) -> dict[Site, Avoided]:
+    """By site, of those that any of the ``given`` adapters, by name, edits too; ``forms``: of the edits that are trained, by site.
 
     Raises AdapterError for adapters of another width or of full rank, InputError for a method of full rank, for an adapter that edits none
-    of the sites, and where ``rank`` does not fit beside them.
+    of the sites, and where a rank does not fit beside them.
     """
     if not given:
         return {}
-    if METHODS[method].full_rank:
-        raise InputError(f"{method} writes every channel, and is orthogonal to nothing; train a low-rank method with --orthogonal-to")
+    if full_rank := [form.method for form in forms.values() if METHODS[form.method].full_rank]:
+        raise InputError(f"{full_rank[0]} writes every channel, and is orthogonal to nothing; train a low-rank method with --orthogonal-to")
     for name, adapter in given.items():
-        if METHODS[adapter.method].full_rank:
-            raise AdapterError(f"{name} is {adapter.method}, which writes every channel: nothing is orthogonal to it; leave it out")
+        if full_rank := [form.method for form in adapter.site_forms.values() if METHODS[form.method].full_rank]:
+            raise AdapterError(f"{name} is {full_rank[0]}, which writes every channel: nothing is orthogonal to it; leave it out")
         if adapter.base.hidden_size != width:
             raise AdapterError(f"{name} is for width {adapter.base.hidden_size}, this base has {width}; give adapters of this base")
-        if not set(adapter.sites) & set(sites):
-            edited, trained = (", ".join(map(str, sorted(each))) for each in (adapter.sites, sites))
+        if not set(adapter.sites) & set(forms):
+            edited, trained = (", ".join(map(str, sorted(each))) for each in (adapter.sites, forms))
             raise InputError(f"{name} edits {edited}, and {trained} are trained: they do not meet; leave it out of --orthogonal-to")
     found = {}
-    for site in sites:
+    for site, form in forms.items():
         edits = [
             edit for a in given.values() if site in a.sites for group in a.groups if isinstance(edit := a.edit(site, group), LowRankEdit)
         ]
@@ -63,10 +64,10 @@ def avoided(given: Mapping[str, Adapter], sites: Sequence[Site], method: str, ra
             continue
         U = [edit.U for edit in edits]
         spaces = Avoided(written=row_basis(*U), touched=row_basis(*U, *(edit.A for edit in edits)))
-        if rank + len(spaces.touched) > width:
+        if form.rank + len(spaces.touched) > width:
             raise InputError(
-                f"rank {rank} does not fit at {site}: {', '.join(given)} write and read {len(spaces.touched)} of its {width} dimensions; "
-                "lower --rank"
+                f"rank {form.rank} does not fit at {site}: {', '.join(given)} write and read {len(spaces.touched)} of its {width} "
+                "dimensions; lower --rank"
             )
         found[site] = spaces
     return found

@@ -15,7 +15,7 @@ pyreft/interventions.py. RED: Wu et al. 2024, "Advancing Parameter Efficiency in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ from reft_export.eager.steering import ACTIVATION_FUNCTIONS, EditFn, edit_rows
 from reft_export.training.avoided import Avoided
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import METHODS, Initial, Parameter, activated_methods
+from runtimes.edits.form import EditForm, commonest, described
+from runtimes.edits.methods import METHODS, Initial, Parameter
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
@@ -83,14 +84,12 @@ INITIAL: Mapping[Initial, Callable[[Parameter, tuple[int, ...], int], nn.Paramet
 class Intervention(nn.Module):
     """One trained edit. Its parameters are attributes, called as the method calls them."""
 
-    def __init__(
-        self, method: str, rank: int, width: int, *, activation: str = "", dropout: float = 0.0, avoided: Avoided | None = None
-    ) -> None:
+    def __init__(self, form: EditForm, width: int, *, dropout: float = 0.0, avoided: Avoided | None = None) -> None:
         super().__init__()
-        self.method = METHODS[method]
-        self.act = ACTIVATION_FUNCTIONS[activation]
+        self.method = METHODS[form.method]
+        self.act = ACTIVATION_FUNCTIONS[form.activation]
         self.dropout = nn.Dropout(dropout)
-        shapes = self.method.shapes(rank, width)
+        shapes = self.method.shapes(form.rank, width)
         for parameter in self.method.parameters:
             value = INITIAL[parameter.initial](parameter, shapes[parameter.name], width)
             if avoided is not None and "D" in parameter.axes and (basis := avoided.of(parameter.role)) is not None:
@@ -124,40 +123,27 @@ class Intervention(nn.Module):
 class Interventions(nn.Module):
     """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
 
-    RED has no rank: whatever is given, its own is 0. Raises InputError for an unknown method, an activation the method has no place
-    for, and a rank outside 1 to D. ``avoided``: by site, what its edit keeps out of.
+    ``forms``: what each site's edit is. Raises InputError for a rank above D. ``avoided``: by site, what its edit keeps out of.
     """
 
     def __init__(
         self,
+        forms: Mapping[Site, EditForm],
         *,
-        method: str,
-        rank: int,
-        sites: Sequence[Site],
         width: int,
         tied: bool = True,
-        activation: str = "",
         dropout: float = 0.0,
         avoided: Mapping[Site, Avoided] | None = None,
     ) -> None:
         super().__init__()
-        if method not in METHODS:
-            raise InputError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
-        if activation not in ACTIVATION_FUNCTIONS:
-            raise InputError(f"activation {activation!r} is unknown; known: {', '.join(filter(None, ACTIVATION_FUNCTIONS))}")
-        full_rank = METHODS[method].full_rank
-        if activation and not METHODS[method].activated:
-            raise InputError(f"{method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
-        rank = 0 if full_rank else rank
-        if not full_rank and not 1 <= rank <= width:
-            raise InputError(f"rank {rank} does not fit this base; use 1 to its width {width}")
-        self.method, self.rank, self.width, self.tied = method, rank, width, tied
-        self.activation, self.dropout = activation, dropout
-        self.sites = tuple(sites)
+        if wide := [form for form in forms.values() if form.rank > width]:
+            raise InputError(f"rank {wide[0].rank} does not fit this base; use 1 to its width {width}")
+        self.forms, self.width, self.tied, self.dropout = dict(forms), width, tied, dropout
+        self.sites = tuple(forms)
         groups = ("",) if tied else ("prefix", "suffix")
         self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups) for site in self.sites}
         self._by_key = {
-            key: Intervention(method, rank, width, activation=activation, dropout=dropout, avoided=(avoided or {}).get(site))
+            key: Intervention(self.forms[site], width, dropout=dropout, avoided=(avoided or {}).get(site))
             for site, keys in self.keys.items()
             for key in keys
         }
@@ -182,9 +168,9 @@ class Interventions(nn.Module):
     @torch.no_grad()
     def start_without_edit(self) -> None:
         """Sets every intervention to its method's start of y = h; the method must have one."""
-        start = METHODS[self.method].no_edit_start
-        assert start is not None, f"{self.method} has no start that edits nothing"
         for module in self._by_key.values():
+            start = module.method.no_edit_start
+            assert start is not None, f"{module.method.formula} has no start that edits nothing"
             values = start(module.parameters_of())
             for parameter, target in module.trained():
                 if parameter.name in values:
@@ -193,18 +179,14 @@ class Interventions(nn.Module):
     @torch.no_grad()
     def start_from(self, adapter: Adapter) -> None:
         """Sets every parameter to a trained adapter's, for a refit; raises AdapterError for one of another form."""
-        mine = {
-            "method": self.method,
-            "rank": self.rank,
-            "sites": tuple(sorted(self.sites)),
-            "tied": self.tied,
-            "activation": self.activation,
-        }
-        other = {name: getattr(adapter, name) for name in mine} | {"sites": tuple(sorted(adapter.sites))}
-        if different := [name for name in mine if mine[name] != other[name]]:
-            name = different[0]
-            theirs, ours = (", ".join(map(str, each[name])) if name == "sites" else each[name] for each in (other, mine))
-            raise AdapterError(f"cannot start from this adapter: its {name} is {theirs}, the settings say {ours}; leave it to the adapter")
+        mine, theirs = ({"form": described(f), "sites": ", ".join(map(str, sorted(f)))} for f in (self.forms, adapter.site_forms))
+        mine["tied"], theirs["tied"] = str(self.tied), str(adapter.tied)
+        different = [name for name in mine if mine[name] != theirs[name]]
+        if different or self.forms != adapter.site_forms:
+            name = (different or ["sites"])[0]
+            raise AdapterError(
+                f"cannot start from this adapter: its {name} is {theirs[name]}, the settings say {mine[name]}; leave it to the adapter"
+            )
         for keys in self.keys.values():
             for key in keys:
                 for parameter, target in self.intervention(key).trained():
@@ -228,15 +210,17 @@ class Interventions(nn.Module):
             for key in keys
             for name, value in self.intervention(key).parameters_of().items()
         }
+        own = commonest(self.forms)
         return Adapter(
-            method=self.method,
-            rank=self.rank,
+            method=own.method,
+            rank=own.rank,
             sites=self.sites,
+            forms=self.forms,
             positions=positions,
             tied=self.tied,
             base=base,
             tensors={name: np.ascontiguousarray(value) for name, value in tensors.items()},
-            activation=self.activation,
+            activation=own.activation,
             dropout=self.dropout,
             dtype=dtype,
             trained_on=trained_on,

@@ -183,20 +183,17 @@ def orthogonal_record(origin: Origin) -> dict[str, Any]:
 
 def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, PositionRule]:
     """What is trained, by the seed's initial values or those of the started adapter, and at which positions."""
-    start, sites = origin.start, settings.sites(base.info.num_hidden_layers)
+    start, forms = origin.start, settings.forms(base.info.num_hidden_layers)
     if start is not None and origin.orthogonal_to:
         raise InputError(
             "a started adapter is not orthogonal to others, and going on with it would be another one; leave out one of the two"
         )
-    spaces = avoided(origin.orthogonal_to, sites, settings.method, settings.rank, base.info.hidden_size)
+    spaces = avoided(origin.orthogonal_to, forms, base.info.hidden_size)
     set_seed(settings.seed)
     interventions = Interventions(
-        method=settings.method,
-        rank=settings.rank,
-        sites=sites,
+        forms,
         width=base.info.hidden_size,
         tied=settings.tied,
-        activation=settings.activation,
         dropout=settings.dropout,
         avoided=spaces,
     )

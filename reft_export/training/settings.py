@@ -1,20 +1,21 @@
-"""What one training run is, and the grammar of its layers and streams."""
+"""What one training run is."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from reft_export.training.edits import LayerEdits, edits_of_forms, forms_of_edits, parse_layers, parse_streams
 from reft_export.training.forms import AUTO, FORMS
 from reft_export.training.rendering import TRAIN_ON
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
+from runtimes.edits.form import EditForm, one_form
 from runtimes.edits.methods import METHODS, activated_methods
 from runtimes.edits.positions import PositionRule
 from runtimes.edits.probes import MOST
-from runtimes.errors import AdapterError, InputError
+from runtimes.errors import InputError
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules after the warm-up, as transformers calls them."""
@@ -24,6 +25,8 @@ SEEDS = 2**32
 
 NOT_COMPARED = ("resume", "device", "samples", "probes", "keep", "report_to")
 """Settings that do not decide how the parameters move."""
+OF_EDITS = ("method", "rank", "layers", "streams", "activation")
+"""Settings that ``edits`` are in place of."""
 CHAT_TEMPLATE = ("auto", "always", "never")
 KEEP = ("best", "last")
 INITS = ("pyreft", "identity")
@@ -53,6 +56,8 @@ class TrainSettings:
     """One intervention for prefix and suffix positions, or one for each."""
     activation: str = ""
     dropout: float = 0.0
+    edits: tuple[LayerEdits, ...] = ()
+    """Edits that differ from layer to layer, in place of method, rank, layers, streams and activation."""
     init: str = "pyreft"
     """Where the parameters start: pyreft's random values, or identity, which edits nothing: the first step is the base."""
 
@@ -133,9 +138,11 @@ class TrainSettings:
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.activation and not METHODS[self.method].activated:
             raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
+        self._check_edits()
         _one_of("init", self.init, INITS)
         if self.init == "identity":
-            _check_identity(self.method, self.activation)
+            for edit in self.edits or (self,):
+                _check_identity(edit.method, edit.activation)
         if METHODS[self.method].full_rank:
             object.__setattr__(self, "rank", 0)
         else:
@@ -163,13 +170,33 @@ class TrainSettings:
             raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {rule}")
         parse_streams(self.streams)
 
+    def _check_edits(self) -> None:
+        """Raises InputError for edits beside what they are in place of."""
+        object.__setattr__(self, "edits", tuple(self.edits))
+        given = [field.name for field in fields(self) if field.name in OF_EDITS and getattr(self, field.name) != field.default]
+        if self.edits and given:
+            raise InputError(f"{' and '.join(given)} beside edits, which say it each for themselves; leave one of the two out")
+
     @property
     def rule(self) -> PositionRule:
         return PositionRule.parse(self.positions)
 
-    def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
+    def forms(self, num_hidden_layers: int) -> dict[Site, EditForm]:
+        """What is trained at every site."""
+        if self.edits:
+            return forms_of_edits(self.edits, num_hidden_layers)
         layers, streams = parse_layers(self.layers, num_hidden_layers), parse_streams(self.streams)
-        return tuple(Site(layer=layer, stream=stream) for layer in layers for stream in streams)
+        sites = (Site(layer=layer, stream=stream) for layer in layers for stream in streams)
+        return one_form(sites, method=self.method, rank=self.rank, activation=self.activation)
+
+    def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
+        return tuple(self.forms(num_hidden_layers))
+
+    def described(self) -> str:
+        """What is trained where, in words."""
+        if self.edits:
+            return "; ".join(map(str, self.edits))
+        return f"{EditForm(method=self.method, rank=self.rank, activation=self.activation)}, layers {self.layers}"
 
     def placement(self) -> tuple[str, str]:
         """(dtype, device) to load the base with, ``auto`` decided for this machine."""
@@ -185,61 +212,34 @@ class TrainSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings that decide how the parameters move, as they are written into the adapter and compared on resume."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_COMPARED}
+        left_out = {*NOT_COMPARED, *(OF_EDITS if self.edits else ("edits",))}
+        every = asdict(self) | {"edits": list(map(str, self.edits))}
+        return {name: value for name, value in every.items() if name not in left_out}
 
 
 def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:
-    """Settings of a run that goes on with ``adapter``: of its form, with ``changes`` to anything.
-
-    Raises AdapterError for one whose sites are not the same streams in every layer, which settings cannot say.
-    """
+    """Settings of a run that goes on with ``adapter``: of its form, with ``changes`` to anything."""
     layers = sorted({site.layer for site in adapter.sites})
     streams = [stream for stream in STREAMS if any(site.stream == stream for site in adapter.sites)]
-    if len(adapter.sites) != len(layers) * len(streams):
-        raise AdapterError(
-            f"cannot go on with an adapter that edits other streams in other layers ({', '.join(map(str, adapter.sites))}); "
-            "training edits the same streams in every layer"
-        )
+    alike = not adapter.forms and len(adapter.sites) == len(layers) * len(streams)
+    form: dict[str, Any] = {"edits": edits_of_forms(adapter.site_forms)}
+    if alike:
+        form = {
+            "method": adapter.method,
+            "rank": adapter.rank,
+            "layers": ";".join(map(str, layers)),
+            "streams": ";".join(streams),
+            "activation": adapter.activation,
+        }
     data = adapter.training.get("data")
     plain = isinstance(data, Mapping) and data.get("chat_template") is False
-    form = {
-        "method": adapter.method,
-        "rank": adapter.rank,
-        "layers": ";".join(map(str, layers)),
-        "streams": ";".join(streams),
+    form |= {
         "positions": str(adapter.positions),
         "tied": adapter.tied,
-        "activation": adapter.activation,
         "dropout": adapter.dropout,
         "chat_template": "never" if plain else "auto",
     }
     return TrainSettings(**{**form, **changes})
-
-
-def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
-    """``all``, ``8-16`` (both ends), ``3;9;18`` or a mix, as increasing layer numbers; raises InputError."""
-    if text.strip() == "all":
-        return tuple(range(num_hidden_layers))
-    layers: set[int] = set()
-    for part in re.split("[;,]", text):
-        match = re.fullmatch(r"\s*(\d{1,40})\s*(?:-\s*(\d{1,40})\s*)?", part)
-        if not match:
-            raise InputError(f"layers {text!r} are not understood at {part!r}; use all, 8-16 or 3;9;18")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise InputError(f"layers {text!r}: the range {first}-{last} runs backwards; did you mean {last}-{first}?")
-        if last >= num_hidden_layers:
-            raise InputError(f"layer {last} does not exist in this base ({num_hidden_layers} layers, 0 to {num_hidden_layers - 1})")
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
-def parse_streams(text: str) -> tuple[str, ...]:
-    """Streams separated by ``;`` or ``,``, in the order in which a block computes them; raises InputError."""
-    asked = [part.strip() for part in re.split("[;,]", text)]
-    for stream in asked:
-        _one_of("stream", stream, STREAMS)
-    return tuple(stream for stream in STREAMS if stream in asked)
 
 
 def differing(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

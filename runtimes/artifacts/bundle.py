@@ -40,9 +40,9 @@ from runtimes.artifacts.values import (
     TaskName,
 )
 from runtimes.edits.adapter import Adapter, BaseModel, BaseParts
-from runtimes.edits.adapter_records import RuleRecord, SiteRecord, from_version_1, rule_record, site_records, sites_of
+from runtimes.edits.adapter_records import RuleRecord, SiteRecord, forms_of, from_version_1, rule_record, site_records, sites_of
 from runtimes.edits.edit import Site
-from runtimes.edits.methods import METHODS
+from runtimes.edits.form import EditForm
 from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, BundleError, ReftError
@@ -331,7 +331,7 @@ class AdapterRecord:
         return cls(
             method=adapter.method,
             rank=adapter.rank,
-            sites=site_records(adapter.sites),
+            sites=site_records(adapter.site_forms, adapter.own),
             rules=(rule_record(adapter.positions, tied=adapter.tied),),
             activation=adapter.activation,
             base=adapter.base,
@@ -347,11 +347,20 @@ class AdapterRecord:
     def tied(self) -> bool:
         return self.rules[0].tied
 
+    @property
+    def own(self) -> EditForm:
+        """The form of every site that does not say another."""
+        return EditForm(method=self.method, rank=self.rank, activation=self.activation)
+
+    @property
+    def site_forms(self) -> dict[Site, EditForm]:
+        """The form of every site."""
+        return forms_of(self.sites, self.own)
+
     def check(self) -> None:
-        """Raises AdapterError or InputError for a method, sites or rules that this version does not know."""
-        if self.method not in METHODS:
-            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        sites_of(self.sites, self.rules, self.rank)
+        """Raises AdapterError or InputError for a form, sites or rules that this version does not know."""
+        sites_of(self.sites, self.rules)
+        self.site_forms  # noqa: B018  # checks every form
         self.rules[0].rule  # noqa: B018  # parses the grammar
 
 
@@ -363,8 +372,6 @@ class StoredAdapter:
     file: Path
     positions: PositionRule
     tied: bool
-    rank: int
-    method: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,8 +455,6 @@ class Artifact(ABC):
             file=self.adapter_file(name),
             positions=record.rules[0].rule,
             tied=record.tied,
-            rank=record.rank,
-            method=record.method,
         )
 
     @property

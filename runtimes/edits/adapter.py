@@ -18,8 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.edits.adapter_records import ProbesRecord, RuleRecord, SiteRecord, from_version_1, rule_record, site_records, sites_of
-from runtimes.edits.edit import ACTIVATIONS, Edit, Site
+from runtimes.edits.adapter_records import (
+    ProbesRecord,
+    RuleRecord,
+    SiteRecord,
+    forms_of,
+    from_version_1,
+    rule_record,
+    site_records,
+    sites_of,
+)
+from runtimes.edits.edit import Edit, Site
+from runtimes.edits.form import EditForm
 from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
 from runtimes.edits.positions import PositionRule
@@ -74,6 +84,7 @@ class Adapter:
     """A trained intervention, independent of any framework. ``edits()`` folds it."""
 
     method: str
+    """Of every site that ``forms`` does not name, as are ``rank`` and ``activation``."""
     rank: int
     sites: tuple[Site, ...]
     positions: PositionRule
@@ -81,6 +92,8 @@ class Adapter:
     base: BaseModel
     tensors: Mapping[str, np.ndarray]
     activation: str = ""
+    forms: Mapping[Site, EditForm] = field(default_factory=dict)
+    """Of sites whose edits are of another form than the adapter's; those that are of its own are left out."""
     dropout: float = 0.0
     dtype: str = "float32"
     """The dtype of the base while it was trained."""
@@ -94,18 +107,12 @@ class Adapter:
     """Lines of its own task (runtimes/edits/probes.py): what it is measured on. They are no part of its digest."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise AdapterError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        method = METHODS[self.method]
-        if self.activation not in ACTIVATIONS:
-            raise AdapterError(f"activation {self.activation!r} is unknown; known: {', '.join(filter(None, ACTIVATIONS))}")
-        if self.activation and not method.activated:
-            raise AdapterError(f"{self.method} has no learned source for {self.activation} to act on")
-        if self.rank != 0 if method.full_rank else self.rank < 1:
-            expected = "0, since it has none to choose" if method.full_rank else "at least 1"
-            raise AdapterError(f"rank {self.rank} does not fit {self.method}, whose rank is {expected}")
+        own = self.own
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise AdapterError("an adapter needs at least one site, each once")
+        if strange := sorted(set(self.forms) - set(self.sites)):
+            raise AdapterError(f"a form is given for {strange[0]}, which the adapter does not edit")
+        object.__setattr__(self, "forms", {site: form for site, form in self.forms.items() if form != own})
         for site in self.sites:
             if site.layer >= self.base.num_hidden_layers:
                 raise AdapterError(
@@ -126,22 +133,39 @@ class Adapter:
                 raise AdapterError(f"{HEAD}{key} is {value.dtype}, expected finite float32; the file is damaged or its training diverged")
 
     def _check_tensors(self) -> None:
-        shapes = METHODS[self.method].shapes(self.rank, self.base.hidden_size)
-        expected = {self._key(site, group, name) for site in self.sites for group in self.groups for name in shapes}
-        missing, unknown = sorted(expected - set(self.tensors)), sorted(set(self.tensors) - expected)
+        expected: dict[str, tuple[tuple[int, ...], EditForm]] = {}
+        for site in self.sites:
+            form = self.form(site)
+            shapes = METHODS[form.method].shapes(form.rank, self.base.hidden_size)
+            expected |= {self._key(site, group, name): (shape, form) for group in self.groups for name, shape in shapes.items()}
+        missing, unknown = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
         if missing or unknown:
             raise AdapterError(f"adapter tensors do not match its sites: missing {missing[:4]}, unknown {unknown[:4]}")
         for key, value in self.tensors.items():
-            shape = shapes[key.rsplit(".", 1)[1]]
+            shape, form = expected[key]
             if value.shape != shape:
                 raise AdapterError(
-                    f"{key} has shape {list(value.shape)}, expected {list(shape)} (rank {self.rank}, "
+                    f"{key} has shape {list(value.shape)}, expected {list(shape)} (rank {form.rank}, "
                     f"{self.base.name} has width {self.base.hidden_size})"
                 )
             if value.dtype != np.float32:
                 raise AdapterError(f"{key} is {value.dtype}; adapters store float32")
             if not np.isfinite(value).all():
                 raise AdapterError(f"{key} holds values that are not finite; the file is damaged or its training diverged")
+
+    @property
+    def own(self) -> EditForm:
+        """The form of every site that ``forms`` does not name."""
+        return EditForm(method=self.method, rank=self.rank, activation=self.activation)
+
+    def form(self, site: Site) -> EditForm:
+        """What the edits of one of the ``sites`` are."""
+        return self.forms.get(site) or self.own
+
+    @property
+    def site_forms(self) -> dict[Site, EditForm]:
+        """The form of every site."""
+        return {site: self.form(site) for site in self.sites}
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -154,8 +178,10 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """sha256 over the method and the trained parameters."""
+        """sha256 over the method, the forms of sites that have others, and the trained parameters."""
         digest = hashlib.sha256(self.method.encode())
+        for site, form in sorted(self.forms.items(), key=lambda item: item[0]):
+            digest.update(f"{site}: {form}".encode())
         stored = self.stored()
         for name in sorted(stored):
             digest.update(name.encode())
@@ -172,11 +198,12 @@ class Adapter:
 
     def edit(self, site: Site, group: str) -> Edit:
         """The folded edit of one of the site's ``groups``, in float64."""
-        return fold_parameters(self.method, self.parameters(site, group), self.activation)
+        form = self.form(site)
+        return fold_parameters(form.method, self.parameters(site, group), form.activation)
 
     def parameters(self, site: Site, group: str) -> dict[str, np.ndarray]:
         """The trained parameters of one of the site's ``groups``, by name."""
-        return {name: self.tensors[self._key(site, group, name)] for name in METHODS[self.method].names}
+        return {name: self.tensors[self._key(site, group, name)] for name in METHODS[self.form(site).method].names}
 
     def nodes(self) -> tuple[EditNode, ...]:
         """The op nodes that this adapter needs in a graph."""
@@ -239,7 +266,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None
     config = AdapterConfig(
         method=adapter.method,
         rank=adapter.rank,
-        sites=site_records(adapter.sites),
+        sites=site_records(adapter.site_forms, adapter.own),
         rules=(rule_record(adapter.positions, tied=adapter.tied),),
         activation=adapter.activation,
         dropout=adapter.dropout,
@@ -291,10 +318,12 @@ def load_adapter(folder: Path) -> Adapter:
         raise AdapterError(f"{folder / TENSOR_FILE} lacks {HEAD}{missing[0]}, which {CONFIG_FILE} names; copy the adapter again")
     head = {name: tensors.pop(f"{HEAD}{name}") for name in config.head}
     try:
+        own = EditForm(method=config.method, rank=config.rank, activation=config.activation)
         return Adapter(
             method=config.method,
             rank=config.rank,
-            sites=sites_of(config.sites, config.rules, config.rank),
+            sites=sites_of(config.sites, config.rules),
+            forms=forms_of(config.sites, own),
             positions=config.rules[0].rule,
             tied=config.rules[0].tied,
             activation=config.activation,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtimes.edits.edit import Site
+from runtimes.edits.form import EditForm
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError
 
@@ -26,7 +27,8 @@ class RuleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRecord:
-    """A site, ``<layer>.<stream>``; its rule by number; and where they are not the adapter's, its rank and the form of its edit."""
+    """A site, ``<layer>.<stream>``; its rule by number; and where they are not the adapter's, its rank and the form of its edit:
+    ``EditForm.name``."""
 
     site: str
     rule: int = 0
@@ -42,25 +44,42 @@ class ProbesRecord:
     sha256: str
 
 
-def site_records(sites: Sequence[Site]) -> tuple[SiteRecord, ...]:
-    """Sites that all follow the first rule, with the adapter's rank and the method's form."""
-    return tuple(SiteRecord(site=str(site)) for site in sites)
+def site_records(forms: Mapping[Site, EditForm], own: EditForm) -> tuple[SiteRecord, ...]:
+    """Sites that all follow the first rule; ``own``: the form that the adapter's own keys say."""
+    return tuple(
+        SiteRecord(
+            site=str(site),
+            rank=None if form.rank == own.rank else form.rank,
+            form=None if form.name == own.name else form.name,
+        )
+        for site, form in forms.items()
+    )
+
+
+def forms_of(sites: Sequence[SiteRecord], own: EditForm) -> dict[Site, EditForm]:
+    """The form of every site; the inverse of ``site_records``. Raises AdapterError for one that this version does not know."""
+    forms = {}
+    for record in sites:
+        try:
+            forms[Site.parse(record.site)] = EditForm.named(
+                own.name if record.form is None else record.form, own.rank if record.rank is None else record.rank
+            )
+        except AdapterError as e:
+            raise AdapterError(f"site {record.site}: {e}") from None
+    return forms
 
 
 def rule_record(positions: PositionRule, *, tied: bool) -> RuleRecord:
     return RuleRecord(positions=str(positions), truncate=positions.truncate, tied=tied)
 
 
-def sites_of(sites: Sequence[SiteRecord], rules: Sequence[RuleRecord], rank: int) -> tuple[Site, ...]:
+def sites_of(sites: Sequence[SiteRecord], rules: Sequence[RuleRecord]) -> tuple[Site, ...]:
     """The sites; raises AdapterError for what the format has room for and this version does not know."""
     if len(rules) != 1:
         raise AdapterError(f"the adapter has {len(rules)} position rules, and this version knows adapters of one; update reft-export")
     for record in sites:
         if record.rule != 0:
             raise AdapterError(f"site {record.site} follows rule {record.rule}, and the adapter has rule 0 alone; copy it again")
-        if record.form is not None or record.rank not in (None, rank):
-            what = f"rank {record.rank}" if record.form is None else f"form {record.form!r}"
-            raise AdapterError(f"site {record.site} has {what} of its own, which this version does not know; update reft-export")
     return tuple(Site.parse(record.site) for record in sites)
 
 

@@ -41,6 +41,7 @@ from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.ways import Batch, Ways, loss_of
 from runtimes.edits.edit import Site
+from runtimes.edits.form import one_form
 from runtimes.edits.positions import PositionRule
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -54,7 +55,7 @@ Made = tuple[list[torch.nn.Parameter], Loss]
 
 
 def ours(model: Any, examples: Sequence[Example], way: str) -> Made:
-    made = Interventions(method="loreft", rank=4, sites=tuple(Site(layer=n) for n in LAYERS), width=model.config.hidden_size)
+    made = Interventions(one_form((Site(layer=n) for n in LAYERS), method="loreft", rank=4), width=model.config.hidden_size)
     ways = Ways(head=CountedHead(model), steering=STEERED.enter_context(steer(model, made.edits(), rule=RULE, tied=True)), rule=RULE)
     store = PrefixStore(ways.head, ways.steering, dtype=model.dtype, pad_token_id=0)
     if way == "kept":

@@ -337,7 +337,7 @@ def test_untied_without_a_prefix_or_a_suffix_is_pyrefts_all_positions(tmp_path) 
 def test_mixtures_that_no_adapter_holds(tmp_path) -> None:
     two = FIXTURES / "pyreft-generated" / "loreft_two_a_site" / "adapter"
     gelu = replace(SAID, activation="gelu")
-    refused(two, tmp_path / "out", gelu, "mixes interventions that one adapter with activation gelu cannot hold: .*1#0 .loreft.")
+    refused(two, tmp_path / "out", gelu, "mixes interventions that one site with activation gelu cannot hold: .*1#0 .loreft.")
 
 
 def test_the_output_is_kept(tmp_path, imported) -> None:

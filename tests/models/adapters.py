@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from reft_export.base.classifiers import head_parameters
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
+from runtimes.edits.form import EditForm, commonest, one_form
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 
@@ -29,10 +30,18 @@ def random_adapter(
 
     RED has no rank, whatever ``rank`` says: its scale [D] is around 1 and its bias [D] around 0, with a deviation of 0.3.
     """
-    rank = 0 if METHODS[method].full_rank else rank
+    forms = one_form(sites, method=method, rank=rank, activation=activation)
+    return mixed_adapter(base, forms, positions=positions, tied=tied, seed=seed)
+
+
+def mixed_adapter(
+    base: BaseModel, forms: Mapping[Site, EditForm], *, positions: str = "f2+l2", tied: bool = True, seed: int = 0
+) -> Adapter:
+    """As ``random_adapter``, each site with a form of its own."""
     generator = np.random.default_rng(seed)
     tensors = {}
-    for site in sites:
+    for site, form in forms.items():
+        method, rank = form.method, form.rank
         for group in ("",) if tied else ("prefix", "suffix"):
             for name in METHODS[method].names:
                 if METHODS[method].full_rank:
@@ -44,9 +53,17 @@ def random_adapter(
                 else:
                     value = 2 * generator.standard_normal(rank)
                 tensors[".".join(filter(None, (str(site), group, name)))] = np.ascontiguousarray(value, np.float32)
-    rule = PositionRule.parse(positions)
+    own = commonest(forms)
     return Adapter(
-        method=method, rank=rank, sites=tuple(sites), positions=rule, tied=tied, activation=activation, base=base, tensors=tensors
+        method=own.method,
+        rank=own.rank,
+        sites=tuple(forms),
+        positions=PositionRule.parse(positions),
+        tied=tied,
+        activation=own.activation,
+        forms=forms,
+        base=base,
+        tensors=tensors,
     )
 
 

@@ -42,7 +42,7 @@ SURFACE = {
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
         "--chat-template", "--format", "--train-on", "--report-to", "--samples", "--distill-system", "--max-new-tokens", "--kl-weight",
-        "--objective", "--beta",
+        "--objective", "--beta", "--edit", "--recipe",
         "--probes", "--seed", "--dtype", "--init", "--group-by-length", "--gradient-checkpointing", "--cache-mb", "--cache-dtype",
         "--device", "--resume", "--base", "--start", "--head", "--orthogonal-to", "--accept-base", "--force", "--preview",
         "--dry-run", "--json",

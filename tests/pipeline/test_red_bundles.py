@@ -404,5 +404,5 @@ def test_edge_llm(tmp_path) -> None:
     graph = load_graph(tmp_path / "out" / "model.onnx").graph
     assert [node.op_type for node in graph if is_edit(node)] == ["RED", "RED"]
     code, output = _cli("fold", folder, "-a", tmp_path / "red", "-o", tmp_path / "lora", "--as-lora")
-    assert code == 2 and "is a scale and bias (RED), which LoRA weights cannot hold" in " ".join(output.split())
+    assert code == 2 and "has a scale and bias (RED), which LoRA weights cannot hold" in " ".join(output.split())
     assert not (tmp_path / "lora").exists()

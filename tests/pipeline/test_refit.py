@@ -269,8 +269,8 @@ def test_settings_of_a_started_adapter(base_folder) -> None:
     adapter = tiny.random_adapter(info, method="direft", activation="gelu", tied=False, positions="f1+l3", layers=(0, 2), rank=3)
     settings = settings_like(adapter, max_steps=5)
     assert (settings.method, settings.activation, settings.tied, settings.rank, settings.max_steps) == ("direft", "gelu", False, 3, 5)
-    assert settings.sites(3) == adapter.sites and settings.rule == adapter.positions
+    assert settings.sites(3) == adapter.sites and settings.forms(3) == adapter.site_forms and settings.rule == adapter.positions
     tensors = {k.replace("2.block_output", "2.mlp_output"): v for k, v in adapter.tensors.items()}
     sites = (adapter.sites[0], Site(layer=2, stream="mlp_output"))
-    with pytest.raises(AdapterError, match="edits other streams in other layers"):
-        settings_like(replace(adapter, sites=sites, tensors=tensors))
+    uneven = replace(adapter, sites=sites, tensors=tensors)
+    assert settings_like(uneven).forms(3) == uneven.site_forms

@@ -18,7 +18,7 @@ SEVERAL = {
     ("quantize", "--adapter"), ("quantize", "--keep-high"), ("export", "--keep-high"),
     ("build", "--sm"), ("run", "--prompt"), ("run", "--pair"), ("run", "--stop"), ("bench", "--adapter"),
     ("compose", "--strength"), ("sweep", "--data"), ("serve", "--api-key"), ("train", "--orthogonal-to"),
-    ("evaluate", "--data"), ("evaluate", "--adapter"), ("evaluate", "--metric"),
+    ("train", "--edit"), ("evaluate", "--data"), ("evaluate", "--adapter"), ("evaluate", "--metric"),
 }  # fmt: skip
 """Every option that takes several values, and uses them all."""
 

@@ -64,7 +64,7 @@ def one_after_the_other(
     for name, each in adapters.items():
         if site in each.sites:
             parameters = {key: np.asarray(x, np.float64) for key, x in each.parameters(site, "" if each.tied else group).items()}
-            h = h + strengths.get(name, 1.0) * METHODS[each.method].delta(parameters, h, lambda z: z)
+            h = h + strengths.get(name, 1.0) * METHODS[each.form(site).method].delta(parameters, h, lambda z: z)
     return h
 
 
@@ -76,7 +76,7 @@ def check(adapters: Mapping[str, Adapter], strengths: Mapping[str, float]) -> Ad
             want = one_after_the_other(adapters, strengths, site, group, h)
             # Every parameter is rounded once to float32.
             np.testing.assert_allclose(
-                edit.apply(h), want, rtol=0, atol=np.abs(want).max() * rounding.edit(WIDTH, made.rank, in_sequence=3)
+                edit.apply(h), want, rtol=0, atol=np.abs(want).max() * rounding.edit(WIDTH, made.form(site).rank, in_sequence=3)
             )
     return made
 
@@ -94,9 +94,13 @@ def test_it_is_its_parts_in_series(drawn) -> None:
         f"a{i}": adapter(method, seed=seed, rank=rank, tied=tied, layers=layers)
         for i, (method, (seed, rank, tied, layers, _)) in enumerate(drawn)
     }
-    made = check(parts, {f"a{i}": kind[-1] for i, (_, kind) in enumerate(drawn)})
-    assert made.method == "direft"
-    assert made.rank == max(sum(a.rank for a in parts.values() if site in a.sites) for site in made.sites)
+    strengths = {f"a{i}": kind[-1] for i, (_, kind) in enumerate(drawn)}
+    made = check(parts, strengths)
+    for site, form in made.site_forms.items():
+        there = [name for name, a in parts.items() if site in a.sites]
+        alone = len(there) == 1 and strengths[there[0]] == 1
+        assert form.method == (parts[there[0]].method if alone else "direft")
+        assert form.rank == sum(parts[name].rank for name in there)
     assert made.tied == all(a.tied for a in parts.values())
 
 
@@ -215,7 +219,7 @@ def test_what_does_not_fit_one_adapter_is_refused() -> None:
         "one has f1.l2, two has f1.l2 .overlapping": (
             {"one": one, "two": replace(one, positions=replace(one.positions, truncate=False))}, {}, AdapterError,
         ),
-        r"RED\) and a low-rank edit fit no one adapter: one .loreft, rank 2., two .red.": (
+        r"RED\) and a low-rank edit fit no one edit of 0.block_output: one .loreft, rank 2., two .red.": (
             {"one": one, "two": adapter("red")}, {}, AdapterError,
         ),
         "one .loreft, rank 2., two .direft, rank 2, gelu.; compose those that have the same": ({"one": one, "two": gelu}, {}, AdapterError),
@@ -249,15 +253,15 @@ def test_the_verb(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "1.block_output" in shown.stdout and "interact" in shown.stdout, shown.output  # 80 columns cut it
     assert "probes are those of one: 1" in shown.stdout and not (tmp_path / "both").exists()
     done = run(*folders, "-o", tmp_path / "both", "--strength", "2nd=0.5")
-    assert done.exit_code == 0 and "both: one + 2nd at strength 0.5; direft, rank 4, tied, positions f1+l2, 2 sites" in done.stdout.replace(
-        "\n", ""
-    )
+    form = "loreft, rank 2 at 1 site; direft, rank 4 at 1 site, tied"
+    said = f"both: one + 2nd at strength 0.5; {form}, positions f1+l2, 2 sites"
+    assert done.exit_code == 0 and said in done.stdout.replace("\n", "")
     both = load_adapter(tmp_path / "both")
     assert both.probes == probes and both.training["parts"]["2nd"]["strength"] == 0.5
     refused = run(*folders, "-o", tmp_path / "both")
     assert refused.exit_code == 2 and "--force" in refused.stderr
     told = json.loads(run(*folders, "-o", tmp_path / "both", "--force", "--json").stdout)
-    assert told["rank"] == 4 and told["sites"] == [{"site": "0.block_output", "rank": 2}, {"site": "1.block_output", "rank": 4}]
+    assert told["sites"] == [{"site": "0.block_output", "rank": 2}, {"site": "1.block_output", "rank": 4}]
     assert len(told["meetings"]) == 1 and len(told["meetings"][0]["overlap"]["write_angles"]) == 2
     for text, match in {
         "2nd": "is not understood; write NAME=0.5",
@@ -269,4 +273,4 @@ def test_the_verb(tmp_path: Path) -> None:
     twice = run(tmp_path / "one", tmp_path / "one", "-o", tmp_path / "no")
     assert twice.exit_code == 2 and "two adapters are called one" in twice.stderr
     compose_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "api")
-    assert load_adapter(tmp_path / "api").rank == 4
+    assert [form.rank for form in load_adapter(tmp_path / "api").site_forms.values()] == [2, 4]

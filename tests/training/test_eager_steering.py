@@ -25,6 +25,7 @@ from reft_export.tasks.generation import GoldenInputs, eager_greedy, pad_right
 from reft_export.training.interventions import Interventions
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import STREAMS, LowRankEdit, Site
+from runtimes.edits.form import one_form
 from runtimes.edits.positions import PositionRule, slots
 from runtimes.errors import AdapterError, InputError
 
@@ -38,7 +39,7 @@ ROUNDING = 2 * rounding.logits(4 * WIDTH, LAYERS)
 def lobireft(site: Site, *, rule: PositionRule = EVERYWHERE, size: float = 1.0) -> Adapter:
     torch.manual_seed(11)
     base = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=LAYERS, hidden_size=WIDTH)
-    trained = Interventions(method="lobireft", rank=2, sites=(site,), width=WIDTH)
+    trained = Interventions(one_form([site], method="lobireft", rank=2), width=WIDTH)
     with torch.no_grad():
         trained.intervention(str(site)).s.copy_(torch.tensor([size, -2 * size]))
     return trained.to_adapter(base, rule)
@@ -251,7 +252,7 @@ def test_refused_forwards_and_adapters(llama: PreTrainedModel) -> None:
             llama(PROMPT)
     torch.manual_seed(0)
     other = BaseModel(name="other", fingerprint="0" * 64, num_hidden_layers=LAYERS, hidden_size=64)
-    wide = Interventions(method="direft", rank=1, sites=(Site(layer=0),), width=64).to_adapter(other, EVERYWHERE)
+    wide = Interventions(one_form([Site(layer=0)], method="direft", rank=1), width=64).to_adapter(other, EVERYWHERE)
     message = "trained on other .3 layers, width 64.; this base has 3 layers, width 32"
     with pytest.raises(AdapterError, match=message), steered(llama, wide):
         pass

@@ -12,11 +12,13 @@ from reft_export.eager.steering import edit_fn, low_rank_edit_fn
 from reft_export.training.interventions import Intervention, Interventions, OrthonormalRows
 from runtimes.edits.adapter import BaseModel
 from runtimes.edits.edit import ACTIVATIONS, LowRankEdit, Site
+from runtimes.edits.form import EditForm, one_form
 from runtimes.edits.methods import METHODS, fold_parameters
 from runtimes.edits.positions import PositionRule
-from runtimes.errors import AdapterError, InputError
+from runtimes.errors import AdapterError, ReftError
 
 RANK, WIDTH = 3, 16
+SITE = Site(layer=0)
 BASE = BaseModel(name="tiny", fingerprint="0" * 64, num_hidden_layers=4, hidden_size=WIDTH)
 CASES = [(m, a) for m in METHODS for a in (ACTIVATIONS if METHODS[m].activated else ("",))]
 
@@ -35,7 +37,7 @@ def _disturb(module: torch.nn.Module) -> None:
 @pytest.mark.parametrize(("method", "activation"), CASES)
 def test_module_equals_the_folded_edit_in_float64(method: str, activation: str) -> None:
     torch.manual_seed(1)
-    module = Intervention(method, RANK, WIDTH, activation=activation).double()
+    module = Intervention(one_form([SITE], method=method, rank=RANK, activation=activation)[SITE], WIDTH).double()
     _disturb(module)
     h = torch.randn(50, WIDTH, dtype=torch.float64)
     edit = fold_parameters(method, {k: v.detach().numpy() for k, v in module.parameters_of().items()}, activation)
@@ -52,7 +54,7 @@ def test_adapter_carries_the_module(method: str, activation: str) -> None:
     """float32 module -> adapter tensors -> folded edit with float32 sums, each against the float64 oracle."""
     torch.manual_seed(2)
     sites = (Site(layer=1), Site(layer=3, stream="mlp_output"))
-    trained = Interventions(method=method, rank=RANK, sites=sites, width=WIDTH, tied=False, activation=activation)
+    trained = Interventions(one_form(sites, method=method, rank=RANK, activation=activation), width=WIDTH, tied=False)
     _disturb(trained)
     adapter = trained.to_adapter(BASE, PositionRule(first=2, last=2))
     h, slot = torch.randn(2, 5, WIDTH), torch.tensor([[0, -1, 1, 0, -1], [-1, 0, 7, 1, 1]])
@@ -120,7 +122,7 @@ def test_torchs_parametrization_is_what_weight_decay_breaks() -> None:
 @pytest.mark.parametrize("method", ["loreft", "consreft", "lobireft"])
 def test_r_is_orthonormal_after_training_with_weight_decay(method: str) -> None:
     torch.manual_seed(5)
-    module = Intervention(method, 4, 32)
+    module = Intervention(EditForm(method=method, rank=4), 32)
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
     h, target = torch.randn(16, 32), torch.randn(16, 32)
     start = module.parameters_of()["R"].detach()
@@ -135,8 +137,8 @@ def test_r_is_orthonormal_after_training_with_weight_decay(method: str) -> None:
 
 def test_red_starts_as_the_identity_and_is_not_decayed() -> None:
     """Scale 1 and bias 0, whatever rank is given; weight decay leaves both where they are, and training does not."""
-    trained = Interventions(method="red", rank=7, sites=(Site(layer=0),), width=WIDTH)
-    assert trained.rank == 0 and [tuple(p.shape) for p in trained.parameters()] == [(WIDTH,), (WIDTH,)]
+    trained = Interventions(one_form([Site(layer=0)], method="red", rank=7), width=WIDTH)
+    assert [form.rank for form in trained.forms.values()] == [0] and [tuple(p.shape) for p in trained.parameters()] == [(WIDTH,), (WIDTH,)]
     h, slot = torch.randn(3, WIDTH), torch.zeros(3, dtype=torch.int32)
     edit = trained.edits()[Site(layer=0)]
     assert torch.equal(edit(h, slot), h)
@@ -152,7 +154,7 @@ def test_red_starts_as_the_identity_and_is_not_decayed() -> None:
 
 def test_dropout_acts_on_the_edit_alone_and_only_in_training() -> None:
     torch.manual_seed(6)
-    module = Intervention("loreft", RANK, WIDTH, dropout=0.5)
+    module = Intervention(EditForm(method="loreft", rank=RANK), WIDTH, dropout=0.5)
     h = torch.randn(40, WIDTH)
     whole = module.eval()(h)
     dropped = module.train()(h)
@@ -164,7 +166,7 @@ def test_dropout_acts_on_the_edit_alone_and_only_in_training() -> None:
 
 def test_gradients_reach_every_parameter_and_only_edited_rows() -> None:
     torch.manual_seed(7)
-    trained = Interventions(method="noreft", rank=RANK, sites=(Site(layer=0),), width=WIDTH)
+    trained = Interventions(one_form([Site(layer=0)], method="noreft", rank=RANK), width=WIDTH)
     h = torch.randn(1, 4, WIDTH, requires_grad=True)
     trained.edits()[Site(layer=0)](h, torch.tensor([[-1, 0, -1, 0]])).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.parameters())
@@ -173,15 +175,20 @@ def test_gradients_reach_every_parameter_and_only_edited_rows() -> None:
 
 def test_start_from_an_adapter_gives_it_back() -> None:
     torch.manual_seed(8)
-    options = {"method": "loreft", "rank": RANK, "sites": (Site(layer=2),), "width": WIDTH, "tied": False}
+    forms = one_form([Site(layer=2)], method="loreft", rank=RANK)
     rule = PositionRule(first=1, last=1)
-    adapter = Interventions(**options).to_adapter(BASE, rule)
-    again = Interventions(**options)
+    adapter = Interventions(forms, width=WIDTH, tied=False).to_adapter(BASE, rule)
+    again = Interventions(forms, width=WIDTH, tied=False)
     again.start_from(adapter)
     for name, value in again.to_adapter(BASE, rule).tensors.items():
         assert np.allclose(value, adapter.tensors[name], atol=1e-6)
-    with pytest.raises(AdapterError, match="its rank is 3, the settings say 2"):
-        Interventions(**{**options, "rank": 2}).start_from(adapter)
+    for other, tied, message in (
+        (one_form(forms, method="loreft", rank=2), False, "its form is loreft, rank 3, the settings say loreft, rank 2"),
+        (forms, True, "its tied is False, the settings say True"),
+        (one_form([Site(layer=1)], method="loreft", rank=RANK), False, "its sites is 2.block_output, the settings say 1.block_output"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            Interventions(other, width=WIDTH, tied=tied).start_from(adapter)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +197,9 @@ def test_start_from_an_adapter_gives_it_back() -> None:
         ({"method": "magic"}, "method 'magic' is unknown"),
         ({"rank": WIDTH + 1}, f"use 1 to its width {WIDTH}"),
         ({"activation": "swish"}, "activation 'swish' is unknown"),
-        ({"method": "lobireft", "activation": "relu"}, "lobireft has no place for an activation"),
+        ({"method": "lobireft", "activation": "relu"}, "lobireft has no learned source for relu to act on"),
     ],
 )
 def test_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Interventions(**{"method": "loreft", "rank": 2, "sites": (Site(layer=0),), "width": WIDTH, **options})
+    with pytest.raises(ReftError, match=message):
+        Interventions(one_form([Site(layer=0)], **{"method": "loreft", "rank": 2, **options}), width=WIDTH)

@@ -19,11 +19,13 @@ from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site
+from runtimes.edits.form import one_form
 from runtimes.edits.methods import METHODS
 from runtimes.errors import AdapterError, InputError, ReftError
 
 SETTINGS = TrainSettings(rank=2, layers="0;2", positions="all", lr=5e-2, epochs=10, batch_size=4, samples=0, seed=7, chat_template="never")
 SITES = (Site(layer=0), Site(layer=2))
+FORMS = one_form(SITES, method="loreft", rank=2)
 LOW_RANK = [name for name, method in METHODS.items() if not method.full_rank]
 
 
@@ -73,12 +75,12 @@ def test_the_same_without_it_does_interfere(base: Base, data: Path, tmp_path: Pa
 def test_a_planted_fault_is_seen(base: Base, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Orthogonal to what the others write alone, and a source that reads it."""
     given, width = given_to(base), base.info.hidden_size
-    spaces = avoided(given, SITES, "loreft", 2, width)
+    spaces = avoided(given, FORMS, width)
     if fault == "only U":
         spaces = {site: replace(each, touched=each.written) for site, each in spaces.items()}
     else:
         monkeypatch.setattr(modules.FreeRows, "forward", lambda self: self.V)
-    trained = Interventions(method="loreft", rank=2, sites=SITES, width=width, avoided=spaces)
+    trained = Interventions(FORMS, width=width, avoided=spaces)
     with pytest.raises(AssertionError):
         check_apart(trained.to_adapter(base.info, SETTINGS.rule), given)
 
@@ -86,11 +88,11 @@ def test_a_planted_fault_is_seen(base: Base, monkeypatch: pytest.MonkeyPatch, fa
 def test_checkpoints_hold_no_more_than_before(base: Base) -> None:
     """What is avoided follows from the adapters; a run without any moves as before."""
     width = base.info.hidden_size
-    spaces = avoided(given_to(base), SITES, "loreft", 2, width)
+    spaces = avoided(given_to(base), FORMS, width)
     torch.manual_seed(0)
-    plain = Interventions(method="loreft", rank=2, sites=SITES, width=width)
+    plain = Interventions(FORMS, width=width)
     torch.manual_seed(0)
-    apart = Interventions(method="loreft", rank=2, sites=SITES, width=width, avoided=spaces)
+    apart = Interventions(FORMS, width=width, avoided=spaces)
     free = [{name.removesuffix(".V"): value for name, value in each.state_dict().items()} for each in (plain, apart)]
     assert free[0].keys() == free[1].keys() and all(torch.equal(value, free[1][name]) for name, value in free[0].items())
     assert [len(group["params"]) for group in apart.parameter_groups(0.1)] == [

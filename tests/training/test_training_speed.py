@@ -25,6 +25,7 @@ from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
 from reft_export.training.ways import Batch, Way, Ways, difference
 from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.form import one_form
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
@@ -174,7 +175,7 @@ def test_a_run_from_identity_starts_as_the_base_and_learns(base: Base, data: Pat
     plain = train(base, data, replace(settings, init="pyreft", lr=0.0, method="red", activation=""), tmp_path / "red")
     assert abs(result.history[0].loss - plain.history[0].loss) < 1e-5, "RED starts as the base"
     assert result.history[-1].loss < 0.95 * result.history[0].loss
-    made = Interventions(method=method, rank=2, sites=(Site(layer=0),), width=16, activation=activation)
+    made = Interventions(one_form([Site(layer=0)], method=method, rank=2, activation=activation), width=16)
     made.start_without_edit()
     h = torch.randn(5, 16)
     module = made.intervention("0.block_output")

@@ -19,6 +19,7 @@ from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
 from reft_export.training.interventions import Interventions
 from reft_export.training.ways import Batch, Way, Ways, loss_of
 from runtimes.edits.edit import STREAMS, Site
+from runtimes.edits.form import one_form
 from runtimes.edits.methods import METHODS
 from runtimes.edits.positions import PositionRule, slots
 
@@ -35,8 +36,9 @@ def batch_of(lengths: tuple[tuple[int, int], ...], seed: int = 0) -> Batch:
 
 def interventions_of(model: PreTrainedModel, **form: object) -> Interventions:
     torch.manual_seed(1)
-    stated: dict = {"method": "loreft", "rank": 2, "sites": (Site(layer=0), Site(layer=2)), "tied": True} | form
-    made = Interventions(**stated, width=model.config.hidden_size)
+    stated: dict = {"method": "loreft", "rank": 2, "sites": (Site(layer=0), Site(layer=2))} | form
+    tied = stated.pop("tied", True)
+    made = Interventions(one_form(**stated), width=model.config.hidden_size, tied=tied)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))  # RED's initial values edit nothing

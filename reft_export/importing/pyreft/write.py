@@ -22,6 +22,7 @@ from reft_export.importing.pyreft.entries import CONFIG_FILE
 from reft_export.importing.pyreft.read import FORMAT, SIDE_FILE
 from reft_export.importing.pyreft.states import CLASSES
 from runtimes.edits.adapter import Adapter, load_adapter
+from runtimes.edits.edit import Site
 from runtimes.edits.methods import METHODS, Values
 from runtimes.edits.same_base import require_same
 from runtimes.errors import AdapterError, InputError
@@ -34,7 +35,8 @@ ORTHONORMAL = 1e-4
 @dataclass(frozen=True, kw_only=True)
 class PyreftExport:
     interventions: int
-    kind: str
+    kinds: tuple[str, ...]
+    """The classes, each once."""
     notes: tuple[str, ...]
     """What pyreft must be told, or cannot do."""
 
@@ -62,59 +64,67 @@ def export_to_pyreft(
                 f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only "
                 "adapters of decoders are exported to it"
             )
-        kind = _class_of(adapter)
+        classes = {site: _class_of(adapter, site) for site in adapter.sites}
+        activation = _activation(adapter)
         keys = [(site, group) for group in adapter.groups for site in adapter.sites]
         places = [f"layer_{site.layer}_comp_{site.stream}_unit_pos_nunit_1#{adapter.groups.index(group)}" for site, group in keys]
         with atomic_folder(output, force=force) as work:
             for (site, group), place in zip(keys, places, strict=True):
-                state = _state(kind, adapter.method, adapter.parameters(site, group), add_bias=_add_bias(adapter))
+                method = adapter.form(site).method
+                state = _state(classes[site], method, adapter.parameters(site, group), add_bias=_add_bias(adapter))
                 torch.save(state, work / f"intkey_{place}.bin")
             config = {
                 "intervention_constant_sources": [True] * len(keys),
                 "intervention_dimensions": [adapter.base.hidden_size] * len(keys),
-                "intervention_types": [f"<class 'pyreft.interventions.{kind}'>"] * len(keys),
+                "intervention_types": [f"<class 'pyreft.interventions.{classes[site]}'>" for site, _ in keys],
                 "mode": "parallel",
-                "representations": [[site.layer, site.stream, "pos", 1, adapter.rank, *[None] * 9] for site, _ in keys],
+                "representations": [[site.layer, site.stream, "pos", 1, adapter.form(site).rank, *[None] * 9] for site, _ in keys],
                 "sorted_keys": places,
             }
-            for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter))):
+            for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter, activation))):
                 (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        return PyreftExport(interventions=len(keys), kind=kind, notes=_notes(adapter))
+        return PyreftExport(interventions=len(keys), kinds=tuple(dict.fromkeys(classes.values())), notes=_notes(adapter, activation))
 
 
-def _side(adapter: Adapter) -> dict[str, object]:
+def _side(adapter: Adapter, activation: str) -> dict[str, object]:
     """What pyreft does not record."""
     return {
         "positions": str(adapter.positions),
         "truncate": adapter.positions.truncate,
         "share_weights": adapter.tied,
-        "act_fn": adapter.activation or "none",
+        "act_fn": activation or "none",
         "dropout": adapter.dropout,
         "add_bias": _add_bias(adapter),
     }
 
 
-def _class_of(adapter: Adapter) -> str:
+def _class_of(adapter: Adapter, site: Site) -> str:
     """The class an import came from; for DiReFT of our own, Nodireft: its W2 is free, as ours is. pyreft has none for RED."""
-    if adapter.method not in CLASSES.values():
-        trained = " and ".join(METHODS[adapter.method].names)
-        raise AdapterError(f"pyreft has no intervention for {adapter.method} ({trained}); it cannot be exported to pyreft")
+    method = adapter.form(site).method
+    if method not in CLASSES.values():
+        trained = " and ".join(METHODS[method].names)
+        raise AdapterError(f"pyreft has no intervention for {method} ({trained}) at {site}; it cannot be exported to pyreft")
     recorded = adapter.training.get("class") if adapter.training.get("imported_from") == FORMAT else None
-    kinds = [kind for kind, method in CLASSES.items() if method == adapter.method]
+    kinds = [kind for kind, of in CLASSES.items() if of == method]
     kind = recorded if recorded in kinds else kinds[-1]
-    projection = METHODS[adapter.method].role("projection")
-    orthonormal = all(map(_orthonormal, _matrices(adapter, projection.name)))
+    projection = METHODS[method].role("projection")
+    orthonormal = all(_orthonormal(adapter.parameters(site, group)[projection.name]) for group in adapter.groups)
     if kind == "DireftIntervention" and not orthonormal:
         return "NodireftIntervention"  # refitted since: its class would keep W2 orthonormal
     if projection.initial == "orthonormal" and not orthonormal:
         raise AdapterError(
-            f"{projection.name} of this {adapter.method} is not orthonormal, as pyreft's {kind} keeps it; it cannot be exported to pyreft"
+            f"{projection.name} of this {method} is not orthonormal, as pyreft's {kind} keeps it; it cannot be exported to pyreft"
         )
     return kind
 
 
-def _matrices(adapter: Adapter, parameter: str) -> list[np.ndarray]:
-    return [value for name, value in adapter.tensors.items() if name.endswith(f".{parameter}")]
+def _activation(adapter: Adapter) -> str:
+    """pyreft has one act_fn for all interventions that have any; raises AdapterError where sites differ."""
+    found = {form.activation for form in adapter.site_forms.values() if METHODS[form.method].activated}
+    if len(found) > 1:
+        names = " and ".join(name or "none" for name in sorted(found))
+        raise AdapterError(f"pyreft has one act_fn, and sites of this adapter have {names}; it cannot be exported to pyreft")
+    return next(iter(found), "")
 
 
 def _orthonormal(R: np.ndarray) -> bool:
@@ -124,9 +134,10 @@ def _orthonormal(R: np.ndarray) -> bool:
 
 def _add_bias(adapter: Adapter) -> bool | None:
     """Whether NoReFT's projection has a bias; None for classes that have no such choice."""
-    if adapter.method == "noreft":
-        return any(bias.any() for bias in _matrices(adapter, "p"))
-    return False if adapter.method == "direft" else None
+    methods = {form.method for form in adapter.site_forms.values()}
+    if "noreft" in methods:
+        return any(bias.any() for name, bias in adapter.tensors.items() if name.endswith(".p"))
+    return False if "direft" in methods else None
 
 
 def _state(kind: str, method: str, parameters: Values, *, add_bias: bool | None) -> dict[str, Tensor]:
@@ -139,7 +150,7 @@ def _state(kind: str, method: str, parameters: Values, *, add_bias: bool | None)
     if kind in ("NoreftIntervention", "NodireftIntervention"):
         state["proj_layer.weight"] = x["projection"]
         if add_bias:
-            state["proj_layer.bias"] = x["offset"]
+            state["proj_layer.bias"] = x.get("offset", torch.zeros(len(x["projection"])))  # beside a NoReFT that has one
     if METHODS[method].role("source").axes == ("r",):
         state["learned_source"] = x["source"]
     else:
@@ -164,11 +175,11 @@ def _raw(R: Tensor) -> tuple[Tensor, Tensor]:
     return original, base
 
 
-def _notes(adapter: Adapter) -> tuple[str, ...]:
+def _notes(adapter: Adapter, activation: str) -> tuple[str, ...]:
     say = [
         f"tell pyreft what its format does not record: get_intervention_locations(positions={str(adapter.positions)!r}, "
         f"share_weights={adapter.tied}, num_interventions={len(adapter.sites) * len(adapter.groups)}, ...)"
-        + (f", act_fn={adapter.activation!r}" if adapter.activation else "")
+        + (f", act_fn={activation!r}" if activation else "")
         + (f", add_bias={_add_bias(adapter)}" if _add_bias(adapter) is not None else "")
     ]
     if adapter.positions.prompt or adapter.positions.everywhere:
