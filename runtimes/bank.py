@@ -25,7 +25,7 @@ from threading import RLock
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Bundle, check_adapter_name
+from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, Bundle, check_adapter_name
 from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapter, rank_of, read_edits
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode
@@ -115,7 +115,8 @@ class AdapterBank:
         self._scaled: OrderedDict[Scaled, None] = OrderedDict()
         """Those of the residents at a strength; used longest ago first."""
         files = bundle.manifest.files
-        listed = (ListedAdapter(name=n, size=files[f"adapters/{n}.onnx_adapter"].size) for n in bundle.adapter_names)
+        paths = {n: [f"adapters/{n}.{suffix}" for suffix in (BANKS, EXPLICIT_BANKS)] for n in bundle.adapter_names}
+        listed = (ListedAdapter(name=n, size=sum(files[path].size for path in each if path in files)) for n, each in paths.items())
         self._listed = {each.name: each for each in listed}
 
     # --- what there is ---

@@ -14,7 +14,7 @@ from runtimes.artifacts.addition import check_addition, check_known_base
 from runtimes.artifacts.bundle import Bundle, StoredAdapter, check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, load_adapter
 from runtimes.edits.op import EditNode, is_no_edit
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import PositionRule, Positions, RuleSets
 from runtimes.errors import BundleError, InputError
 from runtimes.precision import NUMPY_DTYPES
 
@@ -64,13 +64,25 @@ def read_edits(bundle: Bundle, listed: ListedAdapter) -> tuple[Edits, PositionRu
     """
     if listed.folder is None:
         stored = bundle.adapter(listed.name)
-        return _stored_edits(bundle, stored), stored.positions, stored.tied
+        rule = _one_rule(stored.positions, listed.name)
+        return _stored_edits(bundle, stored), rule, stored.tied
     adapter = load_adapter(listed.folder)
+    rule = _one_rule(adapter.where, listed.name)
     check_known_base(bundle, listed.name, adapter)
     check_addition(bundle, listed.name, adapter)
     nodes = adapter.nodes()
     banks = adapter.banks(nodes, NUMPY_DTYPES[bundle.manifest.precision])
-    return {node: tuple(banks[name] for name in node.bank_names) for node in nodes}, adapter.positions, adapter.tied
+    return {node: tuple(banks[name] for name in node.bank_names) for node in nodes}, rule, adapter.tied
+
+
+def _one_rule(where: Positions, name: str) -> PositionRule:
+    """Raises InputError where no graph computes the slots: the rows of a batch are steered by the graph's own rule."""
+    if isinstance(where, RuleSets) or where.explicit:
+        raise InputError(
+            f"adapter {name} edits at {where}, which no graph computes: it steers a session by itself (set_adapter, run), and no rows of a "
+            "batch of others"
+        )
+    return where
 
 
 def _stored_edits(bundle: Bundle, stored: StoredAdapter) -> Edits:

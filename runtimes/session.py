@@ -13,8 +13,8 @@ import numpy as np
 
 from runtimes.artifacts.bundle import Artifact, ModelRecord, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor
-from runtimes.edits.op import FIRST_LOGIT, PROMPT_LENGTH, SLOT_INPUT
-from runtimes.edits.positions import slots
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, PROMPT_LENGTH, SLOT_INPUT
+from runtimes.edits.positions import needs_slots, slots
 from runtimes.errors import InputError
 from runtimes.rows import AdapterRows
 from runtimes.text.encoded_text import EncodedText
@@ -186,7 +186,8 @@ def step_inputs(
 
     ids, mask and position_ids int64 as given; position_ids [B, S] by default a token's rank among its row's real tokens;
     reft.prompt_length int64 [B]; reft.first_logit int64 [1] so that the ``last_logits`` last columns have logits (None: all of them); of
-    version 1, reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing).
+    version 1, reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing); reft.slots, the same, where no
+    graph computes that rule.
     """
     width = ids.shape[1]
     arrays = {"input_ids": ids, "attention_mask": mask}
@@ -200,4 +201,6 @@ def step_inputs(
     if SLOT_INPUT in taken:
         rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
         arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
+    if placement is not None and needs_slots(placement.positions):
+        arrays[EXPLICIT_SLOTS] = slots(placement.positions, mask, width, tied=placement.tied, prompt_length=prompt_length)
     return arrays

@@ -11,7 +11,7 @@ from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
 from graph_passes.slots.add import rule_names
 from reft_export.bundling.files import head_tensors, write_adapter
-from runtimes.artifacts.bundle import MANIFEST_FILE, NOT_HASHED, Bundle, Manifest
+from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, MANIFEST_FILE, NOT_HASHED, Bundle, Manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError
 from runtimes.files.folders import copy_file
@@ -48,7 +48,7 @@ def copy_unlisted(bundle: Bundle, work: Path) -> None:
 
 def files_of(name: str) -> tuple[str, ...]:
     """Paths of an adapter's files in a bundle, there or not."""
-    return f"adapters/{name}.onnx_adapter", f"adapters/{name}.json", f"golden/{name}.npz"
+    return f"adapters/{name}.{BANKS}", f"adapters/{name}.{EXPLICIT_BANKS}", f"adapters/{name}.json", f"golden/{name}.npz"
 
 
 def write_adapters(bundle: Bundle, adapters: Mapping[str, Adapter]) -> Bundle:

@@ -21,6 +21,7 @@ from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, Bundle, open_bundl
 from runtimes.artifacts.engine import Profile, is_engine
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.positions import needs_slots
 from runtimes.errors import BackendUnavailable, EngineError, InputError
 from runtimes.tensorrt.builder import compute_capability_names
 from runtimes.tensorrt.library import install_line, is_installed, load_tensorrt, module_name, present_compute_capability, tensorrt_version
@@ -86,7 +87,13 @@ def plan_build(source: Path, settings: BuildSettings) -> BuildPlan:
     """
     bundle = _open_decoder(source)
     notes: list[str] = []
-    tensors = {name: read_onnx_adapter(bundle.adapter(name).file) for name in bundle.adapter_names}
+    stored = {name: bundle.adapter(name) for name in bundle.adapter_names}
+    if explicit := [each for each in stored.values() if needs_slots(each.positions)]:
+        raise EngineError(
+            f"adapter {explicit[0].name} edits at {explicit[0].positions}, which no engine computes; take it out first: reft-export add "
+            f"{source} --remove {explicit[0].name}"
+        )
+    tensors = {name: read_onnx_adapter(each.file) for name, each in stored.items()}
     if settings.freeze not in (None, BASE_GOLDEN):
         bundle.adapter_record(settings.freeze)  # refuses a name that the bundle does not have
     plugin = None if settings.freeze == BASE_GOLDEN else choose_plugin(settings, notes)

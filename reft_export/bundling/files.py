@@ -28,14 +28,16 @@ from runtimes.artifacts.bundle import (
     Quantization,
     TensorRecord,
     WeightSource,
+    bank_file,
     write_adapter_record,
     write_manifest,
 )
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.artifacts.values import Embeddings, Exporter, KvCache, Logits, Padding, Precision, TaskName, known
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.op import EditNode
-from runtimes.errors import GraphError
+from runtimes.edits.op import FIRST_SLOT, EditNode
+from runtimes.edits.positions import needs_slots
+from runtimes.errors import AdapterError, GraphError
 from runtimes.parity.figures import budget_for
 from runtimes.precision import NUMPY_DTYPES
 from runtimes.version import VERSION
@@ -82,15 +84,17 @@ def write_adapter(
     rules: Collection[str],
     head: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """adapters/<name>.onnx_adapter with every bank and every number of the rule that the graph takes (``rules``); and its record.
+    """The adapter's file (``bank_file``) with every bank and every number of the rule that the graph takes (``rules``); and its record.
 
     ``head``: of a classifier, what ``head_tensors`` gives for the adapter.
     """
+    if rules and FIRST_SLOT not in rules and needs_slots(adapter.where):
+        raise AdapterError(f"adapter {name} edits at {adapter.where}, which takes a graph of version 2; export the bundle again")
     write_adapter_record(folder, name, AdapterRecord.of(adapter))
     tensors = adapter.banks(nodes, NUMPY_DTYPES[precision])
     tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rules}
     tensors |= head or {}
-    write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+    write_onnx_adapter(folder / bank_file(name, adapter.where), tensors)
 
 
 def head_tensors(adapter: Adapter, sources: Mapping[str, WeightSource], defaults: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from runtimes.artifacts.bundle import Bundle, Manifest
+    from runtimes.edits.adapter import Adapter
     from runtimes.edits.edit import Site
     from runtimes.edits.form import EditForm
 
+EXPLICIT = "no graph computes these positions: our own sessions hand the slots in, and a bundle has no .onnx_adapter for a stock runtime"
 SENTENCES = ("sites", "not found")
 """Shown line by line: a tensor's name must not be cut."""
 
@@ -53,7 +55,7 @@ def _content(path: Path) -> dict[str, Any]:
         return inspect_adapter(path)
     if path.suffix == ".onnx" or list(path.glob("*.onnx")):
         return inspect_graph(path)
-    if path.suffix == ".onnx_adapter":
+    if path.suffix in (".onnx_adapter", ".banks"):
         return inspect_banks(path)
     if path.suffix == ".gguf":
         raise InputError(f"{path} is GGUF: a model goes to -m of train, import, export and quantize, a control vector to import")
@@ -227,18 +229,20 @@ def quantization(q: Any) -> str:
 
 def inspect_adapter(path: Path) -> dict[str, Any]:
     from runtimes.edits.adapter import load_adapter, read_adapter_config
+    from runtimes.edits.positions import needs_slots
 
     a, config = load_adapter(path), read_adapter_config(path)
     return {
         "adapter": str(path),
         "version": _version(config.format_version, config.digest),
         **_form(a.site_forms),
-        "positions": str(a.positions),
+        "positions": str(a.where),
+        **({"explicit": EXPLICIT} if needs_slots(a.where) else {}),
         "tied": a.tied,
         "activation": " + ".join(dict.fromkeys(form.activation or "none" for form in a.site_forms.values())),
         "base": f"{a.base.name} ({a.base.num_hidden_layers} layers, width {a.base.hidden_size}), fingerprint {a.base.fingerprint}",
         "trained on": a.trained_on or "the base's own weights",
-        "sites": [f"{s}: {a.form(s)}" if a.forms else str(s) for s in a.sites],
+        "sites": [_site(a, s) for s in a.sites],
         "parameters": sum(t.size for t in a.tensors.values()),
         **({"labels": list(a.base.labels), "head": sum(t.size for t in a.head.values()) or "the base's"} if a.base.labels else {}),
         **({"probes": config.probes.count} if config.probes else {}),
@@ -247,6 +251,13 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
             {"tensor": k, "shape": list(v.shape), "norm": f"{float((v.astype('f8') ** 2).sum() ** 0.5):.4g}"} for k, v in a.stored().items()
         ],
     }
+
+
+def _site(adapter: Adapter, site: Site) -> str:
+    """With what of it differs from site to site."""
+    said = [str(adapter.form(site))] if adapter.forms else []
+    said += [str(adapter.rule(site))] if adapter.rules else []
+    return f"{site}: {', '.join(said)}" if said else str(site)
 
 
 def inspect_graph(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ BASE_REMEDY = "compose adapters of one base"
 def check_alike(adapters: Mapping[str, Adapter], *, accept_base: bool) -> list[str]:
     """What was decided where they differ; raises AdapterError where they may not."""
     (name, first), *others = adapters.items()
+    if several := [key for key, adapter in adapters.items() if adapter.rules]:
+        raise AdapterError(f"{several[0]} edits at several rules of positions ({adapters[several[0]].where}); compose adapters of one")
     for other, adapter in others:
         claim, here = f"adapter {name} was trained on", f"adapter {other} on"
         require_same_size(claim, first.base, f"that of {other}", adapter.base.num_hidden_layers, adapter.base.hidden_size, BASE_REMEDY)
@@ -25,7 +27,7 @@ def check_alike(adapters: Mapping[str, Adapter], *, accept_base: bool) -> list[s
                 "one of them again"
             )
         require_same(claim, first.base, here, adapter.base, BASE_REMEDY, accept=accept_base)
-        if adapter.positions != first.positions:
+        if adapter.where != first.where:
             raise AdapterError(
                 f"an adapter has one rule of positions: {name} has {_rule(first)}, {other} has {_rule(adapter)}; train one with "
                 "the positions of the other"
@@ -45,7 +47,7 @@ def check_alike(adapters: Mapping[str, Adapter], *, accept_base: bool) -> list[s
 
 
 def _rule(adapter: Adapter) -> str:
-    return f"{adapter.positions}{'' if adapter.positions.truncate else ' (overlapping)'}"
+    return f"{adapter.where}{'' if adapter.positions.truncate else ' (overlapping)'}"
 
 
 def _weights(adapter: Adapter) -> str:

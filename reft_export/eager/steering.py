@@ -23,7 +23,7 @@ from reft_export.base.classifiers import check_head, with_head
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Edit, ScaleBiasEdit, Site
 from runtimes.edits.op import bank_of, node_of
-from runtimes.edits.positions import PositionRule, slots
+from runtimes.edits.positions import Positions, slots
 from runtimes.errors import AdapterError, InputError
 
 EditFn = Callable[[Tensor, Tensor], Tensor]
@@ -105,7 +105,7 @@ def site_module(model: PreTrainedModel, site: Site) -> nn.Module:
 class Steering:
     """The handle that ``steer`` yields. Its slots live from the start of the model's forward to its end."""
 
-    def __init__(self, model: PreTrainedModel, *, rule: PositionRule | None, tied: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, rule: Positions | None, tied: bool) -> None:
         self.rule, self.tied = rule, tied
         self.prompt_length: Tensor | np.ndarray | Sequence[int] | None = None
         """[B], how many of each row's real tokens are prompt; needed when a prompt does not come alone in one call."""
@@ -179,7 +179,7 @@ class Steering:
 
 
 @contextmanager
-def steer(model: PreTrainedModel, edits: Mapping[Site, EditFn], *, rule: PositionRule | None, tied: bool) -> Iterator[Steering]:
+def steer(model: PreTrainedModel, edits: Mapping[Site, EditFn], *, rule: Positions | None, tied: bool) -> Iterator[Steering]:
     """Applies ``edits`` in every forward of ``model`` inside the ``with``, at the tokens that ``rule`` picks.
 
     Slots are computed once per forward from attention_mask (all ones over past and current tokens where there is none)
@@ -222,15 +222,15 @@ def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any,
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def edit_rows(h: Tensor, slot: Tensor, edits: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """y[t] = edits[slot[t]](h[t]); a slot outside [0, len(edits)) passes h[t] through, bit for bit.
+def edit_rows(h: Tensor, slot: Tensor, edits: Sequence[Callable[[Tensor], Tensor] | None]) -> Tensor:
+    """y[t] = edits[slot[t]](h[t]); a slot outside [0, len(edits)), or of None, passes h[t] through, bit for bit.
 
     h: [.., D]; slot: [..]. An edit takes and returns float32 rows [t, D] (float64 where h is); y has h's dtype.
     """
     rows, index = h.reshape(-1, h.shape[-1]), slot.reshape(-1)
     for number, edit in enumerate(edits):
         at = (index == number).nonzero().squeeze(1)
-        if len(at):
+        if len(at) and edit is not None:
             x = rows.index_select(0, at).to(torch.promote_types(h.dtype, torch.float32))
             rows = rows.index_copy(0, at, edit(x).to(h.dtype))
     return rows.view(h.shape)
@@ -317,7 +317,7 @@ def steered(model: PreTrainedModel, adapter: Adapter) -> Iterator[Steering]:
         )
     check_head(adapter, model)
     edits = {site: edit_fn(each, model.dtype, device_of(model)) for site, each in adapter.edits().items()}
-    with with_head(model, adapter.head), steer(model, edits, rule=adapter.positions, tied=adapter.tied) as steering:
+    with with_head(model, adapter.head), steer(model, edits, rule=adapter.where, tied=adapter.tied) as steering:
         yield steering
 
 

@@ -27,6 +27,7 @@ from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_VERSION, EditNode
+from runtimes.edits.positions import needs_slots
 from runtimes.errors import AdapterError, GraphError, InputError
 from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.files.hashes import sha256_of
@@ -167,6 +168,11 @@ def _check_call(source: Path, adapters: Mapping[str, Adapter], output: Path, *, 
     if as_lora and full_rank:
         raise AdapterError(
             f"adapter {full_rank[0]} has a scale and bias (RED), which LoRA weights cannot hold; fold it without --as-lora, as constants"
+        )
+    if explicit := [name for name, adapter in adapters.items() if needs_slots(adapter.where)]:
+        raise AdapterError(
+            f"adapter {explicit[0]} edits at {adapters[explicit[0]].where}, which no graph computes, and TensorRT-Edge-LLM hands in no "
+            "slots; train it at one rule of f<n>, l<n>, prompt or all"
         )
     names = list(map(check_adapter_name, adapters))
     first, *others = adapters.values()

@@ -99,7 +99,9 @@ def reusable(collected: Collected, path: Path, bundle: Bundle) -> Collected:
 
 def banks_digest(bundle: Bundle, name: str) -> str:
     """Of the adapter's file; empty for one that the bundle does not have."""
-    record = bundle.manifest.files.get(f"adapters/{name}.onnx_adapter")
+    if name not in bundle.adapter_names:
+        return ""
+    record = bundle.manifest.files.get(bundle.adapter_file(name).relative_to(bundle.folder).as_posix())
     return "" if record is None else record.sha256
 
 

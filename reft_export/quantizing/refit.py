@@ -226,14 +226,16 @@ def adapter_loss(
     float32 model and the adapter that steers it."""
     from reft_export.training.generation import EditedModel
 
-    interventions = Interventions(adapter.site_forms, width=base.info.hidden_size, tied=adapter.tied)
+    interventions = Interventions(
+        adapter.site_forms, width=base.info.hidden_size, tied=adapter.tied, rules=adapter.site_rules if adapter.rules else None
+    )
     interventions.start_from(adapter)
     total, count = 0.0, 0
     with (
-        steer(base.model, interventions.edits(), rule=adapter.positions, tied=adapter.tied) as steering,
+        steer(base.model, interventions.edits(), rule=adapter.where, tied=adapter.tied) as steering,
         nullcontext() if teacher is None else teaching(*teacher) as lesson,
     ):
-        ways = Ways(head=CountedHead(base.model), steering=steering, rule=adapter.positions)
+        ways = Ways(head=CountedHead(base.model), steering=steering, rule=adapter.where)
         model = EditedModel(interventions, ways.counted, loss_of if lesson is None else lesson.divergence).eval()
         for start in range(0, len(examples), batch_size):
             chosen = examples[start : start + batch_size]

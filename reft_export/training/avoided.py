@@ -57,9 +57,8 @@ def avoided(given: Mapping[str, Adapter], forms: Mapping[Site, EditForm], width:
             raise InputError(f"{name} edits {edited}, and {trained} are trained: they do not meet; leave it out of --orthogonal-to")
     found = {}
     for site, form in forms.items():
-        edits = [
-            edit for a in given.values() if site in a.sites for group in a.groups if isinstance(edit := a.edit(site, group), LowRankEdit)
-        ]
+        theirs = (a.edit(site, group) for a in given.values() if site in a.sites for group in a.groups_of(site))
+        edits = [edit for edit in theirs if isinstance(edit, LowRankEdit)]
         if not edits:
             continue
         U = [edit.U for edit in edits]

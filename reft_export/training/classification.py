@@ -33,7 +33,7 @@ from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import ACCURACY, LOSS, SFT, TrainSettings
 from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 from runtimes.errors import InputError
 
 
@@ -109,7 +109,7 @@ class LabelObjective(Objective[LabelledText]):
     def train(
         self,
         interventions: Interventions,
-        rule: PositionRule,
+        rule: Positions,
         examples: Examples[LabelledText],
         loop: Loop,
         phase: Phase,

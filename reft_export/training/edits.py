@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.edits.form import EditForm
 from runtimes.edits.methods import METHODS
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import AdapterError, InputError
 
-GRAMMAR = "LAYERS: METHOD [rN] [ACTIVATION] [STREAM], for example '4-10: loreft r4' or '18: red mlp_output'"
+GRAMMAR = "LAYERS: METHOD [rN] [ACTIVATION] [POSITIONS] [STREAM], for example '4-10: loreft r4' or '18: red all mlp_output'"
 RANK = 4
 """Of a low-rank method, where none is said."""
 
@@ -26,11 +27,15 @@ class LayerEdits:
     rank: int | None = None
     """None: 4, and 0 of a method of full rank, which has none to choose."""
     activation: str = ""
+    positions: str | None = None
+    """None: those of the run."""
     streams: str = "block_output"
     """As ``parse_streams`` reads them."""
 
     def __post_init__(self) -> None:
         parse_streams(self.streams)
+        if self.positions is not None:
+            PositionRule.parse(self.positions)
         try:
             form = self.form
         except AdapterError as e:
@@ -47,7 +52,8 @@ class LayerEdits:
         """As ``parse`` reads it."""
         rank = f" r{self.rank}" if self.rank else ""
         streams = "" if self.streams == "block_output" else f" {';'.join(parse_streams(self.streams))}"
-        return f"{self.layers}: {self.method}{rank}{f' {self.activation}' if self.activation else ''}{streams}"
+        said = "".join(f" {word}" for word in (self.activation, self.positions) if word)
+        return f"{self.layers}: {self.method}{rank}{said}{streams}"
 
     @classmethod
     def parse(cls, text: str) -> LayerEdits:
@@ -63,7 +69,7 @@ class LayerEdits:
         for word in others:
             key = _kind(word)
             if key is None:
-                raise InputError(f"edit {text!r}: {word!r} is no rank (r4), activation or stream; expected {GRAMMAR}")
+                raise InputError(f"edit {text!r}: {word!r} is no rank (r4), activation, stream or positions; expected {GRAMMAR}")
             if key in said:
                 raise InputError(f"edit {text!r} says its {key} twice, {said[key]} and {word}; leave one of them out")
             said[key] = word
@@ -75,6 +81,7 @@ class LayerEdits:
             method=method,
             rank=rank,
             activation=said.get("activation", ""),
+            positions=said.get("positions"),
             streams=said.get("stream", "block_output"),
         )
 
@@ -84,30 +91,55 @@ def _kind(word: str) -> str | None:
         return "rank"
     if word and word in ACTIVATIONS:
         return "activation"
-    return "stream" if all(part in STREAMS for part in re.split("[;,]", word)) else None
+    if all(part in STREAMS for part in re.split("[;,]", word)):
+        return "stream"
+    try:
+        PositionRule.parse(word)
+    except InputError:
+        return None
+    return "positions"
 
 
 def forms_of_edits(edits: Sequence[LayerEdits], num_hidden_layers: int) -> dict[Site, EditForm]:
     """Every edited site with its form, in order. Raises InputError for layers that the base lacks, and for a site that two edits name."""
-    found: dict[Site, tuple[EditForm, LayerEdits]] = {}
+    return {site: edit.form for site, edit in _by_site(edits, num_hidden_layers).items()}
+
+
+def rules_of_edits(edits: Sequence[LayerEdits], num_hidden_layers: int, otherwise: PositionRule) -> dict[Site, PositionRule]:
+    """Every edited site with its positions; ``otherwise`` where its edit says none. Raises InputError as ``forms_of_edits``."""
+    return {
+        site: otherwise if edit.positions is None else PositionRule.parse(edit.positions)
+        for site, edit in _by_site(edits, num_hidden_layers).items()
+    }
+
+
+def _by_site(edits: Sequence[LayerEdits], num_hidden_layers: int) -> dict[Site, LayerEdits]:
+    found: dict[Site, LayerEdits] = {}
     for edit in edits:
         for layer in parse_layers(edit.layers, num_hidden_layers):
             for stream in parse_streams(edit.streams):
                 site = Site(layer=layer, stream=stream)
                 if site in found:
-                    raise InputError(f"edits '{found[site][1]}' and '{edit}' are both of {site}, which has one edit; leave it out of one")
-                found[site] = (edit.form, edit)
-    return {site: found[site][0] for site in sorted(found)}
+                    raise InputError(f"edits '{found[site]}' and '{edit}' are both of {site}, which has one edit; leave it out of one")
+                found[site] = edit
+    return {site: found[site] for site in sorted(found)}
 
 
-def edits_of_forms(forms: dict[Site, EditForm]) -> tuple[LayerEdits, ...]:
-    """The inverse of ``forms_of_edits``, with as few edits as there are forms in each stream."""
-    groups: dict[tuple[EditForm, str], list[int]] = {}
+def edits_of_forms(forms: Mapping[Site, EditForm], rules: Mapping[Site, PositionRule] | None = None) -> tuple[LayerEdits, ...]:
+    """The inverse of ``forms_of_edits``, and with ``rules`` of ``rules_of_edits``."""
+    groups: dict[tuple[EditForm, str | None, str], list[int]] = {}
     for site, form in sorted(forms.items(), key=lambda item: item[0]):
-        groups.setdefault((form, site.stream), []).append(site.layer)
+        groups.setdefault((form, str(rules[site]) if rules else None, site.stream), []).append(site.layer)
     return tuple(
-        LayerEdits(layers=";".join(map(str, layers)), method=form.method, rank=form.rank, activation=form.activation, streams=stream)
-        for (form, stream), layers in groups.items()
+        LayerEdits(
+            layers=";".join(map(str, layers)),
+            method=form.method,
+            rank=form.rank,
+            activation=form.activation,
+            positions=positions,
+            streams=stream,
+        )
+        for (form, positions, stream), layers in groups.items()
     )
 
 

@@ -22,7 +22,7 @@ from reft_export.training.frozen_prefix import frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
 from reft_export.training.way_choice import LEAST_PASSES, PrefixPlan, passes_over, plan_prefixes
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 
 KEPT = 1.5
 """Values that autograd keeps of a token, over those that the block's linear maps put out."""
@@ -63,7 +63,7 @@ class Footprint:
 def footprint(
     model: PreTrainedModel,
     interventions: Interventions,
-    rule: PositionRule,
+    rule: Positions,
     examples: Examples[Tokenized],
     settings: TrainSettings,
     reference: Sequence[Tokenized] = (),
@@ -121,7 +121,7 @@ def _work(
     linear: Sequence[tuple[int, int]],
     first: int,
     rows: Sequence[Tokenized],
-    rule: PositionRule,
+    rule: Positions,
     plan: PrefixPlan | None,
     settings: TrainSettings,
 ) -> float:

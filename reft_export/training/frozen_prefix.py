@@ -20,20 +20,25 @@ from transformers import DynamicCache
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead, computes_nothing
 from reft_export.training.data import Tokenized
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions, RuleSets
 
 Tokens = tuple[int, ...]
 
 
-def frozen_tokens(rule: PositionRule, prompt_length: int, first_counted: int) -> int:
+def frozen_tokens(rule: Positions, prompt_length: int, first_counted: int) -> int:
     """How many tokens of a row stand before the first edited one, L - l with l cut to L // 2 where the rule truncates, and before the
     first whose logits a loss takes: of plain text that is the first of all."""
-    if rule.first or rule.prompt or rule.everywhere:
+    if isinstance(rule, RuleSets):
+        return min(frozen_tokens(each, prompt_length, first_counted) for each in rule.rules)
+    if rule.first or rule.prompt or rule.everywhere or rule.every:
         return 0
+    if rule.chosen:
+        at = [number if number >= 0 else prompt_length + number for number in rule.chosen]
+        return min(min((number for number in at if number >= 0), default=prompt_length), prompt_length, first_counted)
     return min(prompt_length - min(rule.last, prompt_length // 2 if rule.truncate else prompt_length), first_counted)
 
 
-def frozen_of(rule: PositionRule, example: Tokenized) -> int:
+def frozen_of(rule: Positions, example: Tokenized) -> int:
     """``frozen_tokens`` of an example."""
     return frozen_tokens(rule, example.prompt_length, example.trained[0][0] - 1)
 

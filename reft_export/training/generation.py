@@ -30,7 +30,7 @@ from reft_export.training.teacher import Teacher, teaching
 from reft_export.training.way_choice import choose_way
 from reft_export.training.ways import Batch, Loss, Way, divergence, loss_of
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 from runtimes.errors import InputError
 
 SAMPLE_TOKENS = 48
@@ -118,7 +118,7 @@ class CompletionObjective(Objective[Example]):
     def train(
         self,
         interventions: Interventions,
-        rule: PositionRule,
+        rule: Positions,
         examples: Examples[Example],
         loop: Loop,
         phase: Phase,

@@ -29,7 +29,7 @@ from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site
 from runtimes.edits.form import EditForm, commonest, described
 from runtimes.edits.methods import METHODS, Initial, Parameter
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import PositionRule, Positions, RuleSets
 from runtimes.errors import AdapterError, InputError
 
 
@@ -123,7 +123,8 @@ class Intervention(nn.Module):
 class Interventions(nn.Module):
     """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
 
-    ``forms``: what each site's edit is. Raises InputError for a rank above D. ``avoided``: by site, what its edit keeps out of.
+    ``forms``: what each site's edit is. ``rules``: each site's positions, where they follow several rules. ``avoided``: by site, what its
+    edit keeps out of. Raises InputError for a rank above D.
     """
 
     def __init__(
@@ -134,14 +135,17 @@ class Interventions(nn.Module):
         tied: bool = True,
         dropout: float = 0.0,
         avoided: Mapping[Site, Avoided] | None = None,
+        rules: Mapping[Site, PositionRule] | None = None,
     ) -> None:
         super().__init__()
         if wide := [form for form in forms.values() if form.rank > width]:
             raise InputError(f"rank {wide[0].rank} does not fit this base; use 1 to its width {width}")
         self.forms, self.width, self.tied, self.dropout = dict(forms), width, tied, dropout
         self.sites = tuple(forms)
-        groups = ("",) if tied else ("prefix", "suffix")
-        self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups) for site in self.sites}
+        self.rules = dict(rules or {})
+        self.sets = RuleSets(tuple(dict.fromkeys(self.rules.values())), tied) if rules else None
+        groups = {site: self.rules[site].groups(tied=tied) if rules else ("",) if tied else ("prefix", "suffix") for site in self.sites}
+        self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups[site]) for site in self.sites}
         self._by_key = {
             key: Intervention(self.forms[site], width, dropout=dropout, avoided=(avoided or {}).get(site))
             for site, keys in self.keys.items()
@@ -156,7 +160,15 @@ class Interventions(nn.Module):
 
     def edits(self) -> dict[Site, EditFn]:
         """The edit functions that ``reft_export.eager.steering.steer`` takes; gradients flow through them."""
-        return {site: partial(edit_rows, edits=[self.intervention(k).edited for k in keys]) for site, keys in self.keys.items()}
+        return {site: partial(edit_rows, edits=self._slots(site)) for site in self.sites}
+
+    def _slots(self, site: Site) -> list[Callable[[Tensor], Tensor] | None]:
+        """What each slot does at a site; None: nothing."""
+        own = [self.intervention(key).edited for key in self.keys[site]]
+        if self.sets is None:
+            return list(own)
+        number = self.sets.rules.index(self.rules[site])
+        return [None if found[number] < 0 else own[found[number]] for found in self.sets.sets]
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay where the method's parameters take it."""
@@ -196,7 +208,7 @@ class Interventions(nn.Module):
     def to_adapter(
         self,
         base: BaseModel,
-        positions: PositionRule,
+        positions: Positions,
         *,
         dtype: str = "float32",
         trained_on: str | None = None,
@@ -216,7 +228,8 @@ class Interventions(nn.Module):
             rank=own.rank,
             sites=self.sites,
             forms=self.forms,
-            positions=positions,
+            positions=positions.rules[0] if isinstance(positions, RuleSets) else positions,
+            rules=self.rules,
             tied=self.tied,
             base=base,
             tensors={name: np.ascontiguousarray(value) for name, value in tensors.items()},

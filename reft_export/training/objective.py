@@ -18,7 +18,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
 from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # transformers' Trainer brings what else is installed: recording an adapter's probes goes without
@@ -117,7 +117,7 @@ class Objective(ABC, Generic[E]):
 
     @abstractmethod
     def train(
-        self, interventions: Interventions, rule: PositionRule, examples: Examples[E], loop: Loop, phase: Phase, metric: Any = None
+        self, interventions: Interventions, rule: Positions, examples: Examples[E], loop: Loop, phase: Phase, metric: Any = None
     ) -> Outcome:
         """Calls ``loop`` once, with the base steered; the base is frozen. ``metric``: what the method of that name gave."""
 

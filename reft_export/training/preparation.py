@@ -33,7 +33,7 @@ from reft_export.training.settings import LOSS, SFT, TrainSettings
 from reft_export.training.sources import Data, Lines, Rewritten
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
-from runtimes.edits.positions import PositionRule, slots
+from runtimes.edits.positions import Positions, RuleSets, of_rules, slots
 from runtimes.edits.probes import Probe, spread
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
@@ -61,7 +61,7 @@ class Preparation:
     origin: Origin
     objective: Objective[Any]
     interventions: Interventions
-    rule: PositionRule
+    rule: Positions
     read: TrainingData[Any]
     examples: Examples[Any]
     held_out: TrainingData[Any] | None = None
@@ -159,7 +159,7 @@ def prepare(
 
 
 def _held_out(
-    data: Lines, trained: TrainingData[Any], rule: PositionRule, settings: TrainSettings, objective: Objective[Any], context: int
+    data: Lines, trained: TrainingData[Any], rule: Positions, settings: TrainSettings, objective: Objective[Any], context: int
 ) -> TrainingData[Any]:
     """Data of its own in place of a share of the training data; raises InputError for what says nothing of the training."""
     if settings.eval_fraction:
@@ -181,7 +181,7 @@ def orthogonal_record(origin: Origin) -> dict[str, Any]:
     return {"orthogonal_to": {name: a.digest for name, a in origin.orthogonal_to.items()}} if origin.orthogonal_to else {}
 
 
-def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, PositionRule]:
+def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, Positions]:
     """What is trained, by the seed's initial values or those of the started adapter, and at which positions."""
     start, forms = origin.start, settings.forms(base.info.num_hidden_layers)
     if start is not None and origin.orthogonal_to:
@@ -189,6 +189,10 @@ def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple
             "a started adapter is not orthogonal to others, and going on with it would be another one; leave out one of the two"
         )
     spaces = avoided(origin.orthogonal_to, forms, base.info.hidden_size)
+    rules = settings.rules(base.info.num_hidden_layers)
+    if start is not None:  # the grammar of positions does not say it
+        rules = {site: replace(rule, truncate=start.site_rules.get(site, start.positions).truncate) for site, rule in rules.items()}
+    where = of_rules(rules.values(), tied=settings.tied)
     set_seed(settings.seed)
     interventions = Interventions(
         forms,
@@ -196,14 +200,15 @@ def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple
         tied=settings.tied,
         dropout=settings.dropout,
         avoided=spaces,
+        rules=rules if isinstance(where, RuleSets) else None,
     )
     if start is None:
         if settings.init == "identity":
             interventions.start_without_edit()
-        return interventions, settings.rule
+        return interventions, where
     check_head(start, base.model)
     interventions.start_from(start)
-    return interventions, replace(settings.rule, truncate=start.positions.truncate)  # the grammar of positions does not say it
+    return interventions, where
 
 
 def place(base: Base, settings: TrainSettings) -> torch.device:
@@ -219,7 +224,7 @@ def place(base: Base, settings: TrainSettings) -> torch.device:
     return base.model.device
 
 
-def check_positions(data: TrainingData[Any], rule: PositionRule) -> None:
+def check_positions(data: TrainingData[Any], rule: Positions) -> None:
     """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
     reached: dict[int, bool] = {}
     for example in data.examples:

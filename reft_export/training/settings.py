@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from reft_export.training.edits import LayerEdits, edits_of_forms, forms_of_edits, parse_layers, parse_streams
+from reft_export.training.edits import LayerEdits, edits_of_forms, forms_of_edits, parse_layers, parse_streams, rules_of_edits
 from reft_export.training.forms import AUTO, FORMS
 from reft_export.training.rendering import TRAIN_ON
 from runtimes.edits.adapter import Adapter
@@ -165,9 +165,9 @@ class TrainSettings:
         _one_of("objective", self.objective, OBJECTIVES)
         if self.objective != SFT:
             _check_pairs(self)
-        rule = self.rule
-        if not self.tied and not (rule.first and rule.last):
-            raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {rule}")
+        said = dict.fromkeys([self.rule, *(PositionRule.parse(edit.positions) for edit in self.edits if edit.positions is not None)])
+        if not self.tied and not any(rule.first and rule.last for rule in said):
+            raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {'; '.join(map(str, said))}")
         parse_streams(self.streams)
 
     def _check_edits(self) -> None:
@@ -188,6 +188,18 @@ class TrainSettings:
         layers, streams = parse_layers(self.layers, num_hidden_layers), parse_streams(self.streams)
         sites = (Site(layer=layer, stream=stream) for layer in layers for stream in streams)
         return one_form(sites, method=self.method, rank=self.rank, activation=self.activation)
+
+    def rules(self, num_hidden_layers: int) -> dict[Site, PositionRule]:
+        """The positions of every site."""
+        if self.edits:
+            return rules_of_edits(self.edits, num_hidden_layers, self.rule)
+        return dict.fromkeys(self.forms(num_hidden_layers), self.rule)
+
+    @property
+    def all_positions(self) -> str:
+        """Of all edits, in words."""
+        own = [edit.positions for edit in self.edits if edit.positions is not None]
+        return "; ".join(dict.fromkeys([*([] if self.edits and len(own) == len(self.edits) else [self.positions]), *own]))
 
     def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
         return tuple(self.forms(num_hidden_layers))
@@ -221,8 +233,8 @@ def settings_like(adapter: Adapter, **changes: Any) -> TrainSettings:
     """Settings of a run that goes on with ``adapter``: of its form, with ``changes`` to anything."""
     layers = sorted({site.layer for site in adapter.sites})
     streams = [stream for stream in STREAMS if any(site.stream == stream for site in adapter.sites)]
-    alike = not adapter.forms and len(adapter.sites) == len(layers) * len(streams)
-    form: dict[str, Any] = {"edits": edits_of_forms(adapter.site_forms)}
+    alike = not (adapter.forms or adapter.rules) and len(adapter.sites) == len(layers) * len(streams)
+    form: dict[str, Any] = {"edits": edits_of_forms(adapter.site_forms, adapter.site_rules if adapter.rules else None)}
     if alike:
         form = {
             "method": adapter.method,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reft_export.training.data import Tokenized
-from runtimes.edits.positions import PositionRule, slots
+from runtimes.edits.positions import Positions, slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class Run:
 
 
 def statistics_of(
-    training: Sequence[Tokenized], held_out: Sequence[Tokenized], rule: PositionRule, tokenizer: PreTrainedTokenizerBase
+    training: Sequence[Tokenized], held_out: Sequence[Tokenized], rule: Positions, tokenizer: PreTrainedTokenizerBase
 ) -> DataStatistics:
     examples = [*training, *held_out]
     tokens = sum(len(example.input_ids) for example in examples)
@@ -74,7 +74,7 @@ def statistics_of(
     )
 
 
-def marked(example: Tokenized, rule: PositionRule, tokenizer: PreTrainedTokenizerBase) -> tuple[Run, ...]:
+def marked(example: Tokenized, rule: Positions, tokenizer: PreTrainedTokenizerBase) -> tuple[Run, ...]:
     """The example's text, in runs of tokens that are edited, trained, both or neither."""
     trained = np.zeros(len(example.input_ids), bool)
     for start, end in example.trained:
@@ -93,7 +93,7 @@ def marked(example: Tokenized, rule: PositionRule, tokenizer: PreTrainedTokenize
 class _EditedTokens:
     """Which tokens of an example are edited. Of most rules that is known by the lengths alone, which many examples share."""
 
-    def __init__(self, rule: PositionRule) -> None:
+    def __init__(self, rule: Positions) -> None:
         self._rule = rule
         self._known: dict[tuple[int, int], np.ndarray] = {}
 

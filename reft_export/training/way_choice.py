@@ -20,7 +20,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.objective import Phase
 from reft_export.training.settings import TrainSettings
 from reft_export.training.ways import Batch, Way, Ways, difference
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 from runtimes.generation import PAD
 
 LEAST_SHARE = 0.25
@@ -43,7 +43,7 @@ class PrefixPlan:
     """They are kept from epoch to epoch."""
 
 
-def plan_prefixes(rule: PositionRule, examples: Examples[Example], settings: TrainSettings) -> PrefixPlan:
+def plan_prefixes(rule: Positions, examples: Examples[Example], settings: TrainSettings) -> PrefixPlan:
     every = [*examples.training, *examples.held_out]
     counts = [frozen_of(rule, example) for example in every]
     tokens, prefix = sum(len(example.input_ids) for example in every), sum(counts)
@@ -62,7 +62,7 @@ def choose_way(
     base: Base,
     interventions: Interventions,
     steering: Steering,
-    rule: PositionRule,
+    rule: Positions,
     examples: Examples[Example],
     settings: TrainSettings,
     phase: Phase,
@@ -104,7 +104,7 @@ def _stored(model: PreTrainedModel, settings: TrainSettings) -> torch.dtype:
     return model.dtype if settings.cache_dtype == "auto" else DTYPES[settings.cache_dtype]
 
 
-def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRule, pad: int, rows: int) -> Batch:
+def _tried(model: PreTrainedModel, examples: Examples[Example], rule: Positions, pad: int, rows: int) -> Batch:
     """The examples with the most and the fewest frozen tokens, or the first alone: always the same, so that a resumed run finds the same
     way."""
     by_prefix = sorted(examples.training, key=lambda example: (frozen_of(rule, example), len(example.input_ids)))
@@ -112,7 +112,7 @@ def _tried(model: PreTrainedModel, examples: Examples[Example], rule: PositionRu
     return Batch.of(collate(chosen, pad_token_id=pad), model.device)
 
 
-def _keep(store: PrefixStore, rule: PositionRule, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
+def _keep(store: PrefixStore, rule: Positions, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
     prefixes: Sequence[Tokens] = [example.input_ids[: frozen_of(rule, example)] for example in (*examples.training, *examples.held_out)]
     phase(f"computing the unedited tokens of {len(prefixes)} prompts")
     store.keep(prefixes, limit=int(settings.cache_mb * 1e6), group=settings.batch_size)

@@ -21,7 +21,7 @@ from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
 from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
 from reft_export.training.tokenizing import IGNORED
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative, by the base's dtype; of the 16-bit ones a few roundings of it, since another order of sums rounds otherwise."""
@@ -69,7 +69,7 @@ class Ways:
 
     head: CountedHead
     steering: Steering
-    rule: PositionRule
+    rule: Positions
 
     def plain(self, batch: Batch) -> Tensor:
         self.steering.prompt_length = batch.prompt_length

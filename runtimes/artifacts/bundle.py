@@ -2,7 +2,8 @@
 
 manifest.json                 Manifest below, sealed (runtimes/files/sealed.py), with the sha256 of every other hashed file
 model.onnx, model.onnx.data   the folded graph
-adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container
+adapters/<name>.onnx_adapter  banks and rule of one adapter, in onnxruntime's own container; or <name>.banks, the same of an adapter
+                              whose slots are handed in at every step, which no stock runtime does
 adapters/<name>.json          AdapterRecord below
 golden/<name>.npz             eager inputs and outputs, "base" and one per adapter (see runtimes/artifacts/golden_schema.py)
 genai_config.json             for stock onnxruntime-genai, where it supports the family; users edit it, so it is not hashed
@@ -40,11 +41,21 @@ from runtimes.artifacts.values import (
     TaskName,
 )
 from runtimes.edits.adapter import Adapter, BaseModel, BaseParts
-from runtimes.edits.adapter_records import RuleRecord, SiteRecord, forms_of, from_version_1, rule_record, site_records, sites_of
+from runtimes.edits.adapter_records import (
+    RuleRecord,
+    SiteRecord,
+    forms_of,
+    from_version_1,
+    positions_of,
+    rule_records,
+    site_records,
+    sites_of,
+    tied_of,
+)
 from runtimes.edits.edit import Site
 from runtimes.edits.form import EditForm
 from runtimes.edits.op import OP_TYPE, OP_VERSION, EditNode
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions, needs_slots
 from runtimes.errors import AdapterError, BundleError, ReftError
 from runtimes.files.folders import UNPROVEN, marker
 from runtimes.files.hashes import sha256_of
@@ -57,6 +68,8 @@ MANIFEST_FORMAT = Format(version_key="schema_version", version=SCHEMA_VERSION, e
 ENGINE_MANIFEST = "engine.json"
 """Of an engine's folder, which is read by ``runtimes.artifacts.engine``."""
 GRAPH_FILE = "model.onnx"
+BANKS, EXPLICIT_BANKS = "onnx_adapter", "banks"
+"""What the names of adapters' files end in: the second one where no graph computes the slots."""
 DATA_FILE = "model.onnx.data"
 BASE_GOLDEN = "base"
 NOT_HASHED = (MANIFEST_FILE, MANIFEST_FILE + UNPROVEN, "genai_config.json")
@@ -331,8 +344,8 @@ class AdapterRecord:
         return cls(
             method=adapter.method,
             rank=adapter.rank,
-            sites=site_records(adapter.site_forms, adapter.own),
-            rules=(rule_record(adapter.positions, tied=adapter.tied),),
+            sites=site_records(adapter.site_forms, adapter.own, adapter.site_rules),
+            rules=rule_records(adapter.site_rules, tied=adapter.tied),
             activation=adapter.activation,
             base=adapter.base,
             trained_on=adapter.trained_on,
@@ -340,12 +353,17 @@ class AdapterRecord:
         )
 
     @property
+    def where(self) -> Positions:
+        """Where the adapter edits."""
+        return positions_of(self.sites, self.rules)
+
+    @property
     def positions(self) -> str:
-        return self.rules[0].positions
+        return str(self.where)
 
     @property
     def tied(self) -> bool:
-        return self.rules[0].tied
+        return tied_of(self.rules)
 
     @property
     def own(self) -> EditForm:
@@ -361,7 +379,7 @@ class AdapterRecord:
         """Raises AdapterError or InputError for a form, sites or rules that this version does not know."""
         sites_of(self.sites, self.rules)
         self.site_forms  # noqa: B018  # checks every form
-        self.rules[0].rule  # noqa: B018  # parses the grammar
+        self.where  # noqa: B018  # parses the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +388,7 @@ class StoredAdapter:
 
     name: str
     file: Path
-    positions: PositionRule
+    positions: Positions
     tied: bool
 
 
@@ -453,7 +471,7 @@ class Artifact(ABC):
         return StoredAdapter(
             name=name,
             file=self.adapter_file(name),
-            positions=record.rules[0].rule,
+            positions=record.where,
             tied=record.tied,
         )
 
@@ -503,7 +521,7 @@ class Bundle(Artifact):
         return context_limits(self.manifest.model)
 
     def adapter_file(self, name: str) -> Path:
-        return self.folder / "adapters" / f"{name}.onnx_adapter"
+        return self.folder / bank_file(name, self.adapter_record(name).where)
 
     def adapter_tensors(self, name: str) -> dict[str, np.ndarray]:
         return read_onnx_adapter(self.adapter(name).file)
@@ -513,6 +531,11 @@ class Bundle(Artifact):
         """sha256 over the graph's files: two bundles with one digest run the same base weights."""
         lines = [f"{p} {self.manifest.files[p].sha256}" for p in (GRAPH_FILE, DATA_FILE) if p in self.manifest.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def bank_file(name: str, where: Positions) -> str:
+    """The file of an adapter's banks in a bundle."""
+    return f"adapters/{name}.{EXPLICIT_BANKS if needs_slots(where) else BANKS}"
 
 
 def not_held(folder: Path, *names: str) -> str:
@@ -543,7 +566,8 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> Bundle:
     if not marker(folder, MANIFEST_FILE).is_file():
         raise BundleError(f"{folder} is not a bundle: {MANIFEST_FILE} is missing; make one with `reft-export export`")
     manifest = read_manifest(marker(folder, MANIFEST_FILE))
-    expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.{s}" for n in manifest.adapters for s in ("onnx_adapter", "json"))}
+    expected = {GRAPH_FILE, *(f"adapters/{check_adapter_name(n)}.json" for n in manifest.adapters)}
+    expected |= {f"adapters/{n}.{BANKS}" for n in manifest.adapters if f"adapters/{n}.{EXPLICIT_BANKS}" not in manifest.files}
     unlisted = sorted(expected - set(manifest.files))
     if unlisted:
         raise BundleError(f"{folder / MANIFEST_FILE}: no hash for {unlisted}; export again")
@@ -645,6 +669,7 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *
     would be read without being listed."""
     read = [name for name in (DATA_FILE, *TOKENIZER_FILES) if (folder / name).is_file()]
     read += [path.relative_to(folder).as_posix() for path in (folder / TEMPLATE_FOLDER).glob("*")]
+    read += [path.relative_to(folder).as_posix() for path in (folder / "adapters").glob(f"*.{EXPLICIT_BANKS}")]
     if foreign := sorted(set(read) - set(files)):
         raise BundleError(f"{folder / foreign[0]} is not listed in {listed_in}, and would be used; remove it or export again")
     for name, record in files.items():

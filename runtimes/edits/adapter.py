@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from runtimes.edits.adapter_records import (
     SiteRecord,
     forms_of,
     from_version_1,
-    rule_record,
+    rule_records,
+    rules_of,
     site_records,
     sites_of,
+    tied_of,
 )
-from runtimes.edits.edit import Edit, Site
+from runtimes.edits.edit import Edit, Site, no_edit_like
 from runtimes.edits.form import EditForm
 from runtimes.edits.methods import METHODS, fold_parameters
-from runtimes.edits.op import EditNode, bank_of, no_edit_bank, node_of
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode, bank_of, no_edit_bank, node_of
+from runtimes.edits.positions import PositionRule, Positions, RuleSets, of_rules
 from runtimes.edits.probes import Probe, check_probes, probes_bytes, read_probes
 from runtimes.errors import AdapterError, ReftError
 from runtimes.files.folders import atomic_folder, marker
@@ -88,12 +91,16 @@ class Adapter:
     rank: int
     sites: tuple[Site, ...]
     positions: PositionRule
+    """Of every site that ``rules`` does not name."""
     tied: bool
+    """Whether a rule with a prefix and a suffix has one edit for both, at every site."""
     base: BaseModel
     tensors: Mapping[str, np.ndarray]
     activation: str = ""
     forms: Mapping[Site, EditForm] = field(default_factory=dict)
     """Of sites whose edits are of another form than the adapter's; those that are of its own are left out."""
+    rules: Mapping[Site, PositionRule] = field(default_factory=dict)
+    """Of sites that follow another rule than ``positions``; at most four rules in all. Those that follow it are left out."""
     dropout: float = 0.0
     dtype: str = "float32"
     """The dtype of the base while it was trained."""
@@ -110,17 +117,19 @@ class Adapter:
         own = self.own
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise AdapterError("an adapter needs at least one site, each once")
-        if strange := sorted(set(self.forms) - set(self.sites)):
-            raise AdapterError(f"a form is given for {strange[0]}, which the adapter does not edit")
+        for what, given in (("form", self.forms), ("rule", self.rules)):
+            if strange := sorted(set(given) - set(self.sites)):
+                raise AdapterError(f"a {what} is given for {strange[0]}, which the adapter does not edit")
         object.__setattr__(self, "forms", {site: form for site, form in self.forms.items() if form != own})
+        object.__setattr__(self, "rules", {site: rule for site, rule in self.rules.items() if rule != self.positions})
         for site in self.sites:
             if site.layer >= self.base.num_hidden_layers:
                 raise AdapterError(
                     f"layer {site.layer} does not exist in {self.base.name} ({self.base.num_hidden_layers} layers, "
                     f"0 to {self.base.num_hidden_layers - 1})"
                 )
-        if not self.tied and not (self.positions.first and self.positions.last):
-            raise AdapterError(f"an untied adapter needs a prefix and a suffix (f<n>+l<n>); its positions are {self.positions}")
+        if not self.tied and all(len(self.groups_of(site)) == 1 for site in self.sites):
+            raise AdapterError(f"an untied adapter needs a prefix and a suffix (f<n>+l<n>); its positions are {self.where}")
         self._check_tensors()
         self._check_head()
         check_probes(self.probes, self.base.labels)
@@ -137,7 +146,7 @@ class Adapter:
         for site in self.sites:
             form = self.form(site)
             shapes = METHODS[form.method].shapes(form.rank, self.base.hidden_size)
-            expected |= {self._key(site, group, name): (shape, form) for group in self.groups for name, shape in shapes.items()}
+            expected |= {self._key(site, group, name): (shape, form) for group in self.groups_of(site) for name, shape in shapes.items()}
         missing, unknown = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
         if missing or unknown:
             raise AdapterError(f"adapter tensors do not match its sites: missing {missing[:4]}, unknown {unknown[:4]}")
@@ -168,8 +177,26 @@ class Adapter:
         return {site: self.form(site) for site in self.sites}
 
     @property
+    def site_rules(self) -> dict[Site, PositionRule]:
+        """The positions of every site."""
+        return {site: self.rule(site) for site in self.sites}
+
+    def rule(self, site: Site) -> PositionRule:
+        """The positions of one of the ``sites``."""
+        return self.rules.get(site) or self.positions
+
+    @cached_property
+    def where(self) -> Positions:
+        """Where the adapter edits: its one rule, or the sets of its several."""
+        return of_rules(self.site_rules.values(), tied=self.tied)
+
+    def groups_of(self, site: Site) -> tuple[str, ...]:
+        """The edits of one of the ``sites``, in order: one, or untied a prefix's and a suffix's."""
+        return self.rule(site).groups(tied=self.tied)
+
+    @property
     def groups(self) -> tuple[str, ...]:
-        """The slots of one site, in slot order: one when tied, else prefix and suffix."""
+        """The same where all sites follow one rule."""
         return ("",) if self.tied else ("prefix", "suffix")
 
     @staticmethod
@@ -194,7 +221,14 @@ class Adapter:
 
     def edits(self) -> dict[Site, tuple[Edit, ...]]:
         """The folded edits of every site, one per slot, in float64: nothing is rounded before ``banks`` rounds once."""
-        return {site: tuple(self.edit(site, group) for group in self.groups) for site in self.sites}
+        return {site: self._slots(site) for site in self.sites}
+
+    def _slots(self, site: Site) -> tuple[Edit, ...]:
+        own = tuple(self.edit(site, group) for group in self.groups_of(site))
+        if not isinstance(self.where, RuleSets):
+            return own
+        nothing, number = no_edit_like(own[0]), self.where.rules.index(self.rule(site))
+        return tuple(nothing if found[number] < 0 else own[found[number]] for found in self.where.sets)
 
     def edit(self, site: Site, group: str) -> Edit:
         """The folded edit of one of the site's ``groups``, in float64."""
@@ -229,7 +263,10 @@ class Adapter:
         return banks
 
     def rule_tensors(self) -> dict[str, np.ndarray]:
-        return self.positions.tensors(tied=self.tied)
+        """The numbers of the graph's rule; of an adapter whose slots are handed in they edit nothing."""
+        if isinstance(self.where, RuleSets):
+            return {name: np.array([number], np.int64) for name, number in RULE_DEFAULTS.items() if name != PROMPT_LENGTH}
+        return self.where.tensors(tied=self.tied)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +283,7 @@ class AdapterConfig:
     rank: int
     sites: tuple[SiteRecord, ...]
     rules: tuple[RuleRecord, ...]
-    """Of positions; exactly one, until a version knows what to do with more."""
+    """Of positions, one to four."""
     activation: str
     dropout: float
     dtype: str
@@ -266,8 +303,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, force: bool = False) -> None
     config = AdapterConfig(
         method=adapter.method,
         rank=adapter.rank,
-        sites=site_records(adapter.site_forms, adapter.own),
-        rules=(rule_record(adapter.positions, tied=adapter.tied),),
+        sites=site_records(adapter.site_forms, adapter.own, adapter.site_rules),
+        rules=rule_records(adapter.site_rules, tied=adapter.tied),
         activation=adapter.activation,
         dropout=adapter.dropout,
         dtype=adapter.dtype,
@@ -325,7 +362,8 @@ def load_adapter(folder: Path) -> Adapter:
             sites=sites_of(config.sites, config.rules),
             forms=forms_of(config.sites, own),
             positions=config.rules[0].rule,
-            tied=config.rules[0].tied,
+            rules=rules_of(config.sites, config.rules),
+            tied=tied_of(config.rules),
             activation=config.activation,
             dropout=config.dropout,
             dtype=config.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtimes.edits.edit import Site
 from runtimes.edits.form import EditForm
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import MOST_RULES, PositionRule, Positions, of_rules
 from runtimes.errors import AdapterError
 
 
@@ -44,11 +44,13 @@ class ProbesRecord:
     sha256: str
 
 
-def site_records(forms: Mapping[Site, EditForm], own: EditForm) -> tuple[SiteRecord, ...]:
-    """Sites that all follow the first rule; ``own``: the form that the adapter's own keys say."""
+def site_records(forms: Mapping[Site, EditForm], own: EditForm, rules: Mapping[Site, PositionRule]) -> tuple[SiteRecord, ...]:
+    """``own``: the form that the adapter's own keys say; ``rules``: every site's, by number as ``rule_records`` lists them."""
+    numbers = {rule: number for number, rule in enumerate(dict.fromkeys(rules.values()))}
     return tuple(
         SiteRecord(
             site=str(site),
+            rule=numbers[rules[site]],
             rank=None if form.rank == own.rank else form.rank,
             form=None if form.name == own.name else form.name,
         )
@@ -69,17 +71,42 @@ def forms_of(sites: Sequence[SiteRecord], own: EditForm) -> dict[Site, EditForm]
     return forms
 
 
-def rule_record(positions: PositionRule, *, tied: bool) -> RuleRecord:
-    return RuleRecord(positions=str(positions), truncate=positions.truncate, tied=tied)
+def rule_records(rules: Mapping[Site, PositionRule], *, tied: bool) -> tuple[RuleRecord, ...]:
+    """Each rule once, in the order of the sites; one without a prefix and a suffix is tied."""
+    return tuple(
+        RuleRecord(positions=str(rule), truncate=rule.truncate, tied=len(rule.groups(tied=tied)) == 1)
+        for rule in dict.fromkeys(rules.values())
+    )
+
+
+def rules_of(sites: Sequence[SiteRecord], rules: Sequence[RuleRecord]) -> dict[Site, PositionRule]:
+    """The rule of every site; ``sites_of`` has checked the numbers."""
+    every = [record.rule for record in rules]
+    return {Site.parse(record.site): every[record.rule] for record in sites}
+
+
+def positions_of(sites: Sequence[SiteRecord], rules: Sequence[RuleRecord]) -> Positions:
+    """Where the adapter edits: its one rule, or the sets of its several."""
+    return of_rules(rules_of(sites, rules).values(), tied=tied_of(rules))
+
+
+def tied_of(rules: Sequence[RuleRecord]) -> bool:
+    """Whether prefix and suffix share their edits; raises AdapterError for an adapter of which some do and some do not."""
+    both = {record.tied for record in rules if record.rule.first and record.rule.last}
+    if len(both) > 1:
+        raise AdapterError("some of its position rules are tied and some are not, and an adapter is one or the other; copy it again")
+    return next(iter(both), True)
 
 
 def sites_of(sites: Sequence[SiteRecord], rules: Sequence[RuleRecord]) -> tuple[Site, ...]:
-    """The sites; raises AdapterError for what the format has room for and this version does not know."""
-    if len(rules) != 1:
-        raise AdapterError(f"the adapter has {len(rules)} position rules, and this version knows adapters of one; update reft-export")
+    """The sites; raises AdapterError for a number of rules that no adapter has, and for a site that follows none of them."""
+    if not 1 <= len(rules) <= MOST_RULES:
+        raise AdapterError(f"the adapter has {len(rules)} position rules, expected 1 to {MOST_RULES}; copy it again")
     for record in sites:
-        if record.rule != 0:
-            raise AdapterError(f"site {record.site} follows rule {record.rule}, and the adapter has rule 0 alone; copy it again")
+        if not 0 <= record.rule < len(rules):
+            raise AdapterError(f"site {record.site} follows rule {record.rule}, and the adapter has {len(rules)}, from 0; copy it again")
+    if unused := sorted(set(range(len(rules))) - {record.rule for record in sites}):
+        raise AdapterError(f"no site follows position rule {unused[0]}; copy the adapter again")
     return tuple(Site.parse(record.site) for record in sites)
 
 

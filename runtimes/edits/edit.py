@@ -7,7 +7,7 @@ ScaleBiasEdit    y = scale * h + bias         RED; full rank, so that it does no
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -149,6 +149,13 @@ class ScaleBiasEdit:
 
 
 Edit = LowRankEdit | ScaleBiasEdit
+
+
+def no_edit_like(edit: Edit) -> Edit:
+    """One of the same form that leaves h as it is."""
+    if isinstance(edit, ScaleBiasEdit):
+        return ScaleBiasEdit(scale=np.ones_like(edit.scale), bias=-np.zeros_like(edit.bias))  # h + -0.0 is h to the bit
+    return replace(edit, U=np.zeros_like(edit.U), A=np.zeros_like(edit.A), b=np.zeros_like(edit.b))
 
 
 def in_sequence(first: Edit, second: Edit) -> Edit:

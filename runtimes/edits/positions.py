@@ -1,13 +1,17 @@
 """Which tokens an edit acts on: the positions grammar, and the rule that turns an attention mask into slots.
 
-Grammar: ``f7+l7`` (first 7 and last 7 prompt tokens), ``f3``, ``l1``, ``prompt`` (every prompt token), ``all`` (decode steps too).
+Grammar: ``f7+l7`` (first 7 and last 7 prompt tokens), ``f3``, ``l1``, ``prompt`` (every prompt token), ``all`` (decode steps too);
+``1,3,-2`` (prompt tokens by number, from 0; -1 is the prompt's last) and ``every3`` (its tokens 0, 3, 6 ..). A graph computes the former
+itself; the latter, and several rules at once, are computed here and handed to it as ``reft.slots``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -16,11 +20,14 @@ from runtimes.errors import InputError
 
 LARGEST = 2**63 - 1
 """The largest count: the graph takes the rule as int64."""
+MOST_RULES = 4
+"""Of one adapter."""
+GRAMMAR = "f<n>, l<n>, f<n>+l<n>, prompt, all, numbers like 1,3,-2, or every<n>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """The positions of one adapter. Exactly one of (first or last), prompt, everywhere is used.
+    """One rule of positions. Exactly one of (first or last), prompt, everywhere, chosen, every is used.
 
     ``truncate``: a prompt of L tokens is edited at most on its first and last L // 2 tokens, as pyreft does, so that the two
     never overlap.
@@ -30,6 +37,10 @@ class PositionRule:
     last: int = 0
     prompt: bool = False
     everywhere: bool = False
+    chosen: tuple[int, ...] = ()
+    """Prompt tokens by number, from 0; negative ones from its end, -1 its last. Those that a prompt lacks are left out."""
+    every: int = 0
+    """The prompt's tokens 0, n, 2n .."""
     truncate: bool = True
 
     def __post_init__(self) -> None:
@@ -37,14 +48,21 @@ class PositionRule:
             raise InputError(f"positions f{self.first}+l{self.last}: counts cannot be negative")
         if max(self.first, self.last) > LARGEST:
             raise InputError(f"positions: a count is beyond {LARGEST}, the largest that the graph's int64 inputs hold; use prompt or all")
-        if bool(self.first or self.last) + self.prompt + self.everywhere != 1:
-            raise InputError("positions are one of: f<n>, l<n>, f<n>+l<n>, prompt, all")
+        if any(not -LARGEST <= number <= LARGEST for number in (*self.chosen, self.every)) or self.every < 0:
+            raise InputError(f"positions: numbers reach from -{LARGEST} to {LARGEST}, and every<n> counts from 1")
+        if bool(self.first or self.last) + self.prompt + self.everywhere + bool(self.chosen) + bool(self.every) != 1:
+            raise InputError(f"positions are one of: {GRAMMAR}")
+        object.__setattr__(self, "chosen", tuple(sorted(set(self.chosen), key=lambda number: (number < 0, number))))
 
     def __str__(self) -> str:
         if self.everywhere:
             return "all"
         if self.prompt:
             return "prompt"
+        if self.every:
+            return f"every{self.every}"
+        if self.chosen:
+            return ",".join(map(str, self.chosen))
         return "+".join(f"{k}{n}" for k, n in (("f", self.first), ("l", self.last)) if n)
 
     @classmethod
@@ -53,9 +71,13 @@ class PositionRule:
             return cls(everywhere=True)
         if text == "prompt":
             return cls(prompt=True)
+        if re.fullmatch(r"-?\d{1,20}(,-?\d{1,20})*", text):
+            return cls(chosen=tuple(map(int, text.split(","))))
+        if re.fullmatch(r"every\d{1,20}", text) and int(text[5:]):
+            return cls(every=int(text[5:]))
         match = re.fullmatch(r"(?:f(\d+))?\+?(?:l(\d+))?", text)
         if not match or not any(match.groups()) or text.startswith("+") or text.endswith("+"):
-            raise InputError(f"positions {text!r} are not understood; use f<n>, l<n>, f<n>+l<n>, prompt or all")
+            raise InputError(f"positions {text!r} are not understood; use {GRAMMAR}")
         if "+" not in text and all(match.groups()):
             raise InputError(f"positions {text!r} are not understood; did you mean f{match[1]}+l{match[2]}?")
         try:
@@ -68,11 +90,20 @@ class PositionRule:
     def has_suffix(self) -> bool:
         return self.last > 0
 
+    @property
+    def explicit(self) -> bool:
+        """Whether no graph computes it, so that its slots are handed in at every step."""
+        return bool(self.chosen or self.every)
+
+    def groups(self, *, tied: bool) -> tuple[str, ...]:
+        """What its slots are called, in order: one edit, or untied a prefix's and a suffix's."""
+        return ("prefix", "suffix") if not tied and self.first and self.last else ("",)
+
     def tensors(self, *, tied: bool, first_slot: int = 0) -> dict[str, np.ndarray]:
         """The rule as the graph's overridable initializers, int64 [1] each; ``prompt_length`` is the session's and is left out.
 
-        ``first_slot``: where the adapter's edits begin in its banks. Rows of a batch have rules of their own where the tensors of
-        theirs are concatenated to [B].
+        An explicit rule's edit nothing: who hands no slots in has the base. ``first_slot``: where the adapter's edits begin in its banks.
+        Rows of a batch have rules of their own where the tensors of theirs are concatenated to [B].
         """
         values = {
             "reft.first": self.first,
@@ -87,8 +118,54 @@ class PositionRule:
         return {name: np.array([int(value)], np.int64) for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class RuleSets:
+    """The position rules of an adapter whose sites follow several. A slot stands for the set of rules that pick a token: at each site its
+    edit is that of the site's own rule where the set has it, else none."""
+
+    rules: tuple[PositionRule, ...]
+    tied: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.rules) <= MOST_RULES:
+            raise InputError(
+                f"{len(self.rules)} position rules in one adapter, expected at most {MOST_RULES}; give edits the same positions"
+            )
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.rules))
+
+    @cached_property
+    def sets(self) -> tuple[tuple[int, ...], ...]:
+        """By slot, of every rule: -1 where the set lacks it, else which of the rule's groups it is. ``all`` is in every set."""
+        kinds = ([*([] if rule.everywhere else [-1]), *range(len(rule.groups(tied=self.tied)))] for rule in self.rules)
+        return tuple(found for found in product(*kinds) if max(found) >= 0)
+
+    def of_rules(self, each: tuple[np.ndarray, ...]) -> np.ndarray:
+        """int32: the slots, of the rules' own slots (int32, all of one shape); -1 where no rule picks the token."""
+        slot = np.full(each[0].shape, -1, np.int32)
+        for number, wanted in enumerate(self.sets):
+            slot[np.logical_and.reduce([own == group for own, group in zip(each, wanted, strict=True)])] = number
+        return slot
+
+
+Positions = PositionRule | RuleSets
+"""Where an adapter edits."""
+
+
+def of_rules(rules: Iterable[PositionRule], *, tied: bool) -> Positions:
+    """The positions of sites that follow ``rules``, one a site, in their order. Raises InputError for more than MOST_RULES."""
+    different = tuple(dict.fromkeys(rules))
+    return different[0] if len(different) == 1 else RuleSets(different, tied)
+
+
+def needs_slots(positions: Positions) -> bool:
+    """Whether no graph computes the slots, so that they are handed in at every step."""
+    return isinstance(positions, RuleSets) or positions.explicit
+
+
 def slots(
-    rule: PositionRule | None,
+    rule: Positions | None,
     attention_mask: np.ndarray,
     width: int,
     *,
@@ -97,9 +174,13 @@ def slots(
 ) -> np.ndarray:
     """int32 [B, S]: the slot of each of the ``width`` = S tokens of one call; -1 where the token is not edited.
 
-    ``rule`` is every row's, and ``slots_of`` says what follows from it; the suffix slot is 0 when ``tied``, else 1. ``prompt_length`` [B]
-    is needed where a prompt does not come in one call.
+    ``rule`` is every row's, and ``slots_of`` says what follows from it; the suffix slot is 0 when ``tied``, else 1, of sets of rules as
+    they say. ``prompt_length`` [B] is needed where a prompt does not come in one call.
     """
+    if isinstance(rule, RuleSets):
+        return rule.of_rules(tuple(slots(each, attention_mask, width, tied=rule.tied, prompt_length=prompt_length) for each in rule.rules))
+    if rule is not None and rule.explicit:
+        return _explicit_slots(rule, attention_mask, width, prompt_length)
     tensors = {} if rule is None else rule.tensors(tied=tied)
     if prompt_length is not None:
         tensors[PROMPT_LENGTH] = prompt_length
@@ -122,15 +203,8 @@ def slots_of(rule: Mapping[str, np.ndarray], attention_mask: np.ndarray, width: 
     ``explicit``: int32, broadcast to [B, S]; see ``runtimes.edits.op.EXPLICIT_SLOTS``.
     Source: the design's slot rule; the same arithmetic stands in the graph (graph_passes/slots/add.py).
     """
-    mask = np.asarray(attention_mask, np.int64)
     number = {name: np.asarray(rule.get(name, default), np.int64).reshape(-1, 1) for name, default in RULE_DEFAULTS.items()}
-    end = max(int((mask * (np.arange(mask.shape[1]) + 1)).max(initial=0)), width)
-    start = end - width
-    window = mask[:, start:end]
-    total = mask.sum(1, keepdims=True)
-    p = total - window.sum(1, keepdims=True) + np.cumsum(window, 1) - 1
-    derived = total if start == 0 else np.zeros_like(total)
-    length = np.where(number[PROMPT_LENGTH] >= 0, number[PROMPT_LENGTH], derived)
+    p, length, window = _ranks(attention_mask, width, number[PROMPT_LENGTH])
     limit = np.where(number["reft.truncate"] > 0, length // 2, LARGEST)
     first, last = np.minimum(number["reft.first"], limit), np.minimum(number["reft.last"], limit)
     whole_prompt = (number["reft.prompt"] > 0) & (p < length)
@@ -138,3 +212,26 @@ def slots_of(rule: Mapping[str, np.ndarray], attention_mask: np.ndarray, width: 
     slot = np.where((p >= length - last) & (p < length), number[FIRST_SLOT] + number["reft.suffix_slot"], slot)
     slot = np.where(window > 0, slot, -1).astype(np.int32)
     return slot if explicit is None else np.where(explicit > NOT_EXPLICIT, explicit, slot).astype(np.int32)
+
+
+def _ranks(attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(p [B, S], L [B, 1], win [B, S]) of ``slots_of``; ``prompt_length`` [1, 1] or [B, 1], -1 where it is not known."""
+    mask = np.asarray(attention_mask, np.int64)
+    end = max(int((mask * (np.arange(mask.shape[1]) + 1)).max(initial=0)), width)
+    start = end - width
+    window = mask[:, start:end]
+    total = mask.sum(1, keepdims=True)
+    p = total - window.sum(1, keepdims=True) + np.cumsum(window, 1) - 1
+    derived = total if start == 0 else np.zeros_like(total)
+    return p, np.where(prompt_length >= 0, prompt_length, derived), window
+
+
+def _explicit_slots(rule: PositionRule, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray | None) -> np.ndarray:
+    """0 where p = n, or p = L + n of a negative one, or p % every = 0, within the prompt; else -1."""
+    given = np.array([-1]) if prompt_length is None else np.asarray(prompt_length, np.int64)
+    p, length, window = _ranks(attention_mask, width, given.reshape(-1, 1))
+    if rule.every:
+        picked = p % rule.every == 0
+    else:
+        picked = np.logical_or.reduce([p == (number if number >= 0 else length + number) for number in rule.chosen])
+    return np.where(picked & (p < length) & (window > 0), 0, -1).astype(np.int32)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtimes.edits.op import SLOT_INPUT
-from runtimes.edits.positions import slots
+from runtimes.edits.op import EXPLICIT_SLOTS, SLOT_INPUT
+from runtimes.edits.positions import needs_slots, slots
 from runtimes.errors import GraphError, InputError, ReftError
 from runtimes.ort.session import OrtGraph, ort, to_float32
 from runtimes.session import ClassifierOutput
@@ -39,6 +39,8 @@ class OrtClassifier(OrtGraph):
         if SLOT_INPUT in self._inputs:
             rule, tied = (None, True) if self._placement is None else (self._placement.positions, self._placement.tied)
             arrays[SLOT_INPUT] = slots(rule, mask, ids.shape[1], tied=tied)
+        if self._placement is not None and needs_slots(self._placement.positions):
+            arrays[EXPLICIT_SLOTS] = slots(self._placement.positions, mask, ids.shape[1], tied=self._placement.tied)
         outputs = self._run({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
         return ClassifierOutput(logits=to_float32(outputs["logits"]), outputs=outputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.edits.positions import PositionRule, slots
+from runtimes.edits.positions import Positions, slots
 from runtimes.text.tokenizer import Tokenizer
 
 
@@ -16,7 +16,7 @@ from runtimes.text.tokenizer import Tokenizer
 class Steered:
     """What a server knows of an adapter: its rule, and whether it was trained without the chat template."""
 
-    rule: PositionRule
+    where: Positions
     tied: bool
     plain: bool
 
@@ -37,7 +37,7 @@ def edited_tokens(tokenizer: Tokenizer, prompt: Sequence[int], adapter: Steered 
     edited = np.zeros(len(prompt) + 1, bool)
     if adapter is not None and strength != 0:
         length, mask = np.array([len(prompt)]), np.ones((1, len(edited)), np.int64)
-        edited = slots(adapter.rule, mask, len(edited), tied=adapter.tied, prompt_length=length)[0] >= 0
+        edited = slots(adapter.where, mask, len(edited), tied=adapter.tied, prompt_length=length)[0] >= 0
     texts = [tokenizer.decode(prompt[:1], skip_special_tokens=False)]
     texts += [text_behind(tokenizer, before, token) for before, token in zip(prompt, prompt[1:], strict=False)]
     return EditedTokens(prompt=tuple(zip(texts, map(bool, edited), strict=False)), completion=bool(edited[-1]))

@@ -14,6 +14,7 @@ from threading import Lock
 from runtimes.bank import AdapterBank
 from runtimes.batching import Batcher
 from runtimes.edits.adapter import read_adapter_config
+from runtimes.edits.adapter_records import positions_of, tied_of
 from runtimes.errors import InputError
 from runtimes.serving.edited import EditedTokens, Steered, edited_tokens
 from runtimes.serving.flight import Ask, Flight
@@ -147,7 +148,7 @@ class TextServer:
             folder, bundle = self.bank.listed[name].folder, self.bank.bundle
             record = bundle.adapter_record(name) if folder is None else read_adapter_config(folder)
             plain = trained_without_template(record.training)
-            self._steered[name] = Steered(rule=record.rules[0].rule, tied=record.rules[0].tied, plain=plain)
+            self._steered[name] = Steered(where=positions_of(record.sites, record.rules), tied=tied_of(record.rules), plain=plain)
         return self._steered[name]
 
     # --- what runs ---

@@ -35,14 +35,21 @@ def random_adapter(
 
 
 def mixed_adapter(
-    base: BaseModel, forms: Mapping[Site, EditForm], *, positions: str = "f2+l2", tied: bool = True, seed: int = 0
+    base: BaseModel,
+    forms: Mapping[Site, EditForm],
+    *,
+    positions: str = "f2+l2",
+    rules: Mapping[Site, PositionRule] | None = None,
+    tied: bool = True,
+    seed: int = 0,
 ) -> Adapter:
-    """As ``random_adapter``, each site with a form of its own."""
+    """As ``random_adapter``, each site with a form of its own, and with ``rules`` with positions of its own."""
+    rule, rules = PositionRule.parse(positions), rules or {}
     generator = np.random.default_rng(seed)
     tensors = {}
     for site, form in forms.items():
         method, rank = form.method, form.rank
-        for group in ("",) if tied else ("prefix", "suffix"):
+        for group in rules.get(site, rule).groups(tied=tied):
             for name in METHODS[method].names:
                 if METHODS[method].full_rank:
                     value = (name == "scale") + 0.3 * generator.standard_normal(base.hidden_size)
@@ -58,7 +65,8 @@ def mixed_adapter(
         method=own.method,
         rank=own.rank,
         sites=tuple(forms),
-        positions=PositionRule.parse(positions),
+        positions=rule,
+        rules=rules,
         tied=tied,
         activation=own.activation,
         forms=forms,

@@ -18,44 +18,60 @@ from reseal import reseal
 from shared_folders import shared_folder
 from typer.testing import CliRunner
 
+import runtimes.session as session_inputs
 from reft_export.base.load import load_base
+from reft_export.building.plan import plan_build
+from reft_export.building.settings import BuildSettings
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
 from reft_export.importing.pyreft.write import export_to_pyreft
-from reft_export.training.edits import LayerEdits, forms_of_edits
+from reft_export.training.edits import LayerEdits, forms_of_edits, rules_of_edits
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter, write_onnx_adapter
 from runtimes.bank import AdapterBank
-from runtimes.edits.adapter import Adapter, load_adapter, save_adapter
+from runtimes.edits.adapter import Adapter, BaseModel, load_adapter, save_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.form import EditForm
-from runtimes.errors import AdapterError
+from runtimes.edits.positions import PositionRule
+from runtimes.errors import AdapterError, BundleError, EngineError, InputError
 from runtimes.files.hashes import sha256_of
 from runtimes.golden import check_golden
 from runtimes.ort.session import OrtSession
 from runtimes.rows import AdapterRows
 
 QUIET: dict[str, Any] = {"report": lambda _: None}
-RECIPES = {
+ALONE = {
+    "rules": (["0: loreft r2 f1", "1: direft r3 gelu all mlp_output", "2: red f2+l2"], {"positions": "f2+l2", "tied": False, "seed": 3}),
+    "chosen": (["0-2: loreft r2"], {"positions": "1,3,-2", "seed": 4}),
+    "every": (["0: red", "2: noreft r2 prompt"], {"positions": "every3", "seed": 5}),
+}
+"""Whose slots no graph computes: they steer a session, and no rows of a batch."""
+MIXED = {
     "ranks": (["0: loreft r2", "2: loreft r7"], {"positions": "f2+l2"}),
     "methods": (["0: red", "1: direft r3", "2: noreft r2 gelu"], {"positions": "f1+l3", "tied": False, "seed": 1}),
     "streams": (["0-1: direft r1 tanh mlp_output", "1: red attention_output", "2: loreft r4", "2: lobireft r2 block_input"],
                 {"positions": "all", "seed": 2}),
 }  # fmt: skip
 """(edits, the adapter's one rule)"""
+RECIPES = MIXED | ALONE
 
 
 def forms(edits: list[str]) -> dict[Site, EditForm]:
     return forms_of_edits([LayerEdits.parse(each) for each in edits], tiny.LAYERS)
 
 
+def made(info: BaseModel, edits: list[str], *, positions: str = "f2+l2", **rest: Any) -> Adapter:
+    rules = rules_of_edits([LayerEdits.parse(each) for each in edits], tiny.LAYERS, PositionRule.parse(positions))
+    return mixed_adapter(info, forms(edits), positions=positions, rules=rules, **rest)
+
+
 @pytest.fixture(scope="module")
 def adapters(base_folder) -> dict[str, Adapter]:
     info = load_base(base_folder()).info
-    return {name: mixed_adapter(info, forms(edits), **rest) for name, (edits, rest) in RECIPES.items()}
+    return {name: made(info, edits, **rest) for name, (edits, rest) in RECIPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +138,42 @@ def test_a_planted_fault_is_seen(fault: str, bundle_of_recipes, tmp_path) -> Non
     assert not check_golden(bundle, OrtSession(bundle, threads=1)).passed
 
 
+def test_slots_of_several_rules_steer_a_session_and_no_rows(bundle_of_recipes, tmp_path) -> None:
+    bundle = open_bundle(bundle_of_recipes)
+    suffixes = {name: bundle.adapter(name).file.suffix for name in RECIPES}
+    assert suffixes == {name: ".banks" if name in ALONE else ".onnx_adapter" for name in RECIPES}
+    bank = AdapterBank(bundle)
+    for name in ALONE:
+        with pytest.raises(InputError, match=f"adapter {name} edits at .* which no graph computes"):
+            bank.load(name)
+    banks = read_onnx_adapter(bundle.adapter("rules").file)
+    # Sets of f1, all, f2+l2 of two groups: with `all` in every one, 2 * 3.
+    assert {node.name: len(banks[node.bank_names[0]]) for node in bundle.nodes if len(banks[node.bank_names[0]]) > 1} == {
+        "reft.0.block_output": 6, "reft.1.mlp_output.gelu": 6, "reft.2.block_output.red": 6,
+    }  # fmt: skip
+    folder = Path(shutil.copytree(bundle_of_recipes, tmp_path / "b"))
+    shutil.copyfile(folder / "adapters" / "rules.banks", folder / "adapters" / "ranks.banks")
+    with pytest.raises(BundleError, match="ranks.banks is not listed"):
+        open_bundle(folder)
+    with pytest.raises(EngineError, match="adapter rules edits at f1; all; f2.l2, which no engine computes"):
+        plan_build(bundle_of_recipes, BuildSettings(target="tensorrt"))
+
+
+def test_a_planted_fault_in_the_slots_is_seen(bundle_of_recipes, monkeypatch) -> None:
+    """One slot further on: another set of the rules."""
+    bundle = open_bundle(bundle_of_recipes)
+    plain = session_inputs.slots
+    monkeypatch.setattr(session_inputs, "slots", lambda *a, **k: np.where((s := plain(*a, **k)) == 1, 2, s).astype(np.int32))
+    report = check_golden(bundle, OrtSession(bundle, threads=1))
+    assert {rung.name for rung in report.rungs if not rung.passed} == {"rules", "every"}, "chosen has one slot"
+
+
 def test_a_folder_holds_each_layers_form(adapters, tmp_path) -> None:
     for name, adapter in adapters.items():
         save_adapter(adapter, tmp_path / name)
         again = load_adapter(tmp_path / name)
-        assert again.site_forms == adapter.site_forms and again.digest == adapter.digest
+        assert (again.site_forms, again.site_rules, again.where) == (adapter.site_forms, adapter.site_rules, adapter.where)
+        assert again.digest == adapter.digest and again.tied == adapter.tied
     stored = json.loads((tmp_path / "methods" / "adapter.json").read_text())
     assert stored["format_version"] == 2
     assert [(s["form"], s["rank"]) for s in stored["sites"]] == [(None, None), ("direft", 3), ("noreft gelu", 2)]

@@ -64,6 +64,8 @@ def export_to_pyreft(
                 f"{base.name} is an encoder, and pyvene knows no layer components of encoders, which the pyreft format writes; only "
                 "adapters of decoders are exported to it"
             )
+        if adapter.rules:
+            raise AdapterError(f"pyreft has one rule of positions, and this adapter has {adapter.where}; it cannot be exported to pyreft")
         classes = {site: _class_of(adapter, site) for site in adapter.sites}
         activation = _activation(adapter)
         keys = [(site, group) for group in adapter.groups for site in adapter.sites]
@@ -182,7 +184,7 @@ def _notes(adapter: Adapter, activation: str) -> tuple[str, ...]:
         + (f", act_fn={activation!r}" if activation else "")
         + (f", add_bias={_add_bias(adapter)}" if _add_bias(adapter) is not None else "")
     ]
-    if adapter.positions.prompt or adapter.positions.everywhere:
+    if adapter.positions.prompt or adapter.positions.everywhere or adapter.positions.explicit:
         say.append(f"pyreft has no name for positions {adapter.positions}: pass the locations yourself")
     elif not adapter.positions.truncate:
         say.append("pyreft cuts first and last positions to half of a short prompt; this adapter was not trained so")
