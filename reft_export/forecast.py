@@ -149,7 +149,7 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
             *answers,
             *apart,
             *(("compute what the base says without the edits",) if reference else ()),
-            f"train {settings.described()}, positions {settings.all_positions}, {len(rows)} examples, {steps} steps",
+            f"train {settings.described()}, positions {'; '.join(settings.all_positions)}, {len(rows)} examples, {steps} steps",
             "write the adapter",
         ),
         parameters=total,

@@ -7,8 +7,9 @@
         session.step(ids, mask)                                 # [3, S]
         rows[1] = "pirate"                                      # between two steps
 
-An adapter has a run of slots, one for each of its position groups, at the same place in the bank of every edit node that it uses; at the
-others its slots hold no edit or lie behind the last one. The rule of its row names the first of them (reft.first_slot). Banks grow with
+An adapter has a run of slots, one for each of its position groups, or sets of position rules, at the same place in the bank of every edit
+node that it uses; at the others its slots hold no edit or lie behind the last one. The rule of its row names the first of them
+(reft.first_slot), or the row's slots are handed in where no graph computes them. Banks grow with
 what is loaded: N slots of the largest rank, zero rows where an adapter's is less.
 
 ``Scaled("pirate", 0.5)`` in place of a name is the adapter at another strength (runtimes/edits/strength.py), in slots of its own.
@@ -29,7 +30,7 @@ from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, Bundle, check_adapt
 from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapter, rank_of, read_edits
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode
-from runtimes.edits.positions import PositionRule
+from runtimes.edits.positions import Positions, RuleSets, needs_slots, slot_count, slots
 from runtimes.edits.strength import Scaled, Steering, at_strength, parts_of, scaled_banks
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import name_of
@@ -73,6 +74,20 @@ class StackedBanks:
     writes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplicitSlots:
+    """Of a resident adapter whose slots no graph computes: where it edits, and the first of its slots."""
+
+    where: Positions
+    tied: bool
+    first: int
+
+    def of(self, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) -> np.ndarray:
+        """int32 [B, S]: as ``runtimes.edits.positions.slots``, of its own slots."""
+        own = slots(self.where, attention_mask, width, tied=self.tied, prompt_length=prompt_length)
+        return np.where(own >= 0, own + self.first, -1).astype(np.int32)
+
+
 @dataclass(kw_only=True, eq=False)
 class _Resident:
     slots: range
@@ -80,6 +95,8 @@ class _Resident:
     size: int
     rule: np.ndarray
     """[7], in the order of RULE."""
+    explicit: ExplicitSlots | None = None
+    """Of positions that no graph computes."""
     number: int = 0
     """Of its load."""
     rows: int = 0
@@ -189,8 +206,8 @@ class AdapterBank:
 
     def check(self, listed: ListedAdapter) -> None:
         """Reads the adapter and loads nothing. Raises what ``load`` raises where it is damaged, or fits neither the bundle nor the bank."""
-        edits, _, tied = read_edits(self.bundle, listed)
-        self._check_alone(listed.name, 1 if tied else 2, {node: rank_of(node, arrays) for node, arrays in edits.items()})
+        edits, where, tied = read_edits(self.bundle, listed)
+        self._check_alone(listed.name, slot_count(where, tied=tied), {node: rank_of(node, arrays) for node, arrays in edits.items()})
 
     def load(self, steering: Steering) -> None:
         """Puts the adapter into the banks, if it is not there; it is then the last to go.
@@ -238,6 +255,13 @@ class AdapterBank:
         if steering is None:
             return BASE_RULE
         return self._load(_plain(steering), rows=1).rule
+
+    def explicit_slots(self, steering: Steering | None) -> ExplicitSlots | None:
+        """Of a row that the resident adapter steers; None where the graph computes its slots."""
+        if steering is None:
+            return None
+        with self._lock:
+            return self._resident(_plain(steering)).explicit
 
     def load_number(self, steering: Steering) -> int:
         """Which load the resident adapter's edits came with: another one may have brought others."""
@@ -314,23 +338,25 @@ class AdapterBank:
             self._forget_strengths(key)
             return self._residents[key]
 
-    def _read(self, key: Steering, listed: ListedAdapter) -> tuple[Edits, PositionRule, bool]:
-        edits, rule, tied = read_edits(self.bundle, listed)
+    def _read(self, key: Steering, listed: ListedAdapter) -> tuple[Edits, Positions, bool]:
+        edits, where, tied = read_edits(self.bundle, listed)
         name, strength = parts_of(key)
-        return {node: scaled_banks(node, arrays, strength, name) for node, arrays in edits.items()}, rule, tied
+        return {node: scaled_banks(node, arrays, strength, name) for node, arrays in edits.items()}, where, tied
 
-    def _put(self, key: Steering, edits: Edits, rule: PositionRule, tied: bool) -> None:
+    def _put(self, key: Steering, edits: Edits, where: Positions, tied: bool) -> None:
         ranks = {node: rank_of(node, arrays) for node, arrays in edits.items()}
-        slots = self._make_room(key, 1 if tied else 2, ranks)
+        run = self._make_room(key, slot_count(where, tied=tied), ranks)
         replaced = self._grow()
         for node, stacked in self._nodes.items():
-            stacked.write(slots, edits.get(node))
-        tensors = rule.tensors(tied=tied, first_slot=slots.start)
+            stacked.write(run, edits.get(node))
+        explicit = ExplicitSlots(where=where, tied=tied, first=run.start) if needs_slots(where) else None
+        tensors = {} if isinstance(where, RuleSets) else where.tensors(tied=tied, first_slot=run.start)
         self._residents[key] = _Resident(
-            slots=slots,
+            slots=run,
             ranks=ranks,
             size=sum(array.nbytes for arrays in edits.values() for array in arrays),
-            rule=np.array([tensors[number][0] for number in RULE], np.int64),
+            rule=np.array([tensors[number][0] for number in RULE], np.int64) if tensors else BASE_RULE,
+            explicit=explicit,
             number=self.stacked.writes,
         )
         if isinstance(key, Scaled):
@@ -341,9 +367,9 @@ class AdapterBank:
     def _make_room(self, key: Steering, groups: int, ranks: Mapping[EditNode, int]) -> range:
         """Slots for the adapter, taken; what was used longest ago is evicted for them. Raises InputError where that is not enough."""
         self._check_alone(key, groups, ranks)
-        slots, gone = self._take(groups, ranks), []
+        taken, gone = self._take(groups, ranks), []
         while self.max_bytes is not None and (needed := sum(node.least_size() for node in self._nodes.values())) > self.max_bytes:
-            self._give_back(slots, ranks)
+            self._give_back(taken, ranks)
             oldest = next((other for other, resident in self._residents.items() if not resident.rows), None)
             if oldest is None:
                 for other, resident in reversed(gone):
@@ -354,8 +380,8 @@ class AdapterBank:
                     f"adapter {key} does not fit in the bank: {needed:,} bytes are needed, max_bytes is {self.max_bytes:,}; {remedy}"
                 )
             gone.append((oldest, self._drop(oldest)))
-            slots = self._take(groups, ranks)
-        return slots
+            taken = self._take(groups, ranks)
+        return taken
 
     def _check_alone(self, key: Steering, groups: int, ranks: Mapping[EditNode, int]) -> None:
         alone = sum(self._nodes[node].size_alone(groups, rank) for node, rank in ranks.items())

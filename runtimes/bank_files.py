@@ -14,7 +14,7 @@ from runtimes.artifacts.addition import check_addition, check_known_base
 from runtimes.artifacts.bundle import Bundle, StoredAdapter, check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, load_adapter
 from runtimes.edits.op import EditNode, is_no_edit
-from runtimes.edits.positions import PositionRule, Positions, RuleSets
+from runtimes.edits.positions import Positions, slot_count
 from runtimes.errors import BundleError, InputError
 from runtimes.precision import NUMPY_DTYPES
 
@@ -57,39 +57,27 @@ def listed_adapter(folder: Path, name: str) -> ListedAdapter | None:
     return ListedAdapter(name=name, size=size, folder=folder)
 
 
-def read_edits(bundle: Bundle, listed: ListedAdapter) -> tuple[Edits, PositionRule, bool]:
-    """The adapter's edits in the graph's float type, its rule, and whether it is tied.
+def read_edits(bundle: Bundle, listed: ListedAdapter) -> tuple[Edits, Positions, bool]:
+    """The adapter's edits in the graph's float type, its positions, and whether it is tied.
 
     Raises AdapterError or BundleError where it is damaged or does not fit ``bundle``.
     """
     if listed.folder is None:
         stored = bundle.adapter(listed.name)
-        rule = _one_rule(stored.positions, listed.name)
-        return _stored_edits(bundle, stored), rule, stored.tied
+        return _stored_edits(bundle, stored), stored.positions, stored.tied
     adapter = load_adapter(listed.folder)
-    rule = _one_rule(adapter.where, listed.name)
     check_known_base(bundle, listed.name, adapter)
     check_addition(bundle, listed.name, adapter)
     nodes = adapter.nodes()
     banks = adapter.banks(nodes, NUMPY_DTYPES[bundle.manifest.precision])
-    return {node: tuple(banks[name] for name in node.bank_names) for node in nodes}, rule, adapter.tied
-
-
-def _one_rule(where: Positions, name: str) -> PositionRule:
-    """Raises InputError where no graph computes the slots: the rows of a batch are steered by the graph's own rule."""
-    if isinstance(where, RuleSets) or where.explicit:
-        raise InputError(
-            f"adapter {name} edits at {where}, which no graph computes: it steers a session by itself (set_adapter, run), and no rows of a "
-            "batch of others"
-        )
-    return where
+    return {node: tuple(banks[name] for name in node.bank_names) for node in nodes}, adapter.where, adapter.tied
 
 
 def _stored_edits(bundle: Bundle, stored: StoredAdapter) -> Edits:
     """What an adapter of the bundle edits. Raises BundleError for banks that are none of the graph's, or no numbers."""
     tensors = bundle.adapter_tensors(stored.name)
     width, dtype = bundle.manifest.model.hidden_size, NUMPY_DTYPES[bundle.manifest.precision]
-    groups = 1 if stored.tied else 2
+    slots = slot_count(stored.positions, tied=stored.tied)
     edits: dict[EditNode, tuple[np.ndarray, ...]] = {}
     for node in bundle.nodes:
         if missing := [name for name in node.bank_names if name not in tensors]:
@@ -99,7 +87,7 @@ def _stored_edits(bundle: Bundle, stored: StoredAdapter) -> Edits:
             continue
         rank = rank_of(node, arrays)
         for name, bank, array in zip(node.bank_names, node.spec.banks, arrays, strict=True):
-            shape = (groups, *({"r": rank, "D": width}[axis] for axis in bank.axes))
+            shape = (slots, *({"r": rank, "D": width}[axis] for axis in bank.axes))
             if array.shape != shape or array.dtype != dtype or not np.isfinite(array.astype(np.float32)).all():
                 raise BundleError(
                     f"{stored.file}: {name} is {array.dtype} {list(array.shape)}, expected finite {dtype} {list(shape)}; "

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.bank import RULE
-from runtimes.edits.op import FIRST_SLOT, PROMPT_LENGTH
-from runtimes.edits.positions import slots_of
 from runtimes.edits.strength import Steering
 from runtimes.generation import Continuation, Generation
 from runtimes.prefixes import Prefix, Prefixes
@@ -150,11 +147,9 @@ class BatchPool:
 
     def _slots(self, row: BatchRow, count: int) -> np.ndarray:
         """Those of its first ``count`` tokens, as if its adapter's slots began at 0."""
-        rule: dict[str, np.ndarray] = {}
-        if self._pool.rows is not None:
-            rule = dict(zip(RULE, self._pool.rows.rules(range(row.index, row.index + 1)), strict=True))
-        rule |= {FIRST_SLOT: np.zeros(1, np.int64), PROMPT_LENGTH: np.array([len(row.prompt)], np.int64)}
-        return slots_of(rule, np.ones((1, count), np.int64), count)[0]
+        if self._pool.rows is None:
+            return np.full(count, -1, np.int32)
+        return self._pool.rows.own_slots(row.index, len(row.prompt), count)
 
     def begin(self, row: BatchRow) -> None:
         """Its prompt is fed: from the next step on it decodes."""

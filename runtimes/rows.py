@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
 
-from runtimes.bank import RULE, AdapterBank, count
+from runtimes.bank import RULE, AdapterBank, ExplicitSlots, count
+from runtimes.edits.op import FIRST_SLOT, NOT_EXPLICIT, PROMPT_LENGTH
+from runtimes.edits.positions import slots_of
 from runtimes.edits.strength import Steering
 from runtimes.errors import InputError
 
@@ -28,6 +31,9 @@ class AdapterRows:
         """Counts up where a row changes."""
         self.released = False
         self._names: list[Steering | None] = []
+        self._explicit: list[ExplicitSlots | None] = []
+        self._any_explicit = False
+        """Since there are these rows: what one step was handed would serve the next."""
         self._rules = np.zeros((len(RULE), 0), np.int64)
         """[7, rows or more]"""
         try:
@@ -52,7 +58,7 @@ class AdapterRows:
         self._check()
         before = self._names[row]
         self._rules[:, range(len(self))[row]] = self.bank.pin(name)
-        self._names[row] = name
+        self._names[row], self._explicit[row] = name, self._explicit_of(name)
         self.bank.unpin(before)
         self.changes += 1
 
@@ -64,6 +70,7 @@ class AdapterRows:
             self._rules = np.pad(self._rules, [(0, 0), (0, row + 8)])
         self._rules[:, row] = rule
         self._names.append(name)
+        self._explicit.append(self._explicit_of(name))
         self.changes += 1
 
     def remove(self, row: int) -> None:
@@ -72,8 +79,9 @@ class AdapterRows:
         row, last = range(len(self))[row], len(self) - 1
         self.bank.unpin(self._names[row])
         self._rules[:, row] = self._rules[:, last]
-        self._names[row] = self._names[last]
+        self._names[row], self._explicit[row] = self._names[last], self._explicit[last]
         self._names.pop()
+        self._explicit.pop()
         self.changes += 1
 
     def swap(self, one: int, other: int) -> None:
@@ -82,17 +90,45 @@ class AdapterRows:
         for rules in self._rules:
             rules[one], rules[other] = int(rules[other]), int(rules[one])
         self._names[one], self._names[other] = self._names[other], self._names[one]
+        self._explicit[one], self._explicit[other] = self._explicit[other], self._explicit[one]
         self.changes += 1
 
     def rules(self, rows: range) -> np.ndarray:
         """int64 [7, n]: the numbers of these rows' rules, by ``runtimes.bank.RULE``; good until a row changes."""
         return self._rules[:, rows.start : rows.stop]
 
+    def slots(self, rows: range, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) -> np.ndarray | None:
+        """``reft.slots`` of a step of these rows, int32 [n, S], or [1, 1] where the graph computes them all; None where it always did."""
+        if not self._any_explicit:
+            return None
+        explicit = self._explicit[rows.start : rows.stop]
+        if not any(explicit):
+            return np.array([[NOT_EXPLICIT]], np.int32)
+        found = np.full((len(rows), width), NOT_EXPLICIT, np.int32)
+        for each in {each for each in explicit if each is not None}:
+            mine = [row for row, other in enumerate(explicit) if other == each]
+            found[mine] = each.of(attention_mask, width, prompt_length)[mine]
+        return found
+
+    def own_slots(self, row: int, prompt_length: int, count: int) -> np.ndarray:
+        """int32 [count]: of a row's first tokens, as if its adapter's slots began at 0."""
+        length, mask = np.array([prompt_length], np.int64), np.ones((1, count), np.int64)
+        if (explicit := self._explicit[row]) is not None:
+            return replace(explicit, first=0).of(mask, count, length)[0]
+        rule = dict(zip(RULE, self.rules(range(row, row + 1)), strict=True))
+        return slots_of(rule | {FIRST_SLOT: np.zeros(1, np.int64), PROMPT_LENGTH: length}, mask, count)[0]
+
+    def _explicit_of(self, name: Steering | None) -> ExplicitSlots | None:
+        found = self.bank.explicit_slots(name)
+        self._any_explicit |= found is not None
+        return found
+
     def release(self) -> None:
         """Once or more often: its adapters may be evicted, and no session steps with it any more."""
         for name in self._names:
             self.bank.unpin(name)
         self._names.clear()
+        self._explicit.clear()
         self.released = True
 
     def __enter__(self) -> AdapterRows:

@@ -33,7 +33,7 @@ def show_data(statistics: DataStatistics, settings: TrainSettings) -> None:
         "data": f"{s.examples} examples{f', {s.held_out} held out' if s.held_out else ''}: {kinds}",
         "tokens": f"{_told(s.tokens)}; of the prompt {_told(s.prompt)}",
         "truncated": f"{s.truncated} of {s.examples + s.held_out}, at --max-length" if s.truncated else "none",
-        "edited": f"{s.edited:.1%} of the tokens, by positions {settings.all_positions}",
+        "edited": f"{s.edited:.1%} of the tokens, by positions {'; '.join(settings.all_positions)}",
         "trained": f"{s.trained:.1%} of the tokens" if s.trained else "the label",
         "example": repr(first),
     }

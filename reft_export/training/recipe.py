@@ -2,7 +2,7 @@
 
     edits:
       - {layers: 4-10, method: loreft, rank: 4}
-      - {layers: 18, method: red, streams: mlp_output}
+      - {layers: 18, method: red, positions: all, streams: mlp_output}
 
 The keys of an edit are the fields of ``LayerEdits``; ``layers`` alone must be there.
 """
@@ -19,7 +19,7 @@ from runtimes.files.records import RecordError, from_json, parse_json, read_regu
 
 SUFFIXES = (".yaml", ".yml", ".json")
 EXPECTED = "expected edits: a list of edits, each with layers and what else it says"
-TEXTS = ("layers", "streams")
+TEXTS = ("layers", "positions")
 """Keys of an edit whose value may be a bare number in YAML."""
 
 

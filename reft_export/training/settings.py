@@ -165,9 +165,9 @@ class TrainSettings:
         _one_of("objective", self.objective, OBJECTIVES)
         if self.objective != SFT:
             _check_pairs(self)
-        said = dict.fromkeys([self.rule, *(PositionRule.parse(edit.positions) for edit in self.edits if edit.positions is not None)])
-        if not self.tied and not any(rule.first and rule.last for rule in said):
-            raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {'; '.join(map(str, said))}")
+        said = [PositionRule.parse(text) for text in (self.positions, *self.all_positions)]
+        if not self.tied and not any(rule.first and rule.last for rule in said[1:]):
+            raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {'; '.join(self.all_positions)}")
         parse_streams(self.streams)
 
     def _check_edits(self) -> None:
@@ -196,10 +196,10 @@ class TrainSettings:
         return dict.fromkeys(self.forms(num_hidden_layers), self.rule)
 
     @property
-    def all_positions(self) -> str:
-        """Of all edits, in words."""
-        own = [edit.positions for edit in self.edits if edit.positions is not None]
-        return "; ".join(dict.fromkeys([*([] if self.edits and len(own) == len(self.edits) else [self.positions]), *own]))
+    def all_positions(self) -> tuple[str, ...]:
+        """Of all edits, each once."""
+        said = [self.positions if edit.positions is None else edit.positions for edit in self.edits]
+        return tuple(dict.fromkeys(said or [self.positions]))
 
     def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
         return tuple(self.forms(num_hidden_layers))

@@ -159,6 +159,11 @@ def of_rules(rules: Iterable[PositionRule], *, tied: bool) -> Positions:
     return different[0] if len(different) == 1 else RuleSets(different, tied)
 
 
+def slot_count(positions: Positions, *, tied: bool) -> int:
+    """How many slots an adapter has in each bank that it uses."""
+    return len(positions.sets) if isinstance(positions, RuleSets) else len(positions.groups(tied=tied))
+
+
 def needs_slots(positions: Positions) -> bool:
     """Whether no graph computes the slots, so that they are handed in at every step."""
     return isinstance(positions, RuleSets) or positions.explicit
@@ -178,7 +183,9 @@ def slots(
     they say. ``prompt_length`` [B] is needed where a prompt does not come in one call.
     """
     if isinstance(rule, RuleSets):
-        return rule.of_rules(tuple(slots(each, attention_mask, width, tied=rule.tied, prompt_length=prompt_length) for each in rule.rules))
+        one = [len(each.groups(tied=rule.tied)) == 1 for each in rule.rules]
+        own = (slots(r, attention_mask, width, tied=t, prompt_length=prompt_length) for r, t in zip(rule.rules, one, strict=True))
+        return rule.of_rules(tuple(own))
     if rule is not None and rule.explicit:
         return _explicit_slots(rule, attention_mask, width, prompt_length)
     tensors = {} if rule is None else rule.tensors(tied=tied)

@@ -20,11 +20,11 @@ from runtimes.rows import AdapterRows
 class RowPool:
     """A session's rows in ``cache``, bound apart from the session's own; ``OrtSession.open_pool`` makes it.
 
-    ``run``: logits [n, V] of every row's last column, by a run of what is bound; good until the next one.
+    ``run``: logits [n, V] of the last column of some rows, by a run of what is bound; good until the next one.
     """
 
     def __init__(
-        self, run: Callable[[RowPool, StepRequest], np.ndarray], binding: ort.IOBinding, cache: KvCache, rows: AdapterRows | None
+        self, run: Callable[[RowPool, range, StepRequest], np.ndarray], binding: ort.IOBinding, cache: KvCache, rows: AdapterRows | None
     ) -> None:
         self.binding = binding
         self.cache = cache
@@ -49,4 +49,4 @@ class RowPool:
         self._bound_cache.bind(self.cache, rows)
         if self._bound_rows is not None:
             self._bound_rows.bind(rows)
-        return self._run_bound(self, StepRequest(ids=ids, mask=mask, prompt_length=prompt_length))
+        return self._run_bound(self, rows, StepRequest(ids=ids, mask=mask, prompt_length=prompt_length))

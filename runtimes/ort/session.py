@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, StoredAdapter
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
-from runtimes.edits.op import FIRST_LOGIT, SLOT_INPUT
+from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError
 from runtimes.in_place import Call, StepRequest, step_in_place
 from runtimes.kv_cache import LEAST_CAPACITY, CachePast, CacheTensor, HostMemory, KvCache
@@ -314,23 +314,32 @@ class OrtSession(OrtGraph):
             return self._step_in_place(request, past, capacity)
         return self._step_appended(request, past)
 
-    def _feeds(self, request: StepRequest, first_logit: int) -> dict[str, ort.OrtValue]:
+    def _feeds(
+        self, request: StepRequest, first_logit: int, *, placement: StoredAdapter | None = None, explicit: np.ndarray | None = None
+    ) -> dict[str, ort.OrtValue]:
         arrays = step_inputs(
             self._taken,
             request.ids,
             request.mask,
             request.prompt_length,
-            placement=self._placement,
+            placement=placement,
             position_ids=request.position_ids,
             last_logits=request.ids.shape[1] - first_logit,
         )
+        if explicit is not None:
+            arrays[EXPLICIT_SLOTS] = explicit
         return {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+    def _own_feeds(self, request: StepRequest, first_logit: int, rows: range) -> dict[str, ort.OrtValue]:
+        """Of these rows of a step of the session's own batch."""
+        explicit = None if self.rows is None else _explicit(self.rows, rows, request)
+        return self._feeds(request, first_logit, placement=self._placement, explicit=explicit)
 
     def _step_appended(self, request: StepRequest, past: OrtPast | None) -> StepOutput:
         """A step whose cache is a longer copy."""
         batch, width = request.ids.shape
         last = width if request.last is None else min(request.last, width)
-        feeds = self._feeds(request, width - last)
+        feeds = self._own_feeds(request, width - last, range(batch))
         feeds |= self._empty_past(batch) if past is None else past.values
         self._bind_rows(range(batch))
         outputs = self._run(feeds)
@@ -355,8 +364,9 @@ class OrtSession(OrtGraph):
             # Of large logits two in turn would both be in memory: those of the call before go first.
             outputs.clear()
             self._bind_cache(cache, call.rows)
-            self._bind_rows(range(cache.rows)[call.rows])
-            outputs.update(self._run(self._feeds(call.request(request), first_logit)))
+            rows = range(cache.rows)[call.rows]
+            self._bind_rows(rows)
+            outputs.update(self._run(self._own_feeds(call.request(request), first_logit, rows)))
             return host_view(outputs["logits"])
 
         logits, new_past = step_in_place(request, past, cache, run)
@@ -380,11 +390,12 @@ class OrtSession(OrtGraph):
             self._check_bank(rows)
         limit = self.bundle.manifest.model.context_length
         cache = KvCache(self.cache_tensors, most, min(capacity, limit), limit=limit, memory=HostMemory(lazily=True))
-        return RowPool(lambda pool, request: self.run_pool(pool, request), self._open.io_binding(), cache, rows)
+        return RowPool(lambda *run: self.run_pool(*run), self._open.io_binding(), cache, rows)
 
-    def run_pool(self, pool: RowPool, request: StepRequest) -> np.ndarray:
-        """Logits [n, V] of every row's last column, after a run of what ``pool`` has bound; a view, good until its next run."""
-        outputs = self._run_bound(pool.binding, self._feeds(request, request.ids.shape[1] - 1), pool.in_place)
+    def run_pool(self, pool: RowPool, rows: range, request: StepRequest) -> np.ndarray:
+        """Logits [n, V] of the last column of these rows, after a run of what ``pool`` has bound; a view, good until its next run."""
+        explicit = None if pool.rows is None else _explicit(pool.rows, rows, request)
+        outputs = self._run_bound(pool.binding, self._feeds(request, request.ids.shape[1] - 1, explicit=explicit), pool.in_place)
         return host_view(outputs["logits"])[:, -1]
 
     def _bind_cache(self, cache: KvCache, rows: slice) -> None:
@@ -397,6 +408,11 @@ class OrtSession(OrtGraph):
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {tensor.name: _empty(tensor, batch) for tensor in self.cache_tensors}
+
+
+def _explicit(rows: AdapterRows, chosen: range, request: StepRequest) -> np.ndarray | None:
+    """``AdapterRows.slots`` of a step."""
+    return rows.slots(chosen, request.mask, request.ids.shape[1], request.prompt_length)
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:

@@ -13,7 +13,7 @@ import pytest
 import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_bundle import ADAPTERS, CONTEXT, ROUNDING, VOCABULARY, ToyDecoder, write_toy_bundle
+from toy_bundle import ADAPTERS, CONTEXT, EXPLICIT, ROUNDING, VOCABULARY, ToyDecoder, write_toy_bundle
 
 import runtimes.bank
 import runtimes.batching
@@ -32,14 +32,15 @@ from runtimes.prefixes import Prefix
 from runtimes.text.tokenizer import Tokenizer
 
 DECODER = ToyDecoder.random()
-KNOWN: dict[str | None, Adapter | None] = {None: None, **ADAPTERS}
+STEERED = ADAPTERS | EXPLICIT
+KNOWN: dict[str | None, Adapter | None] = {None: None, **STEERED}
 PROMPT = [3, 1, 4, 1, 5]
 SHORT = GenerationSettings(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_toy_bundle(tmp_path_factory.mktemp("batching") / "bundle", in_place=True, adapters=ADAPTERS)
+    return write_toy_bundle(tmp_path_factory.mktemp("batching") / "bundle", in_place=True, adapters=STEERED)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ class Asked:
 
 COMMON = [9, 8, 7, 6, 5, 4, 3, 2]
 steerings = st.one_of(
-    st.sampled_from([(name, 1.0) for name in KNOWN]), st.tuples(st.sampled_from(list(ADAPTERS)), st.sampled_from([0.0, 0.5]))
+    st.sampled_from([(name, 1.0) for name in KNOWN]), st.tuples(st.sampled_from(list(STEERED)), st.sampled_from([0.0, 0.5]))
 )
 requests = st.builds(
     lambda steering, **rest: Asked(adapter=steering[0], strength=steering[1], **rest),
@@ -159,7 +160,10 @@ ROW_BYTES = 2 * 2 * 16 * 4
 
 def test_the_answers_are_those_of_generate(batcher: Batcher, session: OrtSession, tokenizer: Tokenizer) -> None:
     chosen = GenerationSettings(max_new_tokens=9, temperature=0.8, seed=3)
-    tickets = {name: batcher.submit("The fox", chosen, adapter=name) for name in KNOWN}
+    tickets = {}
+    for name in KNOWN:
+        tickets[name] = batcher.submit("The fox", chosen, adapter=name)
+        batcher.step()
     while batcher.step():
         pass
     for name, ticket in tickets.items():
@@ -193,7 +197,7 @@ def test_closing_at_once_cancels(session: OrtSession, bundle: Bundle, tokenizer:
 
 @pytest.mark.parametrize(
     ("adapter", "reused"),
-    [(None, 12), *((name, None) for name in ADAPTERS)],
+    [(None, 12), *((name, None) for name in STEERED)],
 )
 def test_a_prompt_goes_on_from_what_began_alike(
     session: OrtSession, bundle: Bundle, tokenizer: Tokenizer, adapter: str | None, reused: int | None
@@ -210,8 +214,8 @@ def test_a_prompt_goes_on_from_what_began_alike(
     for each in (first, again, other):
         each.check()
     assert other.ticket.reused == 0
-    rule = None if adapter is None else ADAPTERS[adapter].positions
-    tied = adapter is None or ADAPTERS[adapter].tied
+    rule = None if adapter is None else STEERED[adapter].where
+    tied = adapter is None or STEERED[adapter].tied
     before, after = (slots(rule, np.ones((1, n), np.int64), n, tied=tied, prompt_length=np.array([p]))[0] for n, p in ((12, 8), (15, 15)))
     same = int(np.argmax(np.append(before != after[:12], True)))
     assert again.ticket.reused == (same if same >= 2 else 0) == (reused or again.ticket.reused)
@@ -352,8 +356,8 @@ def test_a_bug_in_a_step_lets_nobody_wait(
 def test_logits_that_are_no_numbers_end_their_row_alone(batcher: Batcher, session: OrtSession, monkeypatch) -> None:
     plain = session.run_pool
 
-    def damaged(pool, request):
-        logits = plain(pool, request).copy()
+    def damaged(pool, rows, request):
+        logits = plain(pool, rows, request).copy()
         if len(logits) == 2:
             logits[1] = np.nan
         return logits

@@ -30,6 +30,7 @@ from runtimes.artifacts.bundle import (
     ModelRecord,
     NodeRecord,
     TensorRecord,
+    bank_file,
     open_bundle,
     write_adapter_record,
     write_manifest,
@@ -98,7 +99,7 @@ class ToyDecoder:
         slot = np.full(len(tokens), -1)
         if adapter is not None:
             length = np.array([prompt_length or len(tokens)])
-            slot = slots(adapter.positions, np.ones((1, len(tokens))), len(tokens), tied=adapter.tied, prompt_length=length)[0]
+            slot = slots(adapter.where, np.ones((1, len(tokens))), len(tokens), tied=adapter.tied, prompt_length=length)[0]
         for i in range(LAYERS):
             scores = (h @ w[f"{i}.q"]) @ (h @ w[f"{i}.k"]).T / np.sqrt(WIDTH)
             scores = np.where(np.tri(len(tokens)) > 0, scores, -np.inf)
@@ -191,8 +192,16 @@ def _rest(i: int) -> str:
 
 
 def toy_adapter(
-    positions: str = "f2+l2", *, tied: bool = True, seed: int = 1, rank: int = 2, strength: float = 1.0, activation: str = ""
+    positions: str = "f2+l2",
+    *,
+    tied: bool = True,
+    seed: int = 1,
+    rank: int = 2,
+    strength: float = 1.0,
+    activation: str = "",
+    last: str = "",
 ) -> Adapter:
+    """``last``: positions of the last layer, where they are others."""
     random = np.random.default_rng(seed)
     tensors = {}
     for layer in range(LAYERS):
@@ -205,6 +214,7 @@ def toy_adapter(
         rank=rank,
         sites=tuple(Site(layer=i) for i in range(LAYERS)),
         positions=PositionRule.parse(positions),
+        rules={Site(layer=LAYERS - 1): PositionRule.parse(last)} if last else {},
         tied=tied,
         activation=activation,
         base=BaseModel(name="toy", fingerprint="0" * 64, num_hidden_layers=LAYERS, hidden_size=WIDTH),
@@ -217,6 +227,8 @@ ADAPTERS = {
     "prompt": toy_adapter("prompt", seed=2, rank=3),
     "all": toy_adapter("all", seed=3, rank=1),
 }
+EXPLICIT = {"sets": toy_adapter("l1", seed=4, rank=1, last="all"), "chosen": toy_adapter("1,-2", seed=5, rank=1)}
+"""Whose slots no graph computes."""
 
 
 def golden_arrays(
@@ -302,7 +314,7 @@ def write_toy_bundle(
         write_adapter_record(folder, name, AdapterRecord.of(adapter))
         tensors = adapter.banks(nodes, np.dtype(DTYPES[precision]))
         tensors |= {name: number for name, number in adapter.rule_tensors().items() if name in rule_names(model.graph)}
-        write_onnx_adapter(folder / "adapters" / f"{name}.onnx_adapter", tensors)
+        write_onnx_adapter(folder / bank_file(name, adapter.where), tensors)
     (folder / "golden").mkdir()
     half = float32_arrays or precision != "fp32"
     for name in ("base", *adapters):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_export.base.load import Base
-from reft_export.training.edits import LayerEdits, edits_of_forms, forms_of_edits
+from reft_export.training.edits import LayerEdits, edits_of_forms, forms_of_edits, rules_of_edits
 from reft_export.training.recipe import read_recipe
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
@@ -19,6 +19,7 @@ from runtimes.edits.adapter import load_adapter
 from runtimes.edits.edit import ACTIVATIONS, STREAMS, Site
 from runtimes.edits.form import EditForm
 from runtimes.edits.methods import METHODS
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
 EDITS = ("0: loreft r2", "1: direft r3 gelu mlp_output", "2: red")
@@ -38,6 +39,7 @@ def layer_edits(draw: st.DrawFn) -> LayerEdits:
         method=method,
         rank=None if METHODS[method].full_rank else draw(st.integers(1, 64)),
         activation=draw(st.sampled_from(ACTIVATIONS)) if METHODS[method].activated else "",
+        positions=draw(st.sampled_from([None, "f1+l2", "all", "1,3,-2", "every3"])),
         streams=";".join(draw(st.lists(st.sampled_from(STREAMS), min_size=1, unique=True))),
     )
 
@@ -45,15 +47,18 @@ def layer_edits(draw: st.DrawFn) -> LayerEdits:
 @given(layer_edits())
 def test_text_and_back(edit: LayerEdits) -> None:
     again = LayerEdits.parse(str(edit))
-    assert again.form == edit.form and forms_of_edits([again], 16) == forms_of_edits([edit], 16)
-    assert forms_of_edits(edits_of_forms(forms_of_edits([edit], 16)), 16) == forms_of_edits([edit], 16)
+    assert again.form == edit.form and again.positions == edit.positions
+    forms, rules = forms_of_edits([edit], 16), rules_of_edits([edit], 16, PositionRule(last=1))
+    assert forms_of_edits([again], 16) == forms
+    whole = edits_of_forms(forms, rules)
+    assert forms_of_edits(whole, 16) == forms and rules_of_edits(whole, 16, PositionRule(first=9)) == rules
 
 
 def test_forms_of_several() -> None:
     assert forms_of_edits(SETTINGS.edits, 3) == FORMS
     assert LayerEdits.parse("4-10:loreft").rank == 4 and LayerEdits.parse(" 3 : red ").rank == 0
-    assert LayerEdits.parse("3: direft gelu r8 block_input;mlp_output") == LayerEdits(
-        layers="3", method="direft", rank=8, activation="gelu", streams="block_input;mlp_output"
+    assert LayerEdits.parse("3: direft gelu 1,-2 r8 block_input;mlp_output") == LayerEdits(
+        layers="3", method="direft", rank=8, activation="gelu", positions="1,-2", streams="block_input;mlp_output"
     )
 
 
@@ -64,7 +69,8 @@ def test_forms_of_several() -> None:
         (": red", "is not understood"),
         ("3:", "is not understood"),
         ("3: magic", "method 'magic' is unknown; known: loreft"),
-        ("3: loreft 4", "'4' is no rank .r4., activation or stream"),
+        ("3: loreft four", "'four' is no rank .r4., activation, stream or positions"),
+        ("3: loreft l1 all", "says its positions twice, l1 and all"),
         ("3: loreft r4 r8", "says its rank twice, r4 and r8"),
         ("3: red r4", "red is of full rank and has none to choose; leave r4 out"),
         ("3: loreft r0", "rank 0 does not fit loreft"),
@@ -84,6 +90,8 @@ def test_refused_together() -> None:
         forms_of_edits([parse("3: red")], 3)
     with pytest.raises(InputError, match="rank and layers beside edits, which say it each for themselves"):
         TrainSettings(edits=SETTINGS.edits, rank=8, layers="3")
+    with pytest.raises(InputError, match=r"untied interventions need a prefix and a suffix .f<n>.l<n>.; positions are l1; all"):
+        TrainSettings(edits=(parse("0: loreft l1"), parse("1: red all")), tied=False)
     with pytest.raises(InputError, match="init identity: consreft has no values"):
         TrainSettings(edits=(parse("0: loreft"), parse("1: consreft")), init="identity")
 
@@ -114,6 +122,7 @@ def test_recipes_of_both_kinds(tmp_path: Path) -> None:
         ("r.json", '{"edits": ["3: red"]}', r"edits\[0\] is '3: red', expected dict"),
         ("r.json", '{"edits": [{"layers": "3", "rank": "2"}]}', r"edits\[0\].rank is '2', expected int"),
         ("r.json", '{"edits": [{"layers": "3"}, {"layers": "4", "method": "magic"}]}', r"edits\[1\]: .*method 'magic' is unknown"),
+        ("r.json", '{"edits": [{"layers": "3", "positions": "l"}]}', r"edits\[0\]: positions 'l' are not understood"),
         ("r.yaml", "edits: [", "is not YAML"),
         ("r.yaml", "edits:\n  - layers: 3\n    layers: 4\n", "key 'layers' is given twice"),
         ("r.yaml", "edits: !!python/object/apply:os.system ['true']\n", "is not YAML"),
@@ -137,5 +146,12 @@ def test_a_run_with_edits_learns_and_goes_on(base: Base, data: Path, tmp_path: P
     more = train(base, data, like, tmp_path / "b", start=adapter)
     assert more.adapter.site_forms == FORMS
     assert abs(more.history[0].loss - result.history[-1].loss) < 0.5 * abs(result.history[0].loss - result.history[-1].loss)
+    several = replace(
+        SETTINGS, edits=tuple(map(LayerEdits.parse, ("0: loreft r2 1,-2", "1: direft r1", "2: red all"))), tied=False, max_steps=4
+    )
+    mixed = train(base, data, several, tmp_path / "d").adapter
+    assert str(mixed.where) == "1,-2; f2+l2; all" and "1.block_output.suffix.W1" in mixed.tensors
+    again = train(base, data, settings_like(load_adapter(tmp_path / "d"), max_steps=1, lr=0.0, samples=0), tmp_path / "e", start=mixed)
+    assert again.adapter.site_rules == mixed.site_rules
     plain = train(base, data, replace(SETTINGS, edits=(), layers="0", rank=2, max_steps=1), tmp_path / "c").adapter
     assert "edits" not in plain.training["settings"]
