@@ -23,7 +23,11 @@ class Form:
         "block_output"
     )
     positions: Annotated[
-        str, typer.Option("--positions", help="f7+l7: first 7 and last 7 prompt tokens; f3; l1; prompt: all of it; all: decode too.")
+        str,
+        typer.Option(
+            "--positions",
+            help="f7+l7: first 7 and last 7 prompt tokens; f3; l1; prompt: all of it; all: decode too; 1,3,-2 by number; every3.",
+        ),
     ] = "f7+l7"
     tied: Annotated[bool, typer.Option("--tied/--untied", help="One edit for prefix and suffix positions, or one each.")] = True
     activation: Annotated[str, typer.Option("--activation", help="relu, gelu, gelu_tanh, silu, tanh, sigmoid; default none.")] = ""
@@ -38,8 +42,8 @@ class Layers:
         list[str] | None,
         typer.Option(
             "--edit",
-            help='The edit of some layers, "LAYERS: METHOD [rN] [ACTIVATION] [STREAM]", as in "4-10: loreft r4" or "18: red". Repeat for '
-            "others; in place of --method, --rank, --layers, --stream and --activation.",
+            help='The edit of some layers, "LAYERS: METHOD [rN] [ACTIVATION] [POSITIONS] [STREAM]", as in "4-10: loreft r4" or "18: red '
+            'all". Repeat for others; in place of --method, --rank, --layers, --stream and --activation.',
         ),
     ] = None
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML or JSON file of such edits.")] = None

@@ -24,6 +24,7 @@ from reft_export.building.plan import plan_build
 from reft_export.building.settings import BuildSettings
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
+from reft_export.composing.compose import compose
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
@@ -155,6 +156,19 @@ def test_slots_of_several_rules(bundle_of_recipes, tmp_path) -> None:
         plan_build(bundle_of_recipes, BuildSettings(target="tensorrt"))
 
 
+def test_where_several_rules_do_not_go(adapters, base_folder, tmp_path) -> None:
+    for name in ("rules", "ranks"):
+        save_adapter(adapters[name], tmp_path / name)
+    with pytest.raises(AdapterError, match="rules edits at several rules of positions .f1; all; f2.l2.; compose adapters of one"):
+        compose({name: adapters[name] for name in ("ranks", "rules")}, {})
+    with pytest.raises(AdapterError, match="pyreft has one rule of positions, and this adapter has f1; all; f2.l2"):
+        export_to_pyreft(str(base_folder()), tmp_path / "rules", tmp_path / "p", **QUIET)
+    shown = inspect_adapter(tmp_path / "rules")
+    assert shown["positions"] == "f1; all; f2+l2" and "no .onnx_adapter" in shown["explicit"]
+    assert shown["sites"][1] == "1.mlp_output: direft, rank 3, gelu, all"
+    assert "explicit" not in inspect_adapter(tmp_path / "ranks")
+
+
 def test_a_planted_fault_in_the_slots_is_seen(bundle_of_recipes, monkeypatch) -> None:
     """One slot further on: another set of the rules."""
     bundle = open_bundle(bundle_of_recipes)
@@ -217,8 +231,10 @@ def test_the_verb(base_folder, tmp_path) -> None:
     assert one.digest == other.digest and one.training == other.training
     more = run("c", "--start", str(tmp_path / "a"))
     assert more.exit_code == 0 and load_adapter(tmp_path / "c").site_forms == one.site_forms, more.output
-    shown = run("d", "--edit", "0: loreft r2", "--dry-run")
-    assert shown.exit_code == 0 and "train 0: loreft r2, positions l2" in shown.stdout, shown.output
+    shown = run("d", "--edit", "0: loreft r2", "--edit", "1: red all", "--dry-run")
+    assert shown.exit_code == 0 and "train 0: loreft r2; 1: red all, positions l2; all, " in " ".join(shown.stdout.split()), shown.output
+    numbers = run("n", "--positions", "-2", "--layers", "0")
+    assert numbers.exit_code == 0 and str(load_adapter(tmp_path / "n").where) == "-2", numbers.output
     for options, message in (
         (("--edit", "0: red", "--rank", "4"), "--rank is of one edit for all layers, and --edit says each layer's own"),
         (("--edit", "0: red", "--stream", "mlp_output"), "--stream is of one edit"),
