@@ -154,12 +154,12 @@ Parts = Mapping[str, tuple[Adapter, str]]
 def _slots(adapters: Mapping[str, Adapter]) -> dict[tuple[Site, str], Parts]:
     """Who edits what. One edit of a tied adapter is both of an untied one's."""
     sites = sorted({site for adapter in adapters.values() for site in adapter.sites})
-    slots: dict[tuple[Site, str], Parts] = {}
-    for site in sites:
-        there = {name: a for name, a in adapters.items() if site in a.sites}
-        for group in max((a.groups_of(site) for a in adapters.values() if site in a.sites), key=len):
-            slots[site, group] = {name: (a, group if group in a.groups_of(site) else "") for name, a in there.items()}
-    return slots
+    groups = ("",) if all(adapter.tied for adapter in adapters.values()) else ("prefix", "suffix")
+    return {
+        (site, group): {name: (a, group if group in a.groups_of(site) else "") for name, a in adapters.items() if site in a.sites}
+        for site in sites
+        for group in groups
+    }
 
 
 def _edits(site: Site, parts: Parts) -> dict[str, Edit]:

@@ -219,9 +219,9 @@ def test_the_verb(base_folder, tmp_path) -> None:
     data.write_text("".join(json.dumps({"prompt": f"what is {i}?", "completion": " ok"}) + "\n" for i in range(4)))
     (tmp_path / "r.json").write_text(json.dumps({"edits": [{"layers": "0", "rank": 2}, {"layers": "2", "method": "red"}]}))
 
-    def run(output: str, *options: str):
+    def run(output: str, *options: str, positions: str = "l2"):
         common = ["-m", str(base_folder()), "-d", str(data), "-o", str(tmp_path / output), "--max-steps", "2", "--samples", "0"]
-        return CliRunner().invoke(app, ["train", *common, "--positions", "l2", *options])
+        return CliRunner().invoke(app, ["train", *common, "--positions", positions, *options])
 
     done = run("a", "--edit", "0: loreft r2", "--edit", "2: red")
     assert done.exit_code == 0, done.output
@@ -233,7 +233,7 @@ def test_the_verb(base_folder, tmp_path) -> None:
     assert more.exit_code == 0 and load_adapter(tmp_path / "c").site_forms == one.site_forms, more.output
     shown = run("d", "--edit", "0: loreft r2", "--edit", "1: red all", "--dry-run")
     assert shown.exit_code == 0 and "train 0: loreft r2; 1: red all, positions l2; all, " in " ".join(shown.stdout.split()), shown.output
-    numbers = run("n", "--positions", "-2", "--layers", "0")
+    numbers = run("n", "--layers", "0", positions="-2")
     assert numbers.exit_code == 0 and str(load_adapter(tmp_path / "n").where) == "-2", numbers.output
     for options, message in (
         (("--edit", "0: red", "--rank", "4"), "--rank is of one edit for all layers, and --edit says each layer's own"),

@@ -261,7 +261,10 @@ def test_the_verb(tmp_path: Path) -> None:
     refused = run(*folders, "-o", tmp_path / "both")
     assert refused.exit_code == 2 and "--force" in refused.stderr
     told = json.loads(run(*folders, "-o", tmp_path / "both", "--force", "--json").stdout)
-    assert told["sites"] == [{"site": "0.block_output", "rank": 2}, {"site": "1.block_output", "rank": 4}]
+    assert told["sites"] == [
+        {"site": "0.block_output", "method": "loreft", "rank": 2},
+        {"site": "1.block_output", "method": "direft", "rank": 4},
+    ]
     assert len(told["meetings"]) == 1 and len(told["meetings"][0]["overlap"]["write_angles"]) == 2
     for text, match in {
         "2nd": "is not understood; write NAME=0.5",
