@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graph_passes.accessors import dtype_of, name_of
 from graph_passes.external import load_graph
 from graph_passes.slots.add import rules_of
-from runtimes.artifacts.bundle import BANKS, DATA_FILE, EXPLICIT_BANKS, GRAPH_FILE, Bundle, Manifest, Quantization
+from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Manifest, Quantization
 from runtimes.errors import BundleError
 from runtimes.files.claims import scratch_folder
 from runtimes.files.folders import copy_file
@@ -34,7 +34,7 @@ def variant(bundle: Bundle, change: Callable[[ir.Model], object]) -> Iterator[Bu
             copy_file(bundle.folder / DATA_FILE, folder / DATA_FILE)
         for name in bundle.adapter_names:
             (folder / "adapters").mkdir(exist_ok=True)
-            for suffix in (f".{BANKS}", f".{EXPLICIT_BANKS}", ".json"):
+            for suffix in (bundle.adapter_file(name).suffix, ".json"):
                 shutil.copyfile(bundle.folder / "adapters" / f"{name}{suffix}", folder / "adapters" / f"{name}{suffix}")
         yield Bundle(folder=folder, manifest=_as_changed(bundle.manifest, graph.graph))
 
