@@ -359,7 +359,7 @@ def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders
     refused(*wrong, "--checker", f"{checker}:judge", "-p", "int8", code=2, match="keeps its graph, so --precision would do nothing")
     refused(*wrong, code=2, match="--checker and --checker-data go together", run=fresh)
     refused("train", "--base", bundle_folder("llama"), "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="train without --base")
-    refused("train", "--start", started, "--rank", 9, "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="its rank is 4")
+    refused("train", "--start", started, "--rank", 9, "-m", model, "-d", data, "-o", tmp_path / "no", code=2, match="is loreft, rank 4")
     refused("quantize", bundle_folder("llama"), "-m", model, "-a", tmp_path / "on", "-o", tmp_path / "no", code=2, match="on")
     assert not (tmp_path / "no").exists()
 

@@ -177,7 +177,7 @@ def on(data: str, *more: str, model: str = "base") -> list[str]:
         ([*TRAIN, "--device", "cuda"], 4, "torch finds no CUDA GPU here"),
         ([*TRAIN, "--start", "{files}/garbage"], 2, "adapter.json is not JSON"),
         ([*TRAIN, "--start", "{files}/of-another"], 2, "adapter of-another was trained on other"),
-        ([*TRAIN, "--start", "{files}/good", "--rank", "9"], 2, "its rank is 4"),
+        ([*TRAIN, "--start", "{files}/good", "--rank", "9"], 2, "its form is loreft, rank 4"),
         ([*TRAIN, "--base", "{files}/good"], 2, "manifest.json"),
         (on("data.jsonl", model="no-tokenizer"), 2, "has no tokenizer"),
         (on("data.jsonl", model="cut"), 2, "is damaged or cut short"),
