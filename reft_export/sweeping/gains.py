@@ -87,7 +87,7 @@ def layer_gains(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             made = collate([examples[index] for index in chosen], pad_token_id=PAD if pad is None else pad)
-            batch = Batch(**{name: value.to(model.device) for name, value in made.items()})
+            batch = Batch.of(made, model.device)
             gradients = torch.autograd.grad(loss_of(ways.counted(batch), batch), [steps[site] for site in sites])
             edited = {each: _edited(rule, batch).to(model.device) for each, rule in rules.items()}
             for site, gradient in zip(sites, gradients, strict=True):

@@ -23,8 +23,8 @@ from reft_export.contrasting.activations import read_activations
 from reft_export.contrasting.passages import Passage
 from reft_export.contrasting.separability import FOLDS
 from reft_export.training.data import Example
-from reft_export.training.metrics import MOST_CHOICES
 from reft_export.training.objective import Phase
+from reft_export.training.questions import MOST_CHOICES
 from runtimes.edits.edit import Site
 
 RIDGE = 0.1
