@@ -84,7 +84,7 @@ def test_level_4_of_a_base_that_costs_too_much_is_seen(int4, tmp_path) -> None:
     assert quality_of(open_bundle(tmp_path / "b")).rounded_away
 
 
-@pytest.mark.parametrize("scheme", ["weight-only", "dynamic"])
+@pytest.mark.parametrize("scheme", ["weight-only", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_a_base_alone_gets_level_1_where_level_4_costs_too_much(scheme, floats, base_folder, tmp_path, monkeypatch) -> None:
     """Planted: any rounding is too much. What rounds activations by a formula that the gate follows has no levels to choose from."""
     monkeypatch.setattr(retention, "MOST_ROUNDING", -10.0)

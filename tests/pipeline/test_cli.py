@@ -327,6 +327,7 @@ def test_train_refusals(base_folder, tmp_path) -> None:
     assert "answer 3 prompts with the system prompt, at most 9 tokens each" in planned.stdout, planned
 
 
+@pytest.mark.slow
 def test_train_on_a_bundle_and_refit(base_folder, bundle_folder, adapter_folders, tmp_path) -> None:
     """train --base, the adapter put into the bundle, and its refit with every figure of the report."""
     model, bundle, data = base_folder("llama"), bundle_folder("llama", "int4"), tmp_path / "data.jsonl"

@@ -94,6 +94,7 @@ def test_logits_last(base_folder, adapter_folders, tmp_path) -> None:
     assert logits.shape[1] == 1 and FIRST_LOGIT not in load_graph(tmp_path / "b" / "model.onnx").graph.initializers
 
 
+@pytest.mark.slow
 def test_half_precision(base_folder, adapter_folders, tmp_path) -> None:
     """float16 runs here and is held to its budget; bfloat16 is checked structurally, and says so."""
     folders = adapter_folders("llama", ("untied", "prompt-relu"))

@@ -257,7 +257,7 @@ def test_int4_aims_higher_than_it_refuses() -> None:
     assert [QualityGate(min_retention=least).aim for least in (0.8, 0.95, 0.5)] == [0.9, 0.95, 0.5]
 
 
-@pytest.mark.parametrize(("kept", "mixed"), [(0.85, True), (0.95, False)])
+@pytest.mark.parametrize(("kept", "mixed"), [(0.85, True), pytest.param(0.95, False, marks=pytest.mark.slow)])
 def test_what_is_below_the_aim_is_given_bytes(kept, mixed, bundle, base_folder, tmp_path, monkeypatch) -> None:
     """Measured shares are planted."""
     measured = weights.eager_retention

@@ -112,7 +112,7 @@ def test_a_barely_trained_adapter_is_named(base_folder, adapter_folders, tmp_pat
     assert caught.value.report.passed  # the bundle is the model that it claims to be
 
 
-@pytest.mark.parametrize("embeddings", [None, 0])
+@pytest.mark.parametrize("embeddings", [pytest.param(None, marks=pytest.mark.slow), 0])
 def test_a_tied_base_is_stored_once(embeddings, tmp_path) -> None:
     """Float, and quantized unless the embedding is asked for in float; each is held against eager PyTorch."""
     from reft_export.exporting.export import ExportSettings, export_bundle

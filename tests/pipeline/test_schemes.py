@@ -144,7 +144,7 @@ def test_dequantized_weights_go_into_eager(scheme, float_bundle) -> None:
     np.testing.assert_allclose(up.T, restored["model.layers.1.mlp.up_proj.weight"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["static", "dynamic", "fp8"])
+@pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "fp8"])
 def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
     """A scale that is off by a tenth after eager was dequantized: the rung with float activations sees it."""
     from reft_export.quantizing import assemble as module
