@@ -31,6 +31,7 @@ from reft_export.training.tokenizing import Example
 from reft_export.training.trainer import TrainResult, train
 from reft_export.training.ways import Batch
 from runtimes.edits.edit import Site
+from runtimes.edits.form import one_form
 from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
@@ -93,7 +94,7 @@ def test_every_answer_of_a_conversation_is_the_same_for_both(tokenizer: PreTrain
 def reference_of(model: PreTrainedModel, batch: Batch, check: Callable[[Reference, torch.Tensor], None]) -> None:
     """A reference of a model whose edits would show, and the logits without them."""
     torch.manual_seed(1)
-    made = Interventions(method="loreft", rank=2, sites=(Site(layer=0),), tied=True, width=model.config.hidden_size)
+    made = Interventions(one_form([Site(layer=0)], method="loreft", rank=2), width=model.config.hidden_size)
     with torch.no_grad():
         plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.counted]
         with steer(model, made.edits(), rule=PositionRule(everywhere=True), tied=True) as steering:
