@@ -9,6 +9,7 @@ The keys of an edit are the fields of ``LayerEdits``; ``layers`` alone must be t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,13 @@ def _yaml(text: str, path: Path) -> Any:
         raise InputError(f"recipe {path} needs PyYAML: pip install pyyaml, or write it as JSON") from None
 
     class KeysOnce(yaml.SafeLoader):
-        """Plain values alone; a key that stands twice is refused, of which YAML would keep the last."""
+        """Plain values alone: of YAML 1.1's bare words null, true and whole numbers, as it would read layers 010 as 8 and 3:20 as 200. A
+        key that stands twice is refused, of which it would keep the last."""
+
+        yaml_implicit_resolvers = {
+            first: [each for each in known if each[0].rpartition(":")[2] in ("null", "bool", "merge")]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
             names = [key.value for key, _ in node.value]
@@ -76,7 +83,8 @@ def _yaml(text: str, path: Path) -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
             return super().construct_mapping(node, deep)
 
+    KeysOnce.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("(?:0|-?[1-9][0-9]*)$"), list("-0123456789"))
     try:
         return yaml.load(text, KeysOnce)  # noqa: S506  # a SafeLoader
-    except (yaml.YAMLError, RecursionError) as e:
+    except Exception as e:  # a tag that is written out raises what its conversion happens to raise
         raise InputError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from None

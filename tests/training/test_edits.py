@@ -106,6 +106,8 @@ def test_recipes_of_both_kinds(tmp_path: Path) -> None:
         "  - layers: 2\n    method: red\n"
     )
     assert read_recipe(tmp_path / "r.json") == read_recipe(tmp_path / "r.yaml") == SETTINGS.edits
+    (tmp_path / "r.yaml").write_text("edits: [{layers: 010}, {layers: 3:20}, {layers: 4, positions: -2, rank: null}]")
+    assert [edit.layers for edit in read_recipe(tmp_path / "r.yaml")] == ["010", "3:20", "4"], "not octal, and not of base 60"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,9 @@ def test_recipes_of_both_kinds(tmp_path: Path) -> None:
         ("r.json", '{"edits": [{"layers": "3", "positions": "l"}]}', r"edits\[0\]: positions 'l' are not understood"),
         ("r.yaml", "edits: [", "is not YAML"),
         ("r.yaml", "edits:\n  - layers: 3\n    layers: 4\n", "key 'layers' is given twice"),
+        ("r.yaml", "edits:\n  - {layers: 1, positions: 2024-13-01}\n", r"edits\[0\]: positions '2024-13-01' are not understood"),
+        ("r.yaml", "edits:\n  - layers: !!int three\n", "is not YAML"),
+        ("r.yaml", "edits:\n  - layers: !!bool three\n", "is not YAML"),
         ("r.yaml", "edits: !!python/object/apply:os.system ['true']\n", "is not YAML"),
     ],
 )
