@@ -64,14 +64,15 @@ class DistillationObjective(CompletionObjective):
 
 
 def teacher_answers(base: Base, asked: Sequence[Example], settings: TrainSettings, phase: Phase) -> dict[str, str]:
-    """By where it stands, the base's greedy answer to each of the conversations with the system prompt: up to its first stop token, or
-    ``settings.max_new_tokens``."""
-    stop, answers = stop_tokens(base), dict[str, str]()
+    """By where it stands, the base's greedy answer to each of the conversations with the system prompt: up to its first stop token,
+    ``settings.max_new_tokens``, or the context, which has room for its end token, too."""
+    stop, context, answers = stop_tokens(base), context_of(base), dict[str, str]()
     by_length = sorted(asked, key=lambda example: len(example.prompted))
     for first in range(0, len(by_length), settings.batch_size):
         phase(f"answering with the system prompt, {first} of {len(by_length)} prompts")
         group = by_length[first : first + settings.batch_size]
-        found = greedy_answers(base, [example.prompted for example in group], settings.max_new_tokens)
+        room = context - 1 - max(len(example.prompted) for example in group)
+        found = greedy_answers(base, [example.prompted for example in group], min(settings.max_new_tokens, room))
         for example, tokens in zip(group, found, strict=True):
             answers[example.where] = text_of(base, tokens[:-1] if tokens[-1] in stop else tokens).strip()
     return answers

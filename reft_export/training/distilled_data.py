@@ -16,7 +16,7 @@ from typing import Any
 
 from reft_export.training.forms import TEXT, Normal
 from reft_export.training.rendering import Rendered, exchange
-from reft_export.training.sources import Data, Rewritten, read_object, sources_of
+from reft_export.training.sources import IN_MEMORY, Data, Rewritten, read_object, sources_of
 from reft_export.training.tokenizing import Example, Tokenizing
 from runtimes.errors import InputError
 
@@ -65,9 +65,9 @@ class PromptedTeacher:
         return prompted
 
 
-def answered(data: Data, answers: Mapping[str, str] | None = None) -> Rewritten:
+def answered(data: Data, answers: Mapping[str, str] | None = None, *, called: str = IN_MEMORY) -> Rewritten:
     """``data`` with the answers of the lines that have none. ``answers``: by where a line stands, a line of an empty one is left out; None:
-    all are still to come, and PENDING stands in their place."""
+    all are still to come, and PENDING stands in their place. ``called``: records in memory, a name for each data of a run."""
 
     def rewrite(record: dict[str, Any], where: str) -> Mapping[str, Any] | None:
         asked = question(record)
@@ -81,7 +81,7 @@ def answered(data: Data, answers: Mapping[str, str] | None = None) -> Rewritten:
             return {**rest, "prompt": asked, "completion": answer}
         return {**rest, "messages": [*asked, {"role": "assistant", "content": answer}]}
 
-    return Rewritten(data=data, rewrite=rewrite)
+    return Rewritten(data=data, rewrite=rewrite, called=called)
 
 
 def question(record: Mapping[str, Any]) -> str | list[Any] | None:
@@ -93,7 +93,7 @@ def question(record: Mapping[str, Any]) -> str | list[Any] | None:
     return messages if isinstance(last, Mapping) and last.get("role") in ("user", "tool") else None
 
 
-def unanswered(data: Data) -> set[str]:
-    """Where the lines without an answer stand."""
-    lines = (line for source in sources_of(data) for line in source.lines())
+def unanswered(data: Rewritten) -> set[str]:
+    """Where the lines stand that ``answered`` gives an answer."""
+    lines = (line for source in sources_of(replace(data, rewrite=lambda record, _: record)) for line in source.lines())
     return {line.where for line in lines if (record := read_object(line)) is not None and question(record) is not None}

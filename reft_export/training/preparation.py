@@ -117,9 +117,9 @@ def prepare(
     held_out_lines: Lines | None = eval_data
     missing = set[str]()
     if settings.distill_system:
-        given = [data, *([] if eval_data is None else [eval_data])]
-        missing = missing.union(*map(unanswered, given))
-        lines, held_out_lines = answered(data, answers), None if eval_data is None else answered(eval_data, answers)
+        lines = answered(data, answers)
+        held_out_lines = None if eval_data is None else answered(eval_data, answers, called="eval_data")
+        missing = unanswered(lines) | (set() if held_out_lines is None else unanswered(held_out_lines))
     read = objective.read(lines, settings.max_length or context)
     check_positions(read, rule)
     held_out = None if held_out_lines is None else _held_out(held_out_lines, read, rule, settings, objective, context)

@@ -25,17 +25,20 @@ Rewrite = Callable[[dict[str, Any], str], "Mapping[str, Any] | None"]
 """(record, where it stands) to what is read in its place; None leaves the line out."""
 
 
+IN_MEMORY = "data"
+"""What records in memory are called where a file has its name."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rewritten:
-    """Data that is read otherwise than it lies there; names and digests are those of what lies there."""
+    """Data that is read otherwise than it lies there; names and digests are those of what lies there. ``called``: records in memory."""
 
     data: Data
     rewrite: Rewrite
+    called: str = IN_MEMORY
 
 
 Lines = Data | Rewritten
-IN_MEMORY = "data"
-"""What records in memory are called where a file has its name."""
 
 
 PARQUET = ".parquet"
@@ -60,11 +63,11 @@ class Line:
 class Source:
     """The lines of a file, or of records in memory as ``json.dumps`` would write them. ``sha256`` is of those that were read."""
 
-    def __init__(self, content: str | Path | Records, rewrite: Rewrite | None = None) -> None:
+    def __init__(self, content: str | Path | Records, rewrite: Rewrite | None = None, called: str = IN_MEMORY) -> None:
         self._rewrite = rewrite
         self._path, self._records = (Path(content), ()) if isinstance(content, (str, Path)) else (None, content)
-        self.name = IN_MEMORY if self._path is None else self._path.name
-        self.where = IN_MEMORY if self._path is None else str(self._path)
+        self.name = called if self._path is None else self._path.name
+        self.where = called if self._path is None else str(self._path)
         self._digest = hashlib.sha256()
 
     @property
@@ -149,7 +152,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def sources_of(data: Lines) -> list[Source]:
-    data, rewrite = (data.data, data.rewrite) if isinstance(data, Rewritten) else (data, None)
+    data, rewrite, called = (data.data, data.rewrite, data.called) if isinstance(data, Rewritten) else (data, None, IN_MEMORY)
     if isinstance(data, (str, Path)):
         return [Source(data, rewrite)]
     given = list(data)
@@ -159,7 +162,7 @@ def sources_of(data: Lines) -> list[Source]:
         raise InputError("there is no training data; give at least one file")
     if paths and records:
         raise InputError("the training data mixes files and records in memory; give either")
-    return [Source(path, rewrite) for path in paths] or [Source(records, rewrite)]
+    return [Source(path, rewrite) for path in paths] or [Source(records, rewrite, called)]
 
 
 def read_object(line: Line) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from reft_export.base.load import Base
 from reft_export.cli.options import text_or_file
 from reft_export.eager.steering import greedy_tokens, steer
+from reft_export.training import greedy
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import collate, load_data
 from reft_export.training.distillation import DistillationObjective
@@ -142,6 +143,18 @@ def test_prompts_alone_are_answered_by_the_prompted_base(base: Base, tmp_path: P
         train(base, path, settings, tmp_path / "c", on_step=stop_at(3))
     train(base, path, replace(settings, resume=True), tmp_path / "c")
     assert files(tmp_path / "c")["adapter.safetensors"] == files(tmp_path / "a")["adapter.safetensors"]
+
+
+def test_answers_go_to_their_own_prompts(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and held-out data in memory, line for line; one answer is as long as the context lets it be."""
+    monkeypatch.setattr(greedy, "greedy_tokens", lambda model, ids, mask, room, **_: [ids[i, -1:].tolist() * room for i in range(len(ids))])
+    data, held_out = (
+        [{"prompt": f"{'x' * length} ends in {end}"} for length, end in each] for each in (((9, "a"), (200, "b")), ((9, "c"),))
+    )
+    settings = replace(DISTILL, max_new_tokens=250, max_steps=1, probes=2)
+    result = train(base, data, settings, tmp_path / "a", eval_data=held_out)
+    assert {where: set(answer) for where, answer in result.answers.items()} == {"data[0]": {"a"}, "data[1]": {"b"}, "eval_data[0]": {"c"}}
+    assert [probe["prompt"] for probe in result.adapter.probes] == [held_out[0]["prompt"]]
 
 
 def test_the_prompt_is_learned(base: Base, tmp_path: Path) -> None:
