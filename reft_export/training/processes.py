@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from runtimes.errors import InputError, ReftError
@@ -17,6 +18,10 @@ T = TypeVar("T")
 
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """What accelerate's launcher sets for what shards a model's parameters."""
+
+PATIENCE = timedelta(days=1)
+"""For what the first process does alone, with the others waiting: a distillation's teacher answers prompts for hours, and torch gives up
+after 10 minutes on GPUs. A process that has ended is noticed all the same, by its closed connection or by the launcher."""
 
 LOST = "another process of this training ended"
 
@@ -63,7 +68,7 @@ def join(device: str) -> None:
         if own >= there:
             raise InputError(f"the launcher started {own + 1} processes or more here, and there are {there} GPUs; start one for each")
         torch.cuda.set_device(own)
-    PartialState(cpu=on_cpu)  # whatever asks accelerate later finds it
+    PartialState(cpu=on_cpu, timeout=PATIENCE)  # whatever asks accelerate later finds it
 
 
 def agreed(produce: Callable[[], T]) -> T:

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -119,6 +122,16 @@ def test_what_all_of_them_refuse(base: Base, data: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP shards what is trained"):
         join("cpu")
+
+
+def test_the_others_wait_for_the_first(tmp_path: Path) -> None:
+    """Longer than torch's own half hour, or its ten minutes on GPUs."""
+
+    def patience(_: int) -> timedelta:
+        join("cpu")
+        return distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+
+    assert in_processes(patience, tmp_path) == [timedelta(days=1)] * 2
 
 
 def test_the_first_process_speaks(tmp_path: Path) -> None:
