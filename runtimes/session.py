@@ -201,6 +201,6 @@ def step_inputs(
     if SLOT_INPUT in taken:
         rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
         arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
-    if placement is not None and needs_slots(placement.positions):
+    elif placement is not None and needs_slots(placement.positions):  # a graph without that input refuses it: it would be the base
         arrays[EXPLICIT_SLOTS] = slots(placement.positions, mask, width, tied=placement.tied, prompt_length=prompt_length)
     return arrays

@@ -39,7 +39,7 @@ class OrtClassifier(OrtGraph):
         if SLOT_INPUT in self._inputs:
             rule, tied = (None, True) if self._placement is None else (self._placement.positions, self._placement.tied)
             arrays[SLOT_INPUT] = slots(rule, mask, ids.shape[1], tied=tied)
-        if self._placement is not None and needs_slots(self._placement.positions):
+        elif self._placement is not None and needs_slots(self._placement.positions):
             arrays[EXPLICIT_SLOTS] = slots(self._placement.positions, mask, ids.shape[1], tied=self._placement.tied)
         outputs = self._run({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
         return ClassifierOutput(logits=to_float32(outputs["logits"]), outputs=outputs)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_bundle import EXPLICIT, ROUNDING, ToyDecoder, write_toy_bundle
 
 from reft_export.training.frozen_prefix import frozen_tokens
 from runtimes.edits.positions import PositionRule, Positions, RuleSets, needs_slots, of_rules, slot_count, slots
 from runtimes.errors import InputError
+from runtimes.ort.session import OrtSession
 
 explicit = st.one_of(
     st.builds(lambda numbers: PositionRule(chosen=tuple(numbers)), st.lists(st.integers(-9, 9), min_size=1, max_size=4)),
@@ -110,3 +114,16 @@ def test_a_set_has_each_of_its_rules() -> None:
     where = RuleSets((PositionRule(first=1), PositionRule(everywhere=True)), True)
     assert where.sets == ((-1, 0), (0, 0)) and str(where) == "f1; all"
     assert slots(where, np.ones((1, 5), np.int64), 5, prompt_length=np.array([3]))[0].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_a_graph_of_version_1_is_handed_all_slots(tmp_path: Path) -> None:
+    """By its own input, at every step."""
+    decoder, tokens, prompt = ToyDecoder.random(), [3, 1, 4, 1, 5, 9], np.array([4])
+    bundle = write_toy_bundle(tmp_path / "b", slot_mode="input", adapters=EXPLICIT)
+    for name, adapter in EXPLICIT.items():
+        with OrtSession(bundle, threads=1, adapter=name) as session:
+            ids, mask = np.array([tokens]), np.ones((1, len(tokens)), np.int64)
+            first = session.step(ids[:, :3], mask[:, :3], prompt_length=prompt)
+            rest = session.step(ids[:, 3:], mask, past=first.past)
+        said = np.concatenate([first.logits[0], rest.logits[0]])
+        np.testing.assert_allclose(said, decoder.logits(tokens, adapter, 4), rtol=0, atol=ROUNDING)
