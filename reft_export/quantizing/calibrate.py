@@ -34,6 +34,7 @@ from reft_export.training.data import iter_examples
 from reft_export.training.labelled_data import load_labelled
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord, Manifest
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.positions import needs_slots
 from runtimes.errors import CalibrationError, InputError
 from runtimes.files.hashes import sha256_of
 from runtimes.open import ort_session
@@ -98,11 +99,15 @@ def reusable(collected: Collected, path: Path, bundle: Bundle) -> Collected:
 
 
 def banks_digest(bundle: Bundle, name: str) -> str:
-    """Of the adapter's file; empty for one that the bundle does not have."""
+    """Of the adapter's file, and of its rules where that file has none, as no graph computes them; empty for one that the bundle does not
+    have."""
     if name not in bundle.adapter_names:
         return ""
-    record = bundle.manifest.files.get(bundle.adapter_file(name).relative_to(bundle.folder).as_posix())
-    return "" if record is None else record.sha256
+    stored = bundle.adapter(name)
+    record = bundle.manifest.files.get(stored.file.relative_to(bundle.folder).as_posix())
+    if record is None or not needs_slots(stored.positions):
+        return "" if record is None else record.sha256
+    return hashlib.sha256(f"{record.sha256} {stored.positions!r} {stored.tied}".encode()).hexdigest()
 
 
 def _collected(bundle: Bundle, model: str, state: Path, request: CalibrationRequest, report: Report) -> Collected:

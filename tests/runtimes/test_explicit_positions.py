@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_bundle import EXPLICIT, ROUNDING, ToyDecoder, write_toy_bundle
+from toy_bundle import EXPLICIT, ROUNDING, ToyDecoder, toy_adapter, write_toy_bundle
 
+from reft_export.quantizing.calibrate import banks_digest
 from reft_export.training.frozen_prefix import frozen_tokens
 from runtimes.edits.positions import PositionRule, Positions, RuleSets, needs_slots, of_rules, slot_count, slots
 from runtimes.errors import InputError
@@ -127,3 +128,11 @@ def test_a_graph_of_version_1_is_handed_all_slots(tmp_path: Path) -> None:
             rest = session.step(ids[:, 3:], mask, past=first.past)
         said = np.concatenate([first.logits[0], rest.logits[0]])
         np.testing.assert_allclose(said, decoder.logits(tokens, adapter, 4), rtol=0, atol=ROUNDING)
+
+
+def test_ranges_are_of_the_positions_that_they_were_collected_at(tmp_path: Path) -> None:
+    """The banks of positions by number are those of any others."""
+    every = {"one": "1,-2", "same": "1,-2", "other": "0,3", "nth": "every2"}
+    bundles = {name: write_toy_bundle(tmp_path / name, adapters={"x": toy_adapter(text, seed=5)}) for name, text in every.items()}
+    found = {name: banks_digest(bundle, "x") for name, bundle in bundles.items()}
+    assert found["one"] == found["same"] and len(set(found.values())) == 3
