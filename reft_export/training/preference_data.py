@@ -36,8 +36,8 @@ def load_pairs(
 ) -> TrainingData[Example]:
     """The chosen answers as examples, with the rejected ones of each in its ``rejected``.
 
-    Raises InputError naming file and line, as ``load_data`` does; for answers that are the same; and for conversations of one line that
-    differ before their last answer.
+    Raises InputError naming file and line, as ``load_data`` does; for answers that are the same, as far as ``max_length`` goes; and for
+    conversations of one line that differ before their last answer.
     """
     template, tokenizing = uses_template(tokenizer, chat_template), tokenizing_of(tokenizer, stop_tokens, max_length)
 
@@ -60,6 +60,8 @@ def load_pairs(
             chosen, rejected = (tokenizing.example(each, number=line.number, where=where, form=PREFERENCE) for each in sides)
             if chosen.prompt_length != rejected.prompt_length:
                 raise InputError(f"{where}: the tokenizer joins the prompt with one of the answers; end the prompt with another character")
+            if chosen.input_ids == rejected.input_ids:
+                raise InputError(f"{where}: chosen and rejected are the same in the {max_length} tokens of max_length; leave the line out")
             yield replace(chosen, rejected=rejected)
         if not found:
             raise InputError(f"{source.where} has no examples; expected lines like {json.dumps(SAMPLE)}")

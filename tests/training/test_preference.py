@@ -123,6 +123,9 @@ def test_what_is_refused(base: Base, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=rf"data\[1\](, )?:? ?{said}"):
             train(base, [fine, line], SETTINGS, tmp_path / "a")
+    late = {"prompt": "u" * 9, "chosen": "so much is the same: a", "rejected": "so much is the same: b"}
+    with pytest.raises(InputError, match=r"data\[0\]: chosen and rejected are the same in the 20 tokens of max_length"):
+        train(base, [late], replace(SETTINGS, max_length=20), tmp_path / "a")
     base.tokenizer.chat_template = TURNS
     with pytest.raises(InputError, match=r"data\[0\], rejected: messages must be a list of at least one message"):
         train(base, [{"chosen": [user, good], "rejected": [user]}], SETTINGS, tmp_path / "a")
