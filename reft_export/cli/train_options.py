@@ -42,8 +42,8 @@ class Layers:
         list[str] | None,
         typer.Option(
             "--edit",
-            help='The edit of some layers, "LAYERS: METHOD [rN] [ACTIVATION] [POSITIONS] [STREAM]", as in "4-10: loreft r4" or "18: red '
-            'all". Repeat for others; in place of --method, --rank, --layers, --stream and --activation.',
+            help='The edit of some layers, "LAYERS: METHOD", and behind it where wanted rN, activation, positions and stream, as in "4-10: '
+            'loreft r4" or "18: red all". Repeat for others; in place of --method, --rank, --layers, --stream and --activation.',
         ),
     ] = None
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML or JSON file of such edits.")] = None
