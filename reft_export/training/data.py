@@ -172,7 +172,7 @@ def iter_examples(
             pieces = render(content)
             example = tokenizing.example(pieces, number=line.number, where=line.where, form=name)
             if teacher is not None:
-                seen = render(teacher.sees(content, template=template, where=line.where))
+                seen = render(teacher.sees(content, template=template, where=line.where), where=f"{line.where}, with the system prompt")
                 example = teacher.with_prompt(example, pieces, seen, tokenizing)
             yield example
     if not found:

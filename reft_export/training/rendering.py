@@ -142,7 +142,10 @@ class _Conversation:
         try:
             return _render(self.tokenizer, self.messages[:count], self.tools, add_generation_prompt=add_generation_prompt)
         except Exception as e:  # templates are programs of their own: jinja2, type and value errors
-            raise InputError(f"{self.where}: the tokenizer's chat template refuses these messages: {e}") from e
+            raise InputError(
+                f"{self.where}: the tokenizer's chat template refuses these messages: {e}; leave out what it refuses, or where they are "
+                "prompt and completion pass --chat-template never"
+            ) from e
 
     def _check_system(self, whole: str) -> None:
         for index, message in enumerate(self.messages):

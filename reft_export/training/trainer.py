@@ -113,17 +113,24 @@ def train(
     with ExitStack() as held:
         agreed(lambda: held.enter_context(claimed(output, force=force)))
         ready = prepare(_base_of(base, tokenizer), data, settings, output, origin, eval_data=eval_data, force=force, phase=phase)
-        answers = dict[str, str]()
+        answers, said = dict[str, str](), tuple[str, ...]()
         if ready.unanswered:
             asked = [each for each in (*ready.examples.training, *ready.examples.held_out) if each.where in ready.unanswered]
             with frozen(ready.base.model):
                 answers = agreed(partial(teacher_answers, ready.base, asked, settings, phase))
+            silent = [each.where for each in asked if not answers[each.where]]
+            if {each.where for each in ready.read.examples} <= set(silent):
+                raise InputError("with the system prompt the base says nothing to any line; give it another, or lines with answers")
+            if silent:
+                said = (
+                    f"{len(silent)} of {len(asked)} prompts left out, to which the base says nothing with the system prompt: {silent[0]}",
+                )
             ready = prepare(ready.base, data, settings, output, origin, eval_data=eval_data, answers=answers, force=force, phase=phase)
         if on_ready is not None:
             on_ready(ready)
         opened = agreed(lambda: open_working_folder(output, ready.run, resume=settings.resume, force=force))
         result = _train(ready, output, *opened, force=force, on_step=on_step, on_evaluation=on_evaluation, phase=phase)
-        return replace(result, answers=answers)
+        return replace(result, answers=answers, notes=(*said, *result.notes))
 
 
 def _base_of(base: Base | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Base:

@@ -157,6 +157,19 @@ def test_answers_go_to_their_own_prompts(base: Base, tmp_path: Path, monkeypatch
     assert [probe["prompt"] for probe in result.adapter.probes] == [held_out[0]["prompt"]]
 
 
+def test_prompts_to_which_the_base_says_nothing_are_left_out_and_told(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*said: str) -> None:
+        answers = {f"data[{i}]": each for i, each in enumerate(said)}
+        monkeypatch.setattr("reft_export.training.trainer.teacher_answers", lambda *_: answers)
+
+    answer("ok", "", " fine")
+    result = train(base, PROMPTS[:3], replace(DISTILL, max_steps=1), tmp_path / "a")
+    assert result.statistics.examples == 2 and result.notes[0].startswith("1 of 3 prompts left out") and result.notes[0].endswith("data[1]")
+    answer("", "", "")
+    with pytest.raises(InputError, match="the base says nothing to any line; give it another"):
+        train(base, PROMPTS[:3], DISTILL, tmp_path / "b")
+
+
 def test_the_prompt_is_learned(base: Base, tmp_path: Path) -> None:
     settings = replace(DISTILL, positions="all", lr=3e-2, max_steps=40, batch_size=8, init="identity", kl_weight=0.0, eval_fraction=0.25)
     history = train(base, PAIRS, settings, tmp_path / "a").history
@@ -181,7 +194,7 @@ def test_a_penalty_is_added_to_the_cross_entropy(base: Base, tmp_path: Path) -> 
     assert any("in every step" in note for note in again.notes)
 
 
-def test_what_is_refused(base: Base, llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_what_is_refused(base: Base, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(message: str, records: Any, settings: TrainSettings = DISTILL, **options: Any) -> None:
         with pytest.raises(InputError, match=message):
             train(base, records, settings, tmp_path / "a", **options)
@@ -192,6 +205,11 @@ def test_what_is_refused(base: Base, llama: PreTrainedModel, tmp_path: Path) -> 
     long = {"prompt": "abcdef", "completion": "b" * 240}
     refused(r"data\[0\]: has 2\d\d tokens with the system prompt, and the base's context ends at 256", [long])
     refused(r"data\[0\]: lacks \['completion'\]", PROMPTS, SETTINGS)
+    monkeypatch.setattr(
+        base.tokenizer, "chat_template", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
+    )
+    refused(r"data\[0\], with the system prompt: .* refuses these messages: no system; .* pass --chat-template never", PAIRS)
+    monkeypatch.undo()
     refused(r"data\[0\]: lacks \['completion', 'prompt'\]", [{"question": "a"}])
     refused(r"data\[0\]: prompt is empty", [{"prompt": " "}])
     with pytest.raises(InputError, match="distill_system is empty"):
