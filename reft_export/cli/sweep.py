@@ -115,6 +115,10 @@ def sweep(
 
         check_optuna()
         check_folder(output, inputs)
+        if place.storage is not None:
+            from reft_export.sweeping.study import check_storage
+
+            check_storage(place.storage)
     for path in (*data, *filter(None, (place.eval_data,))):
         check_source(path)
     bundle = None if place.base_bundle is None else open_bundle(place.base_bundle)

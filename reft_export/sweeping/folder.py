@@ -33,6 +33,8 @@ POLL_SECONDS = 0.2
 def check_folder(output: Path, inputs: Sequence[Path] = ()) -> None:
     """Raises InputError for a folder that is neither new nor a sweep's, and for one that holds an input."""
     if not (output / SWEEP_FILE).is_file():
+        if output.is_dir() and any(output.iterdir()):  # --force would not replace it
+            raise InputError(f"{output} exists and is no sweep's folder; choose another output")
         check_destination(output, force=False, inputs=inputs)
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(output.resolve()):

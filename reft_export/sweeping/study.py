@@ -23,6 +23,7 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import PartialFixedSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -57,16 +58,22 @@ def storage_errors(url: str, *more: type[Exception]) -> Iterator[None]:
         raise InputError(f"storage {shown} does not answer as a database for optuna: {said}; check the URL, or leave it out") from None
 
 
-def _opened(url: str) -> RDBStorage:
+def _options(url: str) -> dict[str, Any]:
+    """What to connect with, where the host answers."""
     parsed = make_url(url)
     if parsed.host:  # drivers wait minutes for a host that says nothing
         port = parsed.port or PORTS.get(parsed.get_backend_name(), 0)
         socket.create_connection((parsed.host, port), timeout=ANSWER_SECONDS).close()
-    options = {"connect_args": {"timeout": LOCKED_SECONDS}} if parsed.get_backend_name() == "sqlite" else {}
-    try:
-        return RDBStorage(url, engine_kwargs=options)
-    except ModuleNotFoundError as e:
-        raise BackendUnavailable(f"storage {_shown(url)} needs the Python package {e.name}; pip install {e.name}") from None
+    return {"connect_args": {"timeout": LOCKED_SECONDS}} if parsed.get_backend_name() == "sqlite" else {}
+
+
+def check_storage(url: str) -> None:
+    """Before anything is loaded or written. Raises InputError for a storage that does not answer, BackendUnavailable without its driver."""
+    with storage_errors(url, OSError):
+        try:
+            create_engine(url, **_options(url)).connect().close()
+        except ModuleNotFoundError as e:
+            raise BackendUnavailable(f"storage {_shown(url)} needs the Python package {e.name}; pip install {e.name}") from None
 
 
 def _shown(url: str) -> str:
@@ -83,7 +90,7 @@ class Study:
     def __init__(self, url: str, name: str, *, maximized: bool, seed: int, steps: int) -> None:
         self._seed = seed
         with storage_errors(url, OSError, RuntimeError):
-            storage = _opened(url)
+            storage = RDBStorage(url, engine_kwargs=_options(url))
             direction = "maximize" if maximized else "minimize"
             pruner = MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=int(UNPRUNED_SHARE * steps))
             self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True)

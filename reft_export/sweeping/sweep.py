@@ -15,14 +15,14 @@ from reft_export.base.load import Base
 from reft_export.console import count
 from reft_export.sweeping.costs import parameters_of, steering_cost
 from reft_export.sweeping.first_pass import FirstPass, candidates, proposals
-from reft_export.sweeping.folder import BEST, STUDY_FILE, check_folder, claim, open_folder, trial_folder, waiting_claim
+from reft_export.sweeping.folder import BEST, STUDY_FILE, TRIALS, check_folder, claim, open_folder, trial_folder, waiting_claim
 from reft_export.sweeping.judgement import judged
 from reft_export.sweeping.outcome import SweepResult
 from reft_export.sweeping.prepared import Prepared, prepare_sweep
 from reft_export.sweeping.report import write_report
 from reft_export.sweeping.results import TrialResult, front, ranked
 from reft_export.sweeping.settings import Point, Space, SweepSettings
-from reft_export.sweeping.study import FAILED, Study, point_of, storage_errors
+from reft_export.sweeping.study import FAILED, Study, check_storage, point_of, storage_errors
 from reft_export.training.checkpoints import StepRecord, discard, working_folder
 from reft_export.training.footprint import steps_of
 from reft_export.training.loop import TrainingInterrupted
@@ -73,6 +73,8 @@ def sweep(
         print(result.best, result.front)
     """
     check_folder(output)
+    if storage is not None:
+        check_storage(storage)
     prepared = prepare_sweep(base, data, settings, output, eval_data=eval_data, tokenizer=tokenizer, trained_on=trained_on, report=report)
     return run_sweep(prepared, output, storage=storage, report=report)
 
@@ -96,6 +98,10 @@ class _Sweep:
             identity = open_folder(self.output)
             steps = steps_of(prepared.ready.examples.training, self.settings.training)
             self.study = Study(self.url, self.name, maximized=self.settings.maximized, seed=self.settings.training.seed, steps=steps)
+            if self.study.sweep is None and any((self.output / name).exists() for name in (TRIALS, BEST)):
+                raise InputError(
+                    f"{output} holds the trials of a study that is not in this storage; name its own, or choose another output"
+                )
             kept = self.study.sweep or self._begin(identity)
             self.study.check(prepared.asked, f"{output}" if storage is None else f"study {self.name} of the storage")
             if kept["folder"] != identity:

@@ -28,7 +28,7 @@ from reft_export.sweeping.outcome import SweepResult
 from reft_export.sweeping.readability import answers_of, layer_accuracies, ridge_accuracy
 from reft_export.sweeping.results import TrialResult, front, ranked
 from reft_export.sweeping.settings import Point, SweepSettings
-from reft_export.sweeping.study import Study, has_ended, point_of, suggested
+from reft_export.sweeping.study import Study, check_storage, has_ended, point_of, suggested
 from reft_export.sweeping.sweep import _Sweep, sweep
 from reft_export.training.data import collate, load_data
 from reft_export.training.loop import TrainingInterrupted
@@ -37,7 +37,7 @@ from reft_export.training.trainer import train
 from runtimes.edits.adapter import load_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.positions import PositionRule
-from runtimes.errors import InputError, ReftError
+from runtimes.errors import BackendUnavailable, InputError, ReftError
 
 TRAINING = TrainSettings(eval_fraction=0.25, max_steps=10, batch_size=4, samples=1, probes=2, cache_mb=0)
 SETTINGS = SweepSettings(ranks="1,2", positions="l1,prompt", learning_rates="1e-3..1e-1", trials=5, training=TRAINING)
@@ -201,10 +201,12 @@ def test_what_is_another_sweeps_is_refused(uninterrupted: tuple[Path, SweepResul
         sweep(twin, data, SETTINGS, folder)
     with pytest.raises(InputError, match="the study sweep of the storage belongs to another output"):
         sweep(base, data, SETTINGS, tmp_path / "sweep", storage=f"sqlite:///{folder}/study.db")
+    with pytest.raises(InputError, match="holds the trials of a study that is not in this storage"):
+        sweep(base, data, SETTINGS, folder, storage=f"sqlite:///{tmp_path}/empty.db")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="exists; choose another output"):
+    with pytest.raises(InputError, match="exists and is no sweep's folder; choose another output$"):
         sweep(base, data, SETTINGS, mine)
 
 
@@ -216,10 +218,16 @@ def test_what_is_another_sweeps_is_refused(uninterrupted: tuple[Path, SweepResul
         ("postgresql://me:secret@127.0.0.1:1/x", r"storage postgresql://me:\*\*\*@127.0.0.1:1/x does not answer.*refused"),
     ],
 )
-def test_a_storage_that_does_not_answer_is_refused(url: str, said: str) -> None:
+def test_a_storage_that_does_not_answer_is_refused(url: str, said: str, base: Base, data: Path, tmp_path) -> None:
     with pytest.raises(InputError, match=said) as e:
-        Study(url, "x", maximized=False, seed=1, steps=10)
+        sweep(base, data, SETTINGS, tmp_path / "sweep", storage=url)
+    assert not (tmp_path / "sweep").exists()
     assert "\n" not in str(e.value) and "secret" not in str(e.value)
+
+
+def test_a_storage_without_its_driver_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="oracle:///x needs the Python package .*; pip install"):
+        check_storage("oracle:///x")
 
 
 def test_a_number_is_begun_again_with_its_parameters_whatever_ended_meanwhile(tmp_path) -> None:
