@@ -198,7 +198,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone's root, to run what a page says in."""
     link_to_clone(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console.out, "width", 110)
+    monkeypatch.setattr(console.out._console, "width", 110)
     return tmp_path
 
 

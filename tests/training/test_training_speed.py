@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import steer
 from reft_export.training import way_choice
+from reft_export.training.batches import LengthGrouped
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Examples, load_data
 from reft_export.training.frozen_prefix import PrefixStore
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import TrainingInterrupted, _LengthGrouped
+from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
@@ -105,12 +106,12 @@ def test_the_store_keeps_to_its_limit_and_in_the_order_of_the_examples(llama: Pr
 
 def test_examples_of_like_length_share_batches() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(1, 100, 203)]
-    sampler = _LengthGrouped(lengths, 8, seed=3)
+    sampler = LengthGrouped(lengths, 8, seed=3)
     first = list(sampler)
-    assert sorted(first) == list(range(203)) and first == list(_LengthGrouped(lengths, 8, seed=3))
+    assert sorted(first) == list(range(203)) and first == list(LengthGrouped(lengths, 8, seed=3))
     sampler.set_epoch(1)
     assert list(sampler) != first and sorted(sampler) == list(range(203))
-    assert list(_LengthGrouped(lengths, 8, seed=4)) != first
+    assert list(LengthGrouped(lengths, 8, seed=4)) != first
 
     def pads(order: list[int]) -> int:
         batches = [[lengths[i] for i in order[at : at + 8]] for at in range(0, len(order), 8)]
