@@ -80,8 +80,10 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
     root = tmp_path_factory.mktemp("killed")
     bundle, base = bundle_folder("llama", target="tensorrt"), base_folder("llama")
     graph = save_foreign(bundle, root / "graph")
-    save_adapter(tiny.random_adapter(load_base(base).info), root / "style")
+    for seed, name in enumerate(("style", "other")):
+        save_adapter(tiny.random_adapter(load_base(base).info, seed=seed), root / name)
     (root / "data.jsonl").write_text('{"prompt": "a b", "completion": " c"}\n' * 4)
+    (root / "away.jsonl").write_text('{"prompt": "a b", "completion": " d"}\n' * 4)
     as_version_1(Path(shutil.copytree(bundle, root / "old")))
 
     def command(verb: str, output: Path) -> list[object]:
@@ -91,6 +93,8 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
             "add": ["add", bundle, "-a", root / "style", *to],
             "upgrade": ["upgrade", root / "old", *to],
             "import": ["import", root / "style", "-m", base, "--probes", root / "data.jsonl", *to],
+            "compose": ["compose", root / "style", root / "other", *to],
+            "steer": ["steer", root / "data.jsonl", root / "away.jsonl", "-m", base, "--layers", 0, *to],
             "train": ["train", "-m", base, "-d", root / "data.jsonl", "--epochs", 1, "--samples", 0, *to],
             "export": ["export", "-m", base, "-a", root / "style", *to],
             "quantize": ["quantize", bundle, "-m", base, "--accept-loss", *to],
@@ -99,8 +103,11 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
     return command
 
 
-VERBS = ("fold", "add", "upgrade", "import", "train", "export", "quantize")
-CASES = (("upgrade", "kill"), ("upgrade", "full"), ("add", "kill"), ("train", "term"), ("export", "full"), ("quantize", "kill"))
+VERBS = ("fold", "add", "upgrade", "import", "compose", "steer", "train", "export", "quantize")
+CASES = (
+    *(("upgrade", "kill"), ("upgrade", "full"), ("add", "kill"), ("train", "term"), ("export", "full"), ("quantize", "kill")),
+    *(("fold", "term"), ("import", "full"), ("compose", "kill"), ("steer", "term")),
+)
 """A verb with an end each, as every one takes many seconds; the others by hand: ``pytest tests/pipeline/test_killed.py --all-ends``."""
 
 
