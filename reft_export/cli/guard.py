@@ -92,7 +92,7 @@ def _told(e: BaseException, verb: str) -> tuple[str, int]:
         return str(e), e.exit_code
     if isinstance(e, RecursionError):
         return "what was read is nested too deeply to be followed: it is damaged, or no model; export or fetch it again", 2
-    if isinstance(e, MemoryError):
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded
         return "out of memory; close other programs or use a smaller model (--dry-run forecasts the need)", 1
     if isinstance(e, ModuleNotFoundError) and (extra := HOST_EXTRAS.get((e.name or "").partition(".")[0])):
         # A device that builds an engine has no use for torch.

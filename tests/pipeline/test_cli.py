@@ -427,6 +427,7 @@ def test_ctrl_c_in_mid_export(base_folder, tmp_path) -> None:
         (type("PanicException", (BaseException,), {})("a panic"), 1, "PanicException: a panic; this is a bug"),
         (OSError(errno.EFBIG, "File too large"), 1, "no space left on the disk, or for so large a file (ulimit -f); no output"),
         (MemoryError(), 1, "out of memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "out of memory"),
         (InputError("no"), 2, "no"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
