@@ -133,6 +133,12 @@ def load_sources(bundle: Bundle, settings: RefitSettings) -> dict[str, Adapter]:
                 f"adapter {name}: its folder does not fold to the banks that {bundle.folder} holds under that name; pass the folder "
                 "that the bundle was exported with"
             )
+        stored = bundle.adapter(name)
+        if (adapter.where, adapter.tied) != (stored.positions, stored.tied):
+            raise AdapterError(
+                f"adapter {name}: its folder edits at {adapter.where}, and {bundle.folder} holds it at {stored.positions}; pass the folder "
+                "that the bundle was exported with"
+            )
         if settings.objective == "teacher" and adapter.trained_on is not None:
             raise AdapterError(
                 f"adapter {name} was trained on the weights of a quantized bundle ({adapter.trained_on[:12]}), so the float model steered "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from toy_bundle import EXPLICIT, ROUNDING, ToyDecoder, toy_adapter, write_toy_bundle
 
 from reft_export.quantizing.calibrate import banks_digest
+from reft_export.quantizing.refit import RefitSettings, load_sources
 from reft_export.training.frozen_prefix import frozen_tokens
+from runtimes.edits.adapter import save_adapter
 from runtimes.edits.positions import PositionRule, Positions, RuleSets, needs_slots, of_rules, slot_count, slots
-from runtimes.errors import InputError
+from runtimes.errors import AdapterError, InputError
 from runtimes.ort.session import OrtSession
 
 explicit = st.one_of(
@@ -136,3 +139,15 @@ def test_ranges_are_of_the_positions_that_they_were_collected_at(tmp_path: Path)
     bundles = {name: write_toy_bundle(tmp_path / name, adapters={"x": toy_adapter(text, seed=5)}) for name, text in every.items()}
     found = {name: banks_digest(bundle, "x") for name, bundle in bundles.items()}
     assert found["one"] == found["same"] and len(set(found.values())) == 3
+
+
+def test_a_refit_starts_at_the_bundles_own_positions(tmp_path: Path) -> None:
+    """The banks of others may be the same."""
+    bundle = write_toy_bundle(tmp_path / "b", adapters={"x": toy_adapter("1,-2", seed=5)})
+    for name, text in (("same", "-2,1"), ("other", "0,3"), ("graphs", "l1")):
+        save_adapter(toy_adapter(text, seed=5), tmp_path / name / "x")
+    settings = RefitSettings(data=None, sources=(tmp_path / "same" / "x",), objective="data")
+    assert set(load_sources(bundle, settings)) == {"x"}
+    for name in ("other", "graphs"):
+        with pytest.raises(AdapterError, match="adapter x: its folder edits at (0,3|l1), and .* holds it at 1,-2; pass the folder"):
+            load_sources(bundle, replace(settings, sources=(tmp_path / name / "x",)))
