@@ -171,8 +171,10 @@ class TrainSettings:
         parse_streams(self.streams)
 
     def _check_edits(self) -> None:
-        """Raises InputError for edits beside what they are in place of."""
+        """Raises InputError for what are no edits, and for edits beside what they are in place of."""
         object.__setattr__(self, "edits", tuple(self.edits))
+        if strange := [each for each in self.edits if not isinstance(each, LayerEdits)]:
+            raise InputError(f"edits has {strange[0]!r}, expected LayerEdits; LayerEdits.parse reads a text")
         given = [field.name for field in fields(self) if field.name in OF_EDITS and getattr(self, field.name) != field.default]
         if self.edits and given:
             raise InputError(f"{' and '.join(given)} beside edits, which say it each for themselves; leave one of the two out")

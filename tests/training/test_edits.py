@@ -94,6 +94,8 @@ def test_refused_together() -> None:
         TrainSettings(edits=(parse("0: loreft l1"), parse("1: red all")), tied=False)
     with pytest.raises(InputError, match="init identity: consreft has no values"):
         TrainSettings(edits=(parse("0: loreft"), parse("1: consreft")), init="identity")
+    with pytest.raises(InputError, match="edits has '0: red', expected LayerEdits; LayerEdits.parse reads a text"):
+        TrainSettings(edits=("0: red",))  # pyright: ignore[reportArgumentType]
 
 
 def test_recipes_of_both_kinds(tmp_path: Path) -> None:
