@@ -240,5 +240,5 @@ def _explicit_slots(rule: PositionRule, attention_mask: np.ndarray, width: int, 
     if rule.every:
         picked = p % rule.every == 0
     else:
-        picked = np.logical_or.reduce([p == (number if number >= 0 else length + number) for number in rule.chosen])
+        picked = np.isin(p, [n for n in rule.chosen if n >= 0]) | np.isin(p - length, [n for n in rule.chosen if n < 0])
     return np.where(picked & (p < length) & (window > 0), 0, -1).astype(np.int32)
