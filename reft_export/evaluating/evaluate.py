@@ -83,13 +83,10 @@ class Table:
 def artifacts_by_name(artifacts: Sequence[tuple[Path, Artifact]]) -> dict[str, Artifact]:
     """By their folders' names; by their paths where two are called alike, or as eager PyTorch's row is."""
     names = [name_of(path) for path, _ in artifacts]
-    named = {
-        str(path) if names.count(name) > 1 or name == EAGER else name: artifact
-        for name, (path, artifact) in zip(names, artifacts, strict=True)
-    }
-    if len(named) < len(artifacts):
-        raise InputError("an artifact is named twice; name each once")
-    return named
+    keys = [str(path) if names.count(name) > 1 or name == EAGER else name for name, (path, _) in zip(names, artifacts, strict=True)]
+    if twice := [key for at, key in enumerate(keys) if key in keys[:at]]:
+        raise InputError(f"{twice[0]} is named twice; name each once")
+    return {key: artifact for key, (_, artifact) in zip(keys, artifacts, strict=True)}
 
 
 def evaluate(

@@ -246,7 +246,7 @@ def test_a_models_text_is_not_rendered(found) -> None:
         (("-m", "BASE", "--provider", "cpu"), "--provider is a bundle's"),
         (("BUNDLE", "--metric", "rouge"), "--metric 'rouge' is unknown"),
         (("BUNDLE", "--metric", "loss", "--metric", "loss"), "given twice"),
-        (("BUNDLE", "BUNDLE"), "named twice"),
+        (("BUNDLE", "BUNDLE"), "/llama is named twice; name each once"),
         (("BUNDLE", "--limit", "1", "--metric", "accuracy"), "chooses among the data's distinct answers"),
         (("BUNDLE", "--max-length", "100000"), "shortest context in the table ends at"),
         (("BUNDLE", "--batch-size", "0"), "--batch-size is 0"),
