@@ -62,6 +62,8 @@ def read_record(record: Mapping[str, Any], where: str, asked: str = AUTO) -> tup
         unread = (
             "; labelled texts are a classifier's"
             if "label" in unknown
+            else "; pairs are of train --objective dpo or orpo"
+            if {"chosen", "rejected"} <= set(unknown)
             else ""
             if missing
             else f"; --format {name} leaves other keys unread"

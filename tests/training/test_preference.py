@@ -129,6 +129,8 @@ def test_what_is_refused(base: Base, tmp_path: Path) -> None:
     base.tokenizer.chat_template = TURNS
     with pytest.raises(InputError, match=r"data\[0\], rejected: messages must be a list of at least one message"):
         train(base, [{"chosen": [user, good], "rejected": [user]}], SETTINGS, tmp_path / "a")
+    with pytest.raises(InputError, match=r"has unknown keys \['chosen', 'rejected'\]; .*; pairs are of train --objective dpo or orpo"):
+        train(base, [fine], replace(SETTINGS, objective="sft"), tmp_path / "a")
     with pytest.raises(InputError, match=r"data\[0\]: chosen and rejected differ before their last answer"):
         train(base, [{"chosen": [user, good], "rejected": [user | {"content": "v"}, good]}], SETTINGS, tmp_path / "a")
     base.tokenizer.chat_template = None
