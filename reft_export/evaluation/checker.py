@@ -15,6 +15,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ class CheckedTask:
 
     def _score(self, messages: Sequence[dict[str, Any]], answer: str, where: str) -> float:
         try:
-            score = self.check(str(messages[-1]["content"]), answer)
-        except Exception as e:  # the function is the user's: anything can come out of it
+            with redirect_stdout(sys.stderr):
+                score = self.check(str(messages[-1]["content"]), answer)
+        except (Exception, SystemExit) as e:  # the function is the user's: anything can come out of it
             said = f"{type(e).__name__}: {e}"
             raise InputError(f"checker {self.name} raised {said} for the prompt of {where} and answer {answer[:60]!r}; correct it") from e
         try:
@@ -116,8 +118,9 @@ def load_function(spec: str, *, option: str = "--checker") -> Check:
     if not place or not name.isidentifier():
         raise InputError(f"{option} {spec!r} is not module:function or file.py:function")
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else _import_here(place)
-    except Exception as e:  # importing runs the user's code
+        with redirect_stdout(sys.stderr):  # ours is for the result alone
+            module = _load_file(Path(place)) if place.endswith(".py") else _import_here(place)
+    except (Exception, SystemExit) as e:  # importing runs the user's code
         raise InputError(f"{option} {spec}: {place} cannot be imported ({type(e).__name__}: {e})") from e
     function = getattr(module, name, None)
     if not callable(function):

@@ -10,7 +10,9 @@ A prompt is all that stands before an example's last answer, as on a device.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +78,12 @@ class AnswerCheck:
 
     def passes(self, question: Question, answer: str) -> bool:
         try:
-            verdict = self.function(answer, dict(self.records[question.where]))
-        except Exception as e:  # the function is the user's: anything can come out of it
+            with redirect_stdout(sys.stderr):  # ours is for the result alone
+                verdict = self.function(answer, dict(self.records[question.where]))
+            known = bool(verdict in (True, False))
+        except (Exception, SystemExit) as e:  # the function is the user's: anything can come out of it
             said = f"{type(e).__name__}: {e}"
             raise InputError(f"--metric {self.name} raised {said} for {question.where} and answer {answer[:60]!r}; correct it") from e
-        if verdict not in (True, False):
+        if not known:
             raise InputError(f"--metric {self.name} returned {verdict!r} for {question.where}; expected True or False")
         return bool(verdict)

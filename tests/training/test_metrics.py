@@ -84,18 +84,22 @@ def test_a_run_says_what_its_adapter_does(base: Base, positions: str, tmp_path: 
     assert first.metric == 0.0, "else this shows nothing"
 
 
-def test_a_function_of_the_users_judges(base: Base, tmp_path: Path) -> None:
+def test_a_function_of_the_users_judges(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text(
-        "def even(answer, record):\n    return '2' in record['prompt'] and answer is not None\n"
+        "print('read')\ndef even(answer, record):\n    return '2' in record['prompt'] and answer is not None\n"
         "def boom(answer, record):\n    raise KeyError('x')\ndef number(answer, record):\n    return 0.5\n"
+        "def leave(answer, record):\n    raise SystemExit(3)\ndef loud(answer, record):\n    print('loud')\n    return [1]\n"
     )
     settings = replace(SETTINGS, epochs=1, metric=f"{judge}:even")
     result = train(base, RECORDS, settings, tmp_path / "a", eval_data=HELD)
     assert result.kept.metric == 1.0, "every held-out prompt has a 2"
-    for name, said in (("boom", "raised KeyError: 'x' for data"), ("number", "returned 0.5 for data"), ("none", "has no none")):
+    refused = {"boom": "raised KeyError: 'x' for data", "number": "returned 0.5 for data", "none": "has no none"}
+    for name, said in {**refused, "leave": "raised SystemExit: 3 for data", "loud": r"returned \[1\] for data"}.items():
         with pytest.raises(InputError, match=said):
             train(base, RECORDS, replace(settings, metric=f"{judge}:{name}"), tmp_path / "b", eval_data=HELD)
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == 6 * "read\n" + "loud\n"
 
 
 def test_patience_ends_a_run_and_a_killed_one_stays_ended(base: Base, tmp_path: Path) -> None:
