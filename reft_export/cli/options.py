@@ -187,4 +187,9 @@ def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> N
 
     for name in names:
         if given(context, name):
-            raise InputError(f"--{name.replace('_', '-')} is {reason}; leave it out")
+            raise InputError(f"{flag_of(context, name)} is {reason}; leave it out")
+
+
+def flag_of(context: typer.Context, name: str) -> str:
+    """As a user writes the option of a parameter's name."""
+    return next(flag for each in context.command.params if each.name == name for flag in each.opts if flag.startswith("--"))

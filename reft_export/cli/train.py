@@ -12,7 +12,7 @@ import typer
 
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
-from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, given, refuse_given
+from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, flag_of, given, refuse_given
 from reft_export.cli.placement import load_placed
 from reft_export.cli.train_options import Aim, Form, Layers, Optimization, Reading, Run, Sources
 from reft_export.cli.train_report import PREVIEWED, show_data, show_json, show_preview, show_result
@@ -167,6 +167,8 @@ def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) 
     names = {field.name for field in fields(Form)} | {"chat_template", "edits"}
     if settings.edits:
         names -= {"edits", *OF_EDITS}
+    elif like.edits:
+        refuse_given(context, OF_EDITS, "of one edit for all layers, and those of --start have each their own")
     return replace(settings, **{name: getattr(like, name) for name in names if name == "edits" or not given(context, name)})
 
 
@@ -183,7 +185,7 @@ def _edits_of(context: typer.Context, layers: Layers) -> tuple[LayerEdits, ...]:
     if layers.edit and layers.recipe:
         raise InputError("--edit and --recipe both say the edits of layers; leave one of them out")
     if beside := [name for name in OF_EDITS if given(context, name)]:
-        flag = "--stream" if beside[0] == "streams" else f"--{beside[0]}"
+        flag = flag_of(context, beside[0])
         raise InputError(f"{flag} is of one edit for all layers, and {said} says each layer's own; leave {flag} out, or {said}")
     return tuple(map(LayerEdits.parse, layers.edit or ())) if layers.recipe is None else read_recipe(layers.recipe)
 

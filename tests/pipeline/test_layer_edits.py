@@ -241,6 +241,7 @@ def test_the_verb(base_folder, tmp_path) -> None:
         (("--edit", "0: red", "--recipe", str(tmp_path / "r.json")), "--edit and --recipe both say"),
         (("--recipe", str(tmp_path / "r.json"), "--method", "loreft"), "and --recipe says each layer's own"),
         (("--edit", "0: loreft r3", "--start", str(tmp_path / "a")), "cannot start from this adapter: its form is"),
+        (("--stream", "mlp_output", "--start", str(tmp_path / "a")), "--stream is of one edit for all layers, and those of --start"),
     ):
         refused = run("no", *options)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.output
