@@ -107,9 +107,10 @@ else:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quantizing_holds_the_weights_once(tmp_path) -> None:
-    """1.4 GB of float32 weights and 1.2 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files.
+    """1.4 GB of float32 weights and 1.4 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files, and
+    0.07 GB for the likelihood of a passage.
 
-    Of 2.4 GB that is 1.5 models.
+    Two copies of the weights would be 2.8 GB and all of that besides.
     """
 
     def run(*arguments: object) -> str:
@@ -124,4 +125,4 @@ def test_quantizing_holds_the_weights_once(tmp_path) -> None:
     assert size > 1.4e9
     for scheme in ("weight-only", "static"):
         peak = int(run(scheme, tmp_path).split()[-1])
-        assert peak < size + 1.2e9, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
+        assert peak < size + 1.4e9, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
