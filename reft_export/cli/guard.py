@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -108,9 +107,9 @@ def _told(e: BaseException, verb: str) -> tuple[str, int]:
 def _is_said_by_another(e: BaseException) -> bool:
     """Of the processes that a launcher started for one verb each meets the same refusals and is stopped by the same signal: the first says
     so."""
-    if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
-        return False
-    return isinstance(e, (ReftError, KeyboardInterrupt)) and not getattr(e, "of_one_process", False)
+    from reft_export.training.processes import leads
+
+    return not leads() and isinstance(e, (ReftError, KeyboardInterrupt)) and not getattr(e, "of_one_process", False)
 
 
 def fail(message: str, code: int) -> NoReturn:

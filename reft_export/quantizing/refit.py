@@ -168,7 +168,7 @@ def _refit(
     report: Report,
 ) -> Refitted:
     # transformers' Trainer brings what else is installed, datasets among it: whoever refits nothing goes without.
-    from reft_export.training.loop import TrainingInterrupted
+    from reft_export.training.endings import TrainingInterrupted
     from reft_export.training.trainer import train
 
     report(f"refitting {name}, {settings.steps} steps")

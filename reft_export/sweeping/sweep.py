@@ -24,8 +24,8 @@ from reft_export.sweeping.results import TrialResult, front, ranked
 from reft_export.sweeping.settings import Point, Space, SweepSettings
 from reft_export.sweeping.study import FAILED, Study, check_storage, point_of, storage_errors
 from reft_export.training.checkpoints import StepRecord, discard, working_folder
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.footprint import steps_of
-from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.objective import Phase
 from reft_export.training.preparation import Preparation
 from reft_export.training.sources import Data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,19 +22,16 @@ from reft_export.training.checkpoints import (
     StepRecord,
     best_step,
     complete_checkpoint,
-    discard,
-    last_checkpoint,
     read_best,
     read_history,
     stale_evaluations,
 )
 from reft_export.training.data import E, Examples
+from reft_export.training.endings import NotFinite, endings
 from reft_export.training.interventions import Interventions
-from reft_export.training.processes import LOST, ProcessFailed, agreed, leads, lost_process, process_count, process_index, summed
+from reft_export.training.processes import agreed, leads, process_count, process_index, summed
 from reft_export.training.reporting import events_folder, reporting_callbacks
 from reft_export.training.settings import NO_REPORT, SCHEDULES, TrainSettings
-from runtimes.errors import ReftError
-from runtimes.files.folders import NO_SPACE, disk_is_full
 from runtimes.generation import PAD
 
 OnStep = Callable[[int, int, float, "float | None"], None]
@@ -48,16 +44,6 @@ Measure = Callable[[], float]
 """The share of the held-out examples that the model does right as it stands."""
 
 CHECKPOINTS_PER_RUN = 10
-
-
-class TrainingInterrupted(ReftError):
-    """Ctrl-C while training; the message says how to go on."""
-
-    exit_code = 130
-
-
-class _NotFinite(Exception):
-    """What became non-finite; ``run_loop`` adds the step."""
 
 
 class TrainedModel(nn.Module):
@@ -82,13 +68,13 @@ class TrainedModel(nn.Module):
         """Of what the run's ``collate`` made: over num_items_in_batch where Trainer gives it, else the batch's mean."""
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Raises _NotFinite."""
+        """Raises NotFinite."""
         loss = self.loss(**batch) if len(batch["labels"]) else torch.zeros(())  # another process has the rows of this batch
         if process_count() > 1:  # which wait for the gradient of every parameter
             loss = loss + torch.stack([0.0 * p.sum() for p in self.parameters()]).sum()
         # Of several processes one that ended here would be waited for: their gradients tell all of them.
         if not torch.isfinite(loss) and process_count() == 1:
-            raise _NotFinite("the loss")
+            raise NotFinite("the loss")
         if self.training:
             self._step_loss += loss.detach().item()
         return {"loss": loss}
@@ -129,7 +115,7 @@ class _Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not all(torch.isfinite(g).all() for g in gradients):
-            raise _NotFinite("a gradient")
+            raise NotFinite("a gradient")
         self.lr = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,7 +171,7 @@ class _Trainer(Trainer):
         losses, examples = summed([losses, examples])
         metrics = {"eval_loss": losses / examples}
         if not math.isfinite(losses):
-            raise _NotFinite("the held-out loss")
+            raise NotFinite("the held-out loss")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -218,9 +204,7 @@ def run_loop(
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, total, folder, base.model.device),
-        data_collator=padded,
         train_dataset=training,
-        eval_dataset=Listed(held_out) if held_out else None,
         optimizers=(
             torch.optim.AdamW(model.parameter_groups(settings.weight_decay), lr=settings.lr),
             None,
@@ -234,7 +218,7 @@ def run_loop(
     if settings.report_to != NO_REPORT:
         recorder.report = trainer.log
     trainer.remove_callback(PrinterCallback)
-    with _failures(model, base, settings, history, total, folder):
+    with endings(model, base, settings, history, total, folder):
         if checkpoint is not None and settings.patience is not None and stale_evaluations(history) >= settings.patience:
             model.load_state_dict(load_file(checkpoint / "model.safetensors"))  # its patience had ended when it was killed
         else:
@@ -242,57 +226,6 @@ def run_loop(
     if settings.keep == "best" and recorder.best is not None:
         model.load_state_dict(recorder.best)
     return history
-
-
-@contextmanager
-def _failures(
-    model: TrainedModel, base: Base, settings: TrainSettings, history: list[StepRecord], total: int, folder: Path
-) -> Iterator[None]:
-    """What can go wrong inside, said with the step at which it did and what to do."""
-    try:
-        yield
-    except _NotFinite as e:
-        _discard(folder)
-        raise ReftError(
-            f"{e} is not finite at step {len(history) + 1} of {total} (last loss "
-            f"{history[-1].loss if history else 'none'}, lr {settings.lr:g}, base in {base.dtype}); "
-            "no adapter was written; lower the learning rate, or train with a base in float32"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise (ReftError if process_count() == 1 else ProcessFailed)(
-            f"out of memory at step {len(history) + 1} with batches of {settings.batch_size}; lower the batch size and "
-            "raise gradient accumulation by as much, or lower max_length"
-        ) from None
-    except KeyboardInterrupt:
-        raise TrainingInterrupted(f"stopped at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
-    except Exception as e:
-        if process_count() > 1 and lost_process(e):
-            raise ProcessFailed(
-                f"{LOST} at step {len(history) + 1} of {total}, and its own message or the launcher's says why; no adapter was written; "
-                f"{_to_go_on(folder)}"
-            ) from None
-        if not disk_is_full(e):
-            raise
-        raise ReftError(f"{NO_SPACE} at step {len(history)} of {total}; no adapter was written; {_to_go_on(folder)}") from None
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-def _to_go_on(folder: Path) -> str:
-    """What is left of a run that ended early, and how to go on; half-written checkpoints are removed."""
-    last = last_checkpoint(folder)
-    if last is None:
-        _discard(folder)
-        return "there was no checkpoint yet to go on from"
-    for other in folder.glob("checkpoint-*"):
-        if other != last:
-            _discard(other)
-    return f"{last} is kept: pass --resume to go on from it"
-
-
-def _discard(folder: Path) -> None:
-    if leads():
-        discard(folder)
 
 
 def _arguments(settings: TrainSettings, total: int, folder: Path, device: torch.device) -> TrainingArguments:

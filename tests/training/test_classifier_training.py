@@ -16,8 +16,8 @@ from tokenizers import normalizers
 
 from reft_export.base.load import Base, base_from_memory, load_base
 from reft_export.eager.steering import steered
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.labelled_data import collate_labelled, load_labelled
-from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
 from runtimes.edits.adapter import load_adapter

@@ -23,8 +23,8 @@ from reft_export.training.counted import CountedHead
 from reft_export.training.data import collate, load_data
 from reft_export.training.distillation import DistillationObjective
 from reft_export.training.distilled_data import PromptedTeacher
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.objective import Origin
 from reft_export.training.reference import Reference
 from reft_export.training.settings import TrainSettings

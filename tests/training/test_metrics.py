@@ -15,7 +15,7 @@ from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.checkpoints import StepRecord, best_step, stale_evaluations
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Examples, load_data
-from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.metrics import answer_metric, log_likelihoods
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train

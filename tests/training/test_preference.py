@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_preference import BETAS, FIGURES, PAIRS, sine_adapter, sine_model
 
 from reft_export.base.load import Base, base_from_memory
-from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.preference import log_odds, orpo_losses
 from reft_export.training.preference_data import load_pairs
 from reft_export.training.settings import TrainSettings, settings_like

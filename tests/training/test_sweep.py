@@ -31,7 +31,7 @@ from reft_export.sweeping.settings import Point, SweepSettings
 from reft_export.sweeping.study import Study, check_storage, has_ended, point_of, suggested
 from reft_export.sweeping.sweep import _Sweep, sweep
 from reft_export.training.data import collate, load_data
-from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import train
 from runtimes.edits.adapter import load_adapter

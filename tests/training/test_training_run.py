@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import greedy_tokens, steered
 from reft_export.training.edits import parse_layers
-from reft_export.training.loop import TrainingInterrupted
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
 from runtimes.edits.adapter import load_adapter

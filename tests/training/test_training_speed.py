@@ -18,9 +18,9 @@ from reft_export.training import way_choice
 from reft_export.training.batches import LengthGrouped
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Examples, load_data
+from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.frozen_prefix import PrefixStore
 from reft_export.training.interventions import Interventions
-from reft_export.training.loop import TrainingInterrupted
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
