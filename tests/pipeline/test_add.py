@@ -290,7 +290,7 @@ def test_on_the_command_line(bundle, new, base_folder) -> None:
     assert told["adapters"][-1] == "one" and told["parity"] is None and "not held" in told["note"]
     assert run("--remove", "one")["adapters"] == list(open_bundle(folder).adapter_names) and _bytes(folder) == before
     mixed = CliRunner().invoke(app, ["add", str(folder), "-a", str(one), "--remove", "tied"])
-    assert mixed.exit_code == 2 and "--adapters is for adapters that come" in " ".join(mixed.stderr.split())
+    assert mixed.exit_code == 2 and "--adapter is for adapters that come" in " ".join(mixed.stderr.split())
 
 
 def test_what_is_said_not_to_be_held_is_true(bundle) -> None:
