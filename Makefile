@@ -23,6 +23,12 @@ OLD := .venv-transformers-4
 # Where `make wheels` puts them, and what makes manylinux wheels of them.
 DIST ?= dist
 AUDITWHEEL := .venv-auditwheel
+WHEEL = $(AUDITWHEEL)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w build/wheels .
+
+# The compiler of wheels for boards and Jetsons (Debian: g++-aarch64-linux-gnu), and what tells CMake and the wheel's name of it.
+CROSS := aarch64-linux-gnu-g++
+FOR_AARCH64 = _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  -DCMAKE_CXX_COMPILER=$(CROSS) -DREFT_CUDA=OFF -DREFT_TENSORRT=OFF"
 
 .PHONY: quickstart models test test-slow test-real test-capped test-transformers-4 lint docs wheels clean
 
@@ -62,17 +68,19 @@ $(MODELS): tests/evidence/real_models.py | $(STAMP)
 docs: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m evidence.reference
 
-# A wheel with the op library, for machines without a compiler. How old a C library it runs on, and whether CUDA kernels are in it, depends
-# on the machine that compiles it.
+# Wheels with the op library, for machines without a compiler: of this processor, and of aarch64 where its cross compiler is. How old a C
+# library they run on, and whether CUDA kernels are in them, depends on the machine that compiles them.
 wheels: $(AUDITWHEEL)/.installed
 	rm -rf build/wheels
-	$(AUDITWHEEL)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w build/wheels .
+	$(WHEEL)
 	@ls build/wheels/*-linux_*.whl > /dev/null 2>&1 || \
 	  { echo "make wheels: the op library was not built, expected a Linux machine with a C++17 compiler; pip wheel -v . says what failed"; exit 1; }
+	@if [ "$$(uname -m)" != aarch64 ] && command -v $(CROSS) > /dev/null; then echo "$(CROSS): a wheel for aarch64"; $(FOR_AARCH64) $(WHEEL); fi
+	@ls build/wheels/*-linux_aarch64.whl > /dev/null 2>&1 || echo "not built: a wheel for aarch64, which needs $(CROSS) on PATH"
 	PATH=$(AUDITWHEEL)/bin:$$PATH $(AUDITWHEEL)/bin/auditwheel repair --wheel-dir $(DIST) build/wheels/*-linux_*.whl
 	@ls $(DIST)/*-manylinux*.whl
 	@command -v nvcc > /dev/null || echo "not built: CUDA kernels, there is no nvcc on PATH"
-	@echo "not built: wheels of other processors than $$(uname -m), and of Windows and macOS, which compile on installation"
+	@echo "not built: wheels of other processors, and of Windows and macOS, which compile on installation"
 
 $(AUDITWHEEL)/.installed: .ci/constraints.txt
 	test -x $(AUDITWHEEL)/bin/python || $(PYTHON) -m venv $(AUDITWHEEL)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import native_red
@@ -19,6 +20,8 @@ from other_onnxruntime import python_with
 ROOT = Path(__file__).parent.parent.parent
 ONNXRUNTIMES = ("1.18.1", "1.20.1", "1.23.2", "1.24.4", "1.25.1", "1.28.0", "1.31.1")
 """The required ones, and those around 1.25, from which on the op reads shapes through another function of the C API."""
+EM_AARCH64 = 183
+"""The machine of an ELF file's header: AArch64."""
 IN_THE_CHILD = Path(__file__).parent / "op_in_other_onnxruntime.py"
 
 
@@ -86,9 +89,10 @@ def test_a_manylinux_wheel_works_where_no_compiler_is(tmp_path) -> None:
     compiler()
     make = ("make", "-s", "-C", str(ROOT), "wheels", f"PYTHON={sys.executable}")
     told = run(*make, f"DIST={tmp_path}").stdout
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-py3-none-manylinux_" in wheel.name and wheel.name.endswith(f"_{os.uname().machine}.whl")
-    assert f"not built: wheels of other processors than {os.uname().machine}" in told
+    (wheel,) = tmp_path.glob(f"*_{os.uname().machine}.whl")
+    assert "-py3-none-manylinux_" in wheel.name and "not built: wheels of other processors, and of Windows and macOS" in told
+    if os.uname().machine != "aarch64":
+        check_cross_built(list(tmp_path.glob("*_aarch64.whl")), told)
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     bare = {**os.environ, "PATH": str(python.parent), "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
@@ -102,6 +106,17 @@ def test_a_manylinux_wheel_works_where_no_compiler_is(tmp_path) -> None:
     done = subprocess.run([*make, f"DIST={tmp_path / 'none'}"], env=pure, capture_output=True, text=True, check=False)
     assert done.returncode and "make wheels: the op library was not built, expected a Linux machine with a C++17 compiler" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+def check_cross_built(wheels: list[Path], told: str) -> None:
+    """Where the cross compiler is, a second wheel holds an AArch64 library; elsewhere the missing one is named."""
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        assert not wheels and "not built: a wheel for aarch64, which needs aarch64-linux-gnu-g++ on PATH" in told
+        return
+    (wheel,) = wheels
+    with zipfile.ZipFile(wheel) as archive:
+        header = archive.read("runtimes/native/lib/libreft_ort.so")[:20]
+    assert "-py3-none-manylinux_" in wheel.name and header[:4] == b"\x7fELF" and int.from_bytes(header[18:20], "little") == EM_AARCH64
 
 
 @pytest.mark.slow
