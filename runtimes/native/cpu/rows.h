@@ -4,7 +4,8 @@
 //     expand:   y = h + U^T z     U [rank, width]
 //     scale:    y = s * h + b     s, b [width]         (RED)
 //
-// Included by one source file per instruction set, which gives the vector type V. The rows of a block go through A and U together, so
+// Included by one source file per instruction set, which gives the vector type V, and where it pays another one for bfloat16. V::Register
+// holds kLanes values of a row, V::Sum what a dot product adds up in: the same type, or half of one where kLanes values take two vectors. The rows of a block go through A and U together, so
 // that a bank is read once per block and every loaded vector of it serves kRows multiply-adds.
 //
 // Everything here has internal linkage: a file compiled for AVX-512 must never lend an inline function to the rest of the library.
@@ -21,9 +22,9 @@ namespace {
 // sum[i][k][c] += A[k] . h[i] over the columns [begin, end), R rows and K ranks. C independent sums per (row, rank), where R * K of them
 // alone would wait for each other.
 template <class V, class T, int R, int K, int C>
-inline void accumulate(const T* const* h, const T* A, int64_t width, int64_t begin, int64_t end, typename V::Register (&total)[R][K][C]) {
+inline void accumulate(const T* const* h, const T* A, int64_t width, int64_t begin, int64_t end, typename V::Sum (&total)[R][K][C]) {
   // A copy, so that the sums live in registers: total is memory.
-  typename V::Register sum[R][K][C];
+  typename V::Sum sum[R][K][C];
   for (int i = 0; i < R; ++i)
     for (int k = 0; k < K; ++k)
       for (int c = 0; c < C; ++c) sum[i][k][c] = total[i][k][c];
@@ -56,7 +57,7 @@ inline void accumulate(const T* const* h, const T* A, int64_t width, int64_t beg
 // z[k * kRows + i] = A[k] . h[i] for K ranks and `groups` groups of R rows.
 template <class V, class T, int R, int K, int C>
 inline void project_ranks(const T* const* h, int groups, const T* A, int64_t width, float* z) {
-  typename V::Register sum[kRows / R][R][K][C];
+  typename V::Sum sum[kRows / R][R][K][C];
   for (int g = 0; g < groups; ++g)
     for (int i = 0; i < R; ++i)
       for (int k = 0; k < K; ++k)
@@ -94,7 +95,7 @@ inline void expand_columns(const T* const* h, T* const* y, const T* U, int64_t r
     typename V::Register u[C];
     for (int c = 0; c < C; ++c) u[c] = V::load(U + k * width + d + c * V::kLanes);
     for (int i = 0; i < R; ++i) {
-      const typename V::Register factor = V::broadcast(z[k * kRows + i]);
+      const typename V::Sum factor = V::broadcast(z[k * kRows + i]);
       for (int c = 0; c < C; ++c) sum[i][c] = V::multiply_add(factor, u[c], sum[i][c]);
     }
   }
@@ -172,12 +173,28 @@ void scale_rows(const void* const* h, void* const* y, int rows, const void* scal
   }
 }
 
-template <class V>
+// The end of a row for a V without masked loads.
+template <class V, class T>
+inline typename V::Register load_first(const T* p, int count) {
+  T lanes[V::kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return V::load(lanes);
+}
+
+template <class V, class T>
+inline void store_first(T* p, typename V::Register a, int count) {
+  T lanes[V::kLanes];
+  V::store(lanes, a);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// B: the vectors of bfloat16.
+template <class V, class B = V>
 constexpr RowKernels row_kernels_of(const char* name) {
   return {name,
-          {project<V, float>, project<V, Float16>, project<V, BFloat16>},
-          {expand<V, float>, expand<V, Float16>, expand<V, BFloat16>},
-          {scale_rows<V, float>, scale_rows<V, Float16>, scale_rows<V, BFloat16>}};
+          {project<V, float>, project<V, Float16>, project<B, BFloat16>},
+          {expand<V, float>, expand<V, Float16>, expand<B, BFloat16>},
+          {scale_rows<V, float>, scale_rows<V, Float16>, scale_rows<B, BFloat16>}};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512 {
   using Register = __m512;
+  using Sum = Register;
   static constexpr int kLanes = 16, kRanks = 4, kColumns = 4;
 
   static inline Register zero() { return _mm512_setzero_ps(); }

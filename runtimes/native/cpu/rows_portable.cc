@@ -9,6 +9,7 @@ struct Portable {
   struct Register {
     float lane[4];
   };
+  using Sum = Register;
   static constexpr int kLanes = 4, kRanks = 2, kColumns = 2;
 
   static inline Register zero() { return {}; }
