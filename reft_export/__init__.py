@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from reft_export.parity.check import check_parity
     from reft_export.quantizing.quantize import quantize_bundle
     from reft_export.sweeping.sweep import sweep
+    from reft_export.training.steered_model import get_steered_model
     from reft_export.training.trainer import train
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "compose_adapters",
     "export_bundle",
     "fold_bundle",
+    "get_steered_model",
     "import_adapter",
     "load_base",
     "quantize_bundle",
@@ -53,6 +55,7 @@ _HOMES = {
     "compose_adapters": "reft_export.composing.compose",
     "export_bundle": "reft_export.exporting.export",
     "fold_bundle": "reft_export.folding.fold",
+    "get_steered_model": "reft_export.training.steered_model",
     "import_adapter": "reft_export.importing.importer",
     "load_base": "reft_export.base.load",
     "quantize_bundle": "reft_export.quantizing.quantize",

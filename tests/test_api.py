@@ -27,6 +27,7 @@ API = {
         "compose_adapters",
         "export_bundle",
         "fold_bundle",
+        "get_steered_model",
         "import_adapter",
         "load_base",
         "quantize_bundle",

@@ -108,7 +108,7 @@ def prepare(
         )
     objective = OBJECTIVES[base.task](base, settings, origin)
     place(base, settings)
-    interventions, rule = _interventions(base, settings, origin)
+    interventions, rule = interventions_of(base, settings, origin)
     context = context_of(base)
     if (settings.max_length or 0) > context:
         raise InputError(f"max_length is {settings.max_length}; {objective.limit(context)}")
@@ -181,7 +181,7 @@ def orthogonal_record(origin: Origin) -> dict[str, Any]:
     return {"orthogonal_to": {name: a.digest for name, a in origin.orthogonal_to.items()}} if origin.orthogonal_to else {}
 
 
-def _interventions(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, Positions]:
+def interventions_of(base: Base, settings: TrainSettings, origin: Origin) -> tuple[Interventions, Positions]:
     """What is trained, by the seed's initial values or those of the started adapter, and at which positions."""
     start, forms = origin.start, settings.forms(base.info.num_hidden_layers)
     if start is not None and origin.orthogonal_to:

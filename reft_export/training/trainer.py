@@ -221,11 +221,7 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
             "chat_template": data.templated,
         },
         "settings": ready.settings.record(),
-        "versions": {
-            "reft-export": _own_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "steps": len(history),
         **({"processes": process_count()} if process_count() > 1 else {}),
         "kept_step": kept.step,
@@ -236,8 +232,10 @@ def provenance(ready: Preparation, history: list[StepRecord]) -> dict[str, Any]:
     }
 
 
-def _own_version() -> str:
+def versions() -> dict[str, str]:
+    """Of what trains."""
     try:
-        return metadata.version("reft-export")
+        own = metadata.version("reft-export")
     except metadata.PackageNotFoundError:
-        return "from source"
+        own = "from source"
+    return {"reft-export": own, "torch": torch.__version__, "transformers": transformers.__version__}

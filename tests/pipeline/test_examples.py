@@ -148,6 +148,16 @@ def test_a_steering_vector_of_two_prompts_steers(tmp_path, monkeypatch, capsys) 
 
 
 @pytest.mark.slow
+def test_a_trainer_script_trains_and_exports(tmp_path, monkeypatch, capsys) -> None:
+    printed = run_here("transformers_trainer.py", monkeypatch, capsys, cwd=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", printed)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    found = answers(printed.partition("\nexported, and held")[0], "pirate", "base")
+    assert PIRATE.search(found["pirate"]) and not PIRATE.search(found["base"])
+    assert load_adapter(tmp_path / "examples-out" / "trainer-pirate").training["settings"]["positions"] == "f2+l2"
+
+
+@pytest.mark.slow
 def test_an_adapter_of_pyreft_answers_as_pyreft_did(tmp_path, monkeypatch, capsys) -> None:
     printed = run_here("from_pyreft.py", monkeypatch, capsys, cwd=tmp_path)
     assert "loreft of rank 4 at 1.block_output, 2.block_output" in printed
