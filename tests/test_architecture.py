@@ -34,7 +34,7 @@ BOTTOM_TO_TOP = {
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold new_columns tensorrt_graph fold edge_llm",
     "reft_export": "console base composing eager evaluation tasks bundling training evaluating lm_eval contrasting sweeping importing "
-    "parity folding adding quantizing exporting building packaging quickstart forecast op_bench bench_plot cli",
+    "parity folding adding quantizing exporting building packaging hub quickstart forecast op_bench bench_plot cli",
 }
 """Folders, and files beside them: each imports itself and those that are named before it."""
 

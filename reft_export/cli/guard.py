@@ -36,6 +36,7 @@ DEBUG = Parameter(
 HOST_EXTRAS = {
     "torch": "host",
     "transformers": "host",
+    "huggingface_hub": "host",
     "onnx": "host",
     "onnx_ir": "host",
     "onnxscript": "host",

@@ -35,6 +35,8 @@ VERBS = {
         "bench",
         "inspect",
         "package",
+        "push",
+        "pull",
         "upgrade",
         "doctor",
     )

@@ -676,11 +676,16 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], listed_in: str, *
         _check_file(folder, name, record, listed_in, verify=verify)
 
 
-def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, verify: bool) -> None:
+def check_listed_name(name: str, listed_in: Path) -> PurePosixPath:
+    """A file's name in a manifest, as a path inside its folder. Raises BundleError for one that leaves it."""
     relative = PurePosixPath(name)
-    path = folder / relative
     if relative.is_absolute() or ".." in relative.parts:
-        raise BundleError(f"{folder / listed_in} names {name!r}, which leaves the folder; it is refused")
+        raise BundleError(f"{listed_in} names {name!r}, which leaves the folder; it is refused")
+    return relative
+
+
+def _check_file(folder: Path, name: str, record: FileRecord, listed_in: str, *, verify: bool) -> None:
+    path = folder / check_listed_name(name, folder / listed_in)
     # A link is as good as what it leads to, wherever that is: the hub's cache is made of them.
     if not path.is_file():
         raise BundleError(f"{path} is {'no regular file' if path.exists() else 'missing'}; copy the folder again")

@@ -105,6 +105,8 @@ SURFACE = {
               "--concurrency", "--plot", "--json"},
     "inspect": {"--json"},
     "package": {"--wheels", "--output", "--archive", "--force", "--json"},
+    "push": {"--private", "--revision", "--base-model", "--license", "--force", "--dry-run", "--json"},
+    "pull": {"--output", "--revision", "--force", "--json"},
     "upgrade": {"--output", "--force", "--json"},
     "doctor": {"--json"},
 }  # fmt: skip

@@ -1,0 +1,74 @@
+"""What the hub is asked, through huggingface_hub, and what is said where it does not do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from reft_export.base.hub import HUB_ID
+from reft_export.base.model_folder import first_line
+from runtimes.artifacts.bundle import ENGINE_MANIFEST, MANIFEST_FILE
+from runtimes.edits.adapter import CONFIG_FILE
+from runtimes.errors import InputError
+from runtimes.files.folders import disk_is_full
+
+KINDS = {CONFIG_FILE: "adapter", MANIFEST_FILE: "bundle", ENGINE_MANIFEST: "engine"}
+"""By the file that tells it."""
+TOKEN = "HF_TOKEN, or what `hf auth login` stored"
+
+
+def check_repository(repository: str) -> None:
+    """Raises InputError for what is no ``owner/name``."""
+    if not HUB_ID.fullmatch(repository) or "/" not in repository:
+        raise InputError(f"{repository!r} is no repository of a hub, whose form is owner/name")
+
+
+@contextmanager
+def asking(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Around calls of huggingface_hub alone: whatever they raise is an InputError of one line, and what they try again is not said. A full
+    disk is not the hub's fault."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as e:  # the hub's errors, those of the transport under it, which is another from release to release, and ValueError
+        if disk_is_full(e):
+            raise
+        raise InputError(_told(e, repository, revision, constants.ENDPOINT)) from e
+    finally:
+        logging.set_verbosity(before)
+
+
+def _told(e: Exception, repository: str, revision: str | None, hub: str) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = getattr(getattr(e, "response", None), "status_code", None)
+    if isinstance(e, OfflineModeIsEnabled):
+        return f"no hub is asked while HF_HUB_OFFLINE is set; unset it to reach {hub}"
+    if isinstance(e, HFValidationError):
+        return f"{repository!r} is no repository of a hub: {first_line(e)}"
+    if isinstance(e, RevisionNotFoundError):
+        return f"{repository} has no revision {revision} on {hub}; name a branch, a tag or a commit of it, or leave --revision out"
+    if isinstance(e, GatedRepoError):
+        return f"{repository} is gated on {hub}; accept its terms on its page, with the account of the token ({TOKEN})"
+    if isinstance(e, RepositoryNotFoundError):
+        return f"{repository} is not on {hub}, or is private and not the token's to see; check the name, and the token ({TOKEN})"
+    if status == 401:
+        return f"{hub} knows no such token, or was given none; set {TOKEN}"
+    if status == 403:
+        return f"{hub} does not let this token do that with {repository}; take one that may write there ({TOKEN})"
+    if isinstance(e, EntryNotFoundError) and status is not None:
+        return f"{repository} lacks a file that its own record names ({first_line(e)}); it has to be pushed again"
+    if status is not None:
+        return f"{hub} answers {status} of {repository}: {first_line(e)}; try again later"
+    return f"{hub} does not answer, or broke off ({first_line(e)}); check the network and HF_ENDPOINT, and try again"
