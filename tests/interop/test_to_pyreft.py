@@ -66,6 +66,7 @@ def test_our_own_round_trip(method: str, tied: bool, tmp_path: Path) -> None:
     result = export_to_pyreft(str(BASE), tmp_path / "mine", tmp_path / "back", report=lambda _: None)
     assert result.interventions == (2 if tied else 4) and "share_weights" in result.notes[0]
     assert any("no name for positions prompt" in note for note in result.notes) == tied
+    assert ("rounds learned sources" in result.notes[-1]) == (method in ("loreft", "consreft", "lobireft"))
     import_adapter(tmp_path / "back", str(BASE), tmp_path / "again", Request(), report=lambda _: None)
     same(tmp_path / "mine", tmp_path / "again")
 

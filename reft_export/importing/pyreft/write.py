@@ -9,6 +9,7 @@ whether the positions of a short prompt are cut, as pyreft itself always does.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from runtimes.files.folders import atomic_folder, claimed, name_of
 
 ORTHONORMAL = 1e-4
 """How far rows kept orthonormal in float32 may be from it: |R R^T - I|, largest entry."""
+
+NOT_LOADED = ("NoreftIntervention", "NodireftIntervention")
+"""Classes that want an add_bias, which ``ReftModel.load`` does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,8 @@ def export_to_pyreft(
             }
             for name, content in ((CONFIG_FILE, config), (SIDE_FILE, _side(adapter, activation))):
                 (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        return PyreftExport(interventions=len(keys), kinds=tuple(dict.fromkeys(classes.values())), notes=_notes(adapter, activation))
+        kinds = tuple(dict.fromkeys(classes.values()))
+        return PyreftExport(interventions=len(keys), kinds=kinds, notes=_notes(adapter, activation, kinds))
 
 
 def _side(adapter: Adapter, activation: str) -> dict[str, object]:
@@ -177,7 +182,7 @@ def _raw(R: Tensor) -> tuple[Tensor, Tensor]:
     return original, base
 
 
-def _notes(adapter: Adapter, activation: str) -> tuple[str, ...]:
+def _notes(adapter: Adapter, activation: str, kinds: Sequence[str]) -> tuple[str, ...]:
     say = [
         f"tell pyreft what its format does not record: get_intervention_locations(positions={str(adapter.positions)!r}, "
         f"share_weights={adapter.tied}, num_interventions={len(adapter.sites) * len(adapter.groups)}, ...)"
@@ -188,4 +193,8 @@ def _notes(adapter: Adapter, activation: str) -> tuple[str, ...]:
         say.append(f"pyreft has no name for positions {adapter.positions}: pass the locations yourself")
     elif not adapter.positions.truncate:
         say.append("pyreft cuts first and last positions to half of a short prompt; this adapter was not trained so")
+    if unbuilt := [kind for kind in kinds if kind in NOT_LOADED]:
+        say.append(f"ReftModel.load of pyreft 0.1.0 cannot build a {unbuilt[0]}: build it with get_reft_model, and load the intkey files")
+    else:
+        say.append("ReftModel.load of pyreft 0.1.0 rounds learned sources to bfloat16: make them float(), and load the intkey files")
     return tuple(say)
