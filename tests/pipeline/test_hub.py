@@ -172,4 +172,8 @@ def test_what_is_pushed_is_verified_before_the_hub_is_asked(hub: Hub, adapter: P
     done = cli("push", adapter, "me/calm", "--dry-run")
     assert done.stdout.startswith("---\n") and "would push 2 files" in done.stdout
     assert not hub.asked and not hub.repositories
+
+
+@pytest.mark.slow
+def test_a_process_that_begins_offline_says_so(tmp_path: Path) -> None:
     refused("pull", "me/calm", "-o", tmp_path / "got", code=2, match="no hub is asked while HF_HUB_OFFLINE is set", run=fresh)

@@ -11,17 +11,20 @@ import torch
 from models.classifiers import build_classifier
 from tiny import build
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from reft_export import check_parity, export_bundle, get_steered_model, train
 from reft_export.base.load import Base, save_base
 from reft_export.eager.steering import steered
 from reft_export.exporting.settings import ExportSettings
+from reft_export.training import recomputed
 from reft_export.training.data import load_data
 from reft_export.training.edits import LayerEdits
 from reft_export.training.settings import TrainSettings
-from reft_export.training.steered_model import SteeredModel, prompt_lengths
+from reft_export.training.steered_model import SteeredModel, _in_float32, prompt_lengths
 from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.edit import Site
 from runtimes.errors import AdapterError, InputError
 from runtimes.text.chat import trained_without_template
 
@@ -99,7 +102,9 @@ def test_what_is_saved_is_exported_and_passes(base: Base, rows: list[dict[str, A
     assert check_parity(tmp_path / "bundle", report=lambda _: None).passed
 
 
-def test_checkpoints_hold_the_edit_alone_and_are_gone_on_from(base: Base, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_checkpoints_hold_the_edit_alone_and_are_gone_on_from(
+    base: Base, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By Trainer's own means; blocks that are computed again in the backward pass change nothing."""
     model = get_steered_model(base, EDITS)
     straight = fit(model, rows, tmp_path / "loop", save_strategy="steps", save_steps=3)
@@ -108,10 +113,17 @@ def test_checkpoints_hold_the_edit_alone_and_are_gone_on_from(base: Base, rows: 
     (tmp_path / "loop" / "checkpoint-6").rename(tmp_path / "six")
     model.unload()
 
+    blocks: list[Any] = []
+    monkeypatch.setattr(recomputed, "checkpoint", lambda block, *a, **k: blocks.append(block) or checkpoint(block, *a, **k))
     again = get_steered_model(base, EDITS)
     rest = fit(again, rows, tmp_path / "loop", resume=True, save_strategy="no", gradient_checkpointing=True)
     again.unload()
+    assert len(blocks) == 3 * len(base.model.model.layers)
     assert rest == pytest.approx(straight[3:], rel=1e-6)
+    parts = get_steered_model(base, EDITS)
+    split = {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    assert fit(parts, rows, tmp_path / "parts", save_strategy="no", **split) == pytest.approx(straight[:1], rel=1e-5), "tokens weigh alike"
+    parts.unload()
     assert all(torch.allclose(value, last[name], atol=1e-6) for name, value in again.state_dict().items())
     assert not base.model._forward_pre_hooks and "forward" not in vars(base.model.model.layers[0])
 
@@ -177,8 +189,11 @@ def test_lower_precision_is_the_bases_alone(rows: list[dict[str, Any]], capsys: 
     assert capsys.readouterr().out == "trainable params: 516 || all params: 152,516 || trainable%: 0.3383\n"
     batch = collated(rows[:2])
     exact = model(**batch).loss
+    h, slot, edit = torch.randn(4, model.config.hidden_size), torch.zeros(4, dtype=torch.int32), model.interventions.edits()[Site(layer=0)]
+    outside = edit(h, slot)
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch).loss.backward()
+        assert torch.equal(_in_float32(edit, h, slot), outside)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.float32}
