@@ -20,6 +20,7 @@ from graph_passes.accessors import dtype_of, input_of, name_of
 from graph_passes.find.weights import weight_products
 from graph_passes.tied_head import tied_head
 from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.edits.positions import every_other
 from runtimes.ort.session import to_float32
 from runtimes.text.encoded_text import EncodedText, padded
 
@@ -88,12 +89,13 @@ def _run(session: Any, source: str, prompt: Sequence[int] | EncodedText, collect
         return len(prompt)
     ends = set(session.bundle.manifest.model.eos_token_ids)
     length = np.array([len(prompt)], np.int64)
+    marks = every_other([len(prompt)])
     fed, past = 0, None
 
     def feed(tokens: Sequence[int]) -> int:
         nonlocal fed, past
         mask = np.ones((1, fed + len(tokens)), np.int64)
-        output = session.step(np.array([tokens], np.int64), mask, past=past, prompt_length=length)
+        output = session.step(np.array([tokens], np.int64), mask, past=past, prompt_length=length, marks=marks)
         fed, past = fed + len(tokens), output.past
         _count(output.outputs, histograms, source)
         return int(output.logits[0, -1].argmax())

@@ -30,7 +30,7 @@ from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, Bundle, check_adapt
 from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapter, rank_of, read_edits
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode
-from runtimes.edits.positions import Positions, RuleSets, needs_slots, slot_count, slots
+from runtimes.edits.positions import UNMARKED, Positions, RuleSets, needs_marks, needs_slots, slot_count, slots
 from runtimes.edits.strength import Scaled, Steering, at_strength, parts_of, scaled_banks
 from runtimes.errors import AdapterError, InputError
 from runtimes.files.folders import name_of
@@ -82,9 +82,9 @@ class ExplicitSlots:
     tied: bool
     first: int
 
-    def of(self, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) -> np.ndarray:
+    def of(self, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray, marks: np.ndarray | None = None) -> np.ndarray:
         """int32 [B, S]: as ``runtimes.edits.positions.slots``, of its own slots."""
-        own = slots(self.where, attention_mask, width, tied=self.tied, prompt_length=prompt_length)
+        own = slots(self.where, attention_mask, width, tied=self.tied, prompt_length=prompt_length, marks=marks)
         return np.where(own >= 0, own + self.first, -1).astype(np.int32)
 
 
@@ -262,6 +262,12 @@ class AdapterBank:
             return None
         with self._lock:
             return self._resident(_plain(steering)).explicit
+
+    def refuse_marks(self, steering: Steering) -> None:
+        """Raises InputError where the resident adapter edits the tokens that prompts mark: for those who hand no marks in."""
+        explicit = self.explicit_slots(steering)
+        if explicit is not None and needs_marks(explicit.where):
+            raise InputError(f"adapter {parts_of(_plain(steering))[0]}: {UNMARKED}")
 
     def load_number(self, steering: Steering) -> int:
         """Which load the resident adapter's edits came with: another one may have brought others."""

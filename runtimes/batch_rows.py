@@ -102,8 +102,11 @@ class BatchPool:
         return self._pool.cache.capacity
 
     def join(self, row: BatchRow) -> None:
-        """Raises what loading its adapter raises."""
+        """Raises what loading its adapter raises, and InputError for one at positions ``marked``."""
         if self._pool.rows is not None:
+            if (adapter := row.ticket.adapter) is not None:
+                self._pool.rows.bank.load(adapter)
+                self._pool.rows.bank.refuse_marks(adapter)
             self._pool.rows.append(row.ticket.adapter)
         row.index = len(self.rows)
         self.rows.append(row)

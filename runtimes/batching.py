@@ -145,8 +145,8 @@ class Batcher:
 
         Called on the batcher's thread: ``on_text(piece)``, ``on_token(token, logits)`` with the logits [V] that it was chosen from, good
         until it returns, and ``on_end(ticket)``. One that raises ends its request alone.
-        Raises QueueFull, and InputError for a prompt that does not fit the context or the cache, for an unknown adapter, and for a
-        strength of none, or that is not finite.
+        Raises QueueFull, and InputError for a prompt that does not fit the context or the cache, for an unknown adapter, for one at
+        positions ``marked``, and for a strength of none, or that is not finite.
         """
         model = self._session.bundle.manifest.model
         ids = check_token_ids(self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt, model.vocab_size, "the prompt")
@@ -169,6 +169,7 @@ class Batcher:
                 raise InputError(f"adapter {adapter!r} is asked for, and this batch runs the base alone")
             with suppress(BankFull):  # it waits until some row leaves
                 self._bank.load(steering)
+                self._bank.refuse_marks(steering)
         ticket = Ticket(ids, steering, columns, scope=scope, on_end=on_end)
         continuation = Continuation(0, ids, self._tokenizer, settings, None if on_text is None else lambda _, piece: on_text(piece))
         with self._changed:

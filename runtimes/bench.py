@@ -200,7 +200,8 @@ def _alternate(
 
 def _timed(session: DecoderSession, name: str, prompt: Sequence[int], new_tokens: int) -> _Run:
     session.set_adapter(None if name == BASE else name)
-    batch = DecodeBatch(session, [prompt], new_tokens=new_tokens + 1)
+    marks = [range(0, len(prompt), 2)]  # of an adapter at positions marked
+    batch = DecodeBatch(session, [prompt], marks=marks, new_tokens=new_tokens + 1)
     started = time.perf_counter()
     logits = batch.prefill()
     prefilled = time.perf_counter()

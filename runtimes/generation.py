@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtimes.edits.positions import marks_of
 from runtimes.errors import BundleError, InputError
 from runtimes.session import DecoderSession, Past, Session, StepOutput, as_decoder
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
@@ -88,12 +89,14 @@ def generate(
     settings: GenerationSettings | Sequence[GenerationSettings] = GenerationSettings(),
     *,
     on_text: Callable[[int, str], None] | None = None,
+    marks: Sequence[Sequence[int]] | None = None,
     prefill_chunk: int | None = None,
 ) -> list[Generation]:
     """Continues every prompt; ``on_text(row, piece)`` streams, and a row's pieces join to its ``text``.
 
     A prompt is text, or its token ids. Text is continued as it is; ``runtimes.text.chat`` renders messages by the chat template first.
     ``settings``: one for all prompts, where the same prompt again is another sample of a seed, or one for each.
+    ``marks``: which tokens of each prompt an adapter at positions ``marked`` edits, by their numbers (``Tokenizer.encode_marked``).
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None is what ``prefill_columns`` says, 0 feeds
     the prompt at once.
     Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; BundleError where
@@ -111,13 +114,15 @@ def generate(
     model = session.bundle.manifest.model
     encoded = [check_token_ids(prompt, model.vocab_size, f"prompt {i}") for i, prompt in enumerate(encoded)]
     rows: list[Continuation] = []
+    if marks is not None and len(marks) != len(encoded):
+        raise InputError(f"{len(encoded)} prompts and marks of {len(marks)} are given; give each prompt's, none of one being ()")
     for i, (prompt, own) in enumerate(zip(encoded, _settings_of_each(settings, encoded), strict=True)):
         if len(prompt) + own.max_new_tokens > model.context_length:
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens, which with {own.max_new_tokens} new ones exceed the context of "
                 f"{model.name} ({model.context_length}); shorten it, or lower max_new_tokens"
             )
-        rows.append(Continuation(i, prompt, tokenizer, own, on_text))
+        rows.append(Continuation(i, prompt, tokenizer, own, on_text, None if marks is None else marks[i]))
     decoder = as_decoder(session)
     # A batch is as many columns as its longest prompt and most new tokens: rows that want other counts could not fit together, though
     # each alone does.
@@ -144,7 +149,8 @@ def _settings_of_each(
 
 
 def _generate_batch(session: DecoderSession, rows: list[Continuation], count: int, prefill_chunk: int | None) -> None:
-    batch = DecodeBatch(session, [row.prompt for row in rows], new_tokens=count)
+    marks = [row.marks for row in rows if row.marks is not None]
+    batch = DecodeBatch(session, [row.prompt for row in rows], marks=marks or None, new_tokens=count)
     logits = batch.prefill(prefill_chunk)
     for step in range(count):
         for row, row_logits in zip(rows, logits, strict=True):
@@ -207,6 +213,7 @@ def columns(
     prompt_length: np.ndarray,
     widths: Sequence[int],
     *,
+    marks: np.ndarray | None = None,
     last_logits: int | None = None,
     capacity: int | None = None,
 ) -> Iterator[tuple[int, StepOutput]]:
@@ -220,7 +227,13 @@ def columns(
     for width in widths:
         stop = start + width
         output = session.step(
-            ids[:, start:stop], mask[:, :stop], past=past, prompt_length=prompt_length, last_logits=last_logits, capacity=capacity
+            ids[:, start:stop],
+            mask[:, :stop],
+            past=past,
+            prompt_length=prompt_length,
+            marks=marks,
+            last_logits=last_logits,
+            capacity=capacity,
         )
         yield start, output
         past, start = output.past, stop
@@ -235,11 +248,20 @@ def call_widths(total: int, chunk: int | None) -> list[int]:
 class DecodeBatch:
     """Prompts decoded together, one column per call after the prefill. Both calls return the next token's logits, [B, V].
 
-    ``new_tokens``: how many will follow a prompt, where the caller knows: a cache that is written in place is then allocated once.
+    ``marks``: as of ``generate``. ``new_tokens``: how many will follow a prompt, where the caller knows: a cache that is written in place
+    is then allocated once.
     """
 
-    def __init__(self, session: DecoderSession, prompts: Sequence[Sequence[int]], *, new_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        session: DecoderSession,
+        prompts: Sequence[Sequence[int]],
+        *,
+        marks: Sequence[Sequence[int]] | None = None,
+        new_tokens: int = 1,
+    ) -> None:
         self._session = session
+        self._marks = None if marks is None else marks_of(marks)
         self.prompt_length = np.array([len(p) for p in prompts], np.int64)
         width = int(self.prompt_length.max())
         self._capacity = width + new_tokens - 1  # the last token is said, and not fed
@@ -254,7 +276,9 @@ class DecodeBatch:
         """``chunk``: as of ``generate``."""
         widths = call_widths(self._ids.shape[1], prefill_columns(self._session, chunk))
         logits: np.ndarray | None = None
-        fed = columns(self._session, self._ids, self._mask, self.prompt_length, widths, last_logits=1, capacity=self._capacity)
+        fed = columns(
+            self._session, self._ids, self._mask, self.prompt_length, widths, marks=self._marks, last_logits=1, capacity=self._capacity
+        )
         for start, output in fed:
             self._past = output.past
             if logits is None:
@@ -274,11 +298,14 @@ class DecodeBatch:
         return output.logits[:, -1]
 
 
-def greedy_tokens(session: DecoderSession, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """[B, count]: the likeliest continuation of each prompt, going on after eos."""
+def greedy_tokens(
+    session: DecoderSession, prompts: Sequence[Sequence[int]], count: int, *, marks: Sequence[Sequence[int]] | None = None
+) -> np.ndarray:
+    """[B, count]: the likeliest continuation of each prompt, going on after eos. ``marks``: as of ``generate``."""
     tokens = np.zeros((len(prompts), count), np.int64)
     for group in batches(prompts, padding_of(session), chunk=prefill_columns(session)):
-        batch = DecodeBatch(session, [prompts[i] for i in group], new_tokens=count)
+        own = None if marks is None else [marks[i] for i in group]
+        batch = DecodeBatch(session, [prompts[i] for i in group], marks=own, new_tokens=count)
         logits = batch.prefill()
         for step in range(count):
             tokens[group, step] = logits.argmax(1)
@@ -362,8 +389,9 @@ class Continuation:
         tokenizer: Tokenizer,
         settings: GenerationSettings,
         on_text: Callable[[int, str], None] | None,
+        marks: Sequence[int] | None = None,
     ) -> None:
-        self.prompt = prompt
+        self.prompt, self.marks = prompt, marks
         self.tokens: list[int] = []
         self.finished = ""
         self._number = number

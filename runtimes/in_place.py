@@ -27,7 +27,7 @@ MOST_TOGETHER = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepRequest:
-    """What a caller asks of one step: ids [B, S], mask [B, past + S], prompt_length [B], position_ids [B, S] or None.
+    """What a caller asks of one step: ids [B, S], mask [B, past + S], prompt_length [B], marks [B, P] and position_ids [B, S] or None.
 
     ``last``: logits of each row's last so many tokens alone; None: of all. ``only_last``: the graph has those of a call's last column.
     """
@@ -35,6 +35,7 @@ class StepRequest:
     ids: np.ndarray
     mask: np.ndarray
     prompt_length: np.ndarray
+    marks: np.ndarray | None = None
     position_ids: np.ndarray | None = None
     last: int | None = None
     only_last: bool = False
@@ -65,7 +66,8 @@ class Call:
         positions = None
         if step.position_ids is not None:
             positions = np.take_along_axis(step.position_ids[self.rows], self.columns.clip(0), 1)
-        return StepRequest(ids=self.ids, mask=self.mask, prompt_length=step.prompt_length[self.rows], position_ids=positions)
+        marks = None if step.marks is None else step.marks[self.rows]
+        return StepRequest(ids=self.ids, mask=self.mask, prompt_length=step.prompt_length[self.rows], marks=marks, position_ids=positions)
 
 
 def calls(ids: np.ndarray, window: np.ndarray, lengths: np.ndarray, *, limit: int, most: int) -> Iterator[Call]:

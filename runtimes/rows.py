@@ -97,7 +97,9 @@ class AdapterRows:
         """int64 [7, n]: the numbers of these rows' rules, by ``runtimes.bank.RULE``; good until a row changes."""
         return self._rules[:, rows.start : rows.stop]
 
-    def slots(self, rows: range, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) -> np.ndarray | None:
+    def slots(
+        self, rows: range, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray, marks: np.ndarray | None = None
+    ) -> np.ndarray | None:
         """``reft.slots`` of a step of these rows, int32 [n, S], or [1, 1] where the graph computes them all; None where it always did."""
         if not self._any_explicit:
             return None
@@ -107,7 +109,7 @@ class AdapterRows:
         found = np.full((len(rows), width), NOT_EXPLICIT, np.int32)
         for each in {each for each in explicit if each is not None}:
             mine = [row for row, other in enumerate(explicit) if other == each]
-            found[mine] = each.of(attention_mask, width, prompt_length)[mine]
+            found[mine] = each.of(attention_mask, width, prompt_length, marks)[mine]
         return found
 
     def own_slots(self, row: int, prompt_length: int, count: int) -> np.ndarray:

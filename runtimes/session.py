@@ -101,6 +101,7 @@ class DecoderSession(Session, Protocol):
         *,
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
         last_logits: int | None = None,
         capacity: int | None = None,
     ) -> StepOutput: ...
@@ -179,6 +180,7 @@ def step_inputs(
     prompt_length: np.ndarray,
     *,
     placement: StoredAdapter | None,
+    marks: np.ndarray | None = None,
     position_ids: np.ndarray | None = None,
     last_logits: int | None = None,
 ) -> dict[str, np.ndarray]:
@@ -187,7 +189,7 @@ def step_inputs(
     ids, mask and position_ids int64 as given; position_ids [B, S] by default a token's rank among its row's real tokens;
     reft.prompt_length int64 [B]; reft.first_logit int64 [1] so that the ``last_logits`` last columns have logits (None: all of them); of
     version 1, reft_slot int32 [B, S] by the rule of the active adapter (``placement``; None edits nothing); reft.slots, the same, where no
-    graph computes that rule.
+    graph computes that rule, ``marks`` bool [B, P] being what the prompts mark.
     """
     width = ids.shape[1]
     arrays = {"input_ids": ids, "attention_mask": mask}
@@ -202,5 +204,6 @@ def step_inputs(
         rule, tied = (None, True) if placement is None else (placement.positions, placement.tied)
         arrays[SLOT_INPUT] = slots(rule, mask, width, tied=tied, prompt_length=prompt_length)
     elif placement is not None and needs_slots(placement.positions):  # a graph without that input refuses it: it would be the base
-        arrays[EXPLICIT_SLOTS] = slots(placement.positions, mask, width, tied=placement.tied, prompt_length=prompt_length)
+        where = placement.positions
+        arrays[EXPLICIT_SLOTS] = slots(where, mask, width, tied=placement.tied, prompt_length=prompt_length, marks=marks)
     return arrays

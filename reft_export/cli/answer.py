@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from reft_export.cli.run_options import RunOptions, check_adapters
 from reft_export.console import err, escape, say
 from runtimes.artifacts.bundle import Artifact, Limits
 from runtimes.bank import AdapterBank
+from runtimes.edits.positions import needs_marks
 from runtimes.edits.strength import at_strength, check_strength
 from runtimes.errors import InputError
 from runtimes.files.records import read_json_object
@@ -22,7 +23,7 @@ from runtimes.rows import AdapterRows
 from runtimes.session import Session, as_decoder
 from runtimes.text.chat import ChatTemplate, template_for
 from runtimes.text.grammars import Grammars
-from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, in_order, no_template, read_requests
+from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, encode_marked, in_order, no_template, read_requests
 from runtimes.text.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]
@@ -36,7 +37,8 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     requests = _requests(options)
     check_adapters(opened, requests)
     templates = _templates(opened, requests, options)
-    asks = [_ask(request, settings, tokenizer, templates, options) for request in requests]
+    marking = {name for name in templates if name is not None and needs_marks(opened.adapter_record(name).where)}
+    asks = [_ask(request, settings, tokenizer, templates, marking, options) for request in requests]
     asks = _another_sample_each(_held_to_schemas(asks, requests, options, tokenizer, opened.manifest.model.vocab_size))
     bank = _bank(opened, asks, options)
     for ask in asks:
@@ -109,6 +111,8 @@ class Ask:
 
     where: str
     tokens: list[int]
+    marks: tuple[int, ...] | None
+    """The numbers of the tokens that it marks, where its adapter edits those."""
     adapter: str | None
     strength: float
     """1 where no adapter steers."""
@@ -132,15 +136,19 @@ def _ask(
     settings: GenerationSettings,
     tokenizer: Tokenizer,
     templates: Mapping[str | None, ChatTemplate | None],
+    marking: Collection[str],
     options: RunOptions,
 ) -> Ask:
     """What a line says goes before what the options say. Raises InputError with the line."""
     own = request.options
     chosen = own.get("adapter", options.adapter)
+    prompt = request.messages, tokenizer, templates[chosen], own.get("system", options.system), options.chat
     try:
+        tokens, marks = encode_marked(*prompt) if chosen in marking else (encode(*prompt), None)
         return Ask(
             where=request.where,
-            tokens=encode(request.messages, tokenizer, templates[chosen], own.get("system", options.system), options.chat),
+            tokens=tokens,
+            marks=marks,
             adapter=chosen,
             strength=_strength(own, chosen, options.strength),
             settings=replace(settings, **_sampling(own)),
@@ -190,7 +198,7 @@ def _another_sample_each(asks: Sequence[Ask]) -> list[Ask]:
     numbered = []
     for ask in asks:
         if "seed" not in ask.own:
-            same = (ask.adapter, ask.strength, ask.settings, tuple(ask.tokens))
+            same = (ask.adapter, ask.strength, ask.settings, tuple(ask.tokens), ask.marks)
             ask = replace(ask, settings=replace(ask.settings, sample=seen[same]))
             seen[same] += 1
         numbered.append(ask)
@@ -225,9 +233,10 @@ class Steer:
             [ask.tokens for ask in asks],
             [ask.settings for ask in asks],
         )
+        marks = [ask.marks for ask in asks if ask.marks is not None] or None  # those of one adapter all have some, or none has
         if self.bank is None or adapter is None or strength == 1:
             self.session.set_adapter(adapter)
-            yield from generate(self.session, tokenizer, tokens, settings, on_text=on_text, prefill_chunk=prefill_chunk)
+            yield from generate(self.session, tokenizer, tokens, settings, on_text=on_text, marks=marks, prefill_chunk=prefill_chunk)
             return
         decoder = as_decoder(self.session)
         answers: dict[int, Generation] = {}
@@ -236,7 +245,8 @@ class Steer:
             with AdapterRows(self.bank, [at_strength(adapter, strength)] * len(batch)) as rows:
                 self.session.set_rows(rows)
                 own, prompts = [settings[i] for i in batch], [tokens[i] for i in batch]
-                made = generate(self.session, tokenizer, prompts, own, on_text=on_text, prefill_chunk=prefill_chunk)
+                said = None if marks is None else [marks[i] for i in batch]
+                made = generate(self.session, tokenizer, prompts, own, on_text=on_text, marks=said, prefill_chunk=prefill_chunk)
                 answers.update(zip(batch, made, strict=True))
         yield from (answers[i] for i in range(len(asks)))
 

@@ -26,7 +26,8 @@ class Form:
         str,
         typer.Option(
             "--positions",
-            help="f7+l7: first 7 and last 7 prompt tokens; f3; l1; prompt: all of it; all: decode too; 1,3,-2 by number; every3.",
+            help="f7+l7: first 7 and last 7 prompt tokens; f3; l1; prompt: all of it; all: decode too; 1,3,-2 by number; every3; "
+            "marked: between [[ and ]].",
         ),
     ] = "f7+l7"
     tied: Annotated[bool, typer.Option("--tied/--untied", help="One edit for prefix and suffix positions, or one each.")] = True

@@ -65,7 +65,8 @@ class SteerSettings:
             )
         if self.method == "add" and self.from_layer is not None:
             raise InputError("from_layer is ablate's; what is added at a layer was measured there: give layers")
-        self.rule  # noqa: B018  what is not understood is said here
+        if self.rule.marked:
+            raise InputError("positions marked are of prompts that mark tokens, and a contrast's do not; use other positions")
         parse_streams(self.streams)
 
     @property

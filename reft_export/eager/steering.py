@@ -26,6 +26,9 @@ from runtimes.edits.op import bank_of, node_of
 from runtimes.edits.positions import Positions, slots
 from runtimes.errors import AdapterError, InputError
 
+NO_MARKS = np.zeros((1, 1), bool)
+"""Of rows that are not edited anyway."""
+
 EditFn = Callable[[Tensor, Tensor], Tensor]
 """(h [.., D], slot [..]) -> y [.., D]; it must leave h itself alone, since other modules hold the same tensor."""
 
@@ -109,6 +112,8 @@ class Steering:
         self.rule, self.tied = rule, tied
         self.prompt_length: Tensor | np.ndarray | Sequence[int] | None = None
         """[B], how many of each row's real tokens are prompt; needed when a prompt does not come alone in one call."""
+        self.marks: Tensor | np.ndarray | None = None
+        """bool [B, P], which tokens of each prompt are marked, by their numbers; needed where the rule is ``marked``."""
         self.rows: slice | None = None
         """The rows that are edited, where others of the batch are another adapter's or the base's; None: all of them."""
         self.slot: Tensor | None = None
@@ -118,12 +123,12 @@ class Steering:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """No row is edited inside: the base's own forward, bit for bit."""
-        before = self.prompt_length, self.rows
-        self.prompt_length, self.rows = None, slice(0, 0)
+        before = self.prompt_length, self.marks, self.rows
+        self.prompt_length, self.marks, self.rows = None, NO_MARKS, slice(0, 0)
         try:
             yield
         finally:
-            self.prompt_length, self.rows = before
+            self.prompt_length, self.marks, self.rows = before
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.slot = None
@@ -134,7 +139,8 @@ class Steering:
             raise InputError("a steered forward needs input_ids or inputs_embeds")
         batch, width = tokens.shape[:2]
         mask = self._mask(call, batch, width)
-        slot = slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch))
+        marks = self.marks.cpu().numpy() if isinstance(self.marks, Tensor) else self.marks
+        slot = slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch), marks=marks)
         if self.rows is not None:
             others = np.ones(batch, bool)
             others[self.rows] = False
@@ -333,12 +339,13 @@ def greedy_tokens(
     *,
     steering: Steering | None = None,
     prompt_length: Tensor | Sequence[int] | None = None,
+    marks: np.ndarray | None = None,
     eos: int | Collection[int] | None = None,
 ) -> list[list[int]]:
     """At most ``n`` greedy tokens of each row, with a KV cache; a row ends with its first ``eos`` token.
 
-    input_ids, attention_mask: [B, S], padded on either side. ``prompt_length`` [B] is set on ``steering`` while this
-    runs; it is needed only where input_ids hold more than the prompt. Right-padded rows of a model with sliding-window
+    input_ids, attention_mask: [B, S], padded on either side. ``prompt_length`` [B] and ``marks`` are set on ``steering`` while this
+    runs; the former is needed only where input_ids hold more than the prompt. Right-padded rows of a model with sliding-window
     attention keep pads inside the window once it is full, so pad those on the left.
     """
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
@@ -347,9 +354,9 @@ def greedy_tokens(
     accepted = inspect.signature(model.forward).parameters
     columns = torch.arange(width, device=mask.device)
     last, length = (mask * columns).argmax(1), mask.sum(1)
-    before = steering.prompt_length if steering else None
+    before = (steering.prompt_length, steering.marks) if steering else (None, None)
     if steering:
-        steering.prompt_length = prompt_length
+        steering.prompt_length, steering.marks = prompt_length, marks
 
     def call(tokens: Tensor, positions: Tensor, **more: Any) -> Any:
         more |= {"position_ids": positions} if "position_ids" in accepted else {}
@@ -373,7 +380,7 @@ def greedy_tokens(
         return rows
     finally:
         if steering:
-            steering.prompt_length = before
+            steering.prompt_length, steering.marks = before
 
 
 Steerer = Callable[[PreTrainedModel], AbstractContextManager[Steering]]

@@ -17,6 +17,7 @@ from reft_export.evaluating.subjects import EAGER, EagerSubject, SessionSubject,
 from runtimes.artifacts.bundle import Artifact
 from runtimes.artifacts.task_names import TEXT_GENERATION
 from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import Positions, needs_marks
 from runtimes.errors import InputError
 from runtimes.files.folders import name_of
 from runtimes.text.tokenizer import Tokenizer
@@ -69,6 +70,16 @@ class Table:
         """Of a batch, that every artifact takes."""
         return min([asked, *(each.limits.rows for each in self.artifacts.values() if each.limits.rows is not None)])
 
+    def positions(self) -> dict[str, Positions]:
+        """Of every adapter, by what it is called in messages."""
+        own: dict[str, Positions] = {f"adapter {name}": adapter.where for name, adapter in self.adapters.items()}
+        stored = {
+            f"{where}'s adapter {name}": artifact.adapter_record(name).where
+            for where, artifact in self.artifacts.items()
+            for name in artifact.adapter_names
+        }
+        return {**own, **stored}
+
     def training(self) -> dict[str, Mapping[str, object]]:
         """What every adapter records of its training, by what it is called in messages."""
         own = {f"adapter {name}": adapter.training for name, adapter in self.adapters.items()}
@@ -101,6 +112,9 @@ def evaluate(
 
     Raises InputError for lines that cannot be asked, and where a tokenizer or a chat template reads them otherwise than the first one.
     """
+    for who, where in table.positions().items():
+        if needs_marks(where):
+            raise InputError(f"{who} is at positions {where}, and marks are not read here; ask it with `reft-export run`, or leave it out")
     report("reading the data")
     held_out = read_for(data, table, settings)
     batch, context = table.rows(settings.batch_size), table.context

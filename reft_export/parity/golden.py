@@ -22,11 +22,13 @@ from reft_export.base.load import Base, set_precision
 from reft_export.base.token_rules import output_rows
 from reft_export.eager.steering import Steerer
 from reft_export.eager.stored_cache import rounded_cache
+from reft_export.tasks.generation import GoldenInputs
 from reft_export.tasks.task import TASKS, Inputs
 from reft_export.training.probes import probe_examples
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
 from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
 from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import needs_marks
 
 NOISE, NOISE_DRAWS = 1e-5, 3
 """Of ``reference_noise``."""
@@ -72,10 +74,14 @@ def inputs_of(base: Base, adapters: Mapping[str, Adapter]) -> dict[str, Inputs]:
 def adapter_inputs(base: Base, adapters: Mapping[str, Adapter], of_base: Inputs) -> dict[str, Inputs]:
     """``inputs_of`` where the base's are there. Raises AdapterError for probes that do not fit the base."""
     shared = of_base.for_adapters(base.model)
-    return {
-        name: TASKS[base.task].probe_inputs(base.model, probe_examples(base, adapter), of_base) if adapter.probes else shared
-        for name, adapter in adapters.items()
-    }
+    marking = shared.marking() if isinstance(shared, GoldenInputs) else shared  # one for all, as the base's answers are
+
+    def of(adapter: Adapter) -> Inputs:
+        if adapter.probes:
+            return TASKS[base.task].probe_inputs(base.model, probe_examples(base, adapter), of_base)
+        return marking if needs_marks(adapter.where) else shared
+
+    return {name: of(adapter) for name, adapter in adapters.items()}
 
 
 def with_likelihoods(base: Base, inputs: InputsByName) -> InputsByName:

@@ -216,7 +216,9 @@ def _show_step(report: Report, name: str, step: int, total: int, loss: float, _:
 def read_examples(base: Base, data: Data, run: TrainSettings = TrainSettings()) -> Sequence[Example]:
     """The data as training with the settings ``run`` reads it; InputError for a file without a usable line."""
     length = run.max_length or context_of(base)
-    return load_data(data, tokenizer_of(base), max_length=length, chat_template=run.chat_template, stop_tokens=stop_tokens(base)).examples
+    tokenizer, stop = tokenizer_of(base), stop_tokens(base)
+    read = load_data(data, tokenizer, max_length=length, chat_template=run.chat_template, stop_tokens=stop, marks=run.marks)
+    return read.examples
 
 
 @torch.no_grad()

@@ -51,6 +51,8 @@ class Row:
     ids: np.ndarray
     prompt_length: int
     scored: int = 1
+    marks: np.ndarray | None = None
+    """bool [1, S], of an adapter at positions ``marked``."""
     steerer: Steerer | None = None
 
 
@@ -149,7 +151,7 @@ def _passed(model: PreTrainedModel, modules: Sequence[torch.nn.Module], row: Row
 
     with _frozen(model), steering_of(model, row.steerer) as steering:
         if steering is not None:
-            steering.prompt_length = [row.prompt_length]
+            steering.prompt_length, steering.marks = [row.prompt_length], row.marks
         handles = [module.register_forward_hook(keep) for module in modules]
         handles.append(model.get_input_embeddings().register_forward_hook(differentiable))
         try:
@@ -221,9 +223,11 @@ def rows_of(arrays: Mapping[str, Mapping[str, np.ndarray]], steerers: Mapping[st
     for name in list(steerers) or list(arrays):
         each, steerer = arrays[name], steerers.get(name)
         rows = []
-        for ids, mask, prompt in zip(each["input_ids"], each["attention_mask"], each["prompt_length"], strict=True):
+        marks = each.get("marks")
+        for number, (ids, mask, prompt) in enumerate(zip(each["input_ids"], each["attention_mask"], each["prompt_length"], strict=True)):
+            marked = None if marks is None else marks[number : number + 1] > 0
             scored = 1 if steerer is None else int(prompt)
-            rows.append(Row(ids=ids[mask > 0], prompt_length=int(prompt), scored=scored, steerer=steerer))
+            rows.append(Row(ids=ids[mask > 0], prompt_length=int(prompt), scored=scored, marks=marked, steerer=steerer))
         found.append([row for row in rows if len(row.ids) > row.scored])
     room = max(SAMPLES // max(len(found), 1), 1)
     return [rows[index] for rows in found for index in spread(len(rows), room)]

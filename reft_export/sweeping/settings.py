@@ -90,7 +90,8 @@ class SweepSettings:
             for rank in space.ranks:
                 Point(method=method, layers="all", rank=rank, positions=space.positions[0], lr=space.rates[0]).applied(self.training)
         for positions in space.positions:
-            replace(self.training, positions=positions)
+            if replace(self.training, positions=positions).marks:
+                raise InputError("a sweep compares positions that every prompt has, and marked is not one; train it with reft-export train")
 
     @property
     def space(self) -> Space:

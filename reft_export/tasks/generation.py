@@ -15,6 +15,7 @@ from reft_export.base.token_rules import decoder_context, output_rows
 from reft_export.tasks.passages import passage_rows
 from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.artifacts.task_names import TEXT_GENERATION
+from runtimes.edits.positions import every_other, marks_of
 from runtimes.edits.probes import spread
 from runtimes.parity.figures import Figures
 from runtimes.parity.sampled_logits import SampledLogits, compare_sampled
@@ -69,6 +70,8 @@ class GoldenInputs:
     prompt_length: np.ndarray
     logit_positions: np.ndarray
     logit_columns: np.ndarray
+    marks: np.ndarray | None = None
+    """[B, S], 1 where a prompt marks a token that an adapter at positions ``marked`` edits."""
     continued: int
     """The first rows, which are continued and fed in every way."""
     likelihoods: bool = False
@@ -77,12 +80,24 @@ class GoldenInputs:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: value for name, value in vars(self).items() if name not in ("continued", "likelihoods")}
+        return {name: value for name, value in vars(self).items() if name not in ("continued", "likelihoods") and value is not None}
 
     def for_adapters(self, model: PreTrainedModel) -> GoldenInputs:
         """The rows that are continued, for adapters without probes, whose files hold the logits of several models."""
         columns = _columns(len(self.logit_positions), output_rows(model), ADAPTER_LOGITS)
         return replace(self._with_rows(self._tokens()[: self.continued], self.prompt_length[: self.continued]), logit_columns=columns)
+
+    def marking(self) -> GoldenInputs:
+        """With marks, for an adapter that needs some and has no probes."""
+        return self.with_marks(every_other(self.prompt_length.tolist()))
+
+    def with_marks(self, marks: np.ndarray) -> GoldenInputs:
+        """``marks`` bool [B, P], P <= S."""
+        return replace(self, marks=np.pad(marks, [(0, 0), (0, self.input_ids.shape[1] - marks.shape[1])]).astype(np.int64))
+
+    def marked(self, rows: slice | Sequence[int]) -> np.ndarray | None:
+        """bool, the marks of these rows."""
+        return None if self.marks is None else self.marks[rows] > 0
 
     def with_passages(self, passages: Sequence[Sequence[int]]) -> GoldenInputs:
         """Each of ``passages`` [S] in a row behind the others, all but its first token being what is predicted: the base's likelihood is
@@ -156,7 +171,8 @@ class GoldenInputs:
         for number in range(self.continued):
             prompt = int(self.prompt_length[number])
             length = max(int(columns[rows == number].max(initial=0)) + 1, prompt)
-            yield PromptRow(number=number, ids=self.input_ids[number, :length][None], prompt_length=prompt)
+            marks = self.marked([number])
+            yield PromptRow(number=number, ids=self.input_ids[number, :length][None], prompt_length=prompt, marks=marks)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -171,9 +187,11 @@ class PromptRow:
     number: int
     ids: np.ndarray
     prompt_length: int
+    marks: np.ndarray | None = None
 
     def run(self, session: Session) -> tuple[np.ndarray, Mapping[str, Tensor]]:
-        output = as_decoder(session).step(self.ids, np.ones_like(self.ids), prompt_length=np.array([self.prompt_length]))
+        prompt = np.array([self.prompt_length])
+        output = as_decoder(session).step(self.ids, np.ones_like(self.ids), prompt_length=prompt, marks=self.marks)
         return output.logits[0], output.outputs
 
     def eager(self, model: PreTrainedModel, steering: Steering | None) -> torch.Tensor:
@@ -181,7 +199,7 @@ class PromptRow:
 
         ids = torch.from_numpy(self.ids)
         if steering is not None:
-            steering.prompt_length = [self.prompt_length]
+            steering.prompt_length, steering.marks = [self.prompt_length], self.marks
         return model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).logits[0]
 
 
@@ -201,7 +219,7 @@ class Generation:
         return inputs.with_passages(passages) if passages else inputs
 
     def probe_inputs(self, model: PreTrainedModel, examples: Sequence[Any], of_base: GoldenInputs) -> GoldenInputs:
-        return probe_inputs(model, [(each.input_ids, each.prompt_length) for each in examples])
+        return probe_inputs(model, [(each.input_ids, each.prompt_length) for each in examples], [each.marks for each in examples])
 
     def stored_inputs(self, arrays: Mapping[str, np.ndarray]) -> GoldenInputs:
         names = [field.name for field in fields(GoldenInputs) if field.name in arrays]
@@ -257,8 +275,11 @@ def golden_inputs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, m
     return _inputs(model, rows, list(map(len, prompts)), len(rows), BASE_LOGITS, likelihoods=False)
 
 
-def probe_inputs(model: PreTrainedModel, probes: Sequence[tuple[Sequence[int], int]]) -> GoldenInputs:
-    """Rows of an adapter's probes, (tokens, how many of them are the prompt), all of which fit the model's context.
+def probe_inputs(
+    model: PreTrainedModel, probes: Sequence[tuple[Sequence[int], int]], marks: Sequence[Sequence[int]] | None = None
+) -> GoldenInputs:
+    """Rows of an adapter's probes, (tokens, how many of them are the prompt), all of which fit the model's context; ``marks``: the numbers
+    of those that each prompt marks.
 
     First come CONTINUED that are fed in every way, of different lengths and among the shorter half; then the others, as many as
     PROBE_TOKENS hold. Completions are cut to COMPLETION.
@@ -271,8 +292,12 @@ def probe_inputs(model: PreTrainedModel, probes: Sequence[tuple[Sequence[int], i
     for row in range(len(rows)):
         if row not in first and len(rows[row][0]) <= room:
             kept, room = [*kept, row], room - len(rows[row][0])
-    chosen = [rows[row] for row in (*first, *kept)]
-    return _inputs(model, [row for row, _ in chosen], [prompt for _, prompt in chosen], len(first), ADAPTER_LOGITS, likelihoods=True)
+    chosen = [*first, *kept]
+    tokens, prompts = [rows[row][0] for row in chosen], [rows[row][1] for row in chosen]
+    inputs = _inputs(model, tokens, prompts, len(first), ADAPTER_LOGITS, likelihoods=True)
+    if marks is None or not any(marks):
+        return inputs
+    return inputs.with_marks(marks_of([marks[row] for row in chosen]))
 
 
 def _inputs(
@@ -339,7 +364,7 @@ def _logits_at(
             total = max(by_row[row][-1] for row in batch) + 1
             ids, mask = (torch.from_numpy(x[batch, :total]) for x in (inputs.input_ids, inputs.attention_mask))
             if handle is not None:
-                handle.prompt_length = inputs.prompt_length[batch]
+                handle.prompt_length, handle.marks = inputs.prompt_length[batch], inputs.marked(batch)
             where = [(i, column) for i, row in enumerate(batch) for column in by_row[row]]
             index = tuple(torch.tensor(axis, device=device) for axis in zip(*where, strict=True))
             with _head_at(model, ids.shape, index) as narrowed:
@@ -416,15 +441,26 @@ def eager_greedy(
         with ExitStack() as steered:
             prompts: list[list[int]] = []
             places: dict[str, slice] = {}
+            total = sum(asked[name][0].continued for name in names)
             for name in names:
                 inputs, steerer = asked[name]
                 places[name] = slice(len(prompts), len(prompts) + inputs.continued)
                 prompts += inputs.prompts
                 if (handle := steered.enter_context(steering_of(model, steerer))) is not None:
                     handle.rows = places[name]
+                    handle.marks = _among(total, places[name], inputs.marked(slice(inputs.continued)))
             tokens = _greedy(model, prompts, count)
         found |= {name: tokens[place] for name, place in places.items()}
     return found
+
+
+def _among(total: int, place: slice, marks: np.ndarray | None) -> np.ndarray | None:
+    """The marks [n, S] of the rows ``place`` among ``total`` rows."""
+    if marks is None:
+        return None
+    every = np.zeros((total, marks.shape[1]), bool)
+    every[place] = marks
+    return every
 
 
 def _together(asked: Mapping[str, tuple[GoldenInputs, Steerer | None]]) -> Iterator[list[str]]:

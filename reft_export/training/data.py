@@ -26,6 +26,7 @@ from reft_export.training.forms import AUTO, FORMS, TEXT, read_record
 from reft_export.training.rendering import rendered
 from reft_export.training.sources import Lines, Source, read_object, sources_of
 from reft_export.training.tokenizing import IGNORED, Example, Tokenizing
+from runtimes.edits.positions import marks_of
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:  # a file that is not there is said before torch is loaded
@@ -55,6 +56,9 @@ class Tokenized(Protocol):
 
     @property
     def form(self) -> str: ...
+
+    @property
+    def marks(self) -> tuple[int, ...]: ...
 
     @property
     def truncated(self) -> bool: ...
@@ -120,6 +124,7 @@ def load_data(
     stop_tokens: Collection[int] = (),
     form: str = AUTO,
     train_on: str = "last",
+    marks: bool = False,
     teacher: PromptedTeacher | None = None,
 ) -> TrainingData[Example]:
     """Reads and tokenizes the data. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos; ``form``: of
@@ -138,6 +143,7 @@ def load_data(
             stop_tokens=stop_tokens,
             form=form,
             train_on=train_on,
+            marks=marks,
             teacher=teacher,
         )
 
@@ -155,13 +161,14 @@ def iter_examples(
     stop_tokens: Collection[int] = (),
     form: str = AUTO,
     train_on: str = "last",
+    marks: bool = False,
     teacher: PromptedTeacher | None = None,
 ) -> Iterator[Example]:
     """``load_data`` one example at a time. The refusal of a file without any comes at its end."""
     source = source if isinstance(source, Source) else Source(source)
     lines = source.lines()
     template = uses_template(tokenizer, chat_template)
-    tokenizing = tokenizing_of(tokenizer, stop_tokens, max_length)
+    tokenizing = tokenizing_of(tokenizer, stop_tokens, max_length, marks=marks)
     found = False
     for line in lines:
         record = read_object(line)
@@ -188,9 +195,9 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> boo
     return has_template and chat_template != "never"
 
 
-def tokenizing_of(tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int], max_length: int) -> Tokenizing:
+def tokenizing_of(tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int], max_length: int, *, marks: bool = False) -> Tokenizing:
     end = end_token(tokenizer, tuple(stop_tokens))
-    return Tokenizing(tokenizer, frozenset({*stop_tokens, end}), end, max_length)
+    return Tokenizing(tokenizer, frozenset({*stop_tokens, end}), end, max_length, marks)
 
 
 def forms_of(examples: Sequence[Example]) -> dict[str, int]:
@@ -210,7 +217,8 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64."""
+    """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64; and where
+    prompts mark tokens marks [B, P], bool."""
     width = max(len(example.input_ids) for example in examples)
 
     import torch
@@ -223,4 +231,5 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
         "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
         "labels": padded([e.labels for e in examples], IGNORED),
         "prompt_length": torch.tensor([e.prompt_length for e in examples]),
+        **({"marks": torch.from_numpy(marks_of([e.marks for e in examples]))} if any(e.marks for e in examples) else {}),
     }

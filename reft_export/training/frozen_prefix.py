@@ -30,7 +30,7 @@ def frozen_tokens(rule: Positions, prompt_length: int, first_counted: int) -> in
     first whose logits a loss takes: of plain text that is the first of all."""
     if isinstance(rule, RuleSets):
         return min(frozen_tokens(each, prompt_length, first_counted) for each in rule.rules)
-    if rule.first or rule.prompt or rule.everywhere or rule.every:
+    if rule.first or rule.prompt or rule.everywhere or rule.every or rule.marked:
         return 0
     if rule.chosen:
         at = [number if number >= 0 else prompt_length + number for number in rule.chosen]

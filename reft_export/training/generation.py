@@ -49,6 +49,7 @@ class EditedModel(TrainedModel):
         attention_mask: Tensor,
         labels: Tensor,
         prompt_length: Tensor,
+        marks: Tensor | None = None,
         reference: Mapping[str, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
@@ -60,6 +61,7 @@ class EditedModel(TrainedModel):
             attention_mask=attention_mask,
             labels=labels,
             prompt_length=prompt_length,
+            marks=marks,
             reference=None if reference is None else Batch.of(reference, input_ids.device),
         )
         logits = way(batch)
@@ -91,6 +93,7 @@ class CompletionObjective(Objective[Example]):
             stop_tokens=self.stop_tokens,
             form=settings.format,
             train_on=settings.train_on,
+            marks=settings.marks,
             teacher=self.prompted_teacher(),
         )
         check_vocabulary(read.examples, vocabulary_of(self.base))
@@ -165,8 +168,8 @@ class CompletionObjective(Objective[Example]):
         if not asked:
             return ()
         phase("sampling the base" if adapter is None else "sampling the steered model")
-        with nullcontext() if adapter is None else steered(self.base.model, adapter):
-            return greedy_samples(self.base, asked)
+        with nullcontext() if adapter is None else steered(self.base.model, adapter) as steering:
+            return greedy_samples(self.base, asked, steering)
 
 
 def penalized(loss: Loss, weight: float, reference: Reference) -> Loss:
@@ -178,10 +181,10 @@ def penalized(loss: Loss, weight: float, reference: Reference) -> Loss:
     return total
 
 
-def greedy_samples(base: Base, examples: Sequence[Example]) -> tuple[Sample, ...]:
+def greedy_samples(base: Base, examples: Sequence[Example], steering: Steering | None = None) -> tuple[Sample, ...]:
     """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
     prompts, stop = [example.input_ids[: example.prompt_length] for example in examples], stop_tokens(base)
-    answers = greedy_answers(base, prompts, SAMPLE_TOKENS)
+    answers = greedy_answers(base, prompts, SAMPLE_TOKENS, steering=steering, marks=[example.marks for example in examples])
     # A stop token need not be a special one, which decoding would leave out.
     ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
     return tuple(

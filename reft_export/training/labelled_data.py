@@ -57,6 +57,11 @@ class LabelledText:
     def length(self) -> int:
         return len(self.text)
 
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """None: positions marked are of a decoder's prompts."""
+        return ()
+
 
 def load_labelled(data: Lines, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int) -> TrainingData[LabelledText]:
     """Reads and tokenizes the data. Raises InputError naming file and line for anything not of the form above."""

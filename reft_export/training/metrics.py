@@ -18,6 +18,7 @@ from reft_export.training.settings import ACCURACY, EXACT_MATCH, LOSS
 from reft_export.training.sources import Lines
 from reft_export.training.tokenizing import IGNORED, Example
 from reft_export.training.ways import Batch, Way, counted_log_likelihoods
+from runtimes.edits.positions import marks_of
 from runtimes.generation import PAD
 
 
@@ -39,9 +40,11 @@ class AnswerMetric:
 
     def _chosen(self, way: Way) -> list[bool]:
         rows = [(question.prompt, choice) for question in self.questions for choice in self.choices]
+        marks = [question.marks for question in self.questions for _ in self.choices] if self._marked else None
         found: list[float] = []
         for start in range(0, len(rows), self.batch_size):
-            found += log_likelihoods(way, rows[start : start + self.batch_size], self.base.model.device)
+            part = slice(start, start + self.batch_size)
+            found += log_likelihoods(way, rows[part], self.base.model.device, None if marks is None else marks[part])
         width = len(self.choices)
         scores = [found[start : start + width] for start in range(0, len(found), width)]
         return [self.choices[row.index(max(row))] == question.answer for row, question in zip(scores, self.questions, strict=True)]
@@ -52,13 +55,19 @@ class AnswerMetric:
         right: list[bool] = []
         for start in range(0, len(self.questions), self.batch_size):
             batch = self.questions[start : start + self.batch_size]
-            for question, answer in zip(batch, self._greedy(steering, [each.prompt for each in batch], most), strict=True):
+            for question, answer in zip(batch, self._greedy(steering, batch, most), strict=True):
                 own = self._text(question.answer)
                 right.append(answer.strip() == own.strip() if self.check is None else self.check.passes(question, answer))
         return right
 
-    def _greedy(self, steering: Steering, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
-        return [self._text(answer) for answer in greedy_answers(self.base, prompts, most, steering=steering)]
+    def _greedy(self, steering: Steering, questions: Sequence[Question], most: int) -> list[str]:
+        marks = [each.marks for each in questions] if self._marked else None
+        answers = greedy_answers(self.base, [each.prompt for each in questions], most, steering=steering, marks=marks)
+        return [self._text(answer) for answer in answers]
+
+    @property
+    def _marked(self) -> bool:
+        return any(question.marks for question in self.questions)
 
     def _text(self, tokens: Sequence[int]) -> str:
         kept = [token for token in tokens if token not in stop_tokens(self.base)]  # one need not be special, which decoding leaves out
@@ -85,13 +94,18 @@ def answer_metric(name: str, base: Base, examples: Examples[Example], held_out_d
     )
 
 
-def log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> list[float]:
-    """log p(answer | prompt) of every (prompt, answer), summed over the answer's tokens, in nats. ``way``: to logits, as in training."""
-    return [float(each.sum()) for each in token_log_likelihoods(way, rows, device)]
+def log_likelihoods(
+    way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device, marks: Sequence[Sequence[int]] | None = None
+) -> list[float]:
+    """log p(answer | prompt) of every (prompt, answer), summed over the answer's tokens, in nats. ``way``: to logits, as in training.
+    ``marks``: the numbers of each prompt's marked tokens."""
+    return [float(each.sum()) for each in token_log_likelihoods(way, rows, device, marks)]
 
 
-def token_log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> tuple[Tensor, ...]:
-    """[answer's tokens] of every (prompt, answer): log p of each, given all before it, in nats."""
+def token_log_likelihoods(
+    way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device, marks: Sequence[Sequence[int]] | None = None
+) -> tuple[Tensor, ...]:
+    """[answer's tokens] of every (prompt, answer): log p of each, given all before it, in nats. ``marks``: as of ``log_likelihoods``."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
 
     def padded(fill: int, each: Sequence[Sequence[int]]) -> Tensor:
@@ -102,5 +116,6 @@ def token_log_likelihoods(way: Way, rows: Sequence[tuple[Sequence[int], Sequence
         attention_mask=padded(0, [[1] * (len(prompt) + len(answer)) for prompt, answer in rows]),
         labels=padded(IGNORED, [[*[IGNORED] * len(prompt), *answer] for prompt, answer in rows]),
         prompt_length=torch.tensor([len(prompt) for prompt, _ in rows], device=device),
+        marks=None if marks is None else torch.from_numpy(marks_of(marks)),
     )
     return counted_log_likelihoods(way(batch), batch)

@@ -72,12 +72,13 @@ class PreferredModel(TrainedModel):
         attention_mask: Tensor,
         token_labels: Tensor,
         prompt_length: Tensor,
+        marks: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The loss summed over pairs and divided by num_items_in_batch (else by their number). ``labels`` [B]: one a pair, which is what
         Trainer counts."""
         way, loss = self._outside
-        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, labels=token_labels, prompt_length=prompt_length)
+        batch = Batch(input_ids=input_ids, attention_mask=attention_mask, labels=token_labels, prompt_length=prompt_length, marks=marks)
         return loss(way(batch), batch) / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -93,7 +94,12 @@ class PreferenceObjective(CompletionObjective):
     def read(self, data: Lines, max_length: int) -> TrainingData[Example]:
         settings = self.settings
         read = load_pairs(
-            data, tokenizer_of(self.base), max_length=max_length, chat_template=settings.chat_template, stop_tokens=self.stop_tokens
+            data,
+            tokenizer_of(self.base),
+            max_length=max_length,
+            chat_template=settings.chat_template,
+            stop_tokens=self.stop_tokens,
+            marks=settings.marks,
         )
         check_vocabulary(self.rows(Examples(training=list(read.examples), held_out=[])).training, vocabulary_of(self.base))
         return read

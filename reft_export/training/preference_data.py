@@ -32,14 +32,20 @@ SAMPLE = {"prompt": "How are you?", "chosen": "Arr, never better!", "rejected": 
 
 
 def load_pairs(
-    data: Lines, tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: str = "auto", stop_tokens: Collection[int] = ()
+    data: Lines,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template: str = "auto",
+    stop_tokens: Collection[int] = (),
+    marks: bool = False,
 ) -> TrainingData[Example]:
     """The chosen answers as examples, with the rejected ones of each in its ``rejected``.
 
     Raises InputError naming file and line, as ``load_data`` does; for answers that are the same, as far as ``max_length`` goes; and for
     conversations of one line that differ before their last answer.
     """
-    template, tokenizing = uses_template(tokenizer, chat_template), tokenizing_of(tokenizer, stop_tokens, max_length)
+    template, tokenizing = uses_template(tokenizer, chat_template), tokenizing_of(tokenizer, stop_tokens, max_length, marks=marks)
 
     def read(source: Source) -> Iterator[Example]:
         found = False

@@ -33,7 +33,7 @@ from reft_export.training.settings import LOSS, SFT, TrainSettings
 from reft_export.training.sources import Data, Lines, Rewritten
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
-from runtimes.edits.positions import Positions, RuleSets, of_rules, slots
+from runtimes.edits.positions import Positions, RuleSets, marks_of, of_rules, slots
 from runtimes.edits.probes import Probe, spread
 from runtimes.errors import InputError
 from runtimes.files.folders import check_destination
@@ -226,12 +226,14 @@ def place(base: Base, settings: TrainSettings) -> torch.device:
 
 def check_positions(data: TrainingData[Any], rule: Positions) -> None:
     """An example of which no token is edited would train nothing, and a batch of such has no gradient at all."""
-    reached: dict[int, bool] = {}
+    reached: dict[tuple[int, tuple[int, ...]], bool] = {}
     for example in data.examples:
         n = example.prompt_length
-        if n not in reached:
-            reached[n] = bool((slots(rule, np.ones((1, n)), n, prompt_length=np.array([n])) >= 0).any())
-        if not reached[n]:
+        key = (n, example.marks)
+        if key not in reached:
+            marks = marks_of([example.marks])
+            reached[key] = bool((slots(rule, np.ones((1, n)), n, prompt_length=np.array([n]), marks=marks) >= 0).any())
+        if not reached[key]:
             raise InputError(
                 f"{example.where}: the prompt has {n} token, and positions {rule} edit none of it (each end "
                 "gets at most half of the prompt); lengthen the prompt, or use positions prompt"

@@ -10,6 +10,7 @@ from reft_export.training.forms import AsProbe, probe_as_it_is, probe_of_form
 from reft_export.training.sources import Data, Lines, read_object, sources_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
+from runtimes.edits.positions import needs_marks
 from runtimes.edits.probes import MOST, Probe, spread
 from runtimes.errors import AdapterError, InputError
 
@@ -63,4 +64,6 @@ def tokenized(data: Data, base: Base, adapter: Adapter) -> Sequence[Example] | S
     trained = adapter.training.get("data")
     plain = isinstance(trained, dict) and trained.get("chat_template") is False
     template = "never" if plain else "auto"
-    return load_data(data, tokenizer, max_length=context, chat_template=template, stop_tokens=stop_tokens(base)).examples
+    marks = needs_marks(adapter.where)
+    read = load_data(data, tokenizer, max_length=context, chat_template=template, stop_tokens=stop_tokens(base), marks=marks)
+    return read.examples

@@ -34,11 +34,13 @@ class Question:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     where: str
+    marks: tuple[int, ...] = ()
+    """The numbers of the tokens that the prompt marks."""
 
 
 def question_of(example: Example) -> Question:
     start, end = example.trained[-1]
-    return Question(prompt=example.input_ids[:start], answer=example.input_ids[start:end], where=example.where)
+    return Question(prompt=example.input_ids[:start], answer=example.input_ids[start:end], where=example.where, marks=example.marks)
 
 
 def check_answers(examples: Iterable[Example], name: str) -> None:

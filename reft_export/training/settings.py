@@ -203,6 +203,11 @@ class TrainSettings:
         said = [self.positions if edit.positions is None else edit.positions for edit in self.edits]
         return tuple(dict.fromkeys(said or [self.positions]))
 
+    @property
+    def marks(self) -> bool:
+        """Whether prompts mark the tokens that are edited."""
+        return any(PositionRule.parse(text).marked for text in self.all_positions)
+
     def sites(self, num_hidden_layers: int) -> tuple[Site, ...]:
         return tuple(self.forms(num_hidden_layers))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reft_export.training.data import Tokenized
-from runtimes.edits.positions import Positions, slots
+from runtimes.edits.positions import Positions, marks_of, slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,14 +95,15 @@ class _EditedTokens:
 
     def __init__(self, rule: Positions) -> None:
         self._rule = rule
-        self._known: dict[tuple[int, int], np.ndarray] = {}
+        self._known: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
 
     def of(self, example: Tokenized) -> np.ndarray:
         """bool [S]."""
-        key = (len(example.input_ids), example.prompt_length)
+        key = (len(example.input_ids), example.prompt_length, example.marks)
         if key not in self._known:
-            width, prompt = key
-            self._known[key] = slots(self._rule, np.ones((1, width)), width, prompt_length=np.array([prompt]))[0] >= 0
+            width, prompt, marked = key
+            ones, marks = np.ones((1, width)), marks_of([marked])
+            self._known[key] = slots(self._rule, ones, width, prompt_length=np.array([prompt]), marks=marks)[0] >= 0
         return self._known[key]
 
 

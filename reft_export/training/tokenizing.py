@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from reft_export.base.token_rules import plain_tokens, prompt_tokens
 from reft_export.training.rendering import Piece, Rendered
 from runtimes.errors import InputError
+from runtimes.text.marks import marked_tokens, without_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,8 @@ class Example:
     prompted: tuple[int, ...] = ()
     """What the teacher of a distillation sees in place of the prompt's tokens."""
 
+    marks: tuple[int, ...] = ()
+    """The numbers of the prompt's tokens that it marks, where the run edits those."""
     rejected: Example | None = None
     """Of a pair: the answer that is preferred less, behind the same prompt."""
 
@@ -61,6 +64,7 @@ class Example:
             prompt_length=len(self.prompted),
             spans=tuple((start + moved, end + moved) for start, end in self.spans),
             prompted=(),
+            marks=(),  # a teacher that sees another prompt is not steered
         )
 
     @property
@@ -85,15 +89,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How the lines of one run are tokenized. ``stop``: the tokens that end an answer; ``end``: the one that is added."""
+    """How the lines of one run are tokenized. ``stop``: the tokens that end an answer; ``end``: the one that is added; ``marks``: prompts
+    mark tokens, and the marks are taken out (runtimes/text/marks.py)."""
 
     tokenizer: PreTrainedTokenizerBase
     stop: frozenset[int]
     end: int
     max_length: int
+    marks: bool = False
 
     def example(self, line: Rendered, *, number: int, where: str, form: str) -> Example:
-        """Raises InputError for a prompt without tokens, or that leaves no room for an answer, and for a text of one token."""
+        """Raises InputError for a prompt without tokens, or that leaves no room for an answer, and for a text of one token; with
+        ``marks`` for a prompt that marks nothing, and for lines that have no one prompt."""
+        marked = tuple[int, ...]()
+        if self.marks:
+            line, marked = self._without_marks(line, where)
         if line.pieces[0].trained:
             return self._text(line.pieces[0].text, number=number, where=where, form=form)
         parts = self._parts(line.pieces, special=not line.templated)
@@ -121,6 +131,7 @@ class Tokenizing:
             truncated=len(tokens) > self.max_length,
             spans=self._within(spans) if len(spans) > 1 else (),
             form=form,
+            marks=marked,
         )
 
     def _text(self, text: str, *, number: int, where: str, form: str) -> Example:
@@ -139,6 +150,24 @@ class Tokenizing:
             spans=((1, len(cut)),),
             form=form,
         )
+
+    def _without_marks(self, line: Rendered, where: str) -> tuple[Rendered, tuple[int, ...]]:
+        """(the line without its prompt's marks, the numbers of the tokens that they mark)."""
+        prompt, *rest = line.pieces
+        if prompt.trained:
+            raise InputError(f"{where}: is plain text, which has no prompt that could mark tokens; give prompt and completion")
+        if len(rest) > 1:
+            raise InputError(f"{where}: with positions marked one answer is trained, and here are several; pass --train-on last")
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{where}: positions marked need a fast tokenizer, which says where its tokens stand in a text; use another base"
+            )
+        try:
+            text, spans = without_marks(prompt.text)
+            framed = self.tokenizer(text, add_special_tokens=not line.templated, return_offsets_mapping=True, verbose=False)
+            return replace(line, pieces=(replace(prompt, text=text), *rest)), marked_tokens(framed["offset_mapping"], spans)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
 
     def _parts(self, pieces: Sequence[Piece], *, special: bool) -> list[list[int]]:
         """The tokens of every piece; ``special``: the tokenizer's own stand in front of the first."""

@@ -51,7 +51,9 @@ OLDER = "logit_columns"
 ALWAYS, ADAPTERS, FLOAT32, NOISE = "always", "adapters", "adapters, of a bundle that is not float32", "where activations are quantized"
 PROBES, FLOAT32_PROBES = "adapters with probes", "adapters with probes, of a bundle that is not float32"
 SCORED, FLOAT32_SCORED = "adapters with probes, and a quantized base with passages", "the same, of a bundle that is not float32"
-"""When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise."""
+MARKED = "adapters at positions marked"
+"""When an array is there. FLOAT32 ones may be there for every adapter; NOISE may be left out, which is no noise, and
+MARKED, without which such an adapter is refused."""
 LIKELIHOODS = {PROBES, FLOAT32_PROBES, SCORED, FLOAT32_SCORED}
 
 
@@ -139,6 +141,7 @@ DECODER = (
     _integers("input_ids", ("B", "S"), 0, "V", "a prompt and its completion"),
     _integers("attention_mask", ("B", "S"), 0, 2, "1 for tokens, 0 for the pads behind them"),
     _integers("prompt_length", ("B",), 1, "S", "tokens of each prompt; at least one of the completion follows"),
+    _integers("marks", ("B", "S"), 0, 2, "1 for the prompt's tokens that an adapter at positions marked edits", MARKED),
     _integers("logit_positions", ("K", 2), 0, math.inf, "(row, column) of the recorded logits, each once, on tokens, one behind a prompt"),
     _integers("logit_columns", ("K", "C"), 0, "V", "the columns of the vocabulary that are recorded there, ascending"),
     _integers("greedy_tokens", ("R", "G"), -1, "V", "the first R prompts' greedy continuations, end tokens ignored; -1 behind them"),
@@ -180,12 +183,12 @@ class GoldenSchema:
     @property
     def table(self) -> dict[str, GoldenArray]:
         """Every array that may be there, by name."""
-        absent = {*(() if self.adapter else (ADAPTERS, FLOAT32, PROBES, FLOAT32_PROBES)), *(() if self.noisy else (NOISE,))}
+        absent = {*(() if self.adapter else (ADAPTERS, MARKED, FLOAT32, PROBES, FLOAT32_PROBES)), *(() if self.noisy else (NOISE,))}
         return {array.name: array for array in self.layout.arrays if array.when not in absent}
 
     @property
     def required(self) -> set[str]:
-        optional = {NOISE, *LIKELIHOODS, *((FLOAT32,) if self.float32 else ())}
+        optional = {NOISE, MARKED, *LIKELIHOODS, *((FLOAT32,) if self.float32 else ())}
         return {name for name, array in self.table.items() if array.when not in optional}
 
     def required_with(self, names: Collection[str]) -> set[str]:
@@ -196,7 +199,7 @@ class GoldenSchema:
             kinds |= {FLOAT32, *LIKELIHOODS}
         elif kinds & LIKELIHOODS:
             kinds |= {PROBES, SCORED}
-        return self.required | {name for name, array in table.items() if array.when in kinds - {NOISE}}
+        return self.required | {name for name, array in table.items() if array.when in kinds - {NOISE, MARKED}}
 
     def check_headers(self, headers: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Raises GoldenError unless names, dtypes and shapes are the table's, and sizes agree; needs no values."""

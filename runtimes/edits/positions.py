@@ -1,14 +1,15 @@
 """Which tokens an edit acts on: the positions grammar, and the rule that turns an attention mask into slots.
 
 Grammar: ``f7+l7`` (first 7 and last 7 prompt tokens), ``f3``, ``l1``, ``prompt`` (every prompt token), ``all`` (decode steps too);
-``1,3,-2`` (prompt tokens by number, from 0; -1 is the prompt's last) and ``every3`` (its tokens 0, 3, 6 ..). A graph computes the former
-itself; the latter, and several rules at once, are computed here and handed to it as ``reft.slots``.
+``1,3,-2`` (prompt tokens by number, from 0; -1 is the prompt's last), ``every3`` (its tokens 0, 3, 6 ..) and ``marked`` (those that the
+prompt itself marks, runtimes/text/marks.py). A graph computes the former itself; the latter, and several rules at once, are computed here
+and handed to it as ``reft.slots``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -22,12 +23,16 @@ LARGEST = 2**63 - 1
 """The largest count: the graph takes the rule as int64."""
 MOST_RULES = 4
 """Of one adapter."""
-GRAMMAR = "f<n>, l<n>, f<n>+l<n>, prompt, all, numbers like 1,3,-2, or every<n>"
+UNMARKED = (
+    "positions marked: the adapter edits the tokens that a prompt marks, and prompts have no marks here; ask it with `reft-export run` and "
+    "a prompt like 'Tell me about [[the moon]].', or train one at other positions"
+)
+GRAMMAR = "f<n>, l<n>, f<n>+l<n>, prompt, all, numbers like 1,3,-2, every<n>, or marked"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """One rule of positions. Exactly one of (first or last), prompt, everywhere, chosen, every is used.
+    """One rule of positions. Exactly one of (first or last), prompt, everywhere, chosen, every, marked is used.
 
     ``truncate``: a prompt of L tokens is edited at most on its first and last L // 2 tokens, as pyreft does, so that the two
     never overlap.
@@ -41,6 +46,8 @@ class PositionRule:
     """Prompt tokens by number, from 0; negative ones from its end, -1 its last. Those that a prompt lacks are left out."""
     every: int = 0
     """The prompt's tokens 0, n, 2n .."""
+    marked: bool = False
+    """The tokens that each prompt marks."""
     truncate: bool = True
 
     def __post_init__(self) -> None:
@@ -50,7 +57,7 @@ class PositionRule:
             raise InputError(f"positions: a count is beyond {LARGEST}, the largest that the graph's int64 inputs hold; use prompt or all")
         if any(not -LARGEST <= number <= LARGEST for number in (*self.chosen, self.every)) or self.every < 0:
             raise InputError(f"positions: numbers reach from -{LARGEST} to {LARGEST}, and every<n> counts from 1")
-        if bool(self.first or self.last) + self.prompt + self.everywhere + bool(self.chosen) + bool(self.every) != 1:
+        if bool(self.first or self.last) + self.prompt + self.everywhere + bool(self.chosen) + bool(self.every) + self.marked != 1:
             raise InputError(f"positions are one of: {GRAMMAR}")
         object.__setattr__(self, "chosen", tuple(sorted(set(self.chosen), key=lambda number: (number < 0, number))))
 
@@ -59,6 +66,8 @@ class PositionRule:
             return "all"
         if self.prompt:
             return "prompt"
+        if self.marked:
+            return "marked"
         if self.every:
             return f"every{self.every}"
         if self.chosen:
@@ -71,6 +80,8 @@ class PositionRule:
             return cls(everywhere=True)
         if text == "prompt":
             return cls(prompt=True)
+        if text == "marked":
+            return cls(marked=True)
         if re.fullmatch(r"-?\d{1,20}(,-?\d{1,20})*", text):
             return cls(chosen=tuple(map(int, text.split(","))))
         if re.fullmatch(r"every\d{1,20}", text) and int(text[5:]):
@@ -93,7 +104,7 @@ class PositionRule:
     @property
     def explicit(self) -> bool:
         """Whether no graph computes it, so that its slots are handed in at every step."""
-        return bool(self.chosen or self.every)
+        return bool(self.chosen or self.every or self.marked)
 
     def groups(self, *, tied: bool) -> tuple[str, ...]:
         """What its slots are called, in order: one edit, or untied a prefix's and a suffix's."""
@@ -169,6 +180,26 @@ def needs_slots(positions: Positions) -> bool:
     return isinstance(positions, RuleSets) or positions.explicit
 
 
+def needs_marks(positions: Positions) -> bool:
+    """Whether prompts have to say which of their tokens are edited."""
+    return any(rule.marked for rule in (positions.rules if isinstance(positions, RuleSets) else (positions,)))
+
+
+def marks_of(rows: Iterable[Sequence[int]]) -> np.ndarray:
+    """bool [B, P]: which tokens of each prompt are marked, of their numbers, from 0; P reaches to the last of them, and is 1 at least."""
+    each = list(rows)
+    marks = np.zeros((len(each), max((max(numbers, default=0) for numbers in each), default=0) + 1), bool)
+    for row, numbers in zip(marks, each, strict=True):
+        row[list(numbers)] = True
+    return marks
+
+
+def every_other(prompt_length: Iterable[int]) -> np.ndarray:
+    """bool [B, P]: marks of prompts that mark nothing, where ranges, logits or times are measured: tokens 0, 2, 4 .., so that there are
+    edited tokens and others."""
+    return marks_of(range(0, length, 2) for length in prompt_length)
+
+
 def slots(
     rule: Positions | None,
     attention_mask: np.ndarray,
@@ -176,18 +207,22 @@ def slots(
     *,
     tied: bool = True,
     prompt_length: np.ndarray | None = None,
+    marks: np.ndarray | None = None,
 ) -> np.ndarray:
     """int32 [B, S]: the slot of each of the ``width`` = S tokens of one call; -1 where the token is not edited.
 
     ``rule`` is every row's, and ``slots_of`` says what follows from it; the suffix slot is 0 when ``tied``, else 1, of sets of rules as
-    they say. ``prompt_length`` [B] is needed where a prompt does not come in one call.
+    they say. ``prompt_length`` [B] is needed where a prompt does not come in one call; ``marks`` bool [B, P], by a token's number in its
+    prompt, where the rule is ``marked``: InputError where tokens of a prompt come without.
     """
     if isinstance(rule, RuleSets):
         one = [len(each.groups(tied=rule.tied)) == 1 for each in rule.rules]
-        own = (slots(r, attention_mask, width, tied=t, prompt_length=prompt_length) for r, t in zip(rule.rules, one, strict=True))
+        own = (
+            slots(r, attention_mask, width, tied=t, prompt_length=prompt_length, marks=marks) for r, t in zip(rule.rules, one, strict=True)
+        )
         return rule.of_rules(tuple(own))
     if rule is not None and rule.explicit:
-        return _explicit_slots(rule, attention_mask, width, prompt_length)
+        return _explicit_slots(rule, attention_mask, width, prompt_length, marks)
     tensors = {} if rule is None else rule.tensors(tied=tied)
     if prompt_length is not None:
         tensors[PROMPT_LENGTH] = prompt_length
@@ -233,12 +268,22 @@ def _ranks(attention_mask: np.ndarray, width: int, prompt_length: np.ndarray) ->
     return p, np.where(prompt_length >= 0, prompt_length, derived), window
 
 
-def _explicit_slots(rule: PositionRule, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray | None) -> np.ndarray:
-    """0 where p = n, or p = L + n of a negative one, or p % every = 0, within the prompt; else -1."""
+def _explicit_slots(
+    rule: PositionRule, attention_mask: np.ndarray, width: int, prompt_length: np.ndarray | None, marks: np.ndarray | None
+) -> np.ndarray:
+    """0 where p = n, or p = L + n of a negative one, or p % every = 0, or marks[p], within the prompt; else -1."""
     given = np.array([-1]) if prompt_length is None else np.asarray(prompt_length, np.int64)
     p, length, window = _ranks(attention_mask, width, given.reshape(-1, 1))
-    if rule.every:
+    inside = (p < length) & (window > 0)
+    if rule.marked:
+        if marks is None and inside.any():
+            raise InputError(UNMARKED)
+        marks = np.zeros((1, 1), bool) if marks is None else marks
+        reached = np.broadcast_to(p.clip(0, marks.shape[1]), inside.shape)
+        padded = np.broadcast_to(np.pad(marks, [(0, 0), (0, 1)]), (len(inside), marks.shape[1] + 1))
+        picked = np.take_along_axis(padded, reached, 1)
+    elif rule.every:
         picked = p % rule.every == 0
     else:
         picked = np.isin(p, [n for n in rule.chosen if n >= 0]) | np.isin(p - length, [n for n in rule.chosen if n < 0])
-    return np.where(picked & (p < length) & (window > 0), 0, -1).astype(np.int32)
+    return np.where(picked & inside, 0, -1).astype(np.int32)

@@ -275,6 +275,7 @@ class OrtSession(OrtGraph):
         *,
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
         last_logits: int | None = None,
         capacity: int | None = None,
@@ -282,9 +283,11 @@ class OrtSession(OrtGraph):
         """Logits of S new tokens after ``past``. input_ids [B, S]; attention_mask [B, past width + S], 1 real, 0 pad.
 
         ``prompt_length`` [B]: tokens of each row's whole prompt; needed at the first step where the prompt comes in several, and
-        remembered in ``past``. Without it all of the first step is prompt. ``position_ids`` [B, S]: by default a token's rank among
-        its row's real tokens. ``last_logits``: logits of the last so many columns only; None is all that the graph returns.
-        ``capacity``: tokens that a row will hold in the end, where the caller knows; a cache that is written in place then never grows.
+        remembered in ``past``. Without it all of the first step is prompt. ``marks`` bool [B, P]: of an adapter at positions ``marked``
+        which tokens of each prompt it edits, by their numbers; needed wherever a prompt's tokens come. ``position_ids`` [B, S]: by default
+        a token's rank among its row's real tokens. ``last_logits``: logits of the last so many columns only; None is all that the graph
+        returns. ``capacity``: tokens that a row will hold in the end, where the caller knows; a cache that is written in place then never
+        grows.
 
         In place, a past is refused once a column of it has been overwritten; pads take no room, wherever they stand; logits at them are
         zeros, and ``last_logits`` are those of a row's last real tokens in this step.
@@ -306,6 +309,7 @@ class OrtSession(OrtGraph):
             ids=ids,
             mask=mask,
             prompt_length=prompt_length,
+            marks=None if marks is None else np.asarray(marks, bool),
             position_ids=None if position_ids is None else np.asarray(position_ids, np.int64),
             last=last_logits,
             only_last=self.bundle.manifest.logits == "last",
@@ -323,6 +327,7 @@ class OrtSession(OrtGraph):
             request.mask,
             request.prompt_length,
             placement=placement,
+            marks=request.marks,
             position_ids=request.position_ids,
             last_logits=request.ids.shape[1] - first_logit,
         )
@@ -412,7 +417,7 @@ class OrtSession(OrtGraph):
 
 def _explicit(rows: AdapterRows, chosen: range, request: StepRequest) -> np.ndarray | None:
     """``AdapterRows.slots`` of a step."""
-    return rows.slots(chosen, request.mask, request.ids.shape[1], request.prompt_length)
+    return rows.slots(chosen, request.mask, request.ids.shape[1], request.prompt_length, request.marks)
 
 
 def _library(kernel: str | None, library: Path | None) -> Path | None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from runtimes.edits.positions import marks_of
 from runtimes.errors import BundleError, InputError
 from runtimes.generation import columns
 from runtimes.session import Session, as_decoder
@@ -44,9 +45,10 @@ def perplexity(session: Session, tokenizer: Tokenizer, text: str) -> float:
     return math.exp(-total / count)
 
 
-def log_likelihoods(session: Session, window: Sequence[int], prompt: int) -> list[float]:
-    """log p of each token of the window from column ``prompt`` on, given those before it, in nats; under the session's active adapter."""
-    return [float(log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt)]
+def log_likelihoods(session: Session, window: Sequence[int], prompt: int, marks: Sequence[int] | None = None) -> list[float]:
+    """log p of each token of the window from column ``prompt`` on, given those before it, in nats; under the session's active adapter.
+    ``marks``: as of ``generate``, of the window's prompt."""
+    return [float(log_softmax(logits)[token]) for token, logits in predictions(session, window, prompt, marks)]
 
 
 def agreement(session: Session, tokens: Sequence[int], prompt: int) -> tuple[int, int]:
@@ -55,13 +57,16 @@ def agreement(session: Session, tokens: Sequence[int], prompt: int) -> tuple[int
     return sum(said), len(said)
 
 
-def predictions(session: Session, tokens: Sequence[int], prompt: int) -> Iterator[tuple[int, np.ndarray]]:
+def predictions(
+    session: Session, tokens: Sequence[int], prompt: int, marks: Sequence[int] | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """(token, logits [V] for its place) of every token behind the first ``prompt``, in one forward where the bundle allows it."""
     ids = np.array([tokens[:-1]], np.int64)
     width = ids.shape[1]
     # A bundle with the last logits only says one column's per call.
     widths = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
-    for _, output in columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths):
+    marked = None if marks is None else marks_of([marks])
+    for _, output in columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths, marks=marked):
         first = output.past.width - output.logits.shape[1]
         for column in range(max(first, prompt - 1), output.past.width):
             row = output.logits[0, column - first]

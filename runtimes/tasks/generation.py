@@ -28,6 +28,8 @@ class DecoderGolden(Golden):
     rows: list[np.ndarray]
     """The real tokens of each row."""
     prompt_length: np.ndarray
+    marks: np.ndarray | None
+    """bool [B, S], where the adapter's positions are marked."""
     positions: np.ndarray
     greedy: np.ndarray
     reference: SampledLogits
@@ -44,6 +46,7 @@ class DecoderGolden(Golden):
         return cls(
             rows=[row[real > 0] for row, real in zip(arrays["input_ids"], arrays["attention_mask"], strict=True)],
             prompt_length=arrays["prompt_length"],
+            marks=arrays["marks"] > 0 if "marks" in arrays else None,
             positions=arrays["logit_positions"],
             greedy=arrays["greedy_tokens"],
             reference=reference,
@@ -62,6 +65,11 @@ class DecoderGolden(Golden):
     def prompts(self) -> list[list[int]]:
         """Those that have greedy tokens."""
         return [row[:n].tolist() for _, row, n in self._continued()]
+
+    @property
+    def marked(self) -> list[list[int]] | None:
+        """The numbers of each row's marked tokens."""
+        return None if self.marks is None else [np.flatnonzero(row).tolist() for row in self.marks]
 
     def _continued(self) -> Iterator[tuple[int, np.ndarray, int]]:
         return zip(range(len(self.greedy)), self.rows, self.prompt_length.tolist(), strict=False)
@@ -152,7 +160,8 @@ def _run_batch(
     if session.bundle.manifest.logits == "last":
         ends = set((np.cumsum(widths) - 1).tolist())
         wanted = {k: (i, column) for k, (i, column) in wanted.items() if column in ends}
-    for start, output in columns(session, ids, mask, prompt, widths):
+    marks = None if golden.marks is None else golden.marks[chosen]
+    for start, output in columns(session, ids, mask, prompt, widths, marks=marks):
         first = max(start, output.past.width - output.logits.shape[1])
         _check_width(session, output.logits)
         for k, (i, column) in wanted.items():
@@ -171,8 +180,9 @@ def _check_width(session: DecoderSession, logits: np.ndarray) -> None:
 
 def completions(session: DecoderSession, golden: DecoderGolden) -> np.ndarray:
     """log p [T] of every token of all completions after all before it, each row alone, under the session's adapter."""
-    pairs = zip(golden.rows, golden.prompt_length.tolist(), strict=True)
-    return np.concatenate([log_likelihoods(session, row.tolist(), prompt) for row, prompt in pairs])
+    marks = golden.marked or [None] * len(golden.rows)
+    rows = zip(golden.rows, golden.prompt_length.tolist(), marks, strict=True)
+    return np.concatenate([log_likelihoods(session, row.tolist(), prompt, marked) for row, prompt, marked in rows])
 
 
 def _layouts(session: DecoderSession, golden: DecoderGolden) -> dict[str, _Layout]:
@@ -247,7 +257,8 @@ def _greedy_difference(session: DecoderSession, golden: DecoderGolden) -> str:
     # onnxruntime has no float kernel for int8 weights: every call unpacks them all, a token of SmolLM2 takes 0.2 s for its head alone.
     slow = q is not None and not q.quantizes_activations and bool(q.bits == 8 or q.embeddings == 8 or q.int8)
     expected = golden.greedy[:, :SLOW_TOKENS] if slow else golden.greedy
-    tokens = greedy_tokens(session, golden.prompts, expected.shape[1])
+    marks = None if golden.marked is None else golden.marked[: len(golden.prompts)]
+    tokens = greedy_tokens(session, golden.prompts, expected.shape[1], marks=marks)
     differs = np.argwhere((tokens != expected) & (expected >= 0))
     return f"greedy tokens differ from row {differs[0][0]}, token {differs[0][1]} on" if len(differs) else ""
 

@@ -141,6 +141,7 @@ class TensorRTSession(ClosedAtEnd):
         *,
         past: Past | None = None,
         prompt_length: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
         position_ids: np.ndarray | None = None,
         last_logits: int | None = None,
         capacity: int | None = None,
@@ -163,7 +164,7 @@ class TensorRTSession(ClosedAtEnd):
         if prompt_length is None:
             prompt_length = mask.sum(1) if past is None else past.prompt_length
         prompt_length = np.broadcast_to(np.asarray(prompt_length, np.int64), (batch,))
-        arrays = step_inputs(taken, ids, mask, prompt_length, placement=self._placement, position_ids=position_ids)
+        arrays = step_inputs(taken, ids, mask, prompt_length, placement=self._placement, marks=marks, position_ids=position_ids)
         if past is not None and added == 1:
             logits = self._decode(arrays, last_logits)
         else:

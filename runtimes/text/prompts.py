@@ -172,7 +172,21 @@ def no_template(chat: str) -> str:
 def encode(
     messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None, chat: str = "auto"
 ) -> list[int]:
-    """A conversation through the chat template, or without one its only message, the user's, as plain text.
+    """A conversation through the chat template, or without one its only message, the user's, as plain text. Raises what ``prompt_text``
+    raises."""
+    text = prompt_text(messages, template, system, chat)
+    return tokenizer.encode_prompt(text) if template is None else tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_marked(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None, chat: str = "auto"
+) -> tuple[list[int], tuple[int, ...]]:
+    """As ``encode``, of a conversation with marks; and the numbers of the marked tokens. Raises InputError for a conversation without."""
+    return tokenizer.encode_marked(prompt_text(messages, template, system, chat), add_special_tokens=template is None)
+
+
+def prompt_text(messages: list[dict[str, Any]], template: ChatTemplate | None, system: str | None, chat: str = "auto") -> str:
+    """What is tokenized of a conversation: rendered by the chat template, which writes special tokens, or its only message.
 
     Raises InputError for what would not be part of the prompt: roles or a system message without a template, a second system message,
     and a message that the template leaves out.
@@ -184,7 +198,7 @@ def encode(
             raise InputError(f"a conversation of several messages needs a chat template, which this bundle {no_template(chat)}")
         if messages[0]["role"] != "user":
             raise InputError(f"a message of the {messages[0]['role']} needs a chat template, which this bundle {no_template(chat)}")
-        return tokenizer.encode_prompt(messages[0]["content"])
+        return str(messages[0]["content"])
     if system:
         if messages[0]["role"] == "system":
             raise InputError(
@@ -197,4 +211,4 @@ def encode(
         changed = [*messages[:number], {**message, "content": f"{message['content']}."}, *messages[number + 1 :]]
         if template.render(changed) == prompt:
             raise InputError(f"the chat template leaves out message {number} (of the {message['role']}), {message['content'][:40]!r}")
-    return tokenizer.encode(prompt, add_special_tokens=False)
+    return prompt

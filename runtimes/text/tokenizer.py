@@ -13,6 +13,7 @@ import tokenizers
 from runtimes.errors import BundleError, InputError
 from runtimes.files.records import read_json_object
 from runtimes.text.encoded_text import EncodedText
+from runtimes.text.marks import marked_tokens, without_marks
 from runtimes.text.stop_tokens import listed, stop_token_ids, without_added_end
 from runtimes.text.tried import try_tokenizer
 
@@ -92,6 +93,17 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """A prompt outside a chat template: the tokenizer's special tokens in front, and no end behind it."""
         return without_added_end(self.encode(text), self.encode(text, add_special_tokens=False), self.stop_token_ids)
+
+    def encode_marked(self, text: str, *, add_special_tokens: bool = True) -> tuple[list[int], tuple[int, ...]]:
+        """(``encode_prompt`` of a prompt without its marks, or a rendered one as it is; the numbers of its marked tokens).
+
+        Raises InputError for marks that runtimes/text/marks.py refuses.
+        """
+        plain, spans = without_marks(text)
+        ids = self.encode_prompt(plain) if add_special_tokens else self.encode(plain, add_special_tokens=False)
+        with _text_alone():
+            offsets = self.backend.encode(plain, add_special_tokens=add_special_tokens).offsets
+        return ids, marked_tokens(offsets[: len(ids)], spans)
 
     def encode_text(self, text: str, pair: str | None = None) -> EncodedText:
         """A classifier's text, or pair of texts, with the special tokens that frame them."""

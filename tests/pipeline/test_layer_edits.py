@@ -47,6 +47,7 @@ QUIET: dict[str, Any] = {"report": lambda _: None}
 EXPLICIT = {
     "rules": (["0: loreft r2 f1", "1: direft r3 gelu all mlp_output", "2: red f2+l2"], {"positions": "f2+l2", "tied": False, "seed": 3}),
     "chosen": (["0-2: loreft r2"], {"positions": "1,3,-2", "seed": 4}),
+    "marked": (["0: loreft r2 marked", "1: red l1"], {"seed": 6}),
     "every": (["0: red", "2: noreft r2 prompt"], {"positions": "every3", "seed": 5}),
 }
 """Whose slots no graph computes."""
@@ -175,7 +176,7 @@ def test_a_planted_fault_in_the_slots_is_seen(bundle_of_recipes, monkeypatch) ->
     plain = session_inputs.slots
     monkeypatch.setattr(session_inputs, "slots", lambda *a, **k: np.where((s := plain(*a, **k)) == 1, 2, s).astype(np.int32))
     report = check_golden(bundle, OrtSession(bundle, threads=1))
-    assert {rung.name.partition(":")[0] for rung in report.rungs if not rung.passed} == {"rules"}, "no other has that slot"
+    assert {rung.name.partition(":")[0] for rung in report.rungs if not rung.passed} == {"rules", "marked"}, "no other has that slot"
 
 
 def test_a_folder_holds_each_layers_form(adapters, tmp_path) -> None:

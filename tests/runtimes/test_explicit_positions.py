@@ -86,9 +86,9 @@ def test_frozen_tokens_stand_before_the_first_slot(each, length: int, counted: i
     assert frozen_tokens(where, length, counted) <= min(int(edited.argmax()) if edited.any() else length, counted)
 
 
-@given(st.one_of(explicit, graphs))
+@given(st.one_of(explicit, graphs, st.just(PositionRule(marked=True))))
 def test_text_and_back(rule: PositionRule) -> None:
-    assert PositionRule.parse(str(rule)) == rule and needs_slots(rule) == bool(rule.chosen or rule.every)
+    assert PositionRule.parse(str(rule)) == rule and needs_slots(rule) == bool(rule.chosen or rule.every or rule.marked)
     if rule.explicit:  # handed no slots, a graph edits nothing
         assert not any(rule.tensors(tied=True)[name].any() for name in ("reft.first", "reft.last", "reft.prompt", "reft.everywhere"))
 
@@ -100,7 +100,9 @@ def test_numbers_are_put_in_order() -> None:
 
 @pytest.mark.parametrize("text", ["1,,2", ",1", "1,", "every", "every0", "every-1", "-", "1;2", "1, 2", "f2,3"])
 def test_refused_text(text: str) -> None:
-    with pytest.raises(InputError, match="are not understood; use f<n>, l<n>, f<n>.l<n>, prompt, all, numbers like 1,3,-2, or every<n>"):
+    with pytest.raises(
+        InputError, match="are not understood; use f<n>, l<n>, f<n>.l<n>, prompt, all, numbers like 1,3,-2, every<n>, or marked"
+    ):
         PositionRule.parse(text)
 
 
