@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graph_passes.accessors import name_of
 from graph_passes.find.dominators import SHAPE_READERS, read_values
-from graph_passes.find.encoder import attention_anchors, is_classifier
+from graph_passes.find.encoder import attention_anchors, is_classifier, row_of_every_token
 from runtimes.errors import GraphError
 
 # present.0.key, present.0.decoder.key, present_key_values.0.key, present_0_key, present_key_0, present_key.0, present_keys.0; of values
@@ -60,7 +60,7 @@ def read_contract(graph: ir.Graph) -> DecoderContract:
     if is_classifier(graph):
         return DecoderContract(
             input_ids=inputs["input_ids"],
-            logits=outputs["logits"],
+            logits=row_of_every_token(outputs["logits"]),
             keys=attention_anchors(graph, inputs["input_ids"]),
             attention_mask=inputs.get("attention_mask"),
         )

@@ -1,14 +1,16 @@
-"""Encoder classifiers: graphs from ``input_ids`` and ``attention_mask`` to one row of ``logits`` a text, without a KV cache.
+"""Classifiers: graphs from ``input_ids`` and ``attention_mask`` to one row of ``logits`` a text, without a KV cache.
 
 There is no ``present.<layer>.key`` to tell the layers by. Every layer has one attention, and every attention normalises its scores
 once: the Softmax (or the fused operator that holds it) of layer i takes the key's place. What block i reads is the nearest value upstream
-of it that all of logits depends on, and the branch that it feeds is the attention's.
+of it that all of logits depends on, and the branch that it feeds is the attention's. Where a decoder classifies, every token has a row of
+logits, of which the last token's is picked by ``input_ids``: those rows are what depends on the stream alone.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from graph_passes.accessors import input_of
 from graph_passes.find.dominators import Dominators
 from runtimes.errors import SiteNotFound
 
@@ -22,6 +24,14 @@ def is_classifier(graph: ir.Graph) -> bool:
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     cached = any(str(value.name).startswith(("past", "present")) for value in (*graph.inputs, *graph.outputs))
     return "input_ids" in inputs and not cached and logits is not None and logits.shape is not None and len(logits.shape) == 2
+
+
+def row_of_every_token(logits: ir.Value) -> ir.Value:
+    """What ``logits`` [batch, labels] are picked from, [batch, sequence, labels]; logits themselves where they are not picked."""
+    node = logits.producer()
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        node = input_of(node, 0).producer()
+    return input_of(node, 0) if node is not None and node.op_type in ("GatherND", "GatherElements", "Gather") else logits
 
 
 def attention_anchors(graph: ir.Graph, root: ir.Value) -> tuple[ir.Value, ...]:

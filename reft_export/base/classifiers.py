@@ -1,8 +1,8 @@
-"""Bases that classify: an encoder with a classification head, and the head's parameters, which are trained with the edit.
+"""Bases that classify: an encoder, or a decoder, with a classification head, and the head's parameters, which are trained with the edit.
 
-The head is every parameter outside the encoder (transformers' ``base_model``): ``classifier`` of BERT, whose pooler belongs to the
-encoder, ``classifier.dense`` and ``classifier.out_proj`` of RoBERTa and ELECTRA, ``pre_classifier`` and ``classifier`` of DistilBERT.
-PEFT saves the same modules (modules_to_save).
+The head is every parameter outside the encoder or decoder (transformers' ``base_model``): ``classifier`` of BERT, whose pooler belongs to
+the encoder, ``classifier.dense`` and ``classifier.out_proj`` of RoBERTa and ELECTRA, ``pre_classifier`` and ``classifier`` of DistilBERT;
+``score`` of a decoder, which reads the last token that is not the pad token. PEFT saves the same modules (modules_to_save).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 """Model types whose classifiers are exported and held to parity."""
 
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+"""Those of decoders, which a text is as a prompt to: a row of logits for its last token."""
+
 ARCHITECTURE = "ForSequenceClassification"
 
 DEFAULT_POSITIONS = 512
@@ -41,11 +44,18 @@ def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_classifier(config: Mapping[str, Any], folder: Path | str) -> None:
-    """Raises InputError for a classifier that is none of ``ENCODERS``, or that does not choose one of two labels or more."""
+    """Raises InputError for a classifier that is none of ``ENCODERS`` and ``DECODERS``, that does not choose one of two labels or more, or
+    that cannot tell where a text ends."""
     kind = config.get("model_type")
-    if kind not in ENCODERS:
+    if kind not in (*ENCODERS, *DECODERS):
         raise InputError(
-            f"{folder} is a classifier on {kind}; classifiers are supported on {', '.join(ENCODERS)}, and decoders as language models"
+            f"{folder} is a classifier on {kind}; classifiers are supported on {', '.join((*ENCODERS, *DECODERS))}, and other decoders as "
+            "language models"
+        )
+    if kind in DECODERS and not isinstance(config.get("pad_token_id"), int):
+        raise InputError(
+            f"{folder}: config.json names no pad_token_id, by which a {kind} classifier tells a text's last token; set it to a token that "
+            "no text ends with, as the tokenizer's pad"
         )
     problem, labels = config.get("problem_type"), stated_labels(config, Path(folder) / "config.json")
     if problem not in (None, "single_label_classification") or len(labels) == 1:
@@ -94,6 +104,11 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
 def takes_token_types(model: PreTrainedModel) -> bool:
     """Whether the model tells the texts of a pair apart by token_type_ids; RoBERTa has one type only."""
     return getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether it is a decoder, which would keep keys and values of a text that nothing follows."""
+    return model.config.model_type in DECODERS
 
 
 def context_of(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""torch.onnx.export(dynamo=True): an encoder with a classification head.
+"""torch.onnx.export(dynamo=True): an encoder, or a decoder without a cache, with a classification head.
 
 Inputs ``input_ids``, ``attention_mask`` and, where the model tells the texts of a pair apart, ``token_type_ids``, each [B, S]; output
 ``logits`` [B, labels]. Positions are the model's own to count. Batch and sequence are dynamic.
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from reft_export.base.classifiers import takes_token_types
+from reft_export.base.classifiers import decodes, takes_token_types
 from reft_export.exporting.dynamo import Wrapper, make_row_major, name_weights, strip_provenance, trace
 from reft_export.exporting.exported_graph import ExportedGraph
 
@@ -27,7 +27,8 @@ class LogitsOnly(Wrapper):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        uncached = {"use_cache": False} if decodes(self.model) else {}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types, **uncached).logits
 
 
 def export_classifier(model: PreTrainedModel, *, opset: int = 20) -> ExportedGraph:

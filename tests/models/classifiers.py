@@ -19,6 +19,10 @@ CLASSIFIERS: dict[str, dict[str, object]] = {
     "electra": {"type_vocab_size": 2, "embedding_size": 32},
     "distilbert": {"dim": WIDTH, "hidden_dim": 128, "n_heads": 4},
 }
+DECODERS: dict[str, dict[str, object]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), {"num_key_value_heads": 2}),
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
 """What each family's config needs beside what most share."""
 ROUTE = "dynamo"
 """The one exporter that takes classifiers; ``export`` refuses the others by name."""
@@ -35,8 +39,8 @@ def build_classifier(
 
     Raises InputError for a family that is not in the list.
     """
-    if family not in CLASSIFIERS:
-        raise InputError(f"classifier {family!r} is not in the list; it has {', '.join(CLASSIFIERS)}")
+    if family not in CLASSIFIERS | DECODERS:
+        raise InputError(f"classifier {family!r} is not in the list; it has {', '.join(CLASSIFIERS | DECODERS)}")
     shared: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": POSITIONS,
@@ -51,7 +55,7 @@ def build_classifier(
     else:
         shared |= {"hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**shared, **CLASSIFIERS[family], **overrides})
+    config = AutoConfig.for_model(family, **{**shared, **(CLASSIFIERS | DECODERS)[family], **overrides})
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

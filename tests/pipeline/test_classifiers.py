@@ -397,7 +397,10 @@ def test_bases_that_are_no_classifiers_of_ours(tmp_path: Path) -> None:
             load_base(folder)
 
     refused("without a classification head; give it one", architectures=["RobertaForMaskedLM"])
-    refused("is a classifier on llama", architectures=["LlamaForSequenceClassification"], model_type="llama")
+    refused("is a classifier on bloom", architectures=["BloomForSequenceClassification"], model_type="bloom")
+    refused(
+        "names no pad_token_id, by which a llama", architectures=["LlamaForSequenceClassification"], model_type="llama", pad_token_id=None
+    )
     refused("a single output is no choice", id2label={"0": "score"}, label2id={"score": 0})
     refused("multi_label_classification is no choice", problem_type="multi_label_classification")
 
