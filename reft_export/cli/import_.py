@@ -41,6 +41,10 @@ def import_(
     ] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="Vectors, RED: the layers to edit, 3, 8-16 or 3;9.")] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="Steering vectors: their strength; default 1.")] = None,
+    subspace: Annotated[
+        str | None,
+        typer.Option("--subspace", help="Of an edit in subspaces: parts, or rows, by number, 0, 0-3, 0;2 or all; of ours by name."),
+    ] = None,
     probes: Annotated[
         Path | None,
         typer.Option("--probes", help="JSONL as train reads it: up to 32 lines that it is measured on. Also for an adapter of ours."),
@@ -53,7 +57,16 @@ def import_(
     from reft_export.importing.importer import OWN, import_adapter
     from runtimes.edits.form import described
 
-    request = Request(positions=positions, tied=tied, activation=activation, method=method, layers=layers, scale=scale, stream=stream)
+    request = Request(
+        positions=positions,
+        tied=tied,
+        activation=activation,
+        method=method,
+        layers=layers,
+        scale=scale,
+        stream=stream,
+        subspace=subspace,
+    )
     with progress() as report:
         result = import_adapter(foreign, model, output, request, format=format, probes=probes, force=force, report=report)
     a = result.adapter
@@ -78,7 +91,8 @@ def import_(
     for note in result.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
     if result.format == OWN:
-        out.print(escape(f"{output}: the adapter, with {len(a.probes)} probes of {probes}"))
+        what = "the adapter" if subspace is None else f"its subspace {subspace}, {described(a.site_forms)}"
+        out.print(escape(f"{output}: {what}, with {len(a.probes)} probes" + ("" if probes is None else f" of {probes}")))
         return
     form = f"{described(a.site_forms)}, {'tied' if a.tied else 'untied'}"
     said = f", {len(a.probes)} probes" if a.probes else ""

@@ -208,6 +208,8 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, aim:
         refuse_given(context, ("beta",), "of --objective dpo or orpo")
     if aim.distill_system is None:
         refuse_given(context, ("max_new_tokens",), "for answers that --distill-system gives")
+    if settings.subspaces:
+        refuse_given(context, ("rank", "samples", "probes"), "of an edit that acts whole, and --subspaces shares the rank out")
     if settings.max_steps is not None:
         refuse_given(context, ("epochs",), "what --max-steps is in place of")
     if sources.start is not None:

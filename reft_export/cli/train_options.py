@@ -18,6 +18,9 @@ class Form:
 
     method: Annotated[str, typer.Option("--method", help="loreft, noreft, direft, consreft, lobireft; red: scale and bias.")] = "loreft"
     rank: Annotated[int, typer.Option("--rank", help="Rank of the edit; red has none.")] = 4
+    subspaces: Annotated[
+        str, typer.Option("--subspaces", help="Parts of the rank, pirate:4;polite:4: each line names the subspace that edits it.")
+    ] = ""
     layers: Annotated[str, typer.Option("--layers", help="all, 8-16, 3;9;18.")] = "all"
     streams: Annotated[str, typer.Option("--stream", help="block_output, block_input, attention_output, mlp_output; several with ;.")] = (
         "block_output"

@@ -114,6 +114,8 @@ class Steering:
         """[B], how many of each row's real tokens are prompt; needed when a prompt does not come alone in one call."""
         self.marks: Tensor | np.ndarray | None = None
         """bool [B, P], which tokens of each prompt are marked, by their numbers; needed where the rule is ``marked``."""
+        self.subspaces: Tensor | None = None
+        """[B], which of several edits each row has, where they share a rule: added to its slots (training in subspaces)."""
         self.rows: slice | None = None
         """The rows that are edited, where others of the batch are another adapter's or the base's; None: all of them."""
         self.slot: Tensor | None = None
@@ -123,12 +125,12 @@ class Steering:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """No row is edited inside: the base's own forward, bit for bit."""
-        before = self.prompt_length, self.marks, self.rows
-        self.prompt_length, self.marks, self.rows = None, NO_MARKS, slice(0, 0)
+        before = self.prompt_length, self.marks, self.subspaces, self.rows
+        self.prompt_length, self.marks, self.subspaces, self.rows = None, NO_MARKS, None, slice(0, 0)
         try:
             yield
         finally:
-            self.prompt_length, self.marks, self.rows = before
+            self.prompt_length, self.marks, self.subspaces, self.rows = before
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.slot = None
@@ -141,6 +143,8 @@ class Steering:
         mask = self._mask(call, batch, width)
         marks = self.marks.cpu().numpy() if isinstance(self.marks, Tensor) else self.marks
         slot = slots(self.rule, mask, width, tied=self.tied, prompt_length=self._prompt_length(batch), marks=marks)
+        if self.subspaces is not None:
+            slot = np.where(slot >= 0, slot + self.subspaces.cpu().numpy()[:, None], -1).astype(np.int32)
         if self.rows is not None:
             others = np.ones(batch, bool)
             others[self.rows] = False

@@ -56,6 +56,7 @@ class Request:
     layers: str | None = None
     scale: float | None = None
     stream: str | None = None
+    subspace: str | None = None
 
     def refuse(self, format: str, reasons: Mapping[str, str]) -> None:
         """Raises InputError for the first option given that has no meaning for ``format``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
+from reft_export.importing.subspaces import subspace_of
 from reft_export.training.sources import check_source
 from runtimes.artifacts.bundle import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
@@ -21,7 +22,7 @@ from runtimes.files.records import parse_json, read_regular
 
 FORMATS = ("pyreft", "adapterhub", "red", "gguf", "npz", "safetensors")
 OWN = "reft-export"
-"""An adapter of this project, which is imported for nothing but other probes."""
+"""An adapter of this project, which is imported for other probes, and for a subspace of it."""
 ADAPTERS = ("intkey_*.bin", "adapter_config.json")
 """Files that tell a folder of pyreft's or AdapterHub's."""
 ARRAYS = (".npz", ".safetensors")
@@ -63,7 +64,8 @@ def import_adapter(
     them: R [r, D] of a low-rank edit, a vector [D].
 
     ``probes``: JSONL as ``train`` reads it, of which the adapter carries up to 32 lines: what it is measured on from then on. With them
-    ``source`` may be an adapter of this project, which is copied with those in place of its own.
+    ``source`` may be an adapter of this project, which is copied with those in place of its own; with ``request.subspace`` it may be one
+    that was trained in subspaces, of which that part is taken.
 
     Raises InputError for options, formats and folders that do not go together, and AdapterError for files that are damaged, of another
     base's width or depth, or that say what no adapter of ours can.
@@ -90,8 +92,9 @@ def import_adapter(
     activation_of(request.activation or "", "--activation")
     if probes is not None:
         check_source(probes)
-    if probes is not None and format is None and (source / CONFIG_FILE).is_file() and not _has_interventions(source / "config.json"):
-        return _with_other_probes(source, model, output, request, probes, force=force, report=report)
+    own = format is None and (source / CONFIG_FILE).is_file() and not _has_interventions(source / "config.json")
+    if own and (probes is not None or request.subspace is not None):
+        return _of_ours(source, model, output, request, probes, force=force, report=report)
     format = format or detect(source)
     _check_kind(source, format)
 
@@ -100,6 +103,8 @@ def import_adapter(
     report(f"reading {model}")
     outline = outline_base(model)
     report(f"reading {source}")
+    if format != "pyreft":
+        request.refuse(format, {"subspace": "it has none"})
     foreign = _reader(format, source)(source, request, outline)
     try:
         adapter = assemble(foreign, outline.info)
@@ -113,20 +118,20 @@ def import_adapter(
     return ImportResult(adapter=adapter, format=format, notes=notes)
 
 
-def _with_other_probes(
-    source: Path, model: str, output: Path, request: Request, probes: Path, *, force: bool, report: Report
-) -> ImportResult:
-    """An adapter of ours, copied with those of a file in place of its own probes."""
-    if given := [f.name for f in fields(request) if getattr(request, f.name) is not None]:
+def _of_ours(source: Path, model: str, output: Path, request: Request, probes: Path | None, *, force: bool, report: Report) -> ImportResult:
+    """An adapter of ours: a subspace of it, or the whole; with the probes of a file in place of its own."""
+    if given := [f.name for f in fields(request) if f.name != "subspace" and getattr(request, f.name) is not None]:
         raise InputError(f"{source} is an adapter of this project, which records its {given[0]}; leave --{given[0]} out")
     adapter = load_adapter(source)
+    if request.subspace is not None:
+        adapter = subspace_of(adapter, request.subspace)
 
     from reft_export.base.adapters import check_fit
 
     report(f"reading {model}")
     base = _unloaded(model)
     check_fit(output.resolve().name, adapter, base)
-    adapter, notes = _with_probes(adapter, probes, base, report)
+    adapter, notes = (adapter, ()) if probes is None else _with_probes(adapter, probes, base, report)
     save_adapter(adapter, output, force=force)
     return ImportResult(adapter=adapter, format=OWN, notes=notes)
 

@@ -87,6 +87,8 @@ class LabelObjective(Objective[LabelledText]):
         for name, default in (("distill_system", ""), ("kl_weight", 0.0), ("objective", SFT)):
             if getattr(settings, name) != default:
                 raise InputError(f"{name} is a decoder's, and {base.info.name} is a classifier; leave it out")
+        if settings.subspaces:
+            raise InputError(f"subspaces are of a decoder's examples, and {base.info.name} is a classifier; leave them out")
         if settings.marks:
             raise InputError(f"positions marked are of a decoder's prompts, and {base.info.name} is a classifier; use other positions")
         self._trains_head = origin.head is not False

@@ -64,6 +64,9 @@ class Tokenized(Protocol):
     def truncated(self) -> bool: ...
 
 
+SUBSPACE = "subspace"
+"""The key of a line that names the subspace which edits it."""
+
 E = TypeVar("E", bound=Tokenized)
 
 
@@ -125,6 +128,7 @@ def load_data(
     form: str = AUTO,
     train_on: str = "last",
     marks: bool = False,
+    subspaces: Sequence[str] = (),
     teacher: PromptedTeacher | None = None,
 ) -> TrainingData[Example]:
     """Reads and tokenizes the data. ``stop_tokens``: what ends an answer of the base, beside the tokenizer's eos; ``form``: of
@@ -144,6 +148,7 @@ def load_data(
             form=form,
             train_on=train_on,
             marks=marks,
+            subspaces=subspaces,
             teacher=teacher,
         )
 
@@ -162,6 +167,7 @@ def iter_examples(
     form: str = AUTO,
     train_on: str = "last",
     marks: bool = False,
+    subspaces: Sequence[str] = (),
     teacher: PromptedTeacher | None = None,
 ) -> Iterator[Example]:
     """``load_data`` one example at a time. The refusal of a file without any comes at its end."""
@@ -174,10 +180,11 @@ def iter_examples(
         record = read_object(line)
         if record is not None:
             found = True
+            record, subspace = subspace_in(record, subspaces, line.where)
             name, content = read_record(record, line.where, form)
             render = partial(rendered, tokenizer=tokenizer, template=template, train_on=train_on, where=line.where)
             pieces = render(content)
-            example = tokenizing.example(pieces, number=line.number, where=line.where, form=name)
+            example = replace(tokenizing.example(pieces, number=line.number, where=line.where, form=name), subspace=subspace)
             if teacher is not None:
                 seen = render(teacher.sees(content, template=template, where=line.where), where=f"{line.where}, with the system prompt")
                 example = teacher.with_prompt(example, pieces, seen, tokenizing)
@@ -185,6 +192,17 @@ def iter_examples(
     if not found:
         sample = FORMS["prompt-completion" if form == AUTO else form].sample
         raise InputError(f"{source.where} has no examples; expected lines like {json.dumps(sample)}")
+
+
+def subspace_in(record: dict[str, Any], subspaces: Sequence[str], where: str) -> tuple[dict[str, Any], int | None]:
+    """(the line without the subspace that it names, that one's number); None of a run without. Raises InputError."""
+    if not subspaces:
+        return record, None
+    named = record.get(SUBSPACE)
+    if named not in subspaces:
+        got = "names no subspace" if SUBSPACE not in record else f"{SUBSPACE} is {named!r}"
+        raise InputError(f"{where}: {got}; a line of this run has a {SUBSPACE}, one of {', '.join(subspaces)}")
+    return {key: value for key, value in record.items() if key != SUBSPACE}, subspaces.index(named)
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool:
@@ -218,8 +236,9 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64; and where
-    prompts mark tokens marks [B, P], bool."""
+    prompts mark tokens marks [B, P], bool, and where they choose subspaces [B]."""
     width = max(len(example.input_ids) for example in examples)
+    chosen = [example.subspace for example in examples if example.subspace is not None]
 
     import torch
 
@@ -232,4 +251,5 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
         "labels": padded([e.labels for e in examples], IGNORED),
         "prompt_length": torch.tensor([e.prompt_length for e in examples]),
         **({"marks": torch.from_numpy(marks_of([e.marks for e in examples]))} if any(e.marks for e in examples) else {}),
+        **({"subspaces": torch.tensor(chosen)} if chosen else {}),
     }

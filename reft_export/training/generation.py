@@ -50,6 +50,7 @@ class EditedModel(TrainedModel):
         labels: Tensor,
         prompt_length: Tensor,
         marks: Tensor | None = None,
+        subspaces: Tensor | None = None,
         reference: Mapping[str, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
@@ -62,6 +63,7 @@ class EditedModel(TrainedModel):
             labels=labels,
             prompt_length=prompt_length,
             marks=marks,
+            subspaces=subspaces,
             reference=None if reference is None else Batch.of(reference, input_ids.device),
         )
         logits = way(batch)
@@ -94,6 +96,7 @@ class CompletionObjective(Objective[Example]):
             form=settings.format,
             train_on=settings.train_on,
             marks=settings.marks,
+            subspaces=tuple(settings.subspace_rows),
             teacher=self.prompted_teacher(),
         )
         check_vocabulary(read.examples, vocabulary_of(self.base))

@@ -15,7 +15,7 @@ pyreft/interventions.py. RED: Wu et al. 2024, "Advancing Parameter Efficiency in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,6 +108,12 @@ class Intervention(nn.Module):
         """The edited rows, h + delta."""
         return h + self(h)
 
+    def edited_in(self, rows: range, h: Tensor) -> Tensor:
+        """The rows h edited by a part of the rank alone: h + R_S^T (act(W_S h + b_S) - R_S h) of LoReFT, S = ``rows``."""
+        every, part = self.parameters_of(), slice(rows.start, rows.stop)
+        values = {each.name: every[each.name][part] if each.axes[0] == "r" else every[each.name] for each in self.method.parameters}
+        return h + self.dropout(self.method.delta(values, h, self.act).expand_as(h))
+
     def trained(self) -> Iterator[tuple[Parameter, nn.Parameter]]:
         """What the optimiser moves: of orthonormal rows, and of those that avoid others, the free ones that they are made of."""
         for parameter in self.method.parameters:
@@ -124,7 +130,7 @@ class Interventions(nn.Module):
     """Everything one run trains: an Intervention per site, or a prefix and a suffix one when untied.
 
     ``forms``: what each site's edit is. ``rules``: each site's positions, where they follow several rules. ``avoided``: by site, what its
-    edit keeps out of. Raises InputError for a rank above D.
+    edit keeps out of. ``subspaces``: the rows of each, of which a row of a batch is edited by one. Raises InputError for a rank above D.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class Interventions(nn.Module):
         dropout: float = 0.0,
         avoided: Mapping[Site, Avoided] | None = None,
         rules: Mapping[Site, PositionRule] | None = None,
+        subspaces: Sequence[range] = (),
     ) -> None:
         super().__init__()
         if wide := [form for form in forms.values() if form.rank > width]:
@@ -143,6 +150,7 @@ class Interventions(nn.Module):
         self.forms, self.width, self.tied, self.dropout = dict(forms), width, tied, dropout
         self.sites = tuple(forms)
         self.rules = dict(rules or {})
+        self.subspaces = tuple(subspaces)
         self.sets = RuleSets(tuple(dict.fromkeys(self.rules.values())), tied) if rules else None
         groups = {site: self.rules[site].groups(tied=tied) if rules else ("",) if tied else ("prefix", "suffix") for site in self.sites}
         self.keys = {site: tuple(".".join(filter(None, (str(site), g))) for g in groups[site]) for site in self.sites}
@@ -165,6 +173,9 @@ class Interventions(nn.Module):
     def _slots(self, site: Site) -> list[Callable[[Tensor], Tensor] | None]:
         """What each slot does at a site; None: nothing."""
         own = [self.intervention(key).edited for key in self.keys[site]]
+        if self.subspaces:
+            (key,) = self.keys[site]
+            return [partial(self.intervention(key).edited_in, rows) for rows in self.subspaces]
         if self.sets is None:
             return list(own)
         number = self.sets.rules.index(self.rules[site])

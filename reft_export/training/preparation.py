@@ -201,6 +201,7 @@ def interventions_of(base: Base, settings: TrainSettings, origin: Origin) -> tup
         dropout=settings.dropout,
         avoided=spaces,
         rules=rules if isinstance(where, RuleSets) else None,
+        subspaces=tuple(settings.subspace_rows.values()),
     )
     if start is None:
         if settings.init == "identity":

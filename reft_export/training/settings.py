@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -34,6 +35,9 @@ LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
 """What held-out examples are measured by; or a function of the user's, as ``file.py:function``."""
 
 
+SUBSPACES = "subspaces"
+"""The key of an adapter's training record: [first row, the one behind the last] by name."""
+
 SFT, DPO, ORPO = OBJECTIVES = ("sft", "dpo", "orpo")
 """What a decoder is trained by: completions, or pairs of a chosen and a rejected one."""
 
@@ -58,6 +62,9 @@ class TrainSettings:
     dropout: float = 0.0
     edits: tuple[LayerEdits, ...] = ()
     """Edits that differ from layer to layer, in place of method, rank, layers, streams and activation."""
+    subspaces: str = ""
+    """Parts of the rank, ``name:rank`` each, separated by ``;``: an example names one, and is edited by its rows alone. ``rank`` is the sum
+    of theirs."""
     init: str = "pyreft"
     """Where the parameters start: pyreft's random values, or identity, which edits nothing: the first step is the base."""
 
@@ -139,6 +146,7 @@ class TrainSettings:
         if self.activation and not METHODS[self.method].activated:
             raise InputError(f"{self.method} has no place for an activation; methods that have: {', '.join(activated_methods())}")
         self._check_edits()
+        self._check_subspaces()
         _one_of("init", self.init, INITS)
         if self.init == "identity":
             for edit in self.edits or (self,):
@@ -178,6 +186,32 @@ class TrainSettings:
         given = [field.name for field in fields(self) if field.name in OF_EDITS and getattr(self, field.name) != field.default]
         if self.edits and given:
             raise InputError(f"{' and '.join(given)} beside edits, which say it each for themselves; leave one of the two out")
+
+    def _check_subspaces(self) -> None:
+        """Raises InputError for what are no subspaces, and for what goes without them; ``rank`` becomes the sum of theirs."""
+        if not self.subspaces:
+            return
+        plain = {"edits": (), "tied": True, "metric": LOSS, "objective": SFT, "distill_system": ""}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise InputError(f"{name} does not go with subspaces, of which every example is edited in one; leave one of the two out")
+        if METHODS[self.method].full_rank:
+            raise InputError(f"{self.method} is of full rank, and has no rows that subspaces could share out; use loreft")
+        object.__setattr__(self, "rank", sum(map(len, self.subspace_rows.values())))
+        object.__setattr__(self, "samples", 0)  # those of the whole edit, which no example has seen
+        object.__setattr__(self, "probes", 0)
+
+    @property
+    def subspace_rows(self) -> dict[str, range]:
+        """Of each subspace its rows of R, by name. Raises InputError."""
+        found, start = dict[str, range](), 0
+        for piece in filter(None, self.subspaces.split(";")):
+            match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}):([1-9]\d{0,4})", piece)
+            if match is None or match[1] in found:
+                why = "named twice" if match else "not understood"
+                raise InputError(f"subspaces {self.subspaces!r}: {piece!r} is {why}; use different names and ranks, like pirate:4;polite:4")
+            found[match[1]] = range(start, start := start + int(match[2]))
+        return found
 
     @property
     def rule(self) -> PositionRule:
@@ -231,7 +265,7 @@ class TrainSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings that decide how the parameters move, as they are written into the adapter and compared on resume."""
-        left_out = {*NOT_COMPARED, *(OF_EDITS if self.edits else ("edits",))}
+        left_out = {*NOT_COMPARED, *(OF_EDITS if self.edits else ("edits",)), *(() if self.subspaces else ("subspaces",))}
         every = asdict(self) | {"edits": list(map(str, self.edits))}
         return {name: value for name, value in every.items() if name not in left_out}
 

@@ -27,7 +27,7 @@ class Teacher:
 
     @torch.no_grad()
     def _targets(self, batch: Batch) -> Tensor:
-        self._steering.prompt_length, self._steering.marks = batch.prompt_length, batch.marks
+        batch.told(self._steering)
         return self._head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def divergence(self, logits: Tensor, batch: Batch) -> Tensor:

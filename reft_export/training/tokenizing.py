@@ -51,6 +51,8 @@ class Example:
 
     marks: tuple[int, ...] = ()
     """The numbers of the prompt's tokens that it marks, where the run edits those."""
+    subspace: int | None = None
+    """Which of the run's subspaces edits it."""
     rejected: Example | None = None
     """Of a pair: the answer that is preferred less, behind the same prompt."""
 

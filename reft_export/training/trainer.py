@@ -21,7 +21,7 @@ from reft_export.training.loop import Measure, OnEvaluation, OnStep, TrainedMode
 from reft_export.training.objective import Accuracy, Origin, Phase, Sample
 from reft_export.training.preparation import Preparation, orthogonal_record, prepare
 from reft_export.training.processes import agreed, join, leads, process_count
-from reft_export.training.settings import TrainSettings
+from reft_export.training.settings import SUBSPACES, TrainSettings
 from reft_export.training.sources import Data
 from reft_export.training.statistics import DataStatistics
 from runtimes.edits.adapter import Adapter, save_adapter
@@ -164,6 +164,7 @@ def _train(
             | ({} if start is None else {"start": start.digest})
             | {**outcome.record}
             | orthogonal_record(ready.origin)
+            | subspace_record(ready.settings)
         )
         adapter = ready.interventions.to_adapter(
             base.info, ready.rule, dtype=base.dtype, trained_on=ready.origin.trained_on, training=record, head=outcome.head
@@ -184,6 +185,12 @@ def _train(
         kept=kept_step(outcome.history, ready.settings),
         notes=outcome.notes,
     )
+
+
+def subspace_record(settings: TrainSettings) -> dict[str, Any]:
+    """The rows of R that each subspace has, by which ``import --subspace`` takes one out."""
+    rows = settings.subspace_rows
+    return {SUBSPACES: {name: [each.start, each.stop] for name, each in rows.items()}} if rows else {}
 
 
 def kept_step(history: Sequence[StepRecord], settings: TrainSettings) -> StepRecord:

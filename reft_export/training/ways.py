@@ -38,6 +38,7 @@ class Batch:
     labels: Tensor
     prompt_length: Tensor
     marks: Tensor | None = None
+    subspaces: Tensor | None = None
     reference: Batch | None = None
     """The same completions as a teacher without edits sees them, behind another prompt; None: as they are."""
 
@@ -45,7 +46,12 @@ class Batch:
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Batch:
         """What ``collate`` gave, on ``device``."""
         ids, mask, labels, lengths = (tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels", "prompt_length"))
-        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, marks=tensors.get("marks"))
+        said = {name: tensors.get(name) for name in ("marks", "subspaces")}
+        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, **said)
+
+    def told(self, steering: Steering) -> None:
+        """What a forward of these rows is edited by."""
+        steering.prompt_length, steering.marks, steering.subspaces = self.prompt_length, self.marks, self.subspaces
 
     @property
     def counted(self) -> Tensor:
@@ -73,11 +79,11 @@ class Ways:
     rule: Positions
 
     def plain(self, batch: Batch) -> Tensor:
-        self.steering.prompt_length, self.steering.marks = batch.prompt_length, batch.marks
+        batch.told(self.steering)
         return self.head.every_logit(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def counted(self, batch: Batch) -> Tensor:
-        self.steering.prompt_length, self.steering.marks = batch.prompt_length, batch.marks
+        batch.told(self.steering)
         return self.head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def behind_prefix(self, store: PrefixStore) -> Way:
@@ -91,7 +97,7 @@ class Ways:
             columns = start + torch.arange(int((lengths - start).max()), device=start.device)
             real = columns < lengths
             columns = columns.clamp(max=batch.input_ids.shape[1] - 1)
-            self.steering.prompt_length, self.steering.marks = batch.prompt_length, batch.marks
+            batch.told(self.steering)
             return self.head.logits(
                 batch.counted.gather(1, columns),
                 input_ids=batch.input_ids.gather(1, columns),

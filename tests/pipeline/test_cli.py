@@ -38,7 +38,8 @@ from runtimes.text.prompts import read_prompts, read_requests
 SURFACE = {
     "quickstart": {"--output", "--model", "--force"},
     "train": {
-        "--model", "--data", "--output", "--method", "--rank", "--layers", "--stream", "--positions", "--tied", "--activation",
+        "--model", "--data", "--output", "--method", "--rank", "--subspaces", "--layers", "--stream", "--positions", "--tied",
+        "--activation",
         "--dropout", "--lr", "--schedule", "--warmup", "--epochs", "--max-steps", "--batch-size", "--gradient-accumulation",
         "--weight-decay", "--eval-fraction", "--eval-data", "--metric", "--patience", "--keep", "--max-length",
         "--chat-template", "--format", "--train-on", "--report-to", "--samples", "--distill-system", "--max-new-tokens", "--kl-weight",
@@ -61,7 +62,7 @@ SURFACE = {
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",
-        "--probes", "--force", "--json",
+        "--subspace", "--probes", "--force", "--json",
     },
     "compose": {"--output", "--strength", "--accept-base", "--force", "--dry-run", "--json"},
     "export": {

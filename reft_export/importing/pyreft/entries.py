@@ -39,6 +39,10 @@ class Entry:
     """low_rank_dimension: the rank of every class of pyreft's; null where the user gave it to the intervention alone."""
     width: object = None
     """intervention_dimensions, pyvene's interchange_dim; null for Loreft's of old versions."""
+    partition: object = None
+    """subspace_partition: [start, stop] of every part of the rank that can be chosen at a call."""
+    chooses: bool = False
+    """Whether it edits by the rows that are chosen at a call alone: pyreft's own classes edit by all of them."""
 
 
 def read_entries(folder: Path, sites: ComponentSites) -> list[Entry]:
@@ -116,7 +120,9 @@ def _configured(folder: Path, sites: ComponentSites) -> list[Entry]:
         key = next((k for k in keys if (folder / f"intkey_{k}.bin").exists()), keys[0])
         place = sites.of_component(fields["component"], fields["layer"])
         rank = fields.get("low_rank_dimension")
-        entries.append(Entry(key=key, kind=_class_name(kind, folder), place=place, rank=rank, width=width))
+        chooses, partition = _chooses(kind), fields.get("subspace_partition")
+        kind = "LoreftIntervention" if chooses else _class_name(kind, folder)
+        entries.append(Entry(key=key, kind=kind, place=place, rank=rank, width=width, partition=partition, chooses=chooses))
         seen[stems] += 1
     return entries
 
@@ -133,7 +139,7 @@ def _representation(item: object, folder: Path) -> dict[str, Any]:
     if not isinstance(stated.get("component"), str):
         raise AdapterError(f"{folder / CONFIG_FILE}: representation {stated or item!r} is not understood")
     fields = {"layer": 0, "unit": "pos", "max_number_of_units": 1} | stated
-    unusual = [n for n in REPRESENTATION[7:13] if fields.get(n) is not None and n != "group_key"]
+    unusual = [n for n in REPRESENTATION[8:13] if fields.get(n) is not None and n != "group_key"]
     if fields["unit"] != "pos" or fields["max_number_of_units"] != 1 or unusual:
         what = f"{unusual[0]} {fields[unusual[0]]!r}" if unusual else f"unit {fields['unit']!r} x {fields['max_number_of_units']!r}"
         raise AdapterError(f"{folder / CONFIG_FILE}: {fields['component']} with {what} cannot be imported; only single positions can")
@@ -146,6 +152,11 @@ def _key_stems(fields: Mapping[str, Any]) -> tuple[str, str]:
     parts = ["comp", component] if "." in component else ["layer", str(fields["layer"]), "comp", component]
     dotted = ".".join([*parts, "unit", "pos", "nunit", "1"])
     return dotted.replace(".", "_"), dotted
+
+
+def _chooses(text: object) -> bool:
+    """Whether it is the LoReFT with subspaces of pyreft's examples, which lies in whichever module its user copied it to."""
+    return re.fullmatch(r"<class '[\w.]+\.SubloreftIntervention'>", str(text)) is not None
 
 
 def _class_name(text: object, folder: Path) -> str:

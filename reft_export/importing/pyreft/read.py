@@ -33,9 +33,10 @@ from reft_export.importing.foreign import (
     short,
 )
 from reft_export.importing.heads import head_of
-from reft_export.importing.pyreft.entries import check_model, check_recorded, read_entries
+from reft_export.importing.pyreft.entries import Entry, check_model, check_recorded, read_entries
 from reft_export.importing.pyreft.sites import PEFT_PREFIX, ComponentSites, Place
 from reft_export.importing.pyreft.states import CLASSES, has_zero_rows, kind_of, read_state
+from reft_export.importing.subspaces import chosen_edit
 from reft_export.importing.tensors import read_pickle, stored_dtype
 from runtimes.edits.edit import Site
 from runtimes.edits.methods import activated_methods
@@ -68,6 +69,7 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
     head = _head(folder, outline)
     edits = [read_state(entry.key, kind, state) for entry, kind, state in zip(entries, kinds, states, strict=True)]
     check_recorded(folder, entries, edits)
+    edits = [_chosen(edit, entry, request.subspace) for edit, entry in zip(edits, entries, strict=True)]
     return ForeignAdapter(
         format=FORMAT,
         edits=_placed([entry.place for entry in entries], edits, tied),
@@ -81,10 +83,19 @@ def read_pyreft(folder: Path, request: Request, outline: Outline) -> ForeignAdap
             "source": name_of(folder),
             "class": ", ".join(sorted(set(kinds))),
             "interventions": len(edits),
+            **({} if request.subspace is None else {"subspace": request.subspace}),
         },
         notes=_notes(request, positions, edits) + _head_notes(outline, head),
         head=head,
     )
+
+
+def _chosen(edit: ForeignEdit, entry: Entry, subspace: str | None) -> ForeignEdit:
+    """Raises InputError where the files leave to each call what is edited, and nobody says it."""
+    if subspace is None and (entry.chooses or entry.partition is not None):
+        of = "" if entry.partition is None else f" of subspace_partition {short(entry.partition)}"
+        raise InputError(f"{edit.name} is edited in subspaces{of}, which every call chooses; pass --subspace 0, 0-3 or all")
+    return edit if subspace is None else chosen_edit(edit, subspace, entry.partition)
 
 
 def _head(folder: Path, outline: Outline) -> dict[str, np.ndarray]:
