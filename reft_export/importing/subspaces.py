@@ -47,7 +47,7 @@ def subspace_of(adapter: Adapter, text: str) -> Adapter:
     known: Mapping[str, Sequence[int]] = recorded if isinstance(recorded, Mapping) else {}
     names = text.split(";")
     if absent := [name for name in names if name not in known]:
-        has = f"known: {', '.join(sorted(known, key=lambda name: known[name]))}" if known else "it was trained without --subspaces"
+        has = f"known: {', '.join(sorted(known, key=lambda name: known[name][0]))}" if known else "it was trained without --subspaces"
         raise InputError(f"--subspace {text}: the adapter has no subspace {absent[0]!r}; {has}")
     rows = sorted({row for name in names for row in range(*known[name])})
     tensors = dict[str, np.ndarray]()

@@ -46,8 +46,8 @@ class Batch:
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Batch:
         """What ``collate`` gave, on ``device``."""
         ids, mask, labels, lengths = (tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels", "prompt_length"))
-        said = {name: tensors.get(name) for name in ("marks", "subspaces")}
-        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, **said)
+        marks, subspaces = tensors.get("marks"), tensors.get("subspaces")
+        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, marks=marks, subspaces=subspaces)
 
     def told(self, steering: Steering) -> None:
         """What a forward of these rows is edited by."""

@@ -93,6 +93,7 @@ def test_quantized(scheme: str, folder: Path, tmp_path: Path) -> None:
     assert check_golden(bundle, OrtClassifier(bundle, threads=1)).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_family_shows_its_sites(family: str) -> None:
     found = find_sites(export_classifier(build_classifier(family)).model)
