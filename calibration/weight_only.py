@@ -102,7 +102,7 @@ def _imatrix(weight: np.ndarray, bits: int, block_size: int, importance: np.ndar
             part = np.s_[first : first + deep, :, start : start + wide]
             q[part], scales[part] = _searched(np.ascontiguousarray(w[part]), h[part[0]], levels)
     return Blocks(
-        packed=np.ascontiguousarray(_pack(q.transpose(2, 0, 1), bits)), scales=np.ascontiguousarray(scales[:, 0].T), zero_points=None
+        packed=np.ascontiguousarray(pack(q.transpose(2, 0, 1), bits)), scales=np.ascontiguousarray(scales[:, 0].T), zero_points=None
     )
 
 
@@ -179,12 +179,12 @@ def _k_quant(weight: np.ndarray, bits: int, block_size: int) -> Blocks:
         importance = np.sqrt(np.mean(w**2, axis=1, keepdims=True)) + np.abs(w)
         before = (unpack(packed[part], bits).astype(np.float32) - points[part, None]) * scales[part, None]
         better = np.flatnonzero(np.sum(importance * (found - w) ** 2, axis=1) < np.sum(importance * (before - w) ** 2, axis=1))
-        packed[start + better] = _pack(q[better].astype(np.uint8), bits)
+        packed[start + better] = pack(q[better].astype(np.uint8), bits)
         scales[start + better], points[start + better] = scale[better], point[better, 0]
     zero_points = points.reshape(columns, blocks)
     if bits == 4 and blocks % 2:
         zero_points = np.pad(zero_points, ((0, 0), (0, 1)), constant_values=8)
-    return Blocks(packed=packed.reshape(columns, blocks, -1), scales=scales.reshape(columns, blocks), zero_points=_pack(zero_points, bits))
+    return Blocks(packed=packed.reshape(columns, blocks, -1), scales=scales.reshape(columns, blocks), zero_points=pack(zero_points, bits))
 
 
 def to_matmul_nbits(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, accuracy_level: int) -> None:
@@ -260,6 +260,6 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _pack(q: np.ndarray, bits: int) -> np.ndarray:
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
     """The inverse, of an even number of entries."""
     return q if bits == 8 else q[..., ::2] | q[..., 1::2] << 4

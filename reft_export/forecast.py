@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft_export.base.checkpoint import LAYER_KEYS, WIDTH_KEYS, open_checkpoint
-from reft_export.base.gguf import described
 from reft_export.base.hub import HUB_ID
+from reft_export.base.origin import described
 from reft_export.base.stored import stored_tensors, without_tables
 from reft_export.base.token_rules import stated_context
 from reft_export.console import size

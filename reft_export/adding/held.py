@@ -10,9 +10,9 @@ from pathlib import Path
 from graph_passes.external import load_graph
 from reft_export.adding.files import held
 from reft_export.base.adapters import check_fit
-from reft_export.base.gguf import described
 from reft_export.base.load import Base, load_base, set_precision
 from reft_export.base.memory import give_back
+from reft_export.base.origin import described
 from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.eager.steering import Steerer, steerers_of

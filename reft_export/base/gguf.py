@@ -62,15 +62,11 @@ def checkpoint_of(path: Path) -> Path:
     return folder
 
 
-def described(model: str | Path) -> str:
-    """``model`` as it is given, and, of a GGUF file, how much of it GGUF rounded: base.gguf (211 of 272 tensors rounded by GGUF: Q4_1)."""
-    path = Path(model)
-    if not is_gguf(path):
-        return str(model)
+def rounded(path: Path) -> str:
+    """How much of a GGUF file GGUF rounded, in brackets: (211 of 272 tensors rounded by GGUF: Q4_1); "" where nothing."""
     types = _header(path).counts
-    rounded = {name: count for name, count in types.items() if name not in FLOATS}
-    many = f" ({sum(rounded.values())} of {sum(types.values())} tensors rounded by GGUF: {', '.join(rounded)})" if rounded else ""
-    return f"{model}{many}"
+    found = {name: count for name, count in types.items() if name not in FLOATS}
+    return f" ({sum(found.values())} of {sum(types.values())} tensors rounded by GGUF: {', '.join(found)})" if found else ""
 
 
 def is_gguf(path: Path) -> bool:

@@ -1,4 +1,7 @@
-"""Where a base lies: a local folder, a GGUF file that becomes one, or a Hugging Face id that is downloaded."""
+"""Where a base lies: a local folder, a GGUF file that becomes one, or a Hugging Face id that is downloaded.
+
+A folder that GPTQ, AWQ or compressed-tensors quantized becomes one of floats, as a GGUF file does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 
 from reft_export.base.gguf import checkpoint_of, is_gguf
 from reft_export.base.model_folder import first_line
+from reft_export.base.packed.checkpoint import plain_folder
 from runtimes.errors import InputError
 from runtimes.files.folders import name_of
 
@@ -24,8 +28,8 @@ def locate(model: str | Path) -> tuple[Path, str]:
         with without_progress_bars():
             return checkpoint_of(Path(model)), Path(model).stem
     if Path(model).is_dir():
-        return Path(model), name_of(Path(model))
-    return _download(str(model)), str(model)
+        return plain_folder(Path(model)), name_of(Path(model))
+    return plain_folder(_download(str(model))), str(model)
 
 
 def _download(model: str) -> Path:

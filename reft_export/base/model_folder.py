@@ -84,8 +84,8 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method", "by a method that it does not name") if isinstance(quantization, dict) else quantization
         raise InputError(
-            f"{folder} is quantized ({method}), and what it computes depends on what is installed; pass the float model it was made from: "
-            "`reft-export quantize` quantizes its bundle, and `reft-export train --base BUNDLE` trains on the weights that it ships"
+            f"{folder} is quantized ({method}), which is not read (GPTQ, AWQ and compressed-tensors are); pass the float model it was made "
+            "from: `reft-export quantize` quantizes its bundle, and `reft-export train --base BUNDLE` trains on the weights that it ships"
         )
     weights = config.get("transformers_weights")
     if weights and weights not in WEIGHT_FILES[:1]:

@@ -21,8 +21,8 @@ def load_placed(
 ) -> tuple[Base, str | None]:
     """(the base, on the bundle's weights where there is one; the bundle's digest). Without ``weights`` only everything that they are not
     needed for; with ``accept_base`` a base of equal weights will do."""
-    from reft_export.base.gguf import described
     from reft_export.base.load import load_base, load_without_weights
+    from reft_export.base.origin import described
 
     report(f"loading {described(model)}")
     dtype, device = settings.placement()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_export.base.adapters import folders_of
-from reft_export.base.gguf import described
+from reft_export.base.origin import described
 from reft_export.exporting.plan import ExportPlan, plan_export
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.quality import QualityGate

@@ -23,7 +23,7 @@ from graph_passes.slots.add import rule_names
 from graph_passes.tied_head import CONTRIB, tie_head, untie_head
 from reft_export.base.adapters import check_fit, folders_of, load_adapters, union_nodes
 from reft_export.base.classifiers import stated_labels
-from reft_export.base.gguf import described
+from reft_export.base.origin import described
 from reft_export.base.token_rules import stated_context
 from reft_export.bundling.files import (
     BundleParts,

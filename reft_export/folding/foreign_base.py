@@ -14,10 +14,10 @@ from graph_passes.accessors import describe, tensor_of
 from graph_passes.external import load_graph
 from graph_passes.find.weights import weight_name
 from graph_passes.tied_head import untie_head
-from reft_export.base.gguf import described
 from reft_export.base.load import Base, load_base
 from reft_export.base.memory import give_back
 from reft_export.base.model_record import model_record
+from reft_export.base.origin import described
 from reft_export.bundling.files import Report
 from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.eager.banks import bank_steerer

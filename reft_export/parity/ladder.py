@@ -20,8 +20,8 @@ from graph_passes.external import load_graph
 from graph_passes.stored_cache import float_cache, stored_cache
 from graph_passes.unfold import unfold_graph
 from reft_export.base.dequantized import activations_quantized, load_dequantized
-from reft_export.base.gguf import described
 from reft_export.base.load import Base, Outline, load_base, outline_base, set_precision
+from reft_export.base.origin import described
 from reft_export.base.token_rules import context_of
 from reft_export.bundling.recorded import check_recorded
 from reft_export.eager.banks import bank_edits, bank_steerer

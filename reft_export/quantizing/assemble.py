@@ -17,9 +17,9 @@ from calibration.settings import QuantizationSettings
 from graph_passes.external import load_graph, write_graph
 from graph_passes.tied_head import untie_head
 from reft_export.base.dequantized import load_dequantized
-from reft_export.base.gguf import described
 from reft_export.base.load import load_base, set_precision
 from reft_export.base.memory import give_back
+from reft_export.base.origin import described
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle, stored_how
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
 from reft_export.bundling.recorded import check_recorded

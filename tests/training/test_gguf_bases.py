@@ -13,8 +13,8 @@ from models.adapters import random_adapter
 from models.bases import build_base
 
 from reft_export.base.checkpoint import open_checkpoint
-from reft_export.base.gguf import described
 from reft_export.base.load import base_from_memory, load_base, outline_base
+from reft_export.base.origin import described
 from reft_export.exporting.export import ExportSettings, export_bundle
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import save_adapter

@@ -1,0 +1,148 @@
+"""``-m FOLDER`` that GPTQ, AWQ or compressed-tensors quantized: the base is what its integers mean, and what is not read costs one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from models.packed_checkpoints import FORMATS, edit_config, quantize_folder
+from safetensors.numpy import load_file, save_file
+
+from calibration.weight_only import dequantize
+from reft_export.base.checkpoint import open_checkpoint
+from reft_export.base.load import load_base, outline_base
+from reft_export.base.origin import described
+from reft_export.base.packed.blocks import packed_blocks
+from runtimes.errors import InputError
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reft-export" / "quantized"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tiny.save_base(tmp_path / "small")
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("group", [16, 64, -1])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_base_is_what_its_integers_mean_and_keeps_them(format, group, symmetric, folder, cache) -> None:
+    floats = load_file(folder / "model.safetensors")
+    means = quantize_folder(folder, format, group=group, symmetric=symmetric)
+    made = open_checkpoint(folder).folder
+    assert made.parent == cache and (made / "tokenizer.json").is_file()
+    stored = load_file(made / "model.safetensors")
+    assert stored.keys() == floats.keys() and len(means) == 7 * tiny.LAYERS
+    assert all((stored[name] == means.get(name, floats[name])).all() for name in stored)
+    blocks = packed_blocks(made)
+    assert blocks is not None and set(blocks.formats) == set(means) and not blocks.without
+    for name, weight in means.items():
+        taken, how = blocks.read(name), blocks.formats[name]
+        assert how.symmetric == symmetric and how.block_size == (weight.shape[1] if group < 0 else group)
+        shape = weight.shape[::-1]
+        restored = dequantize(taken.packed, taken.scales, taken.zero_points, how.bits, how.block_size, *shape)
+        assert (weight == restored.T).all(), "MatMulNBits' blocks mean the same, to the bit"
+
+
+def test_the_base_is_loaded_as_any_other(folder, cache) -> None:
+    means = quantize_folder(folder, "gptq")
+    base = load_base(folder, require_tokenizer=True)
+    assert base.info.name == "small" and (base.model.get_parameter(f"{UP}.weight").numpy() == means[f"{UP}.weight"]).all()
+    assert outline_base(folder).info.fingerprint == base.info.fingerprint
+    assert described(folder) == f"{folder} (21 of 30 tensors quantized by GPTQ, 4 bits, groups of 32)"
+    (made,) = cache.iterdir()
+    assert described(made) == str(made) and outline_base(made).info.fingerprint == base.info.fingerprint
+    with torch.no_grad():
+        assert torch.isfinite(base.model(torch.tensor([[3, 1, 4]])).logits).all()
+
+
+def test_groups_that_are_ordered_by_activation_are_a_base_and_no_blocks(folder) -> None:
+    means = quantize_folder(folder, "gptq", ordered=True)
+    made = open_checkpoint(folder).folder
+    stored, blocks = load_file(made / "model.safetensors"), packed_blocks(made)
+    assert all((stored[name] == weight).all() for name, weight in means.items())
+    assert blocks is not None and set(blocks.without) == set(means) and not blocks.formats
+
+
+def test_a_checkpoint_that_changed_is_another_base(folder, cache) -> None:
+    quantize_folder(folder, "awq")
+    before = open_checkpoint(folder).folder
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.qweight"] = tensors[f"{UP}.qweight"] ^ 1
+    save_file(tensors, folder / "model.safetensors")
+    assert open_checkpoint(folder).folder != before and len(list(cache.iterdir())) == 2
+
+
+def _tensor(change):
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    return changed
+
+
+def _config(**stated):
+    return lambda folder: edit_config(folder, stated)
+
+
+REFUSED = {
+    "8 bits": ("gptq", _config(bits=8), "GPTQ with 8 bits is not read: 4 are; pass the float model"),
+    "no group size": ("awq", _config(group_size=None), "AWQ with group_size None is not read"),
+    "marlin": ("gptq", _config(checkpoint_format="marlin"), "GPTQ with format marlin is not read: gptq and gptq_v2 are"),
+    "other words": ("gptq", _config(pack_dtype="int16"), "pack_dtype int16 is not read: int32 is"),
+    "a rotation": ("gptq", _config(rotation="hadamard"), "rotation 'hadamard' is not read"),
+    "gemv": ("awq", _config(version="gemv"), "AWQ with version gemv is not read: gemm is"),
+    "float integers": ("compressed-tensors", _config(format="float-quantized"), "format float-quantized is not read: pack-quantized is"),
+    "a cache": ("compressed-tensors", _config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is not read"),
+    "rotated": ("compressed-tensors", _config(transform_config={"config_groups": {"u": {}}}), "transform_config is not read"),
+    "activations": (
+        "compressed-tensors",
+        _config(config_groups={"group_0": {"weights": {"num_bits": 4, "strategy": "channel"}, "input_activations": {"num_bits": 8}}}),
+        "activations that group_0 quantizes is not read: weights alone are",
+    ),
+    "another group": (
+        "gptq",
+        _config(group_size=128),
+        r"down_proj.weight has .* scales \[4, 64\] .* and config.json says .* groups of 128",
+    ),
+    "a scale is missing": ("gptq", _tensor(lambda t: t.pop(f"{UP}.scales")), "up_proj.qweight has no scales beside it"),
+    "a stray tensor": ("awq", _tensor(lambda t: t.update({"model.act.scales": np.ones(4)})), "model.act.scales is no part of a weight"),
+    "no integers": ("gptq", _tensor(lambda t: [t.pop(n) for n in list(t) if "_proj." in n]), r"no tensor is called \*.qweight"),
+    "infinite": ("gptq", _tensor(lambda t: t[f"{UP}.scales"].fill(np.inf)), "up_proj.weight has scales that are not finite"),
+    "groups there are not": ("gptq", _tensor(lambda t: t[f"{UP}.g_idx"].fill(7)), "a g_idx that is not 64 numbers from 0 to 1"),
+    "a point of 0 less 1": ("gptq", _tensor(lambda t: t[f"{UP}.qzeros"].fill(-1)), "up_proj.weight: a zero point is 0 less 1.* gptq_v2"),
+    "half the words": (
+        "compressed-tensors",
+        _tensor(lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:, :4]})),
+        "up_proj.weight has weight_packed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_read_is_refused_by_name_and_leaves_nothing(case, folder, cache) -> None:
+    format, change, match = REFUSED[case]
+    quantize_folder(folder, format)
+    change(folder)
+    with pytest.raises(InputError, match=match) as refused:
+        open_checkpoint(folder)
+    assert "\n" not in str(refused.value) and (not cache.exists() or not list(cache.iterdir()))
+
+
+def test_a_file_that_is_cut_short(folder, cache) -> None:
+    quantize_folder(folder, "gptq")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is damaged or cut short"):
+        open_checkpoint(folder)
+    assert not cache.exists() or not list(cache.iterdir())
