@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from calibration.quantize import int8_weights, plan_graph
 from calibration.settings import BlockFormat, QuantizationSettings
+from calibration.weight_only import WeightBlocks
 from graph_passes.accessors import input_of, shape_of, tensor_of
 from graph_passes.find.weights import find_token_embedding, weight_name
 from runtimes.errors import CalibrationError
@@ -26,13 +27,19 @@ class Sizes:
 
 
 def sizes(
-    graph: ir.Graph, settings: QuantizationSettings, float_inputs: Collection[str] = (), parameters: Collection[str] | None = None
+    graph: ir.Graph,
+    settings: QuantizationSettings,
+    float_inputs: Collection[str] = (),
+    parameters: Collection[str] | None = None,
+    blocks: WeightBlocks | None = None,
 ) -> Sizes:
-    """Of a graph whose head is untied, for a weight-only scheme; nothing is quantized."""
+    """Of a graph whose head is untied, for a weight-only scheme; nothing is quantized. ``blocks``: as ``quantize_graph`` takes it."""
     plan, selection = plan_graph(graph, settings, float_inputs, parameters)
     shapes = {weight_name(node): shape_of(input_of(node, 1)) for node in selection.products}
     int8 = int8_weights(graph, selection, settings)
-    stored = {name: stored_bytes(shape, settings.int8_format if name in int8 else settings.format) for name, shape in shapes.items()}
+    blocks = blocks or WeightBlocks()
+    formats = {name: settings.int8_format if name in int8 else blocks.format_of(name, settings.format) for name in shapes}
+    stored = {name: stored_bytes(shape, formats[name]) for name, shape in shapes.items()}
     lookup = find_token_embedding(graph)
     gone = {*shapes, *([plan.head_name] if plan.head_name else [])}
     if plan.format is not None and lookup is not None:

@@ -43,6 +43,10 @@ class QuantizedGraph:
     """Whether embedding and head are stored once."""
     int8: tuple[str, ...] = ()
     """Weights of 8 bits among those of 4."""
+    given: tuple[str, ...] = ()
+    """Weights that kept the integers they had."""
+    origin: str = ""
+    """What made those, in words."""
     note: str = ""
     """What was done otherwise than a user may expect."""
 
@@ -79,7 +83,9 @@ def quantize_graph(
     int8 = int8_weights(graph, selection, settings)
 
     def quantized_one(name: str) -> tuple[QuantizedWeight, WeightError]:
-        return _quantize_one(weights[name], settings, settings.int8_format if name in int8 else settings.format, blocks)
+        return _quantize_one(
+            weights[name], settings, settings.int8_format if name in int8 else blocks.format_of(name, settings.format), blocks
+        )
 
     # Before anything of the graph is changed: a damaged weight leaves it as it was.
     done: dict[str, QuantizedWeight] = {}
@@ -109,6 +115,7 @@ def quantize_graph(
         embeddings=0 if plan.format is None else plan.format.bits,
         tied=tied,
         int8=tuple(name for name in weights if name in int8),
+        given=tuple(name for name in weights if name not in int8 and blocks.keeps(name)),
         note=plan.note,
     )
 

@@ -51,9 +51,9 @@ ASYMMETRIC: tuple[Method, ...] = ("hqq", "k_quant")
 """Methods whose blocks always have a zero point."""
 ELSEWHERE = {
     "gptq": "onnxruntime's GPTQ returns weights without their scales and feeds a graph that it loads whole; quantize the checkpoint with "
-    "GPTQModel, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
-    "awq": "onnxruntime hands AWQ to nvidia-modelopt, which pins onnxruntime-gpu and an older onnx; run modelopt in an environment of its "
-    "own, or use --method hqq",
+    "GPTQModel, whose integers int4 keeps, or use --method hqq, or --refit, which trains the adapter on the quantized weights",
+    "awq": "onnxruntime hands AWQ to nvidia-modelopt, which pins onnxruntime-gpu and an older onnx; quantize the checkpoint with "
+    "AutoAWQ or GPTQModel, whose integers int4 keeps, or use --method hqq",
 }
 """Methods that are asked for and are not served: why, and what to use."""
 
@@ -102,6 +102,8 @@ class QuantizationSettings:
     """Bits of the token embedding, and of a head that is tied to it; 0 is float. None: 8 where onnxruntime looks it up, else float."""
     cache: CacheType = "float"
     """How the KV cache is stored: in the graph's float type, or rounded to int8."""
+    keep_given: bool = False
+    """Whether weights that the base's checkpoint holds in 4-bit blocks keep them."""
 
     def __post_init__(self) -> None:
         scheme = SCHEMES[check_scheme(self.scheme)]
@@ -227,11 +229,13 @@ def settings_for(
     """Settings of a scheme; None is the scheme's own default. Raises CalibrationError for what it cannot do.
 
     4-bit blocks are imatrix's, and those of weight-only have no zero point unless asked otherwise: it was not worth its bytes in a real
-    model (docs/quantization-quality.md).
+    model (docs/quantization-quality.md). Of a base that others quantized to 4 bits they are the base's own, unless a method, a block size
+    or zero points are asked for.
     """
     name = check_scheme(scheme)
     kind, fast = SCHEMES[name], name == "weight-only" and method != "hqq"
     width = kind.bits[0] if bits is None else bits
+    plain = method is None and block_size is None and symmetric is None
     if method is None:
         method = "imatrix" if name in ("weight-only", "qdq-int4") and width == 4 and symmetric is not False else "rtn"
     return QuantizationSettings(
@@ -246,6 +250,7 @@ def settings_for(
         lm_head=lm_head,
         embeddings=embeddings,
         cache=check_cache(cache),
+        keep_given=plain and name == "weight-only" and width == 4,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ import onnx_ir as ir
 from calibration.settings import BlockFormat
 from calibration.weights import QuantizedWeight, constant
 from graph_passes.accessors import array_of, input_of, int_of, optional_input
+from runtimes.errors import CalibrationError
 
 CONTRIB = "com.microsoft"
 _SEARCHED_AT_ONCE = 4096
@@ -41,6 +42,14 @@ class Blocks:
     zero_points: np.ndarray | None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GivenBlocks:
+    """A weight that was in 4-bit blocks before: ``read`` gives them."""
+
+    format: BlockFormat
+    read: Callable[[], Blocks]
+
+
 def quantize_blocks(weight: np.ndarray, format: BlockFormat, importance: np.ndarray | None = None) -> Blocks:
     """``weight`` [K, N] float32. ``importance`` [K]: for method imatrix, which is rtn without it, or where it is not K numbers."""
     if format.method == "imatrix" and importance is not None and importance.shape == weight.shape[:1] and np.isfinite(importance).all():
@@ -56,16 +65,35 @@ class WeightBlocks:
     """The blocks of a graph's weights, each made once for a format however often it is asked for.
 
     ``importance``: by weight the mean square [K] of its inputs, for method imatrix; a weight that is not there is rounded by rtn.
+    ``given``: weights that keep the blocks they had, wherever 4 bits are asked for.
     """
 
-    def __init__(self, importance: Mapping[str, np.ndarray] | None = None) -> None:
-        self._importance = importance or {}
+    def __init__(self, importance: Mapping[str, np.ndarray] | None = None, given: Mapping[str, GivenBlocks] | None = None) -> None:
+        self._importance, self._given = importance or {}, given or {}
         self._made: dict[tuple[str, BlockFormat], Blocks] = {}
         self.rounded: set[str] = set()
         """Weights that imatrix was asked for, and whose inputs nobody saw."""
 
+    def keeps(self, name: str) -> bool:
+        """Whether the weight has blocks of its own."""
+        return name in self._given
+
+    def format_of(self, name: str, asked: BlockFormat) -> BlockFormat:
+        """The format that the weight is stored in where ``asked`` is."""
+        return self._given[name].format if self.keeps(name) and self._given[name].format.bits == asked.bits else asked
+
     def of(self, name: str, weight: np.ndarray, format: BlockFormat) -> Blocks:
-        """``weight`` [K, N] float32, the same at every call with this name."""
+        """``weight`` [K, N] float32, the same at every call with this name; ``format`` as ``format_of`` gives it.
+
+        Raises CalibrationError where the blocks that are given are another weight's.
+        """
+        if self.keeps(name) and format == self._given[name].format:
+            blocks = self._given[name].read()
+            if not np.array_equal(
+                dequantize(blocks.packed, blocks.scales, blocks.zero_points, format.bits, format.block_size, *weight.shape), weight
+            ):
+                raise CalibrationError(f"weight {name} is not what its integers in the base mean; give a --method to quantize it again")
+            return blocks
         if (name, format) not in self._made:
             if format.method == "imatrix" and name not in self._importance:
                 self.rounded.add(name)

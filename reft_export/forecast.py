@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.settings import QuantizationSettings
 from reft_export.base.checkpoint import LAYER_KEYS, WIDTH_KEYS, open_checkpoint
 from reft_export.base.hub import HUB_ID
 from reft_export.base.origin import described
+from reft_export.base.packed.blocks import packed_blocks
 from reft_export.base.stored import stored_tensors, without_tables
 from reft_export.base.token_rules import stated_context
 from reft_export.console import size
@@ -86,7 +88,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
             f"load {described(plan.source)} in float32 and record eager {task.recorded}, base and {len(plan.adapters)} adapters",
             f"export with {EXPORTERS[settings.exporter]}{opset}, {task.logits_shape(settings.logits)}{cache}",
             "fold the edits",
-            *((f"quantize weights to {settings.precision}, blocks of {weight_only.block_size}",) if weight_only is not None else ()),
+            *((_quantizing(plan, weight_only),) if weight_only is not None else ()),
             "write the bundle and hold it against the eager model",
         ),
         parameters=total,
@@ -95,6 +97,12 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
         token=cache_token(plan.checkpoint.config, 1 if settings.cache == "int8" else BYTES[settings.float_type]) if task.decodes else None,
         context=stated_context(_decoder(plan.checkpoint.config)) if task.decodes else None,
     )
+
+
+def _quantizing(plan: ExportPlan, settings: QuantizationSettings) -> str:
+    packed = packed_blocks(plan.checkpoint.folder) if settings.keep_given else None
+    kept = "" if packed is None else f"keep the integers of {len(packed.formats)} weights of {packed.label}, and "
+    return f"{kept}quantize {'the other ' if kept else ''}weights to int{settings.bits}, blocks of {settings.block_size}"
 
 
 def _table(plan: ExportPlan) -> int:

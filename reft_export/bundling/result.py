@@ -41,5 +41,6 @@ def quantization_record(
         kept=quantized.float_weights,
         int8=quantized.int8,
         cache=settings.cache,
+        origin=quantized.origin,
         calibration=calibration,
     )

@@ -219,6 +219,8 @@ def quantization(q: Any) -> str:
         parts.append(f"embedding int{q.embeddings}")
     if q.int8:
         parts.append(f"{len(q.int8)} weights in int8 ({', '.join(q.int8[:3])}{', ..' if len(q.int8) > 3 else ''})")
+    if q.origin:
+        parts.append(q.origin)
     if q.kept:
         parts.append(f"{len(q.kept)} weights in float ({', '.join(q.kept[:3])}{', ..' if len(q.kept) > 3 else ''})")
     if c := q.calibration:

@@ -28,6 +28,7 @@ from reft_export.exporting.routes import ROUTES
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.golden import InputsByName, Recorded, inputs_of, record_base, record_quantized
 from reft_export.parity.quality import Attempt, QualityGate
+from reft_export.quantizing.given import Given, given_blocks
 from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from reft_export.tasks.task import TASKS
@@ -186,6 +187,7 @@ def _material(
         fp32=recorded.fp32,
         again=again,
         mixed=asked,
+        given=Given() if settings.weight_only is None else given_blocks(base.folder, exported.weights, settings.weight_only),
     )
 
 

@@ -15,6 +15,7 @@ from reft_export.base.stored import Tensor, stored_tensors, without_tables
 from reft_export.base.tokenizer import has_tokenizer, is_plain_tokenizer
 from reft_export.exporting.installed import check_exporter
 from reft_export.exporting.settings import ExportSettings
+from reft_export.quantizing.given import check_given
 from reft_export.tasks.task import TASKS
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import InputError
@@ -58,9 +59,11 @@ def plan_export(
     # By config.json alone: who asks for an exporter that a classifier has no use for is not to install it first.
     checkpoint = _checkpoint(model, settings, name) if Path(model).is_dir() else None
     check_exporter(settings.exporter)
-    _ = settings.weight_only  # refuses a block size or an accuracy level that is none
+    weight_only = settings.weight_only  # refuses a block size or an accuracy level that is none
     adapters = load_adapters(adapter_folders)
     checkpoint = checkpoint or _checkpoint(model, settings, name)
+    if weight_only is not None:
+        check_given(checkpoint.folder, weight_only)
     if settings.exporter == "builder" and not has_tokenizer(checkpoint.folder):
         raise InputError(
             f"{checkpoint.folder} has no tokenizer, which the builder reads; put tokenizer.json beside config.json, or use dynamo"

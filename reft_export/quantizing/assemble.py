@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from calibration.mixed import check_budget, sizes
 from calibration.quantize import QuantizedGraph, Ranges
 from calibration.settings import QuantizationSettings
+from calibration.weight_only import WeightBlocks
 from graph_passes.external import load_graph, write_graph
 from graph_passes.tied_head import untie_head
 from reft_export.base.dequantized import load_dequantized
-from reft_export.base.load import load_base, set_precision
+from reft_export.base.load import base_folder, load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.base.origin import described
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle, stored_how
@@ -35,6 +36,7 @@ from reft_export.parity.ladder import check_same_base, known_inputs, made_from, 
 from reft_export.parity.quality import Attempt, QualityGate, hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
+from reft_export.quantizing.given import check_given, given_blocks
 from reft_export.quantizing.refit import load_sources, plan_refit
 from reft_export.quantizing.remedies import keep_steering
 from reft_export.quantizing.sensitivity import MixedPrecision
@@ -111,6 +113,7 @@ def planned(
     bundle: Bundle, model: str, output: Path, settings: QuantizationSettings, request: CalibrationRequest | None, report: Report
 ) -> Plan:
     check_bundle(bundle, settings, request)
+    check_given(base_folder(model), settings)
     graph = load_graph(bundle.graph_path)
     check_recorded(bundle, graph)
     untie_head(graph.graph)
@@ -130,7 +133,9 @@ def _asked(plan: Plan, budget_mb: float | None) -> MixedPrecision:
     untie_head(graph.graph)
     rest = sum(record.size for name, record in plan.bundle.manifest.files.items() if name != DATA_FILE)
     asked = MixedPrecision(budget=int(budget_mb * 1e6) - rest)
-    check_budget(sizes(graph.graph, plan.settings, (), plan.bundle.manifest.weights), asked.budget)
+    sources = plan.bundle.manifest.weights
+    given = given_blocks(base_folder(plan.model), sources, plan.settings)
+    check_budget(sizes(graph.graph, plan.settings, (), sources, WeightBlocks(given=given.blocks)), asked.budget)
     return asked
 
 
@@ -199,6 +204,7 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
         turns=True,
         ranges=plan.ranges,
         mixed=plan.mixed,
+        given=given_blocks(base.folder, bundle.manifest.weights, plan.settings),
     )
     del base
     chosen = choose_weights(material, plan.settings, quality, report)

@@ -62,6 +62,7 @@ class _Weight:
 
     value: ir.Value
     blocks: Blocks
+    format: BlockFormat
     first: int
     last: int
     start: int
@@ -80,14 +81,14 @@ def sensitivities(
     ``model`` carries the float weights, and is left as it was; ``blocks``: as ``quantize_graph`` takes it. Weights that are no linear
     module's (experts) are not listed.
     """
-    format = settings.format
     nats: dict[str, float] = {}
     placed: dict[torch.nn.Module, list[tuple[str, _Weight]]] = {}
     _, selection = plan_graph(graph, settings, (), sources)
     products = {weight_name(node): input_of(node, 1) for node in selection.products}
     names = [name for name in products if name in sources]
-    for name, made in zip(names, on_all_cores(lambda name: _blocks(name, products[name], format, blocks), names), strict=True):
-        for module, weight in _places(model, name, products[name], sources, made):
+    formats = {name: blocks.format_of(name, settings.format) for name in names}
+    for name, made in zip(names, on_all_cores(lambda name: _blocks(name, products[name], formats[name], blocks), names), strict=True):
+        for module, weight in _places(model, name, products[name], sources, made, formats[name]):
             placed.setdefault(module, []).append((name, weight))
             nats[name] = 0.0
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +98,7 @@ def sensitivities(
     for number, row in enumerate(rows, 1):
         waiting.append(_passed(model, list(placed), row, draws, generator))
         if number == len(rows) or sum(len(row.ids) for row in rows[number - len(waiting) : number + 1]) > TOKENS_AT_ONCE:
-            for name, squares in _squares(placed, waiting, format).items():
+            for name, squares in _squares(placed, waiting).items():
                 nats[name] += squares / (2 * draws * count)
             waiting.clear()
     return nats
@@ -110,7 +111,7 @@ def _blocks(name: str, value: ir.Value, format: BlockFormat, blocks: WeightBlock
 
 
 def _places(
-    model: PreTrainedModel, name: str, value: ir.Value, sources: Mapping[str, WeightSource], blocks: Blocks
+    model: PreTrainedModel, name: str, value: ir.Value, sources: Mapping[str, WeightSource], blocks: Blocks, format: BlockFormat
 ) -> Iterator[tuple[torch.nn.Module, _Weight]]:
     """The modules that an initializer is the weight of, or a part of; none where it is no linear module's outputs."""
     source = sources[name]
@@ -125,7 +126,7 @@ def _places(
     for part, module in zip(parts, modules, strict=True):
         outputs = _sizes(module)[1] if part.start is None or part.stop is None else part.stop - part.start
         last = columns if len(parts) == 1 else first + outputs
-        yield module, _Weight(value=value, blocks=blocks, first=first, last=last, start=part.start or 0)
+        yield module, _Weight(value=value, blocks=blocks, format=format, first=first, last=last, start=part.start or 0)
         first = last
 
 
@@ -175,15 +176,13 @@ def _passed(model: PreTrainedModel, modules: Sequence[torch.nn.Module], row: Row
     return passed
 
 
-def _squares(
-    placed: Mapping[torch.nn.Module, Sequence[tuple[str, _Weight]]], passed: Sequence[_Passed], format: BlockFormat
-) -> dict[str, float]:
+def _squares(placed: Mapping[torch.nn.Module, Sequence[tuple[str, _Weight]]], passed: Sequence[_Passed]) -> dict[str, float]:
     """sum over rows and draws of ( sum_t delta_t . (x_t E) )^2, by the initializer's name."""
     sums: dict[str, list[torch.Tensor]] = {}
     for module, weights in placed.items():
         rows = [each[module] for each in passed if module in each]
         for name, weight in weights:
-            error = _error(weight, format)[:, weight.first : weight.last]
+            error = _error(weight)[:, weight.first : weight.last]
             stop = weight.start + weight.last - weight.first
             projected = [torch.einsum("dtn,tn->d", delta[:, :, weight.start : stop], x @ error) for x, delta in rows]
             # Parts of one initializer in several modules are one error: their projections are summed before they are squared.
@@ -191,10 +190,10 @@ def _squares(
     return {name: float(sum((each**2).sum() for each in projected)) for name, projected in sums.items()}
 
 
-def _error(weight: _Weight, format: BlockFormat) -> torch.Tensor:
+def _error(weight: _Weight) -> torch.Tensor:
     """E [K, N] of an initializer; made again for each row, so that one is in memory at a time."""
     rows, columns = shape_of(weight.value)
-    blocks = weight.blocks
+    blocks, format = weight.blocks, weight.format
     restored = dequantize(blocks.packed, blocks.scales, blocks.zero_points, format.bits, format.block_size, rows, columns)
     error = torch.from_numpy(restored - array_of(weight.value).astype(np.float32, copy=False))
     unmap(weight.value)
@@ -257,7 +256,7 @@ def mixed(
     Raises CalibrationError for a budget below the smallest graph, before anything is measured.
     """
     untie_head(graph.graph)
-    known = sizes(graph.graph, settings, (), sources)
+    known = sizes(graph.graph, settings, (), sources, blocks)
     check_budget(known, asked.budget)
     nats = sensitivities(model, graph.graph, sources, settings, rows, blocks)
     chosen = choose_int8(nats, known, asked.budget)

@@ -23,6 +23,7 @@ from reft_export.bundling.files import Report
 from reft_export.eager.steering import Steerer
 from reft_export.parity.quality import Attempt, QualityGate
 from reft_export.quantizing.cache import quantize_cache
+from reft_export.quantizing.given import Given
 from reft_export.quantizing.importance import input_importance
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
@@ -73,6 +74,7 @@ class Material:
     ranges: Ranges | None = None
     mixed: MixedPrecision | None = None
     """Asked for by the user, whatever the adapters keep."""
+    given: Given = field(default_factory=Given)
     blocks: WeightBlocks = field(default_factory=WeightBlocks)
     """Of every attempt: what one has made, the next one knows."""
 
@@ -93,10 +95,15 @@ class Chosen:
 
 def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
     """The weights that ``_enough`` chooses, and the KV cache that ``settings`` ask for."""
+    importance = None
     if settings.method == "imatrix":
         report("weighing the inputs of the weights")
-        of = replace(of, blocks=WeightBlocks(input_importance(of.model.floats(), of.sources, of.inputs, of.steerers)))
+        importance = input_importance(of.model.floats(), of.sources, of.inputs, of.steerers)
+    of = replace(of, blocks=WeightBlocks(importance, of.given.blocks))
     chosen = _enough(of, settings, gate, report)
+    if kept := of.given.described(len(chosen.quantized.given), len(chosen.quantized.errors)):
+        told = f"{kept}: taken over, not quantized again"
+        chosen = replace(chosen, quantized=replace(chosen.quantized, origin=kept), note="; ".join(filter(None, (told, chosen.note))))
     if rounded := sorted(of.blocks.rounded):
         more = f" and {len(rounded) - 1} more weights are" if len(rounded) > 1 else " is"
         told = f"{rounded[0]}{more} rounded by rtn: no golden row reached what they multiply"

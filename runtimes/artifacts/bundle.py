@@ -150,6 +150,8 @@ class Quantization:
     """Weights of 8 bits among those of 4."""
     cache: CacheType = "float"
     """How keys and values are stored."""
+    origin: str = ""
+    """How many weights keep the integers of the base's own checkpoint, and how that was quantized."""
     calibration: CalibrationRecord | None = None
 
     def check(self) -> None:

@@ -246,7 +246,7 @@ REFUSALS = {
         "holds a distributed checkpoint",
     ),
     "quantized": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        lambda f: edit_config(f, quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
         "and `reft-export train --base BUNDLE` trains on",
     ),
     "quantized by nothing known": (lambda f: edit_config(f, quantization_config={"bits": 4}), "is quantized (by a method that"),
