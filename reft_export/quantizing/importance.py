@@ -30,6 +30,8 @@ def input_importance(
         except BundleError:
             continue
         places.setdefault(module, []).append(name)
+    if not places:
+        return {}
     sums: dict[torch.nn.Module, torch.Tensor] = {}
     counts: dict[torch.nn.Module, int] = {}
 

@@ -98,7 +98,8 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
     importance = None
     if settings.method == "imatrix":
         report("weighing the inputs of the weights")
-        importance = input_importance(of.model.floats(), of.sources, of.inputs, of.steerers)
+        searched = {name: source for name, source in of.sources.items() if name not in of.given.blocks}
+        importance = input_importance(of.model.floats(), searched, of.inputs, of.steerers)
     of = replace(of, blocks=WeightBlocks(importance, of.given.blocks))
     chosen = _enough(of, settings, gate, report)
     if kept := of.given.described(len(chosen.quantized.given), len(chosen.quantized.errors)):

@@ -110,6 +110,7 @@ REFUSED = {
         _config(config_groups={"group_0": {"weights": {"num_bits": 4, "strategy": "channel"}, "input_activations": {"num_bits": 8}}}),
         "activations that group_0 quantizes is not read: weights alone are",
     ),
+    "a preset": ("compressed-tensors", _config(config_groups={"W4A16": ["Linear"]}), "int of None bits of W4A16 is not read: int of 4 is"),
     "another group": (
         "gptq",
         _config(group_size=128),
@@ -120,6 +121,11 @@ REFUSED = {
     "no integers": ("gptq", _tensor(lambda t: [t.pop(n) for n in list(t) if "_proj." in n]), r"no tensor is called \*.qweight"),
     "infinite": ("gptq", _tensor(lambda t: t[f"{UP}.scales"].fill(np.inf)), "up_proj.weight has scales that are not finite"),
     "groups there are not": ("gptq", _tensor(lambda t: t[f"{UP}.g_idx"].fill(7)), "a g_idx that is not 64 numbers from 0 to 1"),
+    "groups that are no numbers": (
+        "gptq",
+        _tensor(lambda t: t.update({f"{UP}.g_idx": np.full(64, np.nan, np.float32)})),
+        "up_proj.weight has a g_idx that is not 64 numbers",
+    ),
     "a point of 0 less 1": ("gptq", _tensor(lambda t: t[f"{UP}.qzeros"].fill(-1)), "up_proj.weight: a zero point is 0 less 1.* gptq_v2"),
     "half the words": (
         "compressed-tensors",

@@ -64,7 +64,7 @@ def integers_of(name: str, tensors: Tensors, scheme: Scheme) -> Integers:
         size = next((inputs if g == WHOLE else g for g in scheme.groups if count == (1 if g == WHOLE else -(-inputs // g))), 0)
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
-    except (ValueError, IndexError, TypeError):
+    except (ValueError, IndexError, TypeError, OverflowError):
         size, shapes = 0, False
     if not size or not shapes:
         told = ", ".join(f"{end} {list(tensor.shape)} {tensor.dtype}" for end, tensor in tensors.items())
@@ -74,7 +74,7 @@ def integers_of(name: str, tensors: Tensors, scheme: Scheme) -> Integers:
     groups = tensors.get("g_idx", tensors.get("weight_g_idx"))
     if groups is None or (groups == -1).all():  # compressed-tensors has -1 where nothing was ordered
         groups = np.arange(inputs) // size
-    if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= count:
+    if groups.dtype.kind != "i" or groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= count:
         raise InputError(f"{name} has a g_idx that is not {inputs} numbers from 0 to {count - 1}; download it again")
     return Integers(q, scales, points, groups.astype(np.int64), size)
 

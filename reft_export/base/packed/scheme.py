@@ -45,9 +45,9 @@ class Scheme:
 def scheme_of(config: Mapping[str, Any], where: Path) -> Scheme | None:
     """None for a checkpoint that no method of ``NAMES`` quantized. Raises InputError for one that is not read."""
     stated = config.get("quantization_config")
-    if not isinstance(stated, dict) or stated.get("quant_method") not in NAMES:
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    if not isinstance(stated, dict) or not isinstance(method, str) or method not in NAMES:
         return None
-    method = stated["quant_method"]
     for what in _refused[method](stated):
         raise InputError(f"{where}: {NAMES[method]} with {what}; {PASS_FLOAT}")
     if method == COMPRESSED:
@@ -63,7 +63,7 @@ def _format(stated: Mapping[str, Any]) -> Any:
 
 def _common(stated: Mapping[str, Any]) -> Iterator[str]:
     """What of either older config is not read, in words."""
-    bits, group = stated.get("bits", stated.get("w_bit")), stated.get("group_size", stated.get("q_group_size"))
+    bits, group = stated.get("bits"), stated.get("group_size")
     if bits != BITS:
         yield f"{bits} bits is not read: {BITS} are"
     if type(group) is not int or (group < 1 and group != WHOLE):
@@ -93,16 +93,15 @@ def _refused_compressed(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f"format {stated.get('format')} is not read: pack-quantized is"
     if stated.get("kv_cache_scheme"):
         yield "kv_cache_scheme is not read: keys and values are float here, or int8 by --cache"
-    if (stated.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        yield f"sparsity {stated['sparsity_config']['format']} is not read: dense is"
-    if (stated.get("transform_config") or {}).get("config_groups"):
+    if (sparsity := _keys(stated.get("sparsity_config")).get("format", "dense")) != "dense":
+        yield f"sparsity {sparsity} is not read: dense is"
+    if _keys(stated.get("transform_config")).get("config_groups"):
         yield "transform_config is not read: the model is more than its weights then"
-    groups = stated.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    groups = _keys(stated.get("config_groups"))
+    if not groups:
         yield "no config_groups is not read"
-        return
-    for name, group in groups.items():
-        weights = group.get("weights") or {}
+    for name, group in ((name, _keys(group)) for name, group in groups.items()):
+        weights = _keys(group.get("weights"))
         if group.get("input_activations") or group.get("output_activations"):
             yield f"activations that {name} quantizes is not read: weights alone are"
         if group.get("format") not in (None, "pack-quantized"):
@@ -113,6 +112,10 @@ def _refused_compressed(stated: Mapping[str, Any]) -> Iterator[str]:
             yield f"strategy {weights.get('strategy')} of {name} is not read: group and channel are"
         if weights.get("strategy") == "group" and (type(weights.get("group_size")) is not int or weights["group_size"] < 1):
             yield f"group_size {weights.get('group_size')!r} of {name} is not read: it is a number of inputs"
+
+
+def _keys(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 _refused = {GPTQ: _refused_gptq, AWQ: _refused_awq, COMPRESSED: _refused_compressed}
