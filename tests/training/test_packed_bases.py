@@ -16,6 +16,7 @@ from reft_export.base.checkpoint import open_checkpoint
 from reft_export.base.load import load_base, outline_base
 from reft_export.base.origin import described
 from reft_export.base.packed.blocks import packed_blocks
+from reft_export.base.packed.layouts import Integers, blocks_of, dequantized
 from runtimes.errors import InputError
 
 UP = "model.layers.1.mlp.up_proj"
@@ -152,3 +153,15 @@ def test_a_file_that_is_cut_short(folder, cache) -> None:
     with pytest.raises(InputError, match="is damaged or cut short"):
         open_checkpoint(folder)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(("group", "size"), [(48, 16), (96, 32), (512, 256)])
+def test_a_group_of_several_blocks_is_several_with_one_scale(group, size) -> None:
+    """Of 3 groups of 48 that are 9 blocks, an odd number, whose zero points are packed in pairs."""
+    random = np.random.default_rng(0)
+    q, scales = random.integers(0, 16, (8, 3 * group), np.uint8), random.random((8, 3), np.float32)
+    weight = Integers(q, scales, random.integers(0, 16, (8, 3), np.uint8), np.arange(3 * group) // group, group)
+    made = blocks_of(weight)
+    assert made is not None and made[1].block_size == size
+    restored = dequantize(made[0].packed, made[0].scales, made[0].zero_points, 4, size, 3 * group, 8)
+    assert (dequantized(weight) == restored.T).all()
