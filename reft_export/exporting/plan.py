@@ -11,11 +11,11 @@ from typing import Any
 from reft_export.base.adapters import check_fit_to_files, check_layers, folders_of, load_adapters, union_nodes
 from reft_export.base.checkpoint import Checkpoint, open_checkpoint
 from reft_export.base.config import stated_alike
+from reft_export.base.packed.blocks import check_given
 from reft_export.base.stored import Tensor, stored_tensors, without_tables
 from reft_export.base.tokenizer import has_tokenizer, is_plain_tokenizer
 from reft_export.exporting.installed import check_exporter
 from reft_export.exporting.settings import ExportSettings
-from reft_export.quantizing.given import check_given
 from reft_export.tasks.task import TASKS
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import InputError

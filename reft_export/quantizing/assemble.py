@@ -21,6 +21,7 @@ from reft_export.base.dequantized import load_dequantized
 from reft_export.base.load import base_folder, load_base, set_precision
 from reft_export.base.memory import give_back
 from reft_export.base.origin import described
+from reft_export.base.packed.blocks import check_given
 from reft_export.bundling.files import BundleParts, Report, copy_tokenizer, finish_bundle, stored_how
 from reft_export.bundling.genai import copy_genai_files, read_genai_config
 from reft_export.bundling.recorded import check_recorded
@@ -36,7 +37,7 @@ from reft_export.parity.ladder import check_same_base, known_inputs, made_from, 
 from reft_export.parity.quality import Attempt, QualityGate, hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
-from reft_export.quantizing.given import check_given, given_blocks
+from reft_export.quantizing.given import given_blocks
 from reft_export.quantizing.refit import load_sources, plan_refit
 from reft_export.quantizing.remedies import keep_steering
 from reft_export.quantizing.sensitivity import MixedPrecision

@@ -13,7 +13,6 @@ from calibration.settings import QuantizationSettings
 from calibration.weight_only import Blocks, GivenBlocks
 from reft_export.base.packed.blocks import PackedBlocks, packed_blocks
 from runtimes.artifacts.bundle import WeightSource
-from runtimes.errors import CalibrationError
 
 NO_POINTS = 0x88
 """Two zero points of 8, which a symmetric weight means."""
@@ -29,17 +28,6 @@ class Given:
     def described(self, kept: int, weights: int) -> str:
         """210 of 211 weights as GPTQ, 4 bits, groups of 128; "" where nothing was given."""
         return f"{kept} of {weights} weights as {self.label}" if self.label else ""
-
-
-def check_given(folder: Path, settings: QuantizationSettings) -> None:
-    """Raises CalibrationError for integers of a base that no blocks hold, where they are to be kept."""
-    packed = packed_blocks(folder) if settings.keep_given else None
-    if packed is not None and packed.without:
-        raise CalibrationError(
-            f"{len(packed.without)} of {len(packed.without) + len(packed.formats)} weights of {packed.label} are in groups that int4 "
-            f"blocks cannot hold, first {packed.without[0]}: ordered by activation (desc_act), or no multiple of 16; pass a checkpoint "
-            "without desc_act, or --method imatrix, which quantizes them again"
-        )
 
 
 def given_blocks(folder: Path | None, sources: Mapping[str, WeightSource], settings: QuantizationSettings) -> Given:

@@ -19,13 +19,13 @@ from graph_passes.accessors import input_of, int_of, name_of
 from graph_passes.external import load_graph
 from reft_export.base.checkpoint import open_checkpoint
 from reft_export.base.load import outline_base
-from reft_export.base.packed.blocks import packed_blocks
+from reft_export.base.packed.blocks import check_given, packed_blocks
 from reft_export.cli.inspect import quantization
 from reft_export.exporting.export import export_bundle
 from reft_export.exporting.plan import plan_export
 from reft_export.exporting.settings import ExportSettings
 from reft_export.forecast import forecast_export
-from reft_export.quantizing.given import check_given, given_blocks
+from reft_export.quantizing.given import given_blocks
 from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.artifacts.bundle import Bundle, WeightSource, open_bundle
 from runtimes.edits.adapter import save_adapter

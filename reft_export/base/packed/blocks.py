@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from calibration.settings import BlockFormat
-from calibration.weight_only import Blocks
+from calibration.settings import BlockFormat, QuantizationSettings
 from reft_export.base.packed.scheme import BITS
-from runtimes.errors import InputError
+from runtimes.errors import CalibrationError, InputError
 from runtimes.files.records import read_json_object
+
+if TYPE_CHECKING:  # which comes with onnx: a base is opened without
+    from calibration.weight_only import Blocks
 
 ORIGIN, PACKED = "quantized.json", "quantized.safetensors"
 PARTS = ("packed", "scales", "zero_points")
@@ -29,6 +31,8 @@ class PackedBlocks(NamedTuple):
     def read(self, parameter: str) -> Blocks:
         from safetensors import safe_open
 
+        from calibration.weight_only import Blocks
+
         with safe_open(self.path, "np") as file:
             packed, scales = (file.get_tensor(f"{parameter}.{part}") for part in PARTS[:2])
             points = None if self.formats[parameter].symmetric else file.get_tensor(f"{parameter}.{PARTS[2]}")
@@ -44,3 +48,14 @@ def packed_blocks(folder: Path) -> PackedBlocks | None:
         name: BlockFormat(bits=BITS, block_size=each["block_size"], symmetric=each["symmetric"]) for name, each in origin["weights"].items()
     }
     return PackedBlocks(origin["label"], formats, tuple(origin["without"]), folder / PACKED)
+
+
+def check_given(folder: Path, settings: QuantizationSettings) -> None:
+    """Raises CalibrationError for integers of a base that no blocks hold, where they are to be kept."""
+    packed = packed_blocks(folder) if settings.keep_given else None
+    if packed is not None and packed.without:
+        raise CalibrationError(
+            f"{len(packed.without)} of {len(packed.without) + len(packed.formats)} weights of {packed.label} are in groups that int4 "
+            f"blocks cannot hold, first {packed.without[0]}: ordered by activation (desc_act), or no multiple of 16; pass a checkpoint "
+            "without desc_act, or --method imatrix, which quantizes them again"
+        )

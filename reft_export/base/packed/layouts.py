@@ -13,14 +13,16 @@ Sources: pack and dequantize of AutoGPTQ's qlinear, AutoAWQ's utils/packing_util
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from calibration.settings import BlockFormat
-from calibration.weight_only import Blocks, pack
 from reft_export.base.packed.scheme import AWQ, BITS, COMPRESSED, GPTQ, WHOLE, Scheme
 from runtimes.errors import InputError
+
+if TYPE_CHECKING:  # which comes with onnx: a base is opened without
+    from calibration.weight_only import Blocks
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of each eight, that the i-th four bits hold."""
@@ -90,6 +92,8 @@ def blocks_of(weight: Integers) -> tuple[Blocks, BlockFormat] | None:
 
     None where no blocks say the same: groups that are ordered by activation, and those that no block size divides.
     """
+    from calibration.weight_only import Blocks, pack
+
     outputs, inputs = weight.q.shape
     size = next((size for size in BLOCK_SIZES if weight.size % size == 0), None)
     if size is None or not np.array_equal(weight.groups, np.arange(inputs) // weight.size):
