@@ -12,6 +12,7 @@ from io import TextIOWrapper
 import typer
 
 from reft_export.cli.once import OnceTyper
+from reft_export.cli.usage import OneLineGroup
 from runtimes.version import VERSION
 
 VERBS = {
@@ -59,6 +60,7 @@ def top_level(
 def application(verbs: Iterable[str] = VERBS) -> OnceTyper:
     app = OnceTyper(
         name="reft-export",
+        cls=OneLineGroup,
         help=top_level.__doc__,
         no_args_is_help=True,
         add_completion=False,

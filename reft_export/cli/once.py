@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from reft_export.cli.guard import fail
+from reft_export.cli.usage import read_in_one_line, shown
 
 SEPARATORS = {
     ("train", "layers"): ("layers", ";"),
@@ -31,7 +32,6 @@ REMEDIES = {
     ("build", "freeze"): "one adapter becomes part of an engine; build one engine for each",
 }
 """By verb and parameter, what to do instead where that is not just to leave one of them out."""
-LONGEST_VALUE = 40
 
 
 class OnceCommand(TyperCommand):
@@ -43,9 +43,10 @@ class OnceCommand(TyperCommand):
                 arg.encode()
             except UnicodeEncodeError:  # bytes that are no UTF-8 come as halves of surrogates
                 fail(f"argument {arg!r} is not UTF-8; type it in a UTF-8 terminal, or rename the file", 2)
-        if not ctx.resilient_parsing:
-            self._refuse_repeats(ctx, args)
-        return super().parse_args(ctx, args)
+        with read_in_one_line(ctx, list(args)):
+            if not ctx.resilient_parsing:
+                self._refuse_repeats(ctx, args)
+            return super().parse_args(ctx, args)
 
     def _refuse_repeats(self, ctx: Any, args: Sequence[str]) -> None:
         # click's own class of options, or typer's copy of it, by typer's version.
@@ -74,8 +75,7 @@ def _repeated(verb: str, option: Any, given: Sequence[str]) -> str:
         remedy = f"; several {what} go in one value: {name} '{separator.join(given)}'"
     else:
         remedy = f"; {REMEDIES[verb, option.name]}" if (verb, option.name) in REMEDIES else ""
-    shown = ", ".join(value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}.." for value in given)
-    return f"{name} is given {times} ({shown}); give it once{remedy}"
+    return f"{name} is given {times} ({', '.join(map(shown, given))}); give it once{remedy}"
 
 
 class OnceTyper(typer.Typer):
