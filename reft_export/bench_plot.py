@@ -9,6 +9,7 @@ from typing import Any
 from runtimes.batch_bench import BatchBench
 from runtimes.bench import BASE
 from runtimes.errors import BackendUnavailable, InputError
+from runtimes.files.placed import placed
 
 COLORS = {"base": "#8a93a3", "steered": "#0b7285", "grid": "#e5e8ec"}
 FORMATS = (".png", ".svg", ".pdf")
@@ -39,7 +40,8 @@ def draw(result: BatchBench, path: Path) -> None:
     for axes, (title, values, worst) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         _bars(axes, names, values, worst)
         axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
+    with placed(path) as picture:
+        figure.savefig(picture, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], worst: list[float] | None) -> None:

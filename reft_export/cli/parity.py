@@ -36,6 +36,7 @@ def parity(
     """Hold a bundle or an engine against eager PyTorch; exits 3 when a budget is missed."""
     from reft_export.parity.check import check_parity
     from runtimes.errors import InputError, ParityError
+    from runtimes.files.placed import place
 
     check_session_options(provider, kernel)
     if report_file is not None and not report_file.absolute().parent.is_dir():
@@ -45,7 +46,7 @@ def parity(
         report = check_parity(bundle, model, provider=provider, kernel=kernel, accept_base=accept_base, verify=verify, report=say)
         report.require()
     if report_file is not None:
-        report_file.write_text(report.to_json() + "\n", encoding="utf-8")
+        place(report_file, f"{report.to_json()}\n".encode())
     if as_json:
         typer.echo(report.to_json())
     else:

@@ -23,6 +23,7 @@ from reft_export.console import count, size
 from reft_export.evaluation.checker import CheckedTask
 from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Artifact, Bundle
 from runtimes.errors import InputError
+from runtimes.files.placed import place, placed
 from runtimes.files.records import to_json
 from runtimes.golden import steering_figures
 from runtimes.parity.figures import Delta, Figures, ParityReport
@@ -215,8 +216,9 @@ def write_reports(report: QuantizationReport, output: Path) -> tuple[Path, Path]
     from reft_export.evaluation.quantization_plot import plot
 
     paths = output.with_name(f"{output.name}.quantization.json"), output.with_name(f"{output.name}.quantization.png")
-    paths[0].write_text(report.to_json() + "\n", encoding="utf-8")
-    plot(report, paths[1])
+    place(paths[0], f"{report.to_json()}\n".encode())
+    with placed(paths[1]) as picture:
+        plot(report, picture)
     return paths
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from runtimes.artifacts.bundle import NOT_HASHED, Artifact, Bundle
 from runtimes.errors import InputError
-from runtimes.files.folders import atomic_folder, check_destination
+from runtimes.files.folders import atomic_folder, check_destination, marker
 from runtimes.files.hashes import sha256_of
 
 NEEDED = ("reft-export", "numpy", "ml-dtypes", "safetensors", "tokenizers", "jinja2", "typer", "rich")
@@ -83,7 +83,7 @@ def package_archive(artifact: Artifact, wheels: Path, output: Path, *, force: bo
         digest, size = sha256_of(archive), archive.stat().st_size
         (work / f"{archive.name}.sha256").write_text(f"{digest}  {archive.name}\n", encoding="utf-8")
         record = {"archive": archive.name, "sha256": digest, "bytes": size}
-        (work / "archive.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        marker(work, "archive.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return Packaged(archive=output / archive.name, sha256=digest, files=len(members) + len(texts), size=size)
 
 

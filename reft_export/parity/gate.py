@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
 from runtimes.errors import ExportError, ParityError
+from runtimes.files.placed import place
 from runtimes.golden import check_golden
 from runtimes.parity.figures import ParityReport, Rung, budget_for
 
@@ -41,7 +42,7 @@ def gate(
     report = ParityReport(rungs=(*rungs, *shipped.rungs), notes=notes, quality=shipped.quality)
     figures = output.with_name(f"{output.name}.parity.json")
     if not report.passed:
-        figures.write_text(report.to_json() + "\n", encoding="utf-8")
+        place(figures, f"{report.to_json()}\n".encode())
         try:
             report.require()
         except ParityError as e:

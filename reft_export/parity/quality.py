@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runtimes.artifacts.bundle import Bundle, Manifest, open_bundle, seal_manifest
 from runtimes.errors import InputError, ParityError
+from runtimes.files.placed import place
 from runtimes.parity.figures import ParityReport
 from runtimes.parity.retention import shortfall
 
@@ -89,7 +90,7 @@ def hold_quality(
     short = shortfalls(report, bundle, gate.min_retention)
     if short and not gate.accept_loss:
         figures = output.with_name(f"{output.name}.parity.json")
-        figures.write_text(report.to_json() + "\n", encoding="utf-8")
+        place(figures, f"{report.to_json()}\n".encode())
         lost = "; ".join(f"{name}: {why}" for name, why in short.items())
         steps = f"; tried: {'; '.join(map(str, tried))}" if tried else ""
         weak = "" if any("retention" in why for why in short.values()) else "train it further, or leave it out"

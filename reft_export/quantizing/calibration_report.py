@@ -13,6 +13,7 @@ from calibration.selection import layer_of
 from graph_passes.accessors import input_of, name_of
 from graph_passes.find.weights import weight_name, weight_products
 from graph_passes.tied_head import tied_head
+from runtimes.files.placed import place, placed
 from runtimes.files.records import to_json
 
 
@@ -24,9 +25,9 @@ def write_report(output: Path, rows: Sequence[RangeRow], graph: ir.Model, mixtur
         "mixture": dict(mixture),
         "activations": [{"layer": layer_of(readers[row.name][0]), "read_by": readers[row.name], **to_json(row)} for row in rows],
     }
-    path = output.with_name(f"{output.name}.calibration.json")
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _plot(rows, readers, output.with_name(f"{output.name}.calibration.png"))
+    place(output.with_name(f"{output.name}.calibration.json"), f"{json.dumps(content, indent=1)}\n".encode())
+    with placed(output.with_name(f"{output.name}.calibration.png")) as picture:
+        _plot(rows, readers, picture)
 
 
 def _readers(graph: ir.Model) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from reft_export.training.trainer import StepRecord, train
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.bench import bench
 from runtimes.errors import ExportError, ParityError, ReftError
-from runtimes.files.folders import claimed
+from runtimes.files.folders import atomic_folder, check_destination, marker
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.parity.figures import ParityReport
@@ -40,7 +41,6 @@ class Variant:
     """One bundle of the story: fp32, int8 or int4. Rates are shares of the held-out prompts; times in milliseconds."""
 
     name: str
-    folder: Path
     size: int
     base_rate: float
     steered_rate: float
@@ -89,13 +89,19 @@ def tell(output: Path, subject: Subject, *, force: bool) -> Story:
     from reft_export.quickstart.report import write_report
 
     folder = Path(output)
-    with claimed(folder, force=force, inputs=[Path(subject.base)]), progress() as report:
-        folder.mkdir(exist_ok=True)
-        told = _tell(subject, folder, report)
+    check_destination(folder, force=force, inputs=[Path(subject.base)])
+    with progress() as report, atomic_folder(folder, force=force) as work:
+        try:
+            told = _tell(subject, work, report)
+        except ParityError as e:
+            for figures in work.glob("*.parity.json"):  # they outlive what they refuse
+                os.replace(figures, folder.with_name(f"{folder.name}.{figures.name}"))
+            raise ParityError(str(e).replace(f"{work}/", f"{folder}."), e.report) from None
+        told = replace(told, refused={name: why.replace(f"{work}/", f"{folder}/") for name, why in told.refused.items()})
+        write_report(marker(work, "report.html"), told)
     _print(told)
-    write_report(folder / "report.html", told)
     out.print(f"\nreport: {folder / 'report.html'}   ({told.seconds:.0f} s)", markup=False)
-    out.print(f'try it: reft-export run {told.variants[-1].folder} -a {subject.name} -p "{subject.ask}"', markup=False)
+    out.print(f'try it: reft-export run {folder / told.variants[-1].name} -a {subject.name} -p "{subject.ask}"', markup=False)
     told.ladder.require()
     for v in told.variants:
         if v.base_rate >= subject.base_limit or v.steered_rate <= subject.steered_limit:
@@ -195,7 +201,7 @@ def _quantization(subject: Subject, folder: Path, data: Path, report: Progress) 
     )
     of_static, of_refitted = _report(static), _report(refitted)
     float_graph, *calibrated = of_static.variants
-    told = replace(of_static, variants=(float_graph, *of_refitted.variants, *calibrated), refits=of_refitted.refits)
+    told = replace(of_static, bundle="static", variants=(float_graph, *of_refitted.variants, *calibrated), refits=of_refitted.refits)
     write_reports(told, folder / "steering")
     return told
 
@@ -226,7 +232,6 @@ def _measure(subject: Subject, name: str, folder: Path, result: ExportResult) ->
     deltas = [rung.delta for rung in result.parity.rungs if rung.delta is not None]
     variant = Variant(
         name=name,
-        folder=folder,
         size=sum(f.size for path, f in bundle.manifest.files.items() if path.startswith("model.onnx")),
         base_rate=rates[0],
         steered_rate=rates[1],

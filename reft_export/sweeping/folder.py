@@ -13,7 +13,6 @@ Everything is put in its place by a rename.
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from runtimes.errors import InputError
 from runtimes.files.claims import sole_writer
 from runtimes.files.folders import check_destination
+from runtimes.files.placed import place
 from runtimes.files.records import read_json_object
 
 SWEEP_FILE, STUDY_FILE = "sweep.json", "study.db"
@@ -56,13 +56,6 @@ def open_folder(output: Path, inputs: Sequence[Path] = ()) -> str:
 
 def trial_folder(output: Path, number: int) -> Path:
     return output / TRIALS / f"trial-{number}"
-
-
-def place(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from reft_export.sweeping.first_pass import FirstPass
-from reft_export.sweeping.folder import BEST, TRIALS, place
+from reft_export.sweeping.folder import BEST, TRIALS
 from reft_export.sweeping.gains import STEP
 from reft_export.sweeping.outcome import SweepResult
 from reft_export.sweeping.plots import draw
 from reft_export.sweeping.prepared import Prepared
 from reft_export.sweeping.results import TrialResult, ranked
+from runtimes.files.placed import place
 from runtimes.files.records import to_json
 
 MARKDOWN, RECORD = "report.md", "report.json"

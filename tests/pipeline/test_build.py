@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import mock_trtexec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -420,23 +421,8 @@ def _command_line(pid: str) -> str:
         return ""
 
 
-MOCK_TRTEXEC = """#!{python}
-# A mock of trtexec that writes its command line where the engine should be.
-import sys
-print("[11/21/2026-11:00:00] [I] TensorRT version: 10.3.0")
-open(next(a.partition("=")[2] for a in sys.argv if a.startswith("--saveEngine=")), "w").write("\\n".join(sys.argv[1:]))
-"""
-
-
 def test_mock_trtexec_where_the_python_package_is_missing(bundle_folder, tmp_path, monkeypatch) -> None:
-    """TensorRT as JetPack brings it; the GPU is made up, and so is trtexec."""
-    program = tmp_path / "bin" / "trtexec"
-    program.parent.mkdir()
-    program.write_text(MOCK_TRTEXEC.format(python=sys.executable))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(plan_module, "is_installed", lambda target: False)
-    monkeypatch.setattr(plan_module, "present_compute_capability", lambda: "8.7")
+    mock_trtexec.install(tmp_path / "bin", monkeypatch)
     settings = BuildSettings(target="tensorrt", use_plugin=False, workspace=700, timing_cache=tmp_path / "timing")
     bundle = bundle_folder("llama", "fp16")
     outcome = build_engine(bundle, tmp_path / "engine", settings, report=lambda _: None)

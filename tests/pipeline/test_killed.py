@@ -10,17 +10,21 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
+import mock_trtexec
 import pytest
 import tiny
 from foreign_graphs import save_foreign
 from reseal import as_version_1
+from typer.testing import CliRunner
 
 from reft_export.base.load import load_base
 from reft_export.cli.main import app
+from reft_export.packaging.archive import NEEDED
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import ReftError
@@ -76,7 +80,7 @@ def _plant(moment: str, end: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Path], list[object]]:
+def commands(tmp_path_factory, bundle_folder, base_folder) -> Iterator[Callable[[str, Path], list[object]]]:
     root = tmp_path_factory.mktemp("killed")
     bundle, base = bundle_folder("llama", target="tensorrt"), base_folder("llama")
     graph = save_foreign(bundle, root / "graph")
@@ -85,6 +89,9 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
     (root / "data.jsonl").write_text('{"prompt": "a b", "completion": " c"}\n' * 4)
     (root / "away.jsonl").write_text('{"prompt": "a b", "completion": " d"}\n' * 4)
     as_version_1(Path(shutil.copytree(bundle, root / "old")))
+    (root / "wheels").mkdir()
+    for name in (*NEEDED, "onnxruntime"):
+        (root / "wheels" / f"{name.replace('-', '_')}-1.0-py3-none-any.whl").touch()
 
     def command(verb: str, output: Path) -> list[object]:
         to = ["-o", output, "--force"]
@@ -98,15 +105,26 @@ def commands(tmp_path_factory, bundle_folder, base_folder) -> Callable[[str, Pat
             "train": ["train", "-m", base, "-d", root / "data.jsonl", "--epochs", 1, "--samples", 0, *to],
             "export": ["export", "-m", base, "-a", root / "style", *to],
             "quantize": ["quantize", bundle, "-m", base, "--accept-loss", *to],
+            "pyreft": ["export", "-m", base, "-a", root / "style", "--format", "pyreft", *to],
+            "evaluate": ["evaluate", bundle, "-d", root / "data.jsonl", *to],
+            "build": ["build", bundle, "--target", "tensorrt", "--no-plugin", *to],
+            "package": ["package", bundle, "--archive", "--wheels", root / "wheels", *to],
         }[verb]
 
-    return command
+    with pytest.MonkeyPatch.context() as patch:
+        mock_trtexec.install(root / "tensorrt", patch)
+        yield command
 
 
-VERBS = ("fold", "add", "upgrade", "import", "compose", "steer", "train", "export", "quantize")
+VERBS = (
+    *("fold", "add", "upgrade", "import", "compose", "steer", "train", "export", "quantize"),
+    *("pyreft", "evaluate", "build", "package"),
+)
+"""Of those that write a folder at once; a sweep's grows, and is killed in tests/training/test_sweep.py."""
 CASES = (
     *(("upgrade", "kill"), ("upgrade", "full"), ("add", "kill"), ("train", "term"), ("export", "full"), ("quantize", "kill")),
     *(("fold", "term"), ("import", "full"), ("compose", "kill"), ("steer", "term")),
+    *(("pyreft", "full"), ("evaluate", "term"), ("build", "kill"), ("package", "kill")),
 )
 """A verb with an end each, as every one takes many seconds; the others by hand: ``pytest tests/pipeline/test_killed.py --all-ends``."""
 
@@ -141,3 +159,36 @@ def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
             assert all(p.name.startswith("out") for p in tmp_path.iterdir()), moment
             shutil.rmtree(output)
             shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
+
+
+@contextmanager
+def written_by_another(output: Path) -> Iterator[None]:
+    """A process that has the claim on ``output``, within."""
+    (claimed, tell), (rest, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with folders.sole_writer(output):
+            os.write(tell, b"1")
+            os.close(end)
+            os.read(rest, 1)  # until the other end is closed
+        os._exit(0)
+    os.read(claimed, 1)
+    try:
+        yield
+    finally:
+        for each in (claimed, tell, rest, end):
+            os.close(each)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_second_writer_is_refused(verb, commands, bundle_folder, tmp_path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
+    before = digests(output)
+    with written_by_another(output):
+        done = CliRunner().invoke(app, [str(each) for each in commands(verb, output)])
+    assert done.exit_code == 2 and done.stdout == "", done.output
+    assert f"error: {output} is being written by process " in done.stderr.splitlines()[-1] and "wait for it" in done.stderr
+    assert digests(output) == before and [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -84,7 +84,7 @@ def test_a_refused_precision_is_told_and_not_failed(tmp_path, monkeypatch, capsy
         story._quantize(built_in(), tmp_path, {}, report)
     rungs = ParityReport(rungs=(judge("upper: full forward", "eager", FIGURES, BUDGETS["fp32"], delta=Delta(cosine=1.0, norm_ratio=1.0)),))
     variant = story.Variant(
-        name="int8", folder=tmp_path, size=1, base_rate=0.0, steered_rate=1.0, delta_cosine=1.0, delta_norm=1.0, ttft_ms=1.0, decode_ms=1.0,
+        name="int8", size=1, base_rate=0.0, steered_rate=1.0, delta_cosine=1.0, delta_norm=1.0, ttft_ms=1.0, decode_ms=1.0,
         decode_ratio=1.0, parity=rungs,
     )  # fmt: skip
     told = story.Story(
@@ -96,6 +96,22 @@ def test_a_refused_precision_is_told_and_not_failed(tmp_path, monkeypatch, capsy
     assert "the same int8 bundle" in printed and "no int4 bundle, since its gate refused it" in printed
     write_report(tmp_path / "report.html", told)
     assert "No int4 bundle" in (tmp_path / "report.html").read_text()
+
+
+def test_a_story_that_fails_leaves_its_figures_and_the_old_one(tmp_path, monkeypatch) -> None:
+    from reft_export.quickstart import story
+
+    def refuse(subject, folder, report):
+        (folder / "int8.parity.json").touch()
+        raise ParityError(f"no bundle was written, the figures are in {folder / 'int8.parity.json'}; a remedy", None)
+
+    monkeypatch.setattr(story, "_tell", refuse)
+    (tmp_path / "story").mkdir()
+    (tmp_path / "story" / "report.html").write_text("old")
+    with pytest.raises(ParityError, match=re.escape(f"the figures are in {tmp_path}/story.int8.parity.json; a remedy")):
+        story.tell(tmp_path / "story", built_in(), force=True)
+    assert (tmp_path / "story" / "report.html").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"story", "story.int8.parity.json"}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from runtimes.artifacts.bundle import open_bundle, write_manifest
 from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.files import folders
 from runtimes.files.folders import atomic_folder, check_destination, claimed
+from runtimes.files.placed import place, placed
 
 
 @pytest.fixture
@@ -240,3 +242,30 @@ def test_no_reader_takes_what_is_being_written(tmp_path) -> None:
         with pytest.raises(BundleError, match=r"manifest.json is missing"):
             open_bundle(tmp_path / "copy")
     open_bundle(tmp_path / "bundle")
+
+
+def test_a_file_is_as_it_was_until_it_is_whole(tmp_path) -> None:
+    """Were its writer killed, too, whose left-over goes with the next."""
+    path, link = tmp_path / "report.json", tmp_path / "link.json"
+    place(path, b"old")
+    link.symlink_to(path)
+    child = os.fork()
+    if child == 0:
+        with placed(path) as file:
+            file.write_bytes(b"ha")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(OSError, match="full"), placed(path):
+        raise OSError("full")
+    assert path.read_bytes() == b"old"
+    place(link, b"new")
+    assert path.read_bytes() == b"new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_pipe_takes_a_file_as_it_is(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    place(tmp_path / "pipe", b"content")
+    assert os.read(reader, 20) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
