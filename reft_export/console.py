@@ -112,6 +112,8 @@ def escape(text: str) -> str:
 
 HELD_SECONDS = 30.0
 """So long a log says nothing: what is refused by then ends in its one line."""
+CLOSE_SECONDS = 2.0
+"""Lines of a step that is counted are no closer: ten of each of many short steps would be all of a log."""
 SILENT_SECONDS = 30.0
 """A step that is counted says where it is after so long, if not every tenth before."""
 
@@ -143,9 +145,9 @@ class StageLog:
                 self._held.append(stamped)
 
     def count(self, text: str, done: int, total: int) -> None:
-        """A line at every tenth of ``total``, and where the last line is SILENT_SECONDS old."""
-        tenths = 10 * done // max(total, 1)
-        if tenths > self._tenths or self._clock() - self._told >= SILENT_SECONDS:
+        """A line at every tenth of ``total`` where the last line is CLOSE_SECONDS old, and where it is SILENT_SECONDS old."""
+        tenths, since = 10 * done // max(total, 1), self._clock() - self._told
+        if (tenths > self._tenths and since >= CLOSE_SECONDS) or since >= SILENT_SECONDS:
             self.line(text)
             self._tenths = tenths
 

@@ -93,6 +93,9 @@ def read_held_out(
     chat_template: str,
 ) -> HeldOut:
     """``context``: the shortest in the table. Raises InputError for lines that nobody can be asked."""
+    if len({path.resolve() for path in data}) < len(data):
+        twice = next(path for at, path in enumerate(data) if path.resolve() in {each.resolve() for each in data[:at]})
+        raise InputError(f"{twice} is named twice, and its lines would count twice; name each once")
     if (settings.max_length or 0) > context:
         raise InputError(f"--max-length is {settings.max_length}; the shortest context in the table ends at {context}")
     reader: Any = tokenizer  # either one: what is read of it is what DeviceTokenizer has

@@ -46,7 +46,7 @@ def answer_columns(found: Evaluation) -> list[Column]:
     for name in found.held_out.metrics:
         shares = [row.shares[name] for row in found.rows]
         columns.append((short(name), [f"{100 * each.interval.value:.1f} {_bounds(each.interval, 100, 0)}" for each in shares]))
-        columns += _difference(found, [each.difference for each in shares], 100, 1)
+        columns += _difference(found, [each.difference for each in shares], 100, (1, 0))
     return columns
 
 
@@ -54,7 +54,7 @@ def likelihood_columns(found: Evaluation) -> list[Column]:
     """How likely the data's own answers are, in nats a token, with 95 % intervals; and what it all took."""
     rows = found.rows
     columns: list[Column] = [("NLL", [f"{row.loss.value:.3f} {_bounds(row.loss, 1, 2)}" for row in rows])]
-    columns += _difference(found, [row.loss_difference for row in rows], 1, 3)
+    columns += _difference(found, [row.loss_difference for row in rows], 1, (2, 2))
     columns.append(("perplexity", [f"{row.perplexity:.2f}" for row in rows]))
     if any(row.retention is not None for row in rows):
         columns.append(("retention", ["" if row.retention is None else f"{row.retention:.2f}" for row in rows]))
@@ -68,16 +68,16 @@ def table_of(*columns: Column) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return tuple(name for name, _ in columns), list(zip(*(cells for _, cells in columns), strict=True))
 
 
-def _difference(found: Evaluation, intervals: Sequence[Interval | None], scale: float, digits: int) -> list[Column]:
-    """None of a table of one row."""
+def _difference(found: Evaluation, intervals: Sequence[Interval | None], scale: float, digits: tuple[int, int]) -> list[Column]:
+    """None of a table of one row. ``digits``: of the difference, which is exact for shares, and of its bounds."""
     return [("vs first", [_signed(each, scale, digits) for each in intervals])] if len(found.rows) > 1 else []
 
 
-def _signed(interval: Interval | None, scale: float, digits: int) -> str:
+def _signed(interval: Interval | None, scale: float, digits: tuple[int, int]) -> str:
     if interval is None:
         return ""
-    low, high = (f"{scale * each:+.{digits - 1}f}" for each in (interval.low, interval.high))
-    return f"{scale * interval.value:+.{digits}f} [{low}, {high}]"
+    low, high = (f"{scale * each:+.{digits[1]}f}" for each in (interval.low, interval.high))
+    return f"{scale * interval.value:+.{digits[0]}f} [{low}, {high}]"
 
 
 def _bounds(interval: Interval, scale: float, digits: int) -> str:

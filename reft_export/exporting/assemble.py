@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,9 @@ from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import TOKENIZER_FILES, Manifest, Quantization
+from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
+from runtimes.edits.positions import needs_slots
 from runtimes.errors import ExportError
 
 NODE_BYTES, GOLDEN_BYTES = 300, 2_000_000
@@ -142,8 +145,20 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
     # onnxscript's rewrite rules, which live as long as the process, still point at the graph: without this the weights do too.
     for value in (*graph.graph.initializers.values(), *exported.model.graph.initializers.values()):
         value.const_value = None
-    notes = (exported.note, chosen.note if chosen else "", stored.note)
+    notes = (
+        exported.note,
+        chosen.note if chosen else "",
+        stored.note,
+        not_in_engines(plan.adapters) if settings.target == "tensorrt" else "",
+    )
     return Assembled(manifest=manifest, errors=stored.errors, note="; ".join(filter(None, notes)), tried=chosen.tried if chosen else ())
+
+
+def not_in_engines(adapters: Mapping[str, Adapter]) -> str:
+    """A line on the adapters that ``build`` will refuse; "" where it takes them all."""
+    names = [name for name, adapter in adapters.items() if needs_slots(adapter.where)]
+    which = f"{', '.join(names)}, and build refuses a bundle with {'it' if len(names) == 1 else 'them'}"
+    return f"no engine computes the positions of {which}" if names else ""
 
 
 @dataclass(frozen=True, kw_only=True)

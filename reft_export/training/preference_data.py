@@ -68,7 +68,7 @@ def load_pairs(
                 raise InputError(f"{where}: the tokenizer joins the prompt with one of the answers; end the prompt with another character")
             if chosen.input_ids == rejected.input_ids:
                 raise InputError(f"{where}: chosen and rejected are the same in the {max_length} tokens of max_length; leave the line out")
-            yield replace(chosen, rejected=rejected)
+            yield replace(chosen, rejected=rejected, truncated=chosen.truncated or rejected.truncated)
         if not found:
             raise InputError(f"{source.where} has no examples; expected lines like {json.dumps(SAMPLE)}")
 

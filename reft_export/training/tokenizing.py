@@ -41,7 +41,7 @@ class Example:
     where: str
     """File and line, for messages."""
     truncated: bool = False
-    """It was cut to max_length, and so has no end token."""
+    """It, or what it is preferred to, was cut to max_length, and so has no end token."""
     spans: tuple[Span, ...] = ()
     """The trained tokens, in order; none stands for all behind the prompt."""
     form: str = "prompt-completion"

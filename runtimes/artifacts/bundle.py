@@ -523,7 +523,11 @@ class Bundle(Artifact):
         return context_limits(self.manifest.model)
 
     def adapter_file(self, name: str) -> Path:
-        return self.folder / bank_file(name, self.adapter_record(name).where)
+        where = self.adapter_record(name).where
+        if (file := bank_file(name, where)) not in self.manifest.files:
+            listed = self.folder / MANIFEST_FILE
+            raise BundleError(f"{listed} lists no {file}, where the banks of an adapter that edits at {where} are; export the bundle again")
+        return self.folder / file
 
     def adapter_tensors(self, name: str) -> dict[str, np.ndarray]:
         return read_onnx_adapter(self.adapter(name).file)

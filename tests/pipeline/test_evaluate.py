@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from reft_export.evaluating.evaluate import Table, artifacts_by_name, evaluate, 
 from reft_export.evaluating.evaluation import evaluation_of
 from reft_export.evaluating.held_out import chat_template_of
 from reft_export.evaluating.intervals import bootstrap, wilson
-from reft_export.evaluating.report import page
+from reft_export.evaluating.report import likelihood_columns, page
 from reft_export.evaluating.settings import EvaluationSettings
 from reft_export.training.data import load_data
 from runtimes.artifacts.bundle import open_bundle
@@ -116,6 +117,8 @@ def test_differences_are_from_the_first_row_line_by_line(found) -> None:
         assert row.loss_difference.low <= row.loss_difference.value <= row.loss_difference.high
         for name, share in row.shares.items():
             assert share.difference.value == pytest.approx(np.mean(own.right[name]) - np.mean(measured[0].right[name]))
+    told = dict(likelihood_columns(found))["vs first"]
+    assert told[0] == "" and all(re.fullmatch(r"([+-]\d+\.\d\d) \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", each) for each in told[1:]), told
     same = found.rows[3]
     assert same.who.adapter is None and max(abs(same.loss_difference.low), abs(same.loss_difference.high)) < 1e-3, "it is not paired"
 
@@ -247,6 +250,7 @@ def test_a_models_text_is_not_rendered(found) -> None:
         (("BUNDLE", "--metric", "rouge"), "--metric 'rouge' is unknown"),
         (("BUNDLE", "--metric", "loss", "--metric", "loss"), "given twice"),
         (("BUNDLE", "BUNDLE"), "/llama is named twice; name each once"),
+        (("BUNDLE", "-d", "LINES"), "held.jsonl is named twice, and its lines would count twice; name each once"),
         (("BUNDLE", "--limit", "1", "--metric", "accuracy"), "chooses among the data's distinct answers"),
         (("BUNDLE", "--max-length", "100000"), "shortest context in the table ends at"),
         (("BUNDLE", "--batch-size", "0"), "--batch-size is 0"),

@@ -25,6 +25,7 @@ from reft_export.building.settings import BuildSettings
 from reft_export.cli.inspect import inspect_adapter, inspect_bundle
 from reft_export.cli.main import app
 from reft_export.composing.compose import compose
+from reft_export.exporting.assemble import not_in_engines
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.importing.foreign import Request
 from reft_export.importing.importer import import_adapter
@@ -153,6 +154,11 @@ def test_slots_of_several_rules(bundle_of_recipes, tmp_path) -> None:
     shutil.copyfile(folder / "adapters" / "rules.banks", folder / "adapters" / "ranks.banks")
     with pytest.raises(BundleError, match="ranks.banks is not listed"):
         open_bundle(folder)
+    listed, other = "adapters/ranks.onnx_adapter", "adapters/ranks.banks"
+    (folder / listed).rename(folder / other)
+    reseal(folder, lambda manifest: manifest["files"].update({other: manifest["files"].pop(listed)}))
+    with pytest.raises(BundleError, match=r"lists no adapters/ranks.onnx_adapter, where the banks of an adapter that edits at"):
+        AdapterBank(open_bundle(folder)).load("ranks")
     with pytest.raises(EngineError, match="adapter rules edits at f1; all; f2.l2, which no engine computes"):
         plan_build(bundle_of_recipes, BuildSettings(target="tensorrt"))
 
@@ -164,6 +170,8 @@ def test_where_several_rules_do_not_go(adapters, base_folder, tmp_path) -> None:
         compose({name: adapters[name] for name in ("ranks", "rules")}, {})
     with pytest.raises(AdapterError, match="pyreft has one rule of positions, and this adapter has f1; all; f2.l2"):
         export_to_pyreft(str(base_folder()), tmp_path / "rules", tmp_path / "p", **QUIET)
+    named = {name: adapters[name] for name in ("rules", "ranks")}
+    assert not_in_engines(named) == "no engine computes the positions of rules, and build refuses a bundle with it"
     shown = inspect_adapter(tmp_path / "rules")
     assert shown["positions"] == "f1; all; f2+l2" and "no .onnx_adapter" in shown["explicit"]
     assert shown["sites"][1] == "1.mlp_output: direft, rank 3, gelu, all"

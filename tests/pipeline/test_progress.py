@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from reft_export import console
 from reft_export.cli.main import app
-from reft_export.console import HELD_SECONDS, SILENT_SECONDS, StageLog, progress
+from reft_export.console import CLOSE_SECONDS, HELD_SECONDS, SILENT_SECONDS, StageLog, progress
 from runtimes.errors import InputError
 
 
@@ -86,8 +86,15 @@ def test_steps_are_lines_at_every_tenth_or_when_it_was_long_silent(log) -> None:
         said.clear()
         stages.line(stage)
         for step in range(1, 201):
+            clock.now += CLOSE_SECONDS / 10
             stages.count(f"step {step}", step, 200)
         assert [line.partition("] ")[2] for line in said] == [stage, *(f"step {20 * n}" for n in range(1, 11))]
+    said.clear()
+    for row in range(100):
+        stages.line(f"evaluating row {row}")
+        for step in range(1, 11):
+            stages.count(f"step {step}", step, 10)
+    assert len(said) == 100, "what is soon done says no more than its name"
     said.clear()
     stages.line("training")
     for step in range(1, 9):
@@ -99,6 +106,7 @@ def test_steps_are_lines_at_every_tenth_or_when_it_was_long_silent(log) -> None:
 def test_progress_writes_lines_where_there_is_no_terminal(monkeypatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=written, force_terminal=False, soft_wrap=True, highlight=False, emoji=False))
+    monkeypatch.setattr(console, "CLOSE_SECONDS", 0.0)
     with progress() as report:
         report("loading [bold]base[/] :x:")
         report.update("reading its weights")
@@ -148,7 +156,8 @@ def test_a_redirected_export_says_its_stages(base_folder, tmp_path) -> None:
     assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1 and refused.stderr.startswith("error: ")
 
 
-def test_a_redirected_training_says_its_steps(base_folder, tmp_path) -> None:
+def test_a_redirected_training_says_its_steps(base_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(console, "CLOSE_SECONDS", 0.0)
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "hello", "completion": " there"}\n' * 4)
     options = ["-m", str(base_folder("llama")), "-d", str(data), "-o", str(tmp_path / "a"), "--max-steps", "20", "--samples", "0", "--json"]

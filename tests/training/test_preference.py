@@ -21,8 +21,10 @@ from reft_export.training.endings import TrainingInterrupted
 from reft_export.training.preference import log_odds, orpo_losses
 from reft_export.training.preference_data import load_pairs
 from reft_export.training.settings import TrainSettings, settings_like
+from reft_export.training.statistics import statistics_of
 from reft_export.training.tokenizing import Example
 from reft_export.training.trainer import train
+from runtimes.edits.positions import PositionRule
 from runtimes.errors import InputError
 
 SETTINGS = TrainSettings(
@@ -108,6 +110,16 @@ def test_every_form_of_a_pair_is_the_same(tokenizer: PreTrainedTokenizerFast) ->
         assert side_of(tokenizer, example) == ("<user>u<assistant>", "a</s>")
         assert side_of(tokenizer, example.rejected) == ("<user>u<assistant>", "b</s>")
     assert len(read.examples) == 4 and read.templated
+
+
+def test_a_cut_answer_of_either_side_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    sides = ("a", "bcd" * 9)
+    lines = [{"prompt": "u", "chosen": sides[n % 2], "rejected": sides[1 - n % 2]} for n in range(2)] + [
+        {"prompt": "u", "chosen": "a", "rejected": "b"}
+    ]
+    read = load_pairs(lines, tokenizer, max_length=12)
+    assert read.truncated_lines == tuple(example.where for example in read.examples[:2])
+    assert statistics_of(read.examples, (), PositionRule.parse("all"), tokenizer).truncated == 2
 
 
 def test_what_is_refused(base: Base, tmp_path: Path) -> None:
