@@ -15,6 +15,8 @@ from runtimes.files.claims import OLD, PARTIAL, remove, scratch_folder, sole_wri
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says where a file cannot grow: the disk, a quota or ulimit -f."""
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+"""Of its errors, what they say where a file that it writes cannot grow."""
 NO_SPACE = "no space left on the disk, or for so large a file (ulimit -f)"
 FICLONE = 0x40049409
 """Of linux/fs.h: one file's bytes shared with another until either changes, where the file system can."""
@@ -65,14 +67,16 @@ def atomic_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether a file could not grow, of which safetensors tells in an error of its own, and torch in one that does not say why."""
+    """Whether a file could not grow, of which safetensors and SQLite tell in errors of their own, and torch in ones that do not say why."""
     while error is not None:
         said = str(error)
         if isinstance(error, OSError) and error.errno in FULL:
             return True
         if type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in said for code in FULL):
             return True
-        if isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in said or "inline_container.cc" in said):
+        if isinstance(error, RuntimeError) and any(each in said for each in TORCH_CANNOT_WRITE):
+            return True
+        if type(error).__name__ == "OperationalError" and ("database or disk is full" in said or "disk I/O error" in said):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -428,6 +429,8 @@ def test_ctrl_c_in_mid_export(base_folder, tmp_path) -> None:
         (UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"), 1, "UnicodeEncodeError: 'utf-8' codec"),
         (RecursionError("maximum recursion depth"), 2, "what was read is nested too deeply"),
         (type("PanicException", (BaseException,), {})("a panic"), 1, "PanicException: a panic; this is a bug"),
+        (RuntimeError("basic_ios::clear: iostream error"), 1, "no space left on the disk, or for so large a file"),
+        (sqlite3.OperationalError("database or disk is full"), 1, "no space left on the disk, or for so large a file"),
         (OSError(errno.EFBIG, "File too large"), 1, "no space left on the disk, or for so large a file (ulimit -f); no output"),
         (MemoryError(), 1, "out of memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "out of memory"),
