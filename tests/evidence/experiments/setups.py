@@ -1,0 +1,74 @@
+"""The rows of docs/experiments.md: what each trains, in the order in which they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from evidence.training_bench import LINEAR
+
+SEEDS = (1, 2, 3)
+LORA = {"LoRA q, v": ("q_proj", "v_proj"), "LoRA all linears": tuple(LINEAR)}
+"""peft's, by its name here: the modules."""
+BASE = "base"
+"""Nothing is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One trained row. ``method``: of METHODS, of LORA, or BASE; ``rank`` of LoRA, too, whose alpha is twice its rank."""
+
+    section: str
+    name: str
+    seed: int = 1
+    task: str = "sentiment"
+    method: str = "loreft"
+    rank: int = 4
+    layers: str = "4;10;18;24"
+    positions: str = "l1"
+    tied: bool = True
+    lr: float = 2e-3
+    steps: int = 60
+    batch_size: int = 8
+    examples: int | None = None
+    """Of the training lines; None: all."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}/{self.name}/{self.seed}"
+
+
+LOREFT = Setup(section="sentiment", name="LoReFT r4")
+LORA_QV = Setup(section="sentiment", name="LoRA q, v", method="LoRA q, v", rank=8, lr=1e-3)
+STYLE = Setup(section="style", name="LoReFT r4", task="style", positions="f5+l5", lr=4e-3, steps=40, batch_size=4)
+MEMORY = Setup(section="memory", name="", task="memory", rank=1, layers="14", lr=1e-2, steps=200, batch_size=1)
+
+
+def setups() -> Iterator[Setup]:
+    for seed in SEEDS:
+        yield replace(LOREFT, seed=seed)
+        yield replace(LORA_QV, seed=seed)
+    yield replace(LOREFT, name=BASE, method=BASE, steps=0)
+    yield from (replace(LOREFT, section="rate", name=f"LoReFT r4, {lr:g}", lr=lr) for lr in (5e-4, 1e-3, 4e-3, 1e-2))
+    yield replace(STYLE, name=BASE, method=BASE, steps=0)
+    for positions in ("f5+l5", "prompt", "all", "l5"):
+        yield replace(STYLE, name=f"LoReFT r4, {positions}", positions=positions)
+    yield from (replace(LORA_QV, section="rate", name=f"LoRA q, v, {lr:g}", lr=lr) for lr in (3e-4, 3e-3))
+    for method in ("direft", "noreft", "consreft", "lobireft", "red"):
+        yield replace(LOREFT, section="terms", name=method, method=method, rank=0 if method == "red" else 4)
+    for tokens in (16, 32):
+        yield replace(MEMORY, name=f"{tokens} tokens")
+    yield replace(STYLE, section="few", name="LoReFT r4, f5+l5, 5 examples", examples=5, batch_size=5)
+    yield replace(STYLE, name="LoRA q, v", method="LoRA q, v", rank=8, lr=LORA_QV.lr)
+    yield replace(LORA_QV, name="LoRA all linears", method="LoRA all linears")
+    yield from (replace(LOREFT, section="rank", name=f"r{rank}", rank=rank) for rank in (1, 2, 8, 16))
+    for layers in ("4", "10", "18", "24", "2-5", "12-15", "24-27", "all"):
+        yield replace(LOREFT, section="layers", name=f"layers {layers}", layers=layers)
+    yield replace(STYLE, name="LoReFT r4, f5+l5, untied", tied=False)
+    for seed in SEEDS:
+        yield replace(LOREFT, section="few", name="LoReFT r4, 5 reviews", seed=seed, examples=5, batch_size=5, steps=40)
+    for method in ("direft", "noreft", "consreft", "lobireft", "red"):
+        for seed in SEEDS[1:]:
+            yield replace(LOREFT, section="terms", name=method, method=method, seed=seed, rank=0 if method == "red" else 4)
+    yield replace(MEMORY, name="64 tokens")
+    yield from (replace(LOREFT, section="positions", name=positions, positions=positions) for positions in ("l3", "prompt", "all"))
