@@ -176,6 +176,7 @@ NOT_RUN = {
     "benchmarks.md": "times",
     "SUPPORT.md": "test_support_table runs cells",
     "QUANTIZED_STEERING.md": "minutes",
+    "experiments.md": "a real model, an hour",
     "quantization-quality.md": "real models, hours",
     "serve.md": "it serves until it is stopped; tests/serving starts it",
     "tensorrt-plugins.md": "the line names folders of the machine",

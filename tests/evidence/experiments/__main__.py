@@ -33,7 +33,7 @@ def run(asked: argparse.Namespace) -> None:
             break
         row = bench.measured(setup, lambda text, key=setup.key: print(f"{key}: {text}", file=sys.stderr, flush=True))
         keep(asked.docs, row)
-        print(f"{setup.key}: {dict(row.figures)}, {row.parameters} parameters, {row.seconds:.0f} s", flush=True)
+        print(row, flush=True)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from transformers import get_linear_schedule_with_warmup
 from evidence.experiments.setups import BASE, LORA, Setup
 from evidence.training_bench import own_memory
 from reft_export.base.load import Base
-from reft_export.eager.steering import Steering, steer
+from reft_export.eager.steering import Steering, edit_fn, steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate
 from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
 from reft_export.training.ways import Batch, Ways, loss_of
+from runtimes.edits.adapter import load_adapter
+from runtimes.edits.edit import LowRankEdit
 from runtimes.edits.positions import PositionRule
 
 PAD = 0
@@ -73,24 +75,36 @@ def contestant(base: Base, setup: Setup, examples: Sequence[Example], prefixes: 
     """``examples``: all that it will see, training and held-out."""
     torch.manual_seed(setup.seed)
     head, rule = CountedHead(base.model), PositionRule.parse(setup.positions)
-    if setup.method == BASE:
-        with steer(base.model, {}, rule=rule, tied=True) as steering:
-            yield Made(way=Ways(head=head, steering=steering, rule=rule).counted, parameters=())
-    elif setup.method in LORA:
+    if setup.method in LORA:
         with _lora(base.model, setup) as parameters:
             yield Made(way=lambda batch: _counted(head, batch), parameters=parameters)
-    else:
-        store = prefixes.of(rule, examples)
+        return
+    made = None
+    if setup.method != BASE:
         asked = TrainSettings(method=setup.method, rank=max(1, setup.rank), layers=setup.layers)
         made = Interventions(asked.forms(base.info.num_hidden_layers), width=base.info.hidden_size, tied=setup.tied)
-        with steer(base.model, made.edits(), rule=rule, tied=setup.tied) as steering:
-            ways = Ways(head=head, steering=steering, rule=rule)
-            way = ways.counted if store is None else ways.behind_prefix(store)
-            yield Made(way=way, parameters=list(made.parameters()), steering=steering, interventions=made)
+    store = prefixes.of(rule, examples)
+    with steer(base.model, made.edits() if made else {}, rule=rule, tied=setup.tied) as steering:
+        ways = Ways(head=head, steering=steering, rule=rule)
+        way = ways.counted if store is None else ways.behind_prefix(store)
+        yield Made(way=way, parameters=list(made.parameters()) if made else (), steering=steering, interventions=made)
 
 
 def _counted(head: CountedHead, batch: Batch) -> Tensor:
     return head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+@contextmanager
+def saved(base: Base, setup: Setup, folder: Path) -> Iterator[Made]:
+    """A trained row's edit, what it adds to h times ``setup.strength``."""
+    adapter, rule = load_adapter(folder), PositionRule.parse(setup.positions)
+    edits = {
+        site: [replace(edit, U=setup.strength * edit.U) for edit in each if isinstance(edit, LowRankEdit)]
+        for site, each in adapter.edits().items()
+    }
+    functions = {site: edit_fn(each, base.model.dtype, "cpu") for site, each in edits.items()}
+    with steer(base.model, functions, rule=rule, tied=setup.tied) as steering:
+        yield Made(way=Ways(head=CountedHead(base.model), steering=steering, rule=rule).counted, parameters=(), steering=steering)
 
 
 @contextmanager

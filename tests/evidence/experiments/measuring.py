@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.experiments import tasks
-from evidence.experiments.contestants import Made, Prefixes, contestant, train
+from evidence.experiments.contestants import Made, Prefixes, contestant, saved, train
 from evidence.experiments.measures import accuracy_and_loss, answers, loss, recalled, upper
 from evidence.experiments.rows import Row
 from evidence.experiments.setups import Setup
@@ -43,20 +43,29 @@ class Bench:
 
     def measured(self, setup: Setup, say: Say) -> Row:
         seen = self._seen(setup)
-        with contestant(self.base, setup, [example for each in seen.values() for example in each], self.prefixes) as made:
-            done = train(made, setup, seen["train"], say)
+        if setup.saved:
+            switched_on = saved(self.base, setup, self._kept(setup.saved))
+        else:
+            switched_on = contestant(self.base, setup, [example for each in seen.values() for example in each], self.prefixes)
+        with switched_on as made:
+            done = train(made, setup, seen.get("train", ()), say)
             figures, said = getattr(self, f"_{setup.task}")(made, setup, seen)
             if done.losses:
                 figures["train loss"] = sum(done.losses[-10:]) / len(done.losses[-10:])
             if made.interventions is not None:
                 adapter = made.interventions.to_adapter(self.base.info, PositionRule.parse(setup.positions))
-                save_adapter(adapter, self.folder / setup.key.replace("/", "-").replace(" ", "_"), force=True)
+                save_adapter(adapter, self._kept(setup.key), force=True)
             return Row(setup=setup, figures=figures, parameters=made.count, seconds=done.seconds, peak_mb=done.peak_mb, said=said)
+
+    def _kept(self, key: str) -> Path:
+        return self.folder / key.replace("/", "-").replace(" ", "_")
 
     def _seen(self, setup: Setup) -> Mapping[str, list[Example]]:
         """By name; ``train`` are those that it is trained on."""
         if setup.task == "memory":
             return {"train": self.examples([tasks.line("Say the text.", self._beginning(setup))])}
+        if setup.saved:
+            return {}
         lines = dict(self.lines[setup.task])
         for name in set(lines) - {"train", *MEASURED.get(setup.section, HELD_OUT[setup.task])}:
             del lines[name]
@@ -72,7 +81,7 @@ class Bench:
 
     def _sentiment(self, made: Made, setup: Setup, seen: Mapping[str, list[Example]]) -> tuple[Figures, list[str]]:
         figures: Figures = {}
-        for name in set(seen) & {"choosing", "films", "products"}:
+        for name in (name for name in ("choosing", "films", "products") if name in seen):
             figures[name], figures[f"{name} loss"] = accuracy_and_loss(made, seen[name], self.base)
         if "off task" in seen:
             figures["off task loss"] = loss(made, seen["off task"])
@@ -81,6 +90,17 @@ class Bench:
     def _style(self, made: Made, setup: Setup, seen: Mapping[str, list[Example]]) -> tuple[Figures, list[str]]:
         said = answers(made, self.base, self._prompts(), ANSWER)
         return {"upper": upper(said), "held loss": loss(made, seen["held"])}, said[:3]
+
+    def _strength(self, made: Made, setup: Setup, seen: Mapping[str, list[Example]]) -> tuple[Figures, list[str]]:
+        """Fluency is what the base itself loses on the answers in sentence case."""
+        said = answers(made, self.base, self._prompts(), ANSWER)
+        lines = [tasks.line(prompt, text.strip().capitalize()) for prompt, text in zip(tasks.prompts(), said, strict=True) if text.strip()]
+        assert made.steering is not None
+        with made.steering.switched_off():
+            base_loss = loss(made, self.examples(lines)) if lines else float("nan")
+        words = [text.lower().split() for text in said]
+        distinct = sum(len(set(each)) for each in words) / max(1, sum(map(len, words)))
+        return {"upper": upper(said), "base loss": base_loss, "distinct words": distinct}, said[:3]
 
     def _prompts(self) -> list[list[int]]:
         """The questions as the base sees them, without the answers."""

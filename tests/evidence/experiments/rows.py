@@ -26,11 +26,15 @@ class Row:
     said: Sequence[str] = ()
     """Some answers."""
 
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        return f"{self.setup.key}: {figures}; {self.parameters:,} parameters, {self.seconds:.0f} s"
+
 
 def read(docs: Path) -> dict[str, Row]:
     path = docs / DATA
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    rows = [Row(**{**each, "setup": Setup(**each["setup"])}) for each in found]
+    rows = [Row(**{**each, "setup": Setup(**each["setup"]), "said": tuple(each["said"])}) for each in found]
     return {row.setup.key: row for row in rows}
 
 

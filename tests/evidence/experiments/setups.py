@@ -10,6 +10,7 @@ from evidence.training_bench import LINEAR
 SEEDS = (1, 2, 3)
 LORA = {"LoRA q, v": ("q_proj", "v_proj"), "LoRA all linears": tuple(LINEAR)}
 """peft's, by its name here: the modules."""
+TERMS = ("direft", "noreft", "consreft", "lobireft", "red")
 BASE = "base"
 """Nothing is trained."""
 
@@ -32,6 +33,10 @@ class Setup:
     batch_size: int = 8
     examples: int | None = None
     """Of the training lines; None: all."""
+    saved: str = ""
+    """In place of training: the key of a row whose edit is switched on."""
+    strength: float = 1.0
+    """By which what a saved edit adds is multiplied."""
 
     @property
     def key(self) -> str:
@@ -41,7 +46,8 @@ class Setup:
 LOREFT = Setup(section="sentiment", name="LoReFT r4")
 LORA_QV = Setup(section="sentiment", name="LoRA q, v", method="LoRA q, v", rank=8, lr=1e-3)
 STYLE = Setup(section="style", name="LoReFT r4", task="style", positions="f5+l5", lr=4e-3, steps=40, batch_size=4)
-MEMORY = Setup(section="memory", name="", task="memory", rank=1, layers="14", lr=1e-2, steps=200, batch_size=1)
+STRENGTHENED = replace(STYLE, name="LoReFT r4, f5+l5").key
+MEMORY = Setup(section="memory", name="", task="memory", rank=1, layers="14", lr=1e-2, steps=120, batch_size=1)
 
 
 def setups() -> Iterator[Setup]:
@@ -50,25 +56,26 @@ def setups() -> Iterator[Setup]:
         yield replace(LORA_QV, seed=seed)
     yield replace(LOREFT, name=BASE, method=BASE, steps=0)
     yield from (replace(LOREFT, section="rate", name=f"LoReFT r4, {lr:g}", lr=lr) for lr in (5e-4, 1e-3, 4e-3, 1e-2))
+    yield from (replace(MEMORY, name=f"{tokens} tokens") for tokens in (16, 32))
     yield replace(STYLE, name=BASE, method=BASE, steps=0)
-    for positions in ("f5+l5", "prompt", "all", "l5"):
-        yield replace(STYLE, name=f"LoReFT r4, {positions}", positions=positions)
-    yield from (replace(LORA_QV, section="rate", name=f"LoRA q, v, {lr:g}", lr=lr) for lr in (3e-4, 3e-3))
-    for method in ("direft", "noreft", "consreft", "lobireft", "red"):
+    yield from (replace(STYLE, name=f"LoReFT r4, {positions}", positions=positions) for positions in ("f5+l5", "prompt", "all"))
+    for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0):
+        yield replace(STYLE, section="strength", name=f"{strength:g}", task="strength", steps=0, saved=STRENGTHENED, strength=strength)
+    for method in TERMS:
         yield replace(LOREFT, section="terms", name=method, method=method, rank=0 if method == "red" else 4)
-    for tokens in (16, 32):
-        yield replace(MEMORY, name=f"{tokens} tokens")
     yield replace(STYLE, section="few", name="LoReFT r4, f5+l5, 5 examples", examples=5, batch_size=5)
-    yield replace(STYLE, name="LoRA q, v", method="LoRA q, v", rank=8, lr=LORA_QV.lr)
-    yield replace(LORA_QV, name="LoRA all linears", method="LoRA all linears")
+    yield from (replace(LORA_QV, section="rate", name=f"LoRA q, v, {lr:g}", lr=lr) for lr in (3e-4, 3e-3))
     yield from (replace(LOREFT, section="rank", name=f"r{rank}", rank=rank) for rank in (1, 2, 8, 16))
     for layers in ("4", "10", "18", "24", "2-5", "12-15", "24-27", "all"):
         yield replace(LOREFT, section="layers", name=f"layers {layers}", layers=layers)
+    yield replace(LORA_QV, name="LoRA all linears", method="LoRA all linears")
     yield replace(STYLE, name="LoReFT r4, f5+l5, untied", tied=False)
+    yield replace(STYLE, name="LoReFT r4, l5", positions="l5")
+    yield replace(STYLE, name="LoRA q, v", method="LoRA q, v", rank=8, lr=LORA_QV.lr)
     for seed in SEEDS:
         yield replace(LOREFT, section="few", name="LoReFT r4, 5 reviews", seed=seed, examples=5, batch_size=5, steps=40)
-    for method in ("direft", "noreft", "consreft", "lobireft", "red"):
+    for method in TERMS:
         for seed in SEEDS[1:]:
             yield replace(LOREFT, section="terms", name=method, method=method, seed=seed, rank=0 if method == "red" else 4)
-    yield replace(MEMORY, name="64 tokens")
+    yield from (replace(MEMORY, name=f"{tokens} tokens") for tokens in (64, 128))
     yield from (replace(LOREFT, section="positions", name=positions, positions=positions) for positions in ("l3", "prompt", "all"))

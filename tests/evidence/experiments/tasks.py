@@ -2,7 +2,7 @@
 
 sentiment   Is this review positive or negative? Film reviews of 5 to 16 words that twenty people rated clearly, half of each kind; held out
             are other film reviews, and product reviews.
-style       Answers in upper case, as the quickstart's real task; held out are 12 of its 60 exchanges, and 40 prompts of another list.
+style       Answers in upper case, as the quickstart's real task; held out are 12 of its 60 exchanges, and 20 prompts of another list.
 memory      The beginning of a text that is to be said word for word.
 off task    The style's exchanges in sentence case, which no row is trained on: what a row has forgotten.
 """
@@ -21,7 +21,7 @@ SEED = 18
 TRAIN, CHOOSING, HELD_OUT = 320, 80, 200
 """Lines: those of a learning rate's choice are held out of both."""
 LABELS = ("positive", "negative")
-STYLE_HELD_OUT, PROMPTS = 12, 40
+STYLE_HELD_OUT, PROMPTS = 12, 20
 ALICE = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice she had peeped "
     "into the book her sister was reading, but it had no pictures or conversations in it, and what is the use of a book, thought Alice, "
