@@ -51,7 +51,7 @@ def test_seeds_are_one_line_with_their_mean() -> None:
     rows = _rows(0.895)
     rows[0] = replace(rows[0], figures={**rows[0].figures, "films": 0.91})
     text = page.page(rows)
-    assert "| LoReFT r4, 0.002 | 90.0 % (91.0, 89.5, 89.5) |" in text
+    assert "| LoReFT r4, rate 0.002 | 90.0 % (91.0, 89.5, 89.5) |" in text
     assert "- Learning rates: LoReFT r4, 0.0005, seed 1; " in text, "what was not run is said"
 
 

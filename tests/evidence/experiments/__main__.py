@@ -2,15 +2,18 @@
 
     PYTHONPATH=tests python -m evidence.experiments run real-models/smollm2.gguf real-models OUT/ [--only SECTION]... [--until 23:45]
     PYTHONPATH=tests python -m evidence.experiments page
+    PYTHONPATH=tests python -m evidence.experiments lines real-models OUT/
 
 ``run`` measures the rows that docs/experiments.json lacks, one by one, and keeps each; trained edits lie in OUT/. ``page`` writes
-docs/experiments.md and its pictures from the file. LoRA needs peft, which is not installed here.
+docs/experiments.md and its picture from the file; ``lines`` writes the sentiment's lines as JSONL. LoRA needs peft, which is not installed
+here.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +39,14 @@ def run(asked: argparse.Namespace) -> None:
         print(row, flush=True)
 
 
+def lines(asked: argparse.Namespace) -> None:
+    from evidence.experiments.tasks import sentiment
+
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    for name, each in sentiment(asked.reviews).items():
+        (asked.folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in each), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=DOCS)
@@ -48,9 +59,14 @@ def main() -> None:
     measured.add_argument("--until", help="no row starts after this time of day, HH:MM")
     measured.add_argument("--threads", type=int, default=1)
     verbs.add_parser("page")
+    written = verbs.add_parser("lines")
+    written.add_argument("reviews", type=Path)
+    written.add_argument("folder", type=Path)
     asked = parser.parse_args()
     if asked.verb == "run":
         run(asked)
+    elif asked.verb == "lines":
+        lines(asked)
     else:
         from evidence.experiments.page import write
 

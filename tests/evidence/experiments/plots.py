@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from evidence.experiments.rows import Row
-from evidence.experiments.setups import LORA
+from evidence.experiments.setups import BASE, LORA
 
 PICTURE = "experiments.png"
 GREY, BLUE, RED, GRID = "#8a93a3", "#0b7285", "#c92a2a", "#e5e8ec"
@@ -39,16 +39,20 @@ def _parameters(axes: Any, rows: Sequence[Row]) -> None:
         if row.parameters and "films" in row.figures and row.setup.section != "few":
             named.setdefault((row.setup.section, row.setup.name), []).append(row)
     for (_, name), seeds in named.items():
-        lora = seeds[0].setup.method in LORA
-        x, y = seeds[0].parameters, 100 * fmean(row.figures["films"] for row in seeds)
-        axes.plot([x], [y], "s" if lora else "o", color=GREY if lora else BLUE)
-        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
-    base = [row.figures["films"] for row in rows if row.setup.name == "base" and "films" in row.figures]
-    if base:
-        axes.axhline(100 * base[0], color=BLUE, linewidth=0.8, linestyle=":", label="base")
-        axes.legend(frameon=False)
+        lora, x = seeds[0].setup.method in LORA, seeds[0].parameters
+        shape, color = ("s", GREY) if lora else ("o", BLUE)
+        films, products = (100 * fmean(row.figures[kind] for row in seeds) for kind in ("films", "products"))
+        axes.plot([x], [films], shape, color=color)
+        axes.plot([x], [products], shape, color=color, fillstyle="none")
+        axes.annotate(name, (x, films), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    for row in rows:
+        if row.setup.name == BASE and "films" in row.figures:
+            for kind, style in (("films", "-"), ("products", ":")):
+                axes.axhline(100 * row.figures[kind], color=BLUE, linewidth=0.8, linestyle=style, label=f"the base, {kind}")
+            axes.legend(frameon=False, loc="center right")
     axes.set_xscale("log")
-    axes.set(title="Sentiment, 60 steps", xlabel="trained parameters", ylabel="accuracy on 200 films, %")
+    axes.set_xlim(1e3, 2e7)
+    axes.set(title="Sentiment, 60 steps", xlabel="trained parameters", ylabel="accuracy on films (full) and products (open), %")
 
 
 def _strength(axes: Any, rows: Sequence[Row]) -> None:

@@ -27,7 +27,7 @@ class Row:
     """Some answers."""
 
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items() if not name.endswith("loss"))
         return f"{self.setup.key}: {figures}; {self.parameters:,} parameters, {self.seconds:.0f} s"
 
 

@@ -44,6 +44,8 @@ class Setup:
 
 
 LOREFT = Setup(section="sentiment", name="LoReFT r4")
+CHOSEN = replace(LOREFT, name="LoReFT r4, chosen", lr=1e-2)
+"""By its loss on the lines for choosing, of seed 1."""
 LORA_QV = Setup(section="sentiment", name="LoRA q, v", method="LoRA q, v", rank=8, lr=1e-3)
 STYLE = Setup(section="style", name="LoReFT r4", task="style", positions="f5+l5", lr=4e-3, steps=40, batch_size=4)
 STRENGTHENED = replace(STYLE, name="LoReFT r4, f5+l5").key
@@ -56,11 +58,13 @@ def setups() -> Iterator[Setup]:
         yield replace(LORA_QV, seed=seed)
     yield replace(LOREFT, name=BASE, method=BASE, steps=0)
     yield from (replace(LOREFT, section="rate", name=f"LoReFT r4, {lr:g}", lr=lr) for lr in (5e-4, 1e-3, 4e-3, 1e-2))
-    yield from (replace(MEMORY, name=f"{tokens} tokens") for tokens in (16, 32))
-    yield replace(STYLE, name=BASE, method=BASE, steps=0)
-    yield from (replace(STYLE, name=f"LoReFT r4, {positions}", positions=positions) for positions in ("f5+l5", "prompt", "all"))
-    for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0):
+    yield from (replace(CHOSEN, seed=seed) for seed in SEEDS)
+    yield replace(STYLE, name="LoReFT r4, f5+l5")
+    yield replace(MEMORY, name="16 tokens")
+    for strength in (0.0, 0.5, 1.0, 2.0, 3.0):
         yield replace(STYLE, section="strength", name=f"{strength:g}", task="strength", steps=0, saved=STRENGTHENED, strength=strength)
+    yield replace(MEMORY, name="32 tokens")
+    yield from (replace(STYLE, name=f"LoReFT r4, {positions}", positions=positions) for positions in ("prompt", "all"))
     for method in TERMS:
         yield replace(LOREFT, section="terms", name=method, method=method, rank=0 if method == "red" else 4)
     yield replace(STYLE, section="few", name="LoReFT r4, f5+l5, 5 examples", examples=5, batch_size=5)

@@ -52,17 +52,21 @@ class Rows:
         return found
 
 
-def _as_good_as_lora(rows: Rows) -> Verdict:
-    ours, lora = rows.all("sentiment", "LoReFT r4"), rows.all("sentiment", "LoRA q, v")
+def _as_good_as_lora(rows: Rows, name: str = "LoReFT r4", rate: str = "at the rate set beforehand") -> Verdict:
+    ours, lora = rows.all("sentiment", name), rows.all("sentiment", "LoRA q, v")
     fewer = lora[0].parameters / ours[0].parameters
-    points = {kind: rows.mean("sentiment", "LoReFT r4", kind) - rows.mean("sentiment", "LoRA q, v", kind) for kind in ("films", "products")}
+    points = {kind: rows.mean("sentiment", name, kind) - rows.mean("sentiment", "LoRA q, v", kind) for kind in ("films", "products")}
     told = ", ".join(f"{100 * each:+.1f} points on {kind}" for kind, each in points.items())
     return Verdict(
-        claim="accuracy within a point of LoRA's, with at most a twentieth of its parameters (the paper: 15 to 65 times fewer)",
+        claim=f"accuracy within a point of LoRA's, with at most a twentieth of its parameters (the paper: 15 to 65 times fewer); {rate}",
         source=PAPER,
         here=f"{told}; {fewer:.0f} times fewer; {len(ours)} seeds of LoReFT, {len(lora)} of LoRA",
         word=HOLDS if fewer >= FEWER and min(points.values()) >= -POINT else DOES_NOT,
     )
+
+
+def _as_good_at_the_chosen_rate(rows: Rows) -> Verdict:
+    return _as_good_as_lora(rows, "LoReFT r4, chosen", "at the rate chosen on other lines")
 
 
 def _terms(rows: Rows) -> Verdict:
@@ -147,7 +151,17 @@ def _forgetting(rows: Rows) -> Verdict:
     )
 
 
-JUDGES: tuple[Judge, ...] = (_as_good_as_lora, _terms, _prompt_only, _memory, _few, _strength, _rates, _forgetting)
+JUDGES: tuple[Judge, ...] = (
+    _as_good_as_lora,
+    _as_good_at_the_chosen_rate,
+    _terms,
+    _prompt_only,
+    _memory,
+    _few,
+    _strength,
+    _rates,
+    _forgetting,
+)
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
