@@ -41,7 +41,8 @@ SECTIONS = (
         "sentiment",
         "Review sentiment at equal steps",
         "Three seeds, each one's accuracy in brackets. LoReFT at the rate that was set beforehand, and at the one that was best for seed "
-        "1 on other lines ([below](#learning-rates)); LoRA at one rate, whose others were not run: that is in LoReFT's favour.",
+        "1 on other lines ([below](#learning-rates)); LoRA at one rate, whose others were not run: that is in LoReFT's favour. "
+        "Differences below 3 points are within what 200 other lines would change.",
     ),
     (
         "terms",
