@@ -118,16 +118,14 @@ def _few(rows: Rows) -> Verdict:
 
 def _strength(rows: Rows) -> Verdict:
     found = sorted(rows.of("strength"), key=lambda row: row.setup.strength)
+    effects, losses = ([row.figures[name] for row in found] for name in ("upper", "base loss"))
     told = ", ".join(f"{row.setup.strength:g}: {100 * row.figures['upper']:.0f} % and {row.figures['base loss']:.1f}" for row in found)
-    effects = [row.figures["upper"] for row in found]
-    best = effects.index(max(effects))
-    last = found[-1].figures
-    worse = last["upper"] < max(effects) and last["base loss"] > found[best].figures["base loss"]
+    repeated = f"; at the highest {100 * found[-1].figures['distinct words']:.0f} % of an answer's words are different ones"
     return Verdict(
-        claim="effect grows with strength up to a point, behind which answers fall apart",
+        claim="more strength is more effect and less fluency",
         source=AXBENCH,
-        here=f"in upper case, and the base's loss on what is said, by strength: {told}",
-        word=HOLDS if worse else DOES_NOT,
+        here=f"in upper case, and the base's loss on what is said, by strength: {told}{repeated}",
+        word=HOLDS if effects == sorted(effects) and min(losses[1:]) > losses[0] else DOES_NOT,
     )
 
 
