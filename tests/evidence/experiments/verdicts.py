@@ -110,7 +110,7 @@ def _few(rows: Rows) -> Verdict:
     full = rows.mean("style", "LoReFT r4, f5+l5", "upper")
     return Verdict(
         claim="a handful of examples is enough for a style",
-        source="pyreft's README",
+        source="pyreft's README, ten examples",
         here=f"in upper case {100 * upper:.0f} % from 5 examples, {100 * full:.0f} % from 48",
         word=HOLDS if upper >= 0.8 else DOES_NOT,
     )
