@@ -235,6 +235,10 @@ class OrtGraph(ClosedAtEnd):
 class OpenGraph(OrtGraph):
     """A graph that onnxruntime opened, whatever its inputs and outputs are; arguments as OrtGraph's."""
 
+    def nodes(self) -> tuple[Sequence[ort.NodeArg], Sequence[ort.NodeArg], Sequence[ort.NodeArg]]:
+        """Its inputs, the initializers that a feed overrides, and its outputs."""
+        return self._open.get_inputs(), self._open.get_overridable_initializers(), self._open.get_outputs()
+
     def _check_contract(self) -> None:
         pass
 

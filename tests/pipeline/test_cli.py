@@ -106,7 +106,7 @@ SURFACE = {
     "bench": {"--adapter", "--prompt-tokens", "--new-tokens", "--repeats", "--provider", "--kernel", "--threads", "--op", "--adapters",
               "--concurrency", "--plot", "--json"},
     "inspect": {"--json"},
-    "package": {"--wheels", "--output", "--archive", "--force", "--json"},
+    "package": {"--wheels", "--output", "--archive", "--triton", "--force", "--json"},
     "push": {"--private", "--revision", "--base-model", "--license", "--force", "--dry-run", "--json"},
     "pull": {"--output", "--revision", "--force", "--json"},
     "upgrade": {"--output", "--force", "--json"},
