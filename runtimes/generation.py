@@ -17,7 +17,9 @@ import numpy as np
 
 from runtimes.edits.positions import marks_of
 from runtimes.errors import BundleError, InputError
+from runtimes.kv_cache import CachePast
 from runtimes.session import DecoderSession, Past, Session, StepOutput, as_decoder
+from runtimes.speculation import check_speculation, proposed
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids
 
 if TYPE_CHECKING:
@@ -80,6 +82,10 @@ class Generation:
     finish_reason: str
     """"stop" (a stop token or text) or "length"."""
     prompt_tokens: int
+    proposed: int = 0
+    """Tokens that were fed ahead."""
+    accepted: int = 0
+    """Those of them that were chosen."""
 
 
 def generate(
@@ -91,6 +97,7 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     marks: Sequence[Sequence[int]] | None = None,
     prefill_chunk: int | None = None,
+    speculate: int = 0,
 ) -> list[Generation]:
     """Continues every prompt; ``on_text(row, piece)`` streams, and a row's pieces join to its ``text``.
 
@@ -99,8 +106,9 @@ def generate(
     ``marks``: which tokens of each prompt an adapter at positions ``marked`` edits, by their numbers (``Tokenizer.encode_marked``).
     ``prefill_chunk``: prompt columns per call, which bounds the memory of a long prompt; None is what ``prefill_columns`` says, 0 feeds
     the prompt at once.
-    Raises InputError for an empty prompt, where prompt and new tokens exceed the context, and for a classifier's session; BundleError where
-    logits are not finite.
+    ``speculate``: tokens at most that a row which runs alone is fed ahead (runtimes/speculation.py); its answer is the same.
+    Raises InputError for an empty prompt, where prompt and new tokens exceed the context, for ``speculate`` where the KV cache is not
+    written in place, and for a classifier's session; BundleError where logits are not finite.
 
     Example::
 
@@ -124,12 +132,16 @@ def generate(
             )
         rows.append(Continuation(i, prompt, tokenizer, own, on_text, None if marks is None else marks[i]))
     decoder = as_decoder(session)
+    check_speculation(session.bundle, speculate)
     # A batch is as many columns as its longest prompt and most new tokens: rows that want other counts could not fit together, though
     # each alone does.
     for count in dict.fromkeys(row.settings.max_new_tokens for row in rows):
         alike = [row for row in rows if row.settings.max_new_tokens == count]
         for group in batches([row.prompt for row in alike], padding_of(decoder), chunk=prefill_columns(decoder, prefill_chunk)):
-            _generate_batch(decoder, [alike[i] for i in group], count, prefill_chunk)
+            if speculate and len(group) == 1:
+                _generate_ahead(decoder, alike[group[0]], count, prefill_chunk, speculate)
+            else:
+                _generate_batch(decoder, [alike[i] for i in group], count, prefill_chunk)
     return [row.result() for row in rows]
 
 
@@ -161,6 +173,22 @@ def _generate_batch(session: DecoderSession, rows: list[Continuation], count: in
         logits = batch.append([None if row.finished else row.tokens[-1] for row in rows])
     for row in rows:
         row.finish("length")
+
+
+def _generate_ahead(session: DecoderSession, row: Continuation, count: int, prefill_chunk: int | None, most: int) -> None:
+    """One row, whose steps are of one token and up to ``most`` proposed ones."""
+    batch = DecodeBatch(session, [row.prompt], marks=None if row.marks is None else [row.marks], new_tokens=count)
+    row.push(batch.prefill(prefill_chunk)[0])
+    while not row.finished and len(row.tokens) < count:
+        ahead = proposed([*row.prompt, *row.tokens], min(most, count - len(row.tokens) - 1))  # the last token is said, and not fed
+        row.proposed += len(ahead)
+        for guess, logits in zip([*ahead, None], batch.append_ahead(row.tokens[-1], ahead), strict=True):
+            row.push(logits)
+            if row.finished or row.tokens[-1] != guess:
+                break
+            row.accepted += 1
+        batch.keep(len(row.prompt) + len(row.tokens) - 1)
+    row.finish("length")
 
 
 def padding_of(session: DecoderSession) -> str:
@@ -297,6 +325,20 @@ class DecodeBatch:
         self._past = output.past
         return output.logits[:, -1]
 
+    def append_ahead(self, token: int, ahead: Sequence[int]) -> np.ndarray:
+        """Logits [1 + n, V] behind the next token of the only row, and behind each of n more; ``keep`` says how many stay."""
+        ids = np.array([[token, *ahead]], np.int64)
+        self._mask = np.concatenate([self._mask, np.ones_like(ids)], 1)
+        output = self._session.step(ids, self._mask, past=self._past, last_logits=ids.shape[1])
+        self._past = output.past
+        return output.logits[0]
+
+    def keep(self, columns: int) -> None:
+        """Takes back what the row was fed behind its first ``columns`` tokens, of a cache that is written in place."""
+        assert isinstance(self._past, CachePast)
+        self._past = self._past.first(columns)
+        self._mask = self._past.mask
+
 
 def greedy_tokens(
     session: DecoderSession, prompts: Sequence[Sequence[int]], count: int, *, marks: Sequence[Sequence[int]] | None = None
@@ -394,6 +436,7 @@ class Continuation:
         self.prompt, self.marks = prompt, marks
         self.tokens: list[int] = []
         self.finished = ""
+        self.proposed = self.accepted = 0
         self._number = number
         self.settings = settings
         self._stop_ids = tokenizer.stop_token_ids | set(settings.stop_token_ids)
@@ -436,7 +479,12 @@ class Continuation:
 
     def result(self) -> Generation:
         return Generation(
-            text="".join(self._pieces), tokens=tuple(self.tokens), finish_reason=self.finished, prompt_tokens=len(self.prompt)
+            text="".join(self._pieces),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finished,
+            prompt_tokens=len(self.prompt),
+            proposed=self.proposed,
+            accepted=self.accepted,
         )
 
     def _choose(self, logits: np.ndarray) -> int:

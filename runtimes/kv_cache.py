@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -241,6 +241,11 @@ class CachePast:
     @property
     def width(self) -> int:
         return self.mask.shape[1]
+
+    def first(self, columns: int) -> CachePast:
+        """The same without what stands behind its first ``columns``, which a step from here overwrites."""
+        mask = self.mask[:, :columns]
+        return replace(self, mask=mask, lengths=mask.sum(1))
 
 
 def _megabytes(size: float) -> str:

@@ -29,8 +29,8 @@ BACKENDS = {
 writes and reads its own adapter files. starlette and pydantic are fastapi's own."""
 BOTTOM_TO_TOP = {
     "runtimes": "errors version bound_process machine precision native_library native files edits artifacts bank_files stacked bank rows "
-    "text session memory kv_cache in_place ort tensorrt generation prefixes batch_rows batching parity bench batch_bench tasks golden open "
-    "conversation first_steps upgrade serving",
+    "text session memory kv_cache in_place ort tensorrt speculation generation prefixes batch_rows batching parity bench batch_bench "
+    "tasks golden open conversation first_steps upgrade serving",
     "graph_passes": "accessors cumulative_sum shape_inputs graph_file function_body find external cache_shapes stored_cache fuse head "
     "tied_head slots first_logit insert unfold new_columns tensorrt_graph fold edge_llm",
     "reft_export": "console base composing eager evaluation tasks bundling training evaluating lm_eval contrasting sweeping importing "

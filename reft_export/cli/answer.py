@@ -21,6 +21,7 @@ from runtimes.generation import Generation, GenerationSettings, batches, generat
 from runtimes.open import open_bank
 from runtimes.rows import AdapterRows
 from runtimes.session import Session, as_decoder
+from runtimes.speculation import check_speculation
 from runtimes.text.chat import ChatTemplate, template_for
 from runtimes.text.grammars import Grammars
 from runtimes.text.prompts import SAMPLING, Request, batches_of_alike, encode, encode_marked, in_order, no_template, read_requests
@@ -33,6 +34,7 @@ def prepare(opened: Artifact, options: RunOptions) -> Callable[[Session], None]:
     """What is left to do in a session. Raises InputError and BundleError, with the line, for what can be refused before there is one."""
     settings = GenerationSettings(**options.settings)
     check_strength(options.strength, options.adapter or "every adapter")
+    check_speculation(opened, options.speculate)
     tokenizer = Tokenizer.load(opened.folder, opened.manifest.model)
     requests = _requests(options)
     check_adapters(opened, requests)
@@ -88,14 +90,17 @@ def _answer(
     batch_size, prefill_chunk = min(options.batch_size, limits.rows or options.batch_size), options.prefill_chunk
     if limits.columns is not None and max(len(ask.tokens) for ask in asks) > limits.columns:
         prefill_chunk = min(prefill_chunk or limits.columns, limits.columns)
-    steer = Steer(session, bank)
+    steer, said = Steer(session, bank, options.speculate), []
     _try_adapters(steer, asks)
     for index, answer in in_order(_answers(steer, tokenizer, asks, batch_size, on_text, prefill_chunk)):
+        said.append(answer)
         if options.as_json:
             record = {"index": index, "adapter": asks[index].adapter, "text": answer.text, "finish_reason": answer.finish_reason}
             if asks[index].strength != 1:
                 record["strength"] = asks[index].strength
             record |= {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+            if options.speculate:
+                record |= {"proposed": answer.proposed, "accepted": answer.accepted}
             say(json.dumps(record, ensure_ascii=False) + "\n")
         elif on_text:
             say("\n")  # the text is there already
@@ -103,6 +108,14 @@ def _answer(
             if not alone:
                 err.print(f"[dim]--- {escape(options.prompt[index])}[/]")
             say(answer.text + "\n")
+    if options.speculate and not options.as_json:
+        err.print(f"[dim]{_speculated(said)}[/]")
+
+
+def _speculated(said: Sequence[Generation]) -> str:
+    """What speculation gave: each answer's first token came of its prompt, the others of steps."""
+    tokens, proposed, accepted = (sum(each) for each in zip(*((len(a.tokens) - 1, a.proposed, a.accepted) for a in said), strict=True))
+    return f"tokens ahead: {accepted} of {proposed} kept, {tokens / max(tokens - accepted, 1):.2f} tokens a step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +224,7 @@ class Steer:
 
     session: Session
     bank: AdapterBank | None
+    speculate: int = 0
 
     def check(self, ask: Ask) -> None:
         """Raises InputError for an adapter that the session cannot take, or not at that strength."""
@@ -236,7 +250,16 @@ class Steer:
         marks = [ask.marks for ask in asks if ask.marks is not None] or None  # those of one adapter all have some, or none has
         if self.bank is None or adapter is None or strength == 1:
             self.session.set_adapter(adapter)
-            yield from generate(self.session, tokenizer, tokens, settings, on_text=on_text, marks=marks, prefill_chunk=prefill_chunk)
+            yield from generate(
+                self.session,
+                tokenizer,
+                tokens,
+                settings,
+                on_text=on_text,
+                marks=marks,
+                prefill_chunk=prefill_chunk,
+                speculate=self.speculate,
+            )
             return
         decoder = as_decoder(self.session)
         answers: dict[int, Generation] = {}
@@ -246,7 +269,16 @@ class Steer:
                 self.session.set_rows(rows)
                 own, prompts = [settings[i] for i in batch], [tokens[i] for i in batch]
                 said = None if marks is None else [marks[i] for i in batch]
-                made = generate(self.session, tokenizer, prompts, own, on_text=on_text, marks=said, prefill_chunk=prefill_chunk)
+                made = generate(
+                    self.session,
+                    tokenizer,
+                    prompts,
+                    own,
+                    on_text=on_text,
+                    marks=said,
+                    prefill_chunk=prefill_chunk,
+                    speculate=self.speculate,
+                )
                 answers.update(zip(batch, made, strict=True))
         yield from (answers[i] for i in range(len(asks)))
 

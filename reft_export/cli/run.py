@@ -14,7 +14,7 @@ from reft_export.console import err, escape
 
 GENERATION = (
     "interactive", "strength", "chat", "system", "stream", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed",
-    "stop", "json_schema", "prefill_chunk",
+    "stop", "json_schema", "prefill_chunk", "speculate",
 )  # fmt: skip
 """Parameters that mean nothing for a classifier."""
 
@@ -79,6 +79,15 @@ def run(
             "--prefill-chunk", min=0, help="Prompt tokens per call, which bounds the memory of a long prompt; default: 512. 0: all at once."
         ),
     ] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            "--speculate",
+            min=0,
+            help="Prompt lookup: feed up to so many tokens ahead that followed the same words before; of a prompt that runs alone. The "
+            "answer is the same, sooner where it repeats its prompt. 0: none.",
+        ),
+    ] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answers as JSONL on stdout.")] = False,
 ) -> None:
@@ -95,6 +104,7 @@ def run(
     check_session_options(provider, kernel)
     check_choice("--chat", chat, ("auto", "always", "never"))
     if interactive:
+        refuse_given(context, ("speculate",), "for answers of one call, and --interactive is a conversation")
         refuse_given(context, ("prompts",), "answers that are known beforehand, and --interactive is a conversation")
     elif bool(prompt) == bool(prompts):
         raise InputError("give either --prompt TEXT (-p) or --prompts FILE.jsonl, or --interactive (-i)")
@@ -109,6 +119,7 @@ def run(
         stream=stream,
         batch_size=batch_size,
         prefill_chunk=prefill_chunk,
+        speculate=speculate,
         as_json=bool(prompts) or as_json,
         json_schema=json_schema,
         settings={

@@ -26,6 +26,8 @@ class RunOptions:
     stream: bool
     batch_size: int
     prefill_chunk: int | None
+    speculate: int
+    """Tokens at most that a prompt which runs alone is fed ahead."""
     as_json: bool
     """Answers as JSONL; those of a file are."""
     json_schema: Path | None

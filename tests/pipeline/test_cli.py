@@ -91,7 +91,7 @@ SURFACE = {
     "run": {
         "--prompt", "--prompts", "--interactive", "--pair", "--adapter", "--strength", "--provider", "--kernel", "--threads", "--chat",
         "--system", "--stream", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--stop",
-        "--batch-size", "--prefill-chunk", "--json-schema", "--verify", "--json",
+        "--batch-size", "--prefill-chunk", "--json-schema", "--verify", "--json", "--speculate",
     },
     "serve": {
         "--adapters", "--host", "--port", "--api-key", "--admin-token", "--rows", "--queue", "--concurrency", "--max-tokens",
