@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Artifact, Bundle
+from runtimes.artifacts.bundle import Artifact
 from runtimes.errors import InputError
 
 LONGEST = 3
@@ -27,7 +27,7 @@ def check_speculation(artifact: Artifact, most: int) -> None:
         raise InputError(f"speculate is {most}, expected at least 1 token, or 0 for none")
     if not most:
         return
-    if not isinstance(artifact, Bundle) or artifact.manifest.kv_cache != "in-place":
+    if artifact.manifest.kv_cache != "in-place":  # nor is it of any engine, which `build` makes of the other graphs
         raise InputError(
             f"{artifact.folder} does not write its KV cache in place, and tokens ahead could not be taken back; run it without "
             "--speculate, or a bundle of export --target onnxruntime"
