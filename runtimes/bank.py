@@ -263,9 +263,10 @@ class AdapterBank:
         with self._lock:
             return self._resident(_plain(steering)).explicit
 
-    def refuse_marks(self, steering: Steering) -> None:
-        """Raises InputError where the resident adapter edits the tokens that prompts mark: for those who hand no marks in."""
-        explicit = self.explicit_slots(steering)
+    def load_unmarked(self, steering: Steering) -> None:
+        """``load``, and InputError where the adapter edits the tokens that prompts mark: for those who hand no marks in."""
+        # The resident that was loaded is asked: by now another thread may have evicted it.
+        explicit = self._load(_plain(steering), rows=0).explicit
         if explicit is not None and needs_marks(explicit.where):
             raise InputError(f"adapter {parts_of(_plain(steering))[0]}: {UNMARKED}")
 

@@ -105,8 +105,7 @@ class BatchPool:
         """Raises what loading its adapter raises, and InputError for one at positions ``marked``."""
         if self._pool.rows is not None:
             if (adapter := row.ticket.adapter) is not None:
-                self._pool.rows.bank.load(adapter)
-                self._pool.rows.bank.refuse_marks(adapter)
+                self._pool.rows.bank.load_unmarked(adapter)
             self._pool.rows.append(row.ticket.adapter)
         row.index = len(self.rows)
         self.rows.append(row)

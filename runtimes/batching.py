@@ -168,8 +168,7 @@ class Batcher:
             if self._bank is None:
                 raise InputError(f"adapter {adapter!r} is asked for, and this batch runs the base alone")
             with suppress(BankFull):  # it waits until some row leaves
-                self._bank.load(steering)
-                self._bank.refuse_marks(steering)
+                self._bank.load_unmarked(steering)
         ticket = Ticket(ids, steering, columns, scope=scope, on_end=on_end)
         continuation = Continuation(0, ids, self._tokenizer, settings, None if on_text is None else lambda _, piece: on_text(piece))
         with self._changed:
