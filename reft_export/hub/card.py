@@ -29,7 +29,7 @@ def adapter_card(adapter: Adapter, repository: str, *, base_model: str | None, l
     data = _metadata(adapter.base.name, base_model, license, task, ["reft", *methods], relation="adapter")
     parameters = sum(tensor.size for tensor in adapter.stored().values())
     facts = {
-        "base": f"{_code(adapter.base.name)}, fingerprint `{adapter.base.fingerprint[:16]}`",
+        "base": f"{_code(adapter.base.name)}, fingerprint {_code(adapter.base.fingerprint[:16])}",
         "edit": described(adapter.site_forms),
         "formula": "; ".join(f"`{METHODS[method].formula}`" for method in methods),
         "sites": _sites(adapter.sites),
@@ -58,7 +58,7 @@ def bundle_card(bundle: Bundle, repository: str, *, base_model: str | None, lice
     relation = "adapter" if m.quantization is None else "quantized"
     data = _metadata(m.model.name, base_model, license, m.task, ["onnx", "onnxruntime", "reft", *methods], relation=relation)
     facts = {
-        "base": f"{_code(m.model.name)} ({m.model.model_type}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
+        "base": f"{_code(m.model.name)} ({_code(m.model.model_type)}, {m.model.num_hidden_layers} layers, width {m.model.hidden_size})",
         "precision": m.precision if m.quantization is None else f"{m.quantization.label}, {m.quantization.method}; edits in {m.precision}",
         "context": f"{m.model.context_length:,} tokens",
         "size": f"{sum(file.size for file in m.files.values()) / 1e6:.1f} MB",
@@ -112,7 +112,8 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
     """Figures of the training, as far as the adapter records them; it may be of anybody's making."""
     data, found = record.get("data"), dict[str, str]()
     if isinstance(data, Mapping) and isinstance(data.get("examples"), int):
-        found["trained on"] = f"{data['examples']} examples, {record.get('steps', '?')} steps".replace("|", "")
+        steps = record.get("steps")
+        found["trained on"] = f"{data['examples']} examples" + (f", {steps} steps" if isinstance(steps, int) else "")
     for key, said in {
         "kept_metric": "held out, right",
         "kept_eval_loss": "held-out loss, nats a token",

@@ -67,6 +67,8 @@ def _told(e: Exception, repository: str, revision: str | None, hub: str) -> str:
         return f"{hub} knows no such token, or was given none; set {TOKEN}"
     if status == 403:
         return f"{hub} does not let this token do that with {repository}; take one that may write there ({TOKEN})"
+    if status == 412:
+        return f"{repository} was written by somebody else meanwhile, and is left as they left it; look at it, and push again"
     if isinstance(e, EntryNotFoundError) and status is not None:
         return f"{repository} lacks a file that its own record names ({first_line(e)}); it has to be pushed again"
     if status is not None:

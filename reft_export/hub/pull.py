@@ -35,7 +35,8 @@ class Pulled:
 def pull_folder(repository: str, output: Path, *, revision: str | None = None, force: bool = False, report: Report = print) -> Pulled:
     """Fetches ``repository`` (owner/name) at ``revision`` (a branch, a tag or a commit; None: main) into ``output``, whole or not at all.
 
-    Every file is held against the digests that the adapter or the bundle itself records, by its own reader, before it is put in place.
+    Every file but UNLISTED is held against the digests that the adapter or the bundle itself records, by its own reader, before it is put
+    in place.
     Raises InputError for a hub that does not answer or refuses, and for a repository that holds neither; AdapterError and BundleError for
     one that is damaged, of another version, or names files outside of its folder.
     """

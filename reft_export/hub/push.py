@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from reft_export.base.hub import without_progress_bars
 from reft_export.hub.card import adapter_card, bundle_card
@@ -84,13 +85,13 @@ def push_folder(
 
     api = HfApi()
     report(f"asking for {repository}")
-    there = _files(repository, revision, private=private)
+    there = _found(repository, revision, private=private)
     if there is not None:
-        _check_free(repository, there, force=force)
+        _check_free(repository, there.files, force=force)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=content.card.encode()),
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in content.files.items()),
-        *(CommitOperationDelete(path_in_repo=name) for name in sorted((there or set()) - {*content.files, CARD})),
+        *(CommitOperationDelete(path_in_repo=name) for name in sorted((there.files if there else set()) - {*content.files, CARD})),
     ]
     with asking(repository, revision), without_progress_bars():
         if there is None:
@@ -98,11 +99,19 @@ def push_folder(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         report(f"pushing {len(content.files)} files")
-        done = api.create_commit(repository, operations, commit_message=f"reft-export push: {content.kind}", revision=revision)
+        message, parent = f"reft-export push: {content.kind}", there.commit if there else None
+        done = api.create_commit(repository, operations, commit_message=message, revision=revision, parent_commit=parent)
     return Pushed(url=f"{api.endpoint}/{repository}", commit=str(done.oid))
 
 
-def _files(repository: str, revision: str | None, *, private: bool) -> set[str] | None:
+class _There(NamedTuple):
+    """What a branch holds. ``commit``: its newest, which the new one follows, or is refused: nobody's files of meanwhile are replaced."""
+
+    files: set[str]
+    commit: str | None
+
+
+def _found(repository: str, revision: str | None, *, private: bool) -> _There | None:
     """Of a repository that is there, at the branch, or where that is new at main; None where there is no repository. Raises InputError for
     one that everybody sees where nobody else is to."""
     from huggingface_hub import HfApi
@@ -120,7 +129,7 @@ def _files(repository: str, revision: str | None, *, private: bool) -> set[str] 
             return None
     if private and not info.private:
         raise InputError(f"{repository} is there and public, and --private makes new repositories alone; make it private on its page first")
-    return {sibling.rfilename for sibling in info.siblings or ()} - {OF_GIT}
+    return _There({sibling.rfilename for sibling in info.siblings or ()} - {OF_GIT}, info.sha)
 
 
 def _check_free(repository: str, there: set[str], *, force: bool) -> None:

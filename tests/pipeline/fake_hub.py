@@ -159,6 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = dict(repository.files(branch))
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit") not in (None, repository.branches[branch]):
+                self._answer(412, b'{"error": "A commit has happened since. Please refresh and try again."}')
+                return
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from fake_hub import GIT, TOKEN, Hub
 from reseal import reseal
 from test_cli import cli, fresh, refused
 
+from reft_export.hub import push
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
 
@@ -105,6 +107,32 @@ def test_revisions_and_replacing(hub: Hub, adapter: Path, adapter_folders, tmp_p
     refused("push", adapter, "me/calm", "--private", "--force", code=2, match="me/calm is there and public, and --private")
     hub.add("me/model", {"config.json": b"{}", "README.md": b""})
     refused("push", adapter, "me/model", "--force", code=2, match="me/model holds other files than ours (README.md), and --force would")
+
+
+def test_what_somebody_else_pushes_meanwhile_is_kept(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = hub.add("me/calm", contents(adapter))
+    check = push._check_free
+
+    def checked(*args: object, **kwargs: bool) -> None:
+        check(*args, **kwargs)
+        theirs.commit("main", theirs.files() | {"adapter.json": b"theirs"})
+
+    monkeypatch.setattr(push, "_check_free", checked)
+    refused("push", adapter, "me/calm", "--force", code=2, match="me/calm was written by somebody else meanwhile")
+    assert theirs.files()["adapter.json"] == b"theirs"
+
+
+def test_what_others_wrote_into_an_artifact_stays_text_in_its_card(adapter: Path, bundle_folder, tmp_path: Path) -> None:
+    evil = "x |\n\n# Evil\n<b>`\n---\nlicense: evil"
+    mine = load_adapter(adapter)
+    base = replace(mine.base, name=evil, fingerprint=evil)
+    save_adapter(replace(mine, base=base, training={"data": {"examples": 3}, "steps": evil}), tmp_path / "evil")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_folder("llama"), bundle)
+    reseal(bundle, lambda manifest: manifest["model"].update({"model_type": evil, "name": evil}))
+    for folder in (tmp_path / "evil", bundle):
+        card = push.outgoing(folder, "me/evil").card
+        assert "\n# Evil" not in card and "license: evil\n" not in card and "<b>" not in re.sub("`.*?`", "", card), card
 
 
 def test_what_the_hub_refuses_is_one_line(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
