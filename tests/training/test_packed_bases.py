@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from calibration.weight_only import dequantize
 from reft_export.base.checkpoint import open_checkpoint
 from reft_export.base.load import load_base, outline_base
 from reft_export.base.origin import described
-from reft_export.base.packed.blocks import packed_blocks
+from reft_export.base.packed.blocks import ORIGIN, PACKED, packed_blocks
 from reft_export.base.packed.layouts import Integers, blocks_of, dequantized
 from runtimes.errors import InputError
 
@@ -83,6 +84,16 @@ def test_a_checkpoint_that_changed_is_another_base(folder, cache) -> None:
     assert open_checkpoint(folder).folder != before and len(list(cache.iterdir())) == 2
 
 
+def test_a_cache_that_lost_a_file_is_made_again(folder, cache) -> None:
+    quantize_folder(folder, "awq")
+    made = open_checkpoint(folder).folder
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    for name in (ORIGIN, PACKED, "model.safetensors"):
+        (made / name).unlink()
+        assert open_checkpoint(folder).folder == made and list(cache.iterdir()) == [made]
+        assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+
+
 def _tensor(change):
     def changed(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -94,6 +105,11 @@ def _tensor(change):
 
 def _config(**stated):
     return lambda folder: edit_config(folder, stated)
+
+
+def _name_another_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.other.json"]}))
 
 
 REFUSED = {
@@ -118,6 +134,12 @@ REFUSED = {
         r"down_proj.weight has .* scales \[4, 64\] .* and config.json says .* groups of 128",
     ),
     "a scale is missing": ("gptq", _tensor(lambda t: t.pop(f"{UP}.scales")), "up_proj.qweight has no scales beside it"),
+    "zero points are missing": (
+        "compressed-tensors",
+        _tensor(lambda t: t.pop(f"{UP}.weight_zero_point")),
+        "up_proj.weight: config.json says symmetric false, and there is no weight_zero_point",
+    ),
+    "another config": ("awq", _name_another_config, "small/config.json lists config.other.json, which"),
     "a stray tensor": ("awq", _tensor(lambda t: t.update({"model.act.scales": np.ones(4)})), "model.act.scales is no part of a weight"),
     "no integers": ("gptq", _tensor(lambda t: [t.pop(n) for n in list(t) if "_proj." in n]), r"no tensor is called \*.qweight"),
     "infinite": ("gptq", _tensor(lambda t: t[f"{UP}.scales"].fill(np.inf)), "up_proj.weight has scales that are not finite"),

@@ -26,7 +26,7 @@ from reft_export.base.packed.scheme import PASS_FLOAT, Scheme, scheme_of
 from reft_export.base.packed.writer import TensorWriter
 from reft_export.console import err, size
 from runtimes.errors import InputError
-from runtimes.files.claims import scratch_folder
+from runtimes.files.claims import remove, scratch_folder
 from runtimes.files.folders import name_of
 from runtimes.files.hashes import sha256_of
 from runtimes.files.records import read_json_object
@@ -49,9 +49,14 @@ def plain_folder(folder: Path) -> Path:
     if scheme is None:
         return folder
     made = _cache() / _digest(folder)
-    if not (made / ORIGIN).is_file():
+    if not _is_whole(made):
         _make(folder, made, scheme)
     return made
+
+
+def _is_whole(made: Path) -> bool:
+    """Nothing half-written is put there, but a cleaner of caches takes single files."""
+    return all((made / name).is_file() for name in (ORIGIN, PACKED, WEIGHT_FILES[0], "config.json"))
 
 
 def described(folder: Path) -> str:
@@ -154,7 +159,10 @@ def _make(folder: Path, made: Path, scheme: Scheme) -> None:
         config = read_json_object(folder / "config.json", InputError)
         del config["quantization_config"]
         (whole / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        read_config(whole)  # refuses what else of it is not read, before the work
+        try:
+            read_config(whole)  # refuses what else of it is not read, before the work
+        except InputError as e:
+            raise InputError(str(e).replace(str(whole), str(folder))) from None
         for path in _beside(folder):
             (whole / path.relative_to(folder)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, whole / path.relative_to(folder))
@@ -163,8 +171,9 @@ def _make(folder: Path, made: Path, scheme: Scheme) -> None:
         try:
             whole.replace(made)
         except OSError:
-            if not (made / ORIGIN).is_file():  # else another process made the same one meanwhile
-                raise
+            if not _is_whole(made):  # else another process made the same one meanwhile
+                remove(made)
+                whole.replace(made)
 
 
 def _needed(stored: Mapping[str, _Stored], names: _Names, integers: str) -> int:
@@ -175,7 +184,7 @@ def _needed(stored: Mapping[str, _Stored], names: _Names, integers: str) -> int:
 
 def _write(whole: Path, folder: Path, stored: Mapping[str, _Stored], names: _Names, scheme: Scheme) -> dict[str, Any]:
     """Both files, a weight in memory at a time; what ORIGIN says."""
-    floats = TensorWriter(whole / "model.safetensors", [*names.weights, *names.others])
+    floats = TensorWriter(whole / WEIGHT_FILES[0], [*names.weights, *names.others])
     blocks = TensorWriter(whole / PACKED, [f"{name}.{part}" for name in names.weights for part in PARTS])
     formats, without = {}, []
     try:

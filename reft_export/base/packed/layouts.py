@@ -156,6 +156,8 @@ def _compressed(tensors: Tensors, scheme: Scheme) -> tuple[np.ndarray, np.ndarra
     if q.shape[0] != outputs or not 0 <= q.shape[1] - inputs < 8:
         raise ValueError(f"weight_shape is {outputs} x {inputs}")
     points = tensors.get("weight_zero_point")
+    if points is None and scheme.zero_points:
+        raise InputError("config.json says symmetric false, and there is no weight_zero_point; download it again")
     if points is not None and points.dtype == np.int8:  # releases before 0.9 did not pack them
         points = (points.astype(np.int16) + MIDDLE).astype(np.uint8)
     elif points is not None:

@@ -34,6 +34,8 @@ class Scheme:
     groups: tuple[int, ...]
     less_one: bool = False
     """Whether zero points are stored less 1."""
+    zero_points: bool = False
+    """Whether each weight has some of its own, where a checkpoint may leave them out."""
 
     @property
     def label(self) -> str:
@@ -53,7 +55,7 @@ def scheme_of(config: Mapping[str, Any], where: Path) -> Scheme | None:
     if method == COMPRESSED:
         weights = [group["weights"] for group in stated["config_groups"].values()]
         groups = {WHOLE if each["strategy"] == "channel" else each["group_size"] for each in weights}
-        return Scheme(method=method, groups=tuple(sorted(groups)))
+        return Scheme(method=method, groups=tuple(sorted(groups)), zero_points=not any(each.get("symmetric", True) for each in weights))
     return Scheme(method=method, groups=(stated["group_size"],), less_one=method == GPTQ and _format(stated) == "gptq")
 
 
@@ -65,7 +67,7 @@ def _common(stated: Mapping[str, Any]) -> Iterator[str]:
     """What of either older config is not read, in words."""
     bits, group = stated.get("bits"), stated.get("group_size")
     if bits != BITS:
-        yield f"{bits} bits is not read: {BITS} are"
+        yield f"{bits!r} bits is not read: {BITS} are"
     if type(group) is not int or (group < 1 and group != WHOLE):
         yield f"group_size {group!r} is not read: it is a number of inputs, or {WHOLE} for all of them"
 
