@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from reft_export.base.load import Base, base_from_memory
 from reft_export.eager.steering import EditFn, Steering, steer
 from reft_export.training.objective import Origin
 from reft_export.training.preparation import interventions_of
+from reft_export.training.processes import leads
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import OF_EDITS, TrainSettings, settings_like
 from reft_export.training.tokenizing import IGNORED
@@ -161,10 +162,19 @@ class SteeredModel(nn.Module):
 
     def save_pretrained(self, folder: Path | str, *, force: bool = False) -> None:
         """Writes the adapter folder, which ``reft-export export -a`` takes, whole or not at all; one that exists is kept unless ``force``.
+        Of several processes the first one writes.
 
         Trainer's own checkpoints hold the same parameters for its ``resume_from_checkpoint``, and are no adapters.
         """
-        save_adapter(self.adapter(), Path(folder), force=force)
+        if leads():
+            save_adapter(self.adapter(), Path(folder), force=force)
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises InputError: the base's own would push the base."""
+        raise InputError(
+            "push_to_hub is the base's, and would push the base; write the adapter with save_pretrained(FOLDER), and push it with "
+            "`reft-export push FOLDER owner/name`"
+        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained numbers, those and the base's)."""

@@ -217,6 +217,20 @@ def test_refusals(base: Base, rows: list[dict[str, Any]], tmp_path: Path) -> Non
     refused("packs several examples", model, **batch, position_ids=packed)
     one_token = torch.ones(2, dtype=torch.long)
     refused(r"positions f2\+l2 edit no token of this batch", model, **batch, prompt_length=one_token)
+    refused("push_to_hub is the base's, and would push the base", model.push_to_hub, "me/style")
     with model.disable_adapter():
         assert not model(**batch).loss.requires_grad
+    model.unload()
+
+
+def test_of_several_processes_the_first_one_saves(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a launcher's script calls it in each."""
+    model = get_steered_model(base, EDITS)
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    model.save_pretrained(tmp_path / "style")
+    assert not (tmp_path / "style").exists()
+    monkeypatch.setenv("RANK", "0")
+    model.save_pretrained(tmp_path / "style")
+    assert load_adapter(tmp_path / "style").sites
     model.unload()
