@@ -44,7 +44,7 @@ def adapter_card(adapter: Adapter, repository: str, *, base_model: str | None, l
         f"pip install '{LIBRARY}[cpu,host]'",
         f"reft-export pull {repository} -o {name}",
         f"reft-export export -m {base} -a {name} -o {name}-bundle   # -p int4: the base quantized",
-        f'reft-export run {name}-bundle -a {name} -p "Tell me about the moon."',
+        f"reft-export run {name}-bundle -a {name} {_prompt(str(adapter.where))}",
     ]
     what = f"An edit of the residual stream of {_code(adapter.base.name)} (ReFT); the base's weights stay as they are."
     return _card(data, name, what, facts, [], run)
@@ -66,10 +66,11 @@ def bundle_card(bundle: Bundle, repository: str, *, base_model: str | None, lice
         **({"labels": ", ".join(map(_code, m.labels))} if m.labels else {}),
     }
     first = next(iter(records), None)
+    asked = _prompt(str(records[first].positions) if first else "")
     run = [
         f"pip install '{LIBRARY}[cpu]'",
         f"reft-export pull {repository} -o {name}",
-        f'reft-export run {name}{f" -a {first}" if first else ""} -p "Tell me about the moon."',
+        f"reft-export run {name}{f' -a {first}' if first else ''} {asked}",
         f"reft-export parity {name}",
     ]
     what = f"{_code(m.model.name)} as an ONNX graph, with edits of its residual stream (ReFT) that swap by request; it runs without torch."
@@ -122,6 +123,11 @@ def _training(record: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value := record.get(key), float):
             found[said] = f"{value:.4g}"
     return found
+
+
+def _prompt(positions: str) -> str:
+    """For ``run``. Where marked tokens are edited a prompt has to mark some."""
+    return f'-p "Tell me about {"[[the moon]]" if "marked" in positions else "the moon"}."'
 
 
 def _sites(sites: Sequence[Site]) -> str:

@@ -19,6 +19,7 @@ from test_cli import cli, fresh, refused
 from reft_export.hub import push
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.edits.adapter import load_adapter, save_adapter
+from runtimes.edits.positions import PositionRule
 
 
 @pytest.fixture
@@ -73,6 +74,13 @@ def test_an_adapter_comes_back_bit_for_bit(hub: Hub, adapter: Path, tmp_path: Pa
     assert done.returncode == 0 and "adapter, loreft, rank 4, positions f1+l3" in done.stdout.replace("\n", " ")
     assert contents(tmp_path / "got") == contents(adapter)
     assert not any("README" in line for line in hub.asked), "what is none of an adapter's files is not asked for"
+
+
+def test_the_prompt_of_a_card_marks_what_marked_positions_edit(adapter_folders, tmp_path: Path) -> None:
+    adapter = adapter_folders("llama", ("tied",))[0]
+    assert '-a calm -p "Tell me about the moon."' in push.outgoing(adapter, "me/calm").card
+    save_adapter(replace(load_adapter(adapter), positions=PositionRule.parse("marked")), tmp_path / "marked")
+    assert '-a calm -p "Tell me about [[the moon]]."' in push.outgoing(tmp_path / "marked", "me/calm").card
 
 
 def test_a_bundle_comes_back_bit_for_bit(hub: Hub, bundle_folder, tmp_path: Path) -> None:
