@@ -15,8 +15,8 @@ from reft_export.hub.client import KINDS, asking, check_repository
 from reft_export.importing.foreign import Report
 from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, check_listed_name, open_bundle, read_manifest
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, Adapter, load_adapter, read_adapter_config
-from runtimes.errors import InputError
-from runtimes.files.folders import atomic_folder, claimed, marker
+from runtimes.errors import AdapterError, BundleError, InputError
+from runtimes.files.folders import UNPROVEN, atomic_folder, claimed, marker
 
 UNLISTED = "genai_config.json"
 """Of a bundle's folder: its user may edit it, so that no manifest lists it."""
@@ -52,21 +52,29 @@ def pull_folder(repository: str, output: Path, *, revision: str | None = None, f
         commit = str(info.sha)
         with atomic_folder(output, force=force) as work, without_progress_bars():
             fetched = _Fetched(repository, commit, work, report)
-            if kind == "adapter":
-                fetched.get(CONFIG_FILE, TENSOR_FILE)
-                if read_adapter_config(work).probes is not None:
-                    fetched.get(PROBES_FILE)
-                fetched.clear()
-                content: Adapter | Bundle = load_adapter(work)
-            else:
-                fetched.get(MANIFEST_FILE)
-                listed = read_manifest(marker(work, MANIFEST_FILE)).files
-                for name in listed:
-                    check_listed_name(name, work / MANIFEST_FILE)
-                fetched.get(*listed, *({UNLISTED} & names))
-                fetched.clear()
-                content = open_bundle(work, verify=True)
+            try:
+                content = _read_adapter(fetched, work) if kind == "adapter" else _read_bundle(fetched, work, names)
+            except (AdapterError, BundleError) as e:  # the scratch folder is gone when this is read
+                raise type(e)(str(e).replace(f"{work}{os.sep}", f"{repository}: ").replace(UNPROVEN, "")) from None
     return Pulled(content=content, commit=commit, files=len(fetched.names))
+
+
+def _read_adapter(fetched: _Fetched, work: Path) -> Adapter:
+    fetched.get(CONFIG_FILE, TENSOR_FILE)
+    if read_adapter_config(work).probes is not None:
+        fetched.get(PROBES_FILE)
+    fetched.clear()
+    return load_adapter(work)
+
+
+def _read_bundle(fetched: _Fetched, work: Path, names: set[str]) -> Bundle:
+    fetched.get(MANIFEST_FILE)
+    listed = read_manifest(marker(work, MANIFEST_FILE)).files
+    for name in listed:
+        check_listed_name(name, work / MANIFEST_FILE)
+    fetched.get(*listed, *({UNLISTED} & names))
+    fetched.clear()
+    return open_bundle(work, verify=True)
 
 
 def _kind(repository: str, names: set[str]) -> str:

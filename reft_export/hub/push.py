@@ -60,6 +60,8 @@ def outgoing(folder: Path, repository: str, *, base_model: str | None = None, li
         raise InputError(f"{folder} is neither an adapter nor a bundle; push a folder that train, import, export or fold wrote")
     bundle = open_bundle(folder, verify=True)
     names = [*bundle.manifest.files, *(name for name in NOT_HASHED if (folder / name).is_file())]
+    if linked := [name for name in NOT_HASHED if name != MANIFEST_FILE and (folder / name).is_symlink()]:
+        raise InputError(f"{folder / linked[0]} is a link, and no digest tells whether it leads to what is meant; put a copy in its place")
     card = bundle_card(bundle, repository, base_model=base_model, license=license)
     return Outgoing(kind="bundle", files={name: folder / name for name in names}, card=card)
 

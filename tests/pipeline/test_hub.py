@@ -173,7 +173,7 @@ def test_what_is_pulled_is_verified_before_it_is_there(hub: Hub, adapter: Path, 
     got, good = tmp_path / "got", contents(adapter)
     tensors = good["adapter.safetensors"]
     hub.add("me/flipped", good | {"adapter.safetensors": tensors[:-1] + bytes([tensors[-1] ^ 1])})
-    refused("pull", "me/flipped", "-o", got, code=2, match="does not match its sha256")
+    refused("pull", "me/flipped", "-o", got, code=2, match="me/flipped: adapter.safetensors is damaged: it does not match its sha256")
     hub.add("me/lacking", {"adapter.json": good["adapter.json"]})
     refused("pull", "me/lacking", "-o", got, code=2, match="me/lacking lacks a file that its own record names")
     hub.add("me/model", {"config.json": b"{}", "model.safetensors": b""})
@@ -188,7 +188,7 @@ def test_what_is_pulled_is_verified_before_it_is_there(hub: Hub, adapter: Path, 
     reseal(bundle, lambda manifest: manifest["files"].update({"../escaped": manifest["files"]["model.onnx"]}))
     hub.add("me/hostile", contents(bundle) | {"../escaped": b"gone", "/etc/passwd": b"gone"})
     before = len(hub.asked)
-    refused("pull", "me/hostile", "-o", got, code=2, match="names '../escaped', which leaves the folder; it is refused")
+    refused("pull", "me/hostile", "-o", got, code=2, match="me/hostile: manifest.json names '../escaped', which leaves the folder; it")
     assert not any("model.onnx" in line for line in hub.asked[before:]), "refused before the large files come"
     untouched(tmp_path)
 
@@ -207,6 +207,12 @@ def test_what_is_pushed_is_verified_before_the_hub_is_asked(hub: Hub, adapter: P
     refused("pull", "me/../calm", "-o", tmp_path / "got", code=2, match="'me/../calm' is no repository of a hub")
     done = cli("push", adapter, "me/calm", "--dry-run")
     assert done.stdout.startswith("---\n") and "would push 2 files" in done.stdout
+    linked = tmp_path / "linked"
+    shutil.copytree(bundle_folder("llama"), linked)
+    (tmp_path / "secret").write_text("{}")
+    (linked / "genai_config.json").unlink(missing_ok=True)
+    (linked / "genai_config.json").symlink_to(tmp_path / "secret")
+    refused("push", linked, "me/linked", code=2, match="genai_config.json is a link, and no digest tells whether it leads to")
     assert not hub.asked and not hub.repositories
 
 
