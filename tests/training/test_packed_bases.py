@@ -107,6 +107,14 @@ def _config(**stated):
     return lambda folder: edit_config(folder, stated)
 
 
+def _ordered(change):
+    def changed(folder: Path) -> None:
+        _config(desc_act=True)(folder)
+        _tensor(change)(folder)
+
+    return changed
+
+
 def _name_another_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.other.json"]}))
@@ -139,6 +147,13 @@ REFUSED = {
         _tensor(lambda t: t.pop(f"{UP}.weight_zero_point")),
         "up_proj.weight: config.json says symmetric false, and there is no weight_zero_point",
     ),
+    "zero points of more bits": (
+        "compressed-tensors",
+        _tensor(lambda t: t.update({f"{UP}.weight_zero_point": np.full((128, 2), -9, np.int8)})),
+        "up_proj.weight: a zero point is not from -8 to 7",
+    ),
+    "an order is missing": ("gptq", _ordered(lambda t: t.pop(f"{UP}.g_idx")), "up_proj.weight has no g_idx, and config.json"),
+    "an order of nothing": ("gptq", _tensor(lambda t: t.update({f"{UP}.g_idx": np.zeros(0, np.int32)})), "a g_idx that is not 64 numbers"),
     "another config": ("awq", _name_another_config, "small/config.json lists config.other.json, which"),
     "a stray tensor": ("awq", _tensor(lambda t: t.update({"model.act.scales": np.ones(4)})), "model.act.scales is no part of a weight"),
     "no integers": ("gptq", _tensor(lambda t: [t.pop(n) for n in list(t) if "_proj." in n]), r"no tensor is called \*.qweight"),
@@ -166,6 +181,20 @@ def test_what_is_not_read_is_refused_by_name_and_leaves_nothing(case, folder, ca
     with pytest.raises(InputError, match=match) as refused:
         open_checkpoint(folder)
     assert "\n" not in str(refused.value) and (not cache.exists() or not list(cache.iterdir()))
+
+
+def test_zero_points_of_a_byte_each_are_read(folder) -> None:
+    """As compressed-tensors wrote them before release 0.9."""
+    means = quantize_folder(folder, "compressed-tensors")
+
+    def a_byte_each(tensors) -> None:
+        words = tensors[f"{UP}.weight_zero_point"].view(np.uint32)
+        nibbles = (words[:, None] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None]) & 15
+        tensors[f"{UP}.weight_zero_point"] = (nibbles.reshape(-1, words.shape[1]).astype(np.int16) - 8).astype(np.int8)
+
+    _tensor(a_byte_each)(folder)
+    stored = load_file(open_checkpoint(folder).folder / "model.safetensors")
+    assert (stored[f"{UP}.weight"] == means[f"{UP}.weight"]).all()
 
 
 def test_a_file_that_is_cut_short(folder, cache) -> None:

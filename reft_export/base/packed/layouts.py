@@ -74,7 +74,9 @@ def integers_of(name: str, tensors: Tensors, scheme: Scheme) -> Integers:
     if not np.isfinite(scales).all():
         raise InputError(f"{name} has scales that are not finite; the checkpoint is damaged: download it again")
     groups = tensors.get("g_idx", tensors.get("weight_g_idx"))
-    if groups is None or (groups == -1).all():  # compressed-tensors has -1 where nothing was ordered
+    if groups is None and scheme.ordered:
+        raise InputError(f"{name} has no g_idx, and config.json says that groups are ordered by activation; download it again")
+    if groups is None or (groups.size and (groups == -1).all()):  # compressed-tensors has -1 where nothing was ordered
         groups = np.arange(inputs) // size
     if groups.dtype.kind != "i" or groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= count:
         raise InputError(f"{name} has a g_idx that is not {inputs} numbers from 0 to {count - 1}; download it again")
@@ -159,6 +161,8 @@ def _compressed(tensors: Tensors, scheme: Scheme) -> tuple[np.ndarray, np.ndarra
     if points is None and scheme.zero_points:
         raise InputError("config.json says symmetric false, and there is no weight_zero_point; download it again")
     if points is not None and points.dtype == np.int8:  # releases before 0.9 did not pack them
+        if points.size and (points.min() < -MIDDLE or points.max() >= MIDDLE):
+            raise InputError(f"a zero point is not from {-MIDDLE} to {MIDDLE - 1}; download it again")
         points = (points.astype(np.int16) + MIDDLE).astype(np.uint8)
     elif points is not None:
         points = _rows(points)[:outputs]

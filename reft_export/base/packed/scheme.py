@@ -36,6 +36,8 @@ class Scheme:
     """Whether zero points are stored less 1."""
     zero_points: bool = False
     """Whether each weight has some of its own, where a checkpoint may leave them out."""
+    ordered: bool = False
+    """Whether each weight says which group an input is of: by activation, not by its place."""
 
     @property
     def label(self) -> str:
@@ -55,8 +57,14 @@ def scheme_of(config: Mapping[str, Any], where: Path) -> Scheme | None:
     if method == COMPRESSED:
         weights = [group["weights"] for group in stated["config_groups"].values()]
         groups = {WHOLE if each["strategy"] == "channel" else each["group_size"] for each in weights}
-        return Scheme(method=method, groups=tuple(sorted(groups)), zero_points=not any(each.get("symmetric", True) for each in weights))
-    return Scheme(method=method, groups=(stated["group_size"],), less_one=method == GPTQ and _format(stated) == "gptq")
+        return Scheme(
+            method=method,
+            groups=tuple(sorted(groups)),
+            zero_points=not any(each.get("symmetric", True) for each in weights),
+            ordered=all(each.get("actorder") in ("group", "dynamic") for each in weights),
+        )
+    less_one, ordered = method == GPTQ and _format(stated) == "gptq", method == GPTQ and stated.get("desc_act") is True
+    return Scheme(method=method, groups=(stated["group_size"],), less_one=less_one, ordered=ordered)
 
 
 def _format(stated: Mapping[str, Any]) -> Any:
