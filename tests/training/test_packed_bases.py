@@ -120,7 +120,14 @@ def _name_another_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.other.json"]}))
 
 
+def _say_it_beside(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 REFUSED = {
+    "said in another file": ("gptq", _say_it_beside, "quantize_config.json says how its weights were quantized, and config.json does not"),
     "8 bits": ("gptq", _config(bits=8), "GPTQ with 8 bits is not read: 4 are; pass the float model"),
     "no group size": ("awq", _config(group_size=None), "AWQ with group_size None is not read"),
     "marlin": ("gptq", _config(checkpoint_format="marlin"), "GPTQ with format marlin is not read: gptq and gptq_v2 are"),

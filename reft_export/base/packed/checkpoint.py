@@ -35,7 +35,9 @@ VERSION = 1
 """Of what is made of a checkpoint: another one makes it again."""
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
 """What of a model folder is not weights."""
-NOT_KEPT = ("config.json", *WEIGHT_FILES, "quantize_config.json", "quant_config.json")
+OLDER = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ said it before config.json did."""
+NOT_KEPT = ("config.json", *WEIGHT_FILES, *OLDER)
 PLACE = struct.Struct("<QQ")
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 
@@ -72,7 +74,13 @@ def _scheme(folder: Path) -> Scheme | None:
     path = folder / "config.json"
     if not path.is_file():
         return None  # whoever reads the folder says so
-    return scheme_of(read_json_object(path, InputError), folder)
+    config = read_json_object(path, InputError)
+    if config.get("quantization_config") is None and (beside := [name for name in OLDER if (folder / name).is_file()]):
+        raise InputError(
+            f"{folder}: {beside[0]} says how its weights were quantized, and config.json does not; put what it says there, as "
+            "quantization_config with its quant_method (gptq or awq), or remove it where the weights are floats"
+        )
+    return scheme_of(config, folder)
 
 
 def _cache() -> Path:
