@@ -65,7 +65,7 @@ def quantize_bundle(
     """
     check_destination(output, force=force, inputs=[source, Path(model), *folders_of(refit.sources if refit else ())])
     opened = open_bundle(source)
-    check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks())
+    check_task(opened, refit=refit is not None, generates=yardsticks != Yardsticks(), checks=yardsticks.task is not None)
     if compare and settings.kind.activations != "static":
         raise CalibrationError(f"--compare is with ranges of the base alone, and --scheme {settings.scheme} has no ranges; leave it out")
     if (mixed or budget_mb is not None) and (settings.scheme, settings.bits) != ("weight-only", 4):

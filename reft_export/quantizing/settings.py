@@ -13,6 +13,7 @@ from reft_export.parity.quality import QualityGate
 from reft_export.tasks.probe_rows import probe_rows, probe_texts
 from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
+from runtimes.edits.positions import needs_marks
 from runtimes.errors import CalibrationError, InputError
 
 ONE_SOURCE = "pass --calibrate DATA.jsonl or --ranges FILE, not both; neither is the probes of the bundle's adapters"
@@ -133,9 +134,15 @@ def has_probes(bundle: Bundle) -> bool:
     return any(probe_rows(bundle, name) or probe_texts(bundle, name) for name in bundle.adapter_names)
 
 
-def check_task(bundle: Bundle, *, refit: bool, generates: bool) -> None:
-    """Raises CalibrationError where a classifier is asked for what only decoders have."""
+def check_task(bundle: Bundle, *, refit: bool, generates: bool, checks: bool) -> None:
+    """Raises CalibrationError where a classifier is asked for what only decoders have; and, before hours of work, for a checker whose
+    prompts some adapter could not answer."""
     if bundle.manifest.task == TEXT_CLASSIFICATION and (refit or generates):
         what = "--refit trains adapters on completions" if refit else "--perplexity and --checker read generated text"
         advice = "train on its weights with `reft-export train --base`" if refit else "leave them out"
         raise CalibrationError(f"{what}, and {bundle.folder} is a classifier; {advice}")
+    for name in bundle.adapter_names if checks else ():
+        if needs_marks(bundle.adapter_record(name).where):
+            raise CalibrationError(
+                f"--checker asks every adapter of {bundle.folder}, and {name} is at positions marked, which are not read here; leave it out"
+            )

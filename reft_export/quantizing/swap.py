@@ -47,7 +47,7 @@ def swap_bundle(
         raise CalibrationError(
             f"{source} is a float bundle: adapters get into it with `reft-export add`, and are trained with `reft-export train`"
         )
-    check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks())
+    check_task(bundle, refit=refit is not None, generates=yardsticks != Yardsticks(), checks=yardsticks.task is not None)
     if accept_base:
         from reft_export.parity.ladder import made_from
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtimes.artifacts.bundle import Bundle
+from runtimes.edits.positions import every_other
 from runtimes.errors import GraphError
 from runtimes.session import ClassifierSession, DecoderSession
 
@@ -20,7 +21,8 @@ def decoder_steps(bundle: Bundle, session: DecoderSession) -> None:
     for name in bundle.adapter_names:
         session.set_adapter(name)
         prompt = next(iter(_prompts(bundle)))
-        _check_step(bundle, session.step(prompt, np.ones_like(prompt)).logits, prompt.shape[1])
+        said = session.step(prompt, np.ones_like(prompt), marks=every_other([prompt.shape[1]]))
+        _check_step(bundle, said.logits, prompt.shape[1])
 
 
 def classifier_steps(bundle: Bundle, session: ClassifierSession) -> None:

@@ -151,5 +151,19 @@ def test_run_edits_what_a_prompt_marks(trained, tmp_path) -> None:
     assert "prompt 1: the adapter edits marked tokens (positions marked), and the prompt marks none" in " ".join(refused.stderr.split())
 
 
+def test_it_is_added_without_a_base(trained, tmp_path) -> None:
+    """Whose first steps have no golden arrays, and so no marks of their own."""
+    done = invoke("add", str(trained[2]), "-a", f"again={trained[1]}", "-o", str(tmp_path / "more"))
+    assert done.exit_code == 0 and open_bundle(tmp_path / "more").manifest.not_held == ("again",), done.output
+
+
+def test_a_checker_is_refused_before_anything_is_quantized(trained, tmp_path) -> None:
+    (tmp_path / "good.py").write_text("def good(prompt, answer):\n    return True\n")
+    data = str(trained[1].parent / "data.jsonl")
+    common = ["-m", str(tmp_path / "never-read"), "-o", str(tmp_path / "small"), "--checker", f"{tmp_path}/good.py:good", "--checker-data"]
+    done = invoke("quantize", str(trained[2]), *common, data)
+    assert done.exit_code == 2 and "sea is at positions marked, which are not read here" in " ".join(done.stderr.split()), done.output
+
+
 def test_who_trains_no_marks() -> None:
     assert TrainSettings(positions="marked").marks and not TrainSettings(positions="prompt").marks
