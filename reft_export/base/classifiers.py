@@ -52,10 +52,11 @@ def check_classifier(config: Mapping[str, Any], folder: Path | str) -> None:
             f"{folder} is a classifier on {kind}; classifiers are supported on {', '.join((*ENCODERS, *DECODERS))}, and other decoders as "
             "language models"
         )
-    if kind in DECODERS and not isinstance(config.get("pad_token_id"), int):
+    pad = config.get("pad_token_id")
+    if kind in DECODERS and not (isinstance(pad, int) and pad >= 0):
         raise InputError(
-            f"{folder}: config.json names no pad_token_id, by which a {kind} classifier tells a text's last token; set it to a token that "
-            "no text ends with, as the tokenizer's pad"
+            f"{folder}: config.json names no pad_token_id{'' if pad is None else f' but {pad!r}'}, by which a {kind} classifier tells a "
+            "text's last token; set it to a token that no text ends with, as the tokenizer's pad"
         )
     problem, labels = config.get("problem_type"), stated_labels(config, Path(folder) / "config.json")
     if problem not in (None, "single_label_classification") or len(labels) == 1:

@@ -398,9 +398,9 @@ def test_bases_that_are_no_classifiers_of_ours(tmp_path: Path) -> None:
 
     refused("without a classification head; give it one", architectures=["RobertaForMaskedLM"])
     refused("is a classifier on bloom", architectures=["BloomForSequenceClassification"], model_type="bloom")
-    refused(
-        "names no pad_token_id, by which a llama", architectures=["LlamaForSequenceClassification"], model_type="llama", pad_token_id=None
-    )
+    llama = {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}
+    refused("names no pad_token_id, by which a llama", **llama, pad_token_id=None)
+    refused("names no pad_token_id but -1, by which a llama", **llama, pad_token_id=-1)
     refused("a single output is no choice", id2label={"0": "score"}, label2id={"score": 0})
     refused("multi_label_classification is no choice", problem_type="multi_label_classification")
 
