@@ -52,6 +52,16 @@ def answer(
     return said
 
 
+def encoded(tokenizer: Any, prompt: str, stop: Collection[int]) -> list[int]:
+    """The whole prompt's tokens, whatever a tokenizer.json says of cutting and padding, and without an end that it puts behind them."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    framed, plain = (tokenizer.encode(prompt, add_special_tokens=special).ids for special in (True, False))
+    rest = framed[:-1]
+    added = bool(framed) and framed[-1] in stop and rest[len(rest) - len(plain) :] == plain  # not the text's own
+    return rest if added else framed
+
+
 def main(prompt: str, adapter: str = "", url: str = "localhost:8000") -> None:
     from tokenizers import Tokenizer
 
@@ -71,7 +81,7 @@ def main(prompt: str, adapter: str = "", url: str = "localhost:8000") -> None:
     tensors = dict(np.load(folder / "adapters" / f"{adapter}.npz")) if adapter else {}
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     metadata = client.get_model_metadata(about["model"])
-    print(tokenizer.decode(answer(infer, metadata["inputs"], tokenizer.encode(prompt).ids, tensors, stop=about["stop"])))
+    print(tokenizer.decode(answer(infer, metadata["inputs"], encoded(tokenizer, prompt, about["stop"]), tensors, stop=about["stop"])))
 
 
 if __name__ == "__main__":

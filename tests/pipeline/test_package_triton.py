@@ -13,9 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tokenizers
+import tokenizers.processors
 
 from reft_export.packaging.triton import TYPES, package_triton
-from reft_export.packaging.triton_client import DTYPES, answer
+from reft_export.packaging.triton_client import DTYPES, answer, encoded
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.errors import InputError
 from runtimes.generation import GenerationSettings, generate
@@ -104,6 +106,21 @@ def test_the_client_answers_as_run_does_with_each_adapter(packed) -> None:
         with open_session(bundle, adapter=name, kernel="function") as session:
             assert said[name] == list(generate(session, tokenizer, [prompt], GenerationSettings(max_new_tokens=12))[0].tokens), name
     assert len(set(map(tuple, said.values()))) > 1, "no adapter steers"
+
+
+def test_the_client_tokenizes_as_run_does(packed) -> None:
+    """Whatever tokenizer.json says of cutting and padding, and without the end that a tokenizer puts behind a text."""
+    bundle, repository = packed
+    mine, stop = Tokenizer.load(bundle.folder, bundle.manifest.model), json.loads((repository.folder / "bundle.json").read_text())["stop"]
+    backend = tokenizers.Tokenizer.from_file(str(repository.folder / "tokenizer.json"))
+    end = mine.backend.id_to_token(stop[0])
+    framed = tokenizers.processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, stop[0])])
+    for processor in (backend.post_processor, framed):
+        backend.post_processor = processor
+        for text in ("Count 3: ", f"Count{end}", f"Count{end}{end}"):
+            backend.enable_truncation(2)
+            backend.enable_padding(length=40)
+            assert encoded(backend, text, stop) == mine.encode_prompt(text)
 
 
 def test_what_triton_cannot_run_is_refused_before_anything_is_written(packed, tmp_path: Path) -> None:
