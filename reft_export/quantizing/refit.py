@@ -48,6 +48,7 @@ from reft_export.training.ways import Ways, loss_of
 from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.edits.adapter import Adapter, save_adapter
+from runtimes.edits.positions import needs_marks
 from runtimes.errors import AdapterError, CalibrationError
 from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import check_destination
@@ -114,8 +115,9 @@ def plan_refit(bundle: Bundle, model: str, settings: RefitSettings, output: Path
         return RefitPlan(settings=settings, sources=sources, folders=folders)
     known = bundle.manifest.model
     tokenizer = load_tokenizer(base_folder(model))
-    for _ in iter_examples(settings.data, tokenizer, max_length=known.context_length, stop_tokens=known.eos_token_ids):
-        pass
+    for marks in {needs_marks(adapter.where) for adapter in sources.values()}:
+        for _ in iter_examples(settings.data, tokenizer, max_length=known.context_length, stop_tokens=known.eos_token_ids, marks=marks):
+            pass
     return RefitPlan(settings=settings, sources=sources, folders=folders)
 
 

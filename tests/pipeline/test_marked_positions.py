@@ -165,5 +165,15 @@ def test_a_checker_is_refused_before_anything_is_quantized(trained, tmp_path) ->
     assert done.exit_code == 2 and "sea is at positions marked, which are not read here" in " ".join(done.stderr.split()), done.output
 
 
+def test_a_refit_on_lines_without_marks_is_refused_before_anything_is_quantized(trained, tmp_path, monkeypatch) -> None:
+    data = tmp_path / "unmarked.jsonl"
+    data.write_text('{"prompt": "is it", "completion": " yes"}\n')
+    monkeypatch.setattr("reft_export.quantizing.assemble.assemble", lambda *_, **__: pytest.fail("it quantizes"))
+    done = invoke(
+        "quantize", str(trained[2]), "-m", str(trained[0]), "-o", str(tmp_path / "q"), "--refit", str(data), "-a", str(trained[1])
+    )
+    assert done.exit_code == 2 and "unmarked.jsonl:1: the adapter edits marked tokens" in " ".join(done.stderr.split()), done.output
+
+
 def test_who_trains_no_marks() -> None:
     assert TrainSettings(positions="marked").marks and not TrainSettings(positions="prompt").marks
