@@ -16,10 +16,10 @@ def placed(path: Path) -> Iterator[Path]:
 
     A link's target is replaced, not the link; a pipe or a device is written to as it is.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        yield target
+    if path.exists() and not path.is_file():  # of /dev/stdout in a pipeline no path says what it is linked to
+        yield path
         return
+    target = Path(os.path.realpath(path))
     with scratch_folder(target, PARTIAL) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)

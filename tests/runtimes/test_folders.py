@@ -269,3 +269,14 @@ def test_a_pipe_takes_a_file_as_it_is(tmp_path) -> None:
     place(tmp_path / "pipe", b"content")
     assert os.read(reader, 20) == b"content" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="pipes have no paths here")
+def test_a_pipe_without_a_name_is_written_to(tmp_path) -> None:
+    """As of `--report >(..)`, or of /dev/stdout in a pipeline: a link to what is no path."""
+    reader, writer = os.pipe()
+    (tmp_path / "report").symlink_to(f"/dev/fd/{writer}")
+    place(tmp_path / "report", b"content")
+    assert os.read(reader, 20) == b"content"
+    os.close(reader)
+    os.close(writer)
