@@ -74,6 +74,8 @@ class SteeredModel(nn.Module):
             raise InputError(
                 f"{base.info.name} is a classifier, whose head is trained with the edit; `reft_export.train` does that, this is of decoders"
             )
+        if settings.marks:
+            raise InputError("positions marked are of prompts whose marks `reft_export.train` reads; here none come: use other positions")
         self.interventions, self.positions = interventions_of(base, settings, Origin(start=start))
         self.interventions.to(base.model.device)
         self._outside, self._settings, self._start = (base,), settings, start
