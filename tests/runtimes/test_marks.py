@@ -18,7 +18,7 @@ from runtimes.bank import AdapterBank
 from runtimes.batching import Batcher
 from runtimes.edits.positions import PositionRule, RuleSets, marks_of, needs_marks, needs_slots, slots
 from runtimes.errors import InputError
-from runtimes.generation import DecodeBatch, GenerationSettings
+from runtimes.generation import DecodeBatch, GenerationSettings, generate
 from runtimes.ort.session import OrtSession
 from runtimes.rows import AdapterRows
 from runtimes.text.marks import marked_tokens, without_marks
@@ -125,6 +125,26 @@ def test_a_session_edits_what_is_marked(marked_bundle, in_place: bool) -> None:
         said = DecodeBatch(session, prompts, marks=marks).prefill()
         np.testing.assert_allclose(said[0], wanted[0], rtol=0, atol=ROUNDING)
         np.testing.assert_allclose(said[1], decoder.logits(prompts[1], None, len(prompts[1]))[-1], rtol=0, atol=ROUNDING)
+
+
+def test_tokens_ahead_leave_what_is_marked(marked_bundle, monkeypatch) -> None:
+    """A row that is fed ahead, of right tokens and wrong ones, in chunks or not, is edited where its prompt marks and nowhere else."""
+    decoder, bundle, prompt, count = ToyDecoder.random(), marked_bundle(in_place=True), [3, 1, 4, 1, 5], 12
+    wanted = decoder.greedy(prompt, count, BY_NUMBER)
+    assert wanted != decoder.greedy(prompt, count)
+
+    def half_right(tokens: list[int], most: int) -> list[int]:
+        at = len(tokens) - len(prompt)
+        return [(token + (i == 2)) % toy_bundle.VOCABULARY for i, token in enumerate(wanted[at : at + most])]
+
+    monkeypatch.setattr("runtimes.generation.proposed", half_right)
+    tokenizer = Tokenizer.load(bundle.folder, bundle.manifest.model)
+    with OrtSession(bundle, threads=1, adapter="x") as session:
+        for chunk in (None, 2):
+            (said,) = generate(
+                session, tokenizer, [prompt], GenerationSettings(max_new_tokens=count), marks=[(1, 3)], prefill_chunk=chunk, speculate=4
+            )
+            assert list(said.tokens) == wanted[: len(said.tokens)] and 0 < said.accepted < said.proposed
 
 
 def test_a_batch_of_requests_refuses_the_adapter(marked_bundle) -> None:
