@@ -58,6 +58,8 @@ def get_steered_model(model: PreTrainedModel | Base, config: TrainSettings) -> S
         Trainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
         model.save_pretrained("style")
     """
+    if config.subspaces:
+        raise InputError("subspaces are named by the lines that `reft_export.train` reads; here none come: leave them out")
     different = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
     if strange := [name for name in different if name not in OF_MODEL]:
         raise InputError(f"{strange[0]} is of the loop that trains, which is yours; say it there (TrainingArguments), and leave it out")

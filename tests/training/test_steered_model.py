@@ -207,6 +207,7 @@ def test_refusals(base: Base, rows: list[dict[str, Any]], tmp_path: Path) -> Non
 
     refused("^lr is of the loop that trains, which is yours", get_steered_model, base, TrainSettings(lr=0.1))
     refused("layer 9 does not exist", get_steered_model, base, TrainSettings(layers="9"))
+    refused("^subspaces are named by the lines", get_steered_model, base, TrainSettings(subspaces="a:2;b:2"))
     refused("positions marked are of prompts", get_steered_model, base, replace(EDITS, positions="marked"))
     refused("is a classifier, whose head is trained", get_steered_model, build_classifier("bert"), EDITS)
     model = get_steered_model(base, EDITS)
