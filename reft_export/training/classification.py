@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from reft_export.base.classifiers import head_parameters, with_head
+from reft_export.base.classifiers import decodes, head_parameters, with_head
 from reft_export.base.load import Base
 from reft_export.eager.steering import steer
 from reft_export.tasks.classification import model_inputs
@@ -33,7 +33,7 @@ from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.settings import ACCURACY, LOSS, SFT, TrainSettings
 from reft_export.training.sources import Lines
 from runtimes.edits.adapter import Adapter
-from runtimes.edits.positions import Positions
+from runtimes.edits.positions import PositionRule, Positions, slots
 from runtimes.errors import InputError
 
 
@@ -97,7 +97,25 @@ class LabelObjective(Objective[LabelledText]):
         return f"{self.base.info.name} takes {context} tokens"
 
     def read(self, data: Lines, max_length: int) -> TrainingData[LabelledText]:
-        return load_labelled(data, tokenizer_of(self.base), self.base.info.labels, max_length=max_length)
+        read = load_labelled(data, tokenizer_of(self.base), self.base.info.labels, max_length=max_length)
+        if decodes(self.base.model):
+            for example in read.examples:
+                self._check_heard(example)
+        return read
+
+    def _check_heard(self, example: LabelledText) -> None:
+        """Raises InputError where edits act behind the token that a decoder's label is read from alone, and would train nothing."""
+        ids, positions = example.input_ids, self.settings.all_positions
+        length, pad = len(ids), self.base.model.config.pad_token_id
+        heard = 1 + max((place for place, token in enumerate(ids) if token != pad), default=0)
+        if heard < length:
+            rules = (PositionRule.parse(text) for text in positions)
+            edited = [slots(rule, np.ones((1, length)), length, prompt_length=np.array([length]))[0, :heard] >= 0 for rule in rules]
+            if not np.any(edited):
+                raise InputError(
+                    f"{example.where}: positions {'; '.join(positions)} edit nothing up to the token that the label is read from, as the "
+                    f"tokenizer ends texts with the pad token; use l{length - heard + 1}"
+                )
 
     def record(self) -> dict[str, Any]:
         return {"head": self._trains_head}

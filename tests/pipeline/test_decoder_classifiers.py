@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,18 @@ def test_quantized(scheme: str, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_edit_behind_what_is_read_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that ends texts with the pad token: the label comes of the token before."""
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    for positions, code in (("l1", 2), ("l2", 0)):
+        options = ("--positions", positions, "--layers", "0", "--rank", 2, "--dry-run")
+        done = invoke("train", "-m", base, "-d", folder / "data.jsonl", "-o", tmp_path / "mood", *options)
+        assert done.exit_code == code, done.output
+        assert code == 0 or "ends texts with the pad token; use l2" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_family_shows_its_sites(family: str) -> None:
     found = find_sites(export_classifier(build_classifier(family)).model)
