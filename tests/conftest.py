@@ -30,7 +30,6 @@ GENAI = "0.18.0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-ends", action="store_true", help="kill every writing verb in every way, not a sample of them")
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, tests that need a GPU")
     parser.addoption(
         "--op-kernels", choices=("avx2", "portable"), help="run on an op library of these kernels only, as a lesser processor would"

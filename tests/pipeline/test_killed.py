@@ -121,21 +121,12 @@ VERBS = (
     *("pyreft", "evaluate", "build", "package"),
 )
 """Of those that write a folder at once; a sweep's grows, and is killed in tests/training/test_sweep.py."""
-CASES = (
-    *(("upgrade", "kill"), ("upgrade", "full"), ("add", "kill"), ("train", "term"), ("export", "full"), ("quantize", "kill")),
-    *(("fold", "term"), ("import", "full"), ("compose", "kill"), ("steer", "term")),
-    *(("pyreft", "full"), ("evaluate", "term"), ("build", "kill"), ("package", "kill")),
+QUICK = ("upgrade", "kill")
+
+
+@pytest.mark.parametrize(
+    ("verb", "end"), [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in product(VERBS, ENDS)]
 )
-"""A verb with an end each, as every one takes many seconds; the others by hand: ``pytest tests/pipeline/test_killed.py --all-ends``."""
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "end" in metafunc.fixturenames:
-        sample = [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
-        every = metafunc.config.getoption("--all-ends")
-        metafunc.parametrize(("verb", "end"), list(product(VERBS, ENDS)) if every else sample)
-
-
 def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
     output = tmp_path / "out"
     shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
