@@ -20,9 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from runtimes.errors import InputError
-from runtimes.files.claims import sole_writer
+from runtimes.files.claims import PARTIAL, scratch_folder, sole_writer
 from runtimes.files.folders import check_destination
-from runtimes.files.placed import place
 from runtimes.files.records import read_json_object
 
 SWEEP_FILE, STUDY_FILE = "sweep.json", "study.db"
@@ -32,10 +31,15 @@ POLL_SECONDS = 0.2
 
 def check_folder(output: Path, inputs: Sequence[Path] = ()) -> None:
     """Raises InputError for a folder that is neither new nor a sweep's, and for one that holds an input."""
-    if not (output / SWEEP_FILE).is_file():
-        if output.is_dir() and any(output.iterdir()):  # --force would not replace it
-            raise InputError(f"{output} exists and is no sweep's folder; choose another output")
-        check_destination(output, force=False, inputs=inputs)
+    occupied = output.is_dir() and any(output.iterdir())
+    if not occupied:
+        try:
+            check_destination(output, force=False, inputs=inputs)
+        except InputError:
+            if not (output / SWEEP_FILE).is_file():  # another worker may have made it meanwhile
+                raise
+    elif not (output / SWEEP_FILE).is_file():  # --force would not replace it
+        raise InputError(f"{output} exists and is no sweep's folder; choose another output")
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(output.resolve()):
             raise InputError(f"the input {source} lies in {output}, the sweep's folder; choose another output, or move it")
@@ -46,8 +50,14 @@ def open_folder(output: Path, inputs: Sequence[Path] = ()) -> str:
     path = output / SWEEP_FILE
     if not path.is_file():
         check_folder(output, inputs)
-        output.mkdir(parents=True, exist_ok=True)
-        place(path, json.dumps({"sweep": uuid.uuid4().hex}).encode())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # With its file or not at all: other workers start at the same time, and one may be killed here.
+        target = output.resolve()
+        with scratch_folder(target, PARTIAL) as work:
+            made = work / target.name
+            made.mkdir()
+            (made / SWEEP_FILE).write_text(json.dumps({"sweep": uuid.uuid4().hex}))
+            made.rename(target)
     found = read_json_object(path, InputError, "choose another output").get("sweep")
     if not isinstance(found, str):
         raise InputError(f"{path} has no id of a sweep; choose another output")

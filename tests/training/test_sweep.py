@@ -172,6 +172,28 @@ def test_workers_share_the_trials(base: Base, data: Path, tmp_path) -> None:
     assert json.loads((folder / "report.json").read_text())["left"] == 0
 
 
+def test_a_folder_that_another_worker_makes_meanwhile_is_the_sweeps(tmp_path, monkeypatch) -> None:
+    """Whatever is read first, and by a folder that is there, and empty, behind a link."""
+    import reft_export.sweeping.folder as module
+
+    checked = module.check_destination
+
+    def meanwhile(output: Path, **given: object) -> None:
+        output.mkdir()
+        (output / "sweep.json").write_text('{"sweep": "theirs"}')
+        checked(output, **given)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_destination", meanwhile)
+        module.check_folder(tmp_path / "sweep")
+    assert module.open_folder(tmp_path / "sweep") == "theirs"
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    identity = module.open_folder(tmp_path / "link")
+    assert [each.name for each in (tmp_path / "empty").iterdir()] == ["sweep.json"] and identity == module.open_folder(tmp_path / "link")
+
+
 def test_a_training_that_fails_by_itself_is_a_failed_trial(base: Base, data: Path, tmp_path, monkeypatch) -> None:
     import reft_export.sweeping.sweep as module
 
