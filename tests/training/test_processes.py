@@ -129,6 +129,7 @@ def test_the_others_wait_for_the_first(tmp_path: Path) -> None:
 
     def patience(_: int) -> timedelta:
         join("cpu")
+        distributed.barrier()  # the first one holds the store, which the other still asks while it joins
         return distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
 
     assert in_processes(patience, tmp_path) == [timedelta(days=1)] * 2
