@@ -126,6 +126,7 @@ class SteeredModel(nn.Module):
             prompt_length = prompt_lengths(labels, attention_mask)
         if learns:
             _check_rows(self.positions, prompt_length, attention_mask, inputs.get("position_ids"))
+            inputs.setdefault("use_cache", False)  # nobody reads a step's, and blocks that are computed again would write to it twice
         self._steering.prompt_length = prompt_length
         try:
             output = self.base.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
