@@ -173,6 +173,29 @@ void scale_rows(const void* const* h, void* const* y, int rows, const void* scal
   }
 }
 
+// Twice V's lanes, those at even and those at odd places in a vector each: what the vectors of bfloat16 have in common, of which an
+// instruction set adds how they are loaded and stored.
+template <class V>
+struct Pairs {
+  using Sum = typename V::Register;
+  struct Register {
+    Sum even, odd;
+  };
+  static constexpr int kLanes = 2 * V::kLanes;
+
+  static inline Sum zero() { return V::zero(); }
+  static inline Sum broadcast(float x) { return V::broadcast(x); }
+  static inline Sum add(Sum a, Sum b) { return V::add(a, b); }
+  static inline float total(Sum a) { return V::total(a); }
+  static inline Sum multiply_add(Register a, Register b, Sum c) { return V::multiply_add(a.odd, b.odd, V::multiply_add(a.even, b.even, c)); }
+  static inline Register multiply_add(Sum a, Register b, Register c) {
+    return {V::multiply_add(a, b.even, c.even), V::multiply_add(a, b.odd, c.odd)};
+  }
+  static inline Register multiply_add(Register a, Register b, Register c) {
+    return {V::multiply_add(a.even, b.even, c.even), V::multiply_add(a.odd, b.odd, c.odd)};
+  }
+};
+
 // The end of a row for a V without masked loads.
 template <class V, class T>
 inline typename V::Register load_first(const T* p, int count) {

@@ -44,24 +44,8 @@ struct Avx2 {
 // Sixteen bfloat16 values in two vectors, those at even and those at odd places: one instruction makes floats of either, where widening
 // values in their order takes a shuffle, which every processor has only one unit for. No sum cares about the order, and each value goes back
 // where it came from.
-struct Avx2BFloat16 {
-  struct Register {
-    __m256 even, odd;
-  };
-  using Sum = __m256;
-  static constexpr int kLanes = 16, kRanks = 2, kColumns = 1;
-
-  static inline Sum zero() { return Avx2::zero(); }
-  static inline Sum broadcast(float x) { return Avx2::broadcast(x); }
-  static inline Sum add(Sum a, Sum b) { return Avx2::add(a, b); }
-  static inline float total(Sum a) { return Avx2::total(a); }
-  static inline Sum multiply_add(Register a, Register b, Sum c) { return _mm256_fmadd_ps(a.odd, b.odd, _mm256_fmadd_ps(a.even, b.even, c)); }
-  static inline Register multiply_add(Sum a, Register b, Register c) {
-    return {_mm256_fmadd_ps(a, b.even, c.even), _mm256_fmadd_ps(a, b.odd, c.odd)};
-  }
-  static inline Register multiply_add(Register a, Register b, Register c) {
-    return {_mm256_fmadd_ps(a.even, b.even, c.even), _mm256_fmadd_ps(a.odd, b.odd, c.odd)};
-  }
+struct Avx2BFloat16 : Pairs<Avx2> {
+  static constexpr int kRanks = 2, kColumns = 1;
 
   static inline Register load(const BFloat16* p) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -38,22 +38,8 @@ struct Neon {
 
 // Eight bfloat16 values in two vectors, those at even and those at odd places, as in rows_avx2.cc: a load and two instructions for eight
 // values, and an insertion in place of two narrowings when they are stored.
-struct NeonBFloat16 {
-  struct Register {
-    float32x4_t even, odd;
-  };
-  using Sum = float32x4_t;
-  static constexpr int kLanes = 8, kRanks = 4, kColumns = 2;
-
-  static inline Sum zero() { return Neon::zero(); }
-  static inline Sum broadcast(float x) { return Neon::broadcast(x); }
-  static inline Sum add(Sum a, Sum b) { return Neon::add(a, b); }
-  static inline float total(Sum a) { return Neon::total(a); }
-  static inline Sum multiply_add(Register a, Register b, Sum c) { return vfmaq_f32(vfmaq_f32(c, a.even, b.even), a.odd, b.odd); }
-  static inline Register multiply_add(Sum a, Register b, Register c) { return {vfmaq_f32(c.even, a, b.even), vfmaq_f32(c.odd, a, b.odd)}; }
-  static inline Register multiply_add(Register a, Register b, Register c) {
-    return {vfmaq_f32(c.even, a.even, b.even), vfmaq_f32(c.odd, a.odd, b.odd)};
-  }
+struct NeonBFloat16 : Pairs<Neon> {
+  static constexpr int kRanks = 4, kColumns = 2;
 
   static inline Register load(const BFloat16* p) {
     const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
