@@ -41,14 +41,23 @@ class OrthonormalRows(nn.Module):
     slower.)
 
     With ``avoided`` [k, D], orthonormal rows, R avoided^T = 0, too.
+
+    V starts with rows of length 1/2. AdamW moves each of its numbers by the learning rate, which turns R by twice that, as a step of
+    torch's parametrization does (R there is a product of reflections I - 2 v v^T / |v|^2): a rate means here what it means in pyreft.
     """
+
+    LENGTH = 0.5
 
     def __init__(self, rank: int, width: int) -> None:
         super().__init__()
         self.V = nn.Parameter(torch.empty(rank, width))
         self.avoided: Tensor | None
         self.register_buffer("avoided", None, persistent=False)
-        nn.init.orthogonal_(self.V)
+        nn.init.orthogonal_(self.V, gain=self.LENGTH)
+
+    @torch.no_grad()
+    def start_at(self, R: Tensor) -> None:
+        self.V.copy_(R).mul_(self.LENGTH)
 
     def forward(self) -> Tensor:
         q, t = torch.linalg.qr(_outside(self.V, self.avoided).T)
@@ -119,6 +128,16 @@ class Intervention(nn.Module):
         for parameter in self.method.parameters:
             value = getattr(self, parameter.name)
             yield parameter, value.V if isinstance(value, (OrthonormalRows, FreeRows)) else value
+
+    @torch.no_grad()
+    def start_at(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the parameters of these names."""
+        for name, value in values.items():
+            target = getattr(self, name)
+            if isinstance(target, OrthonormalRows):
+                target.start_at(value)
+            else:
+                (target.V if isinstance(target, FreeRows) else target).copy_(value)
 
     def parameters_of(self) -> dict[str, Tensor]:
         """The adapter's parameters, by name."""
@@ -194,10 +213,7 @@ class Interventions(nn.Module):
         for module in self._by_key.values():
             start = module.method.no_edit_start
             assert start is not None, f"{module.method.formula} has no start that edits nothing"
-            values = start(module.parameters_of())
-            for parameter, target in module.trained():
-                if parameter.name in values:
-                    target.copy_(values[parameter.name])
+            module.start_at(start(module.parameters_of()))
 
     @torch.no_grad()
     def start_from(self, adapter: Adapter) -> None:
@@ -212,8 +228,8 @@ class Interventions(nn.Module):
             )
         for keys in self.keys.values():
             for key in keys:
-                for parameter, target in self.intervention(key).trained():
-                    target.copy_(torch.from_numpy(adapter.tensors[f"{key}.{parameter.name}"]))
+                module = self.intervention(key)
+                module.start_at({name: torch.from_numpy(adapter.tensors[f"{key}.{name}"]) for name in module.method.names})
 
     @torch.no_grad()
     def to_adapter(

@@ -91,15 +91,15 @@ def test_rows_stay_orthonormal_and_weight_decay_leaves_r_alone() -> None:
     for _ in range(2000):
         rows.V.grad = torch.zeros_like(rows.V)
         optimiser.step()
-    assert rows.V.norm() < 0.2 * 8**0.5, "weight decay did act"
+    assert rows.V.norm() < 0.2 * OrthonormalRows.LENGTH * 8**0.5, "weight decay did act"
     assert torch.allclose(rows(), before, atol=1e-5), "and R did not move"
 
 
 def test_r_is_gram_schmidt_of_v_with_positive_diagonal() -> None:
-    """R = chol(V V^T)^-1 V, the continuous choice of signs: R is V itself where V's rows are orthonormal."""
+    """R = chol(V V^T)^-1 V, the continuous choice of signs: R is V itself, but for its length, where V's rows are orthogonal."""
     torch.manual_seed(9)
     rows = OrthonormalRows(4, 32).double()
-    assert torch.allclose(rows(), rows.V, atol=1e-11)
+    assert torch.allclose(rows(), rows.V / OrthonormalRows.LENGTH, atol=1e-11)
     with torch.no_grad():
         rows.V.copy_(torch.randn(4, 32))
     want = torch.linalg.solve_triangular(torch.linalg.cholesky(rows.V @ rows.V.T), rows.V, upper=False)
