@@ -16,7 +16,7 @@ from graph_passes.accessors import dtype_of, name_of
 from graph_passes.head import head_defaults
 from graph_passes.slots.add import rule_names, rules_of, slot_mode
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
-from reft_export.bundling.tokenizer_files import write_as_read
+from reft_export.bundling.tokenizer_files import without_indentation, write_as_read
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import (
     TEMPLATE_FOLDER,
@@ -40,6 +40,7 @@ from runtimes.edits.positions import needs_slots
 from runtimes.errors import AdapterError, GraphError
 from runtimes.parity.figures import budget_for
 from runtimes.precision import NUMPY_DTYPES
+from runtimes.text.tokenizer import TOKENIZER_FILE
 from runtimes.version import VERSION
 
 if TYPE_CHECKING:  # fold runs without torch, whose import takes longer than the fold
@@ -109,7 +110,7 @@ def head_tensors(adapter: Adapter, sources: Mapping[str, WeightSource], defaults
 
 
 def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to.
+    """The base's own files where it has a fast tokenizer, else the fast one that transformers converts to; tokenizer.json on one line.
 
     Where transformers reads the files otherwise than a device does, which takes them at their word, what transformers made of them is
     written: adapters were trained on its tokens.
@@ -131,6 +132,8 @@ def copy_tokenizer(source: Path | None, tokenizer: PreTrainedTokenizerBase | Non
 
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             write_as_read(folder, tokenizer)
+    if (file := folder / TOKENIZER_FILE).is_file():
+        file.write_bytes(without_indentation(file.read_bytes()))
 
 
 def stored_how(graph: ir.Graph, *, tied: bool) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NOTHING_ADDED = [{"Sequence": {"id": "A", "type_id": 0}}]
+_INDENTATION = re.compile(rb"\n[ \t\r\n]*")
+
+
+def without_indentation(content: bytes) -> bytes:
+    """The same JSON without line breaks and what stands before each line: more than half of a large tokenizer.json.
+
+    No string of JSON holds a line break (RFC 8259, 7), so none is changed.
+    """
+    return _INDENTATION.sub(b"", content)
 
 
 def write_as_read(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -20,6 +20,7 @@ from reft_export.base.load import Base, load_base, load_without_weights
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
 from reft_export.bundling.result import quantization_record
+from reft_export.bundling.tokenizer_files import without_indentation
 from reft_export.eager.steering import steerers_of
 from reft_export.exporting.alike import share_weights
 from reft_export.exporting.dynamo import cache_shapes
@@ -173,7 +174,8 @@ class _Stored:
 
 def _beside_weights(plan: ExportPlan, graph: ir.Model) -> int:
     """Bytes of a bundle beside its weights, about: tokenizer and graph, and for each name its golden arrays."""
-    tokenizer = sum((plan.checkpoint.folder / name).stat().st_size for name in TOKENIZER_FILES if (plan.checkpoint.folder / name).is_file())
+    files = (plan.checkpoint.folder / name for name in TOKENIZER_FILES)
+    tokenizer = sum(len(without_indentation(file.read_bytes())) for file in files if file.is_file())
     return tokenizer + NODE_BYTES * len(graph.graph) + GOLDEN_BYTES * (1 + len(plan.adapters))
 
 

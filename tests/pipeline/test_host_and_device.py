@@ -14,6 +14,8 @@ import tiny
 import tiny_encoders
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig
@@ -24,6 +26,7 @@ from reft_export.base.model_record import model_record
 from reft_export.base.token_rules import context_of, pad_token, stop_tokens
 from reft_export.bundling.files import copy_tokenizer
 from reft_export.bundling.genai import write_genai_config
+from reft_export.bundling.tokenizer_files import without_indentation
 from reft_export.cli.main import app
 from reft_export.eager.steering import greedy_tokens
 from reft_export.exporting.export import ExportSettings, export_bundle
@@ -339,11 +342,28 @@ def test_a_tokenizers_configuration_is_read_the_same(make, tmp_path: Path, case:
     assert device.tokenizer.eos_token_id == base.tokenizer.eos_token_id or base.tokenizer.eos_token_id is None
 
 
+ODD = ("  \n\t {", '"\n   "', "\\\n", "a\r\n \u2028 b")
+
+
 def test_files_that_are_read_the_same_are_copied_byte_for_byte(make) -> None:
-    written = json.dumps(json.loads(byte_level(post=added("<s> $A")).to_str()), indent=7)  # as nobody's serializer would
+    """But for tokenizer.json's indentation: what stands in its strings, spaces and escaped line breaks too, is the base's."""
+    content = json.loads(byte_level(post=added("<s> $A")).to_str())
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": WORD + 1 + i, "content": text} for i, text in enumerate(ODD)]
+    written = json.dumps(content, indent=7)  # as nobody's serializer would
     base, device = make(template=CHATML, generation={"eos_token_id": END}, files={"tokenizer.json": written})
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer_config.json", "generation_config.json"):
         assert (device.folder / name).read_bytes() == (base.folder / name).read_bytes()
+    shipped = (device.folder / "tokenizer.json").read_bytes()
+    assert shipped == written.replace("\n", "").replace(" " * 7, "").encode() and json.loads(shipped) == content
+    for text in (*ODD, *(f"a{odd}b" for odd in ODD)):
+        assert device.tokenizer.encode(text) == base.tokenizer(text)["input_ids"]
+
+
+@given(st.recursive(st.none() | st.text() | st.floats(allow_nan=False), lambda value: st.lists(value) | st.dictionaries(st.text(), value)))
+def test_indentation_is_no_part_of_json(value) -> None:
+    for written in (json.dumps(value, indent="\t"), json.dumps(value, indent=3, ensure_ascii=False).replace("\n", "\r\n")):
+        shipped = without_indentation(written.encode("utf-8", "surrogatepass"))
+        assert json.loads(shipped.decode("utf-8", "surrogatepass")) == value and b"\n" not in shipped
 
 
 @pytest.mark.parametrize(
