@@ -1,4 +1,4 @@
-"""The relabelled SmolLM2, on which every figure on 4-bit methods is taken: its logits are the base's, its blocks on no 4-bit grid."""
+"""The relabelled bases, on which every figure on 4-bit methods is taken: their logits are the bases', their blocks on no 4-bit grid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.relabel import fewest_values, matrices, relabel
+from models.relabel import different_values, matrices, on_a_grid, relabel
 from real_story import gguf
 
 from reft_export.base.load import load_base
@@ -17,9 +17,10 @@ TEXTS = ("The capital of France is Paris, and", "A warm, funny and clever story,
 TOLERANCE = 2e-5
 
 
-def test_the_relabelled_base_is_the_same_function(tmp_path: Path) -> None:
-    folder = relabel(gguf("smollm2"), tmp_path / "relabelled")
-    former, relabelled = load_base(str(gguf("smollm2")), require_tokenizer=True), load_base(str(folder), require_tokenizer=True)
+@pytest.mark.parametrize(("name", "weights", "fewest"), [("smollm2", 7 * 30 + 1, 17), ("gemma3", 7 * 18 + 1, 11)])
+def test_the_relabelled_base_is_the_same_function(name: str, weights: int, fewest: int, tmp_path: Path) -> None:
+    folder = relabel(gguf(name), tmp_path / "relabelled")
+    former, relabelled = load_base(str(gguf(name)), require_tokenizer=True), load_base(str(folder), require_tokenizer=True)
     assert relabelled.info.fingerprint != former.info.fingerprint
     assert former.tokenizer and relabelled.tokenizer
     for text in TEXTS:
@@ -28,6 +29,6 @@ def test_the_relabelled_base_is_the_same_function(tmp_path: Path) -> None:
         with torch.no_grad():
             expected, found = (base.model(ids).logits for base in (former, relabelled))
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
-    fewest = {name: fewest_values(weight) for name, weight in matrices(folder)}
-    assert len(fewest) == 7 * 30 + 1
-    assert min(fewest.values()) > 16, min(fewest.items(), key=lambda found: found[1])
+    found = {name: (int(different_values(weight).min()), int(on_a_grid(weight).sum())) for name, weight in matrices(folder)}
+    assert len(found) == weights
+    assert min(values for values, _ in found.values()) >= fewest and not any(gridded for _, gridded in found.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.bases import build_base, byte_tokenizer
-from models.relabel import Relabelling, fewest_values, matrices, relabel, relabelling_of
+from models.relabel import Relabelling, different_values, matrices, on_a_grid, relabel, relabelling_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -51,9 +51,26 @@ def test_it_is_the_same_function(pair) -> None:
 
 
 def test_no_block_is_on_the_old_grid(pair) -> None:
-    before, after = ({name: fewest_values(weight) for name, weight in matrices(folder)} for folder in pair)
-    assert max(before.values()) <= 16
-    assert min(after.values()) > 16, after
+    before, after = (dict(matrices(folder)) for folder in pair)
+    assert max(different_values(weight).max() for weight in before.values()) <= 16
+    assert all(on_a_grid(weight).all() for weight in before.values())
+    assert min(different_values(weight).min() for weight in after.values()) > 16
+    assert not any(on_a_grid(weight).any() for weight in after.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "gridded"),
+    [
+        ([*[0.0] * 18, *range(1, 15)], False),  # mostly 0, the rest different
+        ([*[0.0] * 15, *range(1, 14), 1.0, 2.0, 3.0, 4.0], False),  # as Gemma's poorest: a few are equal by chance
+        ([*[0.0] * 18, *([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0] * 2)], True),  # mostly 0, the rest on seven levels
+        ([float(level) for level in range(-8, 8)] * 2, True),
+        ([0.0] * 32, False),
+        (list(range(32)), False),
+    ],
+)
+def test_a_grid_is_told_from_zeros(values: list[float], gridded: bool) -> None:
+    assert on_a_grid(torch.tensor([values, values])).tolist() == [gridded] * 2
 
 
 def test_it_is_a_base_that_the_seed_alone_decides(pair, tmp_path: Path) -> None:
