@@ -45,7 +45,7 @@ class Asked:
         typer.Option(
             "--metric",
             help="exact-match, accuracy, or FILE.py:FUNCTION, which is run and says of an answer and its line whether it is right; loss: "
-            "the likelihood alone, which is always taken. Repeat for several. Default: exact-match.",
+            "the likelihood alone, which is always taken. Repeat for several. Default: exact-match; of a classifier accuracy.",
             show_default=False,
         ),
     ] = None
@@ -82,7 +82,9 @@ def evaluate(
     data: Annotated[
         list[Path],
         typer.Option(
-            "--data", "-d", help="Held-out lines, in the forms that train reads. Repeat for several, which are joined in their order."
+            "--data",
+            "-d",
+            help="Held-out lines, as train reads them, of a classifier too. Repeat for several, which are joined in their order.",
         ),
     ],
     bundles: Annotated[list[Path] | None, typer.Argument(help="Bundles and engines, each with all its adapters.")] = None,
@@ -98,7 +100,7 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """The same table of quality for a base, its adapters, bundles and engines: answers and likelihoods on held-out lines."""
+    """The same table of quality for a base, its adapters, bundles and engines: answers or labels, and likelihoods, on held-out lines."""
     from reft_export.base.adapters import folders_of, load_adapters
     from reft_export.evaluating.evaluate import SessionOptions, Table, artifacts_by_name, read_for
     from reft_export.evaluating.evaluate import evaluate as evaluate_table
@@ -108,8 +110,8 @@ def evaluate(
     from runtimes.files.folders import atomic_folder, check_destination, claimed
     from runtimes.open import open_artifact
 
-    metrics = {} if asked.metric is None else {"metrics": tuple(asked.metric)}
-    settings = EvaluationSettings(**metrics, **{name: value for name, value in vars(asked).items() if name != "metric"})
+    metrics = None if asked.metric is None else tuple(asked.metric)
+    settings = EvaluationSettings(metrics=metrics, **{name: value for name, value in vars(asked).items() if name != "metric"})
     _refuse_contradictions(context, model, bundles or [])
     check_session_options(runtimes.provider, runtimes.kernel)
     adapters = load_adapters(adapter or [])

@@ -33,8 +33,25 @@ class DeviceTokenizer:
         """All of its templates: which keys of a message are read is looked up in here."""
         return None if self._template is None else "\n".join(self._template.templates.values())
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:
-        return {"input_ids": self.tokenizer.encode(text, add_special_tokens=add_special_tokens)}
+    def __call__(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_token_type_ids: bool = False,
+        verbose: bool = False,
+    ) -> dict[str, list[int]]:
+        """``truncation`` cuts a classifier's text to ``max_length``, from the longer one's end."""
+        if not return_token_type_ids and pair is None and not truncation:
+            return {"input_ids": self.tokenizer.encode(text, add_special_tokens=add_special_tokens)}
+        encoded = self.tokenizer.encode_text(text, pair, most=max_length if truncation else None)
+        return {"input_ids": list(encoded.ids), "token_type_ids": list(encoded.types)}
+
+    def num_special_tokens_to_add(self, *, pair: bool) -> int:
+        return self.tokenizer.backend.num_special_tokens_to_add(pair)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)

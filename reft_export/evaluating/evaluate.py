@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING
 
 from reft_export.evaluating.device_tokenizer import DeviceTokenizer
 from reft_export.evaluating.evaluation import Evaluation, evaluation_of
-from reft_export.evaluating.held_out import HeldOut, chat_template_of, check_same_tokens, read_held_out
-from reft_export.evaluating.measure import measure
+from reft_export.evaluating.held_out import HeldOut, chat_template_of, check_asked, check_same_tokens, read_held_out
+from reft_export.evaluating.held_out_texts import HeldOutTexts, check_same_texts, read_texts
+from reft_export.evaluating.measure import Measured, measure, measure_texts
 from reft_export.evaluating.settings import EvaluationSettings
-from reft_export.evaluating.subjects import EAGER, EagerSubject, SessionSubject, Who
-from runtimes.artifacts.bundle import Artifact
-from runtimes.artifacts.task_names import TEXT_GENERATION
+from reft_export.evaluating.subjects import (
+    EAGER,
+    EagerClassifier,
+    EagerSubject,
+    SessionClassifier,
+    SessionSubject,
+    Subject,
+    TextSubject,
+    Who,
+)
+from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
+from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import Positions, needs_marks
 from runtimes.errors import InputError
@@ -26,6 +36,7 @@ if TYPE_CHECKING:  # a bundle alone is evaluated without torch
     from transformers import PreTrainedTokenizerBase
 
     from reft_export.base.load import Base
+    from reft_export.eager.steering import Steering
 
 Report = Callable[[str], None]
 
@@ -49,14 +60,31 @@ class Table:
     """By name."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for a table of nothing, for adapters without their base, and for classifiers."""
+        """Raises InputError for a table of nothing, for classifiers beside decoders, and for classifiers of other labels."""
         if self.base is None and not self.artifacts:
             raise InputError("there is nothing to evaluate; name a bundle, or a base with -m")
-        if self.base is not None and self.base.task != TEXT_GENERATION:
-            raise InputError(f"{self.base.info.name} is a classifier, and evaluate is of decoders; train --metric accuracy measures it")
-        for name, artifact in self.artifacts.items():
-            if artifact.manifest.task != TEXT_GENERATION:
-                raise InputError(f"{name} is a classifier, and evaluate is of decoders")
+        (first, (task, labels)), *others = self._tasks.items()
+        for name, (its, own) in others:
+            if its != task:
+                classifier, decoder = (first, name) if task == TEXT_CLASSIFICATION else (name, first)
+                raise InputError(f"{classifier} is a classifier and {decoder} a decoder, which take other lines; evaluate them apart")
+            if own != labels:
+                raise InputError(f"{name} has the labels {', '.join(own)}, and {first} {', '.join(labels)}; evaluate them apart")
+
+    @property
+    def _tasks(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """(task, labels) by what a model is called in messages."""
+        own = {} if self.base is None else {f"{self.base.info.name} in {EAGER} PyTorch": (self.base.task, self.base.info.labels)}
+        return own | {name: (artifact.manifest.task, artifact.manifest.labels) for name, artifact in self.artifacts.items()}
+
+    @property
+    def classifies(self) -> bool:
+        return any(task == TEXT_CLASSIFICATION for task, _ in self._tasks.values())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a classifier, in the order of its logits."""
+        return next(iter(self._tasks.values()))[1]
 
     @property
     def context(self) -> int:
@@ -118,13 +146,41 @@ def evaluate(
     report("reading the data")
     held_out = read_for(data, table, settings)
     batch, context = table.rows(settings.batch_size), table.context
+
+    def measured(subject: Subject | TextSubject) -> Measured:
+        if isinstance(held_out, HeldOutTexts):
+            assert isinstance(subject, EagerClassifier | SessionClassifier)
+            return measure_texts(subject, held_out, batch_size=batch, report=report)
+        assert isinstance(subject, EagerSubject | SessionSubject)
+        return measure(subject, held_out, batch_size=batch, context=context, report=report)
+
     # One at a time: a subject is ready to run until the next one is asked for.
-    subjects = chain(_eager(table), _sessions(table, options))
-    return evaluation_of(held_out, [measure(each, held_out, batch_size=batch, context=context, report=report) for each in subjects])
+    return evaluation_of(held_out, [measured(each) for each in chain(_eager(table), _sessions(table, options))])
 
 
-def read_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -> HeldOut:
+def read_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -> HeldOut | HeldOutTexts:
     """The lines as the first model of the table reads them, and every other does; InputError where one does not."""
+    check_asked(data, settings, table.context)
+    return _texts_for(data, table, settings) if table.classifies else _questions_for(data, table, settings)
+
+
+def _texts_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -> HeldOutTexts:
+    readers: dict[str, PreTrainedTokenizerBase | DeviceTokenizer] = {}
+    if table.base is not None:
+        from reft_export.training.objective import tokenizer_of
+
+        readers[f"{table.base.info.name} in {EAGER} PyTorch"] = tokenizer_of(table.base)
+    readers |= {name: DeviceTokenizer.of(artifact) for name, artifact in table.artifacts.items()}
+    read = [
+        (who, read_texts(data, reader, settings, who=who, labels=table.labels, context=table.context)) for who, reader in readers.items()
+    ]
+    first, texts = read[0]
+    for who, others in read[1:]:
+        check_same_texts(texts, first, others, who)
+    return texts
+
+
+def _questions_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -> HeldOut:
     template = chat_template_of(settings.chat_template, table.training())
     read: list[tuple[str, HeldOut]] = []
 
@@ -146,8 +202,8 @@ def read_for(data: Sequence[Path], table: Table, settings: EvaluationSettings) -
     return lines
 
 
-def _eager(table: Table) -> Iterator[EagerSubject]:
-    """Each while its edits are on; the base first, under none."""
+def _eager(table: Table) -> Iterator[EagerSubject | EagerClassifier]:
+    """Each while its edits, and its head, are on; the base first, under none."""
     base = table.base
     if base is None:
         return
@@ -156,31 +212,40 @@ def _eager(table: Table) -> Iterator[EagerSubject]:
     def who(adapter: str | None) -> Who:
         return Who(artifact=EAGER, precision=base.dtype, adapter=adapter, model=base.info.fingerprint, exact=base.dtype == "float32")
 
+    def subject(name: str | None, steering: Steering) -> EagerSubject | EagerClassifier:
+        return EagerClassifier(who=who(name), base=base) if table.classifies else EagerSubject(who=who(name), base=base, steering=steering)
+
     with steer(base.model, {}, rule=None, tied=True) as steering:
-        yield EagerSubject(who=who(None), base=base, steering=steering)
+        yield subject(None, steering)
     for name, adapter in table.adapters.items():
         with steered(base.model, adapter) as steering:
-            yield EagerSubject(who=who(name), base=base, steering=steering)
+            yield subject(name, steering)
 
 
-def _sessions(table: Table, options: SessionOptions) -> Iterator[SessionSubject]:
-    """One session an artifact, the base first."""
+def _sessions(table: Table, options: SessionOptions) -> Iterator[SessionSubject | SessionClassifier]:
+    """One session an artifact, the base first; of an engine that an adapter is frozen into, that alone."""
     from reft_export.evaluation.quantization_report import variant_name
     from runtimes.open import open_session
 
     for name, artifact in table.artifacts.items():
         tokenizer, manifest = Tokenizer.load(artifact.folder, artifact.manifest.model), artifact.manifest
         with open_session(artifact, provider=options.provider, kernel=options.kernel, threads=options.threads) as session:
-            for adapter in (None, *artifact.adapter_names):
+            for adapter in _runnable(artifact):
                 session.set_adapter(adapter)
-                yield SessionSubject(
-                    who=Who(
-                        artifact=name,
-                        precision=variant_name(artifact),
-                        adapter=adapter,
-                        model=manifest.model.fingerprint,
-                        exact=manifest.precision == "fp32" and manifest.quantization is None,
-                    ),
-                    session=session,
-                    tokenizer=tokenizer,
+                who = Who(
+                    artifact=name,
+                    precision=variant_name(artifact),
+                    adapter=adapter,
+                    model=manifest.model.fingerprint,
+                    exact=manifest.precision == "fp32" and manifest.quantization is None,
                 )
+                if table.classifies:
+                    yield SessionClassifier(who=who, session=session)
+                else:
+                    yield SessionSubject(who=who, session=session, tokenizer=tokenizer)
+
+
+def _runnable(artifact: Artifact) -> tuple[str | None, ...]:
+    if artifact.frozen is not None:
+        return (None if artifact.frozen == BASE_GOLDEN else artifact.frozen,)
+    return (None, *artifact.adapter_names)

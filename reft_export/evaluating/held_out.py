@@ -43,6 +43,14 @@ class HeldOut:
     """Of the model that the lines were read with; it also makes text of every model's answers."""
     stop_tokens: frozenset[int]
 
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def gold(self) -> None:
+        """Answers are no labels."""
+        return None
+
     @property
     def generates(self) -> bool:
         return any(name != ACCURACY for name in self.metrics)
@@ -55,6 +63,24 @@ class HeldOut:
         """Of an answer, without what ends it and without other special tokens."""
         kept = [token for token in tokens if token not in self.stop_tokens]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def choice(self, number: int) -> str:
+        return self.text(self.choices[number])
+
+    def told(self, line: int) -> dict[str, str]:
+        question = self.questions[line]
+        return {"line": question.where, "prompt": self.prompt_text(question), "expected": self.text(question.answer)}
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(len(question.answer) for question in self.questions)
+
+    def record(self) -> dict[str, Any]:
+        return {"scored_tokens": self.scored_tokens, "chat_template": self.templated}
+
+    def note(self) -> str:
+        through = "through the chat template" if self.templated else "through no chat template"
+        return f"{len(self)} lines, {self.scored_tokens} tokens of their own answers scored, prompts {through}"
 
     def prompt_text(self, question: Question) -> str:
         return str(self.tokenizer.decode(list(question.prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -83,6 +109,15 @@ def chat_template_of(asked: str, training: Mapping[str, Mapping[str, Any]]) -> s
     return "never" if without else "auto"
 
 
+def check_asked(data: Sequence[Path], settings: EvaluationSettings, context: int) -> None:
+    """Raises InputError for a file that is given twice, and for lines that are to be longer than the shortest ``context`` in the table."""
+    if len({path.resolve() for path in data}) < len(data):
+        twice = next(path for at, path in enumerate(data) if path.resolve() in {each.resolve() for each in data[:at]})
+        raise InputError(f"{twice} is named twice, and its lines would count twice; name each once")
+    if (settings.max_length or 0) > context:
+        raise InputError(f"--max-length is {settings.max_length}; the shortest context in the table ends at {context}")
+
+
 def read_held_out(
     data: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase | DeviceTokenizer,
@@ -93,11 +128,6 @@ def read_held_out(
     chat_template: str,
 ) -> HeldOut:
     """``context``: the shortest in the table. Raises InputError for lines that nobody can be asked."""
-    if len({path.resolve() for path in data}) < len(data):
-        twice = next(path for at, path in enumerate(data) if path.resolve() in {each.resolve() for each in data[:at]})
-        raise InputError(f"{twice} is named twice, and its lines would count twice; name each once")
-    if (settings.max_length or 0) > context:
-        raise InputError(f"--max-length is {settings.max_length}; the shortest context in the table ends at {context}")
     reader: Any = tokenizer  # either one: what is read of it is what DeviceTokenizer has
     read = load_data(
         list(data),
@@ -108,9 +138,10 @@ def read_held_out(
         form=settings.format,
     )
     examples = read.examples[: settings.limit]
-    metrics = tuple(name for name in settings.metrics if name != LOSS)
-    if metrics == (EXACT_MATCH,) and all(example.form == TEXT for example in examples):
-        metrics = ()  # the default of lines that have answers
+    asked = settings.metrics
+    if asked is None:
+        asked = () if all(example.form == TEXT for example in examples) else (EXACT_MATCH,)
+    metrics = tuple(name for name in asked if name != LOSS)
     for name in metrics:
         check_answers(examples, name)
     questions = tuple(_asked(example) for example in examples)

@@ -10,8 +10,11 @@ import numpy as np
 
 from reft_export.console import count
 from reft_export.evaluating.held_out import HeldOut
-from reft_export.evaluating.subjects import Pair, Subject, Who
+from reft_export.evaluating.held_out_texts import HeldOutTexts
+from reft_export.evaluating.subjects import Pair, Subject, TextSubject, Who
 from reft_export.training.settings import ACCURACY
+from runtimes.errors import ReftError
+from runtimes.tasks.classification import label_log_probabilities
 
 Report = Callable[[str], None]
 
@@ -28,7 +31,7 @@ class Measured:
     right: Mapping[str, np.ndarray]
     """bool [lines] by metric."""
     chosen: tuple[int, ...]
-    """Of accuracy: which choice is the likeliest."""
+    """Of accuracy and of classifiers: which choice is the likeliest."""
     new_tokens: int
     """Of all greedy answers, stop tokens included."""
     seconds: float
@@ -58,6 +61,34 @@ def measure(subject: Subject, held_out: HeldOut, *, batch_size: int, context: in
             said = (held_out.right(name, question, answer) for question, answer in zip(held_out.questions, answers, strict=True))
         right[name] = np.fromiter(said, bool)
     return Measured(who=subject.who, likelihoods=own, answers=answers, right=right, chosen=chosen, new_tokens=new_tokens, seconds=seconds)
+
+
+def measure_texts(subject: TextSubject, held_out: HeldOutTexts, *, batch_size: int, report: Report) -> Measured:
+    """Of a classifier: its logits say both the label and how likely the line's own is. Texts of like length are asked together."""
+    report(f"evaluating {subject.who}")
+    started, examples = time.monotonic(), held_out.examples
+    order = sorted(range(len(examples)), key=lambda line: (len(examples[line].text), line))
+    logits = np.empty((len(examples), len(held_out.labels)), np.float32)
+    for start in range(0, len(order), batch_size):
+        lines = order[start : start + batch_size]
+        logits[lines] = subject.logits([examples[line].text for line in lines])
+        done = min(start + batch_size, len(order))
+        count(report, f"{subject.who}: classified {done} of {len(order)} texts", done, len(order))
+    seconds = time.monotonic() - started
+    if not np.isfinite(logits).all():
+        raise ReftError(
+            f"{subject.who}: the model's logits are not finite, and no label is the likeliest; check it with `reft-export parity`"
+        )
+    gold, chosen = np.array(held_out.gold), logits.argmax(1)
+    return Measured(
+        who=subject.who,
+        likelihoods=tuple(label_log_probabilities(logits, gold)[:, None]),
+        answers=(),
+        right=dict.fromkeys(held_out.metrics, chosen == gold),
+        chosen=tuple(chosen.tolist()),
+        new_tokens=0,
+        seconds=seconds,
+    )
 
 
 def _likelihoods(subject: Subject, held_out: HeldOut, batch_size: int, report: Report) -> dict[Pair, np.ndarray]:

@@ -21,7 +21,8 @@ def draw(found: Evaluation, path: Path) -> None:
 
     rows, metrics = found.rows, found.held_out.metrics
     panels = [(name.rpartition(":")[2], [_percent(row.shares[name].interval) for row in rows], "% of lines, 95 %") for name in metrics]
-    panels.append(("NLL of the data's answers", [row.loss for row in rows], "nats a token, 95 %"))
+    what, unit = ("answers", "token") if found.held_out.gold is None else ("labels", "text")
+    panels.append((f"NLL of the data's {what}", [row.loss for row in rows], f"nats a {unit}, 95 %"))
     figure = Figure(figsize=(NAME_WIDTH + PANEL_WIDTH * len(panels), 1.2 + ROW_HEIGHT * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     names = [f"{' '.join(dict.fromkeys((row.who.artifact, row.who.precision)))}, {row.who.adapter or 'base'}" for row in rows]

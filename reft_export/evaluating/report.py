@@ -51,14 +51,23 @@ def answer_columns(found: Evaluation) -> list[Column]:
 
 
 def likelihood_columns(found: Evaluation) -> list[Column]:
-    """How likely the data's own answers are, in nats a token, with 95 % intervals; and what it all took."""
+    """How likely the data's own answers are, in nats a token, and labels, in nats a text, with 95 % intervals; and what it all took."""
     rows = found.rows
     columns: list[Column] = [("NLL", [f"{row.loss.value:.3f} {_bounds(row.loss, 1, 2)}" for row in rows])]
     columns += _difference(found, [row.loss_difference for row in rows], 1, (2, 2))
-    columns.append(("perplexity", [f"{row.perplexity:.2f}" for row in rows]))
-    if any(row.retention is not None for row in rows):
-        columns.append(("retention", ["" if row.retention is None else f"{row.retention:.2f}" for row in rows]))
-    columns.append(("new tokens", [str(row.new_tokens) for row in rows]))
+    classified = found.held_out.gold is not None
+    if not classified:
+        columns.append(("perplexity", [f"{row.perplexity:.2f}" for row in rows]))
+    figures = {
+        "retention": [row.retention for row in rows],
+        "macro F1": [row.macro_f1 for row in rows],
+        "agreement": [row.agreement for row in rows],
+    }
+    for name, values in figures.items():
+        if any(value is not None for value in values):
+            columns.append((name, ["" if value is None else f"{value:.2f}" for value in values]))
+    if not classified:
+        columns.append(("new tokens", [str(row.new_tokens) for row in rows]))
     columns.append(("seconds", [f"{row.seconds:.1f}" for row in rows]))
     return columns
 
@@ -87,16 +96,17 @@ def _bounds(interval: Interval, scale: float, digits: int) -> str:
 def note_lines(found: Evaluation) -> list[str]:
     """What the figures are, below the table."""
     held_out = found.held_out
-    through = "through the chat template" if held_out.templated else "through no chat template"
-    lines = [f"{len(held_out.questions)} lines, {found.scored_tokens} tokens of their own answers scored, prompts {through}"]
+    lines = [held_out.note()]
     if held_out.metrics:
         lines.append("shares in percent with Wilson's 95 % interval")
+    unit = "token" if held_out.gold is None else "text"
     lines.append(
-        f"NLL in nats a token; its interval, and those of differences, by a bootstrap over lines ({RESAMPLES} resamples, seed {SEED}), "
+        f"NLL in nats a {unit}; its interval, and those of differences, by a bootstrap over lines ({RESAMPLES} resamples, seed {SEED}), "
         "paired with the first row"
     )
     if held_out.truncated:
-        lines.append(f"{held_out.truncated} lines were cut to the shortest context or --max-length, and their answers with them")
+        what = "" if held_out.gold is not None else ", and their answers with them"
+        lines.append(f"{held_out.truncated} lines were cut to the shortest context or --max-length{what}")
     return lines
 
 
@@ -105,18 +115,21 @@ def record_of(found: Evaluation, settings: EvaluationSettings) -> dict[str, Any]
     held_out = found.held_out
     return {
         "data": to_json(held_out.files),
-        "lines": len(held_out.questions),
+        "lines": len(held_out),
         "truncated": held_out.truncated,
-        "scored_tokens": found.scored_tokens,
-        "chat_template": held_out.templated,
+        **held_out.record(),
         "settings": to_json(settings),
         "intervals": {"level": 0.95, "shares": "wilson", "others": "bootstrap over lines, paired", "resamples": RESAMPLES, "seed": SEED},
-        "rows": [_row_record(row) for row in found.rows],
+        "rows": [_row_record(row, classified=held_out.gold is not None) for row in found.rows],
     }
 
 
-def _row_record(row: Row) -> dict[str, Any]:
+def _row_record(row: Row, *, classified: bool) -> dict[str, Any]:
     who = row.who
+    if classified:
+        own = {"macro_f1": row.macro_f1, "agreement": row.agreement}
+    else:
+        own = {"perplexity": row.perplexity, "new_tokens": row.new_tokens}
     return {
         "artifact": who.artifact,
         "precision": who.precision,
@@ -127,9 +140,8 @@ def _row_record(row: Row) -> dict[str, Any]:
             for name, share in row.shares.items()
         },
         "nll": {**to_json(row.loss), "difference": _or_null(row.loss_difference)},
-        "perplexity": row.perplexity,
         "retention": row.retention,
-        "new_tokens": row.new_tokens,
+        **own,
         "seconds": row.seconds,
     }
 
@@ -140,16 +152,8 @@ def _or_null(interval: Interval | None) -> Any:
 
 def answer_records(found: Evaluation) -> list[dict[str, Any]]:
     """answers.jsonl: every line with what each row makes of it, side by side."""
-    held_out = found.held_out
-    return [
-        {
-            "line": question.where,
-            "prompt": held_out.prompt_text(question),
-            "expected": held_out.text(question.answer),
-            "rows": [_said(found, row, line) for row in range(len(found.rows))],
-        }
-        for line, question in enumerate(held_out.questions)
-    ]
+    lines = range(len(found.held_out))
+    return [{**found.held_out.told(line), "rows": [_said(found, row, line) for row in range(len(found.rows))]} for line in lines]
 
 
 def _said(found: Evaluation, row: int, line: int) -> dict[str, Any]:
@@ -158,10 +162,10 @@ def _said(found: Evaluation, row: int, line: int) -> dict[str, Any]:
         "artifact": measured.who.artifact,
         "adapter": measured.who.adapter,
         **({"answer": measured.answers[line]} if measured.answers else {}),
-        **({"chosen": held_out.text(held_out.choices[measured.chosen[line]])} if measured.chosen else {}),
+        **({"chosen": held_out.choice(measured.chosen[line])} if measured.chosen else {}),
         **{name: bool(right[line]) for name, right in measured.right.items()},
         "nll": float(measured.losses[line]),
-        "tokens": len(measured.likelihoods[line]),
+        **({} if held_out.gold is not None else {"tokens": len(measured.likelihoods[line])}),
     }
 
 
@@ -192,7 +196,7 @@ def page(found: Evaluation, answers: Sequence[Mapping[str, Any]], *, picture: bo
     parts += ["\n".join(f"- {line}" for line in note_lines(found))]
     parts += [f"![the same figures]({PICTURE_FILE})"] if picture else []
     differing = found.differing
-    if len(found.rows) > 1 and (found.held_out.metrics):
+    if len(found.rows) > 1 and found.held_out.metrics:
         whom = "artifacts" if found.repeats else "rows"
         parts.append(f"## Lines that the {whom} answer differently: {len(differing)} of {len(answers)}")
         parts += [_line(answers[line]) for line in differing[:SHOWN]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reft_export.training.forms import AUTO, FORMS
-from reft_export.training.settings import CHAT_TEMPLATE, EXACT_MATCH, METRICS
+from reft_export.training.settings import CHAT_TEMPLATE, METRICS
 from runtimes.errors import InputError
 
 
@@ -13,9 +13,9 @@ from runtimes.errors import InputError
 class EvaluationSettings:
     """Raises InputError for values out of range."""
 
-    metrics: tuple[str, ...] = (EXACT_MATCH,)
-    """Of answers, in the order of the table's columns: those of training (reft_export/training/questions.py). The likelihood of
-    completions is always taken; ``loss`` stands for it alone."""
+    metrics: tuple[str, ...] | None = None
+    """Of answers, in the order of the table's columns: those of training (reft_export/training/questions.py); None: exact-match where
+    lines have answers, accuracy of a classifier. The likelihood of completions and labels is always taken; ``loss`` stands for it alone."""
     format: str = AUTO
     chat_template: str = AUTO
     """always, never, or auto: as all the adapters in the table were trained, else where there is one."""
@@ -28,10 +28,11 @@ class EvaluationSettings:
     """The first so many lines."""
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
+        metrics = self.metrics or ()
+        for name in metrics:
             if name not in METRICS and not (":" in name and name.rpartition(":")[2].isidentifier()):
                 raise InputError(f"--metric {name!r} is unknown; known: {', '.join(METRICS)}, or file.py:function")
-        if twice := [name for at, name in enumerate(self.metrics) if name in self.metrics[:at]]:
+        if twice := [name for at, name in enumerate(metrics) if name in metrics[:at]]:
             raise InputError(f"--metric {twice[0]} is given twice; give it once")
         for name, known in (("format", (AUTO, *FORMS)), ("chat_template", CHAT_TEMPLATE)):
             if getattr(self, name) not in known:

@@ -10,7 +10,8 @@ import numpy as np
 
 from runtimes.generation import GenerationSettings, generate
 from runtimes.parity.perplexity import log_likelihoods
-from runtimes.session import Session
+from runtimes.session import Session, as_classifier
+from runtimes.text.encoded_text import EncodedText, padded
 from runtimes.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ class Subject(Protocol):
         ...
 
 
+class TextSubject(Protocol):
+    """One classifier, ready to run."""
+
+    @property
+    def who(self) -> Who: ...
+
+    def logits(self, texts: Sequence[EncodedText]) -> np.ndarray:
+        """float32 [B, labels] of a batch of texts."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EagerSubject:
     """``steering``: whose edits are on; those of the base are none."""
@@ -82,6 +94,32 @@ class EagerSubject:
             with torch.no_grad():
                 found = token_log_likelihoods(ways.plain, pairs[start : start + batch_size], self.base.model.device)
             yield from (each.cpu().numpy() for each in found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EagerClassifier:
+    """Under the edits and the head that are on."""
+
+    who: Who
+    base: Base
+
+    def logits(self, texts: Sequence[EncodedText]) -> np.ndarray:
+        from reft_export.tasks.classification import INPUTS, ClassifierInputs
+
+        arrays = padded(texts, self.base.model.config.pad_token_id or 0)
+        return ClassifierInputs(**dict(zip(INPUTS, arrays, strict=True))).logits(self.base.model)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SessionClassifier:
+    """The session's active adapter, or the base."""
+
+    who: Who
+    session: Session
+
+    def logits(self, texts: Sequence[EncodedText]) -> np.ndarray:
+        arrays = padded(texts, self.session.bundle.manifest.model.pad_token_id or 0)
+        return as_classifier(self.session).classify(*arrays).logits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from reft_export.tasks.classification import encode
 from reft_export.training.data import TrainingData, joined
 from reft_export.training.sources import Lines, Source, check_text, read_object
 from runtimes.errors import InputError
 from runtimes.text.encoded_text import EncodedText, padded
+
+if TYPE_CHECKING:  # held-out lines are read for a bundle without torch
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 KEYS = {"text", "label"}
 PAIR = "text_pair"
@@ -83,6 +84,8 @@ def load_labelled(data: Lines, tokenizer: PreTrainedTokenizerBase, labels: Seque
 
 def collate_labelled(examples: Sequence[LabelledText], *, pad_token_id: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, token_type_ids [B, S] (right-padded to the longest) and labels [B], all int64."""
+    import torch
+
     ids, mask, types = map(torch.from_numpy, padded([example.text for example in examples], pad_token_id))
     labels = torch.tensor([example.label for example in examples])
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}

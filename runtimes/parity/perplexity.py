@@ -19,7 +19,7 @@ import numpy as np
 
 from runtimes.edits.positions import marks_of
 from runtimes.errors import BundleError, InputError
-from runtimes.generation import columns
+from runtimes.generation import call_widths, columns
 from runtimes.session import Session, as_decoder
 from runtimes.text.tokenizer import Tokenizer
 
@@ -60,11 +60,13 @@ def agreement(session: Session, tokens: Sequence[int], prompt: int) -> tuple[int
 def predictions(
     session: Session, tokens: Sequence[int], prompt: int, marks: Sequence[int] | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(token, logits [V] for its place) of every token behind the first ``prompt``, in one forward where the bundle allows it."""
+    """(token, logits [V] for its place) of every token behind the first ``prompt``, in one forward where the bundle allows it, and the
+    engine was built for as many columns."""
     ids = np.array([tokens[:-1]], np.int64)
     width = ids.shape[1]
     # A bundle with the last logits only says one column's per call.
-    widths = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
+    parts = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
+    widths = [each for part in parts for each in call_widths(part, session.bundle.limits.columns)]
     marked = None if marks is None else marks_of([marks])
     for _, output in columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths, marks=marked):
         first = output.past.width - output.logits.shape[1]

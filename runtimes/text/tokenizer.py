@@ -105,10 +105,17 @@ class Tokenizer:
             offsets = self.backend.encode(plain, add_special_tokens=add_special_tokens).offsets
         return ids, marked_tokens(offsets[: len(ids)], spans)
 
-    def encode_text(self, text: str, pair: str | None = None) -> EncodedText:
-        """A classifier's text, or pair of texts, with the special tokens that frame them."""
+    def encode_text(self, text: str, pair: str | None = None, *, most: int | None = None) -> EncodedText:
+        """A classifier's text, or pair of texts, with the special tokens that frame them; cut to ``most`` tokens from the longer one's end,
+        as transformers does."""
         with _text_alone():
             encoding = self.backend.encode(text, pair)
+            if most is not None and len(encoding) > most:
+                self.backend.enable_truncation(most)
+                try:
+                    encoding = self.backend.encode(text, pair)
+                finally:
+                    self.backend.no_truncation()
         return EncodedText(ids=tuple(encoding.ids), types=tuple(encoding.type_ids))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
