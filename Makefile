@@ -90,7 +90,7 @@ $(AUDITWHEEL)/.installed: .ci/constraints.txt
 $(STAMP): pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is older than 3.10: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,data,serve,sweep,dev]'
+	$(PIP) install -q -c .ci/constraints.txt -e '.[cpu,host,data,serve,cluster,sweep,dev]'
 	@touch $@
 
 $(OLD)/.installed: pyproject.toml .ci/constraints-transformers-4.txt

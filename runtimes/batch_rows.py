@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
@@ -114,9 +114,14 @@ class BatchPool:
     def feed(self, row: BatchRow, count: int) -> np.ndarray:
         """Logits behind the next ``count`` tokens of its prompt."""
         ids = np.array(row.prompt[row.fed : row.fed + count], np.int64)
-        logits = self._pool.feed(row.index, ids, row.fed, len(row.prompt))
+        logits = self._pool.feed(row.index, ids, row.fed, len(row.prompt))[-1]
         row.fed += count
         return logits
+
+    def feed_ahead(self, row: BatchRow, ahead: Sequence[int]) -> np.ndarray:
+        """Logits [1 + n, V] behind its last token and behind each of n that may follow; the caller counts in ``fed`` those that do."""
+        ids = np.array([row.continuation.tokens[-1], *ahead], np.int64)
+        return self._pool.feed(row.index, ids, row.fed, len(row.prompt), last=len(ids))
 
     def decode(self) -> np.ndarray:
         """Logits [n, V] behind the last token of every row that decodes."""

@@ -10,6 +10,8 @@ A step feeds waiting prompts, at most one chunk of columns in all, and then one 
 joins costs the running ones no more than a chunk. Rows own rows of a KV cache that is written in place (RowPool), of the least capacity
 class, a power of two, that holds prompt and answer; every class is one run of a step. Prompts take turns, chunk by chunk.
 
+A row that runs alone may be fed tokens ahead (runtimes/speculation.py), of which it keeps those that it chooses.
+
 Every row computes what it would compute alone, to rounding: its chunks are those that it would be fed alone, but for what an earlier prompt
 left in the cache.
 """
@@ -36,6 +38,7 @@ from runtimes.memory import available_memory
 from runtimes.prefixes import Prefixes
 from runtimes.rows import AdapterRows
 from runtimes.session import Session
+from runtimes.speculation import check_speculation, proposed
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
 if TYPE_CHECKING:
@@ -88,8 +91,10 @@ class Batcher:
     ``prefix_bytes``: of answered prompts, kept for those that begin alike; by default a quarter of ``cache_bytes`` more, up to
     PREFIX_BYTES; 0 keeps none.
     ``prefill_chunk``: prompt columns of a step, by default CHUNK; 0 feeds a prompt at once.
+    ``speculate``: tokens at most that a row which runs alone is fed ahead; its answer is the same, to rounding.
 
-    Raises InputError for a bundle whose cache is not written in place, BackendUnavailable on a GPU.
+    Raises InputError for a bundle whose cache is not written in place, and with ``speculate`` for one that has logits of the last token
+    alone; BackendUnavailable on a GPU.
     """
 
     def __init__(
@@ -103,12 +108,14 @@ class Batcher:
         prefix_bytes: int | None = None,
         queue: int = 256,
         prefill_chunk: int | None = None,
+        speculate: int = 0,
     ) -> None:
+        check_speculation(session.bundle, speculate)
         for name, value in {"most_rows": most_rows, "queue": queue}.items():
             if value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
         self._session, self._tokenizer, self._bank = session, tokenizer, bank
-        self._most_rows, self._queue = most_rows, queue
+        self._most_rows, self._queue, self._speculate = most_rows, queue, speculate
         fits = prefill_columns(session, prefill_chunk)
         self._chunk = fits if prefill_chunk is not None or fits is None else min(fits, CHUNK)
         self._row_bytes = bytes_per_token(session.cache_tensors)
@@ -198,8 +205,11 @@ class Batcher:
         self._leave_cancelled()
         self._admit()
         self._feed()
-        for pool in list(self._pools.values()):
-            if pool.decoding:
+        for pool in [pool for pool in self._pools.values() if pool.decoding]:
+            ahead = self._proposed(pool.rows[0]) if self._speculate and self._live() == 1 else []
+            if ahead:
+                self._decode_ahead(pool.rows[0], ahead)
+            else:
                 self._decode(pool)
         with self._changed:
             return bool(self._waiting or self._live())
@@ -331,6 +341,27 @@ class Batcher:
             return
         for row, own in zip(rows, logits, strict=True):
             self._push(row, own)
+
+    def _proposed(self, row: BatchRow) -> list[int]:
+        said = row.continuation.tokens
+        left = row.continuation.settings.max_new_tokens - len(said) - 1  # the last token is said, and not fed
+        return proposed([*row.prompt, *said], min(self._speculate, left))
+
+    def _decode_ahead(self, row: BatchRow, ahead: Sequence[int]) -> None:
+        """One step of several tokens: what the row would not choose, the next step overwrites."""
+        answer = row.continuation
+        try:
+            logits = row.pool.feed_ahead(row, ahead)
+        except Exception as e:  # onnxruntime's own reason
+            self._fail(row, e)
+            return
+        answer.proposed += len(ahead)
+        for guess, own in zip([*ahead, None], logits, strict=True):
+            row.fed += 1
+            self._push(row, own)
+            if row.ticket.done or answer.tokens[-1] != guess:
+                return
+            answer.accepted += 1
 
     def _push(self, row: BatchRow, logits: np.ndarray) -> None:
         """Chooses the row's next token; a row that is over leaves."""

@@ -102,12 +102,14 @@ def open_batcher(
     prefix_bytes: int | None = None,
     queue: int = 256,
     prefill_chunk: int | None = None,
+    speculate: int = 0,
 ) -> Batcher:
     """A batch that requests join and leave while it runs, each with its own adapter of ``bank``, or none; closed at the end of a ``with``.
 
     The session is the batcher's from now on. ``most_rows``: requests that run at once; ``queue``: that wait. ``cache_bytes``: of their KV
     caches, by default half of the memory that is left; ``prefix_bytes``: of answered prompts, for those that begin alike, by default a
-    quarter of that more, up to 512 MB. ``prefill_chunk``: prompt columns of a step, by default 128; 0: a prompt at once.
+    quarter of that more, up to 512 MB. ``prefill_chunk``: prompt columns of a step, by default 128; 0: a prompt at once. ``speculate``:
+    tokens at most that a row which runs alone is fed ahead.
 
     Raises InputError for a session whose KV cache is not written in place, BackendUnavailable on a GPU.
 
@@ -129,6 +131,7 @@ def open_batcher(
         prefix_bytes=prefix_bytes,
         queue=queue,
         prefill_chunk=prefill_chunk,
+        speculate=speculate,
     )
 
 

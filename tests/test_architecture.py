@@ -24,6 +24,7 @@ BACKENDS = {
     "cuda": ("tensorrt/",),
     "llguidance": ("text/grammars.py",),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), ("serving/",)),
+    "ray": ("serving/cluster.py",),
 }
 """A backend is imported only by its own folder of runtimes, and so is what serves, and what holds answers to a schema; onnxruntime also
 writes and reads its own adapter files. starlette and pydantic are fastapi's own."""

@@ -31,6 +31,7 @@ PACKAGES = (
     ("optimum-onnx", "optimum", "optimum's own export"),
     ("optuna", "sweep", "sweep"),
     *((name, "serve", "serve") for name in ("fastapi", "uvicorn", "prometheus_client", "python-multipart")),
+    ("ray", "cluster", "serve --replicas"),
     ("tensorrt", "tensorrt", "TensorRT"),
     ("tensorrt-rtx-cu13", "tensorrt-rtx", "TensorRT-RTX"),
 )

@@ -51,6 +51,7 @@ HOST_EXTRAS = {
     "pydantic": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "ray": "cluster",
 }
 
 

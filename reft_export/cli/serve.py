@@ -10,6 +10,7 @@ import typer
 from reft_export.cli.guard import guarded
 from reft_export.cli.options import Kernel, Threads, check_session_options
 from reft_export.console import err, escape
+from runtimes.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -68,17 +69,32 @@ def serve(
     prefill_chunk: Annotated[
         int | None, typer.Option("--prefill-chunk", min=0, help="Prompt tokens per step; default: 128. 0: all at once.")
     ] = None,
+    speculate: Annotated[
+        int, typer.Option("--speculate", min=0, help="Tokens at most that an answer which runs alone is fed ahead, by prompt lookup.")
+    ] = 0,
     schemas: Annotated[
         bool,
         typer.Option("--schemas/--no-schemas", help="Whether answers may be held to JSON schemas; the start reads the tokenizer for it."),
     ] = True,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            "--replicas",
+            metavar="N|MIN-MAX",
+            help="Processes that answer, on Ray Serve; MIN-MAX: as many as there is to do. Default: this one.",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="HOST:PORT of a Ray cluster for the replicas; default: this machine alone.", show_default=False),
+    ] = None,
     kernel: Kernel = None,
     threads: Threads = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash large files again, too.")] = False,
 ) -> None:
     """Serve a bundle over HTTP by OpenAI's API: the base and every adapter, any mixture of them in one batch."""
     from runtimes.serving.process import serve as serve_bundle
-    from runtimes.serving.settings import ServeSettings
+    from runtimes.serving.settings import BatchSettings, ServeSettings
 
     check_session_options(None, kernel)
     settings = ServeSettings(
@@ -97,19 +113,38 @@ def serve(
     )
     if not settings.api_keys and host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"[yellow]note:[/] {escape(host)} is open to whoever reaches it; --api-key asks for a key")
-    serve_bundle(
-        bundle,
-        settings,
-        host=host,
-        port=port,
+    batch = BatchSettings(
         rows=rows,
         queue=queue,
         cache_bytes=None if cache_mb is None else int(cache_mb * 1e6),
         prefix_bytes=None if prefix_mb is None else int(prefix_mb * 1e6),
         bank_bytes=None if bank_mb is None else int(bank_mb * 1e6),
         prefill_chunk=prefill_chunk,
+        speculate=speculate,
         threads=threads,
         kernel=kernel,
         verify=verify,
-        on_start=lambda address: err.print(f"serving {escape(str(bundle))} at {address}/v1"),
     )
+
+    def on_start(address: str) -> None:
+        err.print(f"serving {escape(str(bundle))} at {address}/v1")
+
+    if replicas is None:
+        if ray_address is not None:
+            raise InputError("--ray-address is for replicas; pass --replicas, too")
+        serve_bundle(bundle, settings, batch, host=host, port=port, on_start=on_start)
+        return
+    least, most = _counts(replicas)
+    from runtimes.serving.cluster import ClusterSettings, serve_cluster
+
+    cluster = ClusterSettings(least=least, most=most, address=ray_address)
+    serve_cluster(bundle, settings, batch, cluster, host=host, port=port, on_start=on_start)
+
+
+def _counts(replicas: str) -> tuple[int, int]:
+    """Of N, or MIN-MAX. Raises InputError before Ray is imported, which takes seconds."""
+    least, _, most = replicas.partition("-")
+    most = most or least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise InputError(f"--replicas is {replicas!r}, expected a number of at least 1, or two as in 1-4")
+    return int(least), int(most)

@@ -402,10 +402,14 @@ class OrtSession(OrtGraph):
         return RowPool(lambda *run: self.run_pool(*run), self._open.io_binding(), cache, rows)
 
     def run_pool(self, pool: RowPool, rows: range, request: StepRequest) -> np.ndarray:
-        """Logits [n, V] of the last column of these rows, after a run of what ``pool`` has bound; a view, good until its next run."""
+        """Logits [n, L, V] of these rows' last L columns, ``request.last`` or 1, after a run of what ``pool`` has bound.
+
+        A view, good until its next run.
+        """
+        last = request.last or 1
         explicit = None if pool.rows is None else _explicit(pool.rows, rows, request)
-        outputs = self._run_bound(pool.binding, self._feeds(request, request.ids.shape[1] - 1, explicit=explicit), pool.in_place)
-        return host_view(outputs["logits"])[:, -1]
+        outputs = self._run_bound(pool.binding, self._feeds(request, request.ids.shape[1] - last, explicit=explicit), pool.in_place)
+        return host_view(outputs["logits"])[:, -last:]
 
     def _bind_cache(self, cache: KvCache, rows: slice) -> None:
         if self._binding is None:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from runtimes.errors import ReftError
 from runtimes.serving.adapter_routes import adapter_routes
+from runtimes.serving.doors import Doors
 from runtimes.serving.gate import Gate, log_to_stderr
 from runtimes.serving.page import page
 from runtimes.serving.refusals import Refusal, error_content, json_response, refusal_of, refusal_of_validation
@@ -28,10 +29,16 @@ def create_app(server: TextServer, *, log: Callable[[str], None] = log_to_stderr
         with Batcher(session, tokenizer, bank) as batcher:
             uvicorn.run(create_app(TextServer(batcher, bank, tokenizer, ServeSettings())))
     """
-    # Its pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="reft-export", version=VERSION, docs_url=None, redoc_url=None)
+    app = operated(server)
     app.include_router(text_routes(server))
     app.include_router(adapter_routes(server))
+    return Gate(app, server, log)
+
+
+def operated(server: Doors) -> FastAPI:
+    """The routes that say how ``server`` is, and what becomes of errors."""
+    # Its pages of documentation would load scripts from elsewhere.
+    app = FastAPI(title="reft-export", version=VERSION, docs_url=None, redoc_url=None)
 
     @app.get("/", include_in_schema=False)
     async def home() -> Response:
@@ -67,4 +74,4 @@ def create_app(server: TextServer, *, log: Callable[[str], None] = log_to_stderr
     def broke(_: Request, error: Exception) -> Response:
         return refusal_of(error).response()  # and the gate is told why
 
-    return Gate(app, server, log)
+    return app

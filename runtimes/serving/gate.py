@@ -14,8 +14,8 @@ from typing import Any
 
 from fastapi.datastructures import Headers
 
+from runtimes.serving.doors import Doors
 from runtimes.serving.refusals import Refusal, refusal_of
-from runtimes.serving.server import TextServer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -40,7 +40,7 @@ def log_to_stderr(line: str) -> None:
 class Gate:
     """An ASGI application around ``app``, which holds the routes. ``log`` takes a line of JSON for each request, without what it asked."""
 
-    def __init__(self, app: Application, server: TextServer, log: Callable[[str], None] = log_to_stderr) -> None:
+    def __init__(self, app: Application, server: Doors, log: Callable[[str], None] = log_to_stderr) -> None:
         self._app, self._server, self._log = app, server, log
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

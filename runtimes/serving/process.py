@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -14,8 +14,10 @@ from runtimes.batching import Batcher, batchable
 from runtimes.errors import ReftError
 from runtimes.open import open_artifact, open_bank, open_session
 from runtimes.serving.app import create_app
+from runtimes.serving.doors import Doors
+from runtimes.serving.gate import Gate
 from runtimes.serving.server import TextServer
-from runtimes.serving.settings import ServeSettings
+from runtimes.serving.settings import BatchSettings, ServeSettings
 from runtimes.text.tokenizer import Tokenizer
 
 LAST_SECONDS = 5
@@ -25,44 +27,43 @@ LAST_SECONDS = 5
 def serve(
     bundle: Path,
     settings: ServeSettings,
+    batch: BatchSettings = BatchSettings(),
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    rows: int = 16,
-    queue: int = 256,
-    cache_bytes: int | None = None,
-    prefix_bytes: int | None = None,
-    bank_bytes: int | None = None,
-    prefill_chunk: int | None = None,
-    threads: int | None = None,
-    kernel: str | None = None,
-    verify: bool = False,
     on_start: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; ``on_start`` is told the address once it listens. Numbers as of Batcher and AdapterBank.
+    """Serves until SIGINT or SIGTERM; ``on_start`` is told the address once it listens.
 
-    Raises what opening the bundle raises, InputError for one that cannot batch, ReftError where nothing can listen there.
+    Raises what ``text_server`` raises, ReftError where nothing can listen there.
     """
-    bound = bind(host, port)  # what fails, fails before anything is loaded
-    try:
-        artifact = open_artifact(bundle, verify=verify)
-        bank = open_bank(artifact, max_bytes=bank_bytes)
-        tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
-        with open_session(artifact, threads=threads, kernel=kernel) as session:
-            batcher = Batcher(
-                *(batchable(session), tokenizer, bank),
-                most_rows=rows,
-                cache_bytes=cache_bytes,
-                prefix_bytes=prefix_bytes,
-                queue=queue,
-                prefill_chunk=prefill_chunk,
-            )
-            with batcher:
-                server = TextServer(batcher, bank, tokenizer, settings)
-                Running(server, bound, on_start).run(sockets=[bound])
-                batcher.close()  # what is left ends now
-    finally:
-        bound.close()
+    # The socket first: what fails, fails before anything is loaded.
+    with closing(bind(host, port)) as bound, text_server(bundle, settings, batch) as server:
+        Running(create_app(server), server, bound, on_start).run(sockets=[bound])
+
+
+@contextmanager
+def text_server(bundle: Path, settings: ServeSettings, batch: BatchSettings) -> Iterator[TextServer]:
+    """The bundle, its session and its batch, until they are closed; what runs then ends.
+
+    Raises what opening the bundle raises, InputError for one that cannot batch.
+    """
+    artifact = open_artifact(bundle, verify=batch.verify)
+    bank = open_bank(artifact, max_bytes=batch.bank_bytes)
+    tokenizer = Tokenizer.load(artifact.folder, artifact.manifest.model)
+    with open_session(artifact, threads=batch.threads, kernel=batch.kernel) as session:
+        batcher = Batcher(
+            *(batchable(session), tokenizer, bank),
+            most_rows=batch.rows,
+            cache_bytes=batch.cache_bytes,
+            prefix_bytes=batch.prefix_bytes,
+            queue=batch.queue,
+            prefill_chunk=batch.prefill_chunk,
+            speculate=batch.speculate,
+        )
+        with batcher:
+            yield TextServer(batcher, bank, tokenizer, settings)
+            batcher.close()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -78,16 +79,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Running(uvicorn.Server):
-    """uvicorn on ``bound``. It stops in two steps: what runs has its grace, then it is told of the end. A second signal ends it at once.
+    """uvicorn on ``bound`` with ``app``, whose doors are ``server``.
 
-    ``options``: of ``create_app``.
+    It stops in two steps: what runs has its grace, then it is told of the end. A second signal ends it at once.
     """
 
-    def __init__(self, server: TextServer, bound: socket.socket, on_start: Callable[[str], None], **options: Any) -> None:
+    def __init__(self, app: Gate, server: Doors, bound: socket.socket, on_start: Callable[[str], None]) -> None:
         grace = server.settings.grace_seconds
         super().__init__(
             uvicorn.Config(
-                create_app(server, **options),
+                app,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,57 +15,46 @@ from runtimes.batching import Batcher
 from runtimes.edits.adapter import read_adapter_config
 from runtimes.edits.adapter_records import positions_of, tied_of
 from runtimes.errors import InputError
+from runtimes.serving.doors import Doors
 from runtimes.serving.edited import EditedTokens, Steered, edited_tokens
 from runtimes.serving.flight import Ask, Flight
 from runtimes.serving.grammars import SchemaCompiler
 from runtimes.serving.metrics import Metrics
 from runtimes.serving.refusals import Refusal
 from runtimes.serving.requests import ChatRequest, CompletionRequest, TextRequest, adapter_of
-from runtimes.serving.settings import Keys, ServeSettings
+from runtimes.serving.settings import ServeSettings
 from runtimes.text.chat import ChatTemplate, trained_without_template
 from runtimes.text.grammars import Grammar
 from runtimes.text.prompts import encode
 from runtimes.text.tokenizer import Tokenizer, check_token_ids
 
-MOST_RETRY = 60
-"""Seconds."""
 
-
-class TextServer:
+class TextServer(Doors):
     """Answers requests for text by ``batcher``, whose thread runs, with the adapters of ``bank``.
 
     Raises InputError for a folder of adapters inside the bundle, and what ``AdapterBank.scan`` raises of it.
     """
 
+    metrics: Metrics
+
     def __init__(self, batcher: Batcher, bank: AdapterBank, tokenizer: Tokenizer, settings: ServeSettings) -> None:
-        self.batcher, self.bank, self.tokenizer, self.settings = batcher, bank, tokenizer, settings
-        self.keys = Keys((*settings.api_keys, *filter(None, (settings.admin_token,)))) if settings.api_keys else Keys(())
-        """Of /v1; none: it is open."""
-        self.admin = Keys(filter(None, (settings.admin_token,)))
+        super().__init__(settings)
+        self.batcher, self.bank, self.tokenizer = batcher, bank, tokenizer
         self.started = int(time.time())
         self.fingerprint = f"fp_{bank.bundle.digest[:12]}"
-        self.stopping = False
         self._template = ChatTemplate.load(bank.bundle.folder)
         self._schemas = SchemaCompiler(tokenizer, bank.bundle.manifest.model.vocab_size, wanted=settings.schemas)
         self._steered: dict[str, Steered] = {}
         """Adapters, as far as somebody asked."""
-        self._admitted = 0
         self._flights: set[Flight] = set()
         self._lock = Lock()
         self._running: Counter[str] = Counter()
         self._changing: set[str] = set()
-        self._seconds = 1.0
-        """That a request takes, lately."""
         if settings.adapters is not None:
             if settings.adapters.resolve().is_relative_to(bank.bundle.folder.resolve()):
                 raise InputError(f"{settings.adapters} lies inside the bundle, which holds its own adapters; choose a folder beside it")
             bank.scan(settings.adapters)
-        self.metrics = Metrics(batcher, bank, lambda: self._admitted)
-
-    @property
-    def retry_after(self) -> int:
-        """Seconds, for those who are sent away."""
-        return max(1, min(MOST_RETRY, math.ceil(self._seconds)))
+        self.metrics = Metrics(batcher, bank, lambda: self.admitted_now)
 
     # --- from a request to tokens ---
 
@@ -154,23 +142,6 @@ class TextServer:
     # --- what runs ---
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A request for text, from when it is read to when it is answered; on the event loop.
-
-        Raises Refusal where too much runs already, or the server stops.
-        """
-        if self.stopping:
-            raise Refusal(503, "the server stops; ask again later", code="stopping", headers={"Retry-After": str(self.retry_after)})
-        if self._admitted >= self.settings.concurrency:
-            message = f"{self._admitted} requests run or wait already; ask again later"
-            raise Refusal(429, message, code="too_many_requests", headers={"Retry-After": str(self.retry_after)})
-        self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
-
-    @contextmanager
     def flight(self, asks: Sequence[Ask], *, best: int | None, streams: bool) -> Iterator[Flight]:
         """On the event loop. At the end its rows are free. Raises Refusal where the adapter is being changed."""
         flight = Flight(asks, best=best, backlog=self.settings.backlog if streams else None, on_token=self.metrics.clock())
@@ -180,7 +151,7 @@ class TextServer:
         try:
             with self._using(asks[0].adapter):
                 yield flight
-            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            self.took(time.monotonic() - start)
         finally:
             timer.cancel()
             flight.close()
@@ -224,11 +195,6 @@ class TextServer:
                 self._changing.discard(name)
                 self._steered.pop(name, None)
 
-    def stop(self, after: float) -> None:
-        """On the event loop: takes no more requests, and ends in so many seconds what runs then."""
-        self.stopping = True
-        asyncio.get_running_loop().call_later(after, self._end_all)
-
-    def _end_all(self) -> None:
+    def end_all(self) -> None:
         for flight in list(self._flights):
-            flight.fail(Refusal(503, "the server stops; ask again later", code="stopping"))
+            flight.fail(self.stops())

@@ -55,6 +55,22 @@ class ServeSettings:
                 raise InputError("an API key or the admin token is empty, or holds more than ASCII letters, digits and signs; give another")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What a process that answers is opened with; numbers as of Batcher and AdapterBank, the last three as of ``open_session``."""
+
+    rows: int = 16
+    queue: int = 256
+    cache_bytes: int | None = None
+    prefix_bytes: int | None = None
+    bank_bytes: int | None = None
+    prefill_chunk: int | None = None
+    speculate: int = 0
+    threads: int | None = None
+    kernel: str | None = None
+    verify: bool = False
+
+
 class Keys:
     """Tells whether a bearer's token is a known one, in a time that says nothing of how alike they are."""
 

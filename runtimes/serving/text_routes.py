@@ -70,7 +70,7 @@ async def _answer(server: TextServer, request: Request, asked: TextRequest) -> R
         if asked.stream:
             return EventStream(flight, _events(flight, shape, server, record), stack.pop_all(), record)
         whole = asyncio.ensure_future(_ends(flight))
-        if not await _unless_gone(whole, request.receive):
+        if not await unless_gone(whole, request.receive):
             record["status"] = GONE
             return Response(status_code=GONE)
         try:
@@ -91,7 +91,7 @@ async def _ends(flight: Flight) -> list[Piece]:
     return [piece async for piece in flight.pieces() if piece.end is not None]
 
 
-async def _unless_gone(work: asyncio.Future[Any], receive: Receive, *others: asyncio.Future[Any]) -> bool:
+async def unless_gone(work: asyncio.Future[Any], receive: Receive, *others: asyncio.Future[Any]) -> bool:
     """Waits for ``work`` or one of ``others``; False, and the work is cancelled, where the client hung up first."""
     gone = asyncio.ensure_future(_gone(receive))
     try:
@@ -138,7 +138,7 @@ class EventStream(Response):
         with self._landing:
             sent = asyncio.ensure_future(self._send(send))
             try:
-                there = await _unless_gone(sent, receive, self._flight.failure)
+                there = await unless_gone(sent, receive, self._flight.failure)
                 if there and not sent.done():
                     await asyncio.wait({sent}, timeout=LAST_WORDS)
                 if not there or not sent.done():

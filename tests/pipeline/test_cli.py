@@ -96,7 +96,8 @@ SURFACE = {
     "serve": {
         "--adapters", "--host", "--port", "--api-key", "--admin-token", "--rows", "--queue", "--concurrency", "--max-tokens",
         "--max-prompt-tokens", "--max-choices", "--max-body-kb", "--max-upload-mb", "--request-seconds", "--grace-seconds", "--cache-mb",
-        "--prefix-mb", "--bank-mb", "--prefill-chunk", "--schemas", "--kernel", "--threads", "--verify",
+        "--prefix-mb", "--bank-mb", "--prefill-chunk", "--schemas", "--kernel", "--threads", "--verify", "--speculate", "--replicas",
+        "--ray-address",
     },
     "parity": {"--model", "--provider", "--kernel", "--full", "--report", "--accept-base", "--verify", "--json"},
     "evaluate": {

@@ -22,6 +22,7 @@ from runtimes.artifacts.bundle import Bundle  # noqa: E402
 from runtimes.bank import AdapterBank  # noqa: E402
 from runtimes.batching import Batcher  # noqa: E402
 from runtimes.ort.session import OrtSession  # noqa: E402
+from runtimes.serving.app import create_app  # noqa: E402
 from runtimes.serving.process import Running, bind  # noqa: E402
 from runtimes.serving.server import TextServer  # noqa: E402
 from runtimes.serving.settings import ServeSettings  # noqa: E402
@@ -79,7 +80,7 @@ def serving(
         running_batch.seconds = slow
         server = TextServer(running_batch, bank, tokenizer, settings)
         with bind("127.0.0.1", 0) as bound:
-            running = Running(server, bound, started.append, log=lines.append)
+            running = Running(create_app(server, log=lines.append), server, bound, started.append)
             thread = Thread(target=lambda: running.run(sockets=[bound]), daemon=True)
             thread.start()
             until(lambda: bool(started))
