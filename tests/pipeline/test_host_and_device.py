@@ -14,7 +14,7 @@ import tiny
 import tiny_encoders
 import tokenizers
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -359,7 +359,13 @@ def test_files_that_are_read_the_same_are_copied_byte_for_byte(make) -> None:
         assert device.tokenizer.encode(text) == base.tokenizer(text)["input_ids"]
 
 
-@given(st.recursive(st.none() | st.text() | st.floats(allow_nan=False), lambda value: st.lists(value) | st.dictionaries(st.text(), value)))
+VALUES = st.recursive(
+    st.none() | st.text() | st.floats(allow_nan=False), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES)
 def test_indentation_is_no_part_of_json(value) -> None:
     for written in (json.dumps(value, indent="\t"), json.dumps(value, indent=3, ensure_ascii=False).replace("\n", "\r\n")):
         shipped = without_indentation(written.encode("utf-8", "surrogatepass"))
