@@ -41,7 +41,7 @@ def _download(model: str) -> Path:
     # Other frameworks' copies, and Mistral's second copy of the weights, are not ours to download.
     text, other = ["*.json", "*.jinja", "*.model", "*.txt"], ["*/*", "consolidated*"]
     try:
-        with without_progress_bars():
+        with without_progress_bars(), without_retry_warnings():
             folder = Path(snapshot_download(model, allow_patterns=[*text, "*.safetensors"], ignore_patterns=other))
             if not any(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(model, allow_patterns=[*text, "pytorch_model*.bin"], ignore_patterns=other))
@@ -51,6 +51,19 @@ def _download(model: str) -> Path:
             "give a folder with config.json, or check the name, the network and `hf auth login`"
         ) from e
     return folder
+
+
+@contextmanager
+def without_retry_warnings() -> Iterator[None]:
+    """What huggingface_hub tries again is not said: what comes of it is one line."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import typer
 
 from reft_export.cli.export import show_forecast, show_result
 from reft_export.cli.guard import guarded, parity_failed
+from reft_export.cli.hub_adapters import here
 from reft_export.cli.options import AcceptBase, AcceptLoss, Adapters, AsJson, DryRun, MinRetention, refuse_given
 from reft_export.console import progress
 from reft_export.parity.quality import MIN_RETENTION, QualityGate
@@ -59,10 +60,11 @@ def add(
             result = remove_adapter(bundle, remove, output=output, force=force, report=report)
         show_result(output or bundle, result, as_json=as_json)
         return
+    adapters = here(adapters)
     if dry_run:
         from reft_export.forecast import forecast_addition
 
-        plan = plan_addition(bundle, adapters or [], model=model, output=output, accept_base=accept_base, force=force)
+        plan = plan_addition(bundle, adapters, model=model, output=output, accept_base=accept_base, force=force)
         show_forecast(forecast_addition(*plan, model), as_json=as_json)
         return
     if model is None:
@@ -72,7 +74,7 @@ def add(
         with progress() as report:
             result = add_adapter(
                 bundle,
-                adapters or [],
+                adapters,
                 model=model,
                 output=output,
                 quality=quality,

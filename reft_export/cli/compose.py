@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reft_export.cli.guard import guarded
+from reft_export.cli.hub_adapters import here
 from reft_export.cli.options import AcceptBase, AsJson, Force, Output
 from reft_export.console import escape, out, print_json, print_table
 
@@ -43,6 +44,7 @@ def compose(
 
     strengths = _strengths(strength or [])
     check_adapter_name(output.resolve().name)
+    adapters = here(adapters)
     if dry_run:
         check_destination(output, force=force, inputs=folders_of(adapters))
         made = composing.compose(load_adapters(adapters), strengths, accept_base=accept_base)

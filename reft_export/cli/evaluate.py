@@ -11,6 +11,7 @@ import typer
 
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
+from reft_export.cli.hub_adapters import here
 from reft_export.cli.options import (
     AcceptBase,
     Adapters,
@@ -114,11 +115,12 @@ def evaluate(
     settings = EvaluationSettings(metrics=metrics, **{name: value for name, value in vars(asked).items() if name != "metric"})
     _refuse_contradictions(context, model, bundles or [])
     check_session_options(runtimes.provider, runtimes.kernel)
-    adapters = load_adapters(adapter or [])
+    folders = here(adapter)
+    adapters = load_adapters(folders)
     for path in data:
         check_source(path)
     artifacts = artifacts_by_name([(path, open_artifact(path)) for path in bundles or []])
-    inputs = [*([] if model is None else [Path(model)]), *data, *folders_of(adapter or []), *(bundles or [])]
+    inputs = [*([] if model is None else [Path(model)]), *data, *folders_of(folders), *(bundles or [])]
     if output is not None:
         check_destination(output, force=force, inputs=inputs)
     if artifacts:

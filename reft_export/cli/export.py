@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reft_export.cli.guard import guarded, parity_failed
+from reft_export.cli.hub_adapters import here
 from reft_export.cli.options import (
     AcceptBase,
     AcceptLoss,
@@ -102,9 +103,10 @@ def export(
     from runtimes.errors import ParityError
 
     check_choice("--format", format, ("bundle", "pyreft"))
+    adapters = here(adapters)
     if format == "pyreft":
         refuse_given(context, GRAPHS, "a graph's, and --format pyreft writes an adapter alone")
-        export_adapter(model, list(adapters or []), output, accept_base=accept_base, force=force, dry_run=dry_run, as_json=as_json)
+        export_adapter(model, adapters, output, accept_base=accept_base, force=force, dry_run=dry_run, as_json=as_json)
         return
     if precision not in ("int8", "int4"):
         refuse_given(context, QUANTIZED, "of quantized weights: -p int8 or int4, which is not asked for")
@@ -131,7 +133,7 @@ def export(
         from reft_export.forecast import forecast_export, refuse_download
 
         refuse_download(model)
-        plan = plan_export(model, list(adapters or []), output, settings, accept_base=accept_base, force=force)
+        plan = plan_export(model, adapters, output, settings, accept_base=accept_base, force=force)
         if not plan.settled:
             from reft_export.exporting.assemble import check_model
 
@@ -140,9 +142,7 @@ def export(
         return
     try:
         with progress() as report:
-            result = export_bundle(
-                model, list(adapters or []), output, settings, quality=quality, accept_base=accept_base, force=force, report=report
-            )
+            result = export_bundle(model, adapters, output, settings, quality=quality, accept_base=accept_base, force=force, report=report)
     except ParityError as e:
         parity_failed(e, as_json=as_json)
         raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reft_export.cli.guard import guarded, parity_failed
+from reft_export.cli.hub_adapters import here
 from reft_export.cli.options import AcceptBase, Adapters, AsJson, Force, Output, Sites, parse_sites
 from reft_export.console import out, print_json, print_parity, progress
 
@@ -49,7 +50,7 @@ def fold(
     from reft_export.folding.fold import fold_bundle
     from runtimes.errors import ParityError
 
-    folders, chosen = list(adapters or []), parse_sites(sites)
+    folders, chosen = here(adapters), parse_sites(sites)
     try:
         with progress() as report:
             result = fold_bundle(

@@ -16,7 +16,10 @@ Model = Annotated[str, typer.Option("--model", "-m", help="The base: a local fol
 Adapters = Annotated[
     list[Path] | None,
     typer.Option(
-        "--adapter", "-a", help="An adapter folder; repeat for several. An adapter's name is its folder's, or is given: NAME=FOLDER."
+        "--adapter",
+        "-a",
+        help="An adapter folder, or its owner/name[@revision] on a Hugging Face hub; repeat for several. An adapter's name is "
+        "its folder's, or is given: NAME=FOLDER.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]

@@ -12,6 +12,7 @@ import typer
 
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
+from reft_export.cli.hub_adapters import folder_here, here
 from reft_export.cli.options import AsJson, DryRun, Force, Model, Output, flag_of, given, refuse_given
 from reft_export.cli.placement import load_placed
 from reft_export.cli.train_options import Aim, Form, Layers, Optimization, Reading, Run, Sources
@@ -82,6 +83,7 @@ def train(
 
     edits = _edits_of(context, layers)
     settings = TrainSettings(**vars(form), **vars(optimization), **aim.settings(), **vars(reading), **vars(run), edits=edits)
+    sources = replace(sources, start=folder_here(sources.start), orthogonal_to=here(sources.orthogonal_to))
     started = None if sources.start is None else load_adapter(sources.start)
     if started is not None:
         settings = _of_form(started, settings, context)

@@ -181,7 +181,7 @@ class Sources:
         Path | None, typer.Option("--base", help="A quantized bundle of the base: train on the exact weights that it ships.")
     ] = None
     start: Annotated[
-        Path | None, typer.Option("--start", help="An adapter folder to go on from; the form of the edit is that adapter's.")
+        Path | None, typer.Option("--start", help="An adapter to go on from, as of export's -a; the form of the edit is that adapter's.")
     ] = None
     head: Annotated[
         bool | None,

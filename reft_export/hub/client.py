@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from reft_export.base.hub import HUB_ID
+from reft_export.base.hub import HUB_ID, without_retry_warnings
 from reft_export.base.model_folder import first_line
 from runtimes.artifacts.bundle import ENGINE_MANIFEST, MANIFEST_FILE
 from runtimes.edits.adapter import CONFIG_FILE
@@ -28,18 +28,14 @@ def asking(repository: str, revision: str | None = None) -> Iterator[None]:
     """Around calls of huggingface_hub alone: whatever they raise is an InputError of one line, and what they try again is not said. A full
     disk is not the hub's fault."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        yield
+        with without_retry_warnings():
+            yield
     except Exception as e:  # the hub's errors, those of the transport under it, which is another from release to release, and ValueError
         if disk_is_full(e):
             raise
         raise InputError(_told(e, repository, revision, constants.ENDPOINT)) from e
-    finally:
-        logging.set_verbosity(before)
 
 
 def _told(e: Exception, repository: str, revision: str | None, hub: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from runtimes.files.folders import UNPROVEN, atomic_folder, claimed, marker
 
 UNLISTED = "genai_config.json"
 """Of a bundle's folder: its user may edit it, so that no manifest lists it."""
+RECORDS = {CONFIG_FILE, MANIFEST_FILE, UNLISTED, PROBES_FILE}
+LARGEST_RECORD = 2**26
+"""Bytes, as no record lists the size of these: a manifest of many adapters is some hundred kB."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,11 +36,20 @@ class Pulled:
     files: int
 
 
-def pull_folder(repository: str, output: Path, *, revision: str | None = None, force: bool = False, report: Report = print) -> Pulled:
+def pull_folder(
+    repository: str,
+    output: Path,
+    *,
+    revision: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    report: Report = print,
+) -> Pulled:
     """Fetches ``repository`` (owner/name) at ``revision`` (a branch, a tag or a commit; None: main) into ``output``, whole or not at all.
 
-    Every file but UNLISTED is held against the digests that the adapter or the bundle itself records, by its own reader, before it is put
-    in place.
+    ``only``: adapter or bundle; None: either. Every file but UNLISTED is held against the digests that the adapter or the bundle itself
+    records, by its own reader, before it is put in place; what a manifest lists is held against its size before it is fetched.
+
     Raises InputError for a hub that does not answer or refuses, and for a repository that holds neither; AdapterError and BundleError for
     one that is damaged, of another version, or names files outside of its folder.
     """
@@ -46,14 +59,21 @@ def pull_folder(repository: str, output: Path, *, revision: str | None = None, f
 
         report(f"asking for {repository}")
         with asking(repository, revision):
-            info = HfApi().model_info(repository, revision=revision)
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        kind = _kind(repository, names)
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+        kind = _kind(repository, set(sizes))
+        if only not in (None, kind):
+            raise InputError(f"{repository} holds a {kind}, and not an {only}; `reft-export pull` fetches it")
+        for name in RECORDS & set(sizes):
+            if (sizes[name] or 0) > LARGEST_RECORD:
+                raise InputError(
+                    f"{repository}: {name} is {sizes[name]} bytes, and {LARGEST_RECORD} at most are read of it; it is none of ours"
+                )
         commit = str(info.sha)
         with atomic_folder(output, force=force) as work, without_progress_bars():
-            fetched = _Fetched(repository, commit, work, report)
+            fetched = _Fetched(repository, commit, work, sizes, report)
             try:
-                content = _read_adapter(fetched, work) if kind == "adapter" else _read_bundle(fetched, work, names)
+                content = _read_adapter(fetched, work) if kind == "adapter" else _read_bundle(fetched, work)
             except (AdapterError, BundleError) as e:  # the scratch folder is gone when this is read
                 raise type(e)(str(e).replace(f"{work}{os.sep}", f"{repository}: ").replace(UNPROVEN, "")) from None
     return Pulled(content=content, commit=commit, files=len(fetched.names))
@@ -67,12 +87,17 @@ def _read_adapter(fetched: _Fetched, work: Path) -> Adapter:
     return load_adapter(work)
 
 
-def _read_bundle(fetched: _Fetched, work: Path, names: set[str]) -> Bundle:
+def _read_bundle(fetched: _Fetched, work: Path) -> Bundle:
     fetched.get(MANIFEST_FILE)
     listed = read_manifest(marker(work, MANIFEST_FILE)).files
     for name in listed:
         check_listed_name(name, work / MANIFEST_FILE)
-    fetched.get(*listed, *({UNLISTED} & names))
+    for name, record in listed.items():
+        if (size := fetched.sizes.get(name)) not in (None, record.size):
+            raise BundleError(
+                f"{work / name} is {size} bytes, its manifest lists {record.size}, and it was not fetched; push the bundle again"
+            )
+    fetched.get(*listed, *({UNLISTED} & set(fetched.sizes)))
     fetched.clear()
     return open_bundle(work, verify=True)
 
@@ -91,8 +116,10 @@ def _kind(repository: str, names: set[str]) -> str:
 class _Fetched:
     """Files of one commit in the folder that is being written."""
 
-    def __init__(self, repository: str, commit: str, work: Path, report: Report) -> None:
+    def __init__(self, repository: str, commit: str, work: Path, sizes: Mapping[str, int | None], report: Report) -> None:
         self._repository, self._commit, self._work, self._report = repository, commit, work, report
+        self.sizes = sizes
+        """Bytes of every file of the commit, as the hub says; None where it does not."""
         self._fresh = work / ".hub"
         """huggingface_hub keeps a record of its own beside what it fetches."""
         self.names: list[str] = []

@@ -87,6 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
             if (at := self._at(found[1], found[2] or "main")) is not None:
                 repository, sha = at
                 siblings = [{"rfilename": name} for name in repository.commits[sha]]
+                if "blobs=" in self.path:
+                    siblings = [{"rfilename": name, "size": len(each)} for name, each in repository.commits[sha].items()]
                 self._json({"id": found[1], "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if (at := self._at(found[1], found[2])) is not None:
