@@ -54,9 +54,9 @@ def checkpoint_of(path: Path) -> Path:
     Raises InputError, in one line, for a file that is cut short or no GGUF file, for an architecture, a type of tensor or a tokenizer
     that transformers does not read, and for a file that lacks tensors.
     """
-    header = _header(path)
-    folder = _cache() / sha256_of(path, remember=True)
+    folder = _folder(path)
     if not (folder / ORIGIN).is_file():
+        header = _header(path)
         _check_architecture(path, header)
         _make(path, folder, header)
     return folder
@@ -64,7 +64,8 @@ def checkpoint_of(path: Path) -> Path:
 
 def rounded(path: Path) -> str:
     """How much of a GGUF file GGUF rounded, in brackets: (211 of 272 tensors rounded by GGUF: Q4_1); "" where nothing."""
-    types = _header(path).counts
+    origin = _folder(path) / ORIGIN  # gguf's reader takes seconds for a vocabulary, and has read these bytes before
+    types: Mapping[str, int] = json.loads(origin.read_bytes())["tensor_types"] if origin.is_file() else _header(path).counts
     found = {name: count for name, count in types.items() if name not in FLOATS}
     return f" ({sum(found.values())} of {sum(types.values())} tensors rounded by GGUF: {', '.join(found)})" if found else ""
 
@@ -73,8 +74,9 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft-export" / "gguf"
+def _folder(path: Path) -> Path:
+    """Of the checkpoint, which is there or not: named by the file's bytes, so that another file never finds it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft-export" / "gguf" / sha256_of(path, remember=True)
 
 
 class _Header(NamedTuple):

@@ -54,6 +54,20 @@ def test_rounded_tensors_are_said_and_used_as_they_are_stored(tmp_path) -> None:
     assert (weight.numpy() == gguf.quants.dequantize(gguf.quants.quantize(asked, kind), kind)).all() and (weight.numpy() != asked).any()
 
 
+def test_a_file_is_read_once_and_what_takes_its_place_is_another_base(tmp_path, monkeypatch) -> None:
+    path = gguf_files.write(tmp_path / "small.gguf", gguf_files.build("llama"), kind=gguf.GGMLQuantizationType.Q8_0)
+    said, name = described(path), "model.layers.1.mlp.up_proj.weight"
+    first = load_base(path).model.get_parameter(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf, "GGUFReader", lambda *_: pytest.fail("its keys take seconds to read"))
+        assert described(path) == said and torch.equal(load_base(path).model.get_parameter(name), first)
+    gguf_files.write(path, gguf_files.build("llama"))
+    assert described(path) == str(path), "before it is made"
+    second = load_base(path).model.get_parameter(name)
+    assert described(path) == str(path), "and after it"
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.slow
 def test_an_adapter_of_the_file_is_exported_with_it(tmp_path) -> None:
     path = gguf_files.write(tmp_path / "small.gguf", gguf_files.build("llama"), kind=gguf.GGMLQuantizationType.Q8_0)
