@@ -63,7 +63,7 @@ def add_adapter(
             if model is None:
                 result = _unheld(made, tuple(given), target, report)
             else:
-                result = _held(made, given, model, target, quality, report, accept_base=accept_base)
+                result = _held(made, given, model, target, quality, report, before=opened, accept_base=accept_base)
             if in_place:
                 copy_unlisted(opened, work)
     return result
@@ -160,9 +160,10 @@ def _held(
     quality: QualityGate,
     report: Report,
     *,
+    before: Bundle,
     accept_base: bool,
 ) -> ExportResult:
     # torch comes with these, and takes seconds: nothing is left that could be refused without it
     from reft_export.adding.held import held_to_eager
 
-    return held_to_eager(made, adapters, model, shown, quality, report, accept_base=accept_base)
+    return held_to_eager(made, adapters, model, shown, quality, report, before=before, accept_base=accept_base)

@@ -31,6 +31,7 @@ from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.golden import InputsByName, Recorded, inputs_of, record_base, record_quantized
 from reft_export.parity.quality import Attempt, QualityGate
 from reft_export.quantizing.given import Given, given_blocks
+from reft_export.quantizing.importance import Squares, input_watcher
 from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from reft_export.tasks.task import TASKS
@@ -94,6 +95,7 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
         cache_shapes(base.model)  # refused before any work, whatever the route
     report("recording what the eager model says")
     inputs = inputs_of(base, plan.adapters)
+    seen: dict[str, Squares] = {}
     recorded = record_base(
         work / "golden",
         base,
@@ -101,6 +103,7 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
         steerers_of(plan.adapters),
         settings.float_type,
         quantized=settings.weight_only is not None,
+        around=input_watcher(seen, base.model, settings.weight_only, settings.float_type),
     )
 
     report("exporting the graph")
@@ -114,7 +117,7 @@ def assemble(work: Path, proof: Path, plan: ExportPlan, settings: ExportSettings
     weights = {name: source for name, source in exported.weights.items() if name in graph.graph.initializers}
     chosen = None
     if settings.weight_only is not None:
-        of = _material(plan, exported, base, inputs, recorded, settings, quality)
+        of = replace(_material(plan, exported, base, inputs, recorded, settings, quality), seen=seen)
         chosen = choose_weights(of, settings.weight_only, quality, report)
         graph = chosen.graph
     stored = _stored(exported, chosen, settings)

@@ -5,8 +5,9 @@ One npz per name, "base" and every adapter; runtimes/artifacts/golden_schema.py 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ NOISE, NOISE_DRAWS = 1e-5, 3
 Arrays = Mapping[str, np.ndarray]
 InputsByName = Mapping[str, Inputs]
 """Of the base, as BASE_GOLDEN, and of every adapter."""
+Around = Callable[[str], AbstractContextManager[object]]
+"""By an adapter's name what is entered while the model, steered by it, is asked."""
+BaseAnswers = Mapping[bytes, Arrays]
+"""What the model says without an adapter, by ``inputs_key``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,14 +55,21 @@ class Recorded:
 
 
 def record_base(
-    folder: Path, base: Base, inputs: InputsByName, steerers: Mapping[str, Steerer], precision: str, *, quantized: bool = False
+    folder: Path,
+    base: Base,
+    inputs: InputsByName,
+    steerers: Mapping[str, Steerer],
+    precision: str,
+    *,
+    quantized: bool = False,
+    around: Around = nullcontext,
 ) -> Recorded:
     """Golden arrays of the base and every adapter into ``folder``; the base is left in ``precision``, a bundle's float type.
 
-    ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then.
+    ``quantized``: its weights will be, and ``record_quantized`` writes the arrays then. ``around``: as of ``fp32_answers``.
     """
     inputs = with_likelihoods(base, inputs) if quantized else inputs
-    fp32 = fp32_answers(base.model, inputs, steerers) if quantized or precision != "fp32" else {}
+    fp32 = fp32_answers(base.model, inputs, steerers, around=around) if quantized or precision != "fp32" else {}
     set_precision(base.model, precision)
     if not quantized:
         record_golden(folder, base.model, inputs, steerers, fp32=fp32 or None)
@@ -119,23 +131,25 @@ def record_golden(
     known: Mapping[str, Arrays] | None = None,
     noisy: bool = False,
     of_base: bool = True,
+    base_known: BaseAnswers | None = None,
     on_name: Callable[[str], None] | None = None,
 ) -> None:
     """Writes ``folder``/<name>.npz. ``model`` carries the weights that ship; ``fp32``: as of ``Recorded``.
 
     ``noisy``: the model quantizes activations, and how far that lets float noise carry is recorded, too. ``of_base``: the base's arrays,
-    too, which a bundle may have already. ``known``: by adapter what this model said before, of the same inputs.
+    too, which a bundle may have already. ``known``: by adapter what this model said before, of the same inputs; ``base_known``: what it
+    said without one, as an adapter's golden arrays hold it, which is less than the base's do.
     """
     folder.mkdir(exist_ok=True)
     names: dict[str, Steerer | None] = {**({BASE_GOLDEN: None} if of_base else {}), **steerers}
     task = TASKS[next(iter(inputs.values())).task]
     answers = task.answers(model, {name: (inputs[name], steerer) for name, steerer in names.items()})
-    base_of = _base_answers(model)
+    base_of = _base_answers(model, base_known)
     for name, steerer in names.items():
         if on_name:
             on_name(name)
         if steerer is None:
-            said = base_of(inputs[name])
+            said = dict(base_of(inputs[name]))
         elif known is not None and name in known:
             said = dict(known[name])
         else:
@@ -157,14 +171,24 @@ def record_golden(
         write_golden(folder / f"{name}.npz", {n: array for n, array in arrays.items() if n in schema.table}, schema)
 
 
-def _base_answers(model: PreTrainedModel) -> Callable[[Inputs], dict[str, np.ndarray]]:
-    """What ``model`` says without an adapter, once for all adapters that are recorded on the same inputs."""
-    found: dict[int, dict[str, np.ndarray]] = {}
+def inputs_key(inputs: Inputs) -> bytes:
+    """The same for inputs that a model says the same of: whatever they are held in, every value counts."""
+    digest = hashlib.sha256(repr(inputs.likelihoods).encode())
+    for name, array in sorted(inputs.arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()
 
-    def said(inputs: Inputs) -> dict[str, np.ndarray]:
-        if id(inputs) not in found:
-            found[id(inputs)] = inputs.said(model)
-        return found[id(inputs)]
+
+def _base_answers(model: PreTrainedModel, known: BaseAnswers | None = None) -> Callable[[Inputs], Arrays]:
+    """What ``model`` says without an adapter, once for all adapters that are recorded on equal inputs; never for those of ``known``."""
+    found = dict(known or {})
+
+    def said(inputs: Inputs) -> Arrays:
+        key = inputs_key(inputs)
+        if key not in found:
+            found[key] = inputs.said(model)
+        return found[key]
 
     return said
 
@@ -174,15 +198,24 @@ def _named(kind: str, said: Arrays) -> dict[str, np.ndarray]:
 
 
 def fp32_answers(
-    model: PreTrainedModel, inputs: InputsByName, steerers: Mapping[str, Steerer], *, of_base: bool = True
+    model: PreTrainedModel,
+    inputs: InputsByName,
+    steerers: Mapping[str, Steerer],
+    *,
+    of_base: bool = True,
+    base_known: BaseAnswers | None = None,
+    around: Around = nullcontext,
 ) -> dict[str, Arrays]:
     """What the float32 model says, for ``record_golden``: arrays fp32_*. By adapter with it and without, which deltas are held to; of the
-    base, unless its arrays are there already, how likely its passages are, where it has any."""
-    base_of = _base_answers(model)
-    found: dict[str, Arrays] = {
-        name: _named("fp32_", inputs[name].said(model, steerer)) | _named("fp32_base_", base_of(inputs[name]))
-        for name, steerer in steerers.items()
-    }
+    base, unless its arrays are there already, how likely its passages are, where it has any.
+
+    ``base_known``: as of ``record_golden``, of this model. ``around``: what else is learned from each adapter's forward passes."""
+    base_of = _base_answers(model, base_known)
+    found: dict[str, Arrays] = {}
+    for name, steerer in steerers.items():
+        with around(name):
+            said = inputs[name].said(model, steerer)
+        found[name] = _named("fp32_", said) | _named("fp32_base_", base_of(inputs[name]))
     if of_base and inputs[BASE_GOLDEN].likelihoods:
         found[BASE_GOLDEN] = {"fp32_log_probabilities": base_of(inputs[BASE_GOLDEN])["log_probabilities"]}
     return found
@@ -201,21 +234,23 @@ def record_quantized(
     of_base: bool = True,
     loaded: bool = False,
     known: Mapping[str, Arrays] | None = None,
+    base_known: BaseAnswers | None = None,
 ) -> None:
     """Golden arrays of ``model`` carrying the graph's dequantized weights, and its fake-quantized activations where a scheme has any.
 
     There, and where its KV cache is rounded, the same without either goes into ``proof``, where exactness is shown; else ``proof`` stays
     empty: what MatMulNBits rounds inside is held to float activations, too. ``of_base``: as of ``record_golden``. ``loaded``: ``model``
-    carries them already; ``known``: by adapter what it said then, with float activations.
+    carries them already; ``known``: by adapter what it said then, with float activations. ``base_known``: as of ``record_golden``, of
+    the model as the bundle ships it.
     """
     if not loaded:
         load_dequantized(model, graph, sources)
     activations, cache = bool(stored_activations(graph)), stored_cache(graph.graph)
     if not activations and cache is None:
-        record_golden(golden, model, inputs, steerers, fp32=fp32, known=known, of_base=of_base)
+        record_golden(golden, model, inputs, steerers, fp32=fp32, known=known, of_base=of_base, base_known=base_known)
         return
     record_golden(proof, model, inputs, steerers, fp32=fp32, known=known, of_base=of_base)
     # What MatMulNBits rounds inside, nobody can follow: the proof of such a graph, its cache rounded or not, is its accuracy level 1.
     rounded = activations_quantized(model, graph, sources) if activations else nullcontext()
     with rounded, rounded_cache(model, cache):
-        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=True, of_base=of_base)
+        record_golden(golden, model, inputs, steerers, fp32=fp32, noisy=True, of_base=of_base, base_known=base_known)

@@ -38,6 +38,7 @@ from reft_export.parity.quality import Attempt, QualityGate, hold_quality
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.calibrate import steered_ranges
 from reft_export.quantizing.given import given_blocks
+from reft_export.quantizing.importance import Squares, input_watcher
 from reft_export.quantizing.refit import load_sources, plan_refit
 from reft_export.quantizing.remedies import keep_steering
 from reft_export.quantizing.sensitivity import MixedPrecision
@@ -192,7 +193,10 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
     report("recording what the float32 model says")
     known = known_inputs(bundle, base)
     inputs = with_likelihoods(base, known)
-    fp32 = fp32_answers(base.model, inputs, steerers)
+    seen: dict[str, Squares] = {}
+    around = input_watcher(seen, base.model, plan.settings, bundle.manifest.precision)
+    fp32 = fp32_answers(base.model, inputs, steerers, around=around)
+    del around
     set_precision(base.model, bundle.manifest.precision)
     material = Material(
         graph=lambda: load_graph(bundle.graph_path),
@@ -206,6 +210,7 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
         ranges=plan.ranges,
         mixed=plan.mixed,
         given=given_blocks(base.folder, bundle.manifest.weights, plan.settings),
+        seen=seen,
     )
     del base
     chosen = choose_weights(material, plan.settings, quality, report)

@@ -24,7 +24,7 @@ from reft_export.eager.steering import Steerer
 from reft_export.parity.quality import Attempt, QualityGate
 from reft_export.quantizing.cache import quantize_cache
 from reft_export.quantizing.given import Given
-from reft_export.quantizing.importance import input_importance
+from reft_export.quantizing.importance import Squares, input_importance
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
 from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
@@ -77,6 +77,8 @@ class Material:
     given: Given = field(default_factory=Given)
     blocks: WeightBlocks = field(default_factory=WeightBlocks)
     """Of every attempt: what one has made, the next one knows."""
+    seen: Mapping[str, Squares] = field(default_factory=dict)
+    """Of ``inputs``, as ``input_importance`` takes it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +101,7 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
     if settings.method == "imatrix":
         report("weighing the inputs of the weights")
         searched = {name: source for name, source in of.sources.items() if name not in of.given.blocks}
-        importance = input_importance(of.model.floats(), searched, of.inputs, of.steerers)
+        importance = input_importance(of.model.floats(), searched, of.inputs, of.steerers, of.seen)
     of = replace(of, blocks=WeightBlocks(importance, of.given.blocks))
     chosen = _enough(of, settings, gate, report)
     if kept := of.given.described(len(chosen.quantized.given), len(chosen.quantized.errors)):

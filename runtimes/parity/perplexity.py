@@ -64,11 +64,13 @@ def predictions(
     engine was built for as many columns."""
     ids = np.array([tokens[:-1]], np.int64)
     width = ids.shape[1]
-    # A bundle with the last logits only says one column's per call.
-    parts = [prompt, *[1] * (width - prompt)] if session.bundle.manifest.logits == "last" else [width]
+    # A bundle with the last logits only says one column's per call; of any other, those of the prompt are not read.
+    only_last = session.bundle.manifest.logits == "last"
+    parts, last = ([prompt, *[1] * (width - prompt)], None) if only_last else ([width], max(width - prompt, 0) + 1)
     widths = [each for part in parts for each in call_widths(part, session.bundle.limits.columns)]
     marked = None if marks is None else marks_of([marks])
-    for _, output in columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths, marks=marked):
+    fed = columns(as_decoder(session), ids, np.ones_like(ids), np.array([prompt], np.int64), widths, marks=marked, last_logits=last)
+    for _, output in fed:
         first = output.past.width - output.logits.shape[1]
         for column in range(max(first, prompt - 1), output.past.width):
             row = output.logits[0, column - first]

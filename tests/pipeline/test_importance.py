@@ -12,8 +12,9 @@ from calibration.weight_only import dequantize, quantize_blocks
 from graph_passes.external import load_graph
 from reft_export.base.load import load_base
 from reft_export.eager.banks import bank_steerer
+from reft_export.parity.golden import fp32_answers
 from reft_export.parity.ladder import stored_inputs
-from reft_export.quantizing.importance import input_importance
+from reft_export.quantizing.importance import input_importance, input_watcher
 from reft_export.quantizing.quantize import quantize_bundle
 from runtimes.artifacts.bundle import BASE_GOLDEN, open_bundle
 
@@ -58,6 +59,25 @@ def test_it_is_the_mean_square_of_the_inputs_with_the_edits_on(seen) -> None:
         return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
     assert apart(found[NAME], expected) < 1e-5 < 0.01 < apart(off, expected)
+
+
+@torch.no_grad()
+def test_adapters_that_were_seen_are_not_run_again(seen, monkeypatch) -> None:
+    bundle, model, inputs, steerers = seen
+    names, squares, nothing = bundle.manifest.weights, {}, {}
+    expected = input_importance(model, names, inputs, steerers)
+    fp32_answers(model, inputs, steerers, around=input_watcher(squares, model, settings_for("weight-only"), "fp32"))
+    for settings, precision in ((settings_for("weight-only"), "fp16"), (settings_for("weight-only", method="rtn"), "fp32"), (None, "fp32")):
+        fp32_answers(model, inputs, steerers, around=input_watcher(nothing, model, settings, precision))
+    assert set(squares) == set(steerers) and not nothing
+
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("an adapter is run again")
+
+    found = input_importance(model, names, inputs, dict.fromkeys(steerers, run), squares)
+    assert set(found) == set(expected) and all(np.array_equal(found[name], expected[name]) for name in found)
+    of_base = input_importance(model, names, {BASE_GOLDEN: inputs[BASE_GOLDEN]}, {}, squares)
+    assert not np.allclose(of_base[NAME], expected[NAME], rtol=1e-2), "what was seen of others counts for them alone"
 
 
 def test_int4_bundles_are_searched_by_it(seen, float_bundle, tmp_path) -> None:

@@ -19,6 +19,7 @@ from reft_export.adding.add import add_adapter
 from reft_export.base.load import Base, load_base
 from reft_export.eager.steering import steered
 from reft_export.exporting.export import ExportSettings, export_bundle
+from reft_export.parity.golden import inputs_key
 from reft_export.parity.ladder import host_ladder
 from reft_export.parity.quality import QualityGate
 from reft_export.quantizing import assemble, weights
@@ -27,6 +28,7 @@ from reft_export.quantizing.settings import CalibrationRequest, RefitSettings
 from reft_export.quantizing.swap import swap_bundle
 from reft_export.tasks import generation
 from reft_export.tasks.probe_rows import probe_rows
+from reft_export.tasks.task import GENERATION
 from reft_export.training.probes import probe_examples
 from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
 from runtimes.edits.adapter import load_adapter, save_adapter
@@ -188,6 +190,39 @@ def test_an_added_adapter_is_recorded_on_its_own_probes(bundle, base_folder, ada
     with pytest.raises(AdapterError, match=r"the adapter's probes do not fit this base: data\[0\]: the prompt has"):
         add_adapter(bundle.folder, [tmp_path / "long"], model=str(base_folder()), output=tmp_path / "c", **QUIET)
     assert not (tmp_path / "c").exists()
+
+
+def test_what_the_base_said_of_known_probes_is_taken_over(bundle, base_folder, adapters, tmp_path, monkeypatch) -> None:
+    """As of an adapter that is trained again on the same data; a probe that differs in one letter is another one."""
+    said, asked = generation.GoldenInputs.said, []
+
+    def counted(inputs, model, steerer=None):
+        asked.append("base" if steerer is None else "steered")
+        return said(inputs, model, steerer)
+
+    monkeypatch.setattr(generation.GoldenInputs, "said", counted)
+    other = (*PROBES[:-1], {**PROBES[-1], "completion": PROBES[-1]["completion"].replace("a", "e")})
+    for name, probes, expected in (("same", PROBES, ["steered"]), ("other", other, ["steered", "base"])):
+        save_adapter(replace(load_adapter(adapters[1]), probes=probes), tmp_path / name)
+        asked.clear()
+        add_adapter(bundle.folder, [tmp_path / name], model=str(base_folder()), output=tmp_path / f"with-{name}", **QUIET)
+        assert asked == expected
+        golden, base = open_bundle(tmp_path / f"with-{name}").golden(name), load_base(base_folder())
+        order = [golden["input_ids"][row][golden["attention_mask"][row] > 0].tolist() for row in range(len(PROBES))]
+        examples = sorted(probe_examples(base, load_adapter(tmp_path / name)), key=lambda each: order.index(list(each.input_ids)))
+        assert np.abs(golden["base_log_probabilities"] - answers(base, None, examples)).max() < 1e-5
+
+
+def test_inputs_are_equal_where_every_value_is(bundle) -> None:
+    arrays = bundle.golden("probed")
+    key = inputs_key(GENERATION.stored_inputs(arrays))
+    assert inputs_key(GENERATION.stored_inputs({name: array.copy() for name, array in arrays.items()})) == key
+    for name in ("input_ids", "attention_mask", "prompt_length", "logit_positions", "logit_columns"):
+        changed = arrays[name].copy()
+        changed.flat[-1] += 1
+        assert inputs_key(GENERATION.stored_inputs({**arrays, name: changed})) != key, name
+    unscored = {name: array for name, array in arrays.items() if name != "log_probabilities"}
+    assert inputs_key(GENERATION.stored_inputs(unscored)) != key
 
 
 class OfSize:
