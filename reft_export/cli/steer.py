@@ -1,9 +1,9 @@
-"""``reft-export steer``."""
+"""``reft-export steer``: from a contrast, or from a rotation and a source."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 
 from reft_export.cli.groups import grouped
 from reft_export.cli.guard import guarded
-from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output
+from reft_export.cli.options import AcceptBase, AsJson, DryRun, Force, Model, Output, flag_of, given, refuse_given
 from reft_export.cli.placement import Device, Dtype, load_placed
 from reft_export.console import escape, out, print_json, print_table, progress
 
@@ -82,6 +82,22 @@ class Lines:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interchanged:
+    """In place of a contrast."""
+
+    rotation: Annotated[
+        Path | None,
+        typer.Option("--rotation", help="An adapter that train --objective interchange wrote; with --source, in place of a contrast."),
+    ] = None
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source", help="A prompt: the adapter sets what the rotation reads to what it reads at this prompt's edited tokens."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """The base's."""
 
@@ -94,24 +110,29 @@ class Placement:
 
 
 def steer(
-    positive: Annotated[
-        Path,
-        typer.Argument(
-            help="JSONL of the side to steer to: prompt and completion, messages, prompt, or text. Alone, every line holds both sides: "
-            "positive and negative, or prompt, positive and negative."
-        ),
-    ],
+    context: typer.Context,
     model: Model,
     output: Output,
     direction: Direction,
     lines: Lines,
+    interchanged: Interchanged,
     placement: Placement,
+    positive: Annotated[
+        Path | None,
+        typer.Argument(
+            help="JSONL of the side to steer to: prompt and completion, messages, prompt, or text. Alone, every line holds both sides: "
+            "positive and negative, or prompt, positive and negative."
+        ),
+    ] = None,
     negative: Annotated[Path | None, typer.Argument(help="JSONL of the side to steer away from, of any number of lines.")] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make an adapter from two sides of a contrast without training: the difference of their means, or its direction taken out."""
+    """Make an adapter from two sides of a contrast without training: the difference of their means, or its direction taken out.
+
+    With --rotation and --source: one that sets a variable, whose rotation was trained, to its value in a source.
+    """
     from reft_export.contrasting.settings import SteerSettings
     from reft_export.training.settings import TrainSettings
     from reft_export.training.sources import check_source
@@ -119,6 +140,11 @@ def steer(
     from runtimes.errors import InputError
     from runtimes.files.folders import check_destination, claimed
 
+    if interchanged.rotation is not None or interchanged.source is not None:
+        _steer_by_source(context, model, output, interchanged, placement, force=force, dry_run=dry_run, as_json=as_json)
+        return
+    if positive is None:
+        raise InputError("steer needs the JSONL of the side to steer to; or --rotation with --source")
     settings = SteerSettings(**vars(direction), **vars(lines))
     placed = TrainSettings(dtype=placement.dtype, device=placement.device)
     if placement.base_bundle is not None and placed.dtype not in ("auto", "float32"):
@@ -147,6 +173,57 @@ def steer(
             return
         result = steer_adapter(base, positive, negative, output, settings, trained_on=trained_on, force=force, report=report)
     _print_json(output, result) if as_json else _print(output, settings, result)
+
+
+def _steer_by_source(
+    context: typer.Context,
+    model: str,
+    output: Path,
+    interchanged: Interchanged,
+    placement: Placement,
+    *,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """From a rotation and a source; writes an adapter like any other."""
+    from reft_export.base.adapters import check_fit
+    from reft_export.training.settings import TrainSettings
+    from runtimes.artifacts.bundle import check_adapter_name, open_bundle
+    from runtimes.edits.adapter import load_adapter, save_adapter
+    from runtimes.edits.form import described
+    from runtimes.errors import InputError
+    from runtimes.files.folders import check_destination, claimed, name_of
+
+    rotation, source = interchanged.rotation, interchanged.source
+    if rotation is None or source is None:
+        raise InputError("--rotation and --source go together: what is set, and to what; give both")
+    others = ("positive", "negative", *(field.name for group in (Direction, Lines) for field in fields(group)))
+    if beside := [name for name in others if given(context, name)]:
+        called = beside[0] if beside[0] in ("positive", "negative") else flag_of(context, beside[0])
+        raise InputError(f"{called} is of a contrast, which --rotation is in place of; leave one of the two out")
+    if dry_run:
+        refuse_given(context, ("dry_run",), "of a contrast, and --rotation takes one forward of the source")
+    placed = TrainSettings(dtype=placement.dtype, device=placement.device)
+    check_adapter_name(output.resolve().name)
+    inputs = [Path(model), rotation, *filter(None, (placement.base_bundle,))]
+    check_destination(output, force=force, inputs=inputs)
+    trained = load_adapter(rotation)
+    bundle = None if placement.base_bundle is None else open_bundle(placement.base_bundle)
+    with claimed(output, force=force, inputs=inputs), progress() as report:
+        base, _ = load_placed(model, bundle, placed, report, weights=True, accept_base=placement.accept_base)
+        check_fit(name_of(rotation), trained, base, accept_base=placement.accept_base)
+        from reft_export.training.interchange import adapter_of_source
+
+        report("reading the source")
+        made = adapter_of_source(base, trained, source)
+        save_adapter(made, output, force=force)
+    sites, positions = [str(site) for site in made.sites], str(made.where)
+    if as_json:
+        print_json({"adapter": str(output), "rotation": trained.digest, "source": source, "sites": sites, "positions": positions})
+        return
+    form = f"{described(made.site_forms)}, {', '.join(sites)}, positions {positions}"
+    out.print(f"{output}: {form}; what {rotation} reads is set to its value in {source!r}", markup=False)
 
 
 def _print_json(output: Path, result: SteerResult) -> None:

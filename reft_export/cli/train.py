@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,8 +50,8 @@ def train(
             "--data",
             "-d",
             help="A JSONL or Parquet file, or a data set's folder: prompt and completion, messages, text, or --format's others; of dpo and "
-            "orpo prompt, chosen and rejected; of a classifier text, label, and for a pair text_pair. Repeat for several, joined in "
-            "their order.",
+            "orpo prompt, chosen and rejected; of interchange prompt, source and completion; of a classifier text, label, and for a pair "
+            "text_pair. Repeat for several, joined in their order.",
         ),
     ],
     output: Output,
@@ -82,7 +82,9 @@ def train(
     from runtimes.files.folders import check_destination, claimed
 
     edits = _edits_of(context, layers)
-    settings = TrainSettings(**vars(form), **vars(optimization), **aim.settings(), **vars(reading), **vars(run), edits=edits)
+    settings = TrainSettings(
+        **_form_of(context, form, aim, edits), **vars(optimization), **aim.settings(), **vars(reading), **vars(run), edits=edits
+    )
     sources = replace(sources, start=folder_here(sources.start), orthogonal_to=here(sources.orthogonal_to))
     started = None if sources.start is None else load_adapter(sources.start)
     if started is not None:
@@ -161,6 +163,16 @@ def _leave_record(result: TrainResult, settings: TrainSettings, output: Path) ->
         err.print(f"note: the history could not be written beside the adapter: {e.strerror}", markup=False)
 
 
+def _form_of(context: typer.Context, form: Form, aim: Aim, edits: Sequence[LayerEdits]) -> dict[str, Any]:
+    """Its settings, with the defaults of an interchange in place of those of completions."""
+    from reft_export.training.settings import INTERCHANGE, ROTATION
+
+    if aim.objective != INTERCHANGE:
+        return vars(form)
+    own = {"positions": "l1"} if edits else {"positions": "l1", "method": ROTATION}
+    return vars(form) | {name: value for name, value in own.items() if not given(context, name)}
+
+
 def _of_form(started: Adapter, settings: TrainSettings, context: typer.Context) -> TrainSettings:
     """``settings`` with the form of the started adapter, and its way of rendering prompts, where the user did not say them."""
     from reft_export.training.settings import OF_EDITS, settings_like
@@ -206,8 +218,10 @@ def _refuse_contradictions(context: typer.Context, settings: TrainSettings, aim:
         raise InputError(f"--base trains on the bundle's weights to the bit, which --dtype {settings.dtype} would round; leave --dtype out")
     if sources.eval_data is not None:
         refuse_given(context, ("eval_fraction",), "what --eval-data is in place of")
-    if settings.objective == "sft":
+    if settings.objective not in ("dpo", "orpo"):
         refuse_given(context, ("beta",), "of --objective dpo or orpo")
+    if settings.objective == "interchange":
+        refuse_given(context, ("probes",), "for answers that an adapter gives by itself, and an interchange's need their sources")
     if aim.distill_system is None:
         refuse_given(context, ("max_new_tokens",), "for answers that --distill-system gives")
     if settings.subspaces:

@@ -80,7 +80,12 @@ class Aim:
 
     objective: Annotated[
         str,
-        typer.Option("--objective", help="sft: completions; dpo, orpo: pairs, of lines with chosen and rejected answers to a prompt."),
+        typer.Option(
+            "--objective",
+            help="sft: completions; dpo, orpo: pairs, of lines with chosen and rejected answers to a prompt; interchange: the rotation of "
+            "distributed alignment search, of lines with prompt, source and completion. Its --method is consreft, its --positions l1 "
+            "unless given.",
+        ),
     ] = "sft"
     beta: Annotated[float, typer.Option("--beta", help="Of dpo, the tie to the base; of orpo, the weight of the odds ratio.")] = 0.1
     distill_system: Annotated[

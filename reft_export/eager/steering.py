@@ -116,6 +116,8 @@ class Steering:
         """bool [B, P], which tokens of each prompt are marked, by their numbers; needed where the rule is ``marked``."""
         self.subspaces: Tensor | None = None
         """[B], which of several edits each row has, where they share a rule: added to its slots (training in subspaces)."""
+        self.sources: Sequence[tuple[int, ...]] = ()
+        """Each row's source, the tokens of a prompt, where edits take the hidden states of one (training of interchanges)."""
         self.rows: slice | None = None
         """The rows that are edited, where others of the batch are another adapter's or the base's; None: all of them."""
         self.slot: Tensor | None = None

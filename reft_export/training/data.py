@@ -236,14 +236,16 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels [B, S] (right-padded to the longest) and prompt_length [B], all int64; and where
-    prompts mark tokens marks [B, P], bool, and where they choose subspaces [B]."""
+    prompts mark tokens marks [B, P], bool, where they choose subspaces [B], and where they have sources [B, P], padded with IGNORED."""
     width = max(len(example.input_ids) for example in examples)
     chosen = [example.subspace for example in examples if example.subspace is not None]
 
     import torch
 
-    def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    def padded(rows: Sequence[Sequence[int]], fill: int, width: int = width) -> torch.Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+    sources = [e.source for e in examples]
 
     return {
         "input_ids": padded([e.input_ids for e in examples], pad_token_id),
@@ -252,4 +254,5 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
         "prompt_length": torch.tensor([e.prompt_length for e in examples]),
         **({"marks": torch.from_numpy(marks_of([e.marks for e in examples]))} if any(e.marks for e in examples) else {}),
         **({"subspaces": torch.tensor(chosen)} if chosen else {}),
+        **({"sources": padded(sources, IGNORED, max(map(len, sources)))} if any(sources) else {}),
     }

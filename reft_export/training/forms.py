@@ -64,6 +64,8 @@ def read_record(record: Mapping[str, Any], where: str, asked: str = AUTO) -> tup
             if "label" in unknown
             else "; pairs are of train --objective dpo or orpo"
             if {"chosen", "rejected"} <= set(unknown)
+            else "; sources are of train --objective interchange"
+            if unknown == ["source"]
             else ""
             if missing
             else f"; --format {name} leaves other keys unread"

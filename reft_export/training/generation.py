@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reft_export.base.load import Base
 from reft_export.base.token_rules import stop_tokens, vocabulary_of
-from reft_export.eager.steering import Steering, steer, steered
+from reft_export.eager.steering import EditFn, Steering, steer, steered
 from reft_export.training.data import Example, Examples, TrainingData, collate, load_data
 from reft_export.training.distilled_data import PromptedTeacher
 from reft_export.training.forms import AsProbe, probe_of_form
@@ -30,6 +30,7 @@ from reft_export.training.teacher import Teacher, teaching
 from reft_export.training.way_choice import choose_way
 from reft_export.training.ways import Batch, Loss, Way, divergence, loss_of
 from runtimes.edits.adapter import Adapter
+from runtimes.edits.edit import Site
 from runtimes.edits.positions import Positions
 from runtimes.errors import InputError
 
@@ -51,6 +52,7 @@ class EditedModel(TrainedModel):
         prompt_length: Tensor,
         marks: Tensor | None = None,
         subspaces: Tensor | None = None,
+        sources: Tensor | None = None,
         reference: Mapping[str, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
@@ -64,6 +66,7 @@ class EditedModel(TrainedModel):
             prompt_length=prompt_length,
             marks=marks,
             subspaces=subspaces,
+            sources=sources,
             reference=None if reference is None else Batch.of(reference, input_ids.device),
         )
         logits = way(batch)
@@ -133,7 +136,7 @@ class CompletionObjective(Objective[Example]):
         model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
         before = self.samples(examples, phase)
         with (
-            steer(model, interventions.edits(), rule=rule, tied=self.settings.tied) as steering,
+            steer(model, self.edits(interventions), rule=rule, tied=self.settings.tied) as steering,
             recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
@@ -148,6 +151,10 @@ class CompletionObjective(Objective[Example]):
             found = self.found(way, interventions, examples)
         notes = (*told, *said, *found)
         return Outcome(history=history, record={} if start is None else self.record(), samples_before=before, notes=notes)
+
+    def edits(self, interventions: Interventions) -> Mapping[Site, EditFn]:
+        """What stands at each site while it is trained."""
+        return interventions.edits()
 
     def trained_model(self, interventions: Interventions, way: Way, loss: Loss) -> TrainedModel:
         return EditedModel(interventions, way, loss)
@@ -187,7 +194,8 @@ def penalized(loss: Loss, weight: float, reference: Reference) -> Loss:
 def greedy_samples(base: Base, examples: Sequence[Example], steering: Steering | None = None) -> tuple[Sample, ...]:
     """Greedy answers to the examples' prompts, in one left-padded batch, and as text what a device gives out for them."""
     prompts, stop = [example.input_ids[: example.prompt_length] for example in examples], stop_tokens(base)
-    answers = greedy_answers(base, prompts, SAMPLE_TOKENS, steering=steering, marks=[example.marks for example in examples])
+    marks, sources = ([getattr(example, name) for example in examples] for name in ("marks", "source"))
+    answers = greedy_answers(base, prompts, SAMPLE_TOKENS, steering=steering, marks=marks, sources=sources)
     # A stop token need not be a special one, which decoding would leave out.
     ended = [answer[:-1] if answer[-1] in stop else answer for answer in answers]
     return tuple(

@@ -21,14 +21,18 @@ def greedy_answers(
     *,
     steering: Steering | None = None,
     marks: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[tuple[int, ...]] = (),
 ) -> list[list[int]]:
     """The answer to each prompt, in one left-padded batch: up to its first stop token, or ``most`` tokens, or as many as the context has
-    room for behind the longest prompt, one at least. ``marks``: the numbers of each prompt's marked tokens."""
+    room for behind the longest prompt, one at least. ``marks``: the numbers of each prompt's marked tokens; ``sources``: each prompt's, of
+    an interchange."""
     width, device = max(map(len, prompts)), base.model.device
     ids = torch.tensor([[*[PAD] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
     room = max(1, min(most, context_of(base) - width))
     marked = None if marks is None else marks_of(marks)
+    if steering is not None:
+        steering.sources = sources
     return greedy_tokens(base.model, ids, mask, room, steering=steering, marks=marked, eos=stop_tokens(base))
 
 

@@ -117,6 +117,11 @@ class Intervention(nn.Module):
         """The edited rows, h + delta."""
         return h + self(h)
 
+    def interchanged(self, h: Tensor, source: Tensor) -> Tensor:
+        """h + R^T (R source - R h) of consreft: the rows h [t, D] with what R reads of ``source`` [t, D] in place of what it reads of h."""
+        values = self.parameters_of()
+        return h + self.dropout(self.method.delta(values | {"s": source @ values["R"].T}, h, self.act))
+
     def edited_in(self, rows: range, h: Tensor) -> Tensor:
         """The rows h edited by a part of the rank alone: h + R_S^T (act(W_S h + b_S) - R_S h) of LoReFT, S = ``rows``."""
         every, part = self.parameters_of(), slice(rows.start, rows.stop)
@@ -191,10 +196,14 @@ class Interventions(nn.Module):
 
     def _slots(self, site: Site) -> list[Callable[[Tensor], Tensor] | None]:
         """What each slot does at a site; None: nothing."""
-        own = [self.intervention(key).edited for key in self.keys[site]]
         if self.subspaces:
             (key,) = self.keys[site]
             return [partial(self.intervention(key).edited_in, rows) for rows in self.subspaces]
+        return [None if each is None else each.edited for each in self.by_slot(site)]
+
+    def by_slot(self, site: Site) -> list[Intervention | None]:
+        """Of every slot the intervention at a site; None: nothing. (In subspaces a slot has a part of the one that there is.)"""
+        own = list(map(self.intervention, self.keys[site]))
         if self.sets is None:
             return list(own)
         number = self.sets.rules.index(self.rules[site])

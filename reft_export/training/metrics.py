@@ -41,10 +41,12 @@ class AnswerMetric:
     def _chosen(self, way: Way) -> list[bool]:
         rows = [(question.prompt, choice) for question in self.questions for choice in self.choices]
         marks = [question.marks for question in self.questions for _ in self.choices] if self._marked else None
+        sources = [question.source for question in self.questions for _ in self.choices]
         found: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found += log_likelihoods(way, rows[part], self.base.model.device, None if marks is None else marks[part])
+            marked = None if marks is None else marks[part]
+            found += log_likelihoods(way, rows[part], self.base.model.device, marked, sources[part])
         width = len(self.choices)
         scores = [found[start : start + width] for start in range(0, len(found), width)]
         return [self.choices[row.index(max(row))] == question.answer for row, question in zip(scores, self.questions, strict=True)]
@@ -62,7 +64,10 @@ class AnswerMetric:
 
     def _greedy(self, steering: Steering, questions: Sequence[Question], most: int) -> list[str]:
         marks = [each.marks for each in questions] if self._marked else None
-        answers = greedy_answers(self.base, [each.prompt for each in questions], most, steering=steering, marks=marks)
+        prompts, sources = ([getattr(each, name) for each in questions] for name in ("prompt", "source"))
+        answers = greedy_answers(self.base, prompts, most, steering=steering, marks=marks, sources=sources)
+        if self.check is None:
+            answers = [a[: len(each.answer)] if each.source else a for a, each in zip(answers, questions, strict=True)]
         return [self._text(answer) for answer in answers]
 
     @property
@@ -95,20 +100,29 @@ def answer_metric(name: str, base: Base, examples: Examples[Example], held_out_d
 
 
 def log_likelihoods(
-    way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device, marks: Sequence[Sequence[int]] | None = None
+    way: Way,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    device: torch.device,
+    marks: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[Sequence[int]] = (),
 ) -> list[float]:
     """log p(answer | prompt) of every (prompt, answer), summed over the answer's tokens, in nats. ``way``: to logits, as in training.
-    ``marks``: the numbers of each prompt's marked tokens."""
-    return [float(each.sum()) for each in token_log_likelihoods(way, rows, device, marks)]
+    ``marks``: the numbers of each prompt's marked tokens; ``sources``: each prompt's, of an interchange."""
+    return [float(each.sum()) for each in token_log_likelihoods(way, rows, device, marks, sources)]
 
 
 def token_log_likelihoods(
-    way: Way, rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device, marks: Sequence[Sequence[int]] | None = None
+    way: Way,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    device: torch.device,
+    marks: Sequence[Sequence[int]] | None = None,
+    sources: Sequence[Sequence[int]] = (),
 ) -> tuple[Tensor, ...]:
-    """[answer's tokens] of every (prompt, answer): log p of each, given all before it, in nats. ``marks``: as of ``log_likelihoods``."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    """[answer's tokens] of every (prompt, answer): log p of each, given all before it, in nats. ``marks``, ``sources``: as of
+    ``log_likelihoods``."""
 
     def padded(fill: int, each: Sequence[Sequence[int]]) -> Tensor:
+        width = max(map(len, each))
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in each], device=device)
 
     batch = Batch(
@@ -117,5 +131,6 @@ def token_log_likelihoods(
         labels=padded(IGNORED, [[*[IGNORED] * len(prompt), *answer] for prompt, answer in rows]),
         prompt_length=torch.tensor([len(prompt) for prompt, _ in rows], device=device),
         marks=None if marks is None else torch.from_numpy(marks_of(marks)),
+        sources=padded(IGNORED, sources) if any(sources) else None,
     )
     return counted_log_likelihoods(way(batch), batch)

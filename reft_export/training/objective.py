@@ -92,6 +92,9 @@ class Objective(ABC, Generic[E]):
     def read(self, data: Lines, max_length: int) -> TrainingData[E]:
         """The tokenized data; raises InputError for a line that cannot be trained on."""
 
+    def check_positions(self, data: TrainingData[E], rule: Positions) -> None:
+        """Raises InputError for examples that cannot be trained at ``rule``, beside those of which it edits no token."""
+
     def as_probe(self) -> AsProbe:
         return probe_as_it_is
 

@@ -23,13 +23,14 @@ from reft_export.training.distillation import DistillationObjective
 from reft_export.training.distilled_data import answered, unanswered
 from reft_export.training.forms import TEXT
 from reft_export.training.generation import CompletionObjective
+from reft_export.training.interchange import InterchangeObjective
 from reft_export.training.interventions import Interventions
 from reft_export.training.objective import Objective, Origin, Phase, tokenizer_of
 from reft_export.training.preference import PreferenceObjective
 from reft_export.training.probes import probes_of
 from reft_export.training.processes import process_count
 from reft_export.training.reporting import check_reporting
-from reft_export.training.settings import LOSS, SFT, TrainSettings
+from reft_export.training.settings import INTERCHANGE, LOSS, SFT, TrainSettings
 from reft_export.training.sources import Data, Lines, Rewritten
 from reft_export.training.statistics import DataStatistics, Run, marked, statistics_of
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
@@ -40,6 +41,8 @@ from runtimes.files.folders import check_destination
 
 
 def _of_decoder(base: Base, settings: TrainSettings, origin: Origin) -> Objective[Any]:
+    if settings.objective == INTERCHANGE:
+        return InterchangeObjective(base, settings, origin)
     if settings.objective != SFT:
         return PreferenceObjective(base, settings, origin)
     return (DistillationObjective if settings.distill_system else CompletionObjective)(base, settings, origin)
@@ -122,6 +125,7 @@ def prepare(
         missing = unanswered(lines) | (set() if held_out_lines is None else unanswered(held_out_lines))
     read = objective.read(lines, settings.max_length or context)
     check_positions(read, rule)
+    objective.check_positions(read, rule)
     held_out = None if held_out_lines is None else _held_out(held_out_lines, read, rule, settings, objective, context)
     training, rest = split(read.examples, settings.eval_fraction, settings.seed)
     examples = Examples(training=training, held_out=rest if held_out is None else list(held_out.examples))
@@ -173,6 +177,7 @@ def _held_out(
         other = trained.examples[0]
         raise InputError(f"{one.where} is {one.form}, and what is trained on is {other.form}: its loss says nothing of the training")
     check_positions(read, rule)
+    objective.check_positions(read, rule)
     return read
 
 

@@ -2,7 +2,7 @@
 
     accuracy      Of the distinct answers of all the data, at most MOST_CHOICES, the one with the largest log p(answer | prompt), over
                   its tokens, is the example's own.
-    exact-match   The greedy answer is the example's own, but for white space around it.
+    exact-match   The greedy answer is the example's own, but for white space around it; of an interchange its beginning is.
     file.py:name  A function of the user's, (answer, the line's record) -> bool, says so of the greedy answer. The file is run.
 
 A prompt is all that stands before an example's last answer, as on a device.
@@ -36,11 +36,14 @@ class Question:
     where: str
     marks: tuple[int, ...] = ()
     """The numbers of the tokens that the prompt marks."""
+    source: tuple[int, ...] = ()
+    """Of an interchange: the prompt's source. The answer is then what the model goes on with, and does not end it."""
 
 
 def question_of(example: Example) -> Question:
     start, end = example.trained[-1]
-    return Question(prompt=example.input_ids[:start], answer=example.input_ids[start:end], where=example.where, marks=example.marks)
+    prompt, answer = example.input_ids[:start], example.input_ids[start:end]
+    return Question(prompt=prompt, answer=answer, where=example.where, marks=example.marks, source=example.source)
 
 
 def check_answers(examples: Iterable[Example], name: str) -> None:

@@ -38,8 +38,10 @@ LOSS, ACCURACY, EXACT_MATCH = METRICS = ("loss", "accuracy", "exact-match")
 SUBSPACES = "subspaces"
 """The key of an adapter's training record: [first row, the one behind the last] by name."""
 
-SFT, DPO, ORPO = OBJECTIVES = ("sft", "dpo", "orpo")
-"""What a decoder is trained by: completions, or pairs of a chosen and a rejected one."""
+SFT, DPO, ORPO, INTERCHANGE = OBJECTIVES = ("sft", "dpo", "orpo", "interchange")
+"""What a decoder is trained by: completions, pairs of a chosen and a rejected one, or interchanges of a prompt with a source."""
+ROTATION = "consreft"
+"""The method that an interchange trains the R of, and whose s a source gives."""
 
 NO_REPORT, *_ = REPORTS = ("none", "tensorboard", "wandb", "mlflow")
 
@@ -87,7 +89,7 @@ class TrainSettings:
 
     objective: str = SFT
     """Of a decoder: sft, completions; dpo or orpo, pairs of a chosen and a rejected one (reft_export/training/preference.py has the
-    formulas)."""
+    formulas); interchange, of consreft (reft_export/training/interchange.py)."""
     beta: float = 0.1
     """Of dpo, the strength of the tie to the base; of orpo, the weight of the odds ratio."""
     distill_system: str = ""
@@ -172,7 +174,10 @@ class TrainSettings:
             _in_range(name, getattr(self, name), 0, below=1)
         _one_of("objective", self.objective, OBJECTIVES)
         if self.objective != SFT:
-            _check_pairs(self)
+            _check_completions(self)
+        if self.objective == INTERCHANGE:
+            _check_interchange(self)
+            object.__setattr__(self, "probes", 0)  # a line's answer needs its own source, which an adapter does not have
         said = [PositionRule.parse(text) for text in (self.positions, *self.all_positions)]
         if not self.tied and not any(rule.first and rule.last for rule in said[1:]):
             raise InputError(f"untied interventions need a prefix and a suffix (f<n>+l<n>); positions are {'; '.join(self.all_positions)}")
@@ -301,12 +306,23 @@ def differing(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [f"{n}: {other.get(n)!r}, now {mine.get(n)!r}" for n in names if mine.get(n) != other.get(n)]
 
 
-def _check_pairs(settings: TrainSettings) -> None:
-    """Raises InputError for settings of completions that mean nothing of pairs."""
+def _check_completions(settings: TrainSettings) -> None:
+    """Raises InputError for settings of completions that mean nothing of another objective."""
     plain = {"distill_system": "", "kl_weight": 0.0, "train_on": "last", "format": AUTO}
+    what = "of prompts and their sources" if settings.objective == INTERCHANGE else "of pairs of them"
     for name, value in plain.items():
         if getattr(settings, name) != value:
-            raise InputError(f"{name} is of completions, and objective {settings.objective} is of pairs of them; leave one of the two out")
+            raise InputError(f"{name} is of completions, and objective {settings.objective} is {what}; leave one of the two out")
+
+
+def _check_interchange(settings: TrainSettings) -> None:
+    """Raises InputError for edits that read nothing of a source, and for positions that a source has no tokens at."""
+    if other := [edit.method for edit in settings.edits or (settings,) if edit.method != ROTATION]:
+        raise InputError(f"objective interchange trains the R of {ROTATION}, and method is {other[0]}; use method {ROTATION}")
+    for text in settings.all_positions:
+        if text in ("all", "marked"):
+            why = "go on behind the prompt" if text == "all" else "are what a prompt marks"
+            raise InputError(f"positions {text} {why}, and a source has no such tokens; use l1, or others of the prompt")
 
 
 def _check_identity(method: str, activation: str) -> None:

@@ -55,6 +55,8 @@ class Example:
     """Which of the run's subspaces edits it."""
     rejected: Example | None = None
     """Of a pair: the answer that is preferred less, behind the same prompt."""
+    source: tuple[int, ...] = ()
+    """Of an interchange: the prompt whose hidden states it takes over."""
 
     @property
     def for_teacher(self) -> Example:

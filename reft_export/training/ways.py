@@ -39,6 +39,8 @@ class Batch:
     prompt_length: Tensor
     marks: Tensor | None = None
     subspaces: Tensor | None = None
+    sources: Tensor | None = None
+    """[B, P]: the tokens of each row's source, IGNORED behind them."""
     reference: Batch | None = None
     """The same completions as a teacher without edits sees them, behind another prompt; None: as they are."""
 
@@ -46,12 +48,16 @@ class Batch:
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Batch:
         """What ``collate`` gave, on ``device``."""
         ids, mask, labels, lengths = (tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels", "prompt_length"))
-        marks, subspaces = tensors.get("marks"), tensors.get("subspaces")
-        return cls(input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, marks=marks, subspaces=subspaces)
+        marks, subspaces, sources = map(tensors.get, ("marks", "subspaces", "sources"))
+        return cls(
+            input_ids=ids, attention_mask=mask, labels=labels, prompt_length=lengths, marks=marks, subspaces=subspaces, sources=sources
+        )
 
     def told(self, steering: Steering) -> None:
         """What a forward of these rows is edited by."""
         steering.prompt_length, steering.marks, steering.subspaces = self.prompt_length, self.marks, self.subspaces
+        rows = [] if self.sources is None else self.sources.tolist()
+        steering.sources = [tuple(token for token in row if token != IGNORED) for row in rows]
 
     @property
     def counted(self) -> Tensor:
