@@ -211,8 +211,11 @@ def _steer_by_source(
     trained = load_adapter(rotation)
     bundle = None if placement.base_bundle is None else open_bundle(placement.base_bundle)
     with claimed(output, force=force, inputs=inputs), progress() as report:
-        base, _ = load_placed(model, bundle, placed, report, weights=True, accept_base=placement.accept_base)
+        base, trained_on = load_placed(model, bundle, placed, report, weights=True, accept_base=placement.accept_base)
         check_fit(name_of(rotation), trained, base, accept_base=placement.accept_base)
+        if trained_on != trained.trained_on:
+            theirs = "the base itself" if trained.trained_on is None else f"the weights of a bundle ({trained.trained_on[:12]})"
+            raise InputError(f"{rotation} was trained on {theirs}, where its source has to be read, too; give --base as train had it")
         from reft_export.training.interchange import adapter_of_source
 
         report("reading the source")

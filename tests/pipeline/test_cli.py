@@ -59,7 +59,7 @@ SURFACE = {
     "steer": {
         "--model", "--output", "--method", "--layers", "--stream", "--from-layer", "--strength", "--positions", "--read",
         "--chat-template", "--max-length", "--batch-size", "--samples", "--probes", "--dtype", "--device", "--base", "--accept-base",
-        "--force", "--dry-run", "--json",
+        "--rotation", "--source", "--force", "--dry-run", "--json",
     },
     "import": {
         "--model", "--output", "--format", "--positions", "--tied", "--activation", "--method", "--stream", "--layers", "--scale",

@@ -61,10 +61,10 @@ def planted(direction: torch.Tensor) -> PreTrainedModel:
             parameter.zero_()
         if "norm" in name:
             parameter.fill_(1.0)
-    table = model.get_input_embeddings().get_parameter("weight")
+    table = model.get_parameter("model.embed_tokens.weight")
     other = torch.randn(table.shape, generator=torch.Generator().manual_seed(3))
     table.copy_(0.3 * (other - (other @ direction)[:, None] * direction))
-    head = model.get_output_embeddings().get_parameter("weight")
+    head = model.get_parameter("lm_head.weight")
     for character, sign in SIGNS.items():
         table[ord(character) - ord("!")] += sign * direction  # the tokenizer's numbers begin with the printable characters
     head[ord("A") - ord("!")], head[ord("B") - ord("!")] = 4 * direction, -4 * direction
@@ -79,6 +79,11 @@ def planted_base() -> tuple[Base, torch.Tensor]:
 def planted_lines() -> list[dict[str, str]]:
     differing = [(a, b) for a in SIGNS for b in SIGNS if SIGNS[a] != SIGNS[b]]
     return [{"prompt": f"say {a}", "source": f"say {b}", "completion": "A" if SIGNS[b] > 0 else "B"} for a, b in differing]
+
+
+def tokens(base: Base, text: str) -> list[int]:
+    assert base.tokenizer is not None
+    return list(base.tokenizer(text).input_ids)
 
 
 def accuracies(result: TrainResult) -> tuple[float, float]:
@@ -110,7 +115,7 @@ def test_an_interchange_is_the_papers_formula() -> None:
     assert np.allclose(got.detach().numpy() @ R.T, s.numpy() @ R.T, atol=1e-5), "what R reads is the source's"
     torch.testing.assert_close(module.interchanged(b, b), b, rtol=0, atol=1e-6)
     got.square().sum().backward()
-    assert module.R.V.grad is not None and module.s.grad is None
+    assert module.get_parameter("R.V").grad is not None and module.get_parameter("s").grad is None
 
 
 def test_a_planted_variable_is_found(tmp_path: Path) -> None:
@@ -128,8 +133,9 @@ def test_a_source_sets_the_variable_of_every_prompt(tmp_path: Path) -> None:
     rotation = train(base, planted_lines(), PLANTED, tmp_path / "found").adapter
     for source, answer in (("say 3", "A"), ("say 4", "B")):
         with steered(base.model, adapter_of_source(base, rotation, source)), torch.no_grad():
-            ids = torch.tensor([base.tokenizer(f"say {character}").input_ids for character in SIGNS])
-            assert base.tokenizer.decode(base.model(input_ids=ids).logits[:, -1].argmax(-1)) == answer * len(SIGNS)
+            ids = torch.tensor([tokens(base, f"say {character}") for character in SIGNS])
+            said = base.model(input_ids=ids).logits[:, -1].argmax(-1).tolist()
+            assert said == tokens(base, answer) * len(SIGNS)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +156,7 @@ def test_an_adapter_of_a_source_is_the_interchange_with_it(form: dict[str, Any],
     assert (made.training["source"], made.training["rotation"]) == ("say what?", rotation.digest)
     trained = Interventions(rotation.site_forms, width=base.info.hidden_size, tied=settings.tied)
     trained.start_from(rotation)
-    ids, source = torch.tensor([base.tokenizer("tell me").input_ids]), tuple(base.tokenizer("say what?").input_ids)
+    ids, source = torch.tensor([tokens(base, "tell me")]), tuple(tokens(base, "say what?"))
     want = exchanged_logits(base, trained, settings.rule, settings.tied, ids, source)
     with torch.no_grad():
         plain = base.model(input_ids=ids).logits
@@ -170,7 +176,7 @@ def test_sites_of_several_rules_each_take_their_own_tokens(base: Base, tmp_path:
     rule = result.adapter.where
     assert isinstance(rule, RuleSets) and result.history[-1].loss < result.history[0].loss
     made = adapter_of_source(base, result.adapter, "be it so")
-    ids = base.tokenizer("be it so").input_ids
+    ids = tokens(base, "be it so")
     seen: dict[Site, torch.Tensor] = {}
 
     def take(site: Site, h: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
@@ -214,9 +220,9 @@ def test_a_completion_has_no_end(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TURNS
     (told,) = load_interchanges(LINES[:1], tokenizer, max_length=64, stop_tokens=(257,)).examples
     for example, prompt, source in ((plain, "say a", "say b"), (told, "<user>say a<assistant>", "<user>say b<assistant>")):
-        assert tokenizer.decode(example.source) == source
-        assert tokenizer.decode(example.input_ids[: example.prompt_length]) == prompt
-        assert tokenizer.decode(example.input_ids[example.prompt_length :]) == "b"
+        assert tokenizer.decode(list(example.source)) == source
+        assert tokenizer.decode(list(example.input_ids[: example.prompt_length])) == prompt
+        assert tokenizer.decode(list(example.input_ids[example.prompt_length :])) == "b"
 
 
 @pytest.mark.parametrize(
