@@ -38,7 +38,7 @@ COPY_GOAL, EMPTY_GOAL = 0.80, 1.15
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``rank`` is None for RED. ``edited`` tokens are the first ones."""
+    """``rank`` is None for RED. ``edited`` tokens are the first ones. ``workspace``: whether the launch gets one where it can use it."""
 
     op: str = "LoReFT"
     dtype: str = "bfloat16"
@@ -47,6 +47,7 @@ class Case:
     width: int = 4096
     rank: int | None = 4
     in_place: bool = False
+    workspace: bool = True
     goal: str | None = None
 
     @property
@@ -78,7 +79,12 @@ CASES = (
     *(Case(op="RED", dtype=dtype, tokens=8192, edited=8192, rank=None) for dtype in DTYPES),
     *(Case(tokens=tokens, edited=8, in_place=True, goal=OF_EMPTY) for tokens in (256, 8192)),
     *(Case(tokens=1, edited=edited, in_place=True) for edited in (0, 1)),
-    *(Case(tokens=tokens, edited=tokens, rank=64, in_place=True) for tokens in (1, 8)),
+    *(
+        Case(tokens=tokens, edited=tokens, rank=rank, in_place=True, workspace=workspace)
+        for rank in (32, 64, 256)
+        for tokens in (1, 8, 32)
+        for workspace in (True, False)
+    ),
     Case(op="RED", tokens=1, edited=1, rank=None, in_place=True),
 )
 
@@ -91,7 +97,7 @@ class Kernels:
         self._op, self._empty = ctypes.CDLL(str(library)), ctypes.CDLL(str(empty)).launch_empty
         self._op.reft_edit_cuda.argtypes = [ctypes.c_int, *[pointer] * 6, *[integer] * 4, *[text] * 2, *[pointer] * 2]
         self._op.reft_red_cuda.argtypes = [ctypes.c_int, *[pointer] * 5, *[integer] * 3, pointer]
-        self._op.reft_edit_cuda_workspace.argtypes = [ctypes.c_int, *[integer] * 3]
+        self._op.reft_edit_cuda_workspace.argtypes = [integer] * 2
         self._op.reft_edit_cuda.restype = self._op.reft_red_cuda.restype = self._op.reft_cuda_architectures.restype = text
         self._op.reft_edit_cuda_workspace.restype = integer
         self._empty.argtypes, self._empty.restype = [integer, ctypes.c_int, pointer], ctypes.c_int
@@ -102,7 +108,9 @@ class Kernels:
 
     def workspace(self, case: Case) -> int:
         """Bytes that the case's launch may use beside its tensors."""
-        return 0 if case.rank is None else self._op.reft_edit_cuda_workspace(DTYPES[case.dtype][0], case.tokens, case.rank, case.width)
+        if case.rank is None or not case.workspace:
+            return 0
+        return self._op.reft_edit_cuda_workspace(case.tokens, case.rank)
 
     def edit(self, case: Case, h: int, y: int, banks: Sequence[int], workspace: int | None, stream: int) -> None:
         """Queues one launch on these addresses; banks: slot and U, A, b or scale, bias. Raises RuntimeError with the library's words."""

@@ -47,16 +47,14 @@ class OnDevice {
 
 }  // namespace
 
-int64_t reft::workspace_bytes(DType dtype, int64_t tokens, int64_t rank, int64_t width) {
-  return reft_edit_cuda_workspace(static_cast<int>(dtype), tokens, rank, width);
-}
+int64_t reft::workspace_bytes(int64_t tokens, int64_t rank) { return reft_edit_cuda_workspace(tokens, rank); }
 
 const char* reft::launch_edit(const Edit& edit, void* stream, void* workspace) {
   const int64_t item = element_size(edit.dtype), rows = edit.tokens * edit.width * item, bank = edit.slots * edit.rank * edit.width * item;
   const bool in_place = edit.h == edit.y;
   const OnDevice h(edit.h, rows), y(edit.y, in_place ? 0 : rows), slot(edit.slot, edit.tokens * sizeof(int32_t));
   const OnDevice U(edit.U, bank), A(edit.A, bank), b(edit.b, edit.slots * edit.rank * item);
-  const OnDevice parts(workspace, workspace == nullptr ? 0 : workspace_bytes(edit.dtype, edit.tokens, edit.rank, edit.width));
+  const OnDevice parts(workspace, workspace == nullptr ? 0 : workspace_bytes(edit.tokens, edit.rank));
   const OnDevice& output = in_place ? h : y;
   const char* error = reft_edit_cuda(static_cast<int>(edit.dtype), h.data, output.data, reinterpret_cast<const int32_t*>(slot.data), U.data,
                                      A.data, b.data, edit.tokens, edit.slots, edit.rank, edit.width,

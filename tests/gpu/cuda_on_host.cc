@@ -23,7 +23,7 @@ cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcp
 const char* cudaGetErrorName(cudaError_t) { return "none"; }
 const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
-int64_t reft_edit_cuda_workspace(int, int64_t tokens, int64_t rank, int64_t) {
+int64_t reft_edit_cuda_workspace(int64_t tokens, int64_t rank) {
   return tokens * rank * static_cast<int64_t>(sizeof(float));
 }
 
@@ -32,7 +32,7 @@ const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slo
                            void* workspace, void*) {
   reft::Edit edit{static_cast<reft::DType>(dtype), {}, {}, h, y, slot, U, A, b, tokens, slots, rank, width};
   if (!reft::parse_activation(activation, &edit.activation) || !reft::parse_activated(activated, &edit.first_half)) return "a wrong name";
-  if (workspace != nullptr) std::memset(workspace, 0, reft_edit_cuda_workspace(dtype, tokens, rank, width));
+  if (workspace != nullptr) std::memset(workspace, 0, reft_edit_cuda_workspace(tokens, rank));
   edit_tokens(edit, 0, tokens, **reft::usable_row_kernels());
   return nullptr;
 }

@@ -18,7 +18,21 @@ PASSED, READY, FAILED, SKIPPED = "passed", "ready", "failed", "skipped"
 NOT_REACHED = "not reached"
 MACHINE = ("card", "compute capability", "driver", "CUDA", "date", "commit")
 """Of the machine's facts, those in the page's first table; the rest is in the JSON."""
-CASE_HEADER = ("op", "type", "tokens", "edited", "width", "rank", "in place", "us", "GB/s", "of the copy", "of an empty kernel", "goal")
+CASE_HEADER = (
+    "op",
+    "type",
+    "tokens",
+    "edited",
+    "width",
+    "rank",
+    "in place",
+    "workspace",
+    "us",
+    "GB/s",
+    "of the copy",
+    "of an empty kernel",
+    "goal",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +110,7 @@ def _case_row(case: Mapping[str, Any]) -> Sequence[str]:
         *map(str, edit),
         _text(case["rank"]),
         "yes" if case["in_place"] else "no",
+        "" if case["workspace"] else "none",
         *(_number(case[name], form) for name, form in (("us", ".2f"), ("gb_per_s", ".0f"), ("of_copy", ".2f"), ("of_empty", ".2f"))),
         goal,
     ]

@@ -140,7 +140,7 @@ def test_cupy_times_replays_of_a_graph() -> None:
     assert on.noted == ORDER
 
 
-@pytest.mark.parametrize("case", bench.CASES, ids=lambda c: f"{c.op}-{c.dtype}-{c.tokens}-{c.edited}-{c.rank}")
+@pytest.mark.parametrize("case", bench.CASES, ids=lambda c: f"{c.op}-{c.dtype}-{c.tokens}-{c.edited}-{c.rank}-{c.workspace}")
 def test_inputs_have_the_shapes_of_the_case(case) -> None:
     if case.row_bytes > 1 << 22:
         case = replace(case, tokens=300, edited=min(case.edited, 300))

@@ -47,7 +47,7 @@ def load(path: Path) -> ctypes.CDLL:
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
     library.reft_edit_cpu.argtypes = [ctypes.c_int, *[pointer] * 6, *[integer] * 4, *[text] * 3]
     library.reft_edit_cuda.argtypes = [ctypes.c_int, *[pointer] * 6, *[integer] * 4, *[text] * 2, *[pointer] * 2]
-    library.reft_edit_cuda_workspace.argtypes = [ctypes.c_int, *[integer] * 3]
+    library.reft_edit_cuda_workspace.argtypes = [integer] * 2
     library.reft_edit_cuda_workspace.restype = integer
     library.reft_red_cpu.argtypes = [ctypes.c_int, *[pointer] * 5, *[integer] * 3, text]
     library.reft_red_cuda.argtypes = [ctypes.c_int, *[pointer] * 5, *[integer] * 3, pointer]

@@ -17,8 +17,8 @@ def launch_on(
 ) -> Launch:
     banks = [device[name].data_ptr() for name in ("slot", "U", "A", "b")]
     names = (activation.encode(), activated.encode())
-    library, (_, rank, width) = load(installed_library()), feeds["U"].shape
-    size = library.reft_edit_cuda_workspace(ELEMENTS[dtype], feeds["slot"].size, rank, width)
+    library = load(installed_library())
+    size = library.reft_edit_cuda_workspace(feeds["slot"].size, feeds["U"].shape[1])
     workspace = torch.full((size // 4,), float("nan"), device="cuda")
 
     def launch(h: torch.Tensor, y: torch.Tensor, stream: int) -> bytes | None:

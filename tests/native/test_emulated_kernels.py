@@ -61,49 +61,50 @@ def test_the_sample_has_every_affordable_pair() -> None:
 
 
 EDIT, RED = "cuda/edit_cuda.cu", "cuda/red_cuda.cu"
-BARRIER, TO_SUMS, TO_Z = "    __syncthreads();\n", "    if (threadIdx.x < R * kRanks) {\n", "  }\n\n  const T* U = a.U + bank;"
-TO_ADD = "\n  if (warp != 0 || !inside) return;"
+BARRIER = "  __syncthreads();\n"
+TO_SUMS, TO_Z, TO_ADD = "  if (threadIdx.x < R * kRanks) {\n", "  }\n\n  const T* U = a.U", "\n  if (warp != 0 || !inside) return;"
+SECOND = "queue(&add_kernel<T, kLanes>, (arguments.width + columns - 1) / columns, kWarps * columns);\n  "
 FAULTS = {
     "no barrier before the sums are read": (EDIT, BARRIER + TO_SUMS, TO_SUMS, "a wrong value"),
-    "no barrier before z is read": (EDIT, BARRIER + TO_Z, TO_Z, "a wrong value"),
-    "half a block's barrier": (EDIT, BARRIER + TO_SUMS, "    if (threadIdx.x < 128) __syncthreads();\n" + TO_SUMS, "barrier"),
+    "no barrier before z is read": (EDIT, "  " + BARRIER + TO_Z, TO_Z, "a wrong value"),
+    "half a block's barrier": (EDIT, BARRIER + TO_SUMS, "  if (threadIdx.x < 128) __syncthreads();\n" + TO_SUMS, "barrier"),
     "a lane that leaves": (
         EDIT,
-        "if (k >= ranks) break;",
-        "if (threadIdx.x == 3) return;\n        if (k >= ranks) break;",
+        "if (first_k >= ranks) break;",
+        "if (threadIdx.x == 3) return;\n      if (first_k >= ranks) break;",
         "a shuffle that",
     ),
     "unaligned h": (EDIT, " && aligned(edit.h)", "", "misaligned address"),
     "unaligned A": (EDIT, " && aligned(edit.A)", "", "misaligned address"),
     "unaligned bias": (RED, " && aligned(edit.bias)", "", "misaligned address"),
-    "one column too many": (EDIT, "d < a.width; d += stride) {\n      Lanes", "d <= a.width; d += stride) {\n      Lanes", "a wrong value"),
+    "one column too many": (EDIT, "d < a.width; d += stride) {\n    Lanes", "d <= a.width; d += stride) {\n    Lanes", "a wrong value"),
     "one token too many": (RED, "if (token >= a.tokens)", "if (token > a.tokens)", "heap-buffer-overflow"),
     "an offset of 32 bits": (
         EDIT,
-        "bank = static_cast<int64_t>(slot) * a.rank * a.width",
-        "bank = slot * a.rank * static_cast<int>(a.width)",
+        "a.A + (static_cast<int64_t>(slot) * a.rank + k0) * a.width",
+        "a.A + (slot * a.rank + k0) * static_cast<int>(a.width)",
         "overflow",
     ),
-    "no barrier before the warps' sums are added": (EDIT, BARRIER[2:] + TO_ADD, TO_ADD, "a wrong value"),
-    "a part that nobody writes": (
+    "no barrier before the warps' sums are added": (EDIT, BARRIER + TO_ADD, TO_ADD, "a wrong value"),
+    "ranks that no block takes": (EDIT, "(arguments.rank + kRanks - 1) / kRanks,", "arguments.rank / kRanks,", "a wrong value"),
+    "columns that no block takes": (EDIT, "(arguments.width + columns - 1) / columns,", "arguments.width / columns,", "a wrong value"),
+    "z of another token": (EDIT, "kRanks, shared, a.z + token * a.rank", "kRanks, shared, a.z", "a wrong value"),
+    "the second kernel first": (
         EDIT,
-        "if (lane_of_warp == 0 && k0 + k < a.rank)",
-        "if (lane_of_warp == 0 && k0 + k < a.rank - 1)",
+        "if (const cudaError_t error = queue(&project",
+        SECOND + "if (const cudaError_t error = queue(&project",
         "a wrong value",
     ),
-    "a chunk that reaches beyond the row": (
-        EDIT,
-        "if (!inside || k0 + k >= a.rank) break;",
-        "if (k0 + k >= a.rank) break;",
-        "heap-buffer-overflow",
-    ),
+    "a rank beyond the last": (EDIT, "if (k >= a.rank) continue;", "if (k > a.rank) continue;", "heap-buffer-overflow"),
+    "columns beyond the row": (EDIT, "inside && k0 < a.rank", "k0 < a.rank", "heap-buffer-overflow"),
+    "too small a workspace": (EDIT, "? tokens * rank * static", "? (tokens * rank - 1) * static", "heap-buffer-overflow"),
     "too little shared memory": (EDIT, "kRanks + arguments.rank)", "kRanks + arguments.rank - 1)", "use-after-poison"),
 }
 """What is planted: the file, a text in it and what takes its place, and what is said of it."""
 SEEN_BY = [
-    f"{op} float32 {tokens} 64 {rank} 2 2 0 {pattern} {in_place} {beside} {workspace} {falling} 1"
+    f"{op} float32 {tokens} {width} {rank} 2 2 0 {pattern} {in_place} {beside} {workspace} {falling} 1"
     for op in FACTORS["op"]
-    for tokens, rank, workspace, pattern in ((3, 5, 0, "random"), (1030, 5, 0, "random"), (3, 33, 1, "all"))
+    for tokens, width, rank, workspace, pattern in ((3, 64, 5, 0, "random"), (1030, 64, 5, 0, "random"), (3, 200, 41, 1, "all"))
     for in_place in (0, 1)
     for beside in FACTORS["beside"]
     for falling in (0, 1)

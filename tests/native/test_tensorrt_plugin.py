@@ -240,9 +240,9 @@ def test_enqueue_forwards_what_it_got(host_library, plugin_on_host, dtype, leadi
 def test_the_workspace_is_that_of_a_profiles_largest_shapes(host_library, plugin_on_host) -> None:
     host = Host(host_library, plugin_on_host)
     lowest, highest = ([[1, t, 40], [1, t], [n, r, 40], [n, r, 40], [n, r]] for t, n, r in ((1, 1, 1), (7, 3, 64)))
-    # As launch_on_host.cc makes it: type, tokens, rank, width.
-    assert host.workspace(host.create(), "float16", lowest, highest) == 10_007_064_040
-    assert host.workspace(host.create(), "bfloat16", lowest, lowest) == 16_001_001_040
+    # As launch_on_host.cc makes it: tokens and rank.
+    assert host.workspace(host.create(), "float16", lowest, highest) == 7_064
+    assert host.workspace(host.create(), "bfloat16", lowest, lowest) == 1_001
 
 
 def test_a_failed_launch_is_reported(host_library, plugin_on_host) -> None:
@@ -438,7 +438,7 @@ def test_in_tensorrt_rtx_compiled_for_it(tensorrt_rtx, tmp_path) -> None:
     launcher = tmp_path / "no_launcher.cc"
     launcher.write_text(
         '#include "cuda/edit_cuda.h"\n'
-        "int64_t reft::workspace_bytes(DType, int64_t, int64_t, int64_t) { return 0; }\n"
+        "int64_t reft::most_workspace_bytes(int64_t, int64_t) { return 0; }\n"
         'const char* reft::launch_edit(const Edit&, void*, void*) { return "no kernel"; }\n'
         'const char* reft::launch_edit(const RedEdit&, void*) { return "no kernel"; }\n'
     )

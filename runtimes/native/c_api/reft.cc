@@ -96,11 +96,11 @@ const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slo
   return reft::run_on_cuda("LoReFT", edit, stream, workspace);
 }
 
-int64_t reft_edit_cuda_workspace(int dtype, int64_t tokens, int64_t rank, int64_t width) {
+int64_t reft_edit_cuda_workspace(int64_t tokens, int64_t rank) {
 #ifdef REFT_CUDA
-  return reft::workspace_bytes(static_cast<reft::DType>(dtype), tokens, rank, width);
+  return reft::workspace_bytes(tokens, rank);
 #else
-  static_cast<void>(dtype), static_cast<void>(tokens), static_cast<void>(rank), static_cast<void>(width);
+  static_cast<void>(tokens), static_cast<void>(rank);
   return 0;
 #endif
 }

@@ -18,11 +18,11 @@ REFT_EXPORT const char* reft_edit_cpu(int dtype, const void* h, void* y, const i
                                       const char* activated, const char* kernels);
 
 // The same on device pointers, queued on stream (a cudaStream_t, null for the default one) of the thread's current device. workspace: null,
-// or reft_edit_cuda_workspace's bytes of the device, which few tokens of a high rank take to spread over it.
+// or reft_edit_cuda_workspace's bytes of the device, which few tokens of a high rank take to spread over its SMs.
 REFT_EXPORT const char* reft_edit_cuda(int dtype, const void* h, void* y, const int32_t* slot, const void* U, const void* A, const void* b,
                                        int64_t tokens, int64_t slots, int64_t rank, int64_t width, const char* activation,
                                        const char* activated, void* workspace, void* stream);
-REFT_EXPORT int64_t reft_edit_cuda_workspace(int dtype, int64_t tokens, int64_t rank, int64_t width);
+REFT_EXPORT int64_t reft_edit_cuda_workspace(int64_t tokens, int64_t rank);
 
 // RED: scale and bias [slots, width].
 REFT_EXPORT const char* reft_red_cpu(int dtype, const void* h, void* y, const int32_t* slot, const void* scale, const void* bias,

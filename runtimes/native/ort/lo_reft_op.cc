@@ -90,6 +90,10 @@ Status read_attribute(const Api* api, const KernelInfo* info, const char* name, 
   return refused(api, "LoReFT: attribute %s is a list, a tensor or a graph, expected a string", name);
 }
 
+void release_memory(const Kernel& kernel) {
+  if (kernel.memory != nullptr) ReleaseAllocator::call(kernel.api, kernel.memory);
+}
+
 Status create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) {
   char activation[64], activated[64];
   if (Status status = read_attribute(api, info, "activation", "", activation, sizeof activation)) return status;
@@ -101,12 +105,23 @@ Status create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info,
   if (!parse_activated(activated, &kernel.first_half)) {
     return refused(api, "LoReFT: attribute activated is '%s', expected all or first_half", activated);
   }
+  if (kernel.on_cuda) {
+    if (Status status = KernelInfoGetAllocator::call(api, info, kMemoryDefault, &kernel.memory)) return status;
+  }
   *out = new (std::nothrow) LoReftKernel(kernel);
-  return *out != nullptr ? nullptr : CreateStatus::call(api, kFail, "LoReFT: out of memory");
+  if (*out != nullptr) return nullptr;
+  release_memory(kernel);
+  return CreateStatus::call(api, kFail, "LoReFT: out of memory");
+}
+
+void destroy_kernel(void* state) {
+  const auto* kernel = static_cast<LoReftKernel*>(state);
+  release_memory(*kernel);
+  delete kernel;
 }
 
 }  // namespace
 
-const Definition kLoReft = {"LoReFT", 5, create_kernel, compute, [](void* kernel) { delete static_cast<LoReftKernel*>(kernel); }};
+const Definition kLoReft = {"LoReFT", 5, create_kernel, compute, destroy_kernel};
 
 }  // namespace reft::ort

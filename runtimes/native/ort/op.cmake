@@ -35,6 +35,7 @@ if(REFT_SANITIZE)
 endif()
 
 if(TARGET reft_cuda)
+  target_sources(reft_ort PRIVATE ort/queue_on_cuda.cc)
   target_link_libraries(reft_ort PRIVATE reft_cuda)
 endif()
 

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "cpu/edit_cpu.h"
-#include "cuda/edit_cuda.h"
 #include "ort/ort_abi.h"
 #include "ort/statistics.h"
 #include "reft/edit.h"
@@ -48,6 +47,7 @@ struct Kernel {
   const char* op;
   DType dtype;
   bool on_cuda;
+  Allocator* memory = nullptr;  // the provider's, where the op takes scratch from it
 };
 inline Kernel kernel_of(const CustomOp* op, const Api* api) {
   const Op& self = *static_cast<const Op*>(op);
@@ -99,17 +99,18 @@ int64_t tokens_of(const Tensor& h);
 // Elements that one thread copies in about ten microseconds: less work does not pay for waking another.
 constexpr int64_t kWorthSharing = 1 << 18;
 
+#ifdef REFT_CUDA
+// Queues the edit on the provider's stream and returns at once.
+Status queue_edit(const Kernel& kernel, const Context* context, const Edit& edit);
+Status queue_edit(const Kernel& kernel, const Context* context, const RedEdit& edit);
+#endif
+
 // The edit, queued on the provider's stream or computed on the session's threads. row_cost: what editing a row costs on the CPU, where
 // copying it costs 1.
 template <class AnyEdit>
 Status run_edit(const Kernel& kernel, Context* context, const AnyEdit& edit, int64_t row_cost) {
 #ifdef REFT_CUDA
-  if (kernel.on_cuda) {
-    void* stream = nullptr;
-    if (Status status = GetComputeStream::call(kernel.api, context, &stream)) return status;
-    const char* error = launch_edit(edit, stream);
-    return error == nullptr ? nullptr : refused(kernel.api, "%s: CUDA launch failed: %s", kernel.op, error);
-  }
+  if (kernel.on_cuda) return queue_edit(kernel, context, edit);
 #endif
   const int64_t edited = count_edited(edit.slot, edit.tokens, edit.slots);
   if (edited == 0 && edit.h == edit.y) return nullptr;

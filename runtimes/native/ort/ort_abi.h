@@ -21,10 +21,20 @@ struct ShapeInfo;   // OrtTensorTypeAndShapeInfo
 struct ShapeInferContext;
 struct Domain;          // OrtCustomOpDomain
 struct SessionOptions;  // OrtSessionOptions
+struct MemoryInfo;      // OrtMemoryInfo
+
+// The first members of OrtAllocator.
+struct Allocator {
+  uint32_t version;
+  void* (*Alloc)(Allocator*, size_t);
+  void (*Free)(Allocator*, void*);
+  const MemoryInfo* (*Info)(const Allocator*);
+};
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
 
 constexpr int kElementInt32 = 6;  // ONNX TensorProto.INT32
+constexpr int kMemoryDefault = 0;  // OrtMemTypeDefault: the provider's own
 
 struct Api {
   const void* position[1];
@@ -64,11 +74,14 @@ using GetInput = ApiFunction<90, Status(const Context*, size_t, const Value**)>;
 using GetOutput = ApiFunction<91, Status(Context*, size_t, const int64_t*, size_t, Value**)>;              // 1
 using ReleaseStatus = ApiFunction<93, void(Status)>;                                                       // 1
 using ReleaseShapeInfo = ApiFunction<99, void(ShapeInfo*)>;                                                // 1
+using ReleaseAllocator = ApiFunction<132, void(Allocator*)>;                                               // 4
 using GetComputeStream = ApiFunction<193, Status(const Context*, void**)>;                                 // 10
 using GetInputShapeInfo = ApiFunction<268, Status(const ShapeInferContext*, size_t, ShapeInfo**)>;         // 17
 using SetOutputShapeInfo = ApiFunction<270, Status(const ShapeInferContext*, size_t, const ShapeInfo*)>;   // 17
 using SetSymbolicDimensions = ApiFunction<271, Status(ShapeInfo*, const char**, size_t)>;                  // 17
 using ParallelFor = ApiFunction<274, Status(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>;  // 17
+using GetScratchBuffer = ApiFunction<277, Status(const Context*, const MemoryInfo*, size_t, void**)>;      // 18
+using KernelInfoGetAllocator = ApiFunction<278, Status(const KernelInfo*, int, Allocator**)>;              // 18
 using GetTypeAndShapeReference = ApiFunction<414, Status(const Value*, int*, const int64_t**, size_t*)>;   // 25
 
 // The API version that our OrtCustomOp is laid out for; asking for more would promise members that are not there.

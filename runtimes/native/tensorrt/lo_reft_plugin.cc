@@ -80,10 +80,7 @@ class Plugin final : public EditPlugin {
 
   // For the largest shapes of the profile.
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t, const DynamicPluginTensorDesc*, int32_t) const noexcept override {
-    DType dtype;
-    const nvinfer1::Dims &h = inputs[kH].max, &U = inputs[kU].max;
-    if (!parse_type(inputs[kH].desc.type, &dtype)) return 0;
-    return static_cast<size_t>(workspace_bytes(dtype, tokens_of(h), U.d[1], h.d[h.nbDims - 1]));
+    return static_cast<size_t>(most_workspace_bytes(tokens_of(inputs[kH].max), inputs[kU].max.d[1]));
   }
 
   int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* data, void* const* outputs, void* workspace,

@@ -249,7 +249,7 @@ void run(const Case& c, Tally* tally) {
 
   char* const y = c.in_place ? h.data : other.data;
   const Banks banks{first.data, second.data, b.data};
-  const int64_t workspace_bytes = c.op == "RED" || !c.workspace ? 0 : reft::workspace_bytes(dtype, c.tokens, c.rank, c.width);
+  const int64_t workspace_bytes = c.op == "RED" || !c.workspace ? 0 : reft::workspace_bytes(c.tokens, c.rank);
   Array workspace(workspace_bytes, 1, 0);
   std::memset(workspace.data, 0xff, workspace_bytes);
   emulation::falling = c.falling != 0;
