@@ -59,17 +59,22 @@ def test_activations(activation, activated) -> None:
 
 
 @pytest.mark.gpu
-def test_captured_in_a_cuda_graph() -> None:
-    feeds = draw(0, (64,), 128, 4, 2, "float32")
+@pytest.mark.parametrize(("tokens", "rank"), [(64, 4), (8, 64)])
+def test_captured_in_a_cuda_graph(tokens, rank) -> None:
+    """The second is spread, in two kernels."""
+    feeds = draw(0, (tokens,), 128, rank, 2, "float32")
     device = on_gpu(feeds, "float32")
     check_captured(feeds, device, launch_on(feeds, device, "float32"), check)
 
 
 @pytest.mark.gpu
-def test_on_the_cuda_provider() -> None:
-    for dtype in ("float32", "float16"):
-        feeds = draw(0, (2, 40), 64, 4, 2, dtype)
-        check(cuda_provider_session(op_model(dtype)).run(None, feeds)[0], feeds, dtype)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_the_cuda_provider(dtype) -> None:
+    """Also few tokens of a high rank, whose workspace is the provider's."""
+    session = cuda_provider_session(op_model(dtype))
+    for leading, rank in (((2, 40), 4), ((1, 5), 64), ((2, 16), 33), ((1, 5), 64)):
+        feeds = draw(0, leading, 64, rank, 2, dtype)
+        check(session.run(None, feeds)[0], feeds, dtype)
 
 
 def test_without_a_gpu_the_error_has_a_name() -> None:
