@@ -21,7 +21,7 @@ from reft_export.training.data import Example, Examples, Tokenized
 from reft_export.training.frozen_prefix import frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
-from reft_export.training.way_choice import LEAST_PASSES, PrefixPlan, passes_over, plan_prefixes
+from reft_export.training.way_choice import LEAST_PASSES, PrefixPlan, kept_layers, passes_over, plan_prefixes
 from runtimes.edits.positions import Positions
 
 KEPT = 1.5
@@ -47,6 +47,10 @@ class Footprint:
     activations: float
     cache: float
     """Of prompts' unedited tokens."""
+    kept_layers: int
+    """Those below the first edit whose output is computed once; 0: every step computes them."""
+    layers: float
+    """Of that output."""
     reference: float
     """Of what the base says without the edits."""
     optimizer: float
@@ -57,7 +61,7 @@ class Footprint:
 
     @property
     def memory(self) -> float:
-        return self.activations + self.cache + self.reference + self.optimizer
+        return self.activations + self.cache + self.layers + self.reference + self.optimizer
 
 
 def footprint(
@@ -90,11 +94,14 @@ def footprint(
     vocabulary = output_rows(model) if decoder else 0
     logits = 4.0 * (LOGIT_COPIES + (REFERENCE_COPIES if reference else 0)) * size * counted * vocabulary
     trained = sum(p.numel() for p in interventions.parameters())
-    cache = 0.0
+    cache = below = 0.0
+    layers = 0 if plan is None else kept_layers(interventions.sites, examples, settings)
+    stored = {"auto": value, "float32": 4}.get(settings.cache_dtype, 2)
+    if plan is not None and layers:
+        below = min(settings.cache_mb * 1e6, (plan.tokens - (plan.prefix if plan.splits else 0)) * width * stored)
     if plan is not None and plan.kept:
-        stored = {"auto": value, "float32": 4}.get(settings.cache_dtype, 2)
-        cache = min(settings.cache_mb * 1e6, plan.prefix * _cache_values(model, len(blocks)) * stored)
-    work, said = _work(linear, first, rows, rule, plan, settings), 0.0
+        cache = min(settings.cache_mb * 1e6 - below, plan.prefix * _cache_values(model, len(blocks)) * stored)
+    work, said = _work(linear, first, layers, rows, rule, plan, settings), 0.0
     if reference:
         once = settings.cache_mb > 0 and passes_over(examples, settings) >= LEAST_PASSES
         often = 1.0 if once else passes_over(examples, settings)
@@ -104,6 +111,8 @@ def footprint(
     return Footprint(
         activations=kept * value + logits,
         cache=cache,
+        kept_layers=layers,
+        layers=below,
         reference=said,
         optimizer=4.0 * OPTIMIZER_COPIES * trained,
         work=work,
@@ -120,14 +129,17 @@ def steps_of(examples: Sequence[Tokenized], settings: TrainSettings) -> int:
 def _work(
     linear: Sequence[tuple[int, int]],
     first: int,
+    layers: int,
     rows: Sequence[Tokenized],
     rule: Positions,
     plan: PrefixPlan | None,
     settings: TrainSettings,
 ) -> float:
-    """A forward through every layer, a backward through those from the first edited one on; a kept prefix once, another in every step."""
+    """A forward through every layer but the first ``layers``, which are computed once, a backward through those from the first edited one
+    on; a kept prefix once, another in every step. A decoder's pads cost nothing."""
     below, above = (sum(weights for weights, _ in each) for each in (linear[:first], linear[first:]))
-    with_graph = below + (3 if settings.gradient_checkpointing else 2) * above
+    kept = sum(weights for weights, _ in linear[:layers])
+    with_graph = below + (3 if settings.gradient_checkpointing else 2) * above - kept
     size, splits = settings.batch_size, plan is not None and plan.splits
     if settings.group_by_length:
         rows = sorted(rows, key=lambda row: row.length)
@@ -135,7 +147,14 @@ def _work(
     rest = [row.length - count for row, count in zip(rows, frozen, strict=True)]
     passes = steps_of(rows, settings) * size * settings.gradient_accumulation / len(rows)
     often = 1.0 if plan is not None and plan.kept else passes
-    return passes * _padded(rest, size) * with_graph + (often * _padded(frozen, size) * (below + above) if splits else 0.0)
+    step = _padded(rest, size) if plan is None else _real(rest, size)
+    once = _padded([row.length for row in rows], size) * kept
+    return once + passes * step * with_graph + (often * _padded(frozen, size) * (below + above) if splits else 0.0)
+
+
+def _real(lengths: Sequence[int], size: int) -> int:
+    """Tokens that cost what all batches do, without their pads."""
+    return sum(lengths) + FEW * math.ceil(len(lengths) / size)
 
 
 def _padded(lengths: Sequence[int], size: int) -> int:

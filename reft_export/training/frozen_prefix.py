@@ -3,14 +3,11 @@
 Attention is causal, so a token is touched by the edits of itself and of those before it. With positions at the prompt's end
 (``l<n>``) all tokens before them have the base's keys and values in every layer. A store keeps these for as many examples as fit into its
 bytes; those of others are computed for each batch anew, without a graph. Training then runs the rest of a row over them.
-
-An example's keys and values are computed in one group of examples, whatever batch asks for them: which one it is in decides the last bits,
-and a resumed run must have those of the uninterrupted one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +17,8 @@ from transformers import DynamicCache
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead, computes_nothing
 from reft_export.training.data import Tokenized
+from reft_export.training.kept_states import KeptStates, Tokens, padded
 from runtimes.edits.positions import Positions, RuleSets
-
-Tokens = tuple[int, ...]
 
 
 def frozen_tokens(rule: Positions, prompt_length: int, first_counted: int) -> int:
@@ -58,50 +54,22 @@ class FrozenCache(DynamicCache):
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
-class PrefixStore:
+class PrefixStore(KeptStates[Tokens]):
     """Keys and values of prefixes by their tokens, [2 layers, H, P, D] each."""
 
     def __init__(self, head: CountedHead, steering: Steering, *, dtype: torch.dtype, pad_token_id: int) -> None:
+        super().__init__()
         self._head, self._steering, self._dtype, self._pad = head, steering, dtype, pad_token_id
-        self._kept: dict[Tokens, Tensor] = {}
 
-    @property
-    def size(self) -> int:
-        """Bytes that are kept."""
-        return sum(states.numel() * states.element_size() for states in self._kept.values())
+    def tokens_of(self, key: Tokens) -> int:
+        return len(key)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def keep(self, prefixes: Sequence[Tokens], *, limit: int, group: int, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Computes and keeps as many of ``prefixes``, from the first on, as ``limit`` bytes hold, ``group`` at a time."""
-        different = list(dict.fromkeys(filter(None, prefixes)))
-        if not different:
-            return
-        token = self.token_bytes(different[0])
-        chosen: list[Tokens] = []
-        for prefix in different:
-            limit -= token * len(prefix)
-            if limit < 0:
-                break
-            chosen.append(prefix)
-        chosen.sort(key=len)
-        for first in range(0, len(chosen), group):
-            each = chosen[first : first + group]
-            self._kept |= zip(each, (states.clone() for states in self._compute(each)), strict=True)
-            on_step(min(first + group, len(chosen)), len(chosen))
-
-    def token_bytes(self, prefix: Tokens) -> int:
-        """What one token takes."""
-        (states,) = self._compute([prefix[:1]])
-        return states.numel() * states.element_size()
+    def one_token(self, key: Tokens) -> Tokens:
+        return key[:1]
 
     def cache_of(self, prefixes: Sequence[Tokens]) -> tuple[FrozenCache, Tensor]:
         """(the rows' keys and values, their mask [B, T]), left-padded, so that a row's tokens stand in one piece with those that follow."""
-        kept = [self._kept.get(prefix) for prefix in prefixes]
-        missing = [prefix for prefix, states in zip(prefixes, kept, strict=True) if states is None]
-        computed = iter(self._compute(missing) if missing else ())
-        found = [next(computed) if states is None else states for states in kept]
+        found = self.found(prefixes)
         width, dtype = max(map(len, prefixes)), self._head.model.dtype
         layers, heads, _, size = found[0].shape
         states = found[0].new_zeros((layers, len(found), heads, width, size), dtype=dtype)
@@ -113,13 +81,11 @@ class PrefixStore:
         return FrozenCache(states), mask
 
     @torch.no_grad()
-    def _compute(self, prefixes: Sequence[Tokens]) -> list[Tensor]:
-        model, width = self._head.model, max(map(len, prefixes))
-        ids = torch.tensor([[*each, *[self._pad] * (width - len(each))] for each in prefixes], device=model.device)
-        mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in prefixes], device=model.device)
+    def compute(self, keys: Sequence[Tokens]) -> list[Tensor]:
+        ids, mask = padded(keys, self._pad, self._head.model.device)
         cache = DynamicCache()
         with self._steering.switched_off():
             self._head.logits(computes_nothing(ids), input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         states = torch.stack([layer.keys for layer in layers] + [layer.values for layer in layers]).to(self._dtype)
-        return [states[:, row, :, : len(each)] for row, each in enumerate(prefixes)]
+        return [states[:, row, :, : len(each)] for row, each in enumerate(keys)]

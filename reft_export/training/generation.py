@@ -22,6 +22,7 @@ from reft_export.training.interventions import Interventions
 from reft_export.training.loop import TrainedModel
 from reft_export.training.metrics import AnswerMetric, answer_metric
 from reft_export.training.objective import Loop, Objective, Origin, Outcome, Phase, Sample, tokenizer_of
+from reft_export.training.real_tokens import on_real_tokens
 from reft_export.training.recomputed import recomputed_blocks
 from reft_export.training.reference import Reference, kept_reference
 from reft_export.training.settings import TrainSettings
@@ -136,15 +137,16 @@ class CompletionObjective(Objective[Example]):
         model, teacher, start = self.base.model, self.origin.teacher, self.origin.start
         before = self.samples(examples, phase)
         with (
+            on_real_tokens(model) as real,
             steer(model, self.edits(interventions), rule=rule, tied=self.settings.tied) as steering,
-            recomputed_blocks(model, steering) if self.settings.gradient_checkpointing else nullcontext(),
+            recomputed_blocks(model, steering, real) if self.settings.gradient_checkpointing else nullcontext(),
             nullcontext() if teacher is None or start is None else teaching(teacher, start) as lesson,
         ):
             loss, kept, told = self.loss(steering, examples, lesson, phase)
             rows, mine = self.rows(examples), self.settings
             size = mine.batch_size * len(rows.training) // len(examples.training)
             settings = replace(mine, batch_size=size, cache_mb=max(0, mine.cache_mb - math.ceil(kept / 1e6)))
-            way, said = choose_way(self.base, interventions.to(model.device), steering, rule, rows, settings, phase)
+            way, said = choose_way(self.base, interventions.to(model.device), steering, real, rule, rows, settings, phase)
             phase("training")
             measure = None if metric is None else partial(metric.measure, steering, way)
             history = loop(self.trained_model(interventions, way, loss), measure)

@@ -5,8 +5,8 @@ transformers' own wants the model in training mode, in which a base's dropout ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,37 +14,29 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from reft_export.eager.steering import Steering, decoder_layers
+from reft_export.training.real_tokens import RealTokens
+from reft_export.training.replaced import Forward, replaced_forwards
 
 
-@contextmanager
-def recomputed_blocks(model: PreTrainedModel, steering: Steering) -> Iterator[None]:
-    """Every block of the steered ``model``, inside the ``with``. Edits inside a block see the slots of their own forward again; edits of
-    its input and output are outside of it."""
-    blocks = list(decoder_layers(model))
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = _recomputed(block.forward, steering)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+def recomputed_blocks(model: PreTrainedModel, steering: Steering, real: RealTokens | None = None) -> AbstractContextManager[None]:
+    """Every block of the steered ``model``, inside the ``with``. Edits inside a block see the slots of their own forward again, and its
+    modules the same ``real`` tokens; edits of its input and output are outside of it."""
+    return replaced_forwards(decoder_layers(model), partial(_recomputed, steering, real or RealTokens()))
 
 
-def _recomputed(forward: Callable[..., Any], steering: Steering) -> Callable[..., Any]:
+def _recomputed(steering: Steering, real: RealTokens, forward: Forward) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        slot = steering.slot
+        then = steering.slot, real.seen
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            now, steering.slot = steering.slot, slot
+            now = steering.slot, real.seen
+            steering.slot, real.seen = then
             try:
                 return forward(*args, **kwargs)
             finally:
-                steering.slot = now
+                steering.slot, real.seen = now
 
         return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 

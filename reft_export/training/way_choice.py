@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,15 @@ from reft_export.console import size
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, Examples, collate
-from reft_export.training.frozen_prefix import PrefixStore, Tokens, frozen_of
+from reft_export.training.frozen_layers import LayerStore, Row, frozen_layers
+from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
+from reft_export.training.kept_states import Tokens
 from reft_export.training.objective import Phase
+from reft_export.training.real_tokens import RealTokens
 from reft_export.training.settings import TrainSettings
 from reft_export.training.ways import Batch, Way, Ways, difference
+from runtimes.edits.edit import Site
 from runtimes.edits.positions import Positions
 from runtimes.generation import PAD
 
@@ -58,46 +62,88 @@ def passes_over(examples: Examples[Any], settings: TrainSettings) -> float:
     return seen / len(examples.training) if settings.max_steps else float(settings.epochs)
 
 
+def kept_layers(sites: Iterable[Site], examples: Examples[Any], settings: TrainSettings) -> int:
+    """The layers whose output is computed once of each example; 0: none, or every step computes them."""
+    return frozen_layers(sites) if passes_over(examples, settings) >= LEAST_PASSES and settings.cache_mb > 0 else 0
+
+
+HEAD, REAL, LAYERS, PREFIX = "head", "real", "layers", "prefix"
+"""What a way can leave out: logits, pads, layers below the first edit, tokens before it."""
+COMPUTED = {
+    HEAD: "every logit is computed: on the counted tokens alone, the head gave",
+    REAL: "pads are computed, too: on the real tokens alone, the layers gave",
+    LAYERS: "every layer is computed in every step: behind those below the first edit, the others gave",
+    PREFIX: "every token is computed in every step: apart from the others, the unedited ones gave",
+}
+
+
 def choose_way(
     base: Base,
     interventions: Interventions,
     steering: Steering,
+    real: RealTokens,
     rule: Positions,
     examples: Examples[Example],
     settings: TrainSettings,
     phase: Phase,
 ) -> tuple[Way, tuple[str, ...]]:
-    """(the way, what is to be said of it)."""
-    model, plan = base.model, plan_prefixes(rule, examples, settings)
-    ways = Ways(head=CountedHead(model), steering=steering, rule=rule)
-    pad = pad_token(base)
+    """(the way, what is to be said of it). ``real``: the handle of the base's modules."""
+    model, plan, layers = base.model, plan_prefixes(rule, examples, settings), kept_layers(interventions.sites, examples, settings)
+    head, pad = CountedHead(model), pad_token(base)
     pad = PAD if pad is None else pad
     batch = _tried(model, examples, rule, pad, min(settings.batch_size, 2))
     parameters = [p for p in interventions.parameters() if p.requires_grad]
+    plain = Ways(head=head, steering=steering, rule=rule).plain
+
+    def way_of(parts: Sequence[str], dtype: torch.dtype) -> tuple[Way, PrefixStore | None, LayerStore | None]:
+        below = LayerStore(model, steering, layers, dtype=dtype, pad_token_id=pad) if LAYERS in parts else None
+        before = PrefixStore(head, steering, dtype=dtype, pad_token_id=pad) if PREFIX in parts else None
+        ways = Ways(head=head, steering=steering, rule=rule, real=real if REAL in parts else None, layers=below)
+        return (ways.counted if before is None else ways.behind_prefix(before)), before, below
+
+    def differs(parts: Sequence[str]) -> str | None:
+        return difference(way_of(parts, model.dtype)[0], plain, batch, parameters, model.dtype)
+
+    wanted = [HEAD, REAL, *([LAYERS] if layers else []), *([PREFIX] if plan.splits else [])]
     training = interventions.training
     interventions.eval()  # no dropout: both ways are to give the same
     try:
-        notes: list[str] = []
-        if plan.splits:
-            phase("trying the prompts' unedited tokens apart")
-            store = PrefixStore(ways.head, steering, dtype=_stored(model, settings), pad_token_id=pad)
-            exact = PrefixStore(ways.head, steering, dtype=model.dtype, pad_token_id=pad)
-            differs = difference(ways.behind_prefix(exact), ways.plain, batch, parameters, model.dtype)
-            if differs is None:
-                said = f"{plan.prefix} of {plan.tokens} tokens stand before the first edited one and are computed without a graph"
-                if plan.kept:
-                    _keep(store, rule, examples, settings, phase)
-                    said += f"; those of {len(store)} prompts once, kept in {size(store.size)}"
-                return ways.behind_prefix(store), (said,)
-            notes.append(f"every token is computed in every step: apart from the others, the unedited ones gave {differs}")
-        differs = difference(ways.counted, ways.plain, batch, parameters, model.dtype)
-        if differs is None:
-            return ways.counted, tuple(notes)
-        return ways.plain, (*notes, f"every logit is computed: on the counted tokens alone, the head gave {differs}")
+        phase("trying to leave out of a step what its loss does not need")
+        parts, notes = _agreed(wanted, differs)
+        if HEAD not in parts:
+            return plain, tuple(notes)
+        way, before, below = way_of(parts, _stored(model, settings))
+        if below is not None:  # first: of a byte, more is saved than with a prefix
+            _keep_layers(below, rule if before is not None else None, examples, settings, phase)
+            of = "the layer" if layers == 1 else f"the {layers} layers"
+            notes.append(f"what {of} below the first edit put out is computed once of {len(below)} examples, kept in {size(below.size)}")
+        if before is not None:
+            said = f"{plan.prefix} of {plan.tokens} tokens stand before the first edited one and are computed without a graph"
+            if plan.kept:
+                _keep(before, rule, examples, settings, phase, used=0 if below is None else below.size)
+                said += f"; those of {len(before)} prompts once, kept in {size(before.size)}"
+            notes.insert(0, said)
+        return way, tuple(notes)
     except torch.OutOfMemoryError:
-        return ways.plain, ("every token and logit is computed: there was no memory to try another way",)
+        return plain, ("every token and logit is computed: there was no memory to try another way",)
     finally:
         interventions.train(training)
+
+
+def _agreed(wanted: Sequence[str], differs: Callable[[Sequence[str]], str | None]) -> tuple[Sequence[str], list[str]]:
+    """(what agrees with the plain way, what is to be said of the others): all at once, else one after the other."""
+    if differs(wanted) is None:
+        return wanted, []
+    parts, notes = list[str](), list[str]()
+    for part in wanted:
+        gave = differs([*parts, part])
+        if gave is None:
+            parts.append(part)
+            continue
+        notes.append(f"{COMPUTED[part]} {gave}")
+        if part == HEAD:  # which the others build on
+            break
+    return parts, notes
 
 
 def _stored(model: PreTrainedModel, settings: TrainSettings) -> torch.dtype:
@@ -112,7 +158,16 @@ def _tried(model: PreTrainedModel, examples: Examples[Example], rule: Positions,
     return Batch.of(collate(chosen, pad_token_id=pad), model.device)
 
 
-def _keep(store: PrefixStore, rule: Positions, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
+def _keep(store: PrefixStore, rule: Positions, examples: Examples[Example], settings: TrainSettings, phase: Phase, *, used: int) -> None:
+    """``used``: bytes of the memory that is allowed."""
     prefixes: Sequence[Tokens] = [example.input_ids[: frozen_of(rule, example)] for example in (*examples.training, *examples.held_out)]
     phase(f"computing the unedited tokens of {len(prefixes)} prompts")
-    store.keep(prefixes, limit=int(settings.cache_mb * 1e6), group=settings.batch_size)
+    store.keep(prefixes, limit=int(settings.cache_mb * 1e6) - used, group=settings.batch_size)
+
+
+def _keep_layers(store: LayerStore, rule: Positions | None, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
+    """``rule``: of a way behind prefixes, which asks for the tokens from the first edited one on."""
+    every = (*examples.training, *examples.held_out)
+    rows: Sequence[Row] = [(example.input_ids, 0 if rule is None else frozen_of(rule, example)) for example in every]
+    phase(f"computing the layers below the first edit, of {len(rows)} examples")
+    store.keep(rows, limit=int(settings.cache_mb * 1e6), group=settings.batch_size)

@@ -4,13 +4,16 @@ plain           every token with a graph from the first edited layer on, every l
 counted         the same, with the head on counted tokens alone (counted.py)
 behind prefix   the tokens before a row's first edited one without a graph, or from a store, and the rest over them (frozen_prefix.py)
 
+The faster ones leave out pads (real_tokens.py) and the layers below the first edit (frozen_layers.py), where they are told to.
+
 Whether a family takes a faster way is not looked up but tried: loss and gradients of two examples, the shortest and the longest, must be
 those of the plain way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +22,9 @@ from torch.nn import functional as F
 
 from reft_export.eager.steering import Steering
 from reft_export.training.counted import CountedHead
+from reft_export.training.frozen_layers import LayerStore
 from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
+from reft_export.training.real_tokens import RealTokens
 from reft_export.training.tokenizing import IGNORED
 from runtimes.edits.positions import Positions
 
@@ -83,14 +88,19 @@ class Ways:
     head: CountedHead
     steering: Steering
     rule: Positions
+    real: RealTokens | None = None
+    """Tells the base's modules which tokens are no pads; None: pads are computed, too."""
+    layers: LayerStore | None = None
+    """What the layers below the first edit put out; None: they are computed."""
 
     def plain(self, batch: Batch) -> Tensor:
         batch.told(self.steering)
         return self.head.every_logit(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def counted(self, batch: Batch) -> Tensor:
-        batch.told(self.steering)
-        return self.head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        with self._left_out(batch, batch.attention_mask, [0] * len(batch.input_ids)):
+            batch.told(self.steering)
+            return self.head.logits(batch.counted, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def behind_prefix(self, store: PrefixStore) -> Way:
         def way(batch: Batch) -> Tensor:
@@ -103,17 +113,30 @@ class Ways:
             columns = start + torch.arange(int((lengths - start).max()), device=start.device)
             real = columns < lengths
             columns = columns.clamp(max=batch.input_ids.shape[1] - 1)
-            batch.told(self.steering)
-            return self.head.logits(
-                batch.counted.gather(1, columns),
-                input_ids=batch.input_ids.gather(1, columns),
-                attention_mask=torch.cat([mask, real.long()], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-                **({"position_ids": columns} if self.head.takes_positions else {}),
-            )
+            with self._left_out(batch, real, frozen):
+                batch.told(self.steering)
+                return self.head.logits(
+                    batch.counted.gather(1, columns),
+                    input_ids=batch.input_ids.gather(1, columns),
+                    attention_mask=torch.cat([mask, real.long()], dim=1),
+                    past_key_values=cache,
+                    use_cache=True,
+                    **({"position_ids": columns} if self.head.takes_positions else {}),
+                )
 
         return way
+
+    @contextmanager
+    def _left_out(self, batch: Batch, mask: Tensor, starts: Sequence[int]) -> Iterator[None]:
+        """Inside, a forward of the batch's tokens from ``starts`` [B] on leaves out what it need not compute. ``mask``: of these tokens."""
+        with ExitStack() as stack:
+            if self.layers is not None:
+                lengths = batch.attention_mask.sum(1).tolist()
+                rows = zip(batch.input_ids.tolist(), lengths, starts, strict=True)
+                stack.enter_context(self.layers.entered([(tuple(ids[:length]), start) for ids, length, start in rows]))
+            if self.real is not None:
+                stack.enter_context(self.real.of(mask))
+            yield
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:

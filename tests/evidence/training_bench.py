@@ -10,8 +10,10 @@ hook stands in for it and is named so.
 
     plain      every logit behind the shortest prompt: a step before there were other ways
     counted    the head on counted tokens alone
-    prefix     the tokens before the edit without a graph, computed anew each step: a first epoch
-    kept       the same, from the store: later epochs
+    real       the same, and linear maps on real tokens alone, never on pads: a first epoch where the prompt's first tokens are edited
+    layers     the same, behind the kept output of the layers below the first edit: later epochs there
+    prefix     counted, and the tokens before the edit without a graph, computed anew each step: a first epoch with the prompt's last
+    kept       the same from the store, with real tokens and kept layers: later epochs there
 
 ``--memory``: one process a contestant; the growth of its peak memory over the loaded base in three steps.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import random
 import subprocess
 import sys
 import time
@@ -37,8 +40,10 @@ from reft_export.base.load import load_base
 from reft_export.eager.steering import edit_rows, steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate, load_data
+from reft_export.training.frozen_layers import LayerStore, frozen_layers
 from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
+from reft_export.training.real_tokens import on_real_tokens
 from reft_export.training.ways import Batch, Ways, loss_of
 from runtimes.edits.edit import Site
 from runtimes.edits.form import one_form
@@ -54,13 +59,19 @@ Loss = Callable[[Batch], Tensor]
 Made = tuple[list[torch.nn.Parameter], Loss]
 
 
-def ours(model: Any, examples: Sequence[Example], way: str) -> Made:
-    made = Interventions(one_form((Site(layer=n) for n in LAYERS), method="loreft", rank=4), width=model.config.hidden_size)
-    ways = Ways(head=CountedHead(model), steering=STEERED.enter_context(steer(model, made.edits(), rule=RULE, tied=True)), rule=RULE)
-    store = PrefixStore(ways.head, ways.steering, dtype=model.dtype, pad_token_id=0)
+def ours(model: Any, examples: Sequence[Example], way: str, layers: Sequence[int] = LAYERS) -> Made:
+    made = Interventions(one_form((Site(layer=n) for n in layers), method="loreft", rank=4), width=model.config.hidden_size)
+    steering, head = STEERED.enter_context(steer(model, made.edits(), rule=RULE, tied=True)), CountedHead(model)
+    real = STEERED.enter_context(on_real_tokens(model)) if way in ("real", "layers", "kept") else None
+    below = LayerStore(model, steering, frozen_layers(made.sites), dtype=model.dtype, pad_token_id=0) if way in ("layers", "kept") else None
+    ways = Ways(head=head, steering=steering, rule=RULE, real=real, layers=below)
+    store = PrefixStore(head, steering, dtype=model.dtype, pad_token_id=0)
     if way == "kept":
         store.keep([e.input_ids[: frozen_of(RULE, e)] for e in examples], limit=10**10, group=8)
-    chosen = {"plain": ways.plain, "counted": ways.counted}.get(way) or ways.behind_prefix(store)
+    if below is not None:
+        below.keep([(e.input_ids, frozen_of(RULE, e) if way == "kept" else 0) for e in examples], limit=10**10, group=8)
+    behind = way in ("prefix", "kept")
+    chosen = ways.plain if way == "plain" else ways.behind_prefix(store) if behind else ways.counted
     return list(made.parameters()), lambda batch: loss_of(chosen(batch), batch) / len(batch.targets)
 
 
@@ -75,7 +86,7 @@ def lora(model: Any, modules: list[str]) -> Made:
     )
 
 
-def pyreft(model: Any) -> Made:
+def pyreft(model: Any, layers: Sequence[int]) -> Made:
     import pyreft as library  # pyright: ignore[reportMissingImports]
 
     sites = [
@@ -85,20 +96,20 @@ def pyreft(model: Any) -> Made:
             "low_rank_dimension": 4,
             "intervention": library.LoreftIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=4, dtype=torch.float32),
         }
-        for layer in LAYERS
+        for layer in layers
     ]
     reft = library.get_reft_model(model, library.ReftConfig(representations=sites))
     trained = [p for v in reft.interventions.values() for p in v.parameters() if p.requires_grad]
 
     def loss(batch: Batch) -> Tensor:
-        where = [[[n - 1] for n in batch.prompt_length.tolist()]] * len(LAYERS)
+        where = [[[n - 1] for n in batch.prompt_length.tolist()]] * len(layers)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
         return reft(inputs, unit_locations={"sources->base": (None, where)}, use_cache=False)[1].loss
 
     return trained, loss
 
 
-def hooks(model: Any) -> Made:
+def hooks(model: Any, layers: Sequence[int]) -> Made:
     """pyreft's way by plain hooks: torch's orthogonal parametrization, every logit."""
     width = model.config.hidden_size
     edits = torch.nn.ModuleList(
@@ -108,13 +119,13 @@ def hooks(model: Any) -> Made:
                 "W": torch.nn.Linear(width, 4),
             }
         )
-        for _ in LAYERS
+        for _ in layers
     )
 
     def function(edit: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda h, slot: edit_rows(h, slot, [lambda x: x + (edit["W"](x) - edit["R"](x)) @ edit["R"].weight])
 
-    functions = {Site(layer=n): function(edit) for n, edit in zip(LAYERS, edits, strict=True)}
+    functions = {Site(layer=n): function(edit) for n, edit in zip(layers, edits, strict=True)}
     steering = STEERED.enter_context(steer(model, functions, rule=RULE, tied=True))
 
     def loss(batch: Batch) -> Tensor:
@@ -124,14 +135,15 @@ def hooks(model: Any) -> Made:
     return list(edits.parameters()), loss
 
 
-def contestants() -> dict[str, Callable[[Any, Sequence[Example]], Made]]:
+def contestants(layers: Sequence[int]) -> dict[str, Callable[[Any, Sequence[Example]], Made]]:
     found: dict[str, Callable[[Any, Sequence[Example]], Made]] = {
-        way: lambda model, examples, way=way: ours(model, examples, way) for way in ("plain", "counted", "prefix", "kept")
+        way: lambda model, examples, way=way: ours(model, examples, way, layers)
+        for way in ("plain", "counted", "real", "layers", "prefix", "kept")
     }
     if all(map(importlib.util.find_spec, ("pyreft", "pyvene", "datasets"))):
-        found["pyreft"] = lambda model, examples: pyreft(model)
+        found["pyreft"] = lambda model, examples: pyreft(model, layers)
     else:
-        found["pyreft's way by hooks"] = lambda model, examples: hooks(model)
+        found["pyreft's way by hooks"] = lambda model, examples: hooks(model, layers)
     if importlib.util.find_spec("peft"):
         found["LoRA q,v"] = lambda model, examples: lora(model, ["q_proj", "v_proj"])
         found["LoRA all linears"] = lambda model, examples: lora(model, LINEAR)
@@ -163,7 +175,7 @@ def kept_bytes(made: Made, model: Any, batch: Batch) -> int:
 
 def batches_of(examples: Sequence[Example], size: int) -> Iterator[Batch]:
     for first in range(0, len(examples) - size + 1, size):
-        yield Batch(**collate(examples[first : first + size], pad_token_id=0))
+        yield Batch.of(collate(examples[first : first + size], pad_token_id=0), torch.device("cpu"))
 
 
 def own_memory(field: str) -> int:
@@ -180,12 +192,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--layers", type=lambda text: tuple(map(int, text.split(";"))), default=LAYERS, help="edited; for example 18;24")
     parser.add_argument("--only", action="append")
     parser.add_argument("--memory", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     clock = CLOCKS[asked.clock]
-    names = asked.only or list(contestants())
+    names = asked.only or list(contestants(asked.layers))
     if asked.memory and len(names) > 1:
         for name in names:
             subprocess.run([sys.executable, "-m", "evidence.training_bench", *sys.argv[1:], "--only", name], check=True)
@@ -206,7 +219,7 @@ def main() -> None:
         if asked.memory:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             before = own_memory("VmRSS")
-        made[name] = contestants()[name](models[name], read.examples)
+        made[name] = contestants(asked.layers)[name](models[name], read.examples)
         optimizers[name] = torch.optim.AdamW(made[name][0], lr=1e-4)
     if asked.memory:
         for batch in batches[:3]:
@@ -214,8 +227,9 @@ def main() -> None:
         print(f"| {names[0]} | {(own_memory('VmHWM') - before) / 1e6:.0f} MB over the base |", flush=True)
         return
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number, batch in enumerate(batches):
-        for name in names if number % 2 == 0 else reversed(names):
+    order = random.Random(0)
+    for batch in batches:
+        for name in order.sample(names, len(names)):
             started = clock()
             step(made[name], optimizers[name], batch)
             seconds[name].append(clock() - started)

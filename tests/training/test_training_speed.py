@@ -19,9 +19,12 @@ from reft_export.training.batches import LengthGrouped
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Examples, load_data
 from reft_export.training.endings import TrainingInterrupted
+from reft_export.training.frozen_layers import LayerStore, frozen_layers
 from reft_export.training.frozen_prefix import PrefixStore
 from reft_export.training.interventions import Interventions
+from reft_export.training.real_tokens import on_real_tokens
 from reft_export.training.recomputed import recomputed_blocks
+from reft_export.training.reference import rows_of
 from reft_export.training.settings import TrainSettings
 from reft_export.training.trainer import TrainResult, train
 from reft_export.training.ways import Batch, Way, Ways, difference
@@ -60,7 +63,8 @@ def test_a_run_behind_the_prefixes_is_the_plain_run(base: Base, data: Path, tmp_
     phases: list[str] = []
     fast = train(base, data, settings, tmp_path / "fast", on_phase=phases.append)
     assert "computing the unedited tokens of 12 prompts" in phases
-    assert len(fast.notes) == 1 and "those of 5 prompts once, kept" in fast.notes[0], "different ones"
+    assert "those of 5 prompts once, kept" in fast.notes[0], "different ones"
+    assert "what the layer below the first edit put out is computed once of 12 examples" in fast.notes[1]
     with monkeypatch.context() as patch:
         patch.setattr(PrefixStore, "token_bytes", lambda *_: 30_000)
         few = train(base, data, replace(settings, cache_mb=1), tmp_path / "few")
@@ -70,12 +74,147 @@ def test_a_run_behind_the_prefixes_is_the_plain_run(base: Base, data: Path, tmp_
     assert "once, kept" not in none.notes[0] + once.notes[0]
     plain(monkeypatch)
     slow = train(base, data, settings, tmp_path / "slow")
-    assert "every token is computed in every step" in slow.notes[0] and "every logit is computed" in slow.notes[1]
+    assert slow.notes == ("every logit is computed: on the counted tokens alone, the head gave nothing",)
     assert all(close(slow, each) for each in (fast, few, none))
     assert not close(slow, train(base, data, replace(settings, lr=5.1e-3), tmp_path / "other")), "the comparison can fail"
 
 
-@pytest.mark.parametrize("changes", [{"cache_mb": 0}, {}, {"group_by_length": True}, {"init": "identity", "gradient_checkpointing": True}])
+@pytest.mark.parametrize("computed_again", [False, True])
+def test_a_run_behind_the_kept_layers_is_the_plain_run(
+    base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed_again: bool
+) -> None:
+    """At positions that no token stands before: with all examples kept, with some, with none; 1e-6 of every loss."""
+    settings = replace(SETTINGS, positions="f2+l2", layers="1;2", eval_fraction=0.2, gradient_checkpointing=computed_again)
+    fast = train(base, data, settings, tmp_path / "fast")
+    assert fast.notes[0].startswith("what the 2 layers below the first edit put out is computed once of 12 examples, kept in ")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStore, "token_bytes", lambda *_: 10_000)
+        few = train(base, data, replace(settings, cache_mb=1), tmp_path / "few")
+    assert "once of 5 examples" in few.notes[0]
+    none = train(base, data, replace(settings, cache_mb=0), tmp_path / "none")
+    once = train(base, data, replace(settings, epochs=1), tmp_path / "once")
+    assert not none.notes + once.notes
+    plain(monkeypatch)
+    slow = train(base, data, settings, tmp_path / "slow")
+    for each in (fast, few, none):
+        assert close(slow, each)
+        assert np.allclose([record.loss for record in each.history[:3]], [record.loss for record in slow.history[:3]], rtol=1e-6, atol=0)
+
+
+def test_what_is_kept_is_not_computed_again(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of prefixes nor of layers, and the blocks below the first edit are not entered."""
+    from test_ways import LENGTHS, batch_of, interventions_of
+
+    llama.requires_grad_(False)
+    made, batch, entered, computed = interventions_of(llama, sites=(Site(layer=1),)), batch_of(LENGTHS), list[int](), list[int]()
+    for number, block in enumerate(llama.model.layers):
+        block.mlp.register_forward_pre_hook(lambda module, args, number=number: entered.append(number))
+    with steer(llama, made.edits(), rule=PositionRule.parse("f1+l1"), tied=True) as steering:
+        store = LayerStore(llama, steering, frozen_layers(made.sites), dtype=torch.float32, pad_token_id=0)
+        rows = [(tokens, 0) for tokens, _ in rows_of(batch)]
+        store.keep(rows, limit=10**6, group=2)
+        assert entered == [0, 1] * 3, "a token's bytes, and two groups: no layer above"
+        entered.clear()
+        Ways(head=CountedHead(llama), steering=steering, rule=PositionRule.parse("f1+l1"), layers=store).counted(batch)
+        assert entered == [2]
+        prefixes = PrefixStore(CountedHead(llama), steering, dtype=torch.float32, pad_token_id=0)
+        for each in (store, prefixes):
+            real = each.compute
+            monkeypatch.setattr(each, "compute", lambda keys, real=real: computed.append(len(keys)) or real(keys))
+        prefixes.keep([(1, 2), (3, 4)], limit=10**6, group=8)
+        assert computed == [1, 2]
+        prefixes.keep([(3, 4), (1, 2)], limit=10**6, group=8)
+        store.keep(rows, limit=10**6, group=8)
+        assert computed == [1, 2]
+        prefixes.keep([(1, 2), (5, 6)], limit=10**6, group=8)
+        assert computed == [1, 2, 1, 1] and len(prefixes) == 3
+
+
+def test_pads_are_not_computed(llama: PreTrainedModel) -> None:
+    from test_ways import LENGTHS, batch_of
+
+    batch, tokens = batch_of(LENGTHS), dict[str, set[int]]()
+    llama.requires_grad_(False)
+    for name, module in llama.model.layers.named_modules():
+        if name.endswith("act_fn"):
+            module.register_forward_pre_hook(lambda module, args, name=name: tokens.setdefault(name, set()).add(args[0].shape[:-1].numel()))
+    before = [module.forward for module in llama.model.layers.modules()]
+    with steer(llama, {}, rule=PositionRule(last=1), tied=True) as steering, on_real_tokens(llama) as real:
+        ways = Ways(head=CountedHead(llama), steering=steering, rule=PositionRule(last=1), real=real)
+        tokens.clear()  # whether a network computes each token by itself was tried
+        ways.counted(batch)
+        assert set.union(*tokens.values()) == {int(batch.attention_mask.sum())}
+        tokens.clear()
+        ways.plain(batch)
+        assert set.union(*tokens.values()) == {batch.input_ids.numel()}
+    assert [module.forward for module in llama.model.layers.modules()] == before
+
+
+class Shifted(torch.nn.Module):
+    """A feed-forward network that looks at the token before, as RWKV's does."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(h, (0, 0, 1, -1))
+
+
+def test_a_network_that_mixes_tokens_sees_all_of_them(llama: PreTrainedModel) -> None:
+    from test_ways import LENGTHS, batch_of
+
+    batch = batch_of(LENGTHS)
+    llama.requires_grad_(False).model.layers[1].mlp = Shifted()
+    with steer(llama, {}, rule=PositionRule(last=1), tied=True) as steering, on_real_tokens(llama) as real, torch.no_grad():
+        ways = Ways(head=CountedHead(llama), steering=steering, rule=PositionRule(last=1), real=real)
+        assert torch.allclose(ways.counted(batch), ways.plain(batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["another example's", "rounded", "late"])
+def test_kept_layers_that_are_wrong_are_not_used(
+    base: Base, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    right = LayerStore.found
+
+    def wrong(self: LayerStore, rows: Any) -> list[torch.Tensor]:
+        found = right(self, rows)
+        if fault == "another example's":
+            return [torch.nn.functional.pad(found[1], (0, 0, 0, len(found[0]) - len(found[1]))), found[0][: len(found[1])]]
+        return [each.to(torch.float8_e4m3fn).float() if fault == "rounded" else each.roll(1, dims=0) for each in found]
+
+    monkeypatch.setattr(LayerStore, "found", wrong)
+    (note,) = train(base, data, replace(SETTINGS, positions="f2+l2", epochs=2), tmp_path / "a").notes
+    assert "every layer is computed in every step" in note and ("a loss of" in note or "gradients that are off" in note)
+
+
+def test_a_store_that_mixes_examples_up_would_be_seen(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_ways import batch_of, check, interventions_of
+
+    def mixed(self: LayerStore, keys: Any, **_: Any) -> None:
+        states = dict(zip(keys, self.compute(keys), strict=True))
+        self._kept = dict(zip(keys, reversed([states[key] for key in keys]), strict=True))
+
+    llama.requires_grad_(False)
+    arguments: tuple[Any, ...] = (llama, PositionRule.parse("f1+l1"), batch_of(((9, 3), (10, 2))), interventions_of(llama))
+    check(*arguments, kept=2)
+    monkeypatch.setattr(LayerStore, "keep", mixed)
+    with pytest.raises(AssertionError, match="layers"):
+        check(*arguments, kept=2)
+
+
+FROM_ABOVE = {"positions": "f2+l2", "layers": "1;2"}
+"""No token stands before the edited ones, and layers do."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_mb": 0},
+        {},
+        {"group_by_length": True},
+        {"init": "identity", "gradient_checkpointing": True},
+        FROM_ABOVE,
+        {**FROM_ABOVE, "gradient_checkpointing": True, "group_by_length": True, "cache_dtype": "float16"},
+        {**FROM_ABOVE, "kl_weight": 0.5},
+    ],
+)
 def test_resumed_run_equals_the_uninterrupted_one(base: Base, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = replace(SETTINGS, dropout=0.2, eval_fraction=0.1, **changes)
     whole = train(base, data, settings, tmp_path / "whole")
@@ -249,7 +388,8 @@ def test_a_way_that_gives_something_else_is_not_taken(
 
     monkeypatch.setattr(PrefixStore, "cache_of", wrong)
     result = train(base, data, replace(SETTINGS, epochs=2), tmp_path / "a")
-    (note,) = result.notes
+    note, layers = result.notes
+    assert "the layer below the first edit" in layers
     assert "every token is computed in every step" in note and ("a loss of" in note or "gradients that are off" in note)
 
 
@@ -259,5 +399,8 @@ def test_a_bfloat16_base_is_trained_behind_its_prefixes(
     rounded = copy.deepcopy(llama).bfloat16()
     settings = replace(SETTINGS, epochs=6, lr=2e-2, gradient_checkpointing=True)
     result = train(base_from_memory(rounded, tokenizer, name="tiny-llama"), data, settings, tmp_path / "a")
-    assert len(result.notes) == 1 and "computed without a graph" in result.notes[0]
+    assert "computed without a graph" in result.notes[0] and "below the first edit put out is computed once" in result.notes[1]
+    other = replace(settings, positions="f2+l2", layers="1;2")
+    above = train(base_from_memory(rounded, tokenizer, name="tiny-llama"), data, other, tmp_path / "b")
+    assert "the 2 layers below" in above.notes[0] and above.history[-1].loss < 0.97 * above.history[0].loss
     assert result.history[-1].loss < 0.97 * result.history[0].loss and result.adapter.dtype == "bfloat16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from transformers import PreTrainedModel
 from reft_export.eager.steering import steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate
+from reft_export.training.frozen_layers import LayerStore, frozen_layers
 from reft_export.training.frozen_prefix import PrefixStore, frozen_tokens
 from reft_export.training.interventions import Interventions
+from reft_export.training.real_tokens import on_real_tokens
+from reft_export.training.reference import rows_of
 from reft_export.training.ways import Batch, Way, Ways, loss_of
 from runtimes.edits.edit import STREAMS, Site
 from runtimes.edits.form import one_form
@@ -53,10 +57,19 @@ def measured(way: Way, batch: Batch, interventions: Interventions) -> tuple[torc
 
 
 def check(model: PreTrainedModel, rule: PositionRule, batch: Batch, interventions: Interventions, *, kept: int = 0) -> None:
-    with steer(model, interventions.edits(), rule=rule, tied=interventions.tied) as steering:
+    edits = steer(model, interventions.edits(), rule=rule, tied=interventions.tied)
+    with edits as steering, on_real_tokens(model) as real:
         ways = Ways(head=CountedHead(model), steering=steering, rule=rule)
         loss, gradients = measured(ways.plain, batch, interventions)
-        others: dict[str, Way] = {"counted": ways.counted}
+        others: dict[str, Way] = {"counted": ways.counted, "real": replace(ways, real=real).counted}
+        spared = replace(ways, real=real)
+        if layers := frozen_layers(interventions.sites):
+            below = LayerStore(model, steering, layers, dtype=torch.float32, pad_token_id=258)
+            rows = rows_of(batch)
+            below.keep([(tokens, 0) for tokens, _ in rows][:kept], limit=10**9, group=2)
+            assert len(below) == len({tokens for tokens, _ in rows[:kept]})
+            spared = replace(ways, real=real, layers=below)
+            others |= {"layers": replace(ways, layers=below).counted, "real and layers": spared.counted}
         if min(frozen_tokens(rule, n, n - 1) for n in batch.prompt_length.tolist()):
             store = PrefixStore(ways.head, steering, dtype=torch.float32, pad_token_id=258)
             prefixes = [
@@ -65,7 +78,7 @@ def check(model: PreTrainedModel, rule: PositionRule, batch: Batch, intervention
             ]
             store.keep(prefixes[:kept], limit=10**9, group=2)
             assert len(store) == len(set(prefixes[:kept]))
-            others["behind prefix"] = ways.behind_prefix(store)
+            others |= {"behind prefix": ways.behind_prefix(store), "all of it": spared.behind_prefix(store)}
         for name, way in others.items():
             got, found = measured(way, batch, interventions)
             assert abs(got - loss) <= 1e-6 * abs(loss), name

@@ -24,7 +24,7 @@ from reft_export.base.load import Base
 from reft_export.eager.steering import Steering, edit_fn, steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate
-from reft_export.training.frozen_prefix import PrefixStore, Tokens, frozen_of
+from reft_export.training.frozen_prefix import PrefixStore, frozen_of
 from reft_export.training.interventions import Interventions
 from reft_export.training.settings import TrainSettings
 from reft_export.training.ways import Batch, Ways, loss_of
@@ -56,7 +56,6 @@ class Prefixes:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._stores: dict[PositionRule, PrefixStore] = {}
-        self._kept: dict[PositionRule, set[Tokens]] = {}
 
     def of(self, rule: PositionRule, examples: Sequence[Example]) -> PrefixStore | None:
         """Called while no hook is on. None where no token of some example is before the edit."""
@@ -67,10 +66,7 @@ class Prefixes:
             model = self._base.model
             off = Steering(model, rule=rule, tied=True)
             self._stores[rule] = PrefixStore(CountedHead(model), off, dtype=model.dtype, pad_token_id=PAD)
-            self._kept[rule] = set()
-        missing = set(frozen) - self._kept[rule]
-        self._stores[rule].keep(sorted(missing), limit=NO_LIMIT, group=KEPT_AT_ONCE)
-        self._kept[rule] |= missing
+        self._stores[rule].keep(sorted(set(frozen)), limit=NO_LIMIT, group=KEPT_AT_ONCE)
         return self._stores[rule]
 
 
