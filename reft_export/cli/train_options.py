@@ -158,7 +158,7 @@ class Computing:
         bool, typer.Option("--gradient-checkpointing", help="Compute layers again in place of keeping them: less memory, more time.")
     ] = False
     cache_mb: Annotated[
-        int, typer.Option("--cache-mb", help="MB for what is computed once of prompts' tokens before the first edited one; 0: none.")
+        int, typer.Option("--cache-mb", help="MB for what is computed once: layers below the first edit, tokens before it; 0: none.")
     ] = 2048
     cache_dtype: Annotated[
         str, typer.Option("--cache-dtype", help="Of that: auto (the base's), float32, bfloat16, float16; a narrower one rounds.")

@@ -125,7 +125,7 @@ class TrainSettings:
     """The base's: float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
     cache_mb: int = 2048
-    """Memory, in MB, for what the base makes of prompts' tokens before the first edited ones, from epoch to epoch; 0: none is kept."""
+    """Memory, in MB, for what the layers below the first edit put out, and all layers of tokens before it, from epoch to epoch; 0: none."""
     cache_dtype: str = "auto"
     """That memory's: auto, the base's; or float16, which holds twice as much and rounds it."""
     report_to: str = "none"

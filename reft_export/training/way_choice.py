@@ -113,7 +113,7 @@ def choose_way(
         if HEAD not in parts:
             return plain, tuple(notes)
         way, before, below = way_of(parts, _stored(model, settings))
-        if below is not None:  # first: of a byte, more is saved than with a prefix
+        if below is not None:  # first: a hidden state a token, beside a prefix's keys and values of every layer
             _keep_layers(below, rule if before is not None else None, examples, settings, phase)
             of = "the layer" if layers == 1 else f"the {layers} layers"
             notes.append(f"what {of} below the first edit put out is computed once of {len(below)} examples, kept in {size(below.size)}")
