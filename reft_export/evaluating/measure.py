@@ -84,7 +84,7 @@ def measure_texts(subject: TextSubject, held_out: HeldOutTexts, *, batch_size: i
         who=subject.who,
         likelihoods=tuple(label_log_probabilities(logits, gold)[:, None]),
         answers=(),
-        right=dict.fromkeys(held_out.metrics, chosen == gold),
+        right=dict.fromkeys(held_out.metrics, np.equal(chosen, gold)),
         chosen=tuple(chosen.tolist()),
         new_tokens=0,
         seconds=seconds,
