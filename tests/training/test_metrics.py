@@ -103,7 +103,7 @@ def test_a_function_of_the_users_judges(base: Base, tmp_path: Path, capsys: pyte
 
 
 def test_patience_ends_a_run_and_a_killed_one_stays_ended(base: Base, tmp_path: Path) -> None:
-    contrary = [{"prompt": record["prompt"], "completion": " zebra"} for record in RECORDS]
+    contrary = [{"prompt": record["prompt"], "completion": "QXZ"} for record in RECORDS]  # no byte of an answer
     settings = replace(SETTINGS, epochs=20, patience=2, schedule="constant")
     result = train(base, RECORDS, settings, tmp_path / "whole", eval_data=contrary)
     evaluated = [record for record in result.history if record.eval_loss is not None]
