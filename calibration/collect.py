@@ -19,7 +19,7 @@ from calibration.collected import Collected
 from graph_passes.accessors import dtype_of, input_of, name_of
 from graph_passes.find.weights import weight_products
 from graph_passes.tied_head import tied_head
-from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.edits.positions import every_other
 from runtimes.ort.session import to_float32
 from runtimes.text.encoded_text import EncodedText, padded

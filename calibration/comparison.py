@@ -11,7 +11,7 @@ from calibration.activations import FixedKind
 from calibration.collected import Collected
 from calibration.histogram import Histogram
 from calibration.observers import Observer
-from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 
 
 @dataclass(frozen=True, kw_only=True)

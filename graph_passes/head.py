@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graph_passes.accessors import array_of, input_of, name_of, shape_of, tensor_of
 from graph_passes.find.dominators import read_values
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import GraphError
 
 HEAD_PREFIX = "reft.head."

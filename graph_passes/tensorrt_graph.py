@@ -35,7 +35,7 @@ from graph_passes.new_columns import give_new_columns
 from graph_passes.shape_inputs import shape_inputs
 from graph_passes.tied_head import write_out
 from graph_passes.unfold import unfold_graph
-from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.artifacts.values import EngineCache
 from runtimes.edits.op import DOMAIN, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import EngineError, GraphError

@@ -26,7 +26,9 @@ from threading import RLock
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, Bundle, check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.listed_files import BANKS, EXPLICIT_BANKS
 from runtimes.bank_files import Edits, ListedAdapter, adapters_in, listed_adapter, rank_of, read_edits
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.edits.op import PROMPT_LENGTH, RULE_DEFAULTS, EditNode

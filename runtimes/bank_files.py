@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.artifacts.addition import check_addition, check_known_base
-from runtimes.artifacts.bundle import Bundle, StoredAdapter, check_adapter_name
+from runtimes.artifacts.artifact import StoredAdapter
+from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, load_adapter
 from runtimes.edits.op import EditNode, is_no_edit
 from runtimes.edits.positions import Positions, slot_count

@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, Limits
+from runtimes.artifacts.artifact import Limits
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.errors import InputError
 from runtimes.files.records import to_json
 from runtimes.generation import DecodeBatch

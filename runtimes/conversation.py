@@ -17,7 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.bank import AdapterBank
 from runtimes.batch_rows import Ticket
 from runtimes.batching import Batcher, batchable

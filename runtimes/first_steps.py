@@ -16,7 +16,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, read_manifest
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import MANIFEST_FILE, read_manifest
 from runtimes.edits.op import EXPLICIT_SLOTS, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, GraphError, ReftError
 from runtimes.files.folders import marker

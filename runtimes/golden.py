@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact, not_held
+from runtimes.artifacts.artifact import Artifact, not_held
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.errors import BundleError
 from runtimes.parity.figures import Delta, Figures, ParityReport, Rung, budget_for
 from runtimes.parity.retention import Quality

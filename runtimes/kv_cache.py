@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.errors import BundleError, InputError
 from runtimes.memory import available_memory
 from runtimes.precision import ELEMENT_TYPES, ElementType

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtimes.artifacts.bundle import Artifact, Bundle, open_bundle
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.engine import Engine, is_engine, open_engine
 from runtimes.bank import AdapterBank
 from runtimes.errors import InputError

@@ -11,7 +11,8 @@ from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Artifact, ModelRecord, StoredAdapter
+from runtimes.artifacts.artifact import Artifact, StoredAdapter
+from runtimes.artifacts.manifest import ModelRecord
 from runtimes.artifacts.ort_adapter_file import Tensor
 from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, PROMPT_LENGTH, SLOT_INPUT
 from runtimes.edits.positions import needs_slots, slots

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.errors import InputError
 
 LONGEST = 3

@@ -7,17 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtimes.artifacts.bundle import (
-    ENGINE_MANIFEST,
-    MANIFEST_FILE,
-    FileRecord,
-    open_bundle,
-    read_manifest,
-    renew_records,
-    seal_manifest,
-    write_manifest_file,
-)
+from runtimes.artifacts.adapter_record import renew_records
+from runtimes.artifacts.bundle import ENGINE_MANIFEST, open_bundle
 from runtimes.artifacts.engine import open_engine, read_engine_manifest, seal_engine_manifest
+from runtimes.artifacts.manifest import MANIFEST_FILE, FileRecord, read_manifest, seal_manifest, write_manifest_file
 from runtimes.edits.adapter import CONFIG_FILE, load_adapter, read_adapter_config, write_adapter_config
 from runtimes.errors import InputError
 from runtimes.files.folders import atomic_folder, claimed, marker

@@ -15,7 +15,9 @@ from reft_export.bundling.files import Report
 from reft_export.bundling.result import ExportResult
 from reft_export.parity.quality import QualityGate
 from runtimes.artifacts.addition import check_addition, check_free, check_known_base
-from runtimes.artifacts.bundle import Bundle, not_held, open_bundle, write_manifest
+from runtimes.artifacts.artifact import not_held
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError, InputError
 from runtimes.files.claims import sole_writer

@@ -11,7 +11,9 @@ from graph_passes.external import load_graph
 from graph_passes.head import head_defaults
 from graph_passes.slots.add import rule_names
 from reft_export.bundling.files import head_tensors, write_adapter
-from runtimes.artifacts.bundle import BANKS, EXPLICIT_BANKS, MANIFEST_FILE, NOT_HASHED, Bundle, Manifest
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.listed_files import BANKS, EXPLICIT_BANKS
+from runtimes.artifacts.manifest import MANIFEST_FILE, NOT_HASHED, Manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.errors import BundleError
 from runtimes.files.folders import copy_file

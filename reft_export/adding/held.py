@@ -31,7 +31,9 @@ from reft_export.parity.golden import (
 from reft_export.parity.ladder import check_same_base
 from reft_export.parity.quality import QualityGate, hold_quality
 from reft_export.tasks.task import TASKS, Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.files.claims import temporary_folder
 

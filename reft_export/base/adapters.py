@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from reft_export.base.checkpoint import Checkpoint
 from reft_export.base.classifiers import check_head
 from reft_export.base.stored import Tensor
-from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.edits.adapter import Adapter, load_adapter
 from runtimes.edits.edit import Site
 from runtimes.edits.op import EditNode

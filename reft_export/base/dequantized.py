@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibration.activations import LEVELS, ActivationQuantization
 from calibration.products import activation_quantization, dequantized_weights
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import BundleError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reft_export.base.token_rules import bos_token, context_of, pad_token, stop_tokens, vocabulary_of
-from runtimes.artifacts.bundle import ModelRecord
+from runtimes.artifacts.manifest import ModelRecord
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,18 +17,12 @@ import onnx_ir as ir
 
 from reft_export.building.plan import BuildPlan, plan_build
 from reft_export.building.settings import BuildSettings
-from runtimes.artifacts.bundle import (
-    BASE_GOLDEN,
-    DATA_FILE,
-    GRAPH_FILE,
-    MANIFEST_FILE,
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-    renew_records,
-    write_manifest_file,
-)
+from runtimes.artifacts.adapter_record import renew_records
 from runtimes.artifacts.engine import PLAN_FILE, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.listed_files import TEMPLATE_FOLDER, TOKENIZER_FILES
+from runtimes.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, write_manifest_file
 from runtimes.artifacts.values import Target, known
 from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import atomic_folder, claimed

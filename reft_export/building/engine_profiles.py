@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Profile, ShapeRange
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.edits.op import EXPLICIT_SLOTS, RULE_DEFAULTS, SLOT_INPUT
 from runtimes.errors import EngineError, InputError
 

@@ -17,8 +17,10 @@ from reft_export.building.engine_profiles import EngineLimits, engine_profiles
 from reft_export.building.plugin import check_kernels, check_ops, choose_plugin
 from reft_export.building.settings import BuildSettings
 from reft_export.bundling.recorded import check_recorded
-from runtimes.artifacts.bundle import BASE_GOLDEN, DATA_FILE, Bundle, open_bundle
+from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.engine import Profile, is_engine
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import DATA_FILE
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.positions import needs_slots

@@ -18,20 +18,10 @@ from graph_passes.slots.add import rule_names, rules_of, slot_mode
 from reft_export.bundling.genai import keep_genai_config, write_genai_config
 from reft_export.bundling.tokenizer_files import without_indentation, write_as_read
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.bundle import (
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-    AdapterRecord,
-    Manifest,
-    ModelRecord,
-    NodeRecord,
-    Quantization,
-    TensorRecord,
-    WeightSource,
-    bank_file,
-    write_adapter_record,
-    write_manifest,
-)
+from runtimes.artifacts.adapter_record import AdapterRecord, write_adapter_record
+from runtimes.artifacts.bundle import bank_file
+from runtimes.artifacts.listed_files import TEMPLATE_FOLDER, TOKENIZER_FILES
+from runtimes.artifacts.manifest import Manifest, ModelRecord, NodeRecord, Quantization, TensorRecord, WeightSource, write_manifest
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.artifacts.values import Embeddings, Exporter, KvCache, Logits, Padding, Precision, TaskName, known
 from runtimes.edits.adapter import Adapter

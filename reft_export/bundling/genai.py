@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.cache_shapes import ATTENTION
-from runtimes.artifacts.bundle import GRAPH_FILE, MANIFEST_FILE, ModelRecord
+from runtimes.artifacts.manifest import GRAPH_FILE, MANIFEST_FILE, ModelRecord
 from runtimes.errors import InputError
 from runtimes.files.records import read_json
 from runtimes.text.stop_tokens import listed

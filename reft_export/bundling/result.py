@@ -10,7 +10,7 @@ from calibration.quantize import QuantizedGraph
 from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from reft_export.evaluation.quantization_report import QuantizationReport
-from runtimes.artifacts.bundle import CalibrationRecord, Manifest, Quantization
+from runtimes.artifacts.manifest import CalibrationRecord, Manifest, Quantization
 from runtimes.parity.figures import ParityReport
 
 

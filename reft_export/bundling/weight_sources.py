@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph_passes.accessors import array_of, name_of
 from graph_passes.external import unmap
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _Named = tuple[str, torch.nn.Linear | torch.nn.Embedding | Conv1D]

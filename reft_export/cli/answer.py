@@ -11,7 +11,7 @@ from typing import Any
 
 from reft_export.cli.run_options import RunOptions, check_adapters
 from reft_export.console import err, escape, say
-from runtimes.artifacts.bundle import Artifact, Limits
+from runtimes.artifacts.artifact import Artifact, Limits
 from runtimes.bank import AdapterBank
 from runtimes.edits.positions import needs_marks
 from runtimes.edits.strength import at_strength, check_strength

@@ -11,7 +11,7 @@ from typing import Any
 
 from reft_export.cli.run_options import RunOptions, check_adapters
 from reft_export.console import say
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.errors import InputError
 from runtimes.session import ClassifierSession, Session, as_classifier
 from runtimes.text.encoded_text import EncodedText

@@ -39,7 +39,7 @@ def compose(
     """Make one adapter of several of one base, and say how much they overlap: what each writes to and reads from at every site."""
     from reft_export.base.adapters import folders_of, load_adapters
     from reft_export.composing import compose as composing
-    from runtimes.artifacts.bundle import check_adapter_name
+    from runtimes.artifacts.adapter_record import check_adapter_name
     from runtimes.files.folders import check_destination
 
     strengths = _strengths(strength or [])

@@ -12,7 +12,7 @@ from itertools import chain
 from reft_export.cli.guard import INTERRUPTED
 from reft_export.cli.run_options import RunOptions
 from reft_export.console import err, escape, interrupt, say
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.conversation import Conversation, conversing_template
 from runtimes.edits.strength import check_strength
 from runtimes.errors import InputError, ReftError

@@ -15,7 +15,8 @@ from reft_export.console import cache_size, escape, out, print_json, print_table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from runtimes.artifacts.bundle import Bundle, Manifest
+    from runtimes.artifacts.bundle import Bundle
+    from runtimes.artifacts.manifest import Manifest
     from runtimes.edits.adapter import Adapter
     from runtimes.edits.edit import Site
     from runtimes.edits.form import EditForm

@@ -12,7 +12,7 @@ from reft_export.cli.options import AsJson, Force
 from reft_export.console import escape, out, print_json, progress, size
 
 if TYPE_CHECKING:
-    from runtimes.artifacts.bundle import Artifact
+    from runtimes.artifacts.artifact import Artifact
 
 
 def register(app: typer.Typer) -> None:

@@ -96,7 +96,7 @@ def run(
     A classifier says the label of each text, and the probabilities of all labels.
     """
     from reft_export.cli import answer, classify, converse
-    from runtimes.artifacts.bundle import not_held
+    from runtimes.artifacts.artifact import not_held
     from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
     from runtimes.errors import InputError
     from runtimes.open import open_artifact, open_session

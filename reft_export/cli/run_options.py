@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from runtimes.artifacts.bundle import Artifact
+    from runtimes.artifacts.artifact import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)

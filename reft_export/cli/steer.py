@@ -136,7 +136,8 @@ def steer(
     from reft_export.contrasting.settings import SteerSettings
     from reft_export.training.settings import TrainSettings
     from reft_export.training.sources import check_source
-    from runtimes.artifacts.bundle import check_adapter_name, open_bundle
+    from runtimes.artifacts.adapter_record import check_adapter_name
+    from runtimes.artifacts.bundle import open_bundle
     from runtimes.errors import InputError
     from runtimes.files.folders import check_destination, claimed
 
@@ -189,7 +190,8 @@ def _steer_by_source(
     """From a rotation and a source; writes an adapter like any other."""
     from reft_export.base.adapters import check_fit
     from reft_export.training.settings import TrainSettings
-    from runtimes.artifacts.bundle import check_adapter_name, open_bundle
+    from runtimes.artifacts.adapter_record import check_adapter_name
+    from runtimes.artifacts.bundle import open_bundle
     from runtimes.edits.adapter import load_adapter, save_adapter
     from runtimes.edits.form import described
     from runtimes.errors import InputError

@@ -77,7 +77,8 @@ def train(
     from reft_export.training.processes import agreed, join, leads
     from reft_export.training.settings import TrainSettings
     from reft_export.training.sources import check_source
-    from runtimes.artifacts.bundle import check_adapter_name, open_bundle
+    from runtimes.artifacts.adapter_record import check_adapter_name
+    from runtimes.artifacts.bundle import open_bundle
     from runtimes.edits.adapter import load_adapter
     from runtimes.files.folders import check_destination, claimed
 

@@ -24,7 +24,8 @@ from reft_export.evaluating.subjects import (
     TextSubject,
     Who,
 )
-from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import Positions, needs_marks

@@ -13,7 +13,7 @@ from reft_export.evaluating.intervals import Interval, bootstrap, wilson
 from reft_export.evaluating.measure import Measured
 from reft_export.evaluating.subjects import EAGER, Who
 from reft_export.training.data import DataFile
-from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.parity.retention import Recorded, quality
 
 

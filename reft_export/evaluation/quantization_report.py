@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from reft_export.console import count, size
 from reft_export.evaluation.checker import CheckedTask
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Artifact, Bundle
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import DATA_FILE, GRAPH_FILE
 from runtimes.errors import InputError
 from runtimes.files.placed import place, placed
 from runtimes.files.records import to_json

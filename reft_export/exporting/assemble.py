@@ -35,7 +35,8 @@ from reft_export.quantizing.importance import Squares, input_watcher
 from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
 from reft_export.tasks.task import TASKS
-from runtimes.artifacts.bundle import TOKENIZER_FILES, Manifest, Quantization
+from runtimes.artifacts.listed_files import TOKENIZER_FILES
+from runtimes.artifacts.manifest import Manifest, Quantization
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.edits.positions import needs_slots

@@ -33,7 +33,7 @@ from reft_export.exporting.grouped_attention import (
     grouped_step,
     probe,
 )
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import ExportError, InputError
 
 PREFIX = "model."

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from reft_export.base.load import Base
     from reft_export.bundling.result import ExportResult
-    from runtimes.artifacts.bundle import Manifest
+    from runtimes.artifacts.manifest import Manifest
 
 
 def export_bundle(

@@ -20,7 +20,7 @@ from graph_passes.accessors import array_of, name_of
 from graph_passes.find.sites import find_sites
 from reft_export.exporting.alike import Shallow, shallow_copy
 from reft_export.exporting.exported_graph import ExportedGraph
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.edits.edit import Site
 from runtimes.errors import ExportError, GraphError
 

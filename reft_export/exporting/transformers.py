@@ -21,7 +21,7 @@ from reft_export.base.model_folder import first_reason
 from reft_export.exporting.dynamo import PREFIX, quiet, trace_inputs
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.installed import check_transformers
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import ExportError
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

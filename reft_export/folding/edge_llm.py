@@ -23,7 +23,7 @@ from graph_passes.insert import refuse_folded
 from reft_export.base.adapters import union_nodes
 from reft_export.bundling.files import VERSION, Report
 from reft_export.folding.family import check_family, check_same_family
-from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.methods import METHODS
 from runtimes.edits.op import OP_VERSION, EditNode

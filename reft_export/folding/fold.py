@@ -46,7 +46,8 @@ from reft_export.folding.graph_record import (
     task_of,
 )
 from reft_export.parity.gate import gate
-from runtimes.artifacts.bundle import ModelRecord, WeightSource, check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
+from runtimes.artifacts.manifest import ModelRecord, WeightSource
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site

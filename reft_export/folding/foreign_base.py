@@ -23,7 +23,8 @@ from reft_export.bundling.weight_sources import find_weight_sources
 from reft_export.eager.banks import bank_steerer
 from reft_export.parity.golden import record_base
 from reft_export.parity.ladder import RecordedBundle, check, check_same_base, known_inputs
-from runtimes.artifacts.bundle import Bundle, ModelRecord, WeightSource
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import ModelRecord, WeightSource
 from runtimes.errors import AdapterError, CalibrationError, GraphError
 from runtimes.files.claims import temporary_folder
 from runtimes.parity.figures import ParityReport

@@ -17,7 +17,7 @@ from graph_passes.find.weights import constant_matrix
 from reft_export.base.classifiers import DEFAULT_POSITIONS, longest_input
 from reft_export.base.token_rules import DEFAULT_CONTEXT, stated_context, whole_number
 from reft_export.bundling.genai import read_genai_config, stated_json
-from runtimes.artifacts.bundle import ModelRecord
+from runtimes.artifacts.manifest import ModelRecord
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.op import EditNode
 from runtimes.errors import GraphError, InputError

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reft_export.base.hub import HUB_ID
-from runtimes.artifacts.bundle import AdapterRecord, Bundle
+from runtimes.artifacts.adapter_record import AdapterRecord
+from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.edit import Site

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from reft_export.base.hub import HUB_ID, without_retry_warnings
 from reft_export.base.model_folder import first_line
-from runtimes.artifacts.bundle import ENGINE_MANIFEST, MANIFEST_FILE
+from runtimes.artifacts.bundle import ENGINE_MANIFEST
+from runtimes.artifacts.manifest import MANIFEST_FILE
 from runtimes.edits.adapter import CONFIG_FILE
 from runtimes.errors import InputError
 from runtimes.files.folders import disk_is_full

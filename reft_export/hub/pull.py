@@ -14,7 +14,9 @@ from pathlib import Path
 from reft_export.base.hub import without_progress_bars
 from reft_export.hub.client import KINDS, asking, check_repository
 from reft_export.importing.foreign import Report
-from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, check_listed_name, open_bundle, read_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.listed_files import check_listed_name
+from runtimes.artifacts.manifest import MANIFEST_FILE, read_manifest
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, Adapter, load_adapter, read_adapter_config
 from runtimes.errors import AdapterError, BundleError, InputError
 from runtimes.files.folders import UNPROVEN, atomic_folder, claimed, marker

@@ -11,7 +11,8 @@ from reft_export.base.hub import without_progress_bars
 from reft_export.hub.card import adapter_card, bundle_card
 from reft_export.hub.client import KINDS, asking, check_repository
 from reft_export.importing.foreign import Report
-from runtimes.artifacts.bundle import ENGINE_MANIFEST, MANIFEST_FILE, NOT_HASHED, open_bundle
+from runtimes.artifacts.bundle import ENGINE_MANIFEST, open_bundle
+from runtimes.artifacts.manifest import MANIFEST_FILE, NOT_HASHED
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE, load_adapter
 from runtimes.errors import InputError
 

@@ -11,7 +11,7 @@ from reft_export.importing.assemble import assemble
 from reft_export.importing.foreign import ForeignAdapter, Report, Request, activation_of
 from reft_export.importing.subspaces import subspace_of
 from reft_export.training.sources import check_source
-from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, Adapter, load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS
 from runtimes.edits.methods import METHODS

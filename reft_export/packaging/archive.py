@@ -19,7 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtimes.artifacts.bundle import NOT_HASHED, Artifact, Bundle
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import NOT_HASHED
 from runtimes.errors import InputError
 from runtimes.files.folders import atomic_folder, check_destination, marker
 from runtimes.files.hashes import sha256_of

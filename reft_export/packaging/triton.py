@@ -24,7 +24,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BANKS, DATA_FILE, GRAPH_FILE, Artifact, Bundle
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.listed_files import BANKS
+from runtimes.artifacts.manifest import DATA_FILE, GRAPH_FILE
 from runtimes.errors import InputError
 from runtimes.files.folders import atomic_folder, check_destination
 from runtimes.kv_cache import stated_bytes_per_token

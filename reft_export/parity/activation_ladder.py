@@ -27,7 +27,8 @@ from reft_export.base.memory import give_back
 from reft_export.eager.steering import Steerer, steering_of
 from reft_export.parity.changed_bundle import quantization_of, variant
 from reft_export.tasks.task import Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.files.claims import temporary_folder
 from runtimes.open import ort_session
 from runtimes.ort.session import to_float32

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from graph_passes.accessors import dtype_of, name_of
 from graph_passes.external import load_graph
 from graph_passes.slots.add import rules_of
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, Manifest, Quantization
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, Quantization
 from runtimes.errors import BundleError
 from runtimes.files.claims import scratch_folder
 from runtimes.files.folders import copy_file

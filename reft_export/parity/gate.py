@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.errors import ExportError, ParityError
 from runtimes.files.placed import place
 from runtimes.golden import check_golden

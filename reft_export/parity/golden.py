@@ -26,8 +26,8 @@ from reft_export.eager.stored_cache import rounded_cache
 from reft_export.tasks.generation import GoldenInputs
 from reft_export.tasks.task import TASKS, Inputs
 from reft_export.training.probes import probe_examples
-from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
-from runtimes.artifacts.golden_schema import GoldenSchema, write_golden
+from runtimes.artifacts.golden_schema import BASE_GOLDEN, GoldenSchema, write_golden
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.positions import needs_marks
 

@@ -33,7 +33,9 @@ from reft_export.parity.edit_ladder import edit_rungs
 from reft_export.parity.golden import Arrays, InputsByName, fp32_answers, record_golden
 from reft_export.parity.int8_ladder import int8_rungs
 from reft_export.tasks.task import TASKS, Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Quantization
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import Quantization
 from runtimes.edits.same_base import Named, require_same
 from runtimes.files.claims import temporary_folder
 from runtimes.golden import check_golden

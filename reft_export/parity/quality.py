@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtimes.artifacts.bundle import Bundle, Manifest, open_bundle, seal_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import Manifest, seal_manifest
 from runtimes.errors import InputError, ParityError
 from runtimes.files.placed import place
 from runtimes.parity.figures import ParityReport

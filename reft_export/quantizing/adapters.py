@@ -21,7 +21,9 @@ from reft_export.parity.ladder import check_same_base, known_inputs
 from reft_export.parity.quality import QualityGate, hold_quality
 from reft_export.quantizing.refit import RefitPlan, Refitted, refit_adapters
 from reft_export.quantizing.settings import REMEDY
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, Manifest, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import Manifest, write_manifest
 from runtimes.edits.adapter import Adapter
 from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import atomic_folder

@@ -44,15 +44,9 @@ from reft_export.quantizing.remedies import keep_steering
 from reft_export.quantizing.sensitivity import MixedPrecision
 from reft_export.quantizing.settings import REMEDY, CalibrationRequest, QuantizeRequest, RefitSettings, check_bundle
 from reft_export.quantizing.weights import Chosen, EagerModel, Material, choose_weights, measurable
-from runtimes.artifacts.bundle import (
-    DATA_FILE,
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-    Bundle,
-    CalibrationRecord,
-    Manifest,
-    open_bundle,
-)
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.listed_files import TEMPLATE_FOLDER, TOKENIZER_FILES
+from runtimes.artifacts.manifest import DATA_FILE, CalibrationRecord, Manifest
 from runtimes.files.claims import temporary_folder
 from runtimes.files.folders import atomic_folder, unproven_folder
 from runtimes.parity.figures import ParityReport, Rung

@@ -13,7 +13,7 @@ from graph_passes.stored_cache import store_cache
 from reft_export.eager.steering import Steerer
 from reft_export.eager.stored_cache import LargestValues, cache_replaced
 from reft_export.tasks.task import Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.errors import CalibrationError, GraphError
 
 LEVELS = 127

@@ -32,7 +32,9 @@ from reft_export.quantizing.settings import CalibrationRequest
 from reft_export.tasks.probe_rows import probe_rows, probe_texts
 from reft_export.training.data import iter_examples
 from reft_export.training.labelled_data import load_labelled
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, CalibrationRecord, Manifest
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import CalibrationRecord, Manifest
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.positions import needs_slots
 from runtimes.errors import CalibrationError, InputError

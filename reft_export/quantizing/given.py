@@ -12,7 +12,7 @@ import numpy as np
 from calibration.settings import QuantizationSettings
 from calibration.weight_only import Blocks, GivenBlocks
 from reft_export.base.packed.blocks import PackedBlocks, packed_blocks
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 
 NO_POINTS = 0x88
 """Two zero points of 8, which a symmetric weight means."""

@@ -15,7 +15,8 @@ from calibration.settings import QuantizationSettings
 from reft_export.base.dequantized import linears_of
 from reft_export.eager.steering import Steerer
 from reft_export.tasks.task import Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import BundleError
 
 Squares = dict[str, tuple[torch.Tensor, int]]

@@ -16,7 +16,8 @@ from reft_export.parity.quality import Attempt, QualityGate, hold_quality, short
 from reft_export.quantizing.adapters import refit_in
 from reft_export.quantizing.refit import RefitPlan, Refitted, plan_refit
 from reft_export.quantizing.settings import RefitSettings
-from runtimes.artifacts.bundle import Manifest, open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import Manifest
 from runtimes.edits.adapter import PROBES_FILE
 from runtimes.parity.figures import ParityReport
 

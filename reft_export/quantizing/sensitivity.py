@@ -33,7 +33,7 @@ from graph_passes.find.weights import weight_name
 from graph_passes.tied_head import untie_head
 from reft_export.base.dequantized import linears_of
 from reft_export.eager.steering import Steerer, steering_of
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.edits.probes import spread
 from runtimes.errors import BundleError
 

@@ -11,7 +11,8 @@ from calibration.settings import SCHEMES, QuantizationSettings, check_source
 from reft_export.evaluation.quantization_report import Yardsticks
 from reft_export.parity.quality import QualityGate
 from reft_export.tasks.probe_rows import probe_rows, probe_texts
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.positions import needs_marks
 from runtimes.errors import CalibrationError, InputError

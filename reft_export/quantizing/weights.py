@@ -27,7 +27,8 @@ from reft_export.quantizing.given import Given
 from reft_export.quantizing.importance import Squares, input_importance
 from reft_export.quantizing.sensitivity import MixedPrecision, mixed, rows_of
 from reft_export.tasks.task import Inputs
-from runtimes.artifacts.bundle import BASE_GOLDEN, WeightSource
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.parity.retention import quality, recorded
 
 

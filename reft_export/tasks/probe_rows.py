@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.text.encoded_text import EncodedText, rows_of
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from runtimes.artifacts.bundle import Bundle, check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
+from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import Adapter
 from runtimes.edits.op import EditNode
 from runtimes.edits.same_base import comparable, require_same, require_same_size

@@ -19,21 +19,12 @@ from typing import get_args
 
 import numpy as np
 
-from runtimes.artifacts.bundle import (
-    BASE_GOLDEN,
-    ENGINE_MANIFEST,
-    MANIFEST_FILE,
-    Artifact,
-    FileRecord,
-    Limits,
-    TensorRecord,
-    check_adapters,
-    check_files,
-    context_limits,
-    hash_files,
-    read_manifest,
-)
+from runtimes.artifacts.artifact import Artifact, Limits
+from runtimes.artifacts.bundle import ENGINE_MANIFEST, context_limits
 from runtimes.artifacts.engine_adapter import read_engine_adapter
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.listed_files import check_adapters, check_files
+from runtimes.artifacts.manifest import MANIFEST_FILE, FileRecord, TensorRecord, hash_files, read_manifest
 from runtimes.artifacts.values import EngineCache, Target
 from runtimes.errors import BundleError
 from runtimes.files.folders import UNPROVEN, marker

@@ -37,6 +37,9 @@ import numpy as np
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import BundleError, InputError
 
+BASE_GOLDEN = "base"
+"""The name of the golden arrays of the base, which no adapter may have."""
+
 LARGEST = 2**28
 """Bytes of one file's arrays, unpacked; the recorder stays below a quarter of that."""
 

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Bundle, TensorRecord
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array
 from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_SLOT, PROMPT_LENGTH, RULE_DEFAULTS
 from runtimes.errors import BundleError

@@ -18,7 +18,9 @@ from weakref import WeakSet
 import numpy as np
 import onnxruntime as ort
 
-from runtimes.artifacts.bundle import DATA_FILE, GRAPH_FILE, Bundle, StoredAdapter
+from runtimes.artifacts.artifact import StoredAdapter
+from runtimes.artifacts.bundle import Bundle
+from runtimes.artifacts.manifest import DATA_FILE, GRAPH_FILE
 from runtimes.artifacts.ort_adapter_file import Tensor, host_array, host_view, open_onnx_adapter
 from runtimes.edits.op import EXPLICIT_SLOTS, FIRST_LOGIT, SLOT_INPUT
 from runtimes.errors import BackendUnavailable, BundleError, GraphError, InputError, ReftError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifacts.bundle import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
+from runtimes.artifacts.manifest import ACTIVATION_SCHEMES, WEIGHT_ONLY_SCHEMES, Manifest
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.files.records import RecordError, from_json, parse_json, to_json
 from runtimes.parity.retention import Quality

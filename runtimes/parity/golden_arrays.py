@@ -8,7 +8,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, Artifact
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 from runtimes.edits.op import is_no_edit
 from runtimes.errors import InputError
 from runtimes.parity.figures import MOST_NOISE, Budget, Delta

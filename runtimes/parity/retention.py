@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.artifacts.bundle import BASE_GOLDEN, WEIGHT_ONLY_SCHEMES, Quantization
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import WEIGHT_ONLY_SCHEMES, Quantization
 
 LEAST_GAIN = 0.05
 """Nats a token."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Request, UploadFile
 from fastapi.responses import Response
 
-from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.bank import BankFull
 from runtimes.bank_files import ListedAdapter
 from runtimes.edits.adapter import CONFIG_FILE, PROBES_FILE, TENSOR_FILE

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from runtimes.artifacts.bundle import check_adapter_name
+from runtimes.artifacts.adapter_record import check_adapter_name
 from runtimes.edits.adapter import CONFIG_FILE, TENSOR_FILE
 from runtimes.errors import ReftError
 from runtimes.serving.refusals import Refusal

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtimes.artifacts.bundle import Artifact
+from runtimes.artifacts.artifact import Artifact
 from runtimes.errors import BundleError
 from runtimes.generation import call_widths, columns, greedy_tokens, padding_of
 from runtimes.parity.figures import NOTHING, Budget, Delta, Figures, Rung, compare_deltas, judge

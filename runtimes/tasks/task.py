@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from runtimes.artifacts.bundle import Artifact, Bundle
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.session import Session, as_classifier, as_decoder
 

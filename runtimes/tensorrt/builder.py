@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Profile
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.errors import BuildError, ReftError
 from runtimes.files.records import from_json, to_json
 from runtimes.precision import onnx_name

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Engine, Profile
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.edits.op import OPS
 from runtimes.errors import BackendUnavailable, BundleError, InputError, ReftError
 from runtimes.precision import ELEMENT_TYPES, onnx_name

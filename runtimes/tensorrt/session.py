@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.artifacts.bundle import StoredAdapter
+from runtimes.artifacts.artifact import StoredAdapter
 from runtimes.artifacts.engine import Engine
 from runtimes.errors import InputError, ReftError
 from runtimes.rows import AdapterRows

@@ -19,7 +19,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 
-from runtimes.artifacts.bundle import TEMPLATE_FOLDER, Artifact
+from runtimes.artifacts.artifact import Artifact
+from runtimes.artifacts.listed_files import TEMPLATE_FOLDER
 from runtimes.errors import BundleError, InputError
 from runtimes.files.records import read_regular
 from runtimes.text.stop_tokens import end_of_turn

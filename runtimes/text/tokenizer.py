@@ -18,7 +18,7 @@ from runtimes.text.stop_tokens import listed, stop_token_ids, without_added_end
 from runtimes.text.tried import try_tokenizer
 
 if TYPE_CHECKING:
-    from runtimes.artifacts.bundle import ModelRecord
+    from runtimes.artifacts.manifest import ModelRecord
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

@@ -206,7 +206,7 @@ def _mixed(
     from reft_export.base.load import load_base
     from reft_export.parity.ladder import stored_inputs
     from reft_export.quantizing.sensitivity import rows_of, sensitivities
-    from runtimes.artifacts.bundle import BASE_GOLDEN
+    from runtimes.artifacts.golden_schema import BASE_GOLDEN
 
     untie_head(graph.graph)
     sources, path = bundle.manifest.weights, memory / f"sensitivities-{settings.block_size}.json"

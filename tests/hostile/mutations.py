@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from reseal import reseal
 
-from runtimes.artifacts.bundle import NOT_HASHED, hash_files
+from runtimes.artifacts.manifest import NOT_HASHED, hash_files
 from runtimes.files.records import to_json
 
 Random = random.Random

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from reft_export.base.load import outline_base
 from reft_export.base.model_folder import fingerprint_v1
 from reft_export.cli.main import app
-from runtimes.artifacts.bundle import open_bundle, write_manifest
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.edits.adapter import load_adapter, save_adapter
 
 DIFFERS = "config.json's max_position_embeddings is 128, expected 512"

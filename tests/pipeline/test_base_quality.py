@@ -18,7 +18,9 @@ from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.tasks import generation
 from reft_export.tasks.passages import PASSAGES, passage_rows
-from runtimes.artifacts.bundle import BASE_GOLDEN, Bundle, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.golden import check_golden
 from runtimes.ort.session import OrtSession
 from runtimes.parity import retention

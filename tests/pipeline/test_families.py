@@ -224,7 +224,7 @@ def test_an_experts_matrix_of_another_base(tmp_path) -> None:
     import torch
 
     from reft_export.base.dequantized import _expert
-    from runtimes.artifacts.bundle import WeightSource
+    from runtimes.artifacts.manifest import WeightSource
 
     stacked, source = torch.zeros(4, 6, 8), WeightSource(parameter="mlp.experts.down_proj", axis=0, start=2, stop=3)
     _expert(stacked, source, torch.Size((6, 8))).fill_(1)

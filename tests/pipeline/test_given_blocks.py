@@ -27,7 +27,8 @@ from reft_export.exporting.settings import ExportSettings
 from reft_export.forecast import forecast_export
 from reft_export.quantizing.given import given_blocks
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.artifacts.bundle import Bundle, WeightSource, open_bundle
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.edits.adapter import save_adapter
 from runtimes.errors import CalibrationError
 

@@ -34,7 +34,8 @@ from reft_export.training.data import collate, load_data
 from reft_export.training.generation import greedy_samples
 from reft_export.training.settings import TrainSettings, settings_like
 from reft_export.training.trainer import train
-from runtimes.artifacts.bundle import ModelRecord, open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import ModelRecord
 from runtimes.errors import InputError
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession

@@ -16,7 +16,8 @@ from reft_export.parity.golden import fp32_answers
 from reft_export.parity.ladder import stored_inputs
 from reft_export.quantizing.importance import input_importance, input_watcher
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.artifacts.bundle import BASE_GOLDEN, open_bundle
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.golden_schema import BASE_GOLDEN
 
 FORMAT = settings_for("weight-only").format
 NAME, MODULE = "model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.gate_proj"

@@ -30,7 +30,8 @@ from reft_export.tasks import generation
 from reft_export.tasks.probe_rows import probe_rows
 from reft_export.tasks.task import GENERATION
 from reft_export.training.probes import probe_examples
-from runtimes.artifacts.bundle import Bundle, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.errors import AdapterError, CalibrationError, ParityError
 from runtimes.golden import check_golden

@@ -17,7 +17,8 @@ from graph_passes.stored_cache import KEY_SCALE, float_cache, store_cache, store
 from reft_export.exporting.settings import ExportSettings
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
-from runtimes.artifacts.bundle import open_bundle, read_manifest, write_manifest
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import read_manifest, write_manifest
 from runtimes.errors import BundleError, CalibrationError, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.kv_cache import bytes_per_token

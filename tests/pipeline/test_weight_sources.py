@@ -14,7 +14,7 @@ from calibration.quantize import quantize_graph
 from calibration.settings import settings_for
 from reft_export.base.dequantized import load_dequantized
 from reft_export.bundling.weight_sources import find_weight_sources
-from runtimes.artifacts.bundle import WeightSource
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import BundleError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.artifacts.bundle import NOT_HASHED, hash_files
+from runtimes.artifacts.manifest import NOT_HASHED, hash_files
 from runtimes.files.records import to_json
 from runtimes.files.sealed import write_sealed
 

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
-from runtimes.artifacts.bundle import TensorRecord
 from runtimes.artifacts.engine import Profile
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.files.records import from_json, to_json
 
 POISON = 0xFF

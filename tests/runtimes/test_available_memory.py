@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtimes import memory
-from runtimes.artifacts.bundle import TensorRecord
+from runtimes.artifacts.manifest import TensorRecord
 from runtimes.kv_cache import stated_bytes_per_token
 
 GROUPS = {

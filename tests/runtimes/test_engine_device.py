@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from runtimes.artifacts.bundle import Manifest, ModelRecord, TensorRecord
 from runtimes.artifacts.engine import Engine, EngineManifest, PluginRecord, Profile, ShapeRange
 from runtimes.artifacts.engine_adapter import read_engine_adapter, write_engine_adapter
+from runtimes.artifacts.manifest import Manifest, ModelRecord, TensorRecord
 from runtimes.errors import BackendUnavailable, BuildError, BundleError, InputError
 from runtimes.files.hashes import sha256_of
 from runtimes.tensorrt.builder import BuildSpec, check_network

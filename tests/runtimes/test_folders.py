@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from toy_bundle import write_toy_bundle
 
-from runtimes.artifacts.bundle import open_bundle, write_manifest
+from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.errors import BundleError, InputError, ReftError
 from runtimes.files import folders
 from runtimes.files.folders import atomic_folder, check_destination, claimed

@@ -14,8 +14,9 @@ from reseal import reseal
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, golden_arrays, toy_adapter, write_toy_bundle
 
 from runtimes.artifacts import golden_schema
-from runtimes.artifacts.bundle import NOT_HASHED, Bundle, Quantization, hash_files, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.golden_schema import CLASSIFIER, DECODER, GoldenSchema, read_golden, write_golden
+from runtimes.artifacts.manifest import NOT_HASHED, Quantization, hash_files, write_manifest
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION, TEXT_GENERATION
 from runtimes.errors import BundleError, InputError, ParityError, ReftError
 from runtimes.golden import check_golden, steering_figures

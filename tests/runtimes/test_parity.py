@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from toy_bundle import ADAPTERS, ToyDecoder, change_manifest, golden_arrays, write_toy_bundle
 
-from runtimes.artifacts.bundle import Bundle, Quantization, open_bundle, write_manifest
+from runtimes.artifacts.bundle import Bundle, open_bundle
+from runtimes.artifacts.manifest import Quantization, write_manifest
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.golden import check_golden
 from runtimes.ort.session import OrtSession

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtimes.artifacts.bundle import Quantization
+from runtimes.artifacts.manifest import Quantization
 from runtimes.parity.retention import LEAST_GAIN, MOST_ROUNDING, Quality, Recorded, quality, recorded, shortfall
 
 INT4 = Quantization(scheme="weight-only", bits=4, block_size=32, symmetric=True, accuracy_level=4)

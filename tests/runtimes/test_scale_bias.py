@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reseal import reseal
 from safetensors.numpy import load_file, save_file
 
-from runtimes.artifacts.bundle import NodeRecord, TensorRecord
+from runtimes.artifacts.manifest import NodeRecord, TensorRecord
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.edits.edit import STREAMS, LowRankEdit, ScaleBiasEdit, Site, in_sequence
 from runtimes.edits.op import RED_TYPE, EditNode, bank_of, edits_of, is_no_edit, no_edit_bank, node_of

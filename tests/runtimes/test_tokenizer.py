@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from toy_bundle import TEXTS, toy_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runtimes.artifacts.bundle import ModelRecord
+from runtimes.artifacts.manifest import ModelRecord
 from runtimes.errors import BundleError, InputError
 from runtimes.text import tried
 from runtimes.text.tokenizer import Detokenizer, Tokenizer, check_token_ids

@@ -16,8 +16,9 @@ from reseal import as_version_1, reseal
 from toy_bundle import write_toy_bundle
 from toy_engine import write_toy_engine
 
-from runtimes.artifacts.bundle import open_bundle, write_manifest
+from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.engine import open_engine
+from runtimes.artifacts.manifest import write_manifest
 from runtimes.edits.adapter import BaseModel, load_adapter, save_adapter
 from runtimes.errors import AdapterError, BundleError, InputError, ReftError
 from runtimes.files import sealed

@@ -23,18 +23,9 @@ from graph_passes.first_logit import remove_first_logit
 from graph_passes.fold import fold_graph
 from graph_passes.slots.add import rule_names, rules_of
 from graph_passes.slots.rule import SLOT_VALUE
-from runtimes.artifacts.bundle import (
-    AdapterRecord,
-    Bundle,
-    Manifest,
-    ModelRecord,
-    NodeRecord,
-    TensorRecord,
-    bank_file,
-    open_bundle,
-    write_adapter_record,
-    write_manifest,
-)
+from runtimes.artifacts.adapter_record import AdapterRecord, write_adapter_record
+from runtimes.artifacts.bundle import Bundle, bank_file, open_bundle
+from runtimes.artifacts.manifest import Manifest, ModelRecord, NodeRecord, TensorRecord, write_manifest
 from runtimes.artifacts.ort_adapter_file import write_onnx_adapter
 from runtimes.edits.adapter import Adapter, BaseModel
 from runtimes.edits.edit import Site

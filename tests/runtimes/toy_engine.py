@@ -16,9 +16,10 @@ from tensorrt_double import CudaDouble, TensorRTDouble, write_plan
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
 from reft_export.building.engine_profiles import EngineLimits, engine_profiles
-from runtimes.artifacts.bundle import MANIFEST_FILE, Bundle, TensorRecord, write_manifest_file
+from runtimes.artifacts.bundle import Bundle
 from runtimes.artifacts.engine import Engine, EngineManifest, PluginRecord, open_engine, write_engine_manifest
 from runtimes.artifacts.engine_adapter import write_engine_adapter
+from runtimes.artifacts.manifest import MANIFEST_FILE, TensorRecord, write_manifest_file
 from runtimes.artifacts.ort_adapter_file import read_onnx_adapter
 from runtimes.files.hashes import sha256_of
 from runtimes.tensorrt import cuda_device
