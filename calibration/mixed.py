@@ -16,14 +16,20 @@ from runtimes.errors import CalibrationError
 
 AUTO_SHARE = 0.15
 """Of the bytes of all weights: how much more a mixed bundle takes where no budget is given."""
+TABLE_SHARE = 2 / 3
+"""Of the bytes of all weights in int4, from which on an embedding in int8 is too many of them. Gemma 3 270M has 0.74 there, and loses less
+in fewer bytes with its embedding in int4 and the most sensitive of the other weights in int8; SmolLM2 has 0.3, and does not
+(docs/quantization-quality.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """``smallest``: bytes of all weights as the settings store them; ``extra``: of each int4 weight, what 8 bits would add."""
+    """``smallest``: bytes of all weights as the settings store them; ``extra``: of each int4 weight, what 8 bits would add; ``table``: of
+    the quantized embedding."""
 
     smallest: int
     extra: Mapping[str, int]
+    table: int = 0
 
 
 def sizes(
@@ -40,18 +46,27 @@ def sizes(
     blocks = blocks or WeightBlocks()
     formats = {name: settings.int8_format if name in int8 else blocks.format_of(name, settings.format) for name in shapes}
     stored = {name: stored_bytes(shape, formats[name]) for name, shape in shapes.items()}
-    lookup = find_token_embedding(graph)
+    lookup, in_blocks = find_token_embedding(graph), 0
     gone = {*shapes, *([plan.head_name] if plan.head_name else [])}
     if plan.format is not None and lookup is not None:
         table = input_of(lookup, 0)
         vocabulary, width = shape_of(table)
-        stored[f"{table.name} in blocks"] = stored_bytes((width, vocabulary), plan.format)
+        stored[f"{table.name} in blocks"] = in_blocks = stored_bytes((width, vocabulary), plan.format)
         gone.add(table.name or "")
     left = sum(
         int(tensor_of(value).nbytes) for name, value in graph.initializers.items() if name not in gone and value.const_value is not None
     )
     extra = {name: stored_bytes(shape, settings.int8_format) - stored[name] for name, shape in shapes.items() if name not in int8}
-    return Sizes(smallest=left + sum(stored.values()), extra=extra)
+    return Sizes(smallest=left + sum(stored.values()), extra=extra, table=in_blocks)
+
+
+def outweighed_by_table(graph: ir.Graph, settings: QuantizationSettings, parameters: Collection[str]) -> bool:
+    """Whether int4 would spend ``TABLE_SHARE`` of its bytes on an embedding in int8 that nobody asked for; of a graph whose head is
+    untied."""
+    if settings.scheme != "weight-only" or settings.bits != 4 or settings.embeddings is not None:
+        return False
+    known = sizes(graph, settings, (), parameters)
+    return known.table > TABLE_SHARE * known.smallest
 
 
 def stored_bytes(shape: tuple[int, ...], format: BlockFormat) -> int:

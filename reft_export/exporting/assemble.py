@@ -9,11 +9,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from calibration.mixed import outweighed_by_table
+from calibration.settings import QuantizationSettings
 from calibration.weights import WeightError
 from graph_passes.external import write_graph
 from graph_passes.fold import fold_graph
 from graph_passes.head import expose_head
-from graph_passes.tied_head import tie_head
+from graph_passes.tied_head import tie_head, untie_head
 from reft_export.base.adapters import check_fit, check_layers, union_nodes
 from reft_export.base.classifiers import head_parameters
 from reft_export.base.load import Base, load_base, load_without_weights
@@ -198,7 +200,8 @@ def _material(
         beside = _beside_weights(plan, exported.model)
         asked = MixedPrecision(budget=None if settings.budget_mb is None else int(settings.budget_mb * 1e6) - beside)
     again = settings.precision == "int4" and measurable(recorded.fp32) and not quality.accept_loss
-    copied = again or asked is not None
+    large_table = settings.weight_only is not None and _outweighed(exported, settings.weight_only)
+    copied = again or large_table or asked is not None
     return Material(
         graph=exported.model.clone if copied else lambda: exported.model,
         model=EagerModel(base.model, lambda: load_base(plan.checkpoint.folder, name=plan.checkpoint.name, checked=True).model),
@@ -207,9 +210,16 @@ def _material(
         steerers=recorded.steerers,
         fp32=recorded.fp32,
         again=again,
+        large_table=large_table,
         mixed=asked,
         given=Given() if settings.weight_only is None else given_blocks(base.folder, exported.weights, settings.weight_only),
     )
+
+
+def _outweighed(exported: ExportedGraph, settings: QuantizationSettings) -> bool:
+    graph = exported.model.clone()
+    untie_head(graph.graph)
+    return outweighed_by_table(graph.graph, settings, exported.weights)
 
 
 def _stored(exported: ExportedGraph, chosen: Chosen | None, settings: ExportSettings) -> _Stored:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from calibration.mixed import check_budget, sizes
+from calibration.mixed import check_budget, outweighed_by_table, sizes
 from calibration.quantize import QuantizedGraph, Ranges
 from calibration.settings import QuantizationSettings
 from calibration.weight_only import WeightBlocks
@@ -64,6 +64,7 @@ class Plan:
     """Of the same prompts without any adapter."""
     calibration: CalibrationRecord | None = None
     mixed: MixedPrecision | None = None
+    large_table: bool = False
 
 
 def make_quantized(opened: Bundle, model: str, output: Path, request: QuantizeRequest, *, force: bool, report: Report) -> ExportResult:
@@ -115,7 +116,8 @@ def planned(
     untie_head(graph.graph)
     check_weights_known(graph, bundle.manifest.weights, settings, str(bundle.folder))
     if settings.kind.activations != "static":
-        return Plan(bundle=bundle, model=model, settings=settings)
+        large_table = outweighed_by_table(graph.graph, settings, bundle.manifest.weights)
+        return Plan(bundle=bundle, model=model, settings=settings, large_table=large_table)
     request = request or CalibrationRequest()  # the probes
     ranges, base_ranges, record = steered_ranges(bundle, settings, model, output, request, report)
     return Plan(bundle=bundle, model=model, settings=settings, ranges=ranges, base_ranges=base_ranges, calibration=record)
@@ -203,6 +205,7 @@ def _record_and_quantize(plan: Plan, quality: QualityGate, work: Path, proof: Pa
         turns=True,
         ranges=plan.ranges,
         mixed=plan.mixed,
+        large_table=plan.large_table,
         given=given_blocks(base.folder, bundle.manifest.weights, plan.settings),
         seen=seen,
     )

@@ -75,6 +75,8 @@ class Material:
     ranges: Ranges | None = None
     mixed: MixedPrecision | None = None
     """Asked for by the user, whatever the adapters keep."""
+    large_table: bool = False
+    """As ``outweighed_by_table`` says; ``graph`` may then be called again."""
     given: Given = field(default_factory=Given)
     blocks: WeightBlocks = field(default_factory=WeightBlocks)
     """Of every attempt: what one has made, the next one knows."""
@@ -120,8 +122,15 @@ def choose_weights(of: Material, settings: QuantizationSettings, gate: QualityGa
 
 def _enough(of: Material, settings: QuantizationSettings, gate: QualityGate, report: Report) -> Chosen:
     """Quantizes by ``settings``; where that leaves an adapter less than ``gate`` aims at, and the weights are of int4 without any choice
-    of the user's, again with the most sensitive ones in int8."""
+    of the user's, again with the most sensitive ones in int8. An embedding that takes most of the bytes is tried in int4 first, with int8
+    for the others."""
     note = ""
+    if of.large_table and of.mixed is None and may_be_mixed(settings):
+        small, told = _with_int8(of, replace(settings, embeddings=4), MixedPrecision(), report)
+        chosen, attempt = _attempt(of, small, "the embedding in int4", report)
+        if min(attempt.retention.values(), default=1.0) >= gate.aim:
+            return replace(chosen, note=f"the embedding takes most of the bytes, and is in int4: {told}")
+        del chosen
     if of.mixed is not None:
         settings, note = _with_int8(of, settings, of.mixed, report)
     chosen, plain = _attempt(of, settings, f"int{settings.bits}", report)

@@ -8,13 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from models.bases import save_base
 
-from calibration.mixed import AUTO_SHARE, check_budget, choose_int8, sizes
+from calibration.mixed import AUTO_SHARE, TABLE_SHARE, check_budget, choose_int8, outweighed_by_table, sizes
 from calibration.quantize import quantize_graph
 from calibration.settings import settings_for
 from calibration.weight_only import WeightBlocks, dequantize, quantize_blocks
 from graph_passes.external import load_graph
 from reft_export.base.load import load_base
+from reft_export.exporting.export import export_bundle
+from reft_export.exporting.settings import ExportSettings
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.sensitivity import Row, sensitivities
 from runtimes.artifacts.bundle import open_bundle
@@ -109,6 +112,32 @@ def test_a_mixed_bundle(float_bundle, tmp_path) -> None:
     with pytest.raises(CalibrationError, match="use --scheme weight-only -p int4"):
         quantize_bundle(source, base, tmp_path / "int8", settings_for("weight-only", 8), mixed=True, **QUIET)
     assert not (tmp_path / "small").exists() and not (tmp_path / "int8").exists()
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp32"])
+def test_an_embedding_that_takes_most_of_the_bytes_goes_to_int4_and_others_to_int8(precision, tmp_path) -> None:
+    """By export, and by quantize on the float bundle; unless --embeddings says otherwise, and of no smaller embedding."""
+    base = str(save_base(tmp_path / "base", "gemma3_text", overrides={"vocab_size": 4096, "tie_word_embeddings": True}))
+
+    def made(name: str, **options):
+        settings = ExportSettings(precision=precision, **(options if precision == "int4" else {}))
+        result = export_bundle(base, [], tmp_path / name, settings, **QUIET)
+        if precision == "fp32":
+            result = quantize_bundle(tmp_path / name, base, tmp_path / f"{name}-int4", settings_for("weight-only", **options), **QUIET)
+        assert result.parity.passed
+        return result.manifest.quantization, result
+
+    small, result = made("small")
+    assert small.embeddings == 4 and 0 < len(small.int8) < 14 and "the embedding takes most of the bytes" in result.note
+    asked, result = made("asked", embeddings=8)
+    assert asked.embeddings == 8 and not asked.int8 and "most of the bytes" not in (result.note or "")
+
+
+def test_which_embedding_takes_most_of_the_bytes(measured) -> None:
+    bundle, graph, *_ = measured
+    known = sizes(graph.graph, SETTINGS, (), bundle.manifest.weights)
+    assert 0 < known.table < TABLE_SHARE * known.smallest
+    assert not outweighed_by_table(graph.graph, SETTINGS, bundle.manifest.weights)
 
 
 def test_int8_weights_stand_among_int4_ones() -> None:
