@@ -41,8 +41,11 @@ LONGEST = 256
 LLAMA_CPP = "llama.cpp"
 LLAMA = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0", "F32")
 AUTO = "int4 32 + int8, auto"
+TABLE_AUTO = "int4 32, embedding int4 + int8, auto"
+"""What ``-p int4`` makes of a model whose embedding takes most of the bytes."""
 BUDGETS: dict[str, int | None] = {
     AUTO: None,
+    TABLE_AUTO: None,
     **{f"int4 {block} + int8, {size} MB": size * 1_000_000 for block in (32, 64) for size in (102, 119)},
 }
 """Bytes of all weights where the most sensitive ones are int8, of the rows of that name; None is what ``--keep-high auto`` takes."""
@@ -98,6 +101,7 @@ def settings_of() -> dict[str, QuantizationSettings | None]:
         "int4 32 with zero points": int4(symmetric=False),
         "int4 32 k_quant": int4(symmetric=False, method="k_quant"),
         "int4 32, embedding int4": int4(embeddings=4),
+        TABLE_AUTO: int4(embeddings=4),
         "int4 32, accuracy level 1": int4(accuracy_level=1),
         "dynamic": settings_for("dynamic"),
         "static": settings_for("static"),
