@@ -25,6 +25,8 @@ class Resumed:
         self._heard: Counter[int | None] = Counter()
         """Of this replica."""
         self._head: dict[str, Any] = {}
+        self._ended = False
+        """The client was told that it is done."""
 
     def again(self) -> None:
         """Another replica begins."""
@@ -32,8 +34,11 @@ class Resumed:
 
     def new(self, data: str) -> str | None:
         """What the client is told of an event; None: it has that. Raises Refusal where the replica says other than the one before."""
-        event = None if data == DONE else json.loads(data)
-        if event is None or "error" in event:
+        if data == DONE:
+            ended, self._ended = self._ended, True
+            return None if ended else data
+        event = json.loads(data)
+        if "error" in event:
             return data
         choice = event["choices"][0] if event["choices"] else None
         index = None if choice is None else choice["index"]

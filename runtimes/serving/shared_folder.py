@@ -55,6 +55,8 @@ class SharedFolder:
                 yield
             finally:
                 self._users[name] -= 1
+                if not self._users[name]:  # nor is a count kept for whatever clients write
+                    del self._users[name]
 
     async def refresh_all(self) -> None:
         """Before all are told."""

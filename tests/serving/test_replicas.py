@@ -134,6 +134,16 @@ def test_a_replica_that_goes_on_otherwise_ends_the_stream() -> None:
         resumed.new(json.dumps(event))
 
 
+def test_a_stream_that_is_lost_behind_its_end_ends_once(dying: Dying, served: Served) -> None:
+    asked = {**LONG, "seed": 5, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=asked) as whole:
+        events = [line for line in whole.iter_lines() if line]
+    dying.after = [1 + len(events)]  # its start, and every event: but not that there is no more
+    with front_of(dying) as url, httpx.stream("POST", f"{url}/v1/completions", json=asked) as again:
+        told = [line for line in again.iter_lines() if line]
+    assert dying.lost == 1 and len(told) == len(events) and told.count("data: [DONE]") == 1
+
+
 def test_the_front_refuses_and_tells_what_one_process_does(dying: Dying, served: Served) -> None:
     with front_of(dying, ServeSettings(api_keys=("one",), max_body=2000)) as url, httpx.Client(base_url=url) as client:
         client.headers["Authorization"] = "Bearer two"
@@ -214,6 +224,20 @@ def test_what_one_changes_the_other_sees(bundle: Bundle, tokenizer: Tokenizer, t
             assert [text(url, "mine") for _ in range(4)] == ["404"] * 4
             models = [admin.get("/v1/models").json()["data"] for _ in range(2)]
             assert not any("mine" in {each["id"] for each in known} for known in models)
+
+
+def test_nothing_is_kept_of_names_that_are_no_adapters(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.server, "settings", ServeSettings(adapters=tmp_path))
+    shared = SharedFolder(served.server)
+    kept = {name: len(value) for name, value in vars(shared).items() if isinstance(value, dict)}
+
+    async def asked() -> None:
+        for number in range(5):
+            async with shared.use(f"nobody-{number}"):
+                pass
+
+    asyncio.run(asked())
+    assert {name: len(value) for name, value in vars(shared).items() if isinstance(value, dict)} == kept
 
 
 def test_an_update_waits_for_what_runs(bundle: Bundle, tmp_path: Path) -> None:
