@@ -15,8 +15,10 @@ from urllib.parse import quote
 
 from reft_export.importing.foreign import Report
 from runtimes.errors import InputError
+from runtimes.files.claims import sole_writer
 
 FORM = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\S+))?")
+COMMIT = re.compile("[0-9a-f]{40}")
 MAIN = "main"
 
 
@@ -61,7 +63,7 @@ def _cached(repository: str, revision: str | None, report: Report) -> Path:
     ref = kept / "refs" / quote(revision or MAIN, safe="")
     if constants.HF_HUB_OFFLINE:
         commit = ref.read_text(encoding="utf-8") if ref.is_file() else revision or MAIN
-        if re.fullmatch("[0-9a-f]{40}", commit) and (kept / commit).is_dir():
+        if COMMIT.fullmatch(commit) and (kept / commit).is_dir():
             return kept / commit
         asked = repository if revision is None else f"{repository}@{revision}"
         raise InputError(f"{asked} is no folder here, nor was it pulled before, and no hub is asked while HF_HUB_OFFLINE is set; unset it")
@@ -69,9 +71,12 @@ def _cached(repository: str, revision: str | None, report: Report) -> Path:
         report(f"asking for {repository}")
         with asking(repository, revision):
             commit = str(HfApi().model_info(repository, revision=revision).sha)
+        if not COMMIT.fullmatch(commit):  # it becomes the name of a folder
+            raise InputError(f"{constants.ENDPOINT} names no commit of it ({commit[:80]!r}); check HF_ENDPOINT")
         if not (kept / commit).is_dir():
-            kept.mkdir(parents=True, exist_ok=True)
-            pull_folder(repository, kept / commit, revision=commit, only="adapter", report=report)
+            with sole_writer(kept / commit, wait=True):  # another command may be pulling the same
+                if not (kept / commit).is_dir():
+                    pull_folder(repository, kept / commit, revision=commit, only="adapter", report=report)
     except InputError as e:
         raise InputError(f"{repository} is no folder here, and cannot be had from a hub: {e}") from e
     ref.parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,9 @@ PARTIAL = ".partial"
 OLD = ".old"
 """Suffix of an output that is being replaced, where the system cannot do that in one step."""
 
+LOOK_SECONDS = 0.1
+"""Between two looks at what another one writes."""
+
 SECRETS = ("--api-key", "--admin-token")
 """Options whose values are told to nobody."""
 
@@ -34,10 +38,11 @@ _RANDOM = r"[a-z0-9_]{8}"
 
 
 @contextmanager
-def sole_writer(destination: Path) -> Iterator[None]:
+def sole_writer(destination: Path, *, wait: bool = False) -> Iterator[None]:
     """Within, nobody else writes ``destination``; what a killed writer of it left behind is removed first.
 
-    Raises InputError, at once, where another process or thread is writing it. Where the file system has no locks it goes on without.
+    Raises InputError, at once, where another process or thread is writing it; with ``wait`` it waits for that one. Where the file system
+    has no locks it goes on without.
     """
     destination = _real(destination)
     held = _claims.get()
@@ -46,7 +51,7 @@ def sole_writer(destination: Path) -> Iterator[None]:
         return
     made = _make_parents(destination)
     try:
-        with _locked(destination):
+        with _locked(destination, wait=wait):
             token = _claims.set(held | {destination})
             try:
                 _restore_old(destination)
@@ -164,7 +169,7 @@ def _make_parents(destination: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(destination: Path) -> Iterator[None]:
+def _locked(destination: Path, *, wait: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -178,6 +183,9 @@ def _locked(destination: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(handle, 500).decode(errors="replace") or "another process"
             os.close(handle)
+            if wait:
+                time.sleep(LOOK_SECONDS)
+                continue
             raise InputError(f"{destination} is being written by {holder}; wait for it, or choose another output") from None
         except OSError:  # a file system without locks
             os.close(handle)

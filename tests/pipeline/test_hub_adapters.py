@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from logging import ERROR
 from pathlib import Path
 
@@ -94,6 +95,24 @@ def test_what_cannot_be_had_is_one_line(hub: Hub, adapter: Path, base_folder, bu
     with pytest.raises(AdapterError, match="me/flipped: adapter.safetensors is damaged"):
         local_folder(Path("me/flipped"), quiet)
     assert not list(home.rglob("adapter.safetensors"))
+
+
+def test_several_at_once_pull_it_once(hub: Hub, adapter: Path) -> None:  # noqa: F811
+    hub.add("me/calm", contents(adapter))
+    with ThreadPoolExecutor(4) as commands:
+        folders = set(commands.map(lambda _: local_folder(Path("me/calm"), quiet), range(4)))
+    assert len(folders) == 1 and contents(folders.pop()) == contents(adapter)
+    assert sum(line.startswith("GET") and "adapter.safetensors" in line for line in hub.asked) == 1
+
+
+@pytest.mark.parametrize("sha", ["../../../elsewhere", ""])
+def test_a_hub_whose_commit_is_none_names_no_folder(hub: Hub, adapter: Path, home: Path, sha: str) -> None:  # noqa: F811
+    stored = hub.add("me/calm", contents(adapter))
+    stored.branches["main"], stored.commits = sha, {sha: contents(adapter)}
+    (home.parent / "elsewhere").mkdir()
+    with pytest.raises(InputError, match=r"me/calm is no folder here, .*names no commit of it \('.*'\); check HF_ENDPOINT"):
+        local_folder(Path("me/calm"), quiet)
+    assert not home.exists()
 
 
 def test_the_verbs_take_it(hub: Hub, adapter: Path, float_bundle, tmp_path: Path) -> None:  # noqa: F811
