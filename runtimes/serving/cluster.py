@@ -147,7 +147,8 @@ def _start(cluster: ClusterSettings, *, processors: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if cluster.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray's own switch: nothing is told to anybody
-        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
+        # "local": RAY_ADDRESS, or a cluster that runs on this machine, would be joined else, and that takes no num_cpus.
+        ray.init(address="local", num_cpus=processors, include_dashboard=False, **quiet)
         return
     host, _, port = cluster.address.rpartition(":")
     remedy = "start Ray there (`ray start --head`), or pass HOST:PORT of its head"

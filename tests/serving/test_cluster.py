@@ -128,7 +128,9 @@ def test_an_adapter_that_one_replica_takes_is_every_ones(started: RayReplicas, t
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_by_replicas_until_it_is_told_to_stop(bundle: Bundle, sent: signal.Signals) -> None:
     command = [sys.executable, "-m", "reft_export.cli.main", "serve", str(bundle.folder), "--port", "0", "--replicas", "1-2"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"})
+    # RAY_ADDRESS is another cluster's: without --ray-address the replicas have one of their own.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "RAY_ADDRESS": "127.0.0.1:9"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     assert running.stderr is not None
     try:
         lines: list[str] = []
