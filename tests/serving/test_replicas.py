@@ -206,7 +206,9 @@ def test_what_one_changes_the_other_sees(bundle: Bundle, tokenizer: Tokenizer, t
             want[name] = text(alone.url, "mine")
     assert len({*want.values()}) == 2
     with serving(bundle, settings) as one, serving(bundle, settings) as two:
-        servers = [(create_app(each.server, log=lambda _: None), SharedFolder(each.server)) for each in (one, two)]
+        servers: list[tuple[Application, SharedFolder]] = [
+            (create_app(each.server, log=lambda _: None), SharedFolder(each.server)) for each in (one, two)
+        ]
         with front_of(Turns(servers), settings) as url, httpx.Client(base_url=url, headers={"Authorization": "Bearer adm"}) as admin:
 
             def put(adapter: Any, name: str) -> int:
