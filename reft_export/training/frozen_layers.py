@@ -64,6 +64,11 @@ class LayerStore(KeptStates[Row]):
         self._beside = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         return [states[row, start : len(tokens)].to(self._dtype) for row, (tokens, start) in enumerate(keys)]
 
+    def saves(self, rows: Sequence[Row]) -> bool:
+        """Whether a forward of ``rows`` computes more tokens in these layers than those of the rows that are not kept: those with another
+        answer than the example's, as accuracy asks for, are a few tokens behind a kept prefix, and whole prompts here."""
+        return sum(len(tokens) for tokens, _ in self.missing(rows)) < sum(map(self.tokens_of, rows))
+
     def entered(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Inside, a forward of ``rows``, padded on the right and as wide as the longest, starts behind the kept layers."""
         states = pad_sequence(self.found(rows), batch_first=True).to(self._model.dtype)

@@ -7,7 +7,7 @@ must have those of the uninterrupted one. Those that are not kept are computed f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -48,10 +48,10 @@ class KeptStates(ABC, Generic[K]):
         (states,) = self.compute([self.one_token(key)])
         return states.numel() * states.element_size()
 
-    def keep(self, keys: Sequence[K], *, limit: int, group: int, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
+    def keep(self, keys: Sequence[K], *, limit: float, group: int, on_step: Callable[[int, int], None] = lambda *_: None) -> None:
         """Computes and keeps as many of ``keys``, from the first on, as ``limit`` bytes hold, ``group`` at a time. Those that are kept
         already stay as they are, beside the limit."""
-        different = [key for key in dict.fromkeys(keys) if self.tokens_of(key) and key not in self._kept]
+        different = [key for key in self.missing(keys) if self.tokens_of(key)]
         if not different:
             return
         token = self.token_bytes(different[0])
@@ -68,11 +68,14 @@ class KeptStates(ABC, Generic[K]):
             on_step(min(first + group, len(chosen)), len(chosen))
 
     def found(self, keys: Sequence[K]) -> list[Tensor]:
-        """The states of each, kept or computed now."""
-        kept = [self._kept.get(key) for key in keys]
-        missing = [key for key, states in zip(keys, kept, strict=True) if states is None]
-        computed = iter(self.compute(missing) if missing else ())
-        return [next(computed) if states is None else states for states in kept]
+        """The states of each, kept or computed now, equal keys once."""
+        missing = self.missing(keys)
+        computed = dict(zip(missing, self.compute(missing), strict=True)) if missing else {}
+        return [computed[key] if key in computed else self._kept[key] for key in keys]
+
+    def missing(self, keys: Iterable[K]) -> list[K]:
+        """The different ones of which nothing is kept."""
+        return [key for key in dict.fromkeys(keys) if key not in self._kept]
 
 
 def padded(rows: Sequence[Tokens], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

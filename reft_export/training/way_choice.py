@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_export.base.load import DTYPES, Base
@@ -91,7 +93,8 @@ def choose_way(
     model, plan, layers = base.model, plan_prefixes(rule, examples, settings), kept_layers(interventions.sites, examples, settings)
     head, pad = CountedHead(model), pad_token(base)
     pad = PAD if pad is None else pad
-    batch = _tried(model, examples, rule, pad, min(settings.batch_size, 2))
+    tried = _tried(examples, rule, min(settings.batch_size, 2))
+    batch = Batch.of(collate(tried, pad_token_id=pad), model.device)
     parameters = [p for p in interventions.parameters() if p.requires_grad]
     plain = Ways(head=head, steering=steering, rule=rule).plain
 
@@ -102,7 +105,14 @@ def choose_way(
         return (ways.counted if before is None else ways.behind_prefix(before)), before, below
 
     def differs(parts: Sequence[str]) -> str | None:
-        return difference(way_of(parts, model.dtype)[0], plain, batch, parameters, model.dtype)
+        way, before, below = way_of(parts, model.dtype)
+
+        def behind_kept(batch: Batch) -> Tensor:
+            if below is not None:
+                below.keep(_rows(tried, rule if before is not None else None), limit=math.inf, group=len(tried))
+            return way(batch)
+
+        return difference(behind_kept, plain, batch, parameters, model.dtype)
 
     wanted = [HEAD, REAL, *([LAYERS] if layers else []), *([PREFIX] if plan.splits else [])]
     training = interventions.training
@@ -150,12 +160,11 @@ def _stored(model: PreTrainedModel, settings: TrainSettings) -> torch.dtype:
     return model.dtype if settings.cache_dtype == "auto" else DTYPES[settings.cache_dtype]
 
 
-def _tried(model: PreTrainedModel, examples: Examples[Example], rule: Positions, pad: int, rows: int) -> Batch:
+def _tried(examples: Examples[Example], rule: Positions, rows: int) -> Sequence[Example]:
     """The examples with the most and the fewest frozen tokens, or the first alone: always the same, so that a resumed run finds the same
     way."""
     by_prefix = sorted(examples.training, key=lambda example: (frozen_of(rule, example), len(example.input_ids)))
-    chosen = [by_prefix[-1], by_prefix[0]][:rows]
-    return Batch.of(collate(chosen, pad_token_id=pad), model.device)
+    return [by_prefix[-1], by_prefix[0]][:rows]
 
 
 def _keep(store: PrefixStore, rule: Positions, examples: Examples[Example], settings: TrainSettings, phase: Phase, *, used: int) -> None:
@@ -166,8 +175,12 @@ def _keep(store: PrefixStore, rule: Positions, examples: Examples[Example], sett
 
 
 def _keep_layers(store: LayerStore, rule: Positions | None, examples: Examples[Example], settings: TrainSettings, phase: Phase) -> None:
-    """``rule``: of a way behind prefixes, which asks for the tokens from the first edited one on."""
-    every = (*examples.training, *examples.held_out)
-    rows: Sequence[Row] = [(example.input_ids, 0 if rule is None else frozen_of(rule, example)) for example in every]
+    """``rule``: as of ``_rows``."""
+    rows = _rows((*examples.training, *examples.held_out), rule)
     phase(f"computing the layers below the first edit, of {len(rows)} examples")
     store.keep(rows, limit=int(settings.cache_mb * 1e6), group=settings.batch_size)
+
+
+def _rows(examples: Iterable[Example], rule: Positions | None) -> list[Row]:
+    """``rule``: of a way behind prefixes, which asks for the tokens from the first edited one on."""
+    return [(example.input_ids, 0 if rule is None else frozen_of(rule, example)) for example in examples]

@@ -132,8 +132,10 @@ class Ways:
         with ExitStack() as stack:
             if self.layers is not None:
                 lengths = batch.attention_mask.sum(1).tolist()
-                rows = zip(batch.input_ids.tolist(), lengths, starts, strict=True)
-                stack.enter_context(self.layers.entered([(tuple(ids[:length]), start) for ids, length, start in rows]))
+                each = zip(batch.input_ids.tolist(), lengths, starts, strict=True)
+                rows = [(tuple(ids[:length]), start) for ids, length, start in each]
+                if self.layers.saves(rows):
+                    stack.enter_context(self.layers.entered(rows))
             if self.real is not None:
                 stack.enter_context(self.real.of(mask))
             yield

@@ -176,7 +176,7 @@ def test_the_prompt_is_learned(base: Base, tmp_path: Path) -> None:
     held = [record.eval_loss for record in history if record.eval_loss is not None]
     assert history[-1].loss < 0.6 * history[0].loss and held[-1] < held[0]
     pulled = train(base, PAIRS, replace(settings, kl_weight=50.0, keep="last"), tmp_path / "b").history
-    assert pulled[0].loss == pytest.approx(history[0].loss, rel=1e-5), "an edit that does nothing is no way from the base"
+    assert pulled[0].loss == pytest.approx(history[0].loss, rel=1e-4), "an edit that does nothing is no way from the base"
     assert pulled[-1].loss > 0.9 * pulled[0].loss, "a heavy penalty leaves the base as it is"
 
 

@@ -128,6 +128,31 @@ def test_what_is_kept_is_not_computed_again(llama: PreTrainedModel, monkeypatch:
         assert computed == [1, 2]
         prefixes.keep([(1, 2), (5, 6)], limit=10**6, group=8)
         assert computed == [1, 2, 1, 1] and len(prefixes) == 3
+        prefixes.found([(7, 8), (1, 2), (7, 8)])
+        assert computed == [1, 2, 1, 1, 1], "equal ones that are not kept"
+
+
+def test_another_answer_behind_a_kept_prefix_is_no_whole_row(llama: PreTrainedModel) -> None:
+    """Accuracy asks for each of the data's answers, and what the layers put out is kept of the example's own."""
+    from test_ways import batch_of, interventions_of
+
+    llama.requires_grad_(False)
+    rule, widths = PositionRule.parse("l1"), list[int]()
+    made, batch, other = interventions_of(llama, sites=(Site(layer=1),)), batch_of(((9, 3), (9, 3))), batch_of(((9, 3), (9, 3)), seed=1)
+    other = replace(other, input_ids=torch.cat([batch.input_ids[:, :9], other.input_ids[:, 9:]], dim=1))
+    with steer(llama, made.edits(), rule=rule, tied=True) as steering:
+        layers = LayerStore(llama, steering, 2, dtype=torch.float32, pad_token_id=0)
+        prefixes = PrefixStore(CountedHead(llama), steering, dtype=torch.float32, pad_token_id=0)
+        layers.keep([(tokens, 8) for tokens, _ in rows_of(batch)], limit=10**6, group=2)
+        prefixes.keep([tokens[:8] for tokens, _ in rows_of(batch)], limit=10**6, group=2)
+        ways = Ways(head=CountedHead(llama), steering=steering, rule=rule, layers=layers)
+        hook = llama.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        assert torch.allclose(ways.behind_prefix(prefixes)(batch), ways.plain(batch), rtol=1e-5, atol=1e-6)
+        assert widths == [12], "of the plain way"
+        widths.clear()
+        assert torch.allclose(ways.behind_prefix(prefixes)(other), ways.plain(other), rtol=1e-5, atol=1e-6)
+        assert widths == [4, 12]
+        hook.remove()
 
 
 def test_pads_are_not_computed(llama: PreTrainedModel) -> None:
@@ -161,7 +186,8 @@ def test_a_network_that_mixes_tokens_sees_all_of_them(llama: PreTrainedModel) ->
     from test_ways import LENGTHS, batch_of
 
     batch = batch_of(LENGTHS)
-    llama.requires_grad_(False).model.layers[1].mlp = Shifted()
+    llama = copy.deepcopy(llama).requires_grad_(False)  # the session's stays as it is
+    llama.model.layers[1].mlp = Shifted()
     with steer(llama, {}, rule=PositionRule(last=1), tied=True) as steering, on_real_tokens(llama) as real, torch.no_grad():
         ways = Ways(head=CountedHead(llama), steering=steering, rule=PositionRule(last=1), real=real)
         assert torch.allclose(ways.counted(batch), ways.plain(batch), rtol=1e-5, atol=1e-6)

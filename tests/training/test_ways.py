@@ -78,6 +78,10 @@ def check(model: PreTrainedModel, rule: PositionRule, batch: Batch, intervention
             ]
             store.keep(prefixes[:kept], limit=10**9, group=2)
             assert len(store) == len(set(prefixes[:kept]))
+            if layers:
+                starts = [(tokens, len(prefix)) for (tokens, _), prefix in zip(rows_of(batch), prefixes, strict=True)]
+                below.keep(starts, limit=10**9, group=2)
+                assert below.saves(starts)
             others |= {"behind prefix": ways.behind_prefix(store), "all of it": spared.behind_prefix(store)}
         for name, way in others.items():
             got, found = measured(way, batch, interventions)
