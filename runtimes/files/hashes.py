@@ -17,7 +17,8 @@ def sha256_of(path: Path, *, remember: bool = False) -> str:
     stat = path.stat()
     if not remember or stat.st_size <= LARGE:
         return _digest(path)
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    # The time of change, unlike that of modification, no program sets: a copy that keeps its source's times is another file here.
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
     known = _read_cache()
     if key not in known:
         known[key] = _digest(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,20 @@ def test_large_files_are_hashed_once(copy, tmp_path, monkeypatch) -> None:
     path.write_bytes(content)
     with pytest.raises(BundleError, match="sha256"):
         open_bundle(copy)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows this time is of creation")
+def test_a_large_file_written_over_with_its_old_times_is_hashed_again(tmp_path, monkeypatch) -> None:
+    from runtimes.files import hashes
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", 10)
+    path = tmp_path / "base.gguf"
+    path.write_bytes(bytes(100))
+    times, before = path.stat(), hashes.sha256_of(path, remember=True)
+    path.write_bytes(bytes([1] * 100))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert hashes.sha256_of(path, remember=True) != before
 
 
 @pytest.mark.parametrize(("key", "value"), [("opset", 19), ("ir_version", 9), ("kv_cache", "other")])
