@@ -145,7 +145,8 @@ def forecast_training(model: str, ready: Preparation) -> Forecast:
         how = f"once, kept in {size(needed.cache)}" if plan.kept else "in every step"
         apart = (f"compute the {plan.prefix} of {plan.tokens} tokens before the first edited ones without a graph, {how}",)
     if needed.layers:
-        apart += (f"compute the {needed.kept_layers} layers below the first edit once, their output kept in {size(needed.layers)}",)
+        below = "layer" if needed.kept_layers == 1 else f"{needed.kept_layers} layers"
+        apart += (f"compute the {below} below the first edit once, what comes out kept in {size(needed.layers)}",)
     answers: tuple[str, ...] = ()
     if ready.unanswered:
         answers = (

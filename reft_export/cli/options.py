@@ -18,7 +18,7 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="An adapter folder, or its owner/name[@revision] on a Hugging Face hub; repeat for several. An adapter's name is "
+        help="An adapter folder, or its owner/name or owner/name@revision on a Hugging Face hub; repeat for several. An adapter's name is "
         "its folder's, or is given: NAME=FOLDER.",
     ),
 ]

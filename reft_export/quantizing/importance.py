@@ -84,7 +84,8 @@ def _watched(seen: dict[str, Squares], model: PreTrainedModel, name: str) -> Ite
 
     def see(place: str, _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         x = arguments[0].detach().float()
-        x = x[real] if x.shape[:2] == real.shape else x.reshape(-1, x.shape[-1])  # an expert and the head are given some tokens only
+        every = x.ndim == 3 and x.shape[:2] == real.shape  # an expert and a head are given some tokens only
+        x = x[real] if every else x.reshape(-1, x.shape[-1])
         total, count = squares.get(place, (torch.zeros(x.shape[1], dtype=torch.float64), 0))
         squares[place] = total + x.square().sum(0, dtype=torch.float64).cpu(), count + len(x)
 

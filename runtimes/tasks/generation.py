@@ -239,8 +239,8 @@ def check_decoder(session: DecoderSession, golden: DecoderGolden, budget: Budget
 def _compare_completions(candidate: np.ndarray, reference: np.ndarray, scale: float) -> Figures:
     """|log p - log p'| / 2 at most, over T tokens: logits that are off by e change a log-probability by no more than 2 e.
 
-    ``scale``: the largest logit, which the error is relative to."""
-    error = float(np.abs(candidate - reference).max()) / 2
+    ``scale``: the largest logit, which the error is relative to. Logits for some of the tokens only are an error without end."""
+    error = float(np.abs(candidate - reference).max()) / 2 if candidate.shape == reference.shape else np.inf
     error = error if np.isfinite(error) else np.inf
     return Figures(
         compared=len(reference),

@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_leaves_what_it_saw(tmp_path) -> None:
     page = (tmp_path / PAGE_FILE).read_text()
     assert page.startswith("# On a GPU: A | B\n\n    $ tests/gpu/run.sh OUT\n    2 of 3 stages: 1 passed, 1 failed\n\n")
     assert "| build | failed | 1.2 | x.cu: a\\|b |" in page and f"| training | {NOT_REACHED} |" in page
-    assert "| LoReFT | bfloat16 | 8192 | 8192 | 4096 | 4 | no | 50.00 | 2684 | 0.90 |  | 80% of the copy: met |" in page
+    assert "| LoReFT | bfloat16 | 8192 | 8192 | 4096 | 4 | no |  | 50.00 | 2684 | 0.90 |  | 80% of the copy: met |" in page
     told = json.loads((tmp_path / JSON_FILE).read_text())["stages"]
     assert told[0]["summary"] == "x.cu: a|b" and told[1]["figures"]["x"] == "NaN"
     assert sorted(path.name for path in tmp_path.iterdir()) == [JSON_FILE, PAGE_FILE]

@@ -115,7 +115,8 @@ def test_the_figures(made: Path, lines: Path) -> None:
     assert paired.loss_difference is not None and max(abs(paired.loss_difference.low), abs(paired.loss_difference.high)) < 1e-4
 
 
-def test_the_report(made: Path, lines: Path, tmp_path: Path) -> None:
+def test_the_report(made: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # folders of tests have long names, and a heading is cut where there is no room
     output = tmp_path / "report"
     done = run("-m", made / "base", "-a", made / "mood", made / "bundle", "-d", lines, "-o", output)
     assert done.exit_code == 0, done.stderr

@@ -235,7 +235,7 @@ def test_an_answer_that_ends_at_once(make) -> None:
     base, device = make(generation={"eos_token_id": first})
     assert first in device.tokenizer.stop_token_ids
     assert greedy_tokens(base.model, ids, None, 5, eos=stop_tokens(base)) == [[first]]
-    example = type("Example", (), {"input_ids": tuple(ids[0].tolist()), "prompt_length": 2, "marks": ()})
+    example = type("Example", (), {"input_ids": tuple(ids[0].tolist()), "prompt_length": 2, "marks": (), "source": ()})
     (sample,) = greedy_samples(base, [example])
     assert sample.text == "" and sample.prompt == "ab"
 

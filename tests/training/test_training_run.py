@@ -66,7 +66,8 @@ def test_training_learns_and_leaves_the_base_alone(base: Base, data: Path, tmp_p
     assert len(evaluated) == 10 and evaluated[-1] < evaluated[0]
     assert history[0].lr == 0.0 < history[1].lr, "the warm-up starts from 0"
     assert [s[0] for s in steps if s[3] is None] == [1, 2, 3] and steps[-1][:2] == (30, 30) and steps[-1][3] == evaluated[-1]
-    assert phases == ["reading the data", "sampling the base", "training", "sampling the steered model"]
+    prepared = ["trying to leave out of a step what its loss does not need", "computing the layers below the first edit, of 12 examples"]
+    assert phases == ["reading the data", "sampling the base", *prepared, "training", "sampling the steered model"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "data.jsonl"], "no other file is left"
 
     adapter = load_adapter(tmp_path / "adapter")
