@@ -44,6 +44,11 @@ class LlamaCpp:
     program: Path
     libraries: Path
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What ``program`` needs."""
+        return {"LLAMA_BACKENDS": str(self.libraries)}
+
     def bench(self, file: Path, columns: Sequence[int], *, threads: int = 1, flash: bool = False) -> Benched:
         figures = self._run("bench", file, threads, int(flash), *columns).split()
         count = len(columns)
@@ -64,7 +69,7 @@ class LlamaCpp:
 
     def _run(self, *arguments: object, given: str = "") -> str:
         command = [str(self.program), *map(str, arguments)]
-        environment = {**os.environ, "LLAMA_BACKENDS": str(self.libraries)}
+        environment = {**os.environ, **self.environment}
         done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command[:2])} exited {done.returncode}: {done.stderr[-500:]}")

@@ -3,6 +3,13 @@
 //   llama-probe bench FILE THREADS FLASH COLUMNS...     one line: minima of decoding at each, then the prefill's seconds up to each, peak MB
 //   llama-probe quantize IN OUT FTYPE THREADS           FTYPE: LLAMA_FTYPE_MOSTLY_Q4_0 and so on, by name (Q4_0, Q4_1, Q4_K_M, Q5_K_M, Q8_0)
 //   llama-probe likelihood FILE THREADS                 stdin: a line of token ids a text; stdout: a line of (tokens, negative log-likelihood)
+//   llama-probe requests FILE THREADS LORA...           stdin: a line of token ids for each adapter, which is a request's prompt, then lines
+//                                                       "HOW COUNT NEW SHIFT", each answered by "SECONDS MILLISECONDS-OF-DECODES..." and
+//                                                       COUNT lines of NEW greedy tokens; request i has adapter i + SHIFT. HOW:
+//     swapped      a request at a time, its adapter set before it, in a context of one sequence
+//     regrouped    a context of all sequences: a prompt, then a token, of each adapter in turn, the adapter set before each
+//     alone        as swapped, without adapters
+//     batched      without adapters: all prompts in a batch, then steps of a token of every request
 //
 // Built and run by llama_cpp.py.
 
@@ -22,6 +29,7 @@
 #include <vector>
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "llama.h"
 
 namespace {
@@ -136,6 +144,190 @@ int likelihood(char **argv) {
     return 0;
 }
 
+// A batch of tokens of several sequences.
+class Batch {
+   public:
+    explicit Batch(int most) : batch_(llama_batch_init(most, 0, 1)) {}
+    ~Batch() { llama_batch_free(batch_); }
+    Batch(const Batch &) = delete;
+    Batch &operator=(const Batch &) = delete;
+
+    void clear() { batch_.n_tokens = 0; }
+
+    // Where its logits are, if it has any.
+    int add(int32_t token, int position, int sequence, bool logits) {
+        const int i = batch_.n_tokens++;
+        batch_.token[i] = token;
+        batch_.pos[i] = position;
+        batch_.n_seq_id[i] = 1;
+        batch_.seq_id[i][0] = sequence;
+        batch_.logits[i] = logits;
+        return i;
+    }
+
+    int add(const std::vector<int32_t> &prompt, int sequence) {
+        int last = -1;
+        for (size_t i = 0; i < prompt.size(); ++i) last = add(prompt[i], static_cast<int>(i), sequence, i + 1 == prompt.size());
+        return last;
+    }
+
+    void decode(llama_context *context) const {
+        if (llama_decode(context, batch_)) fail("llama_decode failed");
+    }
+
+   private:
+    llama_batch batch_;
+};
+
+class Requests {
+   public:
+    static constexpr int MOST = 2048;  // tokens of a batch
+
+    Requests(const char *file, int threads, const std::vector<const char *> &adapters)
+        : count_(static_cast<int>(adapters.size())), batch_(MOST) {
+        model_ = llama_model_load_from_file(file, llama_model_default_params());
+        if (!model_) fail(std::string("cannot load ") + file);
+        vocabulary_ = llama_vocab_n_tokens(llama_model_get_vocab(model_));
+        for (const char *path : adapters) {
+            adapters_.push_back(llama_adapter_lora_init(model_, path));
+            if (!adapters_.back()) fail(std::string("cannot load the adapter ") + path);
+        }
+        // One pool of threads, as llama-server attaches it.
+        ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+        void *found = ggml_backend_reg_get_proc_address(registry, "ggml_threadpool_new");
+        const auto make = reinterpret_cast<decltype(ggml_threadpool_new) *>(found);
+        ggml_threadpool_params pool_params = ggml_threadpool_params_default(threads);
+        ggml_threadpool *pool = make ? make(&pool_params) : nullptr;
+        if (!pool) fail("no pool of threads can be made");
+        one_ = context(threads, 1, pool);
+        all_ = context(threads, count_, pool);
+    }
+
+    void run(const std::string &how, const std::vector<std::vector<int32_t>> &prompts, int count, int new_tokens, int shift) {
+        answers_.assign(count, {});
+        steps_.clear();
+        const double started = now();
+        if (how == "swapped" || how == "alone") {
+            for (int i = 0; i < count; ++i) {
+                set(one_, how == "alone" ? nullptr : adapters_[(i + shift) % count_]);
+                llama_memory_clear(llama_get_memory(one_), false);
+                prompt(one_, prompts[i], 0, i);
+                while (static_cast<int>(answers_[i].size()) < new_tokens) step(one_, {i}, {0}, prompts);
+            }
+        } else if (how == "regrouped") {
+            llama_memory_clear(llama_get_memory(all_), false);
+            for (int i = 0; i < count; ++i) {
+                set(all_, adapters_[(i + shift) % count_]);
+                prompt(all_, prompts[i], i, i);
+            }
+            for (int made = 1; made < new_tokens; ++made) {
+                for (int i = 0; i < count; ++i) step(all_, {i}, {i}, prompts, adapters_[(i + shift) % count_]);
+            }
+        } else if (how == "batched") {
+            llama_memory_clear(llama_get_memory(all_), false);
+            set(all_, nullptr);
+            std::vector<int> requests(count), last(count);
+            batch_.clear();
+            for (int i = 0; i < count; ++i) {
+                requests[i] = i;
+                last[i] = batch_.add(prompts[i], i);
+            }
+            batch_.decode(all_);
+            for (int i = 0; i < count; ++i) choose(all_, i, last[i]);
+            for (int made = 1; made < new_tokens; ++made) step(all_, requests, requests, prompts);
+        } else {
+            fail("unknown way " + how);
+        }
+        const double seconds = now() - started;
+        std::cout << seconds;
+        for (double step : steps_) std::cout << ' ' << step;
+        std::cout << '\n';
+        for (const auto &answer : answers_) {
+            for (int32_t token : answer) std::cout << token << ' ';
+            std::cout << '\n';
+        }
+        std::cout << std::flush;
+    }
+
+   private:
+    llama_context *context(int threads, int sequences, ggml_threadpool *pool) {
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx = 256 * sequences;
+        params.n_seq_max = params.n_outputs_max = sequences;
+        params.n_batch = MOST;  // as llama-server's, like n_ubatch; flash attention is left to llama.cpp, as there
+        params.n_ubatch = 512;
+        params.n_threads = params.n_threads_batch = threads;
+        llama_context *made = llama_init_from_model(model_, params);
+        if (!made) fail("the context cannot be made");
+        llama_attach_threadpool(made, pool, nullptr);
+        return made;
+    }
+
+    void set(llama_context *context, llama_adapter_lora *adapter) {
+        float scale = 1;
+        if (llama_set_adapters_lora(context, &adapter, adapter ? 1 : 0, &scale)) fail("the adapter cannot be set");
+    }
+
+    void prompt(llama_context *context, const std::vector<int32_t> &tokens, int sequence, int request) {
+        batch_.clear();
+        const int last = batch_.add(tokens, sequence);
+        batch_.decode(context);
+        choose(context, request, last);
+    }
+
+    // The next token of some requests; ``adapter``: set before it, in its time.
+    void step(llama_context *context, const std::vector<int> &requests, const std::vector<int> &sequences,
+              const std::vector<std::vector<int32_t>> &prompts, llama_adapter_lora *adapter = nullptr) {
+        const double before = now();
+        if (adapter) set(context, adapter);
+        batch_.clear();
+        for (size_t i = 0; i < requests.size(); ++i) {
+            const auto &answer = answers_[requests[i]];
+            batch_.add(answer.back(), static_cast<int>(prompts[requests[i]].size() + answer.size()) - 1, sequences[i], true);
+        }
+        batch_.decode(context);
+        for (size_t i = 0; i < requests.size(); ++i) choose(context, requests[i], static_cast<int>(i));
+        steps_.push_back((now() - before) * 1e3);
+    }
+
+    void choose(llama_context *context, int request, int place) {
+        const float *logits = llama_get_logits_ith(context, place);
+        if (!logits) fail("no logits");
+        answers_[request].push_back(static_cast<int32_t>(std::max_element(logits, logits + vocabulary_) - logits));
+    }
+
+    int count_, vocabulary_;
+    Batch batch_;
+    llama_model *model_;
+    llama_context *one_, *all_;
+    std::vector<llama_adapter_lora *> adapters_;
+    std::vector<std::vector<int32_t>> answers_;
+    std::vector<double> steps_;
+};
+
+int requests(int argc, char **argv) {
+    const std::vector<const char *> adapters(argv + 4, argv + argc);
+    Requests requests(argv[2], std::atoi(argv[3]), adapters);
+    std::vector<std::vector<int32_t>> prompts;
+    size_t tokens = 0;
+    for (std::string line; prompts.size() < adapters.size() && std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        prompts.emplace_back();
+        for (int32_t token; words >> token;) prompts.back().push_back(token);
+        tokens += prompts.back().size();
+    }
+    if (tokens > Requests::MOST) fail("the prompts have more tokens than one batch takes");
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        std::string how;
+        size_t count = 0;
+        int new_tokens = 0, shift = 0;
+        if (!(words >> how >> count >> new_tokens >> shift) || count > prompts.size()) fail("not a command: " + line);
+        requests.run(how, prompts, static_cast<int>(count), new_tokens, shift);
+    }
+    return 0;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -148,5 +340,8 @@ int main(int argc, char **argv) {
     if (verb == "bench" && argc > 5) return bench(argc, argv);
     if (verb == "quantize" && argc == 6) return quantize(argv);
     if (verb == "likelihood" && argc == 4) return likelihood(argv);
-    fail("usage: bench FILE THREADS FLASH COLUMNS... | quantize IN OUT FTYPE THREADS | likelihood FILE THREADS");
+    if (verb == "requests" && argc > 4) return requests(argc, argv);
+    fail(
+        "usage: bench FILE THREADS FLASH COLUMNS... | quantize IN OUT FTYPE THREADS | likelihood FILE THREADS | "
+        "requests FILE THREADS LORA...");
 }
