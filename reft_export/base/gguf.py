@@ -19,6 +19,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reft_export.base.kept import hold, kept_folder, take_away_oldest
 from reft_export.base.model_folder import first_line
 from reft_export.base.tokenizer import errors_only
 from runtimes.errors import InputError
@@ -58,7 +59,10 @@ def checkpoint_of(path: Path) -> Path:
     if not (folder / ORIGIN).is_file():
         header = _header(path)
         _check_architecture(path, header)
+        take_away_oldest()  # before it takes its place, too
         _make(path, folder, header)
+        hold(folder)
+        take_away_oldest()
     return folder
 
 
@@ -76,7 +80,7 @@ def is_gguf(path: Path) -> bool:
 
 def _folder(path: Path) -> Path:
     """Of the checkpoint, which is there or not: named by the file's bytes, so that another file never finds it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft-export" / "gguf" / sha256_of(path, remember=True)
+    return kept_folder("gguf") / sha256_of(path, remember=True)
 
 
 class _Header(NamedTuple):

@@ -16,6 +16,7 @@ from reft_export.base.classifiers import labels_of
 from reft_export.base.fingerprint import Identity, identify, identify_model, memory_config
 from reft_export.base.hub import locate, without_progress_bars
 from reft_export.base.model_folder import MERGE, fingerprint_v1, first_line, memory_fingerprint_v1, not_finite
+from reft_export.base.packed.left_out import tell_left_out
 from reft_export.base.tokenizer import errors_only, load_tokenizer, load_tokenizer_if_any
 from runtimes.artifacts.task_names import TEXT_CLASSIFICATION
 from runtimes.edits.adapter import BaseModel
@@ -344,6 +345,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: the checkpoint lacks {len(missing)} parameters, first {missing[0]}; download it again")
+    tell_left_out(folder, checkpoint.name, type(model).__name__, sorted(report["unexpected_keys"]))
     return model
 
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from reft_export.importing.foreign import Report
 from runtimes.errors import InputError
 from runtimes.files.claims import sole_writer
+from runtimes.files.placed import place
 
 FORM = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\S+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -56,9 +57,13 @@ def _folder(adapter: Path) -> tuple[str, Path]:
 def _cached(repository: str, revision: str | None, report: Report) -> Path:
     from huggingface_hub import HfApi, constants
 
-    from reft_export.hub.client import asking
+    from reft_export.hub.client import asking, check_revision
     from reft_export.hub.pull import pull_folder
 
+    try:
+        check_revision(revision)
+    except InputError as e:
+        raise InputError(f"{repository}@{revision} is no folder here, and {e}") from None
     kept = Path(constants.HF_HOME) / "reft-export" / "adapters" / repository.replace("/", "--")
     ref = kept / "refs" / quote(revision or MAIN, safe="")
     if constants.HF_HUB_OFFLINE:
@@ -80,5 +85,5 @@ def _cached(repository: str, revision: str | None, report: Report) -> Path:
     except InputError as e:
         raise InputError(f"{repository} is no folder here, and cannot be had from a hub: {e}") from e
     ref.parent.mkdir(exist_ok=True)
-    ref.write_text(commit, encoding="utf-8")
+    place(ref, commit.encode())
     return kept / commit

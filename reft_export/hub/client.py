@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 from reft_export.base.hub import HUB_ID, without_retry_warnings
 from reft_export.base.model_folder import first_line
@@ -16,12 +18,22 @@ from runtimes.files.folders import disk_is_full
 KINDS = {CONFIG_FILE: "adapter", MANIFEST_FILE: "bundle", ENGINE_MANIFEST: "engine"}
 """By the file that tells it."""
 TOKEN = "HF_TOKEN, or what `hf auth login` stored"
+NO_REVISION = re.compile(r"^$|^[-./]|[./]$|\.lock$|\.\.|/[./]|@\{|[\x00-\x20\x7f~^:?*\[\\]")
+"""git-check-ref-format's rules."""
+LONGEST_REVISION = 200
+"""Bytes, as they are quoted in addresses and in the name of a file, which has 255 at most."""
 
 
 def check_repository(repository: str) -> None:
     """Raises InputError for what is no ``owner/name``."""
     if not HUB_ID.fullmatch(repository) or "/" not in repository:
         raise InputError(f"{repository!r} is no repository of a hub, whose form is owner/name")
+
+
+def check_revision(revision: str | None) -> None:
+    """Raises InputError for what git takes for no name of a branch, a tag or a commit: it becomes part of addresses and of paths."""
+    if revision is not None and (NO_REVISION.search(revision) or len(quote(revision, safe="")) > LONGEST_REVISION):
+        raise InputError(f"{revision[:LONGEST_REVISION]!r} is no revision of a repository; name a branch, a tag or a commit")
 
 
 @contextmanager

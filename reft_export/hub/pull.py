@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reft_export.base.hub import without_progress_bars
-from reft_export.hub.client import KINDS, asking, check_repository
+from reft_export.hub.client import KINDS, asking, check_repository, check_revision
 from reft_export.importing.foreign import Report
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.artifacts.listed_files import check_listed_name
@@ -56,6 +56,7 @@ def pull_folder(
     one that is damaged, of another version, or names files outside of its folder.
     """
     check_repository(repository)
+    check_revision(revision)
     with claimed(output, force=force):
         from huggingface_hub import HfApi
 

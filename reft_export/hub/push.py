@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from reft_export.base.hub import without_progress_bars
 from reft_export.hub.card import adapter_card, bundle_card
-from reft_export.hub.client import KINDS, asking, check_repository
+from reft_export.hub.client import KINDS, asking, check_repository, check_revision
 from reft_export.importing.foreign import Report
 from runtimes.artifacts.bundle import ENGINE_MANIFEST, open_bundle
 from runtimes.artifacts.manifest import MANIFEST_FILE, NOT_HASHED
@@ -86,6 +86,7 @@ def push_folder(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    check_revision(revision)
     api = HfApi()
     report(f"asking for {repository}")
     there = _found(repository, revision, private=private)

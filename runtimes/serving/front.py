@@ -6,6 +6,7 @@ It holds no bundle and runs no model. ``runtimes/serving/cluster.py`` has Ray Se
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from runtimes.serving.text_routes import unless_gone
 
 ATTEMPTS = 4
 """Replicas that a request may be lost with: one that kills what answers it must not go round for ever."""
+OK = 200
 OWN = ("/", "/health", "/ready", "/metrics")
 LATE = 5.0
 """Seconds beyond a request's own, within which its replica says itself that it is late."""
@@ -56,7 +58,7 @@ class Front(Doors):
         if scope["type"] != "http" or scope["path"] in OWN:
             await self._own(scope, receive, send)
             return
-        relay = _Relay(send)
+        relay, start = _Relay(send), time.monotonic()
         with ExitStack() as stack:
             try:
                 if scope["path"] in TEXT:
@@ -71,6 +73,8 @@ class Front(Doors):
                     raise self.stops()
                 else:
                     relaying.result()
+                    if relay.answered and scope["path"] in TEXT:
+                        self.took(time.monotonic() - start)
             except Refusal as e:
                 await relay.refuse(e, scope, receive)
 
@@ -118,6 +122,8 @@ class _Relay:
         self._events = Resumed()
         self.begun = False
         """Of a stream: the client has its status."""
+        self.answered = False
+        """It was not refused."""
 
     def again(self) -> None:
         self._events.again()
@@ -141,6 +147,7 @@ class _Relay:
                 parts.append(message.get("body", b""))
         if start is None:
             raise ReplicaLost
+        self.answered = start["status"] == OK
         if self.begun:
             if not streams:  # it was refused where a part of it was told already
                 await self._say(b"".join(parts).decode())

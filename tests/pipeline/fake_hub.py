@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self._begin()
         if path is None:
             return
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             if (at := self._at(found[1], found[2] or "main")) is not None:
                 repository, sha = at
                 siblings = [{"rfilename": name} for name in repository.commits[sha]]

@@ -15,6 +15,8 @@ from test_hub import adapter, contents, hub  # noqa: F401  # fixtures
 
 from reft_export.base.hub import without_retry_warnings
 from reft_export.hub.adapters import is_on_hub, local_folder, local_folders
+from reft_export.hub.pull import pull_folder
+from reft_export.hub.push import outgoing, push_folder
 from runtimes.edits.adapter import load_adapter
 from runtimes.errors import AdapterError, InputError
 
@@ -113,6 +115,46 @@ def test_a_hub_whose_commit_is_none_names_no_folder(hub: Hub, adapter: Path, hom
     with pytest.raises(InputError, match=r"me/calm is no folder here, .*names no commit of it \('.*'\); check HF_ENDPOINT"):
         local_folder(Path("me/calm"), quiet)
     assert not home.exists()
+
+
+@pytest.mark.parametrize("revision", ["..", ".", "a/../b", ".hidden", "/a", "a..b", "-f", "a.lock", "a\\b", "a:b", "v" * 201, "é" * 40])
+def test_what_git_takes_for_no_revision_is_asked_nowhere(hub: Hub, adapter: Path, home: Path, revision: str) -> None:  # noqa: F811
+    stored = hub.add("me/calm", contents(adapter))
+    stored.branches[revision] = stored.branches["main"]
+    for ask in (
+        lambda: local_folder(Path(f"me/calm@{revision}"), quiet),
+        lambda: pull_folder("me/calm", home / "got", revision=revision, report=quiet),
+        lambda: push_folder(outgoing(adapter, "me/calm"), "me/calm", revision=revision, report=quiet),
+    ):
+        with pytest.raises(InputError, match="is no revision of a repository; name a branch, a tag or a commit"):
+            ask()
+    assert not hub.asked and not home.exists()
+
+
+def test_a_revision_of_several_parts_is_one_file(hub: Hub, adapter: Path, home: Path) -> None:  # noqa: F811
+    stored = hub.add("me/calm", contents(adapter))
+    stored.branches["user/try-1.2"] = stored.branches["main"]
+    assert local_folder(Path("me/calm@user/try-1.2"), quiet).name == stored.branches["main"]
+    refs = home / "reft-export" / "adapters" / "me--calm" / "refs"
+    assert [path.name for path in refs.iterdir()] == ["user%2Ftry-1.2"]
+
+
+def test_a_ref_is_written_whole_or_not_at_all(hub: Hub, adapter: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    stored = hub.add("me/calm", contents(adapter))
+    local_folder(Path("me/calm"), quiet)
+    old = stored.branches["main"]
+    stored.commit("main", GIT | contents(adapter) | {"README.md": b"another commit"})
+
+    def cut(path: Path, content: bytes) -> int:
+        path.open("wb").write(content[:10])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "write_bytes", cut)
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **_: cut(path, text.encode()))
+    with pytest.raises(OSError, match="the disk is full"):
+        local_folder(Path("me/calm"), quiet)
+    refs = home / "reft-export" / "adapters" / "me--calm" / "refs"
+    assert [(path.name, path.read_bytes()) for path in refs.iterdir()] == [("main", old.encode())]
 
 
 def test_the_verbs_take_it(hub: Hub, adapter: Path, float_bundle, tmp_path: Path) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from reft_export.composing.compose import compose_adapters
 from reft_export.eager.steering import steered
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.check import check_parity
-from runtimes.edits.adapter import load_adapter
+from runtimes.edits.adapter import load_adapter, save_adapter
 from runtimes.edits.edit import Site
 from runtimes.open import open_artifact, open_session
 
@@ -81,6 +82,31 @@ def test_on_the_weights_of_a_bundle(base_folder, bundle_folder, files, tmp_path)
     rounded, plain = (load_adapter(tmp_path / name) for name in ("int4", "float"))
     assert rounded.trained_on == open_artifact(bundle).digest and plain.trained_on is None
     assert rounded.digest != plain.digest and rounded.base.fingerprint == plain.base.fingerprint
+
+
+@pytest.mark.slow
+def test_a_rotation_of_other_weights_is_refused(base_folder, bundle_folder, tmp_path) -> None:
+    """Its source is read where it was trained: from the base itself, or from the weights of that one bundle."""
+    bundle, lines = bundle_folder("llama", "int4"), tmp_path / "lines.jsonl"
+    pairs = [{"prompt": f"say {a}", "source": f"say {b}", "completion": b} for a in "abc" for b in "abc" if a != b]
+    lines.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train = ("train", "-m", base_folder(), "-d", lines, "--objective", "interchange", "--layers", 1, "--max-steps", 1, "--samples", 0)
+    run(*train, "-o", tmp_path / "plain")
+    run(*train, "-o", tmp_path / "rounded", "--base", bundle)
+    rounded = load_adapter(tmp_path / "rounded")
+    assert rounded.trained_on == open_artifact(bundle).digest
+    save_adapter(replace(rounded, trained_on="a" * 64), tmp_path / "another")
+    steer = ("steer", "-m", base_folder(), "-o", tmp_path / "b", "--source", "say b", "--rotation")
+    for name, base, theirs in (
+        ("plain", ("--base", bundle), "the base itself"),
+        ("rounded", (), f"the weights of a bundle ({rounded.trained_on[:12]})"),
+        ("another", ("--base", bundle), "the weights of a bundle (aaaaaaaaaaaa)"),
+    ):
+        done = CliRunner().invoke(app, [str(each) for each in (*steer, tmp_path / name, *base)])
+        expected = f"{name} was trained on {theirs}, where its source has to be read, too; give --base as train had it"
+        assert done.exit_code == 2 and expected in " ".join(done.stderr.split()) and not (tmp_path / "b").exists(), done.output
+    run(*steer, tmp_path / "rounded", "--base", bundle)
+    assert load_adapter(tmp_path / "b").trained_on == rounded.trained_on
 
 
 def test_a_dry_run_writes_nothing_and_one_file_holds_both(base_folder, tmp_path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from served import until
 from test_adapters import NEW
 from test_replicas import front_of
 
@@ -22,13 +25,13 @@ from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import save_adapter
 from runtimes.generation import GenerationSettings, generate
 from runtimes.ort.session import OrtSession
-from runtimes.serving.forwarded import Forwarded
 from runtimes.serving.front import ATTEMPTS
-from runtimes.serving.gate import Message
 from runtimes.serving.settings import BatchSettings, ServeSettings
 from runtimes.text.tokenizer import Tokenizer
 
 pytest.importorskip("ray", reason="ray is not installed (extra cluster)")
+
+from machines import LONG, stalled  # noqa: E402
 
 from runtimes.serving.cluster import ClusterSettings, RayReplicas, replicas  # noqa: E402
 
@@ -54,21 +57,6 @@ def started(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield each
 
 
-class Killing:
-    """Kills a replica once so many messages were said."""
-
-    def __init__(self, inner: RayReplicas, at: int) -> None:
-        self.inner, self.left = inner, at
-        self.process: int = inner.handle.options(method_name="process").remote().result(timeout_s=60)
-
-    async def ask(self, request: Forwarded) -> AsyncGenerator[Message, None]:
-        async for message in self.inner.ask(request):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(self.process, signal.SIGKILL)
-            yield message
-
-
 def said(url: str, asked: dict[str, Any]) -> str:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=200)
     answer = client.completions.create(**asked)
@@ -82,31 +70,29 @@ def alone_says(session: OrtSession, tokenizer: Tokenizer, asked: dict[str, Any])
 
 
 def test_a_replicas_death_loses_no_request(started: RayReplicas, alone: OrtSession, tokenizer: Tokenizer) -> None:
-    killing = Killing(started, at=150)
-    lines: list[str] = []
-    with front_of(killing, log=lines.append) as url, ThreadPoolExecutor(CLIENTS) as clients:
-        answers = list(clients.map(lambda asked: said(url, asked), ASKED))
+    process, lines = asyncio.run(started.hello()), list[str]()
+    with front_of(started, log=lines.append) as url, ThreadPoolExecutor(CLIENTS) as clients:
+        stream = stalled(url, lambda: os.kill(process, signal.SIGSTOP), lambda: os.kill(process, signal.SIGCONT))
+        answers = [clients.submit(said, url, asked) for asked in ASKED]
+        time.sleep(0.5)
+        os.kill(process, signal.SIGKILL)
+        assert [answer.result() for answer in answers] == [alone_says(alone, tokenizer, asked) for asked in ASKED]
+        until(lambda: stream.ended, 60)
+        assert stream.error is None and stream.texts[0] == alone_says(alone, tokenizer, LONG)
         lost = re.search(r"reft_replicas_lost_total (\d+)", httpx.get(f"{url}/metrics").text)
+    assert lost is not None and int(lost[1]) > 0
     assert not [line for line in lines if '"error"' in line]
-    assert killing.left <= 0 and lost is not None and int(lost[1]) > 0
-    assert answers == [alone_says(alone, tokenizer, asked) for asked in ASKED]
 
 
 def test_without_a_second_attempt_requests_are_lost(started: RayReplicas, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault of the test before."""
     monkeypatch.setattr("runtimes.serving.front.ATTEMPTS", 1)
-    failed = 0
-
-    def attempt(url: str, asked: dict[str, Any]) -> None:
-        nonlocal failed
-        try:
-            said(url, asked)
-        except openai.APIError:
-            failed += 1
-
-    with front_of(Killing(started, at=150)) as url, ThreadPoolExecutor(CLIENTS) as clients:
-        list(clients.map(lambda asked: attempt(url, asked), ASKED))
-    assert ATTEMPTS > 1 and failed
+    process = asyncio.run(started.hello())
+    with front_of(started) as url:
+        stream = stalled(url, lambda: os.kill(process, signal.SIGSTOP), lambda: os.kill(process, signal.SIGCONT))
+        os.kill(process, signal.SIGKILL)
+        until(lambda: stream.ended, 60)
+    assert ATTEMPTS > 1 and stream.error == "replica_lost"
 
 
 def test_an_adapter_that_one_replica_takes_is_every_ones(started: RayReplicas, tmp_path: Path) -> None:
@@ -137,6 +123,7 @@ def test_the_command_serves_by_replicas_until_it_is_told_to_stop(bundle: Bundle,
         while not (found := re.fullmatch(r"serving .* at (http://127.0.0.1:\d+)/v1\n", lines[-1] if lines else "")):
             lines.append(running.stderr.readline())
             assert lines[-1], lines
+        assert len(lines) == 1  # nor does Ray say anything
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
         assert client.completions.create(model="all", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
         running.send_signal(sent)

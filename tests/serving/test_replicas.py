@@ -7,8 +7,10 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -142,6 +144,22 @@ def test_a_stream_that_is_lost_behind_its_end_ends_once(dying: Dying, served: Se
     with front_of(dying) as url, httpx.stream("POST", f"{url}/v1/completions", json=asked) as again:
         told = [line for line in again.iter_lines() if line]
     assert dying.lost == 1 and len(told) == len(events) and told.count("data: [DONE]") == 1
+
+
+def test_who_is_sent_away_is_told_how_long_answers_take(dying: Dying, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count(step=100.0)  # that an answer begins, and when it ends
+    monkeypatch.setattr("runtimes.serving.front.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    gate, front = create_front(dying, ServeSettings(concurrency=1), log=lambda _: None)
+
+    async def asked(body: dict[str, Any]) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://front") as client:
+            return await client.post("/v1/completions", json=body)
+
+    for body, status, seconds in ((LONG, 200, 11), ({"model": "nobody", "prompt": "a"}, 404, 11), ({**LONG, "stream": True}, 200, 20)):
+        assert (asyncio.run(asked(body)).status_code, front.retry_after) == (status, seconds)
+    with front.admitted():
+        refused = asyncio.run(asked(LONG))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "20")
 
 
 def test_the_front_refuses_and_tells_what_one_process_does(dying: Dying, served: Served) -> None:

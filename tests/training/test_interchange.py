@@ -308,6 +308,11 @@ def test_the_command_trains_and_sets(tmp_path: Path) -> None:
     ):
         refused = invoke(*arguments)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()) and not (tmp_path / "b").exists(), refused.output
+    save_adapter(replace(rotation, trained_on="a" * 64), tmp_path / "of-a-bundle")
+    refused = invoke(*setting[:-1], tmp_path / "of-a-bundle", "--source", "say b")
+    assert refused.exit_code == 2 and not (tmp_path / "b").exists(), refused.output
+    message = "was trained on the weights of a bundle (aaaaaaaaaaaa), where its source has to be read, too; give --base as train had it"
+    assert message in " ".join(refused.stderr.split())
     done = invoke(*setting, "--source", "say b")
     assert done.exit_code == 0 and "is set to its value in 'say b'" in " ".join(done.stdout.split()), done.output
     assert load_adapter(tmp_path / "b").training["source"] == "say b"

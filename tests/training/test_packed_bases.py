@@ -180,6 +180,35 @@ REFUSED = {
 }
 
 
+def _with(**added):
+    return _tensor(lambda tensors: tensors.update({name.replace("__", "."): value for name, value in added.items()}))
+
+
+def test_what_the_model_has_no_place_for_is_told_in_one_line(folder, capsys) -> None:
+    quantize_folder(folder, "gptq")
+    bias = {f"{UP}.bias".replace(".", "__"): np.zeros(load_base(folder).model.get_parameter(f"{UP}.weight").shape[0], np.float16)}
+    capsys.readouterr()
+    _with(**bias)(folder)
+    load_base(folder)
+    said = capsys.readouterr().err
+    assert "dequantizing" in said and "note" not in said, "AutoGPTQ writes such zeros beside weights without a bias"
+    _with(model__visual__proj__weight=np.ones((2, 2), np.float32), model__visual__proj__bias=np.ones(2, np.float32))(folder)
+    load_base(folder)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "note: small: 2 tensor(s) of the checkpoint have no place in LlamaForCausalLM and are left out, first model.visual.proj.bias"
+        in said
+    )
+
+
+def test_a_bias_that_the_model_would_not_add_is_refused(folder) -> None:
+    quantize_folder(folder, "gptq")
+    width = load_base(folder).model.get_parameter(f"{UP}.weight").shape[0]
+    _with(**{f"{UP}.bias".replace(".", "__"): np.ones(width, np.float16)})(folder)
+    with pytest.raises(InputError, match=f"small: {UP}.bias is not zero, and LlamaForCausalLM adds no bias there"):
+        load_base(folder)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_read_is_refused_by_name_and_leaves_nothing(case, folder, cache) -> None:
     format, change, match = REFUSED[case]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from reft_export.base.kept import hold, hold_if_kept, kept_folder, take_away_oldest
 from reft_export.base.model_folder import WEIGHT_FILES, read_config, safetensors_parts, weight_files
 from reft_export.base.packed.blocks import ORIGIN, PACKED, PARTS
 from reft_export.base.packed.layouts import LAYOUTS, STRAY, blocks_of, dequantized, integers_of
@@ -49,10 +49,14 @@ def plain_folder(folder: Path) -> Path:
     """
     scheme = _scheme(folder)
     if scheme is None:
+        hold_if_kept(folder)
         return folder
-    made = _cache() / _digest(folder)
-    if not _is_whole(made):
+    made = kept_folder("quantized") / _digest(folder)
+    if not hold(made) or not _is_whole(made):
+        take_away_oldest()  # before it takes its place, too
         _make(folder, made, scheme)
+        hold(made)
+        take_away_oldest()
     return made
 
 
@@ -81,10 +85,6 @@ def _scheme(folder: Path) -> Scheme | None:
             "quantization_config with its quant_method (gptq or awq), or remove it where the weights are floats"
         )
     return scheme_of(config, folder)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft-export" / "quantized"
 
 
 def _digest(folder: Path) -> str:
