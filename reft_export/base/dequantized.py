@@ -126,6 +126,15 @@ def expert_matrices(sources: Mapping[str, WeightSource]) -> frozenset[str]:
     return frozenset(name for name, source in sources.items() if source.parameter.rpartition(".")[2] != "weight")
 
 
+def copy_experts(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
+    """Gives ``model`` copies of what ``load_dequantized`` writes in place, which may be another model's too."""
+    for parameter in {sources[name].parameter for name in expert_matrices(sources)}:
+        name, _, attribute = parameter.rpartition(".")
+        module = _module(model, name)
+        if (stacked := getattr(module, attribute)).ndim == 3:
+            setattr(module, attribute, torch.nn.Parameter(stacked.detach().clone(), requires_grad=False))
+
+
 def _expert(stacked: torch.Tensor, source: WeightSource, shape: torch.Size) -> torch.Tensor:
     """The place of one expert's matrix in the parameter [E, .., ..] of them all."""
     axis = source.axis or 0

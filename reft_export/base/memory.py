@@ -1,9 +1,12 @@
-"""Memory that is freed, and given back."""
+"""Memory that is freed and given back, and weights that two models have in common."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
+
+from transformers import PreTrainedModel
 
 
 def give_back() -> None:
@@ -16,3 +19,10 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` whose modules are its own and whose weights are the model's: a weight that one of them is given anew stays as it
+    was in the other."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

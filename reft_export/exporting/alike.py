@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from reft_export.base.memory import share_weights
 from reft_export.eager.steering import decoder_layers
 from runtimes.errors import InputError
 
@@ -36,12 +36,6 @@ class Shallow:
     traced: tuple[int, ...]
     kinds: tuple[int, ...]
     """By layer of the deep model; layers of one kind differ in nothing but their weights and their number."""
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` whose modules are its own and whose weights are the model's: exporters rearrange modules in place."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def shallow_copy(model: PreTrainedModel) -> Shallow | None:

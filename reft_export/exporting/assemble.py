@@ -19,12 +19,12 @@ from graph_passes.tied_head import tie_head, untie_head
 from reft_export.base.adapters import check_fit, check_layers, union_nodes
 from reft_export.base.classifiers import head_parameters
 from reft_export.base.load import Base, load_base, load_without_weights
+from reft_export.base.memory import share_weights
 from reft_export.base.model_record import model_record
 from reft_export.bundling.files import BundleParts, Report, stored_how, write_bundle
 from reft_export.bundling.result import quantization_record
 from reft_export.bundling.tokenizer_files import without_indentation
 from reft_export.eager.steering import steerers_of
-from reft_export.exporting.alike import share_weights
 from reft_export.exporting.dynamo import cache_shapes
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.plan import ExportPlan, count_parameters
@@ -204,7 +204,7 @@ def _material(
     copied = again or large_table or asked is not None
     return Material(
         graph=exported.model.clone if copied else lambda: exported.model,
-        model=EagerModel(base.model, lambda: load_base(plan.checkpoint.folder, name=plan.checkpoint.name, checked=True).model),
+        model=EagerModel(base.model),  # the graph reads the same memory, so that putting it away would free nothing
         sources=exported.weights,
         inputs=inputs,
         steerers=recorded.steerers,

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from calibration.quantize import QuantizedGraph, Ranges, quantize_graph
 from calibration.settings import QuantizationSettings, settings_for
 from calibration.weight_only import WeightBlocks
-from reft_export.base.dequantized import expert_matrices, load_dequantized
-from reft_export.base.memory import give_back
+from reft_export.base.dequantized import copy_experts, expert_matrices, load_dequantized
+from reft_export.base.memory import give_back, share_weights
 from reft_export.bundling.files import Report
 from reft_export.eager.steering import Steerer
 from reft_export.parity.quality import Attempt, QualityGate
@@ -33,26 +33,37 @@ from runtimes.parity.retention import quality, recorded
 
 
 class EagerModel:
-    """The base in eager PyTorch, one in memory: with its float weights, or with those that would ship."""
+    """The base in eager PyTorch, with its float weights, or with those that would ship.
 
-    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> None:
+    ``load``: makes the float model again, and one of the two is in memory at a time. Without it the float weights stay, beside those of a
+    graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel] | None = None) -> None:
         self._model: PreTrainedModel | None = model
         self._load = load
 
     def floats(self) -> PreTrainedModel:
         if self._model is None:
+            assert self._load is not None
             give_back()
             self._model = self._load()
         return self._model
 
     def put_away(self) -> None:
         """Until it is asked for again, which loads it again."""
-        self._model = None
-        give_back()
+        if self._load is not None:
+            self._model = None
+            give_back()
 
     def carrying(self, graph: ir.Model, sources: Mapping[str, WeightSource]) -> PreTrainedModel:
-        """Its weights are the dequantized ones of ``graph`` from now on."""
-        model, self._model = self.floats(), None
+        """A model whose weights are the dequantized ones of ``graph``."""
+        model = self.floats()
+        if self._load is not None:
+            self._model = None
+        else:
+            model = share_weights(model)
+            copy_experts(model, sources)
         load_dequantized(model, graph, sources)
         return model
 

@@ -14,6 +14,7 @@ hook stands in for it and is named so.
     layers     the same, behind the kept output of the layers below the first edit: later epochs there
     prefix     counted, and the tokens before the edit without a graph, computed anew each step: a first epoch with the prompt's last
     kept       the same from the store, with real tokens and kept layers: later epochs there
+    compiled   counted, the blocks that have no edit compiled by torch.compile (dynamic shapes), which `train` does not do
 
 ``--memory``: one process a contestant; the growth of its peak memory over the loaded base in three steps.
 """
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from evidence.real_adapters import _reviews
 from reft_export.base.load import load_base
-from reft_export.eager.steering import edit_rows, steer
+from reft_export.eager.steering import decoder_layers, edit_rows, steer
 from reft_export.training.counted import CountedHead
 from reft_export.training.data import Example, collate, load_data
 from reft_export.training.frozen_layers import LayerStore, frozen_layers
@@ -71,6 +72,10 @@ def ours(model: Any, examples: Sequence[Example], way: str, layers: Sequence[int
     if below is not None:
         below.keep([(e.input_ids, frozen_of(RULE, e) if way == "kept" else 0) for e in examples], limit=10**10, group=8)
     behind = way in ("prefix", "kept")
+    if way == "compiled":
+        for number, block in enumerate(decoder_layers(model)):
+            if number not in layers:  # the edits are hooks, which would be compiled with their blocks
+                block.compile(dynamic=True)
     chosen = ways.plain if way == "plain" else ways.behind_prefix(store) if behind else ways.counted
     return list(made.parameters()), lambda batch: loss_of(chosen(batch), batch) / len(batch.targets)
 
@@ -138,7 +143,7 @@ def hooks(model: Any, layers: Sequence[int]) -> Made:
 def contestants(layers: Sequence[int]) -> dict[str, Callable[[Any, Sequence[Example]], Made]]:
     found: dict[str, Callable[[Any, Sequence[Example]], Made]] = {
         way: lambda model, examples, way=way: ours(model, examples, way, layers)
-        for way in ("plain", "counted", "real", "layers", "prefix", "kept")
+        for way in ("plain", "counted", "real", "layers", "prefix", "kept", "compiled")
     }
     if all(map(importlib.util.find_spec, ("pyreft", "pyvene", "datasets"))):
         found["pyreft"] = lambda model, examples: pyreft(model, layers)

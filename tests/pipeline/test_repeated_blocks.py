@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from reft_export.exporting.alike import Shallow, shallow_copy, share_weights
+from reft_export.base.memory import share_weights
+from reft_export.exporting.alike import Shallow, shallow_copy
 from reft_export.exporting.dynamo import export_dynamo
 from reft_export.exporting.exported_graph import ExportedGraph
 from reft_export.exporting.repeated import NotAlikeError, export_repeated, repeat_blocks

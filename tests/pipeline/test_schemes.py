@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+import torch
 
 from calibration.activations import STORED
 from calibration.products import activation_quantization, dequantized_weights
@@ -16,13 +17,16 @@ from calibration.settings import settings_for
 from graph_passes.external import load_graph
 from graph_passes.find.weights import weight_products
 from graph_passes.insert import is_edit
-from reft_export.base.dequantized import load_dequantized
+from reft_export.base.dequantized import copy_experts, load_dequantized
 from reft_export.base.load import load_base
+from reft_export.base.memory import share_weights
 from reft_export.exporting.export import ExportSettings, export_bundle
 from reft_export.parity.ladder import host_ladder
 from reft_export.quantizing.quantize import quantize_bundle
 from reft_export.quantizing.settings import CalibrationRequest
+from reft_export.quantizing.weights import EagerModel
 from runtimes.artifacts.bundle import open_bundle
+from runtimes.artifacts.manifest import WeightSource
 from runtimes.errors import CalibrationError, ParityError
 from runtimes.ort.session import OrtSession
 
@@ -142,6 +146,36 @@ def test_dequantized_weights_go_into_eager(scheme, float_bundle) -> None:
     assert len(load_dequantized(loaded, graph, sources)) == count
     up = loaded.get_submodule("model.layers.1.mlp.up_proj").weight.numpy()
     np.testing.assert_allclose(up.T, restored["model.layers.1.mlp.up_proj.weight"], rtol=1e-6)
+
+
+def test_the_float_model_stays_beside_the_one_that_carries_a_graphs_weights(float_bundle) -> None:
+    source, base = float_bundle()
+    graph, sources = load_graph(source / "model.onnx"), open_bundle(source).manifest.weights
+    quantize_graph(graph, settings_for("weight-only", 4))
+    floats = load_base(base).model
+    before = {name: (parameter, parameter.clone()) for name, parameter in floats.named_parameters()}
+    eager = EagerModel(floats)
+    carrying = eager.carrying(graph, sources)
+    eager.put_away()  # frees nothing of what cannot be loaded again
+    assert eager.floats() is floats
+    assert all(parameter is before[name][0] and parameter.equal(before[name][1]) for name, parameter in floats.named_parameters())
+    quantized = set(dict(dequantized_weights(graph)))
+    changed = {name for name, parameter in carrying.named_parameters() if not parameter.equal(before[name][1])}
+    assert len(changed) == len(quantized) > 0
+    kept = [name for name, parameter in carrying.named_parameters() if parameter is before[name][0]]
+    assert kept and len(kept) + len(changed) == len(before)  # norms are no copies
+
+
+def test_experts_that_are_written_in_place_are_copied_first() -> None:
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.up = torch.nn.Parameter(torch.ones(2, 3, 4))
+    model.experts.bias = torch.nn.Parameter(torch.ones(3))
+    copied = share_weights(model)  # pyright: ignore[reportArgumentType]
+    sources = {f"up.{e}": WeightSource(parameter="experts.up", transpose=False, axis=0, start=e, stop=e + 1) for e in (0, 1)}
+    copy_experts(copied, sources | {"bias": WeightSource(parameter="experts.bias", transpose=False)})  # pyright: ignore[reportArgumentType]
+    copied.experts.up.detach()[0].zero_()
+    assert bool(model.experts.up.all()) and copied.experts.bias is model.experts.bias
 
 
 @pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "fp8"])
