@@ -18,6 +18,7 @@ from reft_export.base.token_rules import stated_context
 from reft_export.console import size
 from reft_export.exporting.plan import ExportPlan, count_parameters
 from reft_export.exporting.settings import ExportSettings
+from reft_export.tasks.generation import BATCH_BYTES, BATCH_ROWS, COMPLETION
 from reft_export.tasks.task import TASKS
 from runtimes.artifacts.bundle import Bundle
 from runtimes.edits.adapter import Adapter
@@ -70,7 +71,8 @@ def _cache(settings: ExportSettings) -> str:
 
 
 def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
-    """A float32 base in memory, its graph on disk; float weights are copied one at a time."""
+    """A float32 base in memory, its graph on disk; float weights are copied one at a time. Of a quantized one a second model, which carries
+    the quantized weights. A decoder's logits of one forward, and a copy."""
     linear, other = plan.parameters
     task = TASKS[plan.checkpoint.task]
     total = linear + other
@@ -92,7 +94,7 @@ def forecast_export(plan: ExportPlan, settings: ExportSettings) -> Forecast:
             "write the bundle and hold it against the eager model",
         ),
         parameters=total,
-        memory=LIBRARIES + 4.0 * total + (disk if quantized else 0.1 * total) + rounded + copy,
+        memory=LIBRARIES + 4.0 * total + (4.0 * total + disk if quantized else 0.1 * total) + rounded + copy + _logits(plan),
         disk=disk + copy,
         token=cache_token(plan.checkpoint.config, 1 if settings.cache == "int8" else BYTES[settings.float_type]) if task.decodes else None,
         context=stated_context(_decoder(plan.checkpoint.config)) if task.decodes else None,
@@ -103,6 +105,14 @@ def _quantizing(plan: ExportPlan, settings: QuantizationSettings) -> str:
     packed = packed_blocks(plan.checkpoint.folder) if settings.keep_given else None
     kept = "" if packed is None else f"keep the integers of {len(packed.formats)} weights of {packed.label}, and "
     return f"{kept}quantize {'the other ' if kept else ''}weights to int{settings.bits}, blocks of {settings.block_size}"
+
+
+def _logits(plan: ExportPlan) -> float:
+    """Of the completions in one forward, twice."""
+    rows = _decoder(plan.checkpoint.config).get("vocab_size")
+    if type(rows) is not int or not TASKS[plan.checkpoint.task].decodes:
+        return 0.0
+    return 2.0 * min(BATCH_BYTES, BATCH_ROWS * COMPLETION * 4 * rows)
 
 
 def _table(plan: ExportPlan) -> int:
