@@ -82,8 +82,8 @@ def served(bundle: Path | str, machines: Machines, *more: str) -> list[str]:
 
 
 @contextmanager
-def serving(command: list[str]) -> Iterator[str]:
-    """Its address. What it says beside its log is asserted to be its first line alone."""
+def serving(command: list[str], *, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
+    """Its address, until it is sent ``end``. What it says beside its log is asserted to be its first line alone."""
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENV, "COLUMNS": "200"})
     assert running.stderr is not None
     lines: list[str] = []
@@ -94,7 +94,7 @@ def serving(command: list[str]) -> Iterator[str]:
         found = re.fullmatch(r"serving .*at (http://127.0.0.1:\d+)/v1\n", lines[0])
         assert found, lines
         yield found[1]
-        running.send_signal(signal.SIGTERM)
+        running.send_signal(end)
         assert running.wait(60) == 0
         reading.join(10)
         assert not [line for line in lines[1:] if not line.startswith("{")]
@@ -192,7 +192,8 @@ def test_a_machines_death_loses_no_request(bundle: Bundle, machines: Machines, a
     head, other = machines.machines
     wanted = [alone_says(alone, tokenizer, asked) for asked in ASKED]
     until(lambda: replicas_of(head) + replicas_of(other) == 0, 30)
-    with serving(served(bundle.folder, machines, "--replicas", "2")) as url, ThreadPoolExecutor(CLIENTS) as clients:
+    command = served(bundle.folder, machines, "--replicas", "2")
+    with serving(command, end=signal.SIGINT) as url, ThreadPoolExecutor(CLIENTS) as clients:
         assert replicas_of(head) == replicas_of(other) == 1
         stream = stalled(url, lambda: other.signalled(signal.SIGSTOP), lambda: other.signalled(signal.SIGCONT))
         answers = [clients.submit(said, url, asked) for asked in ASKED]
