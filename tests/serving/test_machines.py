@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from runtimes.text.tokenizer import Tokenizer
 pytest.importorskip("ray", reason="ray is not installed (extra cluster)")
 
 from machines import ENV, LONG, Machine, Machines, Stream, cluster, stalled  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
 from ray.serve.schema import (  # noqa: E402
     ApplicationStatus,
     DeploymentStatus,
@@ -40,7 +42,7 @@ from ray.serve.schema import (  # noqa: E402
 from test_cluster import ASKED, CLIENTS, alone_says, said  # noqa: E402
 
 from runtimes.serving import cluster as serving_cluster  # noqa: E402
-from runtimes.serving.cluster import Replica  # noqa: E402
+from runtimes.serving.cluster import RayReplicas, Replica  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +168,22 @@ def test_what_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
             serving_cluster._wait("x")
     application.status = ApplicationStatus.RUNNING
     serving_cluster._wait("x")
+
+
+def test_replicas_that_cannot_be_asked_cost_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lost() -> AsyncGenerator[int, None]:
+        raise RayActorError
+        yield 0
+
+    async def silent() -> AsyncGenerator[int, None]:
+        await asyncio.sleep(60)
+        yield 0
+
+    monkeypatch.setattr(serving_cluster, "HEARD_SECONDS", 0.2)
+    for answer, line in ((lost, "the first that was asked was lost"), (silent, "were not heard within 0.2 s; its machines must reach")):
+        handle = SimpleNamespace(options=lambda answer=answer, **_: SimpleNamespace(remote=answer))
+        with pytest.raises(ReftError, match=line):
+            asyncio.run(serving_cluster._hear(RayReplicas(handle)))
 
 
 def test_replicas_come_with_requests_and_go_without(bundle: Bundle, machines: Machines, alone: OrtSession, tokenizer: Tokenizer) -> None:
