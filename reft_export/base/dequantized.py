@@ -128,7 +128,7 @@ def expert_matrices(sources: Mapping[str, WeightSource]) -> frozenset[str]:
 
 def copy_experts(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
     """Gives ``model`` copies of what ``load_dequantized`` writes in place, which may be another model's too."""
-    for parameter in {sources[name].parameter for name in expert_matrices(sources)}:
+    for parameter in {part.parameter for source in sources.values() for part in (source, *source.joined)}:
         name, _, attribute = parameter.rpartition(".")
         module = _module(model, name)
         if (stacked := getattr(module, attribute)).ndim == 3:

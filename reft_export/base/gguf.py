@@ -19,11 +19,11 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reft_export.base.kept import hold, kept_folder, take_away_oldest
+from reft_export.base.kept import MAKING, hold, kept_folder, take_away_oldest
 from reft_export.base.model_folder import first_line
 from reft_export.base.tokenizer import errors_only
 from runtimes.errors import InputError
-from runtimes.files.claims import scratch_folder
+from runtimes.files.claims import remove, scratch_folder
 from runtimes.files.hashes import sha256_of
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def checkpoint_of(path: Path) -> Path:
     that transformers does not read, and for a file that lacks tensors.
     """
     folder = _folder(path)
-    if not (folder / ORIGIN).is_file():
+    while not hold(folder) or not (folder / ORIGIN).is_file():  # again where another process took it away before it was held
         header = _header(path)
         _check_architecture(path, header)
         take_away_oldest()  # before it takes its place, too
         _make(path, folder, header)
-        hold(folder)
-        take_away_oldest()
+        if hold(folder):
+            take_away_oldest()
     return folder
 
 
@@ -235,7 +235,7 @@ def _make(path: Path, folder: Path, header: _Header) -> None:
     fresh.generation_config = model.generation_config
     origin = {"file": path.name, "architecture": header.architecture, "tensor_types": header.counts}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder, ".making") as made:
+    with scratch_folder(folder, MAKING) as made:
         whole = made / "checkpoint"
         fresh.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -244,7 +244,8 @@ def _make(path: Path, folder: Path, header: _Header) -> None:
             whole.replace(folder)
         except OSError:
             if not (folder / ORIGIN).is_file():  # else another process made the same one meanwhile
-                raise
+                remove(folder)  # a cleaner of caches takes single files
+                whole.replace(folder)
 
 
 def _load(path: Path) -> tuple[PreTrainedModel, Mapping[str, Any], PreTrainedTokenizerBase]:

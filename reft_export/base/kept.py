@@ -7,16 +7,21 @@ first, so that nobody sees half of it. Where a file system has no locks nothing 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from reft_export.console import err, size
 from runtimes.errors import InputError
-from runtimes.files.claims import scratch_folder
+from runtimes.files.claims import remove_left_overs, scratch_folder
 
 KINDS = ("quantized", "gguf")
 MOST_GB = 100.0
 VARIABLE = "REFT_CACHE_GB"
+MAKING = ".making"
+"""Suffix of the scratch folder that one is made in."""
+REMOVING = ".removing"
+"""Of that from which what was taken away is removed."""
 
 _held: dict[Path, int] = {}
 """Descriptors of the folders that this process uses."""
@@ -57,8 +62,10 @@ def hold_if_kept(folder: Path) -> None:
 
 
 def take_away_oldest() -> None:
-    """Until what is kept is within the bound, or in use. Raises InputError for a bound that is no number."""
+    """Until what is kept is within the bound, or in use. What killed processes were making goes, too. Raises InputError for a bound that
+    is no number."""
     most = _most()
+    _remove_half_made()
     found = [path for kind in KINDS if kept_folder(kind).is_dir() for path in kept_folder(kind).iterdir() if _is_kept(path)]
     sizes = {path: _bytes(path) for path in sorted(found, key=_used)}
     total = sum(sizes.values())
@@ -68,6 +75,14 @@ def take_away_oldest() -> None:
         if _take_away(path):
             total -= count
             err.print(f"{path.parent.name} {path.name[:12]} ({size(count)}) is no longer kept: {VARIABLE} is {most / 1e9:g}", markup=False)
+
+
+def _remove_half_made() -> None:
+    """Each would go when the same one is made again, and that may never be. What they were removing goes with it."""
+    form = re.compile(rf"\.(\w+)\.\w{{8}}({re.escape(MAKING)}|{re.escape(REMOVING)})")
+    for kind in filter(Path.is_dir, map(kept_folder, KINDS)):
+        for name, suffix in {found.groups() for path in kind.iterdir() if (found := form.fullmatch(path.name))}:
+            remove_left_overs(kind / name, suffix)
 
 
 def _most() -> float:
@@ -109,7 +124,7 @@ def _take_away(folder: Path) -> bool:
     try:
         if not _lock(handle, shared=False) or not _is(folder, handle):
             return False
-        with scratch_folder(folder.with_name("kept"), ".removing") as scratch:
+        with scratch_folder(folder.with_name("kept"), REMOVING) as scratch:
             folder.rename(scratch / folder.name)
         return True
     except OSError:

@@ -136,9 +136,12 @@ class RayReplicas:
             answer.cancel()
 
     async def hello(self) -> int:
-        """The number of a replica's process."""
-        async for process in self.handle.options(stream=True, method_name="hello").remote():
-            return process
+        """The number of a replica's process. Raises ReplicaLost."""
+        try:
+            async for process in self.handle.options(stream=True, method_name="hello").remote():
+                return process
+        except LOST as e:
+            raise ReplicaLost from e
         raise ReplicaLost
 
 
@@ -250,6 +253,8 @@ async def _hear(replicas: RayReplicas) -> None:
     """A replica calls this process with each message of an answer. Where a network or another RAY_AUTH_MODE forbids it, all would hang."""
     try:
         await asyncio.wait_for(replicas.hello(), HEARD_SECONDS)
+    except ReplicaLost:
+        raise ReftError("replicas started, and the first that was asked was lost; Ray's logs say why, memory may be short") from None
     except asyncio.TimeoutError:
         remedy = "its machines must reach this one at any port, and RAY_AUTH_MODE be the same of all and of serve"
         raise ReftError(f"replicas started, and were not heard within {HEARD_SECONDS:g} s; {remedy}") from None

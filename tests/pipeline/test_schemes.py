@@ -166,16 +166,18 @@ def test_the_float_model_stays_beside_the_one_that_carries_a_graphs_weights(floa
     assert kept and len(kept) + len(changed) == len(before)  # norms are no copies
 
 
-def test_experts_that_are_written_in_place_are_copied_first() -> None:
+@pytest.mark.parametrize("attribute", ["up", "weight"])
+def test_experts_that_are_written_in_place_are_copied_first(attribute) -> None:
     model = torch.nn.Module()
     model.experts = torch.nn.Module()
-    model.experts.up = torch.nn.Parameter(torch.ones(2, 3, 4))
+    model.experts.register_parameter(attribute, torch.nn.Parameter(torch.ones(2, 3, 4)))
     model.experts.bias = torch.nn.Parameter(torch.ones(3))
     copied = share_weights(model)  # pyright: ignore[reportArgumentType]
-    sources = {f"up.{e}": WeightSource(parameter="experts.up", transpose=False, axis=0, start=e, stop=e + 1) for e in (0, 1)}
+    name = f"experts.{attribute}"
+    sources = {f"up.{e}": WeightSource(parameter=name, transpose=False, axis=0, start=e, stop=e + 1) for e in (0, 1)}
     copy_experts(copied, sources | {"bias": WeightSource(parameter="experts.bias", transpose=False)})  # pyright: ignore[reportArgumentType]
-    copied.experts.up.detach()[0].zero_()
-    assert bool(model.experts.up.all()) and copied.experts.bias is model.experts.bias
+    copied.get_parameter(name).detach()[0].zero_()
+    assert bool(model.get_parameter(name).all()) and copied.experts.bias is model.experts.bias
 
 
 @pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "fp8"])

@@ -32,6 +32,8 @@ ENV = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 LONG: dict[str, Any] = {"model": "base", "prompt": "Once upon", "max_tokens": 55, "temperature": 1, "seed": 7, "stream": True, "n": 8}
 """The base: an adapter's requests that come one by one go to the replica that has it."""
 TRIES = 20
+QUIET_SECONDS = 3
+"""Without an event: one that goes on may be slow, where other tests run beside it."""
 
 
 @dataclass
@@ -68,10 +70,11 @@ class Stream:
 
     def stalls(self) -> bool:
         """Nothing more of it comes, and it has no end."""
-        there = -1
-        while there < self.events and not self.ended:
-            there = self.events
-            time.sleep(1)
+        there, since = self.events, time.monotonic()
+        while not self.ended and time.monotonic() < since + QUIET_SECONDS:
+            time.sleep(0.02)
+            if self.events > there:
+                there, since = self.events, time.monotonic()
         return not self.ended
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from runtimes.text.tokenizer import Tokenizer
 pytest.importorskip("ray", reason="ray is not installed (extra cluster)")
 
 from machines import ENV, LONG, Machine, Machines, Stream, cluster, stalled  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
 from ray.serve.schema import (  # noqa: E402
     ApplicationStatus,
     DeploymentStatus,
@@ -40,7 +42,7 @@ from ray.serve.schema import (  # noqa: E402
 from test_cluster import ASKED, CLIENTS, alone_says, said  # noqa: E402
 
 from runtimes.serving import cluster as serving_cluster  # noqa: E402
-from runtimes.serving.cluster import Replica  # noqa: E402
+from runtimes.serving.cluster import RayReplicas, Replica  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -82,8 +84,8 @@ def served(bundle: Path | str, machines: Machines, *more: str) -> list[str]:
 
 
 @contextmanager
-def serving(command: list[str]) -> Iterator[str]:
-    """Its address. What it says beside its log is asserted to be its first line alone."""
+def serving(command: list[str], *, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
+    """Its address, until it is sent ``end``. What it says beside its log is asserted to be its first line alone."""
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENV, "COLUMNS": "200"})
     assert running.stderr is not None
     lines: list[str] = []
@@ -94,7 +96,7 @@ def serving(command: list[str]) -> Iterator[str]:
         found = re.fullmatch(r"serving .*at (http://127.0.0.1:\d+)/v1\n", lines[0])
         assert found, lines
         yield found[1]
-        running.send_signal(signal.SIGTERM)
+        running.send_signal(end)
         assert running.wait(60) == 0
         reading.join(10)
         assert not [line for line in lines[1:] if not line.startswith("{")]
@@ -168,6 +170,22 @@ def test_what_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     serving_cluster._wait("x")
 
 
+def test_replicas_that_cannot_be_asked_cost_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lost() -> AsyncGenerator[int, None]:
+        raise RayActorError
+        yield 0
+
+    async def silent() -> AsyncGenerator[int, None]:
+        await asyncio.sleep(60)
+        yield 0
+
+    monkeypatch.setattr(serving_cluster, "HEARD_SECONDS", 0.2)
+    for answer, line in ((lost, "the first that was asked was lost"), (silent, "were not heard within 0.2 s; its machines must reach")):
+        handle = SimpleNamespace(options=lambda answer=answer, **_: SimpleNamespace(remote=answer))
+        with pytest.raises(ReftError, match=line):
+            asyncio.run(serving_cluster._hear(RayReplicas(handle)))
+
+
 def test_replicas_come_with_requests_and_go_without(bundle: Bundle, machines: Machines, alone: OrtSession, tokenizer: Tokenizer) -> None:
     def count() -> int:
         return sum(replicas_of(machine) for machine in machines.machines)
@@ -192,7 +210,8 @@ def test_a_machines_death_loses_no_request(bundle: Bundle, machines: Machines, a
     head, other = machines.machines
     wanted = [alone_says(alone, tokenizer, asked) for asked in ASKED]
     until(lambda: replicas_of(head) + replicas_of(other) == 0, 30)
-    with serving(served(bundle.folder, machines, "--replicas", "2")) as url, ThreadPoolExecutor(CLIENTS) as clients:
+    command = served(bundle.folder, machines, "--replicas", "2")
+    with serving(command, end=signal.SIGINT) as url, ThreadPoolExecutor(CLIENTS) as clients:
         assert replicas_of(head) == replicas_of(other) == 1
         stream = stalled(url, lambda: other.signalled(signal.SIGSTOP), lambda: other.signalled(signal.SIGCONT))
         answers = [clients.submit(said, url, asked) for asked in ASKED]

@@ -11,14 +11,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from models import gguf_files
 from models.packed_checkpoints import quantize_folder
 
-from reft_export.base import kept
+from reft_export.base import gguf, kept
 from reft_export.base.checkpoint import open_checkpoint
+from reft_export.base.packed import checkpoint as packed
 from runtimes.errors import InputError
+from runtimes.files.claims import scratch_folder
 
 HOLD = """
 import sys
@@ -58,13 +62,15 @@ def names(cache: Path) -> list[str]:
 def test_those_used_last_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, name, age in (("gguf", "a", 4), ("quantized", "b", 3), ("gguf", "c", 2), ("quantized", "d", 1)):
         entry(cache, kind, name, age=age)
-    (cache / "quantized" / ".d.abcdefgh.making").mkdir()
+    for name in (".e.12345678.making", ".kept.abcdefgh.removing"):  # of processes that were killed
+        (cache / "gguf" / name).mkdir()
     (cache / "quantized" / "note.txt").write_text("somebody's")
     monkeypatch.setenv("REFT_CACHE_GB", "0.0000025")
     assert kept.hold(cache / "gguf" / "a")  # the oldest is the newest now
     let_go()
-    kept.take_away_oldest()
-    assert names(cache) == [".d.abcdefgh.making", "a", "d", "note.txt"]
+    with scratch_folder(cache / "quantized" / "d", ".making") as making:
+        kept.take_away_oldest()
+        assert names(cache) == [making.name, "a", "d", "note.txt"]
     said = " ".join(capsys.readouterr().err.split())
     assert "quantized b (1.0 kB) is no longer kept: REFT_CACHE_GB is 2.5e-06" in said and "gguf c" in said
     monkeypatch.delenv("REFT_CACHE_GB")
@@ -154,3 +160,53 @@ def test_a_base_that_is_made_takes_the_place_of_older_ones(cache: Path, tmp_path
     again = open_checkpoint(made).folder  # by its own path
     kept.take_away_oldest()
     assert names(cache) == [made.name] and again == made
+
+
+def base_of(kind: str, folder: Path) -> Path:
+    if kind == "gguf":
+        return gguf_files.write(folder / "small.gguf", gguf_files.build("llama"))
+    base = tiny.save_base(folder / "small")
+    quantize_folder(base, "awq")
+    return base
+
+
+@pytest.mark.parametrize("kind", kept.KINDS)
+def test_a_base_that_was_made_before_is_used_as_one_that_is_made_now(
+    kind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(kind, tmp_path)
+    made = open_checkpoint(base).folder
+    let_go()
+    os.utime(made, (1e9, 1e9))
+    monkeypatch.setenv("REFT_CACHE_GB", "0")
+    assert open_checkpoint(base).folder == made and made.stat().st_mtime > 1e9
+    kept.take_away_oldest()
+    assert names(cache) == [made.name]
+    let_go()
+    kept.take_away_oldest()
+    assert not names(cache)
+
+
+@pytest.mark.parametrize("kind", kept.KINDS)
+def test_one_that_is_taken_away_before_it_is_held_is_made_again(
+    kind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, module = base_of(kind, tmp_path), gguf if kind == "gguf" else packed
+    make, times = module._make, []
+
+    def taken(*arguments: Any) -> None:
+        make(*arguments)
+        times.append(True)
+        if len(times) == 1:
+            shutil.rmtree(next((cache / kind).iterdir()))
+
+    monkeypatch.setattr(module, "_make", taken)
+    assert (open_checkpoint(base).folder / "config.json").is_file() and len(times) == 2
+
+
+def test_a_gguf_files_base_that_lost_a_file_is_made_again(cache: Path, tmp_path: Path) -> None:
+    base = base_of("gguf", tmp_path)
+    made = open_checkpoint(base).folder
+    (made / gguf.ORIGIN).unlink()
+    (made / "config.json").unlink()
+    assert open_checkpoint(base).folder == made and (made / "config.json").is_file() and (made / gguf.ORIGIN).is_file()

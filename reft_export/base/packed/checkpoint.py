@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from reft_export.base.kept import hold, hold_if_kept, kept_folder, take_away_oldest
+from reft_export.base.kept import MAKING, hold, hold_if_kept, kept_folder, take_away_oldest
 from reft_export.base.model_folder import WEIGHT_FILES, read_config, safetensors_parts, weight_files
 from reft_export.base.packed.blocks import ORIGIN, PACKED, PARTS
 from reft_export.base.packed.layouts import LAYOUTS, STRAY, blocks_of, dequantized, integers_of
@@ -52,11 +52,11 @@ def plain_folder(folder: Path) -> Path:
         hold_if_kept(folder)
         return folder
     made = kept_folder("quantized") / _digest(folder)
-    if not hold(made) or not _is_whole(made):
+    while not hold(made) or not _is_whole(made):  # again where another process took it away before it was held
         take_away_oldest()  # before it takes its place, too
         _make(folder, made, scheme)
-        hold(made)
-        take_away_oldest()
+        if hold(made):
+            take_away_oldest()
     return made
 
 
@@ -161,7 +161,7 @@ def _make(folder: Path, made: Path, scheme: Scheme) -> None:
             "folder of another disk"
         )
     err.print(f"dequantizing {name_of(folder)} to {size(needed)} in {made.parent}, once", markup=False)
-    with scratch_folder(made, ".making") as scratch:
+    with scratch_folder(made, MAKING) as scratch:
         whole = scratch / "checkpoint"
         whole.mkdir()
         config = read_json_object(folder / "config.json", InputError)
