@@ -19,7 +19,7 @@ from runtimes.edits.positions import PositionRule
 LONGEST, ANSWER = 256, 24
 """Tokens: of an example, and of an answer in upper case or not."""
 HELD_OUT = {"sentiment": ("films", "products"), "style": ("held",)}
-MEASURED = {"sentiment": ("choosing", "films", "products"), "rate": ("choosing",)}
+MEASURED = {"sentiment": ("choosing", "films", "products"), "rate": ("choosing",), "form": ("choosing",)}
 """Sections that are measured on other lines than their task's held-out ones."""
 REMEMBERS = ("sentiment",)
 """Sections whose rows are also measured off their task."""

@@ -55,6 +55,12 @@ SECTIONS = (
         "Learning rates",
         "On 80 more film reviews. The guide's rates are 5e-4 to 1e-3, for many more steps.",
     ),
+    (
+        "form",
+        "Other places for as many parameters",
+        "At most a twentieth of LoRA's, on the lines that learning rates are chosen by: what is edited, and where. Rank 4 in layers "
+        "4;10;18;24 unless a row says otherwise.",
+    ),
     ("rank", "Rank", ""),
     ("layers", "Layers", ""),
     ("positions", "Positions, of sentiment", ""),
@@ -147,7 +153,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         named.setdefault(_name(row), []).append(row)
     section = rows[-1].setup.section
     measured = {name for row in rows if row.setup.section == section for name in row.figures}
-    figures = [name for name in COLUMNS if name in measured and (section == "rate" or not name.startswith("choosing"))]
+    figures = [name for name in COLUMNS if name in measured and (section in ("rate", "form") or not name.startswith("choosing"))]
     trained = any(row.setup.steps for row in rows)
     heads = [*(COLUMNS[name][0] for name in figures), *(("parameters", "processor s", "memory MB") if trained else ())]
     yield "| | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|"

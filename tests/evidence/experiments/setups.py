@@ -46,6 +46,15 @@ class Setup:
 LOREFT = Setup(section="sentiment", name="LoReFT r4")
 CHOSEN = replace(LOREFT, name="LoReFT r4, chosen", lr=1e-2)
 """By its loss on the lines for choosing, of seed 1."""
+FORMS = (
+    replace(LOREFT, name="prompt, 0.002", positions="prompt"),
+    replace(LOREFT, name="prompt, 0.01", positions="prompt", lr=1e-2),
+    replace(LOREFT, name="l1, r1 in 19 layers, 0.01", rank=1, layers="4-22", lr=1e-2),
+    replace(LOREFT, name="prompt, r1 in 19 layers, 0.004", rank=1, layers="4-22", positions="prompt", lr=4e-3),
+    replace(LOREFT, name="l5, 0.004", positions="l5", lr=4e-3),
+    replace(LOREFT, name="l1, 5 layers in the middle, 0.01", layers="8;10;12;14;16", lr=1e-2),
+)
+"""Other places for a twentieth of LoRA's parameters, to choose from."""
 LORA_QV = Setup(section="sentiment", name="LoRA q, v", method="LoRA q, v", rank=8, lr=1e-3)
 STYLE = Setup(section="style", name="LoReFT r4", task="style", positions="f5+l5", lr=4e-3, steps=40, batch_size=4)
 STRENGTHENED = replace(STYLE, name="LoReFT r4, f5+l5").key
@@ -59,6 +68,7 @@ def setups() -> Iterator[Setup]:
     yield replace(LOREFT, name=BASE, method=BASE, steps=0)
     yield from (replace(LOREFT, section="rate", name=f"LoReFT r4, {lr:g}", lr=lr) for lr in (5e-4, 1e-3, 4e-3, 1e-2))
     yield from (replace(CHOSEN, seed=seed) for seed in SEEDS)
+    yield from (replace(form, section="form") for form in FORMS)
     yield replace(STYLE, name="LoReFT r4, f5+l5")
     yield replace(MEMORY, name="16 tokens")
     for strength in (0.0, 0.5, 1.0, 2.0, 3.0):
