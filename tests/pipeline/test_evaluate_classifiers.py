@@ -13,12 +13,14 @@ import tiny
 import tiny_encoders
 import torch
 from models.classifiers import save_classifier
+from rich.console import Console
 from shared_folders import shared_folder
 from typer.testing import CliRunner, Result
 
 from reft_export.base.classifiers import takes_token_types
 from reft_export.base.load import load_base
 from reft_export.cli.main import app
+from reft_export.console import out
 from reft_export.eager.steering import steered
 from reft_export.evaluating.device_tokenizer import DeviceTokenizer
 from reft_export.evaluating.evaluate import Table, artifacts_by_name, evaluate
@@ -116,7 +118,8 @@ def test_the_figures(made: Path, lines: Path) -> None:
 
 
 def test_the_report(made: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")  # folders of tests have long names, and a heading is cut where there is no room
+    # Folders of tests have long names, and a heading is cut where there is no room; whoever spoke first has made the console.
+    monkeypatch.setitem(vars(out), "_console", Console(emoji=False, highlight=False, soft_wrap=True, width=300))
     output = tmp_path / "report"
     done = run("-m", made / "base", "-a", made / "mood", made / "bundle", "-d", lines, "-o", output)
     assert done.exit_code == 0, done.stderr
