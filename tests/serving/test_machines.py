@@ -87,9 +87,9 @@ def served(bundle: Path | str, machines: Machines, *more: str) -> list[str]:
 def serving(command: list[str], *, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
     """Its address, until it is sent ``end``. What it says beside its log is asserted to be its first line alone."""
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENV, "COLUMNS": "200"})
-    assert running.stderr is not None
+    assert (stderr := running.stderr) is not None
     lines: list[str] = []
-    reading = Thread(target=lambda: lines.extend(iter(running.stderr.readline, "")), daemon=True)  # type: ignore[union-attr]
+    reading = Thread(target=lambda: lines.extend(iter(stderr.readline, "")), daemon=True)
     reading.start()
     try:
         until(lambda: bool(lines) or running.poll() is not None, 120)
