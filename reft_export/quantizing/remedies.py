@@ -39,22 +39,32 @@ def keep_steering(
 ) -> tuple[Manifest, ParityReport, dict[str, Path]]:
     """(manifest, what was held, folders of refitted adapters) of the exact bundle in ``work``, whose ``parity`` is known.
 
-    Adapters that keep too little are trained on the bundle's weights for a few steps, where ``folders`` has them with their probes; the
-    refitted ones are saved beside ``output``. Raises ParityError where that is not enough, and nothing is saved then.
+    Adapters that keep too little, or lost tokens that decide an answer (runtimes/parity/retention.py), are trained on the bundle's weights
+    for a few steps, where ``folders`` has them with their probes; the refitted ones are saved beside ``output``, and the report's notes say
+    what it gave back. Raises ParityError where too little is left even so, and nothing is saved then.
     """
     refits: Refits = []
     if not quality.accept_loss:
-        lost = shortfalls(parity, open_bundle(work), quality.min_retention)
+        lost = {each.name: each.turned for each in parity.quality if each.lopsided}
+        lost |= shortfalls(parity, open_bundle(work), quality.min_retention)
         for folder in folders:
             if folder.name in lost and (folder / PROBES_FILE).is_file():
                 report(f"{folder.name}: {lost[folder.name]}; training it on the bundle's weights")
                 parity, attempt = _refitted(work, output, model, parity, folder, proof, refits, report, force=force)
                 tried = (*tried, attempt)
+                parity = replace(parity, notes=(*parity.notes, _told(folder.name, lost[folder.name], parity, attempt)))
     manifest = hold_quality(work, output, parity, quality, tried=tried)
     saved: dict[str, Path] = {}
     for plan, refitted in refits:
         saved |= plan.save(refitted, force=force)
     return manifest, parity, saved
+
+
+def _told(name: str, before: str, parity: ParityReport, attempt: Attempt) -> str:
+    now = next((each for each in parity.quality if each.name == name), None)
+    kept = "" if now is None or now.retention is None else f", retention {now.retention:.2f}"
+    turned = "" if now is None else f": {now.turned}"
+    return f"{name}: {before}; after {attempt.seconds:.0f} s of training on the bundle's weights{kept}{turned}"
 
 
 def _refitted(

@@ -6,6 +6,10 @@ NLL is the mean over the completions' tokens of -log p(token | all before it), i
 base that quantization damaged must not raise the share. 1 is all of it, 0 what the base says unsteered; below 0 quantization costs more
 than the edit gives. Where the float32 edit gains LEAST_GAIN or less (an ablation, a steering vector), a share of it says nothing, and the
 cosine of its delta is held to ``least_cosine`` instead.
+
+A mean over all tokens does not see that one token of every answer fell, if it is the one that decides the answer's form. So tokens are
+counted, too, that float32 gives more than even odds (they are what greedy decoding says), and this device does not; and those where it is
+the other way round. Quantization moves as many up as down, unless it took something.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ LEAST_GAIN = 0.05
 """Nats a token."""
 MOST_ROUNDING = math.log(1.01)
 """What rounding inside MatMulNBits (accuracy level 4) may cost against level 1, in nats a token: 1 % of the perplexity."""
+EVEN = math.log(0.5)
+LEAST_CHANCE = 0.01
+"""More tokens fell than rose: how seldom chance may show as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,10 @@ class Quality:
     """Of this name as it ships, on this device."""
     here_error: float
     """Standard error of ``here - exact``, as the tokens are a sample."""
+    fell: int = 0
+    """Tokens with more than even odds in float32, and not here."""
+    rose: int = 0
+    """Tokens with more than even odds here, and not in float32."""
 
     @property
     def gain(self) -> float:
@@ -67,12 +78,25 @@ class Quality:
         """Whether rounding inside the products costs more than MOST_ROUNDING, by more than chance would show (two standard errors)."""
         return self.here - self.exact > MOST_ROUNDING + 2 * self.here_error
 
+    @property
+    def lopsided(self) -> bool:
+        """Whether more tokens fell than rose, by more than chance would show (sign test, one-sided, LEAST_CHANCE)."""
+        moved = self.fell + self.rose
+        return sum(math.comb(moved, n) for n in range(self.rose + 1)) < LEAST_CHANCE * 2**moved
+
+    @property
+    def turned(self) -> str:
+        """What fell and rose, in words."""
+        return f"{self.fell} of {self.tokens} tokens lost their even odds, and {self.rose} gained them"
+
     def __str__(self) -> str:
         if self.name == BASE_GOLDEN:
             return f"base: perplexity {self.perplexity_change:+.1%} of float32's, over {self.tokens} tokens"
         kept = "not measurable" if self.retention is None else f"{self.retention:.2f}"
         figures = f"NLL {self.float_base:.2f} to {self.float_own:.2f} in float32, {self.here:.2f} here"
-        return f"{self.name}: retention {kept} ({figures}, over {self.tokens} tokens)"
+        advice = "count how often your task succeeds; `reft-export quantize --refit` trains the adapter on these weights"
+        lost = f"; {self.turned}: {advice}" if self.lopsided else ""
+        return f"{self.name}: retention {kept} ({figures}, over {self.tokens} tokens){lost}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +122,7 @@ def quality(name: str, here: np.ndarray, of: Recorded) -> Quality:
     """``here``: log p [N] of the same tokens on this device. Where one is not finite the NLL is infinite."""
     lost = np.asarray(of.exact, np.float64) - here
     error = float(lost.std() / math.sqrt(len(lost))) if np.isfinite(lost).all() else 0.0
+    before, after = np.asarray(of.float_own) > EVEN, np.asarray(here) > EVEN
     return Quality(
         name=name,
         tokens=len(here),
@@ -106,6 +131,8 @@ def quality(name: str, here: np.ndarray, of: Recorded) -> Quality:
         exact=-float(np.mean(of.exact)),
         here=-float(np.mean(here)) if np.isfinite(here).all() else math.inf,
         here_error=error,
+        fell=int((before & ~after).sum()),
+        rose=int((after & ~before).sum()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,21 @@ def test_what_loses_too_much_is_mended_or_refused(bundle, base_folder, adapters,
     quantize_bundle(bundle.folder, model, tmp_path / "yes", settings, quality=never, **QUIET)
     manifest = open_bundle(tmp_path / "yes").manifest
     assert set(manifest.loss) == {"probed"} == set(manifest.retention)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_lost_more_tokens_than_it_gained_is_refitted(bundle, base_folder, adapters, tmp_path, monkeypatch) -> None:
+    """Planted: any difference is more than chance shows. Only what was handed over with its probes can be trained."""
+    monkeypatch.setattr(retention, "LEAST_CHANCE", 2.0)
+    model, settings = str(base_folder()), settings_for("weight-only", bits=4)
+    made = quantize_bundle(bundle.folder, model, tmp_path / "made", settings, adapters=adapters[:1], **QUIET)
+    (note,) = made.parity.notes
+    assert re.fullmatch(
+        r"probed: \d+ of \d+ tokens lost their even odds, and \d+ gained them; after \d+ s of training on the bundle's "
+        r"weights: \d+ of \d+ tokens lost their even odds, and \d+ gained them",
+        note,
+    )
+    assert made.refitted == {"probed": tmp_path / "made.adapters" / "probed"}
+    assert load_adapter(made.refitted["probed"]).trained_on == open_bundle(tmp_path / "made").digest
+    alone = quantize_bundle(bundle.folder, model, tmp_path / "alone", settings, **QUIET)
+    assert not alone.parity.notes and not alone.refitted and "`reft-export quantize --refit`" in str(alone.parity.quality[1])

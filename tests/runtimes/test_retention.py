@@ -74,3 +74,23 @@ def test_what_is_too_little() -> None:
     assert "expected 0.99" in shortfall(None, 0.98, replace(INT4, bits=8), 0.8)
     small = quality("polite", EXACT, Recorded(exact=EXACT, float_own=BASE + 0.01, float_base=BASE))
     assert "its edit is worth 0.010 nats a token" in shortfall(small, 0.5, INT4, 0.8)
+
+
+def test_more_tokens_fell_than_rose() -> None:
+    """16 fell and 2 rose: a mean that is as good as it was, and lopsided all the same."""
+    likely = np.full(TOKENS, math.log(0.6))
+    unlikely = np.full(TOKENS, math.log(0.4))
+    tokens = np.arange(TOKENS)
+    own = np.where(tokens < 200, likely, unlikely)
+
+    def turned(fell: int, rose: int) -> Quality:
+        here = np.where(tokens < fell, math.log(0.45), np.where(tokens >= TOKENS - rose, math.log(0.55), own))
+        return quality("json", here, Recorded(exact=here, float_own=own, float_base=own - 2))
+
+    found = turned(16, 2)
+    assert (found.fell, found.rose) == (16, 2) and found.lopsided and found.retention == pytest.approx(1, abs=0.02)
+    assert "16 of 400 tokens lost their even odds, and 2 gained them: count" in str(found)
+    assert [turned(fell, rose).lopsided for fell, rose in ((0, 0), (6, 0), (7, 0), (2, 16), (21, 15), (60, 30))] == [
+        *(False, False, True, False, False, True)
+    ]
+    assert "odds" not in str(turned(21, 15))
