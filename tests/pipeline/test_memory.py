@@ -1,4 +1,4 @@
-"""A 1B-parameter decoder exports and folds in under 8 GB; quantizing takes the weights once, and 1.2 GB.
+"""A decoder exports and folds in less than twice its weights; quantizing takes the weights once, and 1 GB.
 
 The children report VmHWM: getrusage would count the memory of the pytest process that they were forked from.
 """
@@ -28,7 +28,7 @@ from runtimes.edits.op import EditNode
 
 if sys.argv[1] == "make":
     config = AutoConfig.for_model(
-        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
+        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6, num_attention_heads=16,
         num_key_value_heads=8, tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -41,23 +41,25 @@ if sys.argv[1] == "make":
 else:
     base = load_base(sys.argv[2])
     exported = export_dynamo(base.model)
-    fold_graph(exported.model, [EditNode(site=Site(layer=i)) for i in range(20)])
+    fold_graph(exported.model, [EditNode(site=Site(layer=i)) for i in range(6)])
     write_graph(exported.model, Path(sys.argv[3]))
     print(peak_memory())
 """
 
 
 @pytest.mark.slow
-def test_one_billion_parameters(tmp_path) -> None:
+def test_exporting_holds_the_weights_once(tmp_path) -> None:
+    """1.7 GB of float32 weights: 2.5 GB were seen, and with a second copy it would be 4.1."""
+
     def run(*arguments: object) -> int:
         done = subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return int(done.stdout.split()[-1])
 
-    assert run("make", tmp_path / "base") > 1.0e9
+    assert run("make", tmp_path / "base") > 4e8
     peak = run("export", tmp_path / "base", tmp_path / "graph")
-    assert (tmp_path / "graph" / "model.onnx.data").stat().st_size > 4.0e9
-    assert peak < 8e9, f"{peak / 1e9:.2f} GB"
+    assert (size := (tmp_path / "graph" / "model.onnx.data").stat().st_size) > 1.6e9
+    assert peak < 1.8 * size, f"{peak / 1e9:.2f} GB"
 
 
 QUANTIZE_SCRIPT = """
@@ -80,7 +82,7 @@ passages.PASSAGES = passages.PASSAGES[:1]  # nor have the others
 root, quiet = Path(sys.argv[2]), {"report": lambda _: None}
 if sys.argv[1] == "make":
     config = AutoConfig.for_model(
-        "llama", vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=5, num_attention_heads=16,
+        "llama", vocab_size=8000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=16,
         num_key_value_heads=8, tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -90,7 +92,7 @@ if sys.argv[1] == "make":
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0, 0.02)
     model.save_pretrained(root / "base")
     tiny.tokenizer().save_pretrained(root / "base")
-    save_adapter(tiny.random_adapter(load_base(root / "base").info, layers=(1, 3)), root / "edit")
+    save_adapter(tiny.random_adapter(load_base(root / "base").info, layers=(0, 1)), root / "edit")
     export_bundle(str(root / "base"), [root / "edit"], root / "fp32", ExportSettings(), **quiet)
 else:
     (root / "prompts.jsonl").write_text('{"prompt": "Number one and the sea", "completion": "yes"}')
@@ -107,10 +109,8 @@ else:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quantizing_holds_the_weights_once(tmp_path) -> None:
-    """1.4 GB of float32 weights and 1.4 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files, and
-    0.07 GB for the likelihood of a passage.
-
-    Two copies of the weights would be 2.8 GB and all of that besides.
+    """0.5 GB of float32 weights and 1.05 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files, and
+    0.07 GB for the likelihood of a passage. 1.33 GB were seen, and with a second copy of the weights it would be 1.8.
     """
 
     def run(*arguments: object) -> str:
@@ -122,7 +122,7 @@ def test_quantizing_holds_the_weights_once(tmp_path) -> None:
 
     run("make", tmp_path)
     size = (tmp_path / "fp32" / "model.onnx.data").stat().st_size
-    assert size > 1.4e9
+    assert size > 0.5e9
     for scheme in ("weight-only", "static"):
         peak = int(run(scheme, tmp_path).split()[-1])
-        assert peak < size + 1.4e9, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
+        assert peak < size + 1.05e9, f"{scheme}: {peak / 1e9:.2f} GB for {size / 1e9:.2f} GB of weights"
