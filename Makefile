@@ -8,9 +8,10 @@ NATIVE := $(shell find runtimes/native -name '*.cc' -o -name '*.cu' -o -name '*.
 
 MODELS := real-models/.fetched
 
-# How many processes run the tests.
+# How many processes run the tests; and, where several targets run on the same code, a folder of what they make once for all of them.
 JOBS ?= 2
-PYTEST = -m pytest -q -n $(JOBS) --dist worksteal
+SHARED ?=
+PYTEST = -m pytest -q -n $(JOBS) --dist worksteal $(addprefix --shared ,$(SHARED))
 
 # A lesser processor: torch, oneDNN, MKL and numpy's OpenBLAS add in another order, and the op library has its portable kernels only.
 # Where a core type is set already, an older OpenBLAS needs it.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import shared_folders
+from shared_folders import shared_folder
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; tests in parallel need no threads of their own
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--op-kernels", choices=("avx2", "portable"), help="run on an op library of these kernels only, as a lesser processor would"
     )
     parser.addoption("--op-library", type=Path, help="run on this op library in place of the installed package's")
+    parser.addoption("--shared", type=Path, help="folder of what is made once, for several runs on the same code")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,10 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _shared_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     # A worker's own folder lies in that of the run.
     own = tmp_path_factory.getbasetemp()
-    shared_folders.ROOT = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    kept = request.config.getoption("--shared")
+    shared_folders.ROOT = kept.resolve() if kept else (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,20 +86,20 @@ def _another_op_library(request: pytest.FixtureRequest, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
-def tensorrt_rtx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def tensorrt_rtx() -> dict[str, str]:
     """The environment of a subprocess that can import the real tensorrt_rtx, whose builder needs no GPU.
 
     Installed beside the project rather than into it: most users have no use for it. Its parser loads libtensorrt_rtx.so by that
     name at the first plugin, and the package ships libtensorrt_rtx.so.1 only.
     """
-    folder = tmp_path_factory.mktemp("tensorrt-rtx")
-    install = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--target", str(folder)]
-    done = subprocess.run([*install, f"tensorrt-rtx-cu13=={TENSORRT_RTX}"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    library = next(folder.rglob("libtensorrt_rtx.so.1"))
-    names = tmp_path_factory.mktemp("tensorrt-rtx-names")
-    (names / "libtensorrt_rtx.so").symlink_to(library)
-    return {**os.environ, "PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(names)}
+
+    def make(folder: Path) -> None:
+        _install(f"tensorrt-rtx-cu13=={TENSORRT_RTX}", folder / "package")
+        (folder / "names").mkdir()
+        (folder / "names" / "libtensorrt_rtx.so").symlink_to(next((folder / "package").rglob("libtensorrt_rtx.so.1")))
+
+    folder = shared_folder("tensorrt-rtx", make)
+    return {**os.environ, "PYTHONPATH": str(folder / "package"), "LD_LIBRARY_PATH": str(folder / "names")}
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +111,16 @@ def tensorrt_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def genai_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def genai_folder() -> Path:
     """A folder to put on sys.path that holds the real onnxruntime-genai, whose builder runs on the project's own packages."""
-    folder = tmp_path_factory.mktemp("genai-package")
-    install = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*install, f"onnxruntime-genai=={GENAI}"], capture_output=True, text=True, check=False)
+    return shared_folder("genai-package", lambda folder: _install(f"onnxruntime-genai=={GENAI}", folder, "--no-deps"))
+
+
+def _install(requirement: str, folder: Path, *options: str) -> None:
+    """Beside the project's environment, into a folder that is put on a path."""
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", *options, "--target", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture

@@ -46,14 +46,19 @@ JOBS = {
 }
 FAST = ("int4", "dynamic", "static", "qdq-int4")
 """One of each kind; `make test-slow` runs the others."""
+WITH_GPT2 = ("hqq", "asymmetric", "dynamic", "static", "fp8")
+"""Schemes that a second family is quantized by; the others are tried on qwen2."""
 
 
 def request_for(scheme: str, prompts: Path) -> CalibrationRequest | None:
     return CalibrationRequest(data=prompts, decode_tokens=6) if settings_for(scheme).kind.activations == "static" else None
 
 
-@pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.slow) for job in JOBS])
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gpt2"))])
+CASES = [pytest.param("llama", job, marks=() if job in FAST else pytest.mark.slow) for job in JOBS]
+CASES += [pytest.param("gpt2" if job in WITH_GPT2 else "qwen2", job, marks=pytest.mark.slow) for job in JOBS]
+
+
+@pytest.mark.parametrize(("family", "job"), CASES)
 def test_scheme(family, job, float_bundle, prompts_file, tmp_path) -> None:
     scheme, options = JOBS[job]
     source, base = float_bundle(family)
