@@ -11,7 +11,7 @@ MODELS := real-models/.fetched
 # How many processes run the tests; and, where several targets run on the same code, a folder of what they make once for all of them.
 JOBS ?= 2
 SHARED ?=
-PYTEST = -m pytest -q -n $(JOBS) --dist worksteal $(addprefix --shared ,$(SHARED))
+PYTEST = -m pytest -q -n $(JOBS) --dist worksteal $(addprefix --shared=,$(SHARED))
 
 # A lesser processor: torch, oneDNN, MKL and numpy's OpenBLAS add in another order, and the op library has its portable kernels only.
 # Where a core type is set already, an older OpenBLAS needs it.
