@@ -13,6 +13,8 @@ JOBS ?= 2
 SHARED ?=
 PYTEST = -m pytest -q -n $(JOBS) --dist worksteal $(addprefix --shared=,$(SHARED))
 
+FAST = not slow and not long
+
 # A lesser processor: torch, oneDNN, MKL and numpy's OpenBLAS add in another order, and the op library has its portable kernels only.
 # Where a core type is set already, an older OpenBLAS needs it.
 CAPPED = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=$${OPENBLAS_CORETYPE:-Nehalem}
@@ -31,26 +33,30 @@ CROSS := aarch64-linux-gnu-g++
 FOR_AARCH64 = _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=$(CROSS) -DREFT_CUDA=OFF -DREFT_TENSORRT=OFF"
 
-.PHONY: quickstart models test test-slow test-real test-capped test-transformers-4 lint docs wheels clean
+.PHONY: quickstart models test test-slow test-long test-real test-capped test-transformers-4 lint docs wheels clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/reft-export quickstart --force
 
 test: $(STAMP)
-	$(VENV)/bin/python $(PYTEST) -m "not slow and not real"
+	$(VENV)/bin/python $(PYTEST) -m "$(FAST) and not real"
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python $(PYTEST) -m slow
+
+# By hand, before a release or where one of them is about what was changed.
+test-long: $(STAMP)
+	$(VENV)/bin/python $(PYTEST) -m long
 
 # One process, whose threads are all cores: the models are too large for two at a time.
 test-real: $(STAMP) $(MODELS)
 	$(VENV)/bin/python -m pytest -q -m real tests/real
 
 test-capped: $(STAMP)
-	$(CAPPED) $(VENV)/bin/python $(PYTEST) --op-kernels portable -m "not slow" $(PARITY)
+	$(CAPPED) $(VENV)/bin/python $(PYTEST) --op-kernels portable -m "$(FAST)" $(PARITY)
 
 test-transformers-4: $(OLD)/.installed
-	$(OLD)/bin/python $(PYTEST) -m "not slow" tests/training
+	$(OLD)/bin/python $(PYTEST) -m "$(FAST)" tests/training
 	$(OLD)/bin/python $(PYTEST) tests/pipeline/test_export.py tests/pipeline/test_optimum.py
 
 lint: $(STAMP)

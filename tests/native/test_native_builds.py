@@ -16,6 +16,7 @@ import pytest
 from native_op import as_model, bank_inputs, check, draw, helper, installed_library, op_model, op_node
 from op_library import COMPILERS, NATIVE, compile_library, compiler, rows_here, run
 from other_onnxruntime import python_with
+from tiers import slow_and_long
 
 ROOT = Path(__file__).parent.parent.parent
 ONNXRUNTIMES = ("1.18.1", "1.20.1", "1.23.2", "1.24.4", "1.25.1", "1.28.0", "1.31.1")
@@ -83,7 +84,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("reft_export-*.whl"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_manylinux_wheel_works_where_no_compiler_is(tmp_path) -> None:
     """``make wheels``: what it makes is installed and run with nothing on PATH but its own environment, and a pure wheel is refused."""
     compiler()
@@ -225,8 +226,7 @@ def check_in(python: Path, library: Path, folder: Path) -> None:
     assert len(list((folder / "cases").glob("*_y.npy"))) == 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ONNXRUNTIMES)
+@pytest.mark.parametrize("version", slow_and_long(ONNXRUNTIMES, "1.18.1", "1.24.4", "1.25.1", "1.31.1"))
 def test_one_binary_on_every_onnxruntime(version, tmp_path) -> None:
     library = installed_library()
     check_in(python_with(version), library, tmp_path)

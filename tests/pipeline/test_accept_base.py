@@ -13,6 +13,7 @@ import tiny
 from foreign_graphs import save_foreign
 from reseal import reseal
 from safetensors.numpy import load_file, save_file
+from tiers import slow_and_long
 from typer.testing import CliRunner
 
 from reft_export.base.load import outline_base
@@ -106,7 +107,9 @@ def test_other_weights_are_refused_whatever_is_accepted(made: Made, verb: str, t
     assert not written(tmp_path)
 
 
-@pytest.mark.parametrize("verb", [verb if verb in QUICK else pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS])
+@pytest.mark.parametrize(
+    "verb", [*QUICK, *slow_and_long([verb for verb in VERBS if verb not in QUICK], "quantize --calibrate", "quantize -a")]
+)
 def test_equal_weights_are_accepted(made: Made, verb: str, tmp_path: Path) -> None:
     code, said = cli(*VERBS[verb](made, made.longer, tmp_path), "--accept-base")
     assert code == 0, said

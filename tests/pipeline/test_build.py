@@ -20,6 +20,7 @@ import mock_trtexec
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tiers import slow_and_long
 
 from graph_passes.external import load_graph
 from graph_passes.tensorrt_graph import derive_tensorrt_graph
@@ -148,8 +149,7 @@ def test_engine_with_the_plugin(cli, bundle_folder, tensorrt_plugin, tmp_path) -
     assert engine.engine.profiles[0].shapes[engine.nodes[0].bank_names[0]].max == (64, 64, 64)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("precision", slow_and_long(["fp16", "bf16", "fp32"], "bf16"))
 def test_precisions(cli, bundle_folder, tensorrt_plugin, precision, tmp_path) -> None:
     """What no CPU runs can still be built: bfloat16, with the plugin and expanded."""
     for options in (("--plugin", tensorrt_plugin), ("--no-plugin",)):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import slow_and_long
 
 from runtimes.artifacts.bundle import Bundle, open_bundle
 from runtimes.generation import greedy_tokens
@@ -46,8 +47,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_and_long(FAMILIES, "llama", "qwen3", "gemma2", "phi3"))
 def test_stock_genai_steers(family, python, bundle_folder) -> None:
     answers = check_stock_genai(open_bundle(bundle_folder(family)), python)
     assert len({tuple(a) for a in answers.values()}) > 1

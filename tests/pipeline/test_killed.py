@@ -122,6 +122,8 @@ VERBS = (
 )
 """Of those that write a folder at once; a sweep's grows, and is killed in tests/training/test_sweep.py."""
 QUICK = ("upgrade", "kill")
+OFTEN = ("fold", "add", "train", "export", "package")
+"""Verbs that CI ends in every way."""
 
 
 def moments(verb: str, end: str) -> Sequence[str]:
@@ -131,9 +133,14 @@ def moments(verb: str, end: str) -> Sequence[str]:
     return MOMENTS if (verb, end) == QUICK else [MOMENTS[moment] for moment in sorted({first % 4, (first + 2) % 4})]
 
 
-@pytest.mark.parametrize(
-    ("verb", "end"), [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in product(VERBS, ENDS)]
-)
+CASES = [
+    pytest.param(verb, end, marks=pytest.mark.slow if end == "kill" or verb in OFTEN else pytest.mark.long)
+    for verb, end in product(VERBS, ENDS)
+]
+CASES[[*product(VERBS, ENDS)].index(QUICK)] = pytest.param(*QUICK)
+
+
+@pytest.mark.parametrize(("verb", "end"), CASES)
 def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
     output = tmp_path / "out"
     shutil.copytree(bundle_folder("llama", target="tensorrt"), output)

@@ -114,7 +114,7 @@ def test_a_story_that_fails_leaves_its_figures_and_the_old_one(tmp_path, monkeyp
     assert {path.name for path in tmp_path.iterdir()} == {"story", "story.int8.parity.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_story_of_a_real_model_on_the_built_in_one(tmp_path) -> None:
     """Its stages, tables and page; that the steering works is for a real model to show."""
     from reft_export.quickstart.story import tell

@@ -21,6 +21,7 @@ from shared_folders import shared_folder
 from test_genai import check_stock_genai
 from test_genai import python as python
 from test_schemes import request_for
+from tiers import slow_and_long
 from typer.testing import CliRunner
 
 from calibration.settings import settings_for
@@ -275,8 +276,9 @@ def test_half_precision(base_folder, red_folders, tmp_path) -> None:
     assert banks["reft.0.mlp_output.red.scale"].dtype.name == "bfloat16"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"])
+@pytest.mark.parametrize(
+    "scheme", slow_and_long(["weight-only", "dynamic", "static", "qdq-int4", "qdq-int8", "fp8"], "weight-only", "static", "qdq-int4")
+)
 def test_schemes(scheme, red_bundle, base_folder, prompts_file, tmp_path) -> None:
     """The edit stays in float, beside quantized products; adapters keep their bytes."""
     source = red_bundle()

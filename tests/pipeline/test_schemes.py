@@ -55,7 +55,9 @@ def request_for(scheme: str, prompts: Path) -> CalibrationRequest | None:
 
 
 CASES = [pytest.param("llama", job, marks=() if job in FAST else pytest.mark.slow) for job in JOBS]
-CASES += [pytest.param("gpt2" if job in WITH_GPT2 else "qwen2", job, marks=pytest.mark.slow) for job in JOBS]
+CASES += [
+    pytest.param("gpt2" if job in WITH_GPT2 else "qwen2", job, marks=pytest.mark.slow if job in FAST else pytest.mark.long) for job in JOBS
+]
 
 
 @pytest.mark.parametrize(("family", "job"), CASES)
