@@ -42,7 +42,7 @@ test: $(STAMP)
 	$(VENV)/bin/python $(PYTEST) -m "$(FAST) and not real"
 
 test-slow: $(STAMP)
-	$(VENV)/bin/python $(PYTEST) -m slow
+	$(VENV)/bin/python $(PYTEST) -m "slow and not long"
 
 # By hand, before a release or where one of them is about what was changed.
 test-long: $(STAMP)

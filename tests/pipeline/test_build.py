@@ -160,8 +160,7 @@ def test_precisions(cli, bundle_folder, tensorrt_plugin, precision, tmp_path) ->
         assert banks and {t.dtype.name for t in banks} == {dtype}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", slow_and_long(["gpt2", "gemma3_text"], "gemma3_text"))
 def test_other_families(cli, bundle_folder, family, tmp_path) -> None:
     _build(cli, bundle_folder(family, "fp16"), tmp_path / "engine", "--no-plugin", "--sm", 89)
     engine = open_engine(tmp_path / "engine").engine
@@ -171,15 +170,16 @@ def test_other_families(cli, bundle_folder, family, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_quickstart_engines(cli, quickstart_bundle, tensorrt_plugin, tmp_path) -> None:
-    """One GPU each, with the plugin and without."""
-    for sm, capability in (("86", "8.6"), ("89", "8.9"), ("120", "12.0")):
-        for options in (("--plugin", tensorrt_plugin), ("--no-plugin",)):
-            said = _build(cli, quickstart_bundle, tmp_path / "engine", "--sm", sm, *options, "--force")
-            assert said["compute_capabilities"] == [capability] and said["bytes"] > 1e6
+    """One GPU each, with the plugin or without."""
+    for sm, capability, options in (("86", "8.6", ("--plugin", tensorrt_plugin)), ("120", "12.0", ("--no-plugin",))):
+        said = _build(cli, quickstart_bundle, tmp_path / "engine", "--sm", sm, *options, "--force")
+        assert said["compute_capabilities"] == [capability] and said["bytes"] > 1e6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "precision"), [("qdq-int4", "fp16"), ("qdq-int8", "fp32")])
+@pytest.mark.parametrize(
+    ("scheme", "precision"),
+    [pytest.param("qdq-int4", "fp16", marks=pytest.mark.long), pytest.param("qdq-int8", "fp32", marks=pytest.mark.slow)],
+)
 def test_quantized_quickstart_engines(cli, tensorrt_plugin, prompts_file, scheme, precision, tmp_path) -> None:
     """int4 block DequantizeLinear and int8 Q/DQ, from the verbs that a user calls."""
     calibrate = ["--calibrate", prompts_file] if scheme == "qdq-int8" else []

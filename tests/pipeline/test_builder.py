@@ -12,6 +12,7 @@ import tiny
 import torch
 from test_genai import check_stock_genai
 from test_genai import python as python
+from tiers import slow_and_long
 
 from graph_passes.external import load_graph
 from reft_export.base.load import load_base
@@ -34,9 +35,8 @@ def _parameters(folder) -> set[str]:
     return {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("genai_installed")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_and_long(FAMILIES, "llama", "qwen3", "gemma2", "phi3"))
 def test_every_family_that_the_builder_gets_right(family, base_folder, adapter_folders, python, tmp_path) -> None:
     settings = ExportSettings(exporter="builder")
     result = export_bundle(str(base_folder(family)), adapter_folders(family, NAMES), tmp_path / "b", settings, **QUIET)

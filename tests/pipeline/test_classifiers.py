@@ -18,6 +18,7 @@ import tiny
 import tiny_encoders
 import torch
 from shared_folders import shared_folder
+from tiers import slow_and_long
 from typer.testing import CliRunner
 
 from calibration.settings import settings_for
@@ -220,8 +221,7 @@ def test_int4_keeps_the_head_in_float(made, tmp_path: Path) -> None:
     assert exact and all(r.figures.max_relative < 1e-4 for r in exact)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "dynamic", "static", "qdq-int8", "qdq-int4"])
+@pytest.mark.parametrize("scheme", slow_and_long(["int8", "dynamic", "static", "qdq-int8", "qdq-int4"], "int8", "static"))
 def test_every_scheme(made, tmp_path: Path, scheme: str) -> None:
     bundle, base, _ = made()
     data = tmp_path / "texts.jsonl"

@@ -94,7 +94,7 @@ def wheels(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_archive_installs_without_a_network(device, wheels, bundle_folder, tmp_path) -> None:
     done = _run(
         device / "reft-export", "package", bundle_folder("llama"), "--archive", "--wheels", wheels, "-o", tmp_path / "out", "--json"

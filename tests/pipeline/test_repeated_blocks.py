@@ -98,7 +98,7 @@ def test_the_graph_is_that_of_the_whole_model(tmp_path) -> None:
     _check_same(_llama(), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_of_two_kinds_whose_norms_are_folded(tmp_path) -> None:
     """Gemma adds one to the weight of every norm, and every third layer here looks at all tokens."""
     kinds = ["full_attention" if layer in (2, 4, 7, 8) else "sliding_attention" for layer in range(9)]

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from tiers import slow_and_long
 
 from calibration.activations import STORED
 from calibration.products import activation_quantization, dequantized_weights
@@ -105,8 +106,7 @@ def check_edit_is_float(graph: ir.Model, before: ir.Model) -> None:
         np.testing.assert_array_equal(graph.graph.initializers[name].const_value.numpy(), array)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("job", ["dynamic", "static", "qdq-int4"])
+@pytest.mark.parametrize("job", slow_and_long(["dynamic", "static", "qdq-int4"], "static"))
 def test_parity_runs_eager_again(job, float_bundle, prompts_file, tmp_path) -> None:
     scheme, options = JOBS[job]
     source, base = float_bundle()
@@ -187,7 +187,7 @@ def test_experts_that_are_written_in_place_are_copied_first(attribute) -> None:
     assert bool(model.get_parameter(name).all()) and copied.experts.bias is model.experts.bias
 
 
-@pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.long), "fp8"])
 def test_planted_fault_in_a_weight(scheme, float_bundle, prompts_file, tmp_path, monkeypatch) -> None:
     """A scale that is off by a tenth after eager was dequantized: the rung with float activations sees it."""
     from reft_export.quantizing import assemble as module
@@ -278,7 +278,7 @@ def test_weights_are_stored_as_the_runtimes_read_them(float_bundle) -> None:
     assert list(node.inputs[1].shape) == [node.inputs[0].shape[0] // 16, node.inputs[0].shape[1]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_builtin_base(adapter_folders, prompts_file, tmp_path) -> None:
     """The trained base of the quickstart, with a random edit: every kind of scheme says what eager says. An edit without probes that
     means nothing to a trained model is held to its delta alone: rounded activations, and 4-bit embeddings under int8, may miss that gate,

@@ -160,7 +160,7 @@ KINDS = {
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # what a mutation writes on purpose
-@pytest.mark.parametrize(("first", "last"), [(0, FAST), pytest.param(FAST, CASES, marks=pytest.mark.slow)], ids=["some", "others"])
+@pytest.mark.parametrize(("first", "last"), [(0, FAST), pytest.param(FAST, CASES, marks=pytest.mark.long)], ids=["some", "others"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_passes_that_compared_nothing(tmp_path: Path, kind: str, first: int, last: int) -> None:
     make, session_of, hold = KINDS[kind]

@@ -116,6 +116,7 @@ def replicas_of(machine: Machine) -> int:
     return sum("ServeReplica" in each.name() for each in machine.processes())
 
 
+@pytest.mark.long
 def test_a_bundle_that_one_machine_lacks_costs_one_line(bundle: Bundle, machines: Machines) -> None:
     """Each process reads the path in its own working folder: the command's and the head's have a bundle, the other machine's has none."""
     head, other = (machine.cwd for machine in machines.machines)
@@ -186,6 +187,7 @@ def test_replicas_that_cannot_be_asked_cost_one_line(monkeypatch: pytest.MonkeyP
             asyncio.run(serving_cluster._hear(RayReplicas(handle)))
 
 
+@pytest.mark.long
 def test_replicas_come_with_requests_and_go_without(bundle: Bundle, machines: Machines, alone: OrtSession, tokenizer: Tokenizer) -> None:
     def count() -> int:
         return sum(replicas_of(machine) for machine in machines.machines)
