@@ -14,8 +14,8 @@ from hostile.corpus import KINDS, Originals, case_of, make_originals
 
 FAST = 2
 """Seeds of each kind at every commit."""
-SLOW = 56
-BITS = 150
+SLOW = 36
+BITS = 100
 OWN_CACHES = ("reft-export", "Microsoft")
 """The second is onnxruntime's."""
 

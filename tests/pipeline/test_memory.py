@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiers import slow_and_long
 
 TESTS = Path(__file__).parent.parent
 
@@ -107,8 +106,9 @@ else:
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("scheme", slow_and_long(["weight-only", "static"], "static"))
+@pytest.mark.parametrize("scheme", ["weight-only", "static"])
 def test_quantizing_holds_the_weights_once(scheme, tmp_path) -> None:
     """0.5 GB of float32 weights and 1.05 GB, in which everything counts: torch and onnxruntime, the eager reference, mapped files, and
     0.07 GB for the likelihood of a passage. 1.33 GB were seen, and with a second copy of the weights it would be 1.8.
