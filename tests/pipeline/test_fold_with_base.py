@@ -16,6 +16,7 @@ from foreign_graphs import join_products, save_foreign
 from test_fold_genai import stock as stock
 from test_genai import check_stock_genai
 from test_genai import python as python
+from tiers import slow_and_long
 
 from calibration.settings import settings_for
 from calibration.weights import constant
@@ -148,8 +149,7 @@ def test_the_weights_tell_the_width(bundle_folder, base_folder, tmp_path) -> Non
     assert fold_bundle(graph, [], tmp_path / "b", model=str(base_folder("llama")), **options).parity.passed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["weight-only", "static"])
+@pytest.mark.parametrize("scheme", slow_and_long(["weight-only", "static"], "static"))
 def test_folded_without_its_base(scheme, joined, base_folder, adapter_folders, prompts_file, tmp_path) -> None:
     """Quantize finds the weights itself, and nothing is written to the bundle that it reads."""
     base = str(base_folder("llama"))
@@ -163,8 +163,7 @@ def test_folded_without_its_base(scheme, joined, base_folder, adapter_folders, p
     assert open_bundle(tmp_path / "q").golden_names == ("base", "untied", "prompt-relu")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", slow_and_long(["llama", "phi3"], "phi3"))
 def test_a_genai_folder(family, stock, base_folder, adapter_folders, python, tmp_path) -> None:
     """The builder as its users call it joins q, k, v; the quantized folder is one that onnxruntime-genai opens, settings and all."""
     base = str(base_folder(family))
