@@ -19,6 +19,7 @@ from reft_export.quantizing.settings import RefitSettings
 from runtimes.artifacts.bundle import open_bundle
 from runtimes.artifacts.manifest import Manifest
 from runtimes.edits.adapter import PROBES_FILE
+from runtimes.errors import ReftError
 from runtimes.parity.figures import ParityReport
 
 Refits = list[tuple[RefitPlan, Mapping[str, Refitted]]]
@@ -45,14 +46,24 @@ def keep_steering(
     """
     refits: Refits = []
     if not quality.accept_loss:
-        lost = {each.name: each.turned for each in parity.quality if each.lopsided}
-        lost |= shortfalls(parity, open_bundle(work), quality.min_retention)
+        short = shortfalls(parity, open_bundle(work), quality.min_retention)
+        lost = {each.name: each.turned for each in parity.quality if each.lopsided} | short
         for folder in folders:
-            if folder.name in lost and (folder / PROBES_FILE).is_file():
-                report(f"{folder.name}: {lost[folder.name]}; training it on the bundle's weights")
-                parity, attempt = _refitted(work, output, model, parity, folder, proof, refits, report, force=force)
-                tried = (*tried, attempt)
-                parity = replace(parity, notes=(*parity.notes, _told(folder.name, lost[folder.name], parity, attempt)))
+            if folder.name not in lost or not (folder / PROBES_FILE).is_file():
+                continue
+            try:
+                plan = plan_refit(open_bundle(work), model, RefitSettings(data=None, sources=(folder,)), output, force=force)
+            except ReftError as e:
+                if folder.name in short:
+                    raise
+                # It keeps enough: what cannot be trained, or has no place beside the output, is no reason to refuse the bundle.
+                why = f"{folder.name}: {lost[folder.name]}; it was not trained on the bundle's weights: {e}"
+                parity = replace(parity, notes=(*parity.notes, why))
+                continue
+            report(f"{folder.name}: {lost[folder.name]}; training it on the bundle's weights")
+            parity, attempt = _refitted(work, output, model, parity, folder.name, plan, proof, refits, report)
+            tried = (*tried, attempt)
+            parity = replace(parity, notes=(*parity.notes, _told(folder.name, lost[folder.name], parity, attempt)))
     manifest = hold_quality(work, output, parity, quality, tried=tried)
     saved: dict[str, Path] = {}
     for plan, refitted in refits:
@@ -72,26 +83,21 @@ def _refitted(
     output: Path,
     model: str,
     parity: ParityReport,
-    folder: Path,
+    name: str,
+    plan: RefitPlan,
     proof: Path,
     refits: Refits,
     report: Report,
-    *,
-    force: bool,
 ) -> tuple[ParityReport, Attempt]:
     started = time.monotonic()
-    settings = RefitSettings(data=None, sources=(folder,))
-    plan = plan_refit(open_bundle(work), model, settings, output, force=force)
     refitted, _ = refit_in(work, model, plan, proof, report)
     refits.append((plan, refitted))
     report("holding the bundle against the eager model")
-    again = gate(work, output, proof=proof, names=(folder.name,))
+    again = gate(work, output, proof=proof, names=(name,))
     new = {each.name: each for each in again.quality}
     known = tuple(new.pop(each.name, each) for each in parity.quality)
-    label = f", {folder.name}: "
+    label = f", {name}: "
     rungs = tuple(rung for rung in parity.rungs if label not in rung.name)
-    share = next((each.retention for each in again.quality if each.name == folder.name), None)
-    attempt = Attempt(
-        how="refit on its probes", retention={} if share is None else {folder.name: share}, seconds=time.monotonic() - started
-    )
+    share = next((each.retention for each in again.quality if each.name == name), None)
+    attempt = Attempt(how="refit on its probes", retention={} if share is None else {name: share}, seconds=time.monotonic() - started)
     return replace(parity, rungs=(*rungs, *again.rungs), quality=known), attempt

@@ -7,7 +7,7 @@ head: (steered - base) is what edit and head change together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,7 +72,8 @@ def classifier_quality(session: ClassifierSession, golden: ClassifierGolden) -> 
         return None
     session.set_adapter(golden.adapter)
     logits = _run(session, golden, [list(range(len(golden.texts)))])
-    return quality(golden.name, label_log_probabilities(logits, golden.targets), golden.recorded)
+    found = quality(golden.name, label_log_probabilities(logits, golden.targets), golden.recorded)
+    return replace(found, fell=0, rose=0)  # labels are no tokens, and no refit trains on them; the rungs' top-1 counts labels that changed
 
 
 def label_log_probabilities(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

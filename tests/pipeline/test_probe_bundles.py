@@ -336,5 +336,8 @@ def test_an_adapter_that_lost_more_tokens_than_it_gained_is_refitted(bundle, bas
     )
     assert made.refitted == {"probed": tmp_path / "made.adapters" / "probed"}
     assert load_adapter(made.refitted["probed"]).trained_on == open_bundle(tmp_path / "made").digest
+    shutil.copytree(adapters[0], tmp_path / "taken.adapters" / "probed")  # a refit's place, without force
+    taken = quantize_bundle(bundle.folder, model, tmp_path / "taken", settings, adapters=adapters[:1], **QUIET)
+    assert not taken.refitted and "it was not trained on the bundle's weights: " in taken.parity.notes[0]
     alone = quantize_bundle(bundle.folder, model, tmp_path / "alone", settings, **QUIET)
     assert not alone.parity.notes and not alone.refitted and "`reft-export quantize --refit`" in str(alone.parity.quality[1])
