@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mock_trtexec
 import pytest
@@ -133,14 +134,12 @@ def moments(verb: str, end: str) -> Sequence[str]:
     return MOMENTS if (verb, end) == QUICK else [MOMENTS[moment] for moment in sorted({first % 4, (first + 2) % 4})]
 
 
-CASES = [
-    pytest.param(verb, end, marks=pytest.mark.slow if end == "kill" or verb in OFTEN else pytest.mark.long)
-    for verb, end in product(VERBS, ENDS)
-]
-CASES[[*product(VERBS, ENDS)].index(QUICK)] = pytest.param(*QUICK)
+def case(verb: str, end: str) -> Any:
+    slow = pytest.mark.slow if end == "kill" or verb in OFTEN else pytest.mark.long
+    return pytest.param(verb, end, marks=() if (verb, end) == QUICK else slow)
 
 
-@pytest.mark.parametrize(("verb", "end"), CASES)
+@pytest.mark.parametrize(("verb", "end"), [case(*each) for each in product(VERBS, ENDS)])
 def test_ended_on_the_way(verb, end, commands, bundle_folder, tmp_path) -> None:
     output = tmp_path / "out"
     shutil.copytree(bundle_folder("llama", target="tensorrt"), output)
